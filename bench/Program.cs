@@ -1,0 +1,2 @@
+Console.Error.WriteLine("bench: no command given");
+return 2;

@@ -1,0 +1,2 @@
+Console.Error.WriteLine("cpmx: no command given");
+return 2;
