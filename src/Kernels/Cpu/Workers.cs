@@ -27,8 +27,9 @@ public sealed unsafe class Workers : IDisposable
     private Exception? _failure;
     private volatile bool _stop;
 
+    // Number of the worker that this thread is, plus one; 0 outside: nested calls run in place.
     [ThreadStatic]
-    private static bool t_inside;
+    private static int t_inside;
 
     /// <param name="threads">Threads to use, the caller's among them; null takes all processors.</param>
     public Workers(int? threads = null)
@@ -52,15 +53,15 @@ public sealed unsafe class Workers : IDisposable
     {
         if (count <= 0) return;
         int chunk = Math.Max(minChunk, (count + (Count * 4) - 1) / (Count * 4));
-        if (Count == 1 || chunk >= count || t_inside)
+        if (Count == 1 || chunk >= count || t_inside > 0)
         {
-            body.Run(0, count, 0);
+            body.Run(0, count, Math.Max(0, t_inside - 1));
             return;
         }
 
         lock (_turn)
         {
-            t_inside = true;
+            t_inside = 1;
             _run = &Invoke<TBody>;
             _body = &body;
             _count = count;
@@ -84,7 +85,7 @@ public sealed unsafe class Workers : IDisposable
                     else _done.Wait();
                 }
 
-                t_inside = false;
+                t_inside = 0;
             }
 
             if (_failure is { } failure)
@@ -103,7 +104,7 @@ public sealed unsafe class Workers : IDisposable
 
     private void Loop(int worker)
     {
-        t_inside = true;
+        t_inside = worker + 1;
         while (true)
         {
             _wake.Wait();

@@ -1,0 +1,314 @@
+using MiniCpmNative.Kernels;
+
+namespace MiniCpmNative.Autograd;
+
+/// <summary>
+/// Reverse-mode differentiation over one device: a tape of what ran. It knows order, never operations.
+///
+/// A tensor with a variable number needs a gradient: parameters have one for good, and the output of an
+/// operation gets one when any input has. Only such operations are recorded; a frozen part of a model
+/// therefore leaves nothing on the tape, and <see cref="Keep"/> drops its activations at once. The tape
+/// and the step arena are stacks that fall together: backward takes the last node, hands its output
+/// gradient to the operation, gives that gradient back to the pool and pops the arena to where it stood
+/// before the node ran.
+///
+/// A checkpointed block runs unrecorded and leaves only its output; backward runs it again, recorded,
+/// above the tape's top, and unwinds that piece before going on. Random masks are keyed by position, not
+/// drawn from a stream, so that the second run draws the same.
+///
+/// Left out: views with gradients, several outputs of an operation, second derivatives, threads.
+/// Nothing here allocates once a step of the largest shape has run.
+/// </summary>
+public sealed class Graph
+{
+    private readonly GradientPool _pool;
+    private readonly GradientTarget[] _targets = new GradientTarget[Limits.MaxInputs];
+    private readonly Tensor[] _saved = new Tensor[Outputs.MaxSaved];
+    private Variable[] _variables = new Variable[1024];
+    private Node[] _nodes = new Node[1024];
+    private Tensor[] _tensors = new Tensor[4096];
+    private int _variableCount = 1;
+    private int _parameterCount;
+    private int _nodeCount;
+    private int _tensorCount;
+    private bool _recording = true;
+    private bool _wouldRecord;
+
+    public Graph(Device device)
+    {
+        Device = device;
+        _pool = new GradientPool(device);
+    }
+
+    public Device Device { get; }
+
+    /// <summary>Most bytes the step's activations and activation gradients ever took.</summary>
+    public long PeakBytes => Device.Step.Peak + _pool.Peak;
+
+    /// <summary>Nodes on the tape.</summary>
+    public int Length => _nodeCount;
+
+    /// <summary>
+    /// Makes a tensor trainable: gradients of a run are written to, or added into, the given buffer of
+    /// the same shape. All parameters are made before the first operation runs.
+    /// </summary>
+    public Tensor Parameter(Tensor value, Tensor gradient)
+    {
+        if (_nodeCount > 0 || _variableCount != _parameterCount + 1)
+            throw new InvalidOperationException("parameters are made before operations run");
+        if (value.Shape != gradient.Shape || value.Spec.Layout != Layout.RowMajor)
+            throw new ShapeException($"a gradient of {gradient.Spec} for a parameter {value.Spec}");
+        _parameterCount++;
+        return value with { Variable = NewVariable(gradient) };
+    }
+
+    /// <summary>Forgets the parameters' gradients: the next backward overwrites them.</summary>
+    public void ClearGradients()
+    {
+        for (int i = 1; i <= _parameterCount; i++) _variables[i].Written = false;
+    }
+
+    /// <summary>Zeroes the gradient of every parameter that no backward has reached.</summary>
+    public void ZeroUnreachedGradients()
+    {
+        for (int i = 1; i <= _parameterCount; i++)
+        {
+            if (_variables[i].Written) continue;
+            Device.Fill(_variables[i].Gradient, 0);
+            _variables[i].Written = true;
+        }
+    }
+
+    /// <summary>Runs an operation and records it if a gradient must flow through it.</summary>
+    /// <exception cref="ShapeException">
+    /// The inputs do not fit, a gradient is needed that the operation cannot give, or one trainable
+    /// tensor stands in two places.
+    /// </exception>
+    public Tensor Run(Op op, params ReadOnlySpan<Tensor> inputs) => Run(op, keepSaved: false, inputs);
+
+    /// <summary>As Run; what the operation saves stays readable through the spans until the scope ends.</summary>
+    public Tensor Run(Op op, Span<Tensor> saved, params ReadOnlySpan<Tensor> inputs)
+    {
+        Tensor output = Run(op, keepSaved: true, inputs);
+        _saved.AsSpan(0, saved.Length).CopyTo(saved);
+        return output;
+    }
+
+    /// <summary>
+    /// Runs a block on x so that only x is kept: backward runs the block again. The block must give the
+    /// same result each time, from x and from tensors that outlive the backward.
+    /// </summary>
+    public Tensor Checkpoint(IBlock block, Tensor x)
+    {
+        if (!_recording) return block.Forward(this, x);
+        ArenaMark mark = Device.Step.Mark();
+        bool outer = _wouldRecord;
+        _wouldRecord = false;
+        _recording = false;
+        Tensor y;
+        try
+        {
+            y = Keep(mark, block.Forward(this, x));
+        }
+        finally
+        {
+            _recording = true;
+        }
+
+        if (_wouldRecord)
+        {
+            y = y with { Variable = NewVariable(Tensor.None) };
+            Record(new Node(null, block, mark, _tensorCount, 1, 0, y), [x], []);
+        }
+
+        _wouldRecord = outer;
+        return y;
+    }
+
+    /// <summary>
+    /// Ends the life of everything made since the mark except this tensor, which moves down to the mark.
+    /// Only for unrecorded work: throws if the tape grew.
+    /// </summary>
+    public Tensor Keep(ArenaMark mark, Tensor tensor)
+    {
+        if (_nodeCount > 0 && _nodes[_nodeCount - 1].Mark.Slots >= mark.Slots)
+            throw new InvalidOperationException("recorded work cannot be dropped");
+        if (tensor.Slot <= mark.Slots) { Device.Step.Pop(mark); return tensor; }
+        Device.Step.Check(tensor);
+        Device.Step.Pop(mark);
+        Tensor kept = Device.Step.Push(tensor.Spec, "kept");
+        // Lower or equal in the same memory, so the copy may overlap but never runs out of the arena.
+        if (kept.Data != tensor.Data) Device.Copy(tensor with { Slot = 0 }, kept);
+        return kept;
+    }
+
+    /// <summary>
+    /// Adds the gradient of seed * sum(output) to the parameters' gradients, and takes the tape down to
+    /// empty. Tensors made since the first recorded operation end their life.
+    /// </summary>
+    public void Backward(Tensor output, double seed)
+    {
+        if (output.Variable <= _parameterCount)
+            throw new InvalidOperationException("nothing trainable leads to this tensor");
+        Device.Fill(Wanted(output).Buffer, seed);
+        Unwind(0);
+    }
+
+    /// <summary>Drops the tape and everything in the arena; the end of a step or of an evaluation.</summary>
+    public void EndStep()
+    {
+        _nodeCount = _tensorCount = 0;
+        _variableCount = _parameterCount + 1;
+        _recording = true;
+        _wouldRecord = false;
+        _pool.Reset();
+        Device.Step.Pop(default);
+    }
+
+    /// <summary>Runs without recording until the returned value is given to EndUnrecorded.</summary>
+    public bool BeginUnrecorded()
+    {
+        bool before = _recording;
+        _recording = false;
+        return before;
+    }
+
+    public void EndUnrecorded(bool before) => _recording = before;
+
+    private Tensor Run(Op op, bool keepSaved, ReadOnlySpan<Tensor> inputs)
+    {
+        bool needed = Needed(op, inputs);
+        Span<Spec> specs = stackalloc Spec[inputs.Length];
+        for (int i = 0; i < inputs.Length; i++) specs[i] = inputs[i].Spec;
+        Outputs outputs = op.Infer(specs, Device.Activations);
+        ArenaMark before = Device.Step.Mark();
+        Tensor output = Device.Step.Push(outputs.Output, op.Name);
+        ArenaMark after = Device.Step.Mark();
+        for (int i = 0; i < outputs.SavedCount; i++)
+            _saved[i] = Device.Step.Push(outputs.Saved(i), op.Name);
+        ReadOnlySpan<Tensor> saved = _saved.AsSpan(0, outputs.SavedCount);
+        bool record = needed && _recording;
+        Device.Forward(op, new OpCall(inputs, output, saved, record));
+        _wouldRecord |= needed;
+        if (record)
+        {
+            output = output with { Variable = NewVariable(Tensor.None) };
+            Record(new Node(op, null, before, _tensorCount, inputs.Length, saved.Length, output),
+                inputs, saved);
+        }
+        else if (!keepSaved)
+        {
+            Device.Step.Pop(after);
+        }
+
+        return output;
+    }
+
+    private bool Needed(Op op, ReadOnlySpan<Tensor> inputs)
+    {
+        bool needed = false;
+        for (int i = 0; i < inputs.Length; i++)
+        {
+            if (inputs[i].Variable == 0) continue;
+            if (!op.Differentiates(i))
+                throw new ShapeException($"{op.Name}: input {i} has no gradient, but needs one");
+            for (int j = 0; j < i; j++)
+                if (inputs[j].Variable == inputs[i].Variable)
+                    throw new ShapeException($"{op.Name}: inputs {j} and {i} are the same tensor");
+            needed = true;
+        }
+
+        return needed;
+    }
+
+    private void Record(Node node, ReadOnlySpan<Tensor> inputs, ReadOnlySpan<Tensor> saved)
+    {
+        if (_nodeCount == _nodes.Length) Array.Resize(ref _nodes, _nodeCount * 2);
+        int end = _tensorCount + inputs.Length + saved.Length;
+        if (end > _tensors.Length) Array.Resize(ref _tensors, Math.Max(end, _tensors.Length * 2));
+        inputs.CopyTo(_tensors.AsSpan(_tensorCount));
+        saved.CopyTo(_tensors.AsSpan(_tensorCount + inputs.Length));
+        _tensorCount = end;
+        _nodes[_nodeCount++] = node;
+    }
+
+    private void Unwind(int bottom)
+    {
+        while (_nodeCount > bottom)
+        {
+            Node node = _nodes[--_nodeCount];
+            Variable variable = _variables[node.Output.Variable];
+            if (variable.Written)
+            {
+                if (node.Block is not null) Replay(node, variable.Gradient);
+                else Differentiate(node, variable.Gradient);
+                _pool.Return(variable.Gradient);
+            }
+
+            Device.Step.Pop(node.Mark);
+            _tensorCount = node.FirstTensor;
+            _variableCount = node.Output.Variable;
+        }
+    }
+
+    private void Differentiate(in Node node, Tensor outputGradient)
+    {
+        ReadOnlySpan<Tensor> inputs = _tensors.AsSpan(node.FirstTensor, node.Inputs);
+        for (int i = 0; i < inputs.Length; i++)
+            _targets[i] = inputs[i].Variable == 0 ? GradientTarget.None : Wanted(inputs[i]);
+        Device.Backward(node.Op!, new OpCall(
+            inputs, node.Output, _tensors.AsSpan(node.FirstTensor + node.Inputs, node.Saved),
+            recorded: true, outputGradient, _targets.AsSpan(0, inputs.Length)));
+    }
+
+    private void Replay(in Node node, Tensor outputGradient)
+    {
+        Tensor x = _tensors[node.FirstTensor];
+        int bottom = _nodeCount;
+        Tensor y = node.Block!.Forward(this, x);
+        if (y.Spec != node.Output.Spec)
+            throw new InvalidOperationException($"a block gave {node.Output.Spec}, then {y.Spec}");
+        ref Variable variable = ref _variables[y.Variable];
+        (variable.Gradient, variable.Written) = (_pool.Take(y.Spec), true);
+        Device.Copy(outputGradient, variable.Gradient);
+        Unwind(bottom);
+    }
+
+    /// <summary>The gradient buffer of a variable, taken from the pool when first asked for.</summary>
+    private GradientTarget Wanted(in Tensor tensor)
+    {
+        ref Variable variable = ref _variables[tensor.Variable];
+        if (!variable.Gradient.Exists) variable.Gradient = _pool.Take(tensor.Spec);
+        var target = new GradientTarget(variable.Gradient, Accumulate: variable.Written);
+        variable.Written = true;
+        return target;
+    }
+
+    private int NewVariable(Tensor gradient)
+    {
+        if (_variableCount == _variables.Length) Array.Resize(ref _variables, _variableCount * 2);
+        _variables[_variableCount] = new Variable { Gradient = gradient };
+        return _variableCount++;
+    }
+
+    private struct Variable
+    {
+        public Tensor Gradient;
+        public bool Written;
+    }
+
+    /// <summary>An operation or a checkpointed block on the tape; its tensors lie in a row from FirstTensor.</summary>
+    private readonly record struct Node(
+        Op? Op, IBlock? Block, ArenaMark Mark, int FirstTensor, int Inputs, int Saved, Tensor Output);
+
+    private static class Limits
+    {
+        public const int MaxInputs = 16;
+    }
+}
+
+/// <summary>A piece of a model with one activation in and one out, which can be run again.</summary>
+public interface IBlock
+{
+    Tensor Forward(Graph graph, Tensor x);
+}

@@ -1,0 +1,79 @@
+namespace MiniCpmNative.Kernels;
+
+/// <summary>
+/// Memory of one training step as a stack: forward pushes tensors, backward pops back to the mark that
+/// stood before them. A slot with a serial number per tensor lets a read after a pop be noticed. The
+/// arena hands out addresses only; whose memory they are (host, GPU, none in a dry run) is the device's
+/// affair.
+/// </summary>
+public sealed class Arena(nint start, long capacity)
+{
+    private const long Alignment = 256;
+
+    private Slot[] _slots = new Slot[256];
+    private int _count;
+    private int _serial;
+    private long _top;
+
+    public long Capacity => capacity;
+
+    /// <summary>Bytes in use.</summary>
+    public long Used => _top;
+
+    /// <summary>Most bytes ever in use.</summary>
+    public long Peak { get; private set; }
+
+    public bool IsEmpty => _count == 0;
+
+    /// <summary>Room for a tensor; its content is undefined.</summary>
+    /// <exception cref="DeviceMemoryException">The arena is full.</exception>
+    public Tensor Push(Spec spec, string name)
+    {
+        long bytes = (spec.Bytes + Alignment - 1) / Alignment * Alignment;
+        if (bytes > capacity - _top) throw Full(spec, name, bytes);
+        if (_count == _slots.Length) Array.Resize(ref _slots, _count * 2);
+        int serial = ++_serial;
+        _slots[_count] = new Slot(_top, bytes, serial, name, spec);
+        var tensor = new Tensor(start + (nint)_top, spec, ++_count, serial);
+        _top += bytes;
+        Peak = Math.Max(Peak, _top);
+        return tensor;
+    }
+
+    public ArenaMark Mark() => new(_count, _top);
+
+    /// <summary>Ends the life of everything pushed since the mark.</summary>
+    public void Pop(ArenaMark mark)
+    {
+        if (mark.Slots > _count)
+            throw new InvalidOperationException("arena popped to a mark that is gone already");
+        (_count, _top) = (mark.Slots, mark.Top);
+    }
+
+    /// <exception cref="StaleTensorException">The tensor's scope has ended.</exception>
+    public void Check(in Tensor tensor)
+    {
+        if (tensor.Slot == 0) return;
+        if (tensor.Slot > _count || _slots[tensor.Slot - 1].Serial != tensor.Serial)
+        {
+            string name = tensor.Slot <= _slots.Length ? _slots[tensor.Slot - 1].Name ?? "?" : "?";
+            throw new StaleTensorException(
+                $"{tensor.Spec} was read after its scope ended; its place was last used by {name}");
+        }
+    }
+
+    private DeviceMemoryException Full(Spec spec, string name, long bytes)
+    {
+        var largest = _slots.Take(_count).OrderByDescending(s => s.Bytes).Take(5)
+            .Select(s => $"{s.Name} {s.Spec} {s.Bytes / 1048576.0:F1} MiB");
+        return new($"out of memory: {name} {spec} needs {bytes / 1048576.0:F1} MiB, "
+            + $"{(capacity - _top) / 1048576.0:F1} of {capacity / 1048576.0:F1} MiB are free; "
+            + $"largest: {string.Join(", ", largest)}; "
+            + "try gradient_checkpointing=true or a smaller per_device_train_batch_size");
+    }
+
+    private readonly record struct Slot(long Offset, long Bytes, int Serial, string Name, Spec Spec);
+}
+
+/// <summary>A height of the arena's stack.</summary>
+public readonly record struct ArenaMark(int Slots, long Top);

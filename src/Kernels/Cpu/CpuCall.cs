@@ -1,0 +1,109 @@
+using System.Numerics;
+using System.Runtime.CompilerServices;
+
+namespace MiniCpmNative.Kernels.Cpu;
+
+/// <summary>
+/// One run of an operation on the CPU as typed matrices. Inputs stored in another float type than T are
+/// widened into scratch when asked for, so that only operations with large weights care about storage
+/// types. Scratch lives until the operation returns.
+/// </summary>
+public readonly unsafe ref struct CpuCall<T>(CpuDevice device, Op op, OpCall call)
+    where T : unmanaged, IBinaryFloatingPointIeee754<T>
+{
+    private readonly OpCall _call = call;
+
+    public Workers Workers => device.Workers;
+
+    public Randomness Random => device.Random;
+
+    /// <summary>False in a forward whose backward will never come.</summary>
+    public bool Recorded => _call.Recorded;
+
+    /// <summary>The tensor itself, for operations that handle its storage type.</summary>
+    public Tensor Input(int index) => index < _call.Inputs.Length ? _call.Inputs[index] : Tensor.None;
+
+    /// <summary>An input as a matrix of T; no data if it was not given.</summary>
+    public Matrix<T> In(int index)
+    {
+        Tensor tensor = Input(index);
+        if (!tensor.Exists) return default;
+        if (tensor.Type == Float) return Typed<T>(tensor);
+        var wide = Scratch(tensor.Shape);
+        Widen(tensor, wide);
+        return wide;
+    }
+
+    public Matrix<int> Ints(int index) => Typed<int>(Input(index));
+
+    public Matrix<T> Output => Typed<T>(_call.Output);
+
+    public Matrix<T> Saved(int index) => Typed<T>(_call.Saved[index]);
+
+    public Matrix<T> OutputGradient => Typed<T>(_call.OutputGradient);
+
+    /// <summary>Where the gradient of an input goes; no data when it is not wanted.</summary>
+    public Gradient<T> Gradient(int index)
+    {
+        GradientTarget target = index < _call.Gradients.Length
+            ? _call.Gradients[index]
+            : GradientTarget.None;
+        return target.Wanted ? new(Typed<T>(target.Buffer), target.Accumulate) : default;
+    }
+
+    /// <summary>A matrix of undefined content that lives until the operation returns.</summary>
+    public Matrix<T> Scratch(Shape shape) => Typed<T>(device.Step.Push(new Spec(Float, shape), op.Name));
+
+    private static DType Float => typeof(T) == typeof(double) ? DType.F64 : DType.F32;
+
+    private static Matrix<TElement> Typed<TElement>(in Tensor tensor)
+        where TElement : unmanaged
+    {
+        if (tensor.Exists && tensor.Type.Size() != Unsafe.SizeOf<TElement>())
+            throw new ShapeException($"{tensor.Spec} read as {typeof(TElement).Name}");
+        return tensor.Exists
+            ? new((TElement*)tensor.Data, checked((int)tensor.Shape.Rows), tensor.Shape.Cols)
+            : default;
+    }
+
+    private static void Widen(in Tensor from, Matrix<T> to)
+    {
+        if (typeof(T) != typeof(float))
+            throw new ShapeException($"{from.Spec} in an F64 computation");
+        FloatBits.Widen((void*)from.Data, from.Type, (float*)to.Data, (nint)to.Count);
+    }
+}
+
+/// <summary>A contiguous row-major matrix in host memory; Data is null when there is none.</summary>
+public readonly unsafe struct Matrix<T>(T* data, int rows, int cols)
+    where T : unmanaged
+{
+    public readonly T* Data = data;
+    public readonly int Rows = rows;
+    public readonly int Cols = cols;
+
+    public bool Exists => Data is not null;
+
+    public long Count => (long)Rows * Cols;
+
+    public T* Row(int row) => Data + ((long)row * Cols);
+
+    public Span<T> RowSpan(int row) => new(Row(row), Cols);
+
+    public ref T this[int index] => ref Data[index];
+}
+
+/// <summary>Where a gradient is written, and whether it is added to what is there.</summary>
+public readonly unsafe struct Gradient<T>(Matrix<T> into, bool accumulate)
+    where T : unmanaged, IBinaryFloatingPointIeee754<T>
+{
+    public readonly Matrix<T> Into = into;
+    public readonly bool Accumulate = accumulate;
+
+    public bool Wanted => Into.Exists;
+
+    /// <summary>Writes one element, or adds it.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public void Put(long index, T value) =>
+        Into.Data[index] = Accumulate ? Into.Data[index] + value : value;
+}

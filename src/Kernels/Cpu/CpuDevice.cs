@@ -1,0 +1,116 @@
+using System.Runtime.CompilerServices;
+using System.Runtime.InteropServices;
+
+namespace MiniCpmNative.Kernels.Cpu;
+
+/// <summary>
+/// The processor as a device: managed SIMD kernels on all cores, activations in F32. The arena reserves
+/// address space as large as the machine's memory; pages are taken when first touched, so that only
+/// what a step really uses counts. An F64 device exists for gradient checks.
+/// </summary>
+public sealed unsafe class CpuDevice : Device
+{
+    private const long DefaultStepBytes = 1L << 36;
+    private readonly List<HugeMemory> _memory = [];
+
+    /// <param name="threads">Threads to compute on; null takes all processors.</param>
+    /// <param name="stepBytes">Largest size of the step arena; null takes the machine's memory.</param>
+    /// <param name="activations">F32, or F64 for gradient checks.</param>
+    public CpuDevice(int? threads = null, long? stepBytes = null, DType activations = DType.F32)
+    {
+        if (activations is not (DType.F32 or DType.F64))
+            throw new ArgumentException("the CPU computes in F32 or F64", nameof(activations));
+        Activations = activations;
+        Workers = new Workers(threads);
+        long bytes = stepBytes ?? Math.Min(
+            DefaultStepBytes, GC.GetGCMemoryInfo().TotalAvailableMemoryBytes);
+        Step = new Arena(Reserve(bytes), bytes);
+    }
+
+    public Workers Workers { get; }
+
+    public override Arena Step { get; }
+
+    public override DType Activations { get; }
+
+    public override Tensor Allocate(Spec spec, string name) => new(Reserve(spec.Bytes), spec);
+
+    public override nint Reserve(long bytes)
+    {
+        var memory = new HugeMemory(bytes);
+        _memory.Add(memory);
+        return (nint)memory.Data;
+    }
+
+    public override long PackedBytes(DType type, int rows, int cols) =>
+        throw new NotSupportedException();
+
+    public override Tensor Pack(DType type, int rows, int cols, void* source, string name) =>
+        throw new NotSupportedException();
+
+    public override void Forward(Op op, in OpCall call)
+    {
+        Check(call);
+        ArenaMark mark = Step.Mark();
+        if (Activations == DType.F64) op.CpuForward(new CpuCall<double>(this, op, call));
+        else op.CpuForward(new CpuCall<float>(this, op, call));
+        Step.Pop(mark);
+    }
+
+    public override void Backward(Op op, in OpCall call)
+    {
+        Check(call);
+        ArenaMark mark = Step.Mark();
+        if (Activations == DType.F64) op.CpuBackward(new CpuCall<double>(this, op, call));
+        else op.CpuBackward(new CpuCall<float>(this, op, call));
+        Step.Pop(mark);
+    }
+
+    public override void Fill(in Tensor tensor, double value)
+    {
+        Step.Check(tensor);
+        int count = checked((int)tensor.Shape.Count);
+        if (value == 0) NativeMemory.Clear((void*)tensor.Data, (nuint)tensor.Spec.Bytes);
+        else if (tensor.Type == DType.F32) new Span<float>((void*)tensor.Data, count).Fill((float)value);
+        else if (tensor.Type == DType.F64) new Span<double>((void*)tensor.Data, count).Fill(value);
+        else throw new ShapeException($"fill of {tensor.Spec} with {value}");
+    }
+
+    public override void Copy(in Tensor from, in Tensor to)
+    {
+        Step.Check(from);
+        Step.Check(to);
+        if (from.Spec != to.Spec) throw new ShapeException($"copy of {from.Spec} to {to.Spec}");
+        Buffer.MemoryCopy((void*)from.Data, (void*)to.Data, to.Spec.Bytes, from.Spec.Bytes);
+    }
+
+    public override void Write<T>(in Tensor tensor, ReadOnlySpan<T> values) =>
+        values.CopyTo(Elements<T>(tensor, values.Length));
+
+    public override void Read<T>(in Tensor tensor, Span<T> values) =>
+        Elements<T>(tensor, values.Length).CopyTo(values);
+
+    public override void Dispose()
+    {
+        Workers.Dispose();
+        foreach (var memory in _memory) memory.Dispose();
+        _memory.Clear();
+    }
+
+    private Span<T> Elements<T>(in Tensor tensor, int count)
+        where T : unmanaged
+    {
+        Step.Check(tensor);
+        if ((long)count * Unsafe.SizeOf<T>() != tensor.Spec.Bytes)
+            throw new ShapeException(
+                $"{count} elements of {Unsafe.SizeOf<T>()} bytes for {tensor.Spec}");
+        return new Span<T>((void*)tensor.Data, count);
+    }
+
+    private void Check(in OpCall call)
+    {
+        foreach (ref readonly Tensor tensor in call.Inputs) Step.Check(tensor);
+        foreach (ref readonly Tensor tensor in call.Saved) Step.Check(tensor);
+        Step.Check(call.Output);
+    }
+}

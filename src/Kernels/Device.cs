@@ -1,0 +1,54 @@
+namespace MiniCpmNative.Kernels;
+
+/// <summary>
+/// Where tensors live and operations run. Three lifetimes of memory: run (allocated once), step (the
+/// arena), and between (gradients of activations, kept by the tape). All calls come from one thread.
+/// </summary>
+public abstract class Device : IDisposable
+{
+    /// <summary>Memory of the running step.</summary>
+    public abstract Arena Step { get; }
+
+    /// <summary>Type in which activations are kept.</summary>
+    public abstract DType Activations { get; }
+
+    /// <summary>Key of this step's random numbers.</summary>
+    public Randomness Random { get; set; } = new(0, 0, Dropout: false);
+
+    /// <summary>Zeroed memory that lives as long as the device.</summary>
+    public abstract Tensor Allocate(Spec spec, string name);
+
+    /// <summary>Room of the given size that lives as long as the device, for the tape's gradients.</summary>
+    public abstract nint Reserve(long bytes);
+
+    /// <summary>Bytes that a matrix takes in the device's own packed form.</summary>
+    public abstract long PackedBytes(DType type, int rows, int cols);
+
+    /// <summary>Packs a row-major matrix in host memory into a new frozen weight.</summary>
+    public abstract unsafe Tensor Pack(DType type, int rows, int cols, void* source, string name);
+
+    public abstract void Forward(Op op, in OpCall call);
+
+    public abstract void Backward(Op op, in OpCall call);
+
+    public abstract void Fill(in Tensor tensor, double value);
+
+    /// <summary>Copies bytes between tensors of the same spec on this device; they may overlap.</summary>
+    public abstract void Copy(in Tensor from, in Tensor to);
+
+    /// <summary>Copies host elements in; their number and type must be the tensor's.</summary>
+    public abstract void Write<T>(in Tensor tensor, ReadOnlySpan<T> values)
+        where T : unmanaged;
+
+    /// <summary>Waits for the device and copies elements out.</summary>
+    public abstract void Read<T>(in Tensor tensor, Span<T> values)
+        where T : unmanaged;
+
+    public abstract void Dispose();
+}
+
+/// <summary>
+/// Key of counter-based random numbers: the same seed, step, layer and element give the same number on
+/// every device and in every recomputation. Dropout is off in evaluation.
+/// </summary>
+public readonly record struct Randomness(ulong Seed, ulong Step, bool Dropout);
