@@ -1,0 +1,47 @@
+namespace MiniCpmNative.Engine;
+
+/// <summary>
+/// Files that are there whole or not at all: written under a temporary name in the same directory,
+/// flushed to the disk, then renamed over the old one. A failed write leaves the old file as it was.
+/// </summary>
+public static class AtomicFile
+{
+    private const int BufferBytes = 1 << 20;
+
+    /// <exception cref="RunException">The file cannot be written; names it and the system's reason.</exception>
+    public static void Write(string path, Action<Stream> content)
+    {
+        string temporary = $"{path}.{Environment.ProcessId}.tmp";
+        try
+        {
+            using (var stream = new FileStream(
+                temporary, FileMode.Create, FileAccess.Write, FileShare.None, BufferBytes))
+            {
+                content(stream);
+                stream.Flush(flushToDisk: true);
+            }
+
+            File.Move(temporary, path, overwrite: true);
+        }
+        catch (Exception failure)
+        {
+            try
+            {
+                File.Delete(temporary);
+            }
+            catch (Exception ignored) when (ignored is IOException or UnauthorizedAccessException)
+            {
+                // The first failure says more than that its left-over could not be removed.
+            }
+
+            if (failure is IOException or UnauthorizedAccessException)
+                throw new RunException($"{path}: cannot write: {Messages.OneLine(failure.Message)}", failure);
+            throw;
+        }
+    }
+
+    /// <summary>Writes text as UTF-8 without a byte-order mark.</summary>
+    /// <exception cref="RunException">The file cannot be written.</exception>
+    public static void WriteText(string path, string text) =>
+        Write(path, stream => stream.Write(System.Text.Encoding.UTF8.GetBytes(text)));
+}

@@ -1,0 +1,47 @@
+using System.Globalization;
+using System.Text;
+
+namespace MiniCpmNative.Engine;
+
+/// <summary>Pieces of one-line messages; what comes from a file must not break the line or fill the screen.</summary>
+public static class Messages
+{
+    private const int QuotedLength = 160;
+    private const int Listed = 10;
+
+    /// <summary>"text" with control characters escaped, shortened when it is long.</summary>
+    public static string Quote(string text)
+    {
+        var line = new StringBuilder("\"");
+        Append(line, text);
+        return line.Append('"').ToString();
+    }
+
+    /// <summary>The first line of a library's message, without control characters.</summary>
+    public static string OneLine(string text)
+    {
+        var line = new StringBuilder();
+        Append(line, text.ReplaceLineEndings(" "));
+        return line.ToString();
+    }
+
+    /// <summary>"a, b, c", or the first ten and how many more there are.</summary>
+    public static string List(IReadOnlyCollection<string> items) =>
+        string.Join(", ", items.Take(Listed))
+        + (items.Count > Listed ? $" and {Number(items.Count - Listed)} more" : "");
+
+    /// <summary>1234567 as 1,234,567.</summary>
+    public static string Number(long value) => value.ToString("N0", CultureInfo.InvariantCulture);
+
+    private static void Append(StringBuilder line, string text)
+    {
+        foreach (char c in text.Length > QuotedLength ? text.AsSpan(0, QuotedLength) : text)
+        {
+            if (char.IsControl(c) || c is '\u2028' or '\u2029' || char.IsSurrogate(c))
+                line.Append($"\\u{(int)c:x4}");
+            else line.Append(c);
+        }
+
+        if (text.Length > QuotedLength) line.Append("...");
+    }
+}
