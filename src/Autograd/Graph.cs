@@ -32,7 +32,6 @@ public sealed class Graph
     private int _nodeCount;
     private int _tensorCount;
     private bool _recording = true;
-    private bool _wouldRecord;
 
     public Graph(Device device)
     {
@@ -44,6 +43,13 @@ public sealed class Graph
 
     /// <summary>Most bytes the step's activations and activation gradients ever took.</summary>
     public long PeakBytes => Device.Step.Peak + _pool.Peak;
+
+    /// <summary>Whether operations are recorded; off for evaluation.</summary>
+    public bool Recording
+    {
+        get => _recording;
+        set => _recording = value;
+    }
 
     /// <summary>Nodes on the tape.</summary>
     public int Length => _nodeCount;
@@ -95,15 +101,16 @@ public sealed class Graph
     }
 
     /// <summary>
-    /// Runs a block on x so that only x is kept: backward runs the block again. The block must give the
-    /// same result each time, from x and from tensors that outlive the backward.
+    /// Runs a block on x. Where nothing in it needs a gradient, or nothing is recorded, its activations
+    /// go at once. With checkpoint, only x is kept for backward, which runs the block again; the block
+    /// must then give the same result each time, from x and from tensors that outlive the backward.
     /// </summary>
-    public Tensor Checkpoint(IBlock block, Tensor x)
+    public Tensor Run(IBlock block, Tensor x, bool checkpoint)
     {
-        if (!_recording) return block.Forward(this, x);
+        bool constant = !_recording || (!block.Trainable && x.Variable == 0);
+        if (!constant && !checkpoint) return block.Forward(this, x);
         ArenaMark mark = Device.Step.Mark();
-        bool outer = _wouldRecord;
-        _wouldRecord = false;
+        bool before = _recording;
         _recording = false;
         Tensor y;
         try
@@ -112,16 +119,12 @@ public sealed class Graph
         }
         finally
         {
-            _recording = true;
+            _recording = before;
         }
 
-        if (_wouldRecord)
-        {
-            y = y with { Variable = NewVariable(Tensor.None) };
-            Record(new Node(null, block, mark, _tensorCount, 1, 0, y), [x], []);
-        }
-
-        _wouldRecord = outer;
+        if (constant) return y;
+        y = y with { Variable = NewVariable(Tensor.None) };
+        Record(new Node(null, block, mark, _tensorCount, 1, 0, y), [x], []);
         return y;
     }
 
@@ -159,21 +162,9 @@ public sealed class Graph
     {
         _nodeCount = _tensorCount = 0;
         _variableCount = _parameterCount + 1;
-        _recording = true;
-        _wouldRecord = false;
         _pool.Reset();
         Device.Step.Pop(default);
     }
-
-    /// <summary>Runs without recording until the returned value is given to EndUnrecorded.</summary>
-    public bool BeginUnrecorded()
-    {
-        bool before = _recording;
-        _recording = false;
-        return before;
-    }
-
-    public void EndUnrecorded(bool before) => _recording = before;
 
     private Tensor Run(Op op, bool keepSaved, ReadOnlySpan<Tensor> inputs)
     {
@@ -189,7 +180,6 @@ public sealed class Graph
         ReadOnlySpan<Tensor> saved = _saved.AsSpan(0, outputs.SavedCount);
         bool record = needed && _recording;
         Device.Forward(op, new OpCall(inputs, output, saved, record));
-        _wouldRecord |= needed;
         if (record)
         {
             output = output with { Variable = NewVariable(Tensor.None) };
@@ -279,7 +269,12 @@ public sealed class Graph
     {
         ref Variable variable = ref _variables[tensor.Variable];
         if (!variable.Gradient.Exists) variable.Gradient = _pool.Take(tensor.Spec);
-        var target = new GradientTarget(variable.Gradient, Accumulate: variable.Written);
+        // A tensor may be seen in another shape than the one in which it was made.
+        Tensor buffer = variable.Gradient with
+        {
+            Spec = new Spec(variable.Gradient.Type, tensor.Shape),
+        };
+        var target = new GradientTarget(buffer, Accumulate: variable.Written);
         variable.Written = true;
         return target;
     }
@@ -310,5 +305,8 @@ public sealed class Graph
 /// <summary>A piece of a model with one activation in and one out, which can be run again.</summary>
 public interface IBlock
 {
+    /// <summary>Whether it has parameters that need gradients.</summary>
+    bool Trainable { get; }
+
     Tensor Forward(Graph graph, Tensor x);
 }
