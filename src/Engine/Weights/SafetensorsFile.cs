@@ -50,29 +50,16 @@ public sealed unsafe class SafetensorsFile : IDisposable
     /// <exception cref="InputException">The file is missing, unreadable or breaks the format.</exception>
     public static SafetensorsFile Open(string path)
     {
-        if (Directory.Exists(path)) throw new InputException($"{path}: is a directory, expected a file");
+        using var stream = InputFile.Open(path, leastBytes: 8, buffer: 0);
         try
         {
-            // Asked before opening: a pipe has length 0 and would block.
-            long bytes = new FileInfo(path).Length;
-            if (bytes < 8)
-                throw new InputException($"{path}: has {bytes} bytes, too few for a safetensors file");
-            using var stream = new FileStream(path, FileMode.Open, FileAccess.Read, FileShare.Read, 0);
-            bytes = stream.Length;
-            if (bytes < 8)
-                throw new InputException($"{path}: has {bytes} bytes, too few for a safetensors file");
             var map = MemoryMappedFile.CreateFromFile(
                 stream, null, 0, MemoryMappedFileAccess.Read, HandleInheritability.None, leaveOpen: true);
-            return new SafetensorsFile(path, map, bytes);
+            return new SafetensorsFile(path, map, stream.Length);
         }
-        catch (Exception failure) when (failure is FileNotFoundException or DirectoryNotFoundException)
+        catch (IOException failure)
         {
-            throw new InputException($"{path}: there is no such file", failure);
-        }
-        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException
-            or ArgumentException)
-        {
-            throw new InputException($"{path}: cannot read: {Messages.OneLine(failure.Message)}", failure);
+            throw new InputException($"{path}: cannot map: {Messages.OneLine(failure.Message)}", failure);
         }
     }
 
