@@ -1,0 +1,112 @@
+using MiniCpmNative.Engine.Config;
+
+namespace MiniCpmNative.Engine.Weights;
+
+/// <summary>
+/// The weights of a Hugging Face model directory: model.safetensors, or the shards that
+/// model.safetensors.index.json names. A single file wins over an index, as it does in transformers.
+/// </summary>
+public sealed class Checkpoint : IDisposable
+{
+    public const string SingleFile = "model.safetensors";
+    public const string IndexFile = "model.safetensors.index.json";
+
+    private readonly List<SafetensorsFile> _files = [];
+    private readonly Dictionary<string, StoredTensor> _tensors = new(StringComparer.Ordinal);
+
+    private Checkpoint(string directory) => Directory = directory;
+
+    public string Directory { get; }
+
+    /// <summary>All tensors, in the order of the index or of the single file.</summary>
+    public IReadOnlyCollection<StoredTensor> Tensors => _tensors.Values;
+
+    /// <exception cref="InputException">
+    /// No weights there, a shard is missing or broken, or index and shards disagree.
+    /// </exception>
+    public static Checkpoint Open(string directory)
+    {
+        if (!System.IO.Directory.Exists(directory))
+            throw new InputException($"{directory}: there is no such directory");
+        var checkpoint = new Checkpoint(directory);
+        try
+        {
+            string single = Path.Combine(directory, SingleFile), index = Path.Combine(directory, IndexFile);
+            if (File.Exists(single)) checkpoint.AddSingle(single);
+            else if (File.Exists(index)) checkpoint.AddShards(index);
+            else throw NoWeights(directory);
+            return checkpoint;
+        }
+        catch
+        {
+            checkpoint.Dispose();
+            throw;
+        }
+    }
+
+    public StoredTensor? Find(string name) => _tensors.GetValueOrDefault(name);
+
+    /// <exception cref="InputException">There is no such tensor.</exception>
+    public StoredTensor Get(string name) => Find(name)
+        ?? throw new InputException($"{Directory}: there is no tensor {Messages.Quote(name)}");
+
+    /// <summary>The stored tensor of each expected one; see <see cref="TensorMatch.Require"/>.</summary>
+    /// <exception cref="InputException">Missing, unmatched, misshaped or non-float tensors.</exception>
+    public IReadOnlyList<StoredTensor> Require(
+        IReadOnlyCollection<ExpectedTensor> expected, Func<string, string?>? explain = null) =>
+        TensorMatch.Require(Directory, Tensors, expected, explain);
+
+    public void Dispose()
+    {
+        foreach (var file in _files) file.Dispose();
+    }
+
+    private static InputException NoWeights(string directory)
+    {
+        bool pickled = System.IO.Directory.EnumerateFiles(directory, "*.bin").Any();
+        return new InputException($"{directory}: has neither {SingleFile} nor {IndexFile}"
+            + (pickled ? "; convert its PyTorch .bin files to safetensors first" : ""));
+    }
+
+    private void AddSingle(string path)
+    {
+        var file = OpenFile(path);
+        foreach (var tensor in file.Tensors) _tensors.Add(tensor.Name, tensor);
+    }
+
+    private void AddShards(string index)
+    {
+        var shards = new Dictionary<string, SafetensorsFile>(StringComparer.Ordinal);
+        List<string> absent = [];
+        foreach (var (name, value) in JsonInput.ReadObject(index)["weight_map"].Members())
+        {
+            string shard = value.Text();
+            if (!IsPlainName(shard)) throw value.Expected("a file name in the same directory");
+            if (!shards.TryGetValue(shard, out var file))
+                shards.Add(shard, file = OpenFile(Path.Combine(Directory, shard)));
+            if (file.Find(name) is { } tensor) _tensors.Add(name, tensor);
+            else absent.Add($"{Messages.OneLine(name)} (expected in {Messages.OneLine(shard)})");
+        }
+
+        List<string> unlisted = [.. shards.Values.SelectMany(file => file.Tensors)
+            .Where(tensor => !ReferenceEquals(Find(tensor.Name), tensor))
+            .Select(tensor => Messages.OneLine(tensor.Name))];
+        if (absent.Count > 0)
+            throw new InputException($"{index}: {absent.Count} tensors are not in their shards:"
+                + $" {Messages.List(absent)}");
+        if (unlisted.Count > 0)
+            throw new InputException($"{index}: {unlisted.Count} tensors of the shards are not listed for"
+                + $" them: {Messages.List(unlisted)}");
+    }
+
+    private SafetensorsFile OpenFile(string path)
+    {
+        var file = SafetensorsFile.Open(path);
+        _files.Add(file);
+        return file;
+    }
+
+    // An index from elsewhere must not make the program open files outside the model's directory.
+    private static bool IsPlainName(string name) => name.EndsWith(".safetensors", StringComparison.Ordinal)
+        && name.AsSpan().IndexOfAny('/', '\\', '\0') < 0;
+}
