@@ -1,0 +1,209 @@
+namespace MiniCpmNative.Engine.Config;
+
+/// <summary>
+/// A training configuration under the names of the official script and of Hugging Face's
+/// TrainingArguments: a property's key is its name in snake_case. This record is the only table of
+/// keys: defaults, ranges and help texts stand here once; reading (<see cref="TrainReader"/>), writing
+/// and --help are generated from it. Defaults are the official script's where it sets one, else
+/// Hugging Face's, except where the comment says why not.
+/// </summary>
+public sealed partial record TrainArguments
+{
+    [Key("Model", "folder of the model in Hugging Face's layout", Path = true)]
+    public string? ModelNameOrPath { get; init; }
+
+    [Key("Model", "prompt family (minicpm, llama3, qwen); normally taken from the model")]
+    public string? LlmType { get; init; }
+
+    [Key("Model", "tokens of one row; longer rows are cut", Min = 1)]
+    public int ModelMaxLength { get; init; } = 2048;
+
+    [Key("Model", "most tiles that one picture is sliced into", Min = 1, Max = 1000)]
+    public int MaxSliceNums { get; init; } = 9;
+
+    [Key("Model", "weights and what is saved are bfloat16")]
+    public bool Bf16 { get; init; }
+
+    [Key("Model", "weights and what is saved are float16")]
+    public bool Fp16 { get; init; }
+
+    [Key("Model", "auto, cpu or cuda; auto takes CUDA when it is there")]
+    public DeviceChoice Device { get; init; }
+
+    [Key("Model", "threads of the CPU device; all processors when not given", Min = 1, Max = 4096)]
+    public int? Threads { get; init; }
+
+    [Key("Data", "training rows", Path = true)]
+    public string? DataPath { get; init; }
+
+    [Key("Data", "evaluation rows", Path = true)]
+    public string? EvalDataPath { get; init; }
+
+    [Key("Data", "error refuses a file with bad rows, skip lists and leaves them out")]
+    public BadRows OnBadRow { get; init; }
+
+    [Key("Data", "tokens, labels and modules_to_save exactly as the official training script")]
+    public bool OfficialCompat { get; init; }
+
+    [Key("Data", "turn pictures as their EXIF data says (the official code does not)")]
+    public bool ApplyExifOrientation { get; init; }
+
+    [Key("Data", "order of the rows: random or sequential")]
+    public SamplingStrategy TrainSamplingStrategy { get; init; }
+
+    [Key("Data", "leave out the last batch of an epoch when it is not full")]
+    public bool DataloaderDropLast { get; init; }
+
+    // Hugging Face's default 0 decodes inside the training loop; nobody wants that.
+    [Key("Data", "threads that decode and tokenise ahead; chosen when not given", Max = 1024)]
+    public int? DataloaderNumWorkers { get; init; }
+
+    [Key("Trained parts", "train the vision tower (with use_lora: see modules_to_save)")]
+    public bool TuneVision { get; init; } = true;
+
+    [Key("Trained parts", "train the language model; not together with use_lora")]
+    public bool TuneLlm { get; init; } = true;
+
+    [Key("Trained parts", "train low-rank adapters instead of the weights")]
+    public bool UseLora { get; init; }
+
+    [Key("Trained parts", "rank of the adapters", Min = 1, Max = 65536)]
+    public int LoraR { get; init; } = 64;
+
+    [Key("Trained parts", "adapter outputs are scaled by lora_alpha / lora_r", Open = true)]
+    public double LoraAlpha { get; init; } = 64;
+
+    [Key("Trained parts", "dropout of the adapters' input", Below = 1)]
+    public double LoraDropout { get; init; } = 0.05;
+
+    [Key("Trained parts", "modules with adapters: regular expression, or list of name endings")]
+    public TargetModules LoraTargetModules { get; init; } =
+        new(@"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj)");
+
+    [Key("Trained parts", "biases that are trained too: none, all or lora_only")]
+    public LoraBias LoraBias { get; init; }
+
+    [Key("Trained parts", "only these layers get adapters: number or list")]
+    public IReadOnlyList<int>? LoraLayersToTransform { get; init; }
+
+    [Key("Trained parts", "adapter folder to start from", Path = true)]
+    public string? LoraWeightPath { get; init; }
+
+    [Key("Trained parts", "modules trained whole beside the adapters: list of names")]
+    public IReadOnlyList<string>? ModulesToSave { get; init; }
+
+    [Key("Trained parts", "recompute activations in the backward pass to save memory")]
+    public bool GradientCheckpointing { get; init; }
+
+    [Key("Optimisation", "passes over the data", Open = true, Max = 1e6)]
+    public double NumTrainEpochs { get; init; } = 3;
+
+    [Key("Optimisation", "optimizer steps; above 0 it overrides num_train_epochs", Min = -1)]
+    public int MaxSteps { get; init; } = -1;
+
+    [Key("Optimisation", "rows of one forward pass", Min = 1, Max = 1 << 20)]
+    public int PerDeviceTrainBatchSize { get; init; } = 8;
+
+    [Key("Optimisation", "rows of one forward pass in evaluation", Min = 1, Max = 1 << 20)]
+    public int PerDeviceEvalBatchSize { get; init; } = 8;
+
+    [Key("Optimisation", "forward passes of one optimizer step", Min = 1, Max = 1 << 20)]
+    public int GradientAccumulationSteps { get; init; } = 1;
+
+    [Key("Optimisation", "loss is divided by: tokens (of the whole step) or micro_batch_mean")]
+    public LossNormalization LossNormalization { get; init; }
+
+    [Key("Optimisation", "peak learning rate", Max = 1e6)]
+    public double LearningRate { get; init; } = 5e-5;
+
+    [Key("Optimisation", "linear, cosine, cosine_with_restarts, polynomial, constant, "
+        + "constant_with_warmup, inverse_sqrt, warmup_lr (DeepSpeed's)")]
+    public LrSchedule LrSchedulerType { get; init; }
+
+    [Key("Optimisation", "object: num_cycles, power, lr_end, timescale, warmup_min_lr, warmup_type")]
+    public ScheduleOptions LrSchedulerKwargs { get; init; } = new();
+
+    [Key("Optimisation", "steps of warm-up; below 1 a share of all steps", Max = int.MaxValue)]
+    public double WarmupSteps { get; init; }
+
+    [Key("Optimisation", "share of all steps for warm-up, when warmup_steps is 0", Max = 1)]
+    public double WarmupRatio { get; init; }
+
+    [Key("Optimisation", "decoupled weight decay", Max = 1e6)]
+    public double WeightDecay { get; init; }
+
+    [Key("Optimisation", "what decays: hf (not norms and biases) or all (as DeepSpeed)")]
+    public DecayScope WeightDecayScope { get; init; }
+
+    [Key("Optimisation", "decay of AdamW's first moment", Below = 1)]
+    public double AdamBeta1 { get; init; } = 0.9;
+
+    [Key("Optimisation", "decay of AdamW's second moment", Below = 1)]
+    public double AdamBeta2 { get; init; } = 0.999;
+
+    [Key("Optimisation", "added to AdamW's denominator", Max = 1)]
+    public double AdamEpsilon { get; init; } = 1e-8;
+
+    [Key("Optimisation", "gradients are scaled down to this global norm; 0 is off", Max = 1e30)]
+    public double MaxGradNorm { get; init; } = 1;
+
+    [Key("Optimisation", "seed of adapters, dropout and order", Max = uint.MaxValue)]
+    public long Seed { get; init; } = 42;
+
+    [Key("Optimisation", "seed of the order of the rows; seed when not given", Max = uint.MaxValue)]
+    public long? DataSeed { get; init; }
+
+    [Key("Optimisation", "steps with NaN or Inf are skipped; this many in a row stop the run", Min = 1)]
+    public int MaxNonfiniteSteps { get; init; } = 5;
+
+    [Key("Evaluation", "no, steps or epoch")]
+    public When EvalStrategy { get; init; }
+
+    [Key("Evaluation", "steps between evaluations; logging_steps when not given", Open = true)]
+    public Interval? EvalSteps { get; init; }
+
+    [Key("Evaluation", "evaluate before the first step")]
+    public bool EvalOnStart { get; init; }
+
+    [Key("Output", "folder of checkpoints, logs and the result", Path = true)]
+    public string OutputDir { get; init; } = "trainer_output";
+
+    [Key("Output", "start anew in a used output_dir: its checkpoints are removed")]
+    public bool OverwriteOutputDir { get; init; }
+
+    [Key("Output", "no, steps or epoch")]
+    public When SaveStrategy { get; init; } = When.Steps;
+
+    [Key("Output", "steps between checkpoints", Open = true)]
+    public Interval SaveSteps { get; init; } = new(500);
+
+    [Key("Output", "newest checkpoints to keep; all when not given", Min = 1)]
+    public int? SaveTotalLimit { get; init; }
+
+    [Key("Output", "checkpoints without optimizer state (a run cannot be resumed from them)")]
+    public bool SaveOnlyModel { get; init; }
+
+    [Key("Output", "checkpoint folder, or true for the newest one in output_dir", Path = true)]
+    public ResumePoint? ResumeFromCheckpoint { get; init; }
+
+    [Key("Output", "no, steps or epoch")]
+    public When LoggingStrategy { get; init; } = When.Steps;
+
+    [Key("Output", "steps between log entries", Open = true)]
+    public Interval LoggingSteps { get; init; } = new(500);
+
+    [Key("Output", "log the first step too")]
+    public bool LoggingFirstStep { get; init; }
+
+    [Key("Output", "folder of the TensorBoard files; output_dir/runs when not given", Path = true)]
+    public string? LoggingDir { get; init; }
+
+    [Key("Output", "tensorboard or none: whether TensorBoard files are written")]
+    public ReportTo ReportTo { get; init; }
+
+    [Key("Output", "name of the run in the logs")]
+    public string? RunName { get; init; }
+
+    [Key("Output", "plain lines instead of a progress bar; by itself when not in a terminal")]
+    public bool? DisableTqdm { get; init; }
+}

@@ -1,0 +1,92 @@
+namespace MiniCpmNative.Engine.Config;
+
+public sealed partial record TrainArguments
+{
+    /// <summary>Modules trained whole beside the adapters; empty without use_lora.</summary>
+    public IReadOnlyList<string> TrainedWhole => (UseLora, ModulesToSave, OfficialCompat) switch
+    {
+        (false, _, _) => [],
+        (true, { } names, _) => names,
+        (true, null, true) => TuneVision
+            ? ["embed_tokens", "resampler", "vpm"]
+            : ["embed_tokens", "resampler"],
+        _ => [],
+    };
+
+    /// <summary>The folder of the TensorBoard files.</summary>
+    public string LogFolder => LoggingDir ?? Path.Combine(OutputDir, "runs");
+
+    /// <summary>Warm-up steps of a run: warmup_steps, or a share of the run, rounded up.</summary>
+    public int WarmupOf(int maxSteps)
+    {
+        if (WarmupSteps >= 1) return (int)WarmupSteps;
+        return (int)Math.Ceiling(maxSteps * (WarmupSteps > 0 ? WarmupSteps : WarmupRatio));
+    }
+}
+
+/// <summary>What only several keys together can be wrong about.</summary>
+internal static class TrainChecks
+{
+    /// <exception cref="InputException">Lists all contradictions.</exception>
+    public static void Check(TrainArguments a)
+    {
+        var problems = new List<string>();
+        void Refuse(bool when, string problem)
+        {
+            if (when) problems.Add(problem);
+        }
+
+        Refuse(a.ModelNameOrPath is null, "model_name_or_path is missing: the folder of the model");
+        Refuse(a.DataPath is null, "data_path is missing: the file with the training rows");
+        Refuse(a.Bf16 && a.Fp16, "bf16 and fp16 are both true, at most one can be");
+        Refuse(a.UseLora && a.TuneLlm, "use_lora and tune_llm are both true: set tune_llm to false "
+            + "(the language model then learns through its adapters)");
+        Refuse(!a.UseLora && a.ModulesToSave is { Count: > 0 },
+            "modules_to_save needs use_lora; without it tune_vision and tune_llm say what is trained");
+        Refuse(!a.UseLora && a.LoraWeightPath is not null, "lora_weight_path needs use_lora");
+        Refuse(a.LoraLayersToTransform is not null && a.LoraTargetModules.Pattern is not null,
+            "lora_layers_to_transform needs lora_target_modules as a list of names "
+            + "(a regular expression names its layers itself)");
+        Refuse((a.EvalStrategy != When.No || a.EvalOnStart) && a.EvalDataPath is null,
+            "evaluation needs eval_data_path (or set eval_strategy to no)");
+        Refuse(a.OverwriteOutputDir && a.ResumeFromCheckpoint is not null,
+            "overwrite_output_dir and resume_from_checkpoint contradict each other");
+        Refuse(a.WarmupSteps >= 1 && a.WarmupSteps != Math.Floor(a.WarmupSteps),
+            $"warmup_steps is {a.WarmupSteps}, expected a whole number, or a share of all steps below 1");
+        Schedule(a, problems);
+        if (problems.Count > 0) throw new InputException(string.Join("; ", problems));
+    }
+
+    private static void Schedule(TrainArguments a, List<string> problems)
+    {
+        var (options, plain) = (a.LrSchedulerKwargs, new ScheduleOptions());
+        var type = a.LrSchedulerType;
+        void Need(bool differs, string name, bool used)
+        {
+            if (differs && !used)
+            {
+                problems.Add($"lr_scheduler_kwargs: {name} means nothing to lr_scheduler_type "
+                    + TrainKeys.SnakeCase(type.ToString()));
+            }
+        }
+
+        bool waves = type is LrSchedule.Cosine or LrSchedule.CosineWithRestarts;
+        Need(options.NumCycles is not null, "num_cycles", waves);
+        Need(options.Power != plain.Power, "power", type == LrSchedule.Polynomial);
+        Need(options.LrEnd != plain.LrEnd, "lr_end", type == LrSchedule.Polynomial);
+        Need(options.Timescale is not null, "timescale", type == LrSchedule.InverseSqrt);
+        Need(options.WarmupMinLr != 0, "warmup_min_lr", type == LrSchedule.WarmupLr);
+        Need(options.WarmupType != WarmupCurve.Log, "warmup_type", type == LrSchedule.WarmupLr);
+        if (type == LrSchedule.Polynomial && options.LrEnd >= a.LearningRate)
+        {
+            problems.Add($"lr_scheduler_kwargs: lr_end {options.LrEnd} must be below "
+                + $"learning_rate {a.LearningRate}");
+        }
+
+        if (type == LrSchedule.WarmupLr && options.WarmupMinLr > a.LearningRate)
+        {
+            problems.Add($"lr_scheduler_kwargs: warmup_min_lr {options.WarmupMinLr} must not be above "
+                + $"learning_rate {a.LearningRate}");
+        }
+    }
+}

@@ -1,0 +1,132 @@
+using System.Text.RegularExpressions;
+
+namespace MiniCpmNative.Engine.Config;
+
+// The named choices of a training configuration; a value is written as its name in snake_case.
+
+public enum DeviceChoice { Auto, Cpu, Cuda }
+
+public enum BadRows { Error, Skip }
+
+public enum SamplingStrategy { Random, Sequential }
+
+/// <summary>When something is done during training.</summary>
+public enum When { No, Steps, Epoch }
+
+public enum LrSchedule
+{
+    Linear,
+    Cosine,
+    CosineWithRestarts,
+    Polynomial,
+    Constant,
+    ConstantWithWarmup,
+    InverseSqrt,
+
+    /// <summary>DeepSpeed's WarmupLR: warm-up by logarithm, then constant.</summary>
+    WarmupLr,
+}
+
+/// <summary>
+/// Parameters that weight decay applies to. Hf: what the Hugging Face Trainer decays (not nn.LayerNorm,
+/// nor names with bias, layernorm or rmsnorm). All: everything that is trained, as under DeepSpeed.
+/// </summary>
+public enum DecayScope { Hf, All }
+
+/// <summary>
+/// What the summed cross-entropy of a step is divided by. Tokens: the supervised tokens of the whole
+/// accumulated batch. MicroBatchMean: each micro-batch by its own, then averaged, as officially.
+/// </summary>
+public enum LossNormalization { Tokens, MicroBatchMean }
+
+public enum LoraBias { None, All, LoraOnly }
+
+public enum WarmupCurve { Log, Linear }
+
+public enum ReportTo { Tensorboard, All, None }
+
+/// <summary>A count of steps, or below 1 a share of all steps.</summary>
+public readonly record struct Interval(double Value)
+{
+    /// <summary>Steps: the value itself, or ceil(share * maxSteps), at least 1.</summary>
+    public int Steps(int maxSteps) =>
+        Value >= 1 ? (int)Value : Math.Max(1, (int)Math.Ceiling(maxSteps * Value));
+}
+
+/// <summary>
+/// Parameters of single schedules (lr_scheduler_kwargs); what is not given has the default that the
+/// schedule has in transformers or DeepSpeed.
+/// </summary>
+public sealed record ScheduleOptions
+{
+    [Key("", "cosine: half waves times two (0.5); cosine_with_restarts: waves (1)", Max = 1e6)]
+    public double? NumCycles { get; init; }
+
+    [Key("", "polynomial: exponent", Max = 1e3)]
+    public double Power { get; init; } = 1;
+
+    [Key("", "polynomial: rate at the end", Max = 1e6)]
+    public double LrEnd { get; init; } = 1e-7;
+
+    [Key("", "inverse_sqrt: steps; the warm-up's, or 10000 without", Min = 1)]
+    public int? Timescale { get; init; }
+
+    [Key("", "warmup_lr: rate of the first step", Max = 1e6)]
+    public double WarmupMinLr { get; init; }
+
+    [Key("", "warmup_lr: log or linear")]
+    public WarmupCurve WarmupType { get; init; }
+}
+
+/// <summary>The checkpoint to go on from; no path means the newest one in output_dir.</summary>
+public sealed record ResumePoint(string? Path);
+
+/// <summary>
+/// Which modules get an adapter, as PEFT decides it: a regular expression that matches the whole
+/// module name, or a list of names of which one is the module's or ends it after a dot.
+/// </summary>
+public sealed class TargetModules
+{
+    private static readonly TimeSpan MatchLimit = TimeSpan.FromSeconds(1);
+    private readonly Regex? _pattern;
+
+    /// <exception cref="InputException">The text is no regular expression.</exception>
+    public TargetModules(string pattern)
+    {
+        Pattern = pattern;
+        try
+        {
+            _pattern = new Regex($@"\A(?:{pattern})\z", RegexOptions.CultureInvariant, MatchLimit);
+        }
+        catch (ArgumentException failure)
+        {
+            throw new InputException(
+                $"\"{pattern}\" is not a regular expression: {failure.Message}", failure);
+        }
+    }
+
+    public TargetModules(IReadOnlyList<string> suffixes) => Suffixes = suffixes;
+
+    /// <summary>The regular expression, or null when suffixes decide.</summary>
+    public string? Pattern { get; }
+
+    public IReadOnlyList<string> Suffixes { get; } = [];
+
+    /// <exception cref="InputException">The regular expression takes too long on this name.</exception>
+    public bool Matches(string module)
+    {
+        try
+        {
+            if (_pattern is not null) return _pattern.IsMatch(module);
+        }
+        catch (RegexMatchTimeoutException failure)
+        {
+            throw new InputException(
+                $"lora_target_modules \"{Pattern}\" takes too long to match \"{module}\"", failure);
+        }
+
+        foreach (string suffix in Suffixes)
+            if (module == suffix || module.EndsWith("." + suffix, StringComparison.Ordinal)) return true;
+        return false;
+    }
+}

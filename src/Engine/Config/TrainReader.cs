@@ -1,0 +1,155 @@
+namespace MiniCpmNative.Engine.Config;
+
+/// <summary>
+/// Reads a configuration: a JSON file of one flat object, then --name value, --name=value or a bare
+/// --name (true) over it, or such arguments alone. Everything wrong in one source is reported at once.
+/// </summary>
+public sealed class TrainReader
+{
+    private readonly Dictionary<string, Given> _given = [];
+    private readonly SortedSet<string> _ignored = [];
+    private readonly string _workingDirectory;
+
+    private TrainReader(string workingDirectory) => _workingDirectory = workingDirectory;
+
+    /// <summary>
+    /// Reads and checks a configuration. Relative paths of the file start at the file's folder, those of
+    /// the arguments at workingDirectory; the record has absolute ones.
+    /// </summary>
+    /// <param name="arguments">An optional file name, then the arguments of the command line.</param>
+    /// <param name="notice">Takes one line for what was accepted but has no effect.</param>
+    /// <exception cref="InputException">Anything unknown, misspelt, out of range or contradictory.</exception>
+    public static TrainArguments Read(
+        IReadOnlyList<string> arguments, string workingDirectory, Action<string>? notice = null)
+    {
+        var reader = new TrainReader(Path.GetFullPath(workingDirectory));
+        int first = 0;
+        if (arguments.Count > 0 && !arguments[0].StartsWith("--", StringComparison.Ordinal))
+        {
+            reader.TakeFile(arguments[0]);
+            first = 1;
+        }
+
+        reader.TakeArguments(arguments, first);
+        var result = reader.Build();
+        TrainChecks.Check(result);
+        foreach (string line in reader.Notices(result)) notice?.Invoke(line);
+        return result;
+    }
+
+    private void TakeFile(string name)
+    {
+        if (name.Length == 0 || name.Any(char.IsControl))
+            throw new InputException($"{Messages.Quote(name)} is not the name of a configuration file");
+        string path = Path.GetFullPath(name, _workingDirectory);
+        var found = new Dictionary<string, Given>();
+        var problems = new List<string>();
+        string folder = Path.GetDirectoryName(path) ?? path;
+        foreach (var (key, value) in JsonInput.ReadObject(path).Members())
+            Take(found, key, new Given(value.Element, null, folder), problems);
+        Merge(found, problems, Path.GetFileName(path) + ": ");
+    }
+
+    private void TakeArguments(IReadOnlyList<string> arguments, int first)
+    {
+        var found = new Dictionary<string, Given>();
+        var problems = new List<string>();
+        for (int i = first; i < arguments.Count; i++)
+        {
+            string argument = arguments[i];
+            if (!argument.StartsWith("--", StringComparison.Ordinal) || argument.Length == 2)
+            {
+                problems.Add($"unexpected argument {Messages.Quote(argument)}, expected --name value");
+                continue;
+            }
+
+            int equals = argument.IndexOf('=');
+            string name = (equals < 0 ? argument[2..] : argument[2..equals]).Replace('-', '_');
+            var words = new List<string>();
+            if (equals >= 0) words.Add(argument[(equals + 1)..]);
+            else
+            {
+                while (i + 1 < arguments.Count
+                    && !arguments[i + 1].StartsWith("--", StringComparison.Ordinal))
+                    words.Add(arguments[++i]);
+            }
+
+            // As in argparse the last one counts.
+            found.Remove(TrainKeys.Aliases.GetValueOrDefault(name, name));
+            Take(found, name, new Given(null, words, _workingDirectory), problems);
+        }
+
+        Merge(found, problems, "");
+    }
+
+    private void Take(
+        Dictionary<string, Given> found, string name, Given given, List<string> problems)
+    {
+        string key = TrainKeys.Aliases.GetValueOrDefault(name, name);
+        if (TrainForeignKeys.Ignored.Contains(key))
+        {
+            _ignored.Add(key);
+        }
+        else if (TrainForeignKeys.Refused.TryGetValue(key, out var refused))
+        {
+            string value = given.Plain();
+            if (!TrainForeignKeys.IsNeutral(key, value.ToLowerInvariant()))
+                problems.Add($"{key} = {Messages.Quote(value)} {refused.Advice}");
+        }
+        else if (TrainKeys.Train.FirstOrDefault(k => k.Name == key) is not { } known)
+        {
+            var names = TrainKeys.Train.Select(k => k.Name).Concat(TrainKeys.Aliases.Keys);
+            problems.Add(
+                $"unknown key {Messages.Quote(name)} (did you mean \"{TrainKeys.Nearest(name, names)}\"?)");
+        }
+        else if (!found.TryAdd(key, given with { Key = known }))
+        {
+            problems.Add($"{key} is given twice (as {Messages.Quote(name)} too)");
+        }
+    }
+
+    // Converts at once so that a bad value is reported with the source it stands in.
+    private void Merge(Dictionary<string, Given> found, List<string> problems, string source)
+    {
+        foreach (var (name, given) in found)
+        {
+            try
+            {
+                _given[name] = given with { Value = TrainValues.Convert(given.Key!, given) };
+            }
+            catch (InputException problem)
+            {
+                problems.Add(problem.Message);
+            }
+        }
+
+        if (problems.Count > 0) throw new InputException(source + string.Join("; ", problems.Take(20)));
+    }
+
+    private TrainArguments Build()
+    {
+        var result = new TrainArguments();
+        foreach (var given in _given.Values) given.Key!.Property.SetValue(result, given.Value);
+        if (!_given.ContainsKey("output_dir"))
+            result = result with { OutputDir = Path.Combine(_workingDirectory, result.OutputDir) };
+        return result;
+    }
+
+    private IEnumerable<string> Notices(TrainArguments arguments)
+    {
+        if (_ignored.Remove("deepspeed"))
+        {
+            yield return "deepspeed is not used and its file is not read: its scheduler and optimizer are "
+                + "not taken over (lr_scheduler_type=warmup_lr and weight_decay_scope=all do as they would)";
+        }
+
+        if (_ignored.Count > 0)
+            yield return "no effect on the result, ignored: " + string.Join(", ", _ignored);
+        if (arguments.UseLora && arguments.TuneVision && _given.ContainsKey("tune_vision")
+            && !arguments.TrainedWhole.Contains("vpm"))
+        {
+            yield return "tune_vision trains nothing together with use_lora, "
+                + "unless modules_to_save has vpm (as official_compat sets it)";
+        }
+    }
+}

@@ -1,0 +1,118 @@
+using System.Collections;
+using System.Globalization;
+using System.Text;
+using System.Text.Json;
+
+namespace MiniCpmNative.Engine.Config;
+
+/// <summary>Configurations as text: the file beside a run's output, and the list of keys of --help.</summary>
+public static class TrainWriter
+{
+    /// <summary>The resolved configuration in its output folder; running it again does the same.</summary>
+    public const string FileName = "train_args.json";
+
+    private static readonly JsonWriterOptions Indented = new()
+    {
+        Indented = true,
+        Encoder = System.Text.Encodings.Web.JavaScriptEncoder.UnsafeRelaxedJsonEscaping,
+    };
+
+    /// <summary>Writes <see cref="FileName"/> into output_dir, which must exist.</summary>
+    public static void Save(TrainArguments arguments) => AtomicFile.Write(
+        Path.Combine(arguments.OutputDir, FileName), stream => stream.Write(ToJson(arguments)));
+
+    /// <summary>All keys with their values, null where none is set; paths are absolute.</summary>
+    public static byte[] ToJson(TrainArguments arguments)
+    {
+        using var stream = new MemoryStream();
+        using (var json = new Utf8JsonWriter(stream, Indented))
+            WriteRecord(json, TrainKeys.Train, arguments);
+        stream.WriteByte((byte)'\n');
+        return stream.ToArray();
+    }
+
+    /// <summary>Every key with its default and meaning, in groups, for a screen of 100 columns.</summary>
+    public static string Help()
+    {
+        const int column = 36;
+        var text = new StringBuilder();
+        string group = "";
+        var plain = new TrainArguments();
+        foreach (var key in TrainKeys.Train)
+        {
+            if (key.Rule.Group != group) text.Append($"\n{group = key.Rule.Group}:\n");
+            object? value = key.Property.GetValue(plain);
+            bool shown = value is not (null or ScheduleOptions or TargetModules);
+            string line = $"  --{key.Name}" + (shown ? " " + Show(value!) : "");
+            // Names too long for the column have their meaning on the next line.
+            if (line.Length > column - 2)
+            {
+                text.Append(line).Append('\n');
+                line = "";
+            }
+
+            text.Append(line.PadRight(column));
+            int width = column;
+            foreach (string word in key.Rule.Help.Split(' '))
+            {
+                if (width + word.Length + 1 > 100)
+                {
+                    text.Append('\n').Append(' ', column);
+                    width = column;
+                }
+
+                text.Append(width == column ? "" : " ").Append(word);
+                width += word.Length + 1;
+            }
+
+            text.Append('\n');
+        }
+
+        return text.ToString();
+    }
+
+    private static void WriteRecord(Utf8JsonWriter json, IReadOnlyList<TrainKey> keys, object record)
+    {
+        json.WriteStartObject();
+        foreach (var key in keys)
+        {
+            json.WritePropertyName(key.Name);
+            Write(json, key.Property.GetValue(record));
+        }
+
+        json.WriteEndObject();
+    }
+
+    private static void Write(Utf8JsonWriter json, object? value)
+    {
+        switch (value)
+        {
+            case null: json.WriteNullValue(); break;
+            case bool flag: json.WriteBooleanValue(flag); break;
+            case int number: json.WriteNumberValue(number); break;
+            case long number: json.WriteNumberValue(number); break;
+            case double number: json.WriteNumberValue(number); break;
+            case Interval interval: json.WriteNumberValue(interval.Value); break;
+            case ResumePoint { Path: null }: json.WriteBooleanValue(true); break;
+            case ResumePoint { Path: { } path }: json.WriteStringValue(path); break;
+            case TargetModules { Pattern: { } pattern }: json.WriteStringValue(pattern); break;
+            case TargetModules targets: Write(json, targets.Suffixes); break;
+            case ScheduleOptions options: WriteRecord(json, TrainKeys.Schedule, options); break;
+            case string text: json.WriteStringValue(text); break;
+            case IEnumerable list:
+                json.WriteStartArray();
+                foreach (object? item in list) Write(json, item);
+                json.WriteEndArray();
+                break;
+            default: json.WriteStringValue(TrainKeys.SnakeCase(value.ToString()!)); break;
+        }
+    }
+
+    private static string Show(object value) => value switch
+    {
+        bool flag => flag ? "true" : "false",
+        Interval interval => interval.Value.ToString(CultureInfo.InvariantCulture),
+        Enum choice => TrainKeys.SnakeCase(choice.ToString()),
+        _ => string.Format(CultureInfo.InvariantCulture, "{0}", value),
+    };
+}

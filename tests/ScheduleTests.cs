@@ -1,0 +1,61 @@
+using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Train;
+using NUnit.Framework;
+
+namespace MiniCpmNative.Tests;
+
+public sealed class ScheduleTests
+{
+    [Test]
+    public void EqualsTransformersAndDeepSpeedAtEveryStep()
+    {
+        var file = ReferenceFile.Open("ops/schedules");
+        Assert.That(file.Cases, Is.Not.Empty);
+        foreach (var reference in file.Cases)
+        {
+            var p = reference.Params;
+            bool deepSpeed = p.GetProperty("name").GetString() == "WarmupLR";
+            var schedule = deepSpeed
+                ? new Schedule(
+                    LrSchedule.WarmupLr, p.GetProperty("warmup_max_lr").GetDouble(),
+                    p.GetProperty("warmup_num_steps").GetInt32(), 0,
+                    new ScheduleOptions
+                    {
+                        WarmupMinLr = p.GetProperty("warmup_min_lr").GetDouble(),
+                        WarmupType = Enum.Parse<WarmupCurve>(
+                            p.GetProperty("warmup_type").GetString()!, ignoreCase: true),
+                    })
+                : new Schedule(
+                    Enum.Parse<LrSchedule>(
+                        p.GetProperty("name").GetString()!.Replace("_", ""), ignoreCase: true),
+                    p.GetProperty("base_lr").GetDouble(), p.GetProperty("warmup").GetInt32(),
+                    p.GetProperty("total").GetInt32(), Options(p.GetProperty("kwargs")));
+            double[] expected = reference.Doubles("lr");
+            // Old DeepSpeed releases left the rate of the very first step unset; from then on equal.
+            bool old = deepSpeed && p.GetProperty("variant").GetString() == "old";
+            for (int step = old ? 1 : 0; step < expected.Length; step++)
+            {
+                Assert.That(schedule.At(step), Is.EqualTo(expected[step]).Within(1e-15).Percent,
+                    $"{reference.Name} {schedule} step {step}");
+            }
+        }
+    }
+
+    private static ScheduleOptions Options(System.Text.Json.JsonElement kwargs)
+    {
+        var options = new ScheduleOptions();
+        foreach (var option in kwargs.EnumerateObject())
+        {
+            double value = option.Value.GetDouble();
+            options = option.Name switch
+            {
+                "num_cycles" => options with { NumCycles = value },
+                "power" => options with { Power = value },
+                "lr_end" => options with { LrEnd = value },
+                _ => throw new InvalidDataException(option.Name),
+            };
+        }
+
+        return options;
+    }
+}
