@@ -1,2 +1,11 @@
-Console.Error.WriteLine("bench: no command given");
-return 2;
+using MiniCpmNative.Bench;
+
+switch (args)
+{
+    case ["tokenizer", .. var rest]:
+        TokenizerBench.Run(rest);
+        return 0;
+    default:
+        Console.Error.WriteLine("bench: expected a benchmark: tokenizer");
+        return 2;
+}

@@ -1,0 +1,138 @@
+using System.Collections.Concurrent;
+using System.Runtime.InteropServices;
+using System.Text;
+
+namespace MiniCpmNative.Engine.Data.Text;
+
+/// <summary>
+/// Byte-level BPE (GPT-2, Llama 3, Qwen): NFC where the file says so, a split into words, byte pairs
+/// merged inside each. The vocabulary writes bytes as printable characters: the printable ones of
+/// Latin-1 as themselves, the others from U+0100 on.
+/// </summary>
+internal sealed class ByteLevelTokenizer : Tokenizer
+{
+    private static readonly char[] s_charOfByte = CharOfByte();
+
+    private readonly BytePairs _pairs;
+    private readonly Splitter[] _splitters;
+    private readonly bool _normalizes, _prefixSpace, _ignoreMerges;
+    private readonly byte[] _bytes;
+    private readonly int[] _ends;
+    private readonly ConcurrentBag<Scratch> _idle = [];
+
+    // One for each thread at work; kept for the next.
+    private sealed class Scratch(int levels)
+    {
+        public readonly BytePairs.Scratch Pairs = new();
+        public readonly List<int>[] Ends = [.. Enumerable.Range(0, levels).Select(_ => new List<int>())];
+    }
+
+    public ByteLevelTokenizer(TokenizerFile file, TokenizerConfig? config, string path)
+        : base(file, config, path)
+    {
+        var single = new int[256];
+        for (int b = 0; b < 256; b++)
+            single[b] = Vocabulary.GetValueOrDefault(s_charOfByte[b].ToString(), -1);
+        _pairs = new BytePairs(single, file.Merges);
+        _splitters = [.. file.Splitters];
+        _normalizes = file.Normalizes;
+        _ignoreMerges = file.IgnoreMerges;
+        _prefixSpace = file.OnlyByteLevel && config is not null ? config.PrefixSpace : file.PrefixSpace;
+        (_bytes, _ends) = TokenBytes();
+    }
+
+    private protected override ReadOnlySpan<char> Normalize(ReadOnlySpan<char> text) =>
+        _normalizes ? Nfc.Normalize(text) : text;
+
+    private protected override void EncodePiece(ReadOnlySpan<char> piece, List<int> ids)
+    {
+        if (!_idle.TryTake(out var scratch)) scratch = new Scratch(_splitters.Length);
+        if (_prefixSpace && piece[0] != ' ') piece = string.Concat(" ", piece);
+        Split(piece, 0, scratch, ids);
+        _idle.Add(scratch);
+    }
+
+    private void Split(ReadOnlySpan<char> text, int level, Scratch scratch, List<int> ids)
+    {
+        if (level == _splitters.Length)
+        {
+            if (!_ignoreMerges || !Whole(text, ids)) _pairs.Encode(text, scratch.Pairs, ids);
+            return;
+        }
+        var ends = scratch.Ends[level];
+        ends.Clear();
+        _splitters[level].Cut(text, ends);
+        int start = 0;
+        foreach (int end in CollectionsMarshal.AsSpan(ends))
+        {
+            Split(text[start..end], level + 1, scratch, ids);
+            start = end;
+        }
+        if (ends.Capacity > MaxKept) scratch.Ends[level] = [];
+    }
+
+    private const int MaxKept = 1 << 16;
+
+    // ignore_merges: a word that the vocabulary holds is one token, whatever merges could reach.
+    private bool Whole(ReadOnlySpan<char> word, List<int> ids)
+    {
+        Span<byte> bytes = stackalloc byte[256];
+        Span<char> name = stackalloc char[256];
+        if (!Encoding.UTF8.TryGetBytes(word, bytes, out int count)) return false;
+        for (int i = 0; i < count; i++) name[i] = s_charOfByte[bytes[i]];
+        if (!Vocabulary.GetAlternateLookup<ReadOnlySpan<char>>()
+            .TryGetValue(name[..count], out int id)) return false;
+        ids.Add(id);
+        return true;
+    }
+
+    private protected override string DecodeTokens(ReadOnlySpan<int> ids)
+    {
+        int length = 0;
+        foreach (int id in ids) length += Bytes(id).Length;
+        var bytes = new byte[length];
+        var rest = bytes.AsSpan();
+        foreach (int id in ids)
+        {
+            var token = Bytes(id);
+            token.CopyTo(rest);
+            rest = rest[token.Length..];
+        }
+        return Encoding.UTF8.GetString(bytes);
+    }
+
+    private ReadOnlySpan<byte> Bytes(int id) => id < 0 || id >= _ends.Length ? []
+        : _bytes.AsSpan((id == 0 ? 0 : _ends[id - 1]).._ends[id]);
+
+    private (byte[] Bytes, int[] Ends) TokenBytes()
+    {
+        var names = new string?[Size];
+        foreach (var (name, id) in Vocabulary) names[id] = name;
+        foreach (var token in Added) names[token.Id] = token.Content;
+        var byteOfChar = new Dictionary<char, byte>();
+        for (int b = 0; b < 256; b++) byteOfChar[s_charOfByte[b]] = (byte)b;
+        using var all = new MemoryStream();
+        var ends = new int[Size];
+        for (int id = 0; id < Size; id++)
+        {
+            // A name with any other character, as only added tokens have, stands for itself.
+            string name = names[id] ?? "";
+            if (name.All(byteOfChar.ContainsKey))
+                foreach (char c in name) all.WriteByte(byteOfChar[c]);
+            else
+                all.Write(Encoding.UTF8.GetBytes(name));
+            ends[id] = (int)all.Length;
+        }
+        return (all.ToArray(), ends);
+    }
+
+    private static char[] CharOfByte()
+    {
+        var map = new char[256];
+        int next = 0x100;
+        for (int b = 0; b < 256; b++)
+            map[b] = b is (>= '!' and <= '~') or (>= 0xA1 and <= 0xAC) or (>= 0xAE and <= 0xFF)
+                ? (char)b : (char)next++;
+        return map;
+    }
+}

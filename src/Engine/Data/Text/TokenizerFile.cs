@@ -1,0 +1,255 @@
+using System.Text;
+using System.Text.Json;
+
+namespace MiniCpmNative.Engine.Data.Text;
+
+/// <summary>
+/// tokenizer.json of a byte-level BPE model, read strictly: every part that would change the ids is
+/// either understood or refused by name. The vocabulary and the merges, nearly all of the file, are
+/// read without a document tree.
+/// </summary>
+internal sealed class TokenizerFile
+{
+    private readonly string _path;
+
+    public Dictionary<string, int> Vocabulary { get; } = new(StringComparer.Ordinal);
+    public List<(int Left, int Right, int Merged)> Merges { get; } = [];
+    public List<AddedToken> Added { get; } = [];
+    public List<Splitter> Splitters { get; } = [];
+    public List<int> Prefix { get; } = [];
+    public List<int> Suffix { get; } = [];
+    public bool Normalizes { get; private set; }
+    public bool PrefixSpace { get; private set; }
+
+    /// <summary>The pre_tokenizer is ByteLevel alone; transformers then decides add_prefix_space.</summary>
+    public bool OnlyByteLevel { get; private set; }
+
+    public bool IgnoreMerges { get; private set; }
+
+    /// <exception cref="InputException">Not JSON, or not a byte-level BPE tokenizer.</exception>
+    public TokenizerFile(ReadOnlyMemory<byte> json, string path)
+    {
+        _path = path;
+        var top = JsonText.Members(json, path, "");
+        if (!top.TryGetValue("model", out var modelJson))
+            throw Bad("has no \"model\"; expected a Hugging Face tokenizer.json");
+        var model = JsonText.Members(modelJson, path, "model");
+        Model(Rest(model, "vocab", "merges"));
+        if (!model.TryGetValue("vocab", out var vocabulary)) throw Bad("model has no \"vocab\"");
+        if (!model.TryGetValue("merges", out var merges)) throw Bad("model has no \"merges\"");
+        int limit = IdLimit(json.Length);
+        ReadVocabulary(vocabulary.Span, limit);
+        ReadMerges(merges.Span);
+        ReadAdded(Part(top, "added_tokens"), limit);
+        Normalizer(Part(top, "normalizer"));
+        PreTokenizer(Part(top, "pre_tokenizer"));
+        PostProcessor(Part(top, "post_processor"));
+        Decoder(Part(top, "decoder"));
+    }
+
+    /// <summary>Ids stay below this, so that tables by id take no more than the file could fill.</summary>
+    public static int IdLimit(int fileLength) => Math.Max(1 << 20, fileLength);
+
+    private InputException Bad(string what, Exception? inner = null) => new($"{_path}: {what}", inner);
+
+    private JsonElement Part(Dictionary<string, ReadOnlyMemory<byte>> top, string name) =>
+        top.TryGetValue(name, out var json) ? JsonText.Parse(json, _path, name) : default;
+
+    private Dictionary<string, JsonElement> Rest(
+        Dictionary<string, ReadOnlyMemory<byte>> model, params string[] without) =>
+        model.Where(pair => !without.Contains(pair.Key))
+            .ToDictionary(pair => pair.Key, pair => JsonText.Parse(pair.Value, _path, pair.Key));
+
+    private void Model(Dictionary<string, JsonElement> model)
+    {
+        string? type = model.TryGetValue("type", out var t) ? t.Text() : "BPE";
+        if (type != "BPE")
+            throw Bad($"model type is {Messages.Quote(type ?? "")}, expected \"BPE\" (byte-level)");
+        if (model.TryGetValue("byte_fallback", out var fallback) && fallback.IsTrue())
+            throw Bad("is a SentencePiece BPE (byte_fallback), which is not supported yet; "
+                + "expected byte-level BPE");
+        if (model.TryGetValue("dropout", out var dropout)
+            && dropout.ValueKind == JsonValueKind.Number && dropout.GetDouble() != 0)
+            throw Bad("model has BPE dropout, which would make ids random; set it to null");
+        foreach (string name in (string[])["continuing_subword_prefix", "end_of_word_suffix"])
+            if (model.TryGetValue(name, out var affix) && affix.Text() is { Length: > 0 } text)
+                throw Bad($"model has {name} {Messages.Quote(text)}, "
+                    + "which byte-level BPE does not use");
+        IgnoreMerges = model.TryGetValue("ignore_merges", out var ignore) && ignore.IsTrue();
+    }
+
+    private void ReadVocabulary(ReadOnlySpan<byte> json, int limit)
+    {
+        var reader = new Utf8JsonReader(json);
+        if (!reader.Read() || reader.TokenType != JsonTokenType.StartObject)
+            throw Bad("model.vocab is not an object of token and id");
+        while (reader.Read() && reader.TokenType == JsonTokenType.PropertyName)
+        {
+            string token = JsonText.String(ref reader, _path, "model.vocab");
+            reader.Read();
+            if (reader.TokenType != JsonTokenType.Number || !reader.TryGetInt32(out int id)
+                || id < 0 || id >= limit)
+                throw Bad($"model.vocab {Messages.Quote(token)}: the id is not a whole number "
+                    + $"from 0 to {limit - 1}");
+            Vocabulary[token] = id;
+        }
+    }
+
+    private void ReadMerges(ReadOnlySpan<byte> json)
+    {
+        var lookup = Vocabulary.GetAlternateLookup<ReadOnlySpan<char>>();
+        var reader = new Utf8JsonReader(json);
+        if (!reader.Read() || reader.TokenType != JsonTokenType.StartArray)
+            throw Bad("model.merges is not a list");
+        while (reader.Read() && reader.TokenType != JsonTokenType.EndArray)
+        {
+            string left, right;
+            if (reader.TokenType == JsonTokenType.String)
+            {
+                string both = JsonText.String(ref reader, _path, "model.merges");
+                int space = both.IndexOf(' ');
+                if (space < 0 || both.IndexOf(' ', space + 1) >= 0) throw BadMerge();
+                (left, right) = (both[..space], both[(space + 1)..]);
+            }
+            else
+            {
+                if (reader.TokenType != JsonTokenType.StartArray) throw BadMerge();
+                left = Item(ref reader);
+                right = Item(ref reader);
+                if (!reader.Read() || reader.TokenType != JsonTokenType.EndArray) throw BadMerge();
+            }
+            Merges.Add((Id(lookup, left), Id(lookup, right), Id(lookup, left + right)));
+        }
+    }
+
+    private InputException BadMerge() =>
+        Bad($"model.merges entry {Merges.Count + 1} is not a pair, expected \"a b\" or "
+            + "[\"a\", \"b\"]");
+
+    private string Item(ref Utf8JsonReader reader)
+    {
+        if (!reader.Read() || reader.TokenType != JsonTokenType.String) throw BadMerge();
+        return JsonText.String(ref reader, _path, "model.merges");
+    }
+
+    private int Id(
+        Dictionary<string, int>.AlternateLookup<ReadOnlySpan<char>> lookup, ReadOnlySpan<char> token) =>
+        lookup.TryGetValue(token, out int id) ? id
+            : throw Bad($"model.merges entry {Merges.Count + 1}: "
+                + $"{Messages.Quote(token.ToString())} is not in the vocabulary");
+
+    private void ReadAdded(JsonElement list, int limit)
+    {
+        foreach (var item in list.Items())
+        {
+            if (item.Member("content").Text() is not { } content
+                || !item.Member("id").IsInt(out int id) || id < 0 || id >= limit)
+                throw Bad("added_tokens has an entry without content or a usable id");
+            if (Vocabulary.TryGetValue(content, out int other) && other != id)
+                throw Bad($"added token {Messages.Quote(content)} has id {id}, "
+                    + $"but {other} in the vocabulary");
+            Added.Add(AddedTokenOf(item, id, content, special: item.Member("special").IsTrue()));
+        }
+    }
+
+    /// <summary>The flags of an added token; normalized is by default the opposite of special.</summary>
+    public static AddedToken AddedTokenOf(JsonElement item, int id, string content, bool special) => new(
+        id, content, item.Member("single_word").IsTrue(), item.Member("lstrip").IsTrue(),
+        item.Member("rstrip").IsTrue(),
+        item.Member("normalized") is { ValueKind: JsonValueKind.True or JsonValueKind.False } n
+            ? n.IsTrue() : !special,
+        special);
+
+    private void Normalizer(JsonElement part)
+    {
+        if (part.IsNull()) return;
+        switch (part.Member("type").Text())
+        {
+            case "NFC":
+                Normalizes = true;
+                break;
+            case "Sequence":
+                foreach (var item in part.Member("normalizers").Items()) Normalizer(item);
+                break;
+            case var other:
+                throw Bad($"normalizer {Messages.Quote(other ?? "")} is not supported; "
+                    + "byte-level BPE uses NFC or none");
+        }
+    }
+
+    private void PreTokenizer(JsonElement part)
+    {
+        JsonElement[] parts = part.Member("type").Text() == "Sequence"
+            ? [.. part.Member("pretokenizers").Items()] : [part];
+        OnlyByteLevel = part.Member("type").Text() == "ByteLevel";
+        foreach (var item in parts[..^1]) Splitters.Add(Split(item));
+        if (parts[^1].Member("type").Text() != "ByteLevel")
+            throw Bad("pre_tokenizer does not end in \"ByteLevel\": only byte-level BPE is supported, "
+                + "SentencePiece is not supported yet");
+        PrefixSpace = parts[^1].Member("add_prefix_space").ValueKind != JsonValueKind.False;
+        if (parts[^1].Member("use_regex").ValueKind != JsonValueKind.False)
+            Splitters.Add(new Gpt2Splitter());
+        if (PrefixSpace && parts.Length > 1)
+            throw Bad("pre_tokenizer: add_prefix_space after a split is not supported");
+    }
+
+    private Splitter Split(JsonElement item)
+    {
+        string? type = item.Member("type").Text();
+        if (type != "Split")
+            throw Bad($"pre_tokenizer {Messages.Quote(type ?? "")} is not supported, "
+                + "expected \"Split\"");
+        string? behavior = item.Member("behavior").Text();
+        if (behavior != "Isolated" || item.Member("invert").IsTrue())
+            throw Bad($"pre_tokenizer Split has behavior {Messages.Quote(behavior ?? "")} (or invert), "
+                + "expected \"Isolated\"");
+        var pattern = item.Member("pattern");
+        if (pattern.Member("Regex").Text() is { } regex) return Splitter.For(regex, _path);
+        throw Bad("pre_tokenizer Split has no pattern of kind Regex");
+    }
+
+    private void PostProcessor(JsonElement part)
+    {
+        if (part.IsNull()) return;
+        string? type = part.Member("type").Text();
+        if (type == "Sequence")
+            foreach (var item in part.Member("processors").Items()) PostProcessor(item);
+        else if (type == "TemplateProcessing")
+            Template(part);
+        else if (type != "ByteLevel")
+            throw Bad($"post_processor {Messages.Quote(type ?? "")} is not supported");
+    }
+
+    private void Template(JsonElement part)
+    {
+        bool behind = false;
+        foreach (var item in part.Member("single").Items())
+        {
+            if (item.Member("Sequence").ValueKind == JsonValueKind.Object)
+            {
+                behind = true;
+                continue;
+            }
+            string? name = item.Member("SpecialToken").Member("id").Text();
+            var ids = part.Member("special_tokens").Member(name ?? "").Member("ids");
+            if (ids.ValueKind != JsonValueKind.Array)
+                throw Bad($"post_processor: special token {Messages.Quote(name ?? "")} has no ids");
+            foreach (var id in ids.Items())
+                (behind ? Suffix : Prefix).Add(id.IsInt(out int value) && IsKnown(value) ? value
+                    : throw Bad($"post_processor: special token {Messages.Quote(name ?? "")} "
+                        + "has an id that no token has"));
+        }
+    }
+
+    private bool IsKnown(int id) =>
+        Added.Any(token => token.Id == id) || Vocabulary.ContainsValue(id);
+
+    private void Decoder(JsonElement part)
+    {
+        string? type = part.Member("type").Text();
+        if (type == "Sequence" && part.Member("decoders").Items().ToArray() is [var only])
+            type = only.Member("type").Text();
+        if (type != "ByteLevel")
+            throw Bad($"decoder \"{type ?? "null"}\" is not supported, expected \"ByteLevel\"");
+    }
+}
