@@ -1,0 +1,151 @@
+using System.Numerics;
+using System.Runtime.Intrinsics;
+
+namespace MiniCpmNative.Kernels.Cpu;
+
+/// <summary>
+/// Attention without a score matrix: o = softmax(scale * q k^T + mask) v, tiled over keys with a running
+/// maximum and sum (Milakov and Gimelshein 2018; Dao et al. 2022), and its gradients from lse.
+/// A query that sees no key gets o = 0, lse = -infinity and no gradient.
+///
+/// Forward and dq work on blocks of queries, dk and dv on blocks of keys, so every output element has
+/// one owner that sums in a fixed order: the result does not depend on the number of threads. The price
+/// is that backward recomputes q k^T and dO v^T twice: 7 products instead of 5, without partial sums in
+/// memory. A block's lanes are (query, head of the group) pairs, so that grouped heads share key reads.
+/// Causal attention visits only the tiles below the diagonal.
+/// </summary>
+public static unsafe class FlashAttention
+{
+    /// <summary>Bytes of scratch that a call on this many threads needs.</summary>
+    public static long ScratchBytes<T>(int headDim, int threads)
+        where T : unmanaged, IBinaryFloatingPointIeee754<T>
+    {
+        int width = Vector512.IsHardwareAccelerated
+            ? FlashAttention<Lanes512<T>, Vector512<T>, T>.Width
+            : FlashAttention<Lanes256<T>, Vector256<T>, T>.Width;
+        return AttentionScratch<T>.Bytes(headDim, width) * threads;
+    }
+
+    /// <summary>Computes o and lse.</summary>
+    /// <exception cref="ShapeException">Sizes, strides, sequence starts or scale make no sense.</exception>
+    public static void Forward<T>(Workers workers, in AttentionArguments<T> arguments)
+        where T : unmanaged, IBinaryFloatingPointIeee754<T>
+    {
+        if (Vector512.IsHardwareAccelerated)
+            Forward<Lanes512<T>, Vector512<T>, T>(workers, arguments);
+        else
+            Forward<Lanes256<T>, Vector256<T>, T>(workers, arguments);
+    }
+
+    /// <summary>Computes the gradients asked for from q, k, v, o, lse and dO.</summary>
+    /// <exception cref="ShapeException">Sizes, strides, sequence starts or scale make no sense.</exception>
+    public static void Backward<T>(
+        Workers workers, in AttentionArguments<T> arguments, in AttentionGradients<T> gradients)
+        where T : unmanaged, IBinaryFloatingPointIeee754<T>
+    {
+        if (Vector512.IsHardwareAccelerated)
+            Backward<Lanes512<T>, Vector512<T>, T>(workers, arguments, gradients);
+        else
+            Backward<Lanes256<T>, Vector256<T>, T>(workers, arguments, gradients);
+    }
+
+    internal static void Forward<TLanes, TVector, T>(Workers workers, in AttentionArguments<T> a)
+        where TLanes : struct, ILanes<TVector, T>
+        where TVector : struct
+        where T : unmanaged, IBinaryFloatingPointIeee754<T>
+    {
+        Check(a);
+        RequireRow("o", a.OStride, (long)a.Heads * a.HeadDim);
+        int blocks = QueryBlocks(a, FlashAttention<TLanes, TVector, T>.Width);
+        workers.For(blocks, new FlashAttention<TLanes, TVector, T>.ForwardBody { Arguments = a });
+    }
+
+    internal static void Backward<TLanes, TVector, T>(
+        Workers workers, in AttentionArguments<T> a, in AttentionGradients<T> g)
+        where TLanes : struct, ILanes<TVector, T>
+        where TVector : struct
+        where T : unmanaged, IBinaryFloatingPointIeee754<T>
+    {
+        Check(a);
+        long row = (long)a.Heads * a.HeadDim, keyRow = (long)a.KvHeads * a.HeadDim;
+        RequireRow("o", a.OStride, row);
+        RequireRow("do", g.DOStride, row);
+        int width = FlashAttention<TLanes, TVector, T>.Width;
+        if (g.DQ.Data is not null)
+        {
+            RequireRow("dq", g.DQ.Stride, row);
+            var body = new FlashAttention<TLanes, TVector, T>.QueryGradients { Arguments = a, Gradients = g };
+            workers.For(QueryBlocks(a, width), body);
+        }
+
+        if (g.DK.Data is not null) RequireRow("dk", g.DK.Stride, keyRow);
+        if (g.DV.Data is not null) RequireRow("dv", g.DV.Stride, keyRow);
+        if (g.DK.Data is not null || g.DV.Data is not null)
+        {
+            var body = new FlashAttention<TLanes, TVector, T>.KeyGradients { Arguments = a, Gradients = g };
+            workers.For(KeyBlocks(a, width), body);
+        }
+    }
+
+    /// <summary>Blocks of up to width (query, head of the group) pairs over all sequences and key heads.</summary>
+    private static int QueryBlocks<T>(in AttentionArguments<T> a, int width)
+        where T : unmanaged, IBinaryFloatingPointIeee754<T>
+    {
+        long blocks = 0;
+        for (int s = 0; s < a.Sequences; s++)
+            blocks += AttentionBlock.OfQueries(a, s, width) * (long)a.KvHeads;
+        return checked((int)blocks);
+    }
+
+    private static int KeyBlocks<T>(in AttentionArguments<T> a, int width)
+        where T : unmanaged, IBinaryFloatingPointIeee754<T>
+    {
+        long blocks = 0;
+        for (int s = 0; s < a.Sequences; s++)
+            blocks += AttentionBlock.OfKeys(a, s, width) * (long)a.KvHeads;
+        return checked((int)blocks);
+    }
+
+    private static void Check<T>(in AttentionArguments<T> a)
+        where T : unmanaged, IBinaryFloatingPointIeee754<T>
+    {
+        if (a.KvHeads < 1 || a.Heads < 1 || a.Heads % a.KvHeads != 0)
+        {
+            throw new ShapeException(
+                $"attention: {a.Heads} query heads are not a multiple of {a.KvHeads} key heads");
+        }
+
+        if (a.HeadDim < 1)
+            throw new ShapeException($"attention: head dimension is {a.HeadDim}, expected 1 or more");
+        if (!(a.Scale > T.Zero) || T.IsInfinity(a.Scale))
+            throw new ShapeException($"attention: scale is {a.Scale}, expected a number above 0");
+        RequireRow("q", a.QStride, (long)a.Heads * a.HeadDim);
+        RequireRow("k", a.KStride, (long)a.KvHeads * a.HeadDim);
+        RequireRow("v", a.VStride, (long)a.KvHeads * a.HeadDim);
+        RequireRising("cu_seqlens_q", a.CuSeqlensQ, a.Sequences);
+        RequireRising("cu_seqlens_k", a.CuSeqlensK, a.Sequences);
+    }
+
+    private static void RequireRow(string name, nint stride, long row)
+    {
+        if (stride < row)
+        {
+            throw new ShapeException(
+                $"attention: {name} has {stride} elements between tokens, expected {row} or more");
+        }
+    }
+
+    private static void RequireRising(string name, int* starts, int sequences)
+    {
+        if (sequences > 0 && starts[0] < 0)
+            throw new ShapeException($"attention: {name}[0] is {starts[0]}, expected 0 or more");
+        for (int s = 0; s < sequences; s++)
+        {
+            if (starts[s + 1] < starts[s])
+            {
+                throw new ShapeException(
+                    $"attention: {name}[{s + 1}] is {starts[s + 1]}, expected {starts[s]} or more");
+            }
+        }
+    }
+}
