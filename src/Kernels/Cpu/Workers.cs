@@ -1,3 +1,4 @@
+using System.Diagnostics;
 using System.Runtime.CompilerServices;
 
 namespace MiniCpmNative.Kernels.Cpu;
@@ -13,12 +14,17 @@ public interface IRangeBody
 /// The threads of the CPU device. A range is cut into chunks which the threads, the caller among them,
 /// take in turn from a counter. Which thread runs a chunk varies from run to run, so results must not
 /// depend on it: a body writes only what its items own, and sums over items happen in a fixed order
-/// afterwards. Nested calls run on the calling thread. Waiting spins shortly, then sleeps.
+/// afterwards. Nested calls run on the calling thread, under its worker number.
+///
+/// A thread without work spins for some tens of microseconds, the time between two operations of a
+/// step, and then sleeps. Posting to a spinning thread costs one atomic exchange. A thread that has not
+/// begun when the caller runs out of chunks is told to stay away, so a slow wake-up delays nobody.
 /// </summary>
 public sealed unsafe class Workers : IDisposable
 {
-    private readonly Thread[] _threads;
-    private readonly SemaphoreSlim _wake = new(0);
+    private static readonly long s_spinTicks = Stopwatch.Frequency / 20_000;
+
+    private readonly Slot[] _slots;
     private readonly ManualResetEventSlim _done = new(false);
     private readonly Lock _turn = new();
     private delegate*<void*, int, int, int, void> _run;
@@ -27,7 +33,7 @@ public sealed unsafe class Workers : IDisposable
     private Exception? _failure;
     private volatile bool _stop;
 
-    // Number of the worker that this thread is, plus one; 0 outside: nested calls run in place.
+    // One above the worker number of the body that runs on this thread; 0 outside of any.
     [ThreadStatic]
     private static int t_inside;
 
@@ -35,14 +41,26 @@ public sealed unsafe class Workers : IDisposable
     public Workers(int? threads = null)
     {
         Count = Math.Max(1, threads ?? Environment.ProcessorCount);
-        _threads = new Thread[Count - 1];
-        for (int i = 0; i < _threads.Length; i++)
+        _slots = new Slot[Count - 1];
+        for (int i = 0; i < _slots.Length; i++)
         {
             int worker = i + 1;
-            _threads[i] = new Thread(() => Loop(worker)) { IsBackground = true, Name = $"cpu-{worker}" };
-            _threads[i].Start();
+            var slot = _slots[i] = new Slot();
+            slot.Thread = new Thread(() => Loop(slot, worker)) { IsBackground = true, Name = $"cpu-{worker}" };
+            slot.Thread.Start();
         }
     }
+
+    private enum State
+    {
+        Spinning,
+        Sleeping,
+        Posted,
+        Running,
+    }
+
+    /// <summary>Worker number of the body that runs on this thread, or -1 outside of any.</summary>
+    public static int Current => t_inside - 1;
 
     /// <summary>Threads at work, the caller's among them; worker numbers are below it.</summary>
     public int Count { get; }
@@ -52,62 +70,95 @@ public sealed unsafe class Workers : IDisposable
         where TBody : unmanaged, IRangeBody
     {
         if (count <= 0) return;
-        int chunk = Math.Max(minChunk, (count + (Count * 4) - 1) / (Count * 4));
-        if (Count == 1 || chunk >= count || t_inside > 0)
+        if (t_inside != 0)
         {
-            body.Run(0, count, Math.Max(0, t_inside - 1));
+            body.Run(0, count, Current);
             return;
         }
 
         lock (_turn)
         {
             t_inside = 1;
-            _run = &Invoke<TBody>;
-            _body = &body;
-            _count = count;
-            _chunk = chunk;
-            _next = 0;
-            _failure = null;
-            int helpers = Math.Min(_threads.Length, ((count + chunk - 1) / chunk) - 1);
-            Volatile.Write(ref _busy, helpers);
-            _done.Reset();
-            _wake.Release(helpers);
             try
             {
-                Work(0);
+                int chunk = Math.Max(minChunk, (count + (Count * 4) - 1) / (Count * 4));
+                if (Count == 1 || chunk >= count) body.Run(0, count, 0);
+                else Share(count, chunk, &body, &Invoke<TBody>);
             }
             finally
             {
-                var spin = new SpinWait();
-                while (Volatile.Read(ref _busy) > 0)
-                {
-                    if (!spin.NextSpinWillYield) spin.SpinOnce();
-                    else _done.Wait();
-                }
-
                 t_inside = 0;
             }
-
-            if (_failure is { } failure)
-                throw new InvalidOperationException(failure.Message, failure);
         }
     }
 
     public void Dispose()
     {
         _stop = true;
-        if (_threads.Length > 0) _wake.Release(_threads.Length);
-        foreach (var thread in _threads) thread.Join();
-        _wake.Dispose();
+        foreach (var slot in _slots)
+        {
+            Post(slot);
+            slot.Thread!.Join();
+            slot.Wake.Dispose();
+        }
+
         _done.Dispose();
     }
 
-    private void Loop(int worker)
+    private static void Post(Slot slot)
+    {
+        if (Interlocked.Exchange(ref slot.State, State.Posted) == State.Sleeping) slot.Wake.Release();
+    }
+
+    private static void Invoke<TBody>(void* body, int begin, int end, int worker)
+        where TBody : unmanaged, IRangeBody => Unsafe.AsRef<TBody>(body).Run(begin, end, worker);
+
+    private void Share(int count, int chunk, void* body, delegate*<void*, int, int, int, void> run)
+    {
+        _run = run;
+        _body = body;
+        _count = count;
+        _chunk = chunk;
+        _next = 0;
+        _failure = null;
+        int helpers = Math.Min(_slots.Length, ((count + chunk - 1) / chunk) - 1);
+        Volatile.Write(ref _busy, helpers);
+        _done.Reset();
+        for (int i = 0; i < helpers; i++) Post(_slots[i]);
+        try
+        {
+            Work(0);
+        }
+        finally
+        {
+            // Nobody may touch this frame's body after it returns, not even when Work has thrown.
+            Volatile.Write(ref _next, count);
+            for (int i = 0; i < helpers; i++)
+            {
+                if (Interlocked.CompareExchange(ref _slots[i].State, State.Spinning, State.Posted)
+                    == State.Posted)
+                {
+                    Interlocked.Decrement(ref _busy);
+                }
+            }
+
+            long end = Stopwatch.GetTimestamp() + s_spinTicks;
+            while (Volatile.Read(ref _busy) > 0)
+            {
+                if (Stopwatch.GetTimestamp() < end) Thread.SpinWait(8);
+                else _done.Wait();
+            }
+        }
+
+        if (_failure is { } failure) throw new InvalidOperationException(failure.Message, failure);
+    }
+
+    private void Loop(Slot slot, int worker)
     {
         t_inside = worker + 1;
-        while (true)
+        while (!_stop)
         {
-            _wake.Wait();
+            if (!Await(slot)) continue;
             if (_stop) return;
             try
             {
@@ -118,8 +169,27 @@ public sealed unsafe class Workers : IDisposable
                 _failure = failure;
             }
 
+            slot.State = State.Spinning;
             if (Interlocked.Decrement(ref _busy) == 0) _done.Set();
         }
+    }
+
+    /// <summary>Waits until something is posted; false when it was taken back before this thread began.</summary>
+    private static bool Await(Slot slot)
+    {
+        long end = Stopwatch.GetTimestamp() + s_spinTicks;
+        while (slot.State != State.Posted)
+        {
+            Thread.SpinWait(8);
+            if (Stopwatch.GetTimestamp() < end) continue;
+            if (Interlocked.CompareExchange(ref slot.State, State.Sleeping, State.Spinning)
+                == State.Spinning)
+            {
+                slot.Wake.Wait();
+            }
+        }
+
+        return Interlocked.CompareExchange(ref slot.State, State.Running, State.Posted) == State.Posted;
     }
 
     private void Work(int worker)
@@ -132,6 +202,10 @@ public sealed unsafe class Workers : IDisposable
         }
     }
 
-    private static void Invoke<TBody>(void* body, int begin, int end, int worker)
-        where TBody : unmanaged, IRangeBody => Unsafe.AsRef<TBody>(body).Run(begin, end, worker);
+    private sealed class Slot
+    {
+        public readonly SemaphoreSlim Wake = new(0);
+        public volatile State State;
+        public Thread? Thread;
+    }
 }

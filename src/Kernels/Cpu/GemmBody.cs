@@ -1,0 +1,230 @@
+using System.Numerics;
+using System.Runtime.CompilerServices;
+
+namespace MiniCpmNative.Kernels.Cpu;
+
+/// <summary>Packs panels of A, then columns of B where the whole of B is shared.</summary>
+internal unsafe struct GemmPackBody<T, V, I> : IRangeBody
+    where T : unmanaged, IBinaryFloatingPointIeee754<T>
+    where V : unmanaged
+    where I : ISimd<T, V>
+{
+    public GemmPlan<T>* Plan;
+
+    /// <summary>Panels of A; the items after them are panels of B.</summary>
+    public int LeftPanels;
+
+    public readonly void Run(int begin, int end, int worker)
+    {
+        for (int item = begin; item < end; item++)
+        {
+            if (item < LeftPanels) Left(item);
+            else Right(item - LeftPanels);
+        }
+    }
+
+    private readonly void Left(int panel)
+    {
+        int row = panel * I.TileRows;
+        T* a = Plan->A + ((Plan->M0 + row) * Plan->ARow) + (Plan->K0 * Plan->ACol);
+        T* to = Plan->PackedA + (panel * Plan->PanelStride);
+        int rows = Math.Min(I.TileRows, Plan->MCount - row);
+        bool wide = Plan->MCount - row >= GemmPlan<T>.LeftPad;
+        GemmPack<T, V, I>.Left(a, Plan->ARow, Plan->ACol, rows, Plan->KCount, to, wide);
+    }
+
+    private readonly void Right(int panel)
+    {
+        int n = panel * PackedMatrix.PanelRows;
+        int cols = Math.Min(PackedMatrix.PanelRows, Plan->N - n);
+        GemmPack<T, V, I>.Right(*Plan, n, cols, 0, Plan->K, Plan->SharedB + ((nint)n * Plan->K));
+    }
+}
+
+/// <summary>Computes blocks of C: MBlock rows by NBlock columns, all of K0 .. K0 + KCount.</summary>
+internal unsafe struct GemmBody<T, V, I> : IRangeBody
+    where T : unmanaged, IBinaryFloatingPointIeee754<T>
+    where V : unmanaged
+    where I : ISimd<T, V>
+{
+    private const int Panel = PackedMatrix.PanelRows;
+
+    public GemmPlan<T>* Plan;
+
+    public readonly void Run(int begin, int end, int worker)
+    {
+        T* scratch = Plan->Scratch + (worker * Plan->ScratchStride);
+        for (int item = begin; item < end; item++)
+        {
+            int m = Plan->M0 + (item / Plan->ItemsN * Plan->MBlock);
+            int rows = Math.Min(Plan->MBlock, Plan->M0 + Plan->MCount - m);
+            int n = item % Plan->ItemsN * Plan->NBlock;
+            int cols = Math.Min(Plan->NBlock, Plan->N - n);
+            for (int k = Plan->K0; k < Plan->K0 + Plan->KCount; k += Plan->KBlock)
+            {
+                int depth = Math.Min(Plan->KBlock, Plan->K0 + Plan->KCount - k);
+                Block(m, rows, n, cols, k, depth, scratch);
+            }
+        }
+    }
+
+    private readonly void Block(int m, int rows, int n, int cols, int k, int depth, T* scratch)
+    {
+        T* b;
+        nint bStep = Panel, bPanel;
+        int whole = cols;
+        if (Plan->SharedB is not null)
+        {
+            bPanel = (nint)Plan->K * Panel;
+            b = Plan->SharedB + (n / Panel * bPanel) + ((nint)k * Panel);
+        }
+        else if (Plan->DirectB)
+        {
+            bool rowMajor = Plan->BLayout == RightLayout.Rows;
+            bPanel = rowMajor ? Panel : Plan->BStride;
+            bStep = rowMajor ? Plan->BStride : Panel;
+            b = (T*)Plan->B + (n / Panel * bPanel) + (k * bStep);
+            int surplus = cols % Panel;
+            if (bStep != Panel && surplus != 0)
+            {
+                // A tile reads whole vectors, which would leave the rows of B here: these few columns
+                // are packed after all.
+                whole = cols - surplus;
+                GemmPack<T, V, I>.Right(*Plan, n + whole, surplus, k, depth, scratch);
+            }
+        }
+        else
+        {
+            bPanel = (nint)depth * Panel;
+            b = scratch;
+            GemmPack<T, V, I>.Right(*Plan, n, cols, k, depth, b);
+        }
+
+        bool first = k == 0;
+        var to = new GemmOut<T>
+        {
+            Stride = Plan->CRow,
+            Alpha = Plan->Alpha,
+            Beta = first ? Plan->Beta : T.One,
+        };
+        int tile = I.TileRows;
+        for (int i = 0; i < rows; i += tile)
+        {
+            int tileRows = Math.Min(tile, rows - i);
+            int row = m + i;
+            for (int j = 0; j < cols; j += Panel)
+            {
+                int col = n + j;
+                T* right = j < whole ? b + (j / Panel * bPanel) : scratch;
+                nint rightStep = j < whole ? bStep : Panel;
+                to.C = Plan->C + (row * Plan->CRow) + (col * Plan->CCol);
+                to.Bias = first && Plan->Bias is not null ? Plan->Bias + col : null;
+                int width = Math.Min(Panel, cols - j);
+                if (Plan->PackedA is null)
+                {
+                    T* a = Plan->A + (row * Plan->ARow) + k;
+                    Columns<StridedLeft>(tileRows, width, depth, a, Plan->ARow, 1, right, rightStep, to);
+                }
+                else
+                {
+                    T* a = Plan->PackedA + ((row - Plan->M0) / tile * Plan->PanelStride)
+                        + ((nint)(k - Plan->K0) * tile);
+                    Columns<PackedLeft>(tileRows, width, depth, a, 1, tile, right, rightStep, to);
+                }
+            }
+        }
+    }
+
+    /// <summary>One panel of B, up to 32 columns, in tiles of two vectors or one.</summary>
+    private readonly void Columns<L>(
+        int rows, int cols, nint k, T* a, nint aRow, nint aStep, T* b, nint bStep, GemmOut<T> to)
+        where L : ILeft
+    {
+        int two = 2 * I.Width;
+        while (cols > 0)
+        {
+            int width = cols > I.Width ? two : I.Width;
+            if (cols >= width && Plan->CCol == 1)
+                Rows<L>(rows, width == two, k, a, aRow, aStep, b, bStep, to);
+            else
+                Edge<L>(rows, Math.Min(cols, width), k, a, aRow, aStep, b, bStep, to);
+            cols -= width;
+            b += width;
+            to.C += width * Plan->CCol;
+            if (to.Bias is not null) to.Bias += width;
+        }
+    }
+
+    /// <summary>Fewer columns than a tile has, or C transposed: through a tile on the stack.</summary>
+    [MethodImpl(MethodImplOptions.NoInlining)]
+    private readonly void Edge<L>(
+        int rows, int cols, nint k, T* a, nint aRow, nint aStep, T* b, nint bStep, GemmOut<T> to)
+        where L : ILeft
+    {
+        T* tile = stackalloc T[12 * 32];
+        int width = cols > I.Width ? 2 * I.Width : I.Width;
+        var part = new GemmOut<T> { C = tile, Stride = width, Alpha = T.One, Beta = T.Zero };
+        Rows<L>(rows, cols > I.Width, k, a, aRow, aStep, b, bStep, part);
+        for (int i = 0; i < rows; i++)
+        {
+            T* c = to.C + (i * to.Stride);
+            for (int j = 0; j < cols; j++, c += Plan->CCol)
+            {
+                T value = to.Bias is null ? T.Zero : to.Bias[j];
+                value = T.FusedMultiplyAdd(to.Alpha, tile[(i * width) + j], value);
+                if (to.Beta != T.Zero) value = T.FusedMultiplyAdd(to.Beta, *c, value);
+                *c = value;
+            }
+        }
+    }
+
+    private static void Rows<L>(
+        int rows, bool two, nint k, T* a, nint aRow, nint aStep, T* b, nint bStep, GemmOut<T> to)
+        where L : ILeft
+    {
+        while (rows > 0)
+        {
+            int done;
+            if (rows >= 12 && I.TileRows >= 12)
+            {
+                done = 12;
+                if (two) GemmTile<T, V, I, Rows12, L>.Two(k, a, aRow, aStep, b, bStep, to);
+                else GemmTile<T, V, I, Rows12, L>.One(k, a, aRow, aStep, b, bStep, to);
+            }
+            else if (rows >= 8 && I.TileRows >= 8)
+            {
+                done = 8;
+                if (two) GemmTile<T, V, I, Rows8, L>.Two(k, a, aRow, aStep, b, bStep, to);
+                else GemmTile<T, V, I, Rows8, L>.One(k, a, aRow, aStep, b, bStep, to);
+            }
+            else if (rows >= 6)
+            {
+                done = 6;
+                if (two) GemmTile<T, V, I, Rows6, L>.Two(k, a, aRow, aStep, b, bStep, to);
+                else GemmTile<T, V, I, Rows6, L>.One(k, a, aRow, aStep, b, bStep, to);
+            }
+            else if (rows >= 4)
+            {
+                done = 4;
+                if (two) GemmTile<T, V, I, Rows4, L>.Two(k, a, aRow, aStep, b, bStep, to);
+                else GemmTile<T, V, I, Rows4, L>.One(k, a, aRow, aStep, b, bStep, to);
+            }
+            else if (rows >= 2)
+            {
+                done = 2;
+                if (two) GemmTile<T, V, I, Rows2, L>.Two(k, a, aRow, aStep, b, bStep, to);
+                else GemmTile<T, V, I, Rows2, L>.One(k, a, aRow, aStep, b, bStep, to);
+            }
+            else
+            {
+                done = 1;
+                if (two) GemmTile<T, V, I, Rows1, L>.Two(k, a, aRow, aStep, b, bStep, to);
+                else GemmTile<T, V, I, Rows1, L>.One(k, a, aRow, aStep, b, bStep, to);
+            }
+
+            rows -= done;
+            a += done * aRow;
+            to.C += done * to.Stride;
+        }
+    }
+}
