@@ -1,2 +1,3 @@
-Console.Error.WriteLine("cpmx: no command given");
-return 2;
+using MiniCpmNative.Cli;
+
+return new CommandLine(Console.Out, Console.Error, Runners.Installed).Run(args);

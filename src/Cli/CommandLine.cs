@@ -1,0 +1,93 @@
+using MiniCpmNative.Engine;
+using MiniCpmNative.Kernels;
+
+namespace MiniCpmNative.Cli;
+
+/// <summary>
+/// Finds the command and turns its outcome into an exit code: 0 done, 1 failed while running, 2 wrong
+/// configuration or arguments, 130 and 143 stopped by Ctrl-C and SIGTERM. Errors are one line on the
+/// error stream; CPMX_TRACE=1 adds the stack. The official arguments are free (--name value for any
+/// key), which is why no argument library stands here.
+/// </summary>
+internal sealed class CommandLine(TextWriter output, TextWriter error, Runners runners)
+{
+    private const string Usage = """
+        usage: cpmx COMMAND ...
+
+          train [CONFIG.json] [--name value ...]   fine-tune a model (cpmx train --help lists all keys)
+          data check CONFIG.json [--name value ...]
+                                                   read every row; name bad ones, show statistics
+          trace CONFIG.json --rows ID,ID --out FILE.safetensors [--gradients]
+                                                   write the intermediate tensors of some rows
+          --version                                print the version
+
+        exit codes: 0 done, 1 failed while running, 2 wrong configuration or arguments,
+        130 stopped by Ctrl-C, 143 stopped by SIGTERM
+        """;
+
+    private static readonly string[] s_commands = ["train", "data", "trace", "help"];
+
+    public int Run(IReadOnlyList<string> args)
+    {
+        try
+        {
+            return Dispatch(args);
+        }
+        catch (InputException problem)
+        {
+            return Fail(problem, problem.Message, 2);
+        }
+        catch (Exception failure) when (failure is RunException or DeviceMemoryException)
+        {
+            return Fail(failure, failure.Message, 1);
+        }
+        catch (OutOfMemoryException failure)
+        {
+            return Fail(failure, "out of memory", 1);
+        }
+        catch (Exception failure)
+        {
+            return Fail(failure, $"internal error, please report it: {failure.GetType().Name}: "
+                + failure.Message, 1);
+        }
+    }
+
+    private int Dispatch(IReadOnlyList<string> args)
+    {
+        string command = args.Count > 0 ? args[0] : "";
+        bool help = args.Skip(1).Any(a => a is "--help" or "-h");
+        switch (command)
+        {
+            case "":
+                error.WriteLine(Usage);
+                return 2;
+            case "help" or "--help" or "-h":
+                output.WriteLine(Usage);
+                return 0;
+            case "--version":
+                var version = typeof(CommandLine).Assembly.GetName().Version!;
+                output.WriteLine($"cpmx {version.ToString(3)}");
+                return 0;
+            case "train":
+                return TrainCommand.Run(Rest(args, 1), help, output, runners);
+            case "data" when args.Count > 1 && (args[1] == "check" || help):
+                return DataCheckCommand.Run(Rest(args, 2), help, output, runners);
+            case "data":
+                throw new InputException("data: expected the command data check CONFIG.json");
+            case "trace":
+                return TraceCommand.Run(Rest(args, 1), help, output, runners);
+            default:
+                throw new InputException($"unknown command {Messages.Quote(command)} (did you mean "
+                    + $"\"{Engine.Config.TrainKeys.Nearest(command, s_commands)}\"?); see cpmx --help");
+        }
+    }
+
+    private static string[] Rest(IReadOnlyList<string> args, int from) => [.. args.Skip(from)];
+
+    private int Fail(Exception failure, string message, int code)
+    {
+        error.WriteLine("cpmx: " + message.ReplaceLineEndings(" "));
+        if (Environment.GetEnvironmentVariable("CPMX_TRACE") == "1") error.WriteLine(failure);
+        return code;
+    }
+}

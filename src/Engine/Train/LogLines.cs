@@ -1,0 +1,99 @@
+using System.Text.Json;
+
+namespace MiniCpmNative.Engine.Train;
+
+/// <summary>
+/// train_log.jsonl: one JSON object per entry, flushed at once so that it can be followed. A resumed
+/// run cuts off what a run that got further before it stopped had written.
+/// </summary>
+internal sealed class LogLines : IDisposable
+{
+    public const string FileName = "train_log.jsonl";
+
+    private readonly FileStream _file;
+    private readonly string _path;
+
+    /// <param name="folder">The output folder.</param>
+    /// <param name="resumedStep">Entries after this step are cut off; null starts an empty file.</param>
+    /// <exception cref="RunException">The file cannot be opened.</exception>
+    public LogLines(string folder, int? resumedStep)
+    {
+        _path = Path.Combine(folder, FileName);
+        try
+        {
+            var mode = resumedStep is null ? FileMode.Create : FileMode.OpenOrCreate;
+            _file = new FileStream(_path, mode, FileAccess.ReadWrite, FileShare.Read);
+            if (resumedStep is not { } step) return;
+            _file.SetLength(KeptBytes(step));
+            _file.Seek(0, SeekOrigin.End);
+        }
+        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
+        {
+            _file?.Dispose();
+            throw Failed(failure);
+        }
+    }
+
+    /// <exception cref="RunException">The file cannot be written.</exception>
+    public void Write(LogEntry entry)
+    {
+        using var line = new MemoryStream();
+        using (var json = new Utf8JsonWriter(line))
+        {
+            json.WriteStartObject();
+            json.WriteNumber("step", entry.Step);
+            json.WriteNumber("epoch", entry.Epoch);
+            foreach (var (name, value) in entry.Values) LogState.WriteNumber(json, name, value);
+            foreach (var (name, value) in entry.Timing) LogState.WriteNumber(json, name, value);
+            json.WriteEndObject();
+        }
+
+        line.WriteByte((byte)'\n');
+        try
+        {
+            _file.Write(line.GetBuffer(), 0, (int)line.Length);
+            _file.Flush();
+        }
+        catch (IOException failure)
+        {
+            throw Failed(failure);
+        }
+    }
+
+    public void Dispose() => _file.Dispose();
+
+    // Whole lines up to the first later, torn or foreign one.
+    private long KeptBytes(int step)
+    {
+        long kept = 0;
+        // Not disposed: that would close the file.
+        var reader = new StreamReader(_file, leaveOpen: true);
+        while (reader.ReadLine() is { } line)
+        {
+            long end = kept + System.Text.Encoding.UTF8.GetByteCount(line) + 1;
+            if (end > _file.Length || !IsAtMost(line, step)) break;
+            kept = end;
+        }
+
+        return kept;
+    }
+
+    private static bool IsAtMost(string line, int step)
+    {
+        try
+        {
+            using var json = JsonDocument.Parse(line);
+            return json.RootElement.ValueKind == JsonValueKind.Object
+                && json.RootElement.TryGetProperty("step", out var value)
+                && value.ValueKind == JsonValueKind.Number
+                && value.TryGetInt32(out int at) && at <= step;
+        }
+        catch (JsonException)
+        {
+            return false;
+        }
+    }
+
+    private RunException Failed(Exception failure) =>
+        new($"{_path}: cannot write: {Messages.OneLine(failure.Message)}", failure);
+}

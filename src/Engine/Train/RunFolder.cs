@@ -1,0 +1,121 @@
+using System.Globalization;
+using MiniCpmNative.Engine.Config;
+
+namespace MiniCpmNative.Engine.Train;
+
+/// <summary>
+/// The output folder of a run and the checkpoints in it. A checkpoint is made under its name plus
+/// <see cref="Unfinished"/> and renamed when it is whole, and gets that ending back before it is
+/// removed, so that a folder called checkpoint-N is always whole.
+/// </summary>
+public static class RunFolder
+{
+    public const string Unfinished = ".tmp";
+
+    private const string Prefix = "checkpoint-";
+
+    /// <summary>
+    /// Makes the folder ready for a run: refuses one that holds results, unless the run resumes or
+    /// overwrites (checkpoints and trainer_state.json are then removed); removes unfinished checkpoints.
+    /// </summary>
+    /// <returns>The checkpoint folder to go on from, or null to start anew.</returns>
+    /// <exception cref="InputException">A used folder, or no checkpoint to go on from.</exception>
+    public static string? Prepare(TrainArguments arguments)
+    {
+        string folder = arguments.OutputDir;
+        try
+        {
+            if (File.Exists(folder)) throw new InputException($"output_dir {folder} is a file");
+            string? resume = ResumeFolder(arguments);
+            if (resume is null && !arguments.OverwriteOutputDir && FirstResult(folder) is { } name)
+            {
+                throw new InputException($"output_dir {folder} is not empty (it has {name}): choose another, "
+                    + "set resume_from_checkpoint to true, or overwrite_output_dir to true");
+            }
+
+            Directory.CreateDirectory(folder);
+            foreach (string left in Directory.GetDirectories(folder, Prefix + "*" + Unfinished))
+                Directory.Delete(left, recursive: true);
+            if (resume is null)
+            {
+                foreach (var (_, path) in Checkpoints(folder)) Remove(path);
+                File.Delete(Path.Combine(folder, LogState.FileName));
+            }
+
+            return resume;
+        }
+        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
+        {
+            throw new InputException(
+                $"output_dir {folder} cannot be used: {Messages.OneLine(failure.Message)}", failure);
+        }
+    }
+
+    /// <summary>Whole checkpoints, oldest step first.</summary>
+    public static IReadOnlyList<(int Step, string Path)> Checkpoints(string folder)
+    {
+        if (!Directory.Exists(folder)) return [];
+        var found = new List<(int Step, string Path)>();
+        foreach (string path in Directory.GetDirectories(folder, Prefix + "*"))
+        {
+            string number = Path.GetFileName(path)[Prefix.Length..];
+            if (int.TryParse(number, NumberStyles.None, CultureInfo.InvariantCulture, out int step))
+                found.Add((step, path));
+        }
+
+        found.Sort();
+        return found;
+    }
+
+    /// <summary>The final path of the checkpoint after a step.</summary>
+    public static string Checkpoint(string folder, int step) => Path.Combine(folder, $"{Prefix}{step}");
+
+    /// <summary>Keeps the newest checkpoints and removes the others; null keeps all.</summary>
+    public static void Rotate(string folder, int? keep)
+    {
+        var all = Checkpoints(folder);
+        for (int i = 0; i < all.Count - (keep ?? all.Count); i++) Remove(all[i].Path);
+    }
+
+    private static void Remove(string checkpoint)
+    {
+        string removed = checkpoint + Unfinished;
+        if (Directory.Exists(removed)) Directory.Delete(removed, recursive: true);
+        Directory.Move(checkpoint, removed);
+        Directory.Delete(removed, recursive: true);
+    }
+
+    private static string? ResumeFolder(TrainArguments arguments)
+    {
+        if (arguments.ResumeFromCheckpoint is not { } point) return null;
+        if (point.Path is { } path)
+        {
+            return Directory.Exists(path)
+                ? path
+                : throw new InputException($"resume_from_checkpoint {path}: there is no such folder");
+        }
+
+        var all = Checkpoints(arguments.OutputDir);
+        return all.Count > 0
+            ? all[^1].Path
+            : throw new InputException($"resume_from_checkpoint is true, but output_dir "
+                + $"{arguments.OutputDir} has no checkpoint");
+    }
+
+    // Logs and the configuration alone, as a run leaves that failed before its first checkpoint, do
+    // not count as results.
+    private static string? FirstResult(string folder)
+    {
+        if (!Directory.Exists(folder)) return null;
+        foreach (string path in Directory.EnumerateFileSystemEntries(folder).Order())
+        {
+            string name = Path.GetFileName(path);
+            bool isLog = name is TrainWriter.FileName or LogLines.FileName or "runs"
+                || name.StartsWith("events.out.tfevents.", StringComparison.Ordinal)
+                || name.EndsWith(Unfinished, StringComparison.Ordinal);
+            if (!isLog) return name;
+        }
+
+        return null;
+    }
+}

@@ -1,0 +1,161 @@
+using MiniCpmNative.Engine.Config;
+
+namespace MiniCpmNative.Engine.Train;
+
+/// <summary>
+/// Everything a run tells, in one place: screen, train_log.jsonl, TensorBoard, trainer_state.json. The
+/// loss of an entry is the mean over the steps since the last one; grad_norm and learning_rate are
+/// the last step's, the rate being the one it used.
+/// </summary>
+public sealed class TrainLog : ITrainLog
+{
+    private readonly TimeProvider _clock;
+    private readonly Progress _progress;
+    private RunReport? _run;
+    private LogState _state = new();
+    private LogLines? _lines;
+    private TensorBoardWriter? _board;
+    private double _seconds;
+    private long _tokens;
+    private int _firstStep;
+
+    /// <param name="output">The screen.</param>
+    /// <param name="isTerminal">Whether lines can be rewritten on it.</param>
+    /// <param name="width">Columns of the terminal, asked for at each drawing.</param>
+    /// <param name="clock">The system's clock, or a test's.</param>
+    public TrainLog(TextWriter output, bool isTerminal, Func<int> width, TimeProvider clock)
+    {
+        _clock = clock;
+        _progress = new Progress(output, isTerminal, width, clock);
+    }
+
+    private RunReport Run => _run ?? throw new InvalidOperationException("the log was not started");
+
+    public void Start(RunReport run)
+    {
+        _run = run;
+        int? resumed = null;
+        if (run.ResumedFrom is { } folder)
+        {
+            _state = LogState.Load(folder);
+            resumed = _state.Step;
+        }
+
+        var arguments = run.Arguments;
+        _lines = new LogLines(arguments.OutputDir, resumed);
+        if (arguments.ReportTo != ReportTo.None)
+            _board = new TensorBoardWriter(arguments.LogFolder, _clock, resumed);
+        _firstStep = resumed ?? 0;
+        double percent = 100.0 * run.Trainable / Math.Max(1, run.Parameters);
+        _progress.Message(FormattableString.Invariant(
+            $"{run.Parameters:N0} parameters, {run.Trainable:N0} trained ({percent:0.00} %), on {run.Device}"));
+        _progress.Message(FormattableString.Invariant(
+            $"{run.Plan.Rows:N0} rows, {run.Plan.MaxSteps:N0} steps, {run.Plan.StepsPerEpoch:N0} per epoch"));
+        if (resumed is { } step) _progress.Message($"resumed after step {step} from {run.ResumedFrom}");
+        _progress.Start(_firstStep, run.Plan.MaxSteps);
+    }
+
+    public void Message(string line) => _progress.Message(line);
+
+    public void Step(in StepReport report)
+    {
+        _state.Pending = (_state.Pending.Sum + report.Loss, _state.Pending.Count + 1);
+        _state.Total = (_state.Total.Sum + report.Loss, _state.Total.Count + 1);
+        Count(report);
+        if ((Run.Plan.After(report.Step) & StepActions.Log) != 0) Log(report, report.GradNorm);
+        _progress.Step(report);
+    }
+
+    public void Skipped(in StepReport report, string what)
+    {
+        Count(report);
+        _progress.Message(FormattableString.Invariant(
+            $"step {report.Step} skipped: {what} (loss {report.Loss}, grad_norm {report.GradNorm})"));
+        if ((Run.Plan.After(report.Step) & StepActions.Log) != 0) Log(report, double.NaN);
+    }
+
+    public void Evaluation(in EvaluationReport r)
+    {
+        Add(new LogEntry(
+            r.Step, Run.Plan.EpochAfter(r.Step),
+            [("eval_loss", r.Loss), ("eval_token_accuracy", r.TokenAccuracy)],
+            [("eval_runtime", r.Seconds), ("eval_samples_per_second", r.Rows / Math.Max(1e-9, r.Seconds))]));
+        _progress.Message(FormattableString.Invariant(
+            $"evaluation after step {r.Step}: loss {r.Loss:0.0000}, token accuracy ")
+            + FormattableString.Invariant(
+                $"{100 * r.TokenAccuracy:0.00} %, {r.Rows:N0} rows in {r.Seconds:0.0} s"));
+    }
+
+    public void SaveState(string folder, int step) => _state.Save(folder, step, Run);
+
+    public void Saved(string folder) => _progress.Message($"saved {folder}");
+
+    public void End(int step, StopReason reason)
+    {
+        _progress.End();
+        int done = step - _firstStep;
+        if (reason == StopReason.None)
+        {
+            double elapsed = Math.Max(1e-9, _progress.Elapsed);
+            double rows = (double)done * Run.Arguments.PerDeviceTrainBatchSize
+                * Run.Arguments.GradientAccumulationSteps;
+            double loss = _state.Total.Count == 0 ? double.NaN : _state.Total.Sum / _state.Total.Count;
+            Add(new LogEntry(
+                step, Run.Plan.EpochAfter(step),
+                [
+                    ("total_flos", 6.0 * _state.TokensSeen * Run.Parameters), ("train_loss", loss),
+                    ("train_runtime", elapsed), ("train_samples_per_second", rows / elapsed),
+                    ("train_steps_per_second", done / elapsed),
+                ],
+                []));
+            _progress.Message(FormattableString.Invariant(
+                $"done: {done:N0} steps in {elapsed:0.0} s, mean loss {loss:0.0000}"));
+        }
+        else
+        {
+            _progress.Message($"stopped after step {step} of {Run.Plan.MaxSteps}; "
+                + "go on with --resume_from_checkpoint true");
+        }
+
+        _state.Save(Run.Arguments.OutputDir, step, Run);
+    }
+
+    public void Dispose()
+    {
+        _progress.End();
+        _lines?.Dispose();
+        _board?.Dispose();
+    }
+
+    private void Count(in StepReport report)
+    {
+        _state.TokensSeen += report.Tokens;
+        _tokens += report.Tokens;
+        _seconds += report.Seconds;
+    }
+
+    private void Log(in StepReport report, double gradNorm)
+    {
+        // Skipped steps are in no mean; an interval with none else has no loss.
+        double loss = _state.Pending.Count == 0
+            ? double.NaN
+            : _state.Pending.Sum / _state.Pending.Count;
+        Add(new LogEntry(
+            report.Step, Run.Plan.EpochAfter(report.Step),
+            [("grad_norm", gradNorm), ("learning_rate", report.LearningRate), ("loss", loss)],
+            [
+                ("tokens_per_second", _tokens / Math.Max(1e-9, _seconds)),
+                ("memory_bytes", report.MemoryBytes),
+            ]));
+        _progress.Logged(report with { Loss = loss, GradNorm = gradNorm });
+        _state.Pending = (0, 0);
+        (_tokens, _seconds) = (0, 0);
+    }
+
+    private void Add(LogEntry entry)
+    {
+        _state.Add(entry);
+        _lines?.Write(entry);
+        _board?.Write(entry);
+    }
+}

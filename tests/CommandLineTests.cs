@@ -1,0 +1,111 @@
+using System.Runtime.InteropServices;
+using MiniCpmNative.Cli;
+using MiniCpmNative.Engine;
+using MiniCpmNative.Engine.Train;
+using MiniCpmNative.Kernels;
+using NUnit.Framework;
+
+namespace MiniCpmNative.Tests;
+
+public sealed partial class CommandLineTests
+{
+    private static readonly string[] s_least = ["--model_name_or_path=m", "--data_path=d"];
+
+    [TestCase("", 2, "")]
+    [TestCase("--help", 0, "usage: cpmx COMMAND")]
+    [TestCase("--version", 0, "cpmx 0.1.0")]
+    [TestCase("train --help", 0, "--lora_r 64")]
+    [TestCase("data check --help", 0, "usage: cpmx data check")]
+    [TestCase("trace --help", 0, "usage: cpmx trace")]
+    public void HelpIsThere(string line, int code, string expected)
+    {
+        var (result, output, error) = Run(new Runners(), line.Split(' '));
+        Assert.That(result, Is.EqualTo(code));
+        Assert.That(output, Does.Contain(expected));
+        Assert.That(error, code == 0 ? Is.Empty : Does.StartWith("usage"));
+    }
+
+    [TestCase("trian", "cpmx: unknown command \"trian\" (did you mean \"train\"?); see cpmx --help")]
+    [TestCase("data", "cpmx: data: expected the command data check CONFIG.json")]
+    [TestCase("train --lora_rank 3", "cpmx: unknown key \"lora_rank\" (did you mean \"lora_r\"?)")]
+    [TestCase("train none.json", "there is no such file")]
+    [TestCase("trace --out=x", "cpmx: --rows is missing: the rows to run, as ID,ID")]
+    [TestCase("trace --rows 1 --out", "cpmx: --out is missing: the safetensors file to write")]
+    public void WrongArgumentsAreOneLineAndExitCode2(string line, string expected)
+    {
+        var (result, _, error) = Run(new Runners(), line.Split(' '));
+        Assert.That(result, Is.EqualTo(2));
+        Assert.That(error, Does.Contain(expected));
+        Assert.That(error.TrimEnd().Split('\n'), Has.Length.EqualTo(1));
+    }
+
+    [Test]
+    public void FailuresAreOneLineAndExitCode1()
+    {
+        foreach (var failure in (Exception[])[
+            new RunException("disk full"), new DeviceMemoryException("no memory"),
+            new OutOfMemoryException(), new InvalidOperationException("bug\nin two lines")])
+        {
+            var runners = new Runners(Train: (_, _, _) => throw failure);
+            var (result, _, error) = Run(runners, ["train", .. s_least]);
+            Assert.That(result, Is.EqualTo(1));
+            Assert.That(error.TrimEnd().Split('\n'), Has.Length.EqualTo(1));
+            Assert.That(error, Does.StartWith("cpmx: "));
+        }
+    }
+
+    [TestCase(15, 143, "SIGTERM")]
+    [TestCase(2, 130, "Ctrl-C")]
+    public void SignalsAskForAStopAndDecideTheExitCode(int signal, int code, string name)
+    {
+        if (OperatingSystem.IsWindows()) Assert.Ignore("signals of POSIX systems");
+        bool stopped = false;
+        var runners = new Runners(Train: (_, _, stop) =>
+        {
+            Assert.That(Kill(Environment.ProcessId, signal), Is.Zero);
+            stopped = SpinWait.SpinUntil(() => stop.Requested, TimeSpan.FromSeconds(20));
+            // The line is said after the request is there.
+            Thread.Sleep(50);
+        });
+        var (result, output, _) = Run(runners, ["train", .. s_least]);
+        Assert.That(stopped);
+        Assert.That(result, Is.EqualTo(code));
+        Assert.That(output, Does.Contain($"{name}: finishing this step"));
+    }
+
+    [Test]
+    public void OnlyTheFirstStopCounts()
+    {
+        var stop = new StopRequest();
+        Assert.That(stop.TryRequest(StopReason.Terminate));
+        Assert.That(stop.TryRequest(StopReason.Interrupt), Is.False);
+        Assert.That(stop.Reason, Is.EqualTo(StopReason.Terminate));
+    }
+
+    [Test]
+    public void TraceTakesItsOptionsOutOfTheConfigurations()
+    {
+        TraceRequest? seen = null;
+        var runners = new Runners(Trace: (a, request, _) =>
+        {
+            Assert.That(a.Seed, Is.EqualTo(3));
+            seen = request;
+        });
+        var (result, _, error) = Run(runners,
+            ["trace", "--rows", "a, 7", "--seed", "3", "--gradients", "--out=f.safetensors", .. s_least]);
+        Assert.That((result, error), Is.EqualTo((0, "")));
+        Assert.That(seen!.Rows, Is.EqualTo(["a", "7"]));
+        Assert.That(seen.Out, Is.EqualTo(Path.GetFullPath("f.safetensors")));
+        Assert.That(seen.Gradients);
+    }
+
+    private static (int Code, string Output, string Error) Run(Runners runners, string[] args)
+    {
+        var (output, error) = (new StringWriter(), new StringWriter());
+        int code = new CommandLine(output, error, runners).Run(args is [""] ? [] : args);
+        return (code, output.ToString(), error.ToString());
+    }
+
+    [LibraryImport("libc", EntryPoint = "kill")]
+    private static partial int Kill(int process, int signal);
+}
