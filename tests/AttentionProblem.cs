@@ -1,4 +1,5 @@
 using System.Numerics;
+using System.Runtime.InteropServices;
 using System.Runtime.Intrinsics;
 using MiniCpmNative.Kernels.Cpu;
 using NUnit.Framework;
@@ -6,7 +7,7 @@ using NUnit.Framework;
 namespace MiniCpmNative.Tests;
 
 /// <summary>Shape, mask and inputs of one attention problem in double; q k v dO are dense.</summary>
-internal sealed record AttentionProblem(
+public sealed record AttentionProblem(
     int Heads, int KvHeads, int HeadDim, int[] StartsQ, int[] StartsK, int[]? KeyLengths, bool Causal,
     double Scale)
 {
@@ -120,7 +121,7 @@ internal sealed record AttentionProblem(
 }
 
 /// <summary>All results, dense.</summary>
-internal readonly record struct AttentionResult(
+public readonly record struct AttentionResult(
     double[] O, double[] Lse, double[] DQ, double[] DK, double[] DV)
 {
     public IEnumerable<(string Name, double[] Values)> All() =>
@@ -143,13 +144,17 @@ internal enum Ask
 /// Runs the kernels on a problem. With gap each row is followed by foreign elements, as in a fused qkv
 /// buffer; around every buffer lie guard elements, and Run fails when a write touches either.
 /// </summary>
-internal sealed unsafe class AttentionRunner<T>(int threads = 2, int gap = 0, bool narrow = false)
+internal sealed unsafe class AttentionRunner<T>(
+    int threads = 2, int gap = 0, bool narrow = false, int runs = 1)
     where T : unmanaged, IBinaryFloatingPointIeee754<T>
 {
     /// <summary>What accumulated gradients start from.</summary>
     public const double Start = 0.5;
 
     private const double Guard = -12345;
+
+    /// <summary>Managed bytes that the last of the runs allocated on the calling thread.</summary>
+    public long Allocated { get; private set; }
 
     public AttentionResult Run(AttentionProblem problem, Ask ask = Ask.All)
     {
@@ -198,15 +203,11 @@ internal sealed unsafe class AttentionRunner<T>(int threads = 2, int gap = 0, bo
                 DK = Target(dk, Ask.DK),
                 DV = Target(dv, Ask.DV),
             };
-            if (narrow)
+            for (int run = 0; run < runs; run++)
             {
-                FlashAttention.Forward<Lanes256<T>, Vector256<T>, T>(workers, arguments);
-                FlashAttention.Backward<Lanes256<T>, Vector256<T>, T>(workers, arguments, gradients);
-            }
-            else
-            {
-                FlashAttention.Forward(workers, arguments);
-                FlashAttention.Backward(workers, arguments, gradients);
+                long before = GC.GetAllocatedBytesForCurrentThread();
+                Call(workers, arguments, gradients);
+                Allocated = GC.GetAllocatedBytesForCurrentThread() - before;
             }
         }
 
@@ -216,6 +217,21 @@ internal sealed unsafe class AttentionRunner<T>(int threads = 2, int gap = 0, bo
         GradientTarget<T> Target(Rows rows, Ask which) => (ask & which) == 0
             ? default
             : new() { Data = rows.Data, Stride = rows.Stride, Accumulate = ask.HasFlag(Ask.Accumulate) };
+    }
+
+    private void Call(
+        Workers workers, in AttentionArguments<T> arguments, in AttentionGradients<T> gradients)
+    {
+        if (narrow)
+        {
+            FlashAttention.Forward<Lanes256<T>, Vector256<T>, T>(workers, arguments);
+            FlashAttention.Backward<Lanes256<T>, Vector256<T>, T>(workers, arguments, gradients);
+        }
+        else
+        {
+            FlashAttention.Forward(workers, arguments);
+            FlashAttention.Backward(workers, arguments, gradients);
+        }
     }
 
     private static double[] Filled(int count)
@@ -238,8 +254,7 @@ internal sealed unsafe class AttentionRunner<T>(int threads = 2, int gap = 0, bo
             Array.Fill(_memory, T.CreateChecked(Guard));
             for (int i = 0; i < values.Length; i++)
                 _memory[Index(i)] = T.CreateTruncating(values[i]);
-            Data = (T*)System.Runtime.InteropServices.Marshal.UnsafeAddrOfPinnedArrayElement(
-                _memory, Margin);
+            Data = (T*)Marshal.UnsafeAddrOfPinnedArrayElement(_memory, Margin);
         }
 
         public T* Data { get; }
