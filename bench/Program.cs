@@ -5,7 +5,10 @@ switch (args)
     case ["tokenizer", .. var rest]:
         TokenizerBench.Run(rest);
         return 0;
+    case ["attention", .. var rest]:
+        AttentionBench.Run(rest);
+        return 0;
     default:
-        Console.Error.WriteLine("bench: expected a benchmark: tokenizer");
+        Console.Error.WriteLine("bench: expected a benchmark: attention, tokenizer");
         return 2;
 }
