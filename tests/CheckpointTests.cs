@@ -176,7 +176,8 @@ public sealed unsafe class CheckpointTests
         using var checkpoint = Checkpoint.Open(_folder);
         ExpectedTensor[] expected = [new("a", new Shape(2)), new("b", new Shape(3, 1)), new("c", new Shape(1)),
             .. Enumerable.Range(0, 12).Select(i => new ExpectedTensor($"m{i}", new Shape(1)))];
-        Assert.That(() => checkpoint.Require(expected, name => name == "apm.x" ? "audio" : null),
+        Assert.That(() => TensorMatch.Require(
+                _folder, checkpoint.Tensors, expected, name => name == "apm.x" ? "audio" : null),
             Throws.TypeOf<InputException>().With.Message.EqualTo($"{_folder}: the tensors do not fit:"
                 + " 12 missing: m0, m1, m2, m3, m4, m5, m6, m7, m8, m9 and 2 more;"
                 + " 2 unmatched: apm.x (audio), y\\u0001;"
@@ -189,7 +190,8 @@ public sealed unsafe class CheckpointTests
     {
         CheckpointWriter.Write(_folder, [Tensor("a", 2), Tensor("b", 3)]);
         using var checkpoint = Checkpoint.Open(_folder);
-        var matched = checkpoint.Require([new("b", new Shape(3)), new("a", new Shape(2))]);
+        var matched = TensorMatch.Require(
+            _folder, checkpoint.Tensors, [new("b", new Shape(3)), new("a", new Shape(2))]);
         Assert.That(matched.Select(t => t.Name), Is.EqualTo(new[] { "b", "a" }));
     }
 

@@ -50,11 +50,10 @@ public sealed class Checkpoint : IDisposable
     public StoredTensor Get(string name) => Find(name)
         ?? throw new InputException($"{Directory}: there is no tensor {Messages.Quote(name)}");
 
-    /// <summary>The stored tensor of each expected one; see <see cref="TensorMatch.Require"/>.</summary>
+    /// <summary>Requires exactly the model's tensors; returns them in the order of its table.</summary>
     /// <exception cref="InputException">Missing, unmatched, misshaped or non-float tensors.</exception>
-    public IReadOnlyList<StoredTensor> Require(
-        IReadOnlyCollection<ExpectedTensor> expected, Func<string, string?>? explain = null) =>
-        TensorMatch.Require(Directory, Tensors, expected, explain);
+    public IReadOnlyList<StoredTensor> MustMatch(ParameterTable parameters) =>
+        TensorMatch.Require(Directory, Tensors, parameters.All, ParameterTable.Explain);
 
     public void Dispose()
     {

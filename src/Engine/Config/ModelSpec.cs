@@ -1,0 +1,114 @@
+using System.Collections.Immutable;
+
+namespace MiniCpmNative.Engine.Config;
+
+/// <summary>
+/// Everything a model's own files say about its shape, so that families differ by data. Numbers come
+/// from config.json, picture processing from preprocessor_config.json, stop ids from
+/// generation_config.json; what a file leaves out has the default of the official classes.
+/// </summary>
+/// <param name="Family">Name of the family, for instance MiniCPM-V-2_6.</param>
+/// <param name="UseImageId">config.json's use_image_id (true when absent); training reads it.</param>
+/// <param name="SliceMode">config.json's slice_mode.</param>
+/// <param name="ModelClass">Class and module of the model's code, as PEFT's auto_mapping names them.</param>
+public sealed record ModelSpec(
+    string Family,
+    VisionSpec Vision,
+    ResamplerSpec Resampler,
+    DecoderSpec Decoder,
+    SlicingSpec Slicing,
+    bool UseImageId,
+    bool SliceMode,
+    ProcessorSpec Processor,
+    GenerationSpec Generation,
+    ModelClass ModelClass)
+{
+    /// <summary>All tensors and modules of the model by official name.</summary>
+    public ParameterTable Parameters { get; } = new(Vision, Resampler, Decoder);
+
+    /// <summary>Reads a Hugging Face model directory.</summary>
+    /// <exception cref="InputException">A file is missing or wrong, or the model is not supported.</exception>
+    public static ModelSpec Read(string directory) => ModelSpecReader.Read(directory);
+}
+
+/// <summary>
+/// The SigLIP vision tower: patches of PatchSize^2 pixels, position table of PositionsPerSide^2 rows,
+/// pre-norm layers with tanh GELU.
+/// </summary>
+/// <param name="Layers">Layers that exist: the last is left out under drop_vision_last_layer.</param>
+/// <param name="DropsLastLayer">config.json's drop_vision_last_layer.</param>
+/// <param name="BatchSize">Pictures per encoder call (vision_batch_size).</param>
+public sealed record VisionSpec(
+    int HiddenSize, int IntermediateSize, int Layers, int Heads, int Channels, int PatchSize,
+    int PositionsPerSide, float LayerNormEpsilon, bool DropsLastLayer, int BatchSize)
+{
+    public int HeadDim => HiddenSize / Heads;
+}
+
+/// <summary>Cross-attention of learned queries on the patches; HiddenSize is the decoder's.</summary>
+public sealed record ResamplerSpec(int HiddenSize, int VisionSize, int Queries)
+{
+    // Fixed in the official code: heads of 128, LayerNorm of 1e-6.
+    public int Heads => HiddenSize / 128;
+
+    public int HeadDim => HiddenSize / Heads;
+
+    public float LayerNormEpsilon => 1e-6f;
+}
+
+/// <summary>The decoder: pre-norm attention with grouped queries and rotary positions, SwiGLU.</summary>
+/// <param name="TiedHead">lm_head is embed_tokens; no tensor of its own is stored.</param>
+/// <param name="RopeFactors">Divisors of the rotary frequencies, HeadDim / 2 of them, or none.</param>
+public sealed record DecoderSpec(
+    int VocabSize, int HiddenSize, int IntermediateSize, int Layers, int Heads, int KvHeads, int HeadDim,
+    float RmsNormEpsilon, bool QkvBias, bool TiedHead, double RopeTheta,
+    ImmutableArray<double> RopeFactors, int MaxPositions)
+{
+    /// <summary>
+    /// cos and sin [positions, HeadDim/2] of position * theta^(-2k/HeadDim) / factor_k; frequencies and
+    /// angles are rounded to float as transformers has them.
+    /// </summary>
+    public (float[] Cos, float[] Sin) RopeTable(int positions)
+    {
+        int half = HeadDim / 2;
+        var frequencies = new float[half];
+        for (int k = 0; k < half; k++)
+        {
+            float power = (float)Math.Pow(RopeTheta, 2f * k / HeadDim);
+            float factor = RopeFactors.IsDefaultOrEmpty ? 1 : (float)RopeFactors[k];
+            frequencies[k] = 1 / (factor * power);
+        }
+
+        var cos = new float[checked(positions * half)];
+        var sin = new float[cos.Length];
+        for (int i = 0; i < cos.Length; i++)
+        {
+            float angle = i / half * frequencies[i % half];
+            (cos[i], sin[i]) = ((float)Math.Cos(angle), (float)Math.Sin(angle));
+        }
+
+        return (cos, sin);
+    }
+}
+
+/// <summary>How a picture is cut (slice_config of config.json).</summary>
+public sealed record SlicingSpec(int MaxSliceNums, int ScaleResolution, int PatchSize);
+
+/// <summary>The shipped image processor: its own slicing, normalisation and placeholder tokens.</summary>
+/// <param name="UseImageId">
+/// Writes the image id on every picture; when the file is there and lacks the key, false, as its class.
+/// </param>
+public sealed record ProcessorSpec(
+    SlicingSpec Slicing, bool SliceMode, bool UseImageId, ImmutableArray<double> Mean,
+    ImmutableArray<double> Std, PlaceholderTokens Tokens);
+
+/// <summary>Texts of the special tokens around and inside a picture's placeholder.</summary>
+public sealed record PlaceholderTokens(
+    string ImageStart, string ImageEnd, string SliceStart, string SliceEnd, string Unknown,
+    string ImageIdStart, string ImageIdEnd);
+
+/// <summary>Token ids that begin and end a generated text.</summary>
+public sealed record GenerationSpec(int? BosTokenId, ImmutableArray<int> EosTokenIds, int? PadTokenId);
+
+/// <summary>Where the model's own code lives: MiniCPMV in modeling_minicpmv.</summary>
+public sealed record ModelClass(string Name, string Module);

@@ -1,0 +1,208 @@
+using System.Collections.Immutable;
+
+namespace MiniCpmNative.Engine.Config;
+
+/// <summary>
+/// Reads and checks a model directory's JSON files. Keys it does not know are left alone: the official
+/// classes add many when they save. Sizes must be stated; what is only a switch may be absent.
+/// </summary>
+internal static class ModelSpecReader
+{
+    private const int MaxWidth = 1 << 17;
+    private const int MaxLayers = 1000;
+    private const int MaxVocabulary = 1 << 24;
+    private const int MaxSide = 1 << 14;
+
+    public static ModelSpec Read(string directory)
+    {
+        if (!Directory.Exists(directory))
+            throw new InputException($"{directory}: there is no such directory");
+        JsonValue config = JsonInput.ReadObject(Path.Combine(directory, "config.json"));
+        string family = ModelFamily.Require(config);
+        if (config.Find("quantization_config") is { } quantised)
+            throw quantised.Error("says the weights are quantised, which is not supported; use the bf16 model");
+        DecoderSpec decoder = Decoder(config);
+        VisionSpec vision = Vision(config);
+        var resampler = new ResamplerSpec(
+            decoder.HiddenSize, vision.HiddenSize, Size(config, "query_num", 1 << 12, 64));
+        JsonValue hidden = config["hidden_size"];
+        if (decoder.HiddenSize < 128 || decoder.HiddenSize % resampler.Heads != 0
+            || decoder.HiddenSize % 4 != 0)
+            throw hidden.Expected("a multiple of 4 that hidden_size / 128 (rounded down) heads can share");
+
+        bool useImageId = Flag(config, "use_image_id", true);
+        return new ModelSpec(
+            family, vision, resampler, decoder, Slicing(config, vision), useImageId,
+            Flag(config, "slice_mode", true), Processor(directory, vision, resampler, useImageId),
+            Generation(directory, config), ModelClass(config));
+    }
+
+    private static DecoderSpec Decoder(JsonValue config)
+    {
+        int hidden = Size(config, "hidden_size", MaxWidth);
+        int heads = Size(config, "num_attention_heads", 1 << 12);
+        int kvHeads = Size(config, "num_key_value_heads", 1 << 12, heads);
+        if (heads % kvHeads != 0)
+            throw config["num_attention_heads"].Expected($"a multiple of num_key_value_heads ({kvHeads})");
+        if (config.Find("head_dim") is null && hidden % heads != 0)
+            throw config["hidden_size"].Expected($"a multiple of num_attention_heads ({heads})");
+        int headDim = Size(config, "head_dim", 1 << 10, Math.Min(hidden / heads, 1 << 10));
+        if (headDim % 2 != 0 || (config.Find("head_dim") is null && headDim != hidden / heads))
+            throw config["hidden_size"].Expected(
+                $"an even number up to 1024 for each of the num_attention_heads ({heads})");
+        int layers = Size(config, "num_hidden_layers", MaxLayers);
+        RefuseSlidingWindow(config, layers);
+        RequireText(config, "hidden_act", "silu");
+        RequireZero(config, "attention_dropout");
+        return new DecoderSpec(
+            Size(config, "vocab_size", MaxVocabulary), hidden, Size(config, "intermediate_size", 1 << 20),
+            layers, heads, kvHeads, headDim,
+            (float)(config.Find("rms_norm_eps")?.Number(1e-12, 1) ?? 1e-6), QkvBias: true,
+            Flag(config, "tie_word_embeddings", false), RopeTheta(config), [],
+            Size(config, "max_position_embeddings", int.MaxValue, 32768));
+    }
+
+    // Newer transformers write rope_parameters in place of rope_theta and rope_scaling.
+    private static double RopeTheta(JsonValue config)
+    {
+        foreach (string key in new[] { "rope_scaling", "rope_parameters" })
+        {
+            if (config.Find(key) is not { } scaling) continue;
+            if ((scaling.Find("rope_type") ?? scaling.Find("type")) is { } type && type.Text() != "default")
+                throw type.Error($"is {Messages.Quote(type.Text())}, which is not supported for"
+                    + $" {ModelFamily.V26}; expected \"default\" or no {key}");
+        }
+
+        JsonValue? theta = config.Find("rope_theta") ?? config.Find("rope_parameters")?.Find("rope_theta");
+        return theta?.Number(1, 1e12) ?? 10000;
+    }
+
+    private static void RefuseSlidingWindow(JsonValue config, int layers)
+    {
+        if (config.Find("use_sliding_window") is not { } use || !use.Bool()) return;
+        if (config.Find("sliding_window") is null) return;
+        int first = config.Find("max_window_layers")?.Int(0) ?? 28;
+        if (first < layers)
+            throw use.Error($"is true for layers {first} to {layers - 1}: sliding window attention is not"
+                + " supported");
+    }
+
+    private static VisionSpec Vision(JsonValue config)
+    {
+        bool drops = Flag(config, "drop_vision_last_layer", true);
+        int batch = Size(config, "vision_batch_size", 1 << 20, 16);
+        if (config.Find("vision_config") is not { } vision)
+            return new VisionSpec(1152, 4304, drops ? 26 : 27, 16, 3, 14, 70, 1e-6f, drops, batch);
+        int hidden = Size(vision, "hidden_size", MaxWidth);
+        int heads = Size(vision, "num_attention_heads", 1 << 12);
+        if (hidden % heads != 0)
+            throw vision["hidden_size"].Expected($"a multiple of num_attention_heads ({heads})");
+        int patch = Size(vision, "patch_size", 1 << 8);
+        int side = Size(vision, "image_size", MaxSide);
+        if (side < patch) throw vision["image_size"].Expected($"at least patch_size ({patch})");
+        int layers = Size(vision, "num_hidden_layers", MaxLayers);
+        if (drops && layers == 1)
+            throw vision["num_hidden_layers"].Expected("at least 2, as drop_vision_last_layer drops one");
+        if ((vision.Find("num_channels")?.Int() ?? 3) != 3)
+            throw vision["num_channels"].Expected("3");
+        RequireText(vision, "hidden_act", "gelu_pytorch_tanh");
+        RequireZero(vision, "attention_dropout");
+        return new VisionSpec(
+            hidden, Size(vision, "intermediate_size", 1 << 20), drops ? layers - 1 : layers, heads, 3, patch,
+            side / patch, (float)(vision.Find("layer_norm_eps")?.Number(1e-12, 1) ?? 1e-6), drops, batch);
+    }
+
+    // The class cuts nothing without a slice_config; with one its own defaults hold.
+    private static SlicingSpec Slicing(JsonValue config, VisionSpec vision)
+    {
+        if (config.Find("slice_config") is not { } slice)
+            return new SlicingSpec(1, 448, vision.PatchSize);
+        SlicingSpec slicing = SlicingOf(slice);
+        return slicing.PatchSize == vision.PatchSize
+            ? slicing : throw Disagrees(slice, "patch_size", slicing.PatchSize, "vision_config.patch_size", vision.PatchSize);
+    }
+
+    private static SlicingSpec SlicingOf(JsonValue json) => new(
+        Size(json, "max_slice_nums", 1 << 12, 9), Size(json, "scale_resolution", MaxSide, 448),
+        Size(json, "patch_size", 1 << 8, 14));
+
+    private static ProcessorSpec Processor(
+        string directory, VisionSpec vision, ResamplerSpec resampler, bool useImageId)
+    {
+        string path = Path.Combine(directory, "preprocessor_config.json");
+        JsonValue json = File.Exists(path) || Directory.Exists(path)
+            ? JsonInput.ReadObject(path)
+            : JsonInput.Parse(path, System.Text.Encoding.UTF8.GetBytes(
+                $"{{\"use_image_id\": {(useImageId ? "true" : "false")}, \"patch_size\": {vision.PatchSize},"
+                + $" \"image_feature_size\": {resampler.Queries}}}"));
+        SlicingSpec slicing = SlicingOf(json);
+        if (slicing.PatchSize != vision.PatchSize)
+            throw Disagrees(json, "patch_size", slicing.PatchSize, "the vision tower's patch_size", vision.PatchSize);
+        int features = Size(json, "image_feature_size", 1 << 12, 64);
+        if (features != resampler.Queries)
+            throw Disagrees(json, "image_feature_size", features, "config.json's query_num", resampler.Queries);
+        var tokens = new PlaceholderTokens(
+            Text(json, "im_start", "<image>"), Text(json, "im_end", "</image>"),
+            Text(json, "slice_start", "<slice>"), Text(json, "slice_end", "</slice>"),
+            Text(json, "unk", "<unk>"), Text(json, "im_id_start", "<image_id>"),
+            Text(json, "im_id_end", "</image_id>"));
+        return new ProcessorSpec(
+            slicing, Flag(json, "slice_mode", true), Flag(json, "use_image_id", false),
+            Channels(json, "norm_mean", -1e6), Channels(json, "norm_std", 1e-6), tokens);
+    }
+
+    private static ImmutableArray<double> Channels(JsonValue json, string key, double least)
+    {
+        if (json.Find(key) is not { } list) return [0.5, 0.5, 0.5];
+        ImmutableArray<double> values = [.. list.Items().Take(4).Select(v => v.Number(least, 1e6))];
+        return values.Length == 3 ? values : throw list.Expected("three numbers");
+    }
+
+    private static GenerationSpec Generation(string directory, JsonValue config)
+    {
+        string path = Path.Combine(directory, "generation_config.json");
+        JsonValue json = File.Exists(path) ? JsonInput.ReadObject(path) : config;
+        JsonValue? eos = json.Find("eos_token_id") ?? config.Find("eos_token_id");
+        return new GenerationSpec(
+            (json.Find("bos_token_id") ?? config.Find("bos_token_id"))?.Int(0),
+            eos is not { } ids ? [] : ids.IsArray ? [.. ids.Items().Select(id => id.Int(0))] : [ids.Int(0)],
+            (json.Find("pad_token_id") ?? config.Find("pad_token_id"))?.Int());
+    }
+
+    // "modeling_minicpmv.MiniCPMV", possibly behind "owner/repository--".
+    private static ModelClass ModelClass(JsonValue config)
+    {
+        string code = config.Find("auto_map")?.Find("AutoModel")?.Text() ?? "modeling_minicpmv.MiniCPMV";
+        string local = code[(code.LastIndexOf("--", StringComparison.Ordinal) is var at and >= 0 ? at + 2 : 0)..];
+        int dot = local.LastIndexOf('.');
+        return dot < 0 ? new ModelClass(local, "modeling_minicpmv") : new ModelClass(local[(dot + 1)..], local[..dot]);
+    }
+
+    private static InputException Disagrees(JsonValue json, string key, int value, string other, int expected) =>
+        new($"{json.File}: {(json.Path.Length > 0 ? json.Path + "." : "")}{key} is {value}, expected {expected}"
+            + $" as {other}");
+
+    private static int Size(JsonValue json, string key, int most, int? otherwise = null) =>
+        otherwise is { } value && json.Find(key) is null ? value : json[key].Int(1, most);
+
+    private static bool Flag(JsonValue json, string key, bool otherwise) => json.Find(key)?.Bool() ?? otherwise;
+
+    private static string Text(JsonValue json, string key, string otherwise)
+    {
+        if (json.Find(key) is not { } value) return otherwise;
+        string text = value.Text();
+        return text.Length is > 0 and <= 256 ? text : throw value.Expected("a text of 1 to 256 characters");
+    }
+
+    private static void RequireText(JsonValue json, string key, string expected)
+    {
+        if (json.Find(key) is { } value && value.Text() != expected)
+            throw value.Expected($"{Messages.Quote(expected)}, the only one supported");
+    }
+
+    private static void RequireZero(JsonValue json, string key)
+    {
+        if (json.Find(key) is { } value && value.Number() != 0)
+            throw value.Expected("0: dropout in the base model is not supported");
+    }
+}
