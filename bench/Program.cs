@@ -8,7 +8,9 @@ switch (args)
     case ["attention", .. var rest]:
         AttentionBench.Run(rest);
         return 0;
+    case ["pictures", .. var rest]:
+        return PictureBench.Run(rest);
     default:
-        Console.Error.WriteLine("bench: expected a benchmark: attention, tokenizer");
+        Console.Error.WriteLine("bench: expected a benchmark: attention, pictures, tokenizer");
         return 2;
 }
