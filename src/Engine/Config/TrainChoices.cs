@@ -89,22 +89,13 @@ public sealed record ResumePoint(string? Path);
 /// </summary>
 public sealed class TargetModules
 {
-    private static readonly TimeSpan MatchLimit = TimeSpan.FromSeconds(1);
     private readonly Regex? _pattern;
 
     /// <exception cref="InputException">The text is no regular expression.</exception>
     public TargetModules(string pattern)
     {
         Pattern = pattern;
-        try
-        {
-            _pattern = new Regex($@"\A(?:{pattern})\z", RegexOptions.CultureInvariant, MatchLimit);
-        }
-        catch (ArgumentException failure)
-        {
-            throw new InputException(
-                $"\"{pattern}\" is not a regular expression: {failure.Message}", failure);
-        }
+        _pattern = PythonRegex.FullMatch(pattern);
     }
 
     public TargetModules(IReadOnlyList<string> suffixes) => Suffixes = suffixes;

@@ -1,0 +1,252 @@
+using System.Globalization;
+using System.Text;
+using System.Text.Encodings.Web;
+using System.Text.Json;
+using MiniCpmNative.Engine.Config;
+
+namespace MiniCpmNative.Engine.Weights;
+
+/// <summary>
+/// adapter_config.json of a PEFT LoRA adapter, the part of it that this program does. Written with
+/// exactly the keys and the layout of PEFT 0.14; read from any version: what is not supported (DoRA,
+/// rsLoRA, patterns, ...) is refused by its key, and unknown keys may only have a neutral value.
+/// </summary>
+public sealed record AdapterConfig
+{
+    public const string FileName = "adapter_config.json";
+
+    // Keys that describe, or that only count together with others that are refused.
+    private static readonly HashSet<string> s_ignored =
+    [
+        "auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version",
+        "qalora_group_size", "revision", "task_type",
+    ];
+
+    private static readonly HashSet<string> s_read =
+    [
+        "peft_type", "r", "lora_alpha", "lora_dropout", "bias", "target_modules", "layers_to_transform",
+        "layers_pattern", "modules_to_save", "init_lora_weights",
+    ];
+
+    public required int Rank { get; init; }
+
+    public required double Alpha { get; init; }
+
+    public double Dropout { get; init; }
+
+    public LoraBias Bias { get; init; }
+
+    public required TargetModules Targets { get; init; }
+
+    public IReadOnlyList<int>? LayersToTransform { get; init; }
+
+    /// <summary>Names before a layer's number (layers); any when empty.</summary>
+    public IReadOnlyList<string> LayersPattern { get; init; } = [];
+
+    public IReadOnlyList<string> ModulesToSave { get; init; } = [];
+
+    public string? BaseModel { get; init; }
+
+    /// <summary>Class and Python module of the base model, for PEFT's automatic loading.</summary>
+    public ModelClass? ModelClass { get; init; }
+
+    /// <summary>The adapter's contribution is multiplied by it.</summary>
+    public double Scale => Alpha / Rank;
+
+    /// <exception cref="InputException">Missing, malformed, or an adapter that is not supported.</exception>
+    public static AdapterConfig Read(string path)
+    {
+        JsonValue json = JsonInput.ReadObject(path);
+        JsonValue type = json["peft_type"];
+        if (type.Text() != "LORA") throw type.Expected("\"LORA\"");
+        foreach (var (name, value) in json.Members())
+            if (!s_read.Contains(name) && !s_ignored.Contains(name) && !IsNeutral(value))
+                throw value.Error("asks for something that is not supported; expected null, false or nothing");
+        CheckInitialisation(json);
+        try
+        {
+            return Parse(json);
+        }
+        catch (InputException failure) when (!failure.Message.StartsWith(path, StringComparison.Ordinal))
+        {
+            throw new InputException($"{path}: target_modules: {failure.Message}", failure);
+        }
+    }
+
+    /// <summary>The file's text as PEFT 0.14 writes it: sorted keys, two spaces, no newline at the end.</summary>
+    public string ToJson()
+    {
+        var members = new SortedDictionary<string, Action<Utf8JsonWriter>>(StringComparer.Ordinal)
+        {
+            ["alpha_pattern"] = Empty,
+            ["auto_mapping"] = WriteModelClass,
+            ["base_model_name_or_path"] = json => json.WriteStringValue(BaseModel),
+            ["bias"] = json => json.WriteStringValue(BiasName(Bias)),
+            ["eva_config"] = Null,
+            ["exclude_modules"] = Null,
+            ["fan_in_fan_out"] = False,
+            ["inference_mode"] = json => json.WriteBooleanValue(true),
+            ["init_lora_weights"] = json => json.WriteBooleanValue(true),
+            ["layer_replication"] = Null,
+            ["layers_pattern"] = json => WriteList(json, LayersPattern, json.WriteStringValue),
+            ["layers_to_transform"] = json => WriteList(json, LayersToTransform ?? [], json.WriteNumberValue),
+            ["loftq_config"] = Empty,
+            ["lora_alpha"] = json => json.WriteRawValue(Number(Alpha, whole: true)),
+            ["lora_bias"] = False,
+            ["lora_dropout"] = json => json.WriteRawValue(Number(Dropout, whole: false)),
+            ["megatron_config"] = Null,
+            ["megatron_core"] = json => json.WriteStringValue("megatron.core"),
+            ["modules_to_save"] = json => WriteList(json, ModulesToSave, json.WriteStringValue),
+            ["peft_type"] = json => json.WriteStringValue("LORA"),
+            ["r"] = json => json.WriteNumberValue(Rank),
+            ["rank_pattern"] = Empty,
+            ["revision"] = Null,
+            ["target_modules"] = WriteTargets,
+            ["task_type"] = Null,
+            ["use_dora"] = False,
+            ["use_rslora"] = False,
+        };
+        using var buffer = new MemoryStream();
+        using (var json = new Utf8JsonWriter(buffer, new JsonWriterOptions
+        {
+            Indented = true,
+            NewLine = "\n",
+            Encoder = JavaScriptEncoder.UnsafeRelaxedJsonEscaping,
+        }))
+        {
+            json.WriteStartObject();
+            foreach (var (name, write) in members)
+            {
+                json.WritePropertyName(name);
+                write(json);
+            }
+
+            json.WriteEndObject();
+        }
+
+        return Encoding.UTF8.GetString(buffer.ToArray());
+    }
+
+    private static AdapterConfig Parse(JsonValue json)
+    {
+        IReadOnlyList<int>? layers = json.Find("layers_to_transform") is not { } indices ? null
+            : indices.IsArray ? [.. indices.Items().Select(i => i.Int(0))] : [indices.Int(0)];
+        TargetModules targets = ParseTargets(json["target_modules"]);
+        if (targets.Pattern is not null && layers is { Count: > 0 })
+            throw json["layers_to_transform"].Error("cannot go with a regular expression in target_modules");
+        string? bias = json.Find("bias")?.Text();
+        return new AdapterConfig
+        {
+            Rank = json["r"].Int(1, 1 << 16),
+            Alpha = json.Find("lora_alpha")?.Number(0, 1e9) ?? 8,
+            Dropout = json.Find("lora_dropout")?.Number(0, 1) ?? 0,
+            Bias = bias switch
+            {
+                null or "none" => LoraBias.None,
+                "all" => LoraBias.All,
+                "lora_only" => LoraBias.LoraOnly,
+                _ => throw json["bias"].Expected("\"none\", \"all\" or \"lora_only\""),
+            },
+            Targets = targets,
+            LayersToTransform = layers is { Count: > 0 } ? layers : null,
+            LayersPattern = Names(json, "layers_pattern"),
+            ModulesToSave = Names(json, "modules_to_save"),
+            BaseModel = TextOf(json, "base_model_name_or_path"),
+            ModelClass = json.Find("auto_mapping") is { IsObject: true } map
+                && TextOf(map, "base_model_class") is { } name && TextOf(map, "parent_library") is { } library
+                ? new ModelClass(name, library) : null,
+        };
+    }
+
+    private static TargetModules ParseTargets(JsonValue json)
+    {
+        if (json.IsText) return new TargetModules(json.Text());
+        List<string> names = [.. json.Items().Select(item => item.Text())];
+        return names.Count > 0 && names.All(name => name.Length > 0)
+            ? new TargetModules(names) : throw json.Error("names no module");
+    }
+
+    // The other ways to start change the base weights, or need them to be decomposed again.
+    private static void CheckInitialisation(JsonValue json)
+    {
+        if (json.Find("init_lora_weights") is not { } start || start.IsBool) return;
+        if (start.Text() != "gaussian")
+            throw start.Error($"is {Messages.Quote(start.Text())}, which is not supported; expected true, false"
+                + " or \"gaussian\"");
+    }
+
+    private static bool IsNeutral(JsonValue value) => value.Element.ValueKind switch
+    {
+        JsonValueKind.Null or JsonValueKind.False => true,
+        JsonValueKind.Object => !value.Members().Any(),
+        JsonValueKind.Array => !value.Items().Any(),
+        _ => false,
+    };
+
+    private static List<string> Names(JsonValue json, string key)
+    {
+        if (json.Find(key) is not { } value) return [];
+        List<string> names = value.IsText ? [value.Text()] : [.. value.Items().Select(item => item.Text())];
+        return names.All(name => name.Length > 0) ? names : throw value.Error("holds an empty name");
+    }
+
+    private static string? TextOf(JsonValue json, string key) =>
+        json.Find(key) is { IsText: true } value ? value.Text() : null;
+
+    private static string BiasName(LoraBias bias) => bias switch
+    {
+        LoraBias.All => "all",
+        LoraBias.LoraOnly => "lora_only",
+        _ => "none",
+    };
+
+    // Python writes a float with its point.
+    private static string Number(double value, bool whole)
+    {
+        string text = value.ToString("R", CultureInfo.InvariantCulture).Replace('E', 'e');
+        return whole || text.AsSpan().IndexOfAny('.', 'e') >= 0 ? text : text + ".0";
+    }
+
+    private static void Null(Utf8JsonWriter json) => json.WriteNullValue();
+
+    private static void False(Utf8JsonWriter json) => json.WriteBooleanValue(false);
+
+    private static void Empty(Utf8JsonWriter json)
+    {
+        json.WriteStartObject();
+        json.WriteEndObject();
+    }
+
+    private static void WriteList<T>(Utf8JsonWriter json, IReadOnlyList<T> items, Action<T> write)
+    {
+        if (items.Count == 0)
+        {
+            json.WriteNullValue();
+            return;
+        }
+
+        json.WriteStartArray();
+        foreach (T item in items) write(item);
+        json.WriteEndArray();
+    }
+
+    private void WriteTargets(Utf8JsonWriter json)
+    {
+        if (Targets.Pattern is { } pattern) json.WriteStringValue(pattern);
+        else WriteList(json, Targets.Suffixes, json.WriteStringValue);
+    }
+
+    private void WriteModelClass(Utf8JsonWriter json)
+    {
+        if (ModelClass is not { } model)
+        {
+            json.WriteNullValue();
+            return;
+        }
+
+        json.WriteStartObject();
+        json.WriteString("base_model_class", model.Name);
+        json.WriteString("parent_library", model.Module);
+        json.WriteEndObject();
+    }
+}
