@@ -256,7 +256,7 @@ public class TokenizerTests
         byte[] config = ReferenceText.Bytes("tokenizers/tiny-qwen/tokenizer_config.json");
         var random = new Random(2);
         int refused = 0;
-        for (int i = 0; i < 600; i++)
+        for (int i = 0; i < 10_000; i++)
         {
             byte[] broken = (byte[])(i % 2 == 0 ? json : config).Clone();
             if (i % 5 == 0) broken = broken[..random.Next(broken.Length)];
@@ -273,7 +273,7 @@ public class TokenizerTests
                 refused++;
             }
         }
-        Assert.That(refused, Is.GreaterThan(300));
+        Assert.That(refused, Is.GreaterThan(5000));
     }
 
     [Test]

@@ -63,6 +63,9 @@ public abstract class Tokenizer
     /// <inheritdoc cref="BosId"/>
     public string? BosToken => _config?["bos_token"];
 
+    /// <inheritdoc cref="BosId"/>
+    public string? UnknownToken => _config?["unk_token"];
+
     /// <summary>chat_template of tokenizer_config.json, null without.</summary>
     public string? ChatTemplate => _config?.ChatTemplate;
 
@@ -91,6 +94,12 @@ public abstract class Tokenizer
     /// <summary>The id of a token given as its text ("&lt;image&gt;"), or null.</summary>
     public int? IdOf(string token) => _added.TryGetValue(token, out var added) ? added.Id
         : Vocabulary.TryGetValue(token, out int id) ? id : null;
+
+    /// <summary>The id of a token that is cut out of every text as it stands, or null.</summary>
+    internal int? IdOfAdded(string token) =>
+        _added.TryGetValue(token, out var added)
+        && added is { SingleWord: false, LeftStrip: false, RightStrip: false, Normalized: false }
+            ? added.Id : null;
 
     /// <summary>Whether decoding without special tokens leaves the id out.</summary>
     public bool IsSpecial(int id) => _special.Contains(id);

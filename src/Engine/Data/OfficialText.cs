@@ -1,0 +1,77 @@
+using System.Text.RegularExpressions;
+using MiniCpmNative.Engine.Data.Text;
+
+namespace MiniCpmNative.Engine.Data;
+
+/// <summary>
+/// A row's turns as the official finetune/dataset.py writes them, for official_compat:
+/// image numbers only for sliced pictures and counting only those, line ends around every tag of a row
+/// with several pictures, features in the order of the "image" object whether shown or not. Answers are
+/// found in the tokens, wherever the word "assistant" follows a turn's marker.
+/// </summary>
+internal static partial class OfficialText
+{
+    /// <exception cref="BadRowException">The official script raises an error on the row.</exception>
+    public static ChatTurn[] Compose(Row row, Func<int, int?, string> placeholder, bool[] sliced)
+    {
+        if (row.Names == PictureNames.None)
+            throw row.Bad("has no \"image\", which the official script cannot read; "
+                + "text-only rows work without official_compat");
+        if (row.Names == PictureNames.Listed)
+            throw row.Bad("\"image\" is a list, which the official script cannot read; use "
+                + "{\"<image_00>\": path, ...} or leave official_compat out");
+        int numbered = 0;
+        var texts = new string[sliced.Length];
+        for (int k = 0; k < texts.Length; k++) texts[k] = placeholder(k, sliced[k] ? numbered++ : null);
+        return row.Names == PictureNames.Single ? Single(row, texts[0]) : Several(row, texts);
+    }
+
+    private static ChatTurn[] Single(Row row, string text)
+    {
+        var turns = row.Turns.ToArray();
+        string first = turns[0].Content;
+        turns[0] = turns[0] with
+        {
+            Content = first.Contains("<image>", StringComparison.Ordinal)
+                ? first.Replace("<image>", text, StringComparison.Ordinal) : text + "\n" + first,
+        };
+        return turns;
+    }
+
+    private static ChatTurn[] Several(Row row, string[] texts)
+    {
+        var turns = row.Turns.ToArray();
+        for (int turn = 0; turn < turns.Length; turn++)
+        {
+            var parts = Tag().Split(turns[turn].Content);
+            for (int i = 1; i < parts.Length; i += 2)
+            {
+                int k = row.Pictures.Select(picture => picture.Tag).ToList().IndexOf(parts[i]);
+                parts[i] = k >= 0 ? texts[k]
+                    : throw row.Bad($"tag {parts[i]} names no picture of \"image\"", turn + 1);
+            }
+            turns[turn] = turns[turn] with { Content = string.Join('\n', parts) };
+        }
+        return turns;
+    }
+
+    /// <summary>Marks the tokens of answers.</summary>
+    public static bool[] Answers(ReadOnlySpan<int> ids, string text, ModelTokens tokens)
+    {
+        var answer = new bool[ids.Length];
+        int thought = text.Contains(ChatFormat.NoThought, StringComparison.Ordinal) ? 4 : 0;
+        int last = ids.LastIndexOf(tokens.Assistant);
+        for (int i = 1; i < ids.Length; i++)
+        {
+            if (ids[i] != tokens.Assistant || ids[i - 1] != tokens.TurnStart) continue;
+            int start = i + 2 + (i == last ? thought : 0);
+            if (start + 1 >= ids.Length) continue;
+            int end = ids[(start + 1)..].IndexOf(tokens.TurnEnd);
+            if (end >= 0) answer.AsSpan(start, end + 2).Fill(true);
+        }
+        return answer;
+    }
+
+    [GeneratedRegex(@"(<image_\d+>)")]
+    private static partial Regex Tag();
+}

@@ -1,0 +1,45 @@
+namespace MiniCpmNative.Engine.Data;
+
+/// <summary>Rows [Start, End) of the token sequence that take the features of one view.</summary>
+public readonly record struct ImageBound(int Start, int End);
+
+/// <summary>What decides how rows become samples.</summary>
+/// <param name="Queries">Feature rows per view (query_num).</param>
+/// <param name="MaxLength">Longest sample in tokens (model_max_length).</param>
+/// <param name="UseImageId">Whether pictures carry their number (use_image_id).</param>
+/// <param name="OfficialCompat">The official script's text and labels, its quirks included.</param>
+public sealed record SampleOptions(
+    int Queries, int MaxLength, bool UseImageId = true, bool OfficialCompat = false);
+
+/// <summary>
+/// One row as the model takes it: input_ids[T]; labels[T], already shifted (position t is to predict
+/// labels[t]) and -100 where nothing is learned; the bounds of the views in order; and which of the
+/// row's pictures they show, in the order of their features.
+/// </summary>
+/// <param name="FullLength">Tokens before the cut to model_max_length.</param>
+/// <param name="Views">Views of all pictures listed.</param>
+public sealed record Sample(
+    int[] InputIds, int[] Labels, ImageBound[] Bounds, int[] Pictures, int FullLength, int Views)
+{
+    /// <summary>The label of positions that are not learned.</summary>
+    public const int Ignored = -100;
+
+    public bool Cut => FullLength > InputIds.Length;
+
+    /// <summary>Positions that carry a label.</summary>
+    public int Supervised => Labels.Length - Labels.AsSpan().Count(Ignored);
+}
+
+/// <summary>A prompt for generation, as Sample without labels.</summary>
+public sealed record Prompt(int[] InputIds, ImageBound[] Bounds, int[] Pictures);
+
+/// <summary>A part of what is said to the model: text, or the picture of that index.</summary>
+public readonly record struct PromptPart(string? Text, int Picture)
+{
+    public static implicit operator PromptPart(string text) => new(text, -1);
+
+    public static implicit operator PromptPart(int picture) => new(null, picture);
+}
+
+/// <summary>One turn of a prompt; its parts are joined by line ends.</summary>
+public sealed record PromptTurn(string Role, IReadOnlyList<PromptPart> Parts);

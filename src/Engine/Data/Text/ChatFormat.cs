@@ -1,0 +1,157 @@
+using System.Text;
+using System.Text.RegularExpressions;
+using MiniCpmNative.Engine.Config;
+
+namespace MiniCpmNative.Engine.Data.Text;
+
+/// <summary>What one side says: role user, assistant or system.</summary>
+public sealed record ChatTurn(string Role, string Content);
+
+/// <summary>
+/// How a conversation becomes text: ChatML, &lt;|im_start|&gt;role\ncontent&lt;|im_end|&gt;\n for each
+/// turn. Families differ by data: a system prompt put in front where the conversation has none
+/// (Qwen2), or think blocks (Qwen3): every answer behind the last question gets one, an empty one if
+/// it has none, and earlier answers lose theirs.
+///
+/// A checkpoint says what it wants as a Jinja template. It is recognised, not run: by its markers, its
+/// system prompt and its handling of thoughts. One that does anything else is refused, because
+/// training on another text than inference uses would be a silent loss.
+/// </summary>
+public sealed partial class ChatFormat
+{
+    internal const string TurnStart = "<|im_start|>", TurnEnd = "<|im_end|>";
+    internal const string NoThought = "<think>\n\n</think>\n\n";
+
+    private ChatFormat(string? defaultSystem, bool thinks) =>
+        (DefaultSystem, Thinks) = (defaultSystem, thinks);
+
+    /// <summary>The system prompt of conversations that begin without one; null for none.</summary>
+    public string? DefaultSystem { get; }
+
+    /// <summary>Whether answers carry think blocks as in Qwen3.</summary>
+    public bool Thinks { get; }
+
+    /// <summary>Plain ChatML (V-2_6, o-2_6 with a default system prompt; V-4 without).</summary>
+    public static ChatFormat ChatMl(string? defaultSystem) => new(defaultSystem, thinks: false);
+
+    /// <summary>ChatML with the think blocks of Qwen3 (V-4_5, o-4_5).</summary>
+    public static ChatFormat ThinkingChatMl { get; } = new(null, thinks: true);
+
+    /// <summary>
+    /// The format of a model directory: of chat_template.jinja, else of chat_template in
+    /// tokenizer_config.json or chat_template.json, in transformers' order.
+    /// </summary>
+    /// <exception cref="InputException">No template, or one that is not recognised.</exception>
+    public static ChatFormat Load(string directory, Tokenizer tokenizer)
+    {
+        string jinja = Path.Combine(directory, "chat_template.jinja");
+        if (File.Exists(jinja))
+            return Recognize(Encoding.UTF8.GetString(InputFile.ReadAll(jinja, 1 << 20)), jinja);
+        string config = Path.Combine(directory, "tokenizer_config.json");
+        if (tokenizer.ChatTemplate is { } template) return Recognize(template, config);
+        string json = Path.Combine(directory, "chat_template.json");
+        if (File.Exists(json))
+            return Recognize(JsonInput.ReadObject(json)["chat_template"].Text(), json);
+        throw new InputException($"{config}: has no chat_template, and there is no "
+            + "chat_template.jinja; copy the checkpoint's own");
+    }
+
+    /// <summary>The format that a Jinja template renders.</summary>
+    /// <exception cref="InputException">A template of another kind.</exception>
+    public static ChatFormat Recognize(string template, string place)
+    {
+        string? other = !template.Contains(TurnStart, StringComparison.Ordinal)
+            || !template.Contains(TurnEnd, StringComparison.Ordinal)
+            ? $"does not use {TurnStart} and {TurnEnd}"
+            : Trims().IsMatch(template) ? "trims contents"
+            : template.Contains("<|vision_start|>", StringComparison.Ordinal)
+                ? "writes pictures itself" : null;
+        bool thinks = template.Contains("</think>", StringComparison.Ordinal);
+        if (thinks && (!template.Contains("reasoning_content", StringComparison.Ordinal)
+            || !template.Contains("last_query_index", StringComparison.Ordinal)))
+            other ??= "handles </think> in another way than Qwen3";
+        if (other is not null)
+            throw new InputException($"{place}: chat_template {other}; only ChatML as in Qwen2 and "
+                + "Qwen3 is supported");
+        if (thinks) return ThinkingChatMl;
+        var system = DefaultSystemText().Match(template);
+        return ChatMl(system.Success ? Unescape(system.Groups[1].Value) : null);
+    }
+
+    /// <summary>The text of a conversation, equal to apply_chat_template(tokenize=False).</summary>
+    /// <param name="turns">Turns in order; a system turn may come first.</param>
+    /// <param name="addGenerationPrompt">Ends with the head of an answer.</param>
+    /// <param name="enableThinking">Qwen3: false closes the thoughts of that answer.</param>
+    public string Render(
+        IReadOnlyList<ChatTurn> turns, bool addGenerationPrompt = false, bool? enableThinking = null)
+    {
+        var text = new StringBuilder();
+        foreach (var turn in Turns(turns))
+            text.Append(TurnStart).Append(turn.Role).Append('\n').Append(turn.Content)
+                .Append(TurnEnd).Append('\n');
+        if (addGenerationPrompt)
+            text.Append(TurnStart).Append(AnswerHead(enableThinking));
+        return text.ToString();
+    }
+
+    /// <summary>What follows the turn's marker when the model is to answer.</summary>
+    internal string AnswerHead(bool? enableThinking) =>
+        "assistant\n" + (Thinks && enableThinking == false ? NoThought : "");
+
+    /// <summary>The turns as they are written, the default system prompt among them.</summary>
+    internal List<ChatTurn> Turns(IReadOnlyList<ChatTurn> turns)
+    {
+        var written = new List<ChatTurn>(turns.Count + 1);
+        if (DefaultSystem is not null && turns.Count > 0 && turns[0].Role != "system")
+            written.Add(new ChatTurn("system", DefaultSystem));
+        int question = Thinks ? LastQuestion(turns) : 0;
+        for (int i = 0; i < turns.Count; i++)
+            written.Add(Thinks && turns[i].Role == "assistant"
+                ? Answer(turns[i], behind: i > question, last: i == turns.Count - 1) : turns[i]);
+        return written;
+    }
+
+    private static int LastQuestion(IReadOnlyList<ChatTurn> turns)
+    {
+        for (int i = turns.Count - 1; i >= 0; i--)
+            if (turns[i].Role == "user"
+                && !(turns[i].Content.StartsWith("<tool_response>", StringComparison.Ordinal)
+                    && turns[i].Content.EndsWith("</tool_response>", StringComparison.Ordinal)))
+                return i;
+        return turns.Count - 1;
+    }
+
+    private static ChatTurn Answer(ChatTurn turn, bool behind, bool last)
+    {
+        const string Open = "<think>", Close = "</think>";
+        string content = turn.Content, thought = "";
+        int close = content.IndexOf(Close, StringComparison.Ordinal);
+        if (close >= 0)
+        {
+            thought = content[..close].TrimEnd('\n');
+            int open = thought.LastIndexOf(Open, StringComparison.Ordinal);
+            thought = (open < 0 ? thought : thought[(open + Open.Length)..]).TrimStart('\n');
+            content = content[(content.LastIndexOf(Close, StringComparison.Ordinal) + Close.Length)..]
+                .TrimStart('\n');
+        }
+        if (behind && (last || thought.Length > 0))
+            content = $"{Open}\n{thought.Trim('\n')}\n{Close}\n\n{content.TrimStart('\n')}";
+        return turn with { Content = content };
+    }
+
+    // A literal of the template: <|im_start|>system, a line end (real or escaped), the prompt.
+    [GeneratedRegex("<\\|im_start\\|>system(?:\\n|\\\\n)((?:[^'\"\\\\{}]|\\\\.)+?)<\\|im_end\\|>")]
+    private static partial Regex DefaultSystemText();
+
+    [GeneratedRegex(@"\|\s*trim\b")]
+    private static partial Regex Trims();
+
+    private static string Unescape(string literal)
+    {
+        var text = new StringBuilder();
+        for (int i = 0; i < literal.Length; i++)
+            text.Append(literal[i] != '\\' || i + 1 == literal.Length ? literal[i]
+                : literal[++i] switch { 'n' => '\n', 't' => '\t', 'r' => '\r', var c => c });
+        return text.ToString();
+    }
+}

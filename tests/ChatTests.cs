@@ -1,0 +1,112 @@
+using MiniCpmNative.Engine;
+using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Data.Text;
+using NUnit.Framework;
+
+namespace MiniCpmNative.Tests;
+
+/// <summary>Chat texts against apply_chat_template, placeholders against the official processors.</summary>
+[TestFixture]
+public class ChatTests
+{
+    internal static ChatFormat Format(string family) => family == "o-4_5"
+        ? ChatFormat.ThinkingChatMl
+        : ChatFormat.Recognize(ReferenceText.Json("templates/templates.json").GetProperty(family)
+            .GetProperty("template").GetString()!, family);
+
+    [TestCase("qwen2-chatml", 108)]
+    [TestCase("chatml", 108)]
+    [TestCase("o-4_5", 324)]
+    public void TextsAreThoseOfApplyChatTemplate(string family, int least)
+    {
+        var format = Format(family);
+        int seen = 0;
+        foreach (var line in ReferenceText.Lines("templates/chat.jsonl"))
+        {
+            // Tool calls and speech are no part of fine-tuning on pictures and text.
+            var options = line.GetProperty("kwargs");
+            if (line.GetProperty("family").GetString() != family
+                || line.GetProperty("label").GetString() == "tools"
+                || options.TryGetProperty("use_tts_template", out _)) continue;
+            seen++;
+            var turns = line.GetProperty("messages").EnumerateArray().Select(m => new ChatTurn(
+                m.GetProperty("role").GetString()!, m.GetProperty("content").GetString()!)).ToArray();
+            string text = format.Render(turns, options.GetProperty("add_generation_prompt").GetBoolean(),
+                options.TryGetProperty("enable_thinking", out var thinking) ? thinking.GetBoolean() : null);
+            Assert.That(text, Is.EqualTo(line.GetProperty("text").GetString()));
+        }
+        Assert.That(seen, Is.GreaterThanOrEqualTo(least));
+    }
+
+    [TestCase("v26")]
+    [TestCase("o45")]
+    public void PlaceholdersAreThoseOfTheProcessors(string family)
+    {
+        foreach (var line in ReferenceText.Lines("templates/placeholders.jsonl"))
+        {
+            if (line.GetProperty("family").GetString() != family) continue;
+            bool sliced = !line.TryGetProperty("slice_mode", out var mode) || mode.GetBoolean();
+            var plan = ReferenceSlices.Of(line.GetProperty("size"),
+                sliced ? line.GetProperty("max_slice_nums").GetInt32() : 1);
+            bool numbered = line.GetProperty("use_image_id").ValueKind
+                != System.Text.Json.JsonValueKind.False;
+            Assert.That(Placeholder.Text(plan, line.GetProperty("image_feature_size").GetInt32(),
+                numbered ? line.GetProperty("image_idx").GetInt32() : null, "<unk>"),
+                Is.EqualTo(line.GetProperty("text").GetString()));
+        }
+    }
+
+    [Test]
+    public void TheDefaultSystemPromptIsReadFromTheTemplate()
+    {
+        // As Qwen2.5 writes it: an escaped line end, the prompt in two branches.
+        const string Template = "{%- if tools %}{{- '<|im_start|>system\\n' }}{%- else %}"
+            + "{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}"
+            + "{{- '<|im_start|>system\\nYou are Qwen, it\\'s me.\\nBe kind.<|im_end|>\\n' }}{%- endif %}";
+        var format = ChatFormat.Recognize(Template, "x");
+        Assert.That(format.DefaultSystem, Is.EqualTo("You are Qwen, it's me.\nBe kind."));
+        Assert.That(format.Thinks, Is.False);
+        Assert.That(ChatFormat.Recognize("'<|im_start|>' + role + '<|im_end|>'", "x").DefaultSystem,
+            Is.Null);
+    }
+
+    [Test]
+    public void ThinkingIsRecognised()
+    {
+        const string Template = "{%- set ns = namespace(multi_step_tool=true, last_query_index=3) %}"
+            + "<|im_start|>{%- if message.reasoning_content is string %}</think><|im_end|>";
+        Assert.That(ChatFormat.Recognize(Template, "x").Thinks);
+    }
+
+    [TestCase("{{ '<|start_header_id|>' + message['role'] }}", "does not use <|im_start|>")]
+    [TestCase("<|im_start|>{{ message['content'] | trim }}<|im_end|>", "trims")]
+    [TestCase("<|im_start|>{{ content.split('</think>') }}<|im_end|>", "</think>")]
+    [TestCase("<|im_start|><|vision_start|><|im_end|>", "pictures")]
+    public void OtherTemplatesAreRefused(string template, string named)
+    {
+        var e = Assert.Throws<InputException>(() => ChatFormat.Recognize(template, "model/x.json"));
+        Assert.That(e!.Message, Does.StartWith("model/x.json: chat_template").And.Contain(named));
+    }
+
+    [Test]
+    public void TheTemplateFileComesBeforeTheConfiguration()
+    {
+        string folder = Path.Combine(Path.GetTempPath(), Path.GetRandomFileName());
+        Directory.CreateDirectory(folder);
+        try
+        {
+            var tokenizer = TokenizerTests.Load("tiny-qwen");
+            Assert.That(ChatFormat.Load(folder, tokenizer).DefaultSystem,
+                Is.EqualTo("You are a helpful assistant."));
+            var e = Assert.Throws<InputException>(
+                () => ChatFormat.Load(folder, TokenizerTests.Load("tiny-qwen3")));
+            Assert.That(e!.Message, Does.Contain("has no chat_template"));
+            File.WriteAllText(Path.Combine(folder, "chat_template.jinja"), "<|im_start|><|im_end|>");
+            Assert.That(ChatFormat.Load(folder, tokenizer).DefaultSystem, Is.Null);
+        }
+        finally
+        {
+            Directory.Delete(folder, true);
+        }
+    }
+}
