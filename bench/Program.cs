@@ -8,9 +8,10 @@ switch (args)
     case ["attention", .. var rest]:
         AttentionBench.Run(rest);
         return 0;
-    case ["pictures", .. var rest]:
-        return PictureBench.Run(rest);
+    case ["gemm", .. var rest]:
+        GemmBench.Run(rest);
+        return 0;
     default:
-        Console.Error.WriteLine("bench: expected a benchmark: attention, pictures, tokenizer");
+        Console.Error.WriteLine("bench: expected a benchmark: attention, gemm, tokenizer");
         return 2;
 }

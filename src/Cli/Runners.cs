@@ -9,9 +9,7 @@ namespace MiniCpmNative.Cli;
 /// <param name="Gradients">Whether gradients are written too.</param>
 internal sealed record TraceRequest(IReadOnlyList<string> Rows, string Out, bool Gradients);
 
-/// <summary>
-/// The engine's entry points behind the commands; null is a command this build lacks.
-/// </summary>
+/// <summary>The engine's entry points behind the commands; null is a command this build lacks.</summary>
 internal sealed record Runners(
     Action<TrainArguments, ITrainLog, StopRequest>? Train = null,
     Action<TrainArguments, TextWriter, StopRequest>? CheckData = null,

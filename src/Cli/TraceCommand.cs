@@ -29,9 +29,7 @@ internal static class TraceCommand
         return 0;
     }
 
-    /// <summary>
-    /// Takes the three options of this command out of the arguments of a configuration.
-    /// </summary>
+    /// <summary>Takes the three options of this command out of the arguments of a configuration.</summary>
     internal static (TraceRequest Request, string[] Others) Split(string[] args)
     {
         string? rows = null, file = null;

@@ -1,5 +1,3 @@
-using MiniCpmNative.Kernels.Updates;
-
 namespace MiniCpmNative.Kernels;
 
 /// <summary>
@@ -32,19 +30,6 @@ public abstract class Device : IDisposable
     public abstract void Forward(Op op, in OpCall call);
 
     public abstract void Backward(Op op, in OpCall call);
-
-    /// <summary>
-    /// into = norm, clipping factor and number of non-finite elements of all these gradient ranges
-    /// together; maxNorm 0 or below does not clip.
-    /// </summary>
-    public abstract void GradientNorm(
-        ReadOnlySpan<Tensor> gradients, double maxNorm, in Tensor into);
-
-    /// <summary>
-    /// One optimizer step over a range, with gradients times the factor in norm (None: 1). Where norm
-    /// counts non-finite gradients, nothing changes.
-    /// </summary>
-    public abstract void Update(in AdamW step, in AdamWRange range, in Tensor norm);
 
     public abstract void Fill(in Tensor tensor, double value);
 

@@ -5,14 +5,10 @@ using System.Text.Json;
 
 namespace MiniCpmNative.Engine.Config;
 
-/// <summary>
-/// Configurations as text: the file beside a run's output, and the list of keys of --help.
-/// </summary>
+/// <summary>Configurations as text: the file beside a run's output, and the list of keys of --help.</summary>
 public static class TrainWriter
 {
-    /// <summary>
-    /// The resolved configuration in its output folder; running it again does the same.
-    /// </summary>
+    /// <summary>The resolved configuration in its output folder; running it again does the same.</summary>
     public const string FileName = "train_args.json";
 
     private static readonly JsonWriterOptions Indented = new()
@@ -35,9 +31,7 @@ public static class TrainWriter
         return stream.ToArray();
     }
 
-    /// <summary>
-    /// Every key with its default and meaning, in groups, for a screen of 100 columns.
-    /// </summary>
+    /// <summary>Every key with its default and meaning, in groups, for a screen of 100 columns.</summary>
     public static string Help()
     {
         const int column = 36;

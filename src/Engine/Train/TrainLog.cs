@@ -3,9 +3,9 @@ using MiniCpmNative.Engine.Config;
 namespace MiniCpmNative.Engine.Train;
 
 /// <summary>
-/// Everything a run tells, in one place: screen, train_log.jsonl, TensorBoard, trainer_state.json.
-/// The loss of an entry is the mean over the steps since the last one; grad_norm and learning_rate
-/// are the last step's, the rate being the one it used.
+/// Everything a run tells, in one place: screen, train_log.jsonl, TensorBoard, trainer_state.json. The
+/// loss of an entry is the mean over the steps since the last one; grad_norm and learning_rate are
+/// the last step's, the rate being the one it used.
 /// </summary>
 public sealed class TrainLog : ITrainLog
 {
