@@ -250,6 +250,22 @@ public class RowTests
     }
 
     [Test]
+    [CancelAfter(20_000)]
+    public void ManyTagsAndTurnsTakeNoSquareOfTime(CancellationToken cancel)
+    {
+        const int Count = 20_000;
+        var pictures = Enumerable.Range(0, Count).Select(k => new RowPicture($"<image_{k}>", "x")).ToArray();
+        string content = string.Concat(pictures.Select(picture => picture.Tag));
+        var turns = Enumerable.Range(0, Count).Select(k => new ChatTurn(k % 2 == 0 ? "user" : "assistant",
+            k == 0 ? content : "x")).ToArray();
+        var row = new Row("x", 1, null, PictureNames.Tagged, pictures, turns);
+        var plans = Enumerable.Repeat(s_small, Count).ToArray();
+        var task = Task.Run(() => Builder(int.MaxValue).Build(row, plans), cancel);
+        task.Wait(cancel);
+        Assert.That(task.Result.Bounds, Has.Length.EqualTo(Count));
+    }
+
+    [Test]
     public void PicturesAreLookedForBesideTheDataFileThenHere()
     {
         string folder = Path.Combine(Path.GetTempPath(), Path.GetRandomFileName());

@@ -41,15 +41,14 @@ internal static partial class OfficialText
     private static ChatTurn[] Several(Row row, string[] texts)
     {
         var turns = row.Turns.ToArray();
+        var pictures = row.Pictures.Zip(texts)
+            .ToDictionary(pair => pair.First.Tag, pair => pair.Second, StringComparer.Ordinal);
         for (int turn = 0; turn < turns.Length; turn++)
         {
             var parts = Tag().Split(turns[turn].Content);
             for (int i = 1; i < parts.Length; i += 2)
-            {
-                int k = row.Pictures.Select(picture => picture.Tag).ToList().IndexOf(parts[i]);
-                parts[i] = k >= 0 ? texts[k]
+                parts[i] = pictures.TryGetValue(parts[i], out string? text) ? text
                     : throw row.Bad($"tag {parts[i]} names no picture of \"image\"", turn + 1);
-            }
             turns[turn] = turns[turn] with { Content = string.Join('\n', parts) };
         }
         return turns;

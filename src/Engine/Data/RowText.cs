@@ -1,3 +1,4 @@
+using System.Text;
 using System.Text.RegularExpressions;
 using MiniCpmNative.Engine.Data.Text;
 
@@ -20,17 +21,35 @@ internal static partial class RowText
     {
         var places = Places(row);
         var turns = row.Turns.ToArray();
-        CheckText(row, structural, places);
-        for (int k = places.Count - 1; k >= 0; k--)
+        int next = 0;
+        for (int turn = 0; turn < turns.Length; turn++)
         {
-            var (turn, at, length, picture) = places[k];
-            string content = turns[turn].Content, text = placeholder(picture, k);
-            turns[turn] = turns[turn] with
+            string content = turns[turn].Content;
+            if (turns[turn].Role == "assistant" && string.IsNullOrWhiteSpace(content))
+                throw row.Bad("the answer is empty", turn + 1);
+            var text = new StringBuilder();
+            int from = 0;
+            for (; next < places.Count && places[next].Turn == turn; next++)
             {
-                Content = content[..at] + text + (length == 0 ? "\n" : "") + content[(at + length)..],
-            };
+                var (_, at, length, picture) = places[next];
+                text.Append(Own(content.AsSpan(from, at - from), turn));
+                text.Append(placeholder(picture, next)).Append(length == 0 ? "\n" : "");
+                from = at + length;
+            }
+            text.Append(Own(content.AsSpan(from), turn));
+            turns[turn] = turns[turn] with { Content = text.ToString() };
         }
         return (turns, [.. places.Select(place => place.Picture)]);
+
+        // Everything between the tags is the user's own text.
+        ReadOnlySpan<char> Own(ReadOnlySpan<char> text, int turn)
+        {
+            foreach (string token in structural)
+                if (text.Contains(token, StringComparison.Ordinal))
+                    throw row.Bad($"the text holds the special token {token}, which would be taken for "
+                        + "the model's own; take it out or write it in another way", turn + 1);
+            return text;
+        }
     }
 
     private static List<Place> Places(Row row)
@@ -55,22 +74,24 @@ internal static partial class RowText
 
     private static List<Place> Tagged(Row row, List<Place> tags)
     {
+        var pictures = row.Pictures.Select((picture, k) => (picture.Tag, k))
+            .ToDictionary(item => item.Tag, item => item.k, StringComparer.Ordinal);
+        var shown = new bool[row.Pictures.Count];
         var places = new List<Place>();
         foreach (var tag in tags)
         {
             string text = Content(row, tag);
-            int picture = row.Pictures.Select(p => p.Tag).ToList().IndexOf(text);
-            if (picture < 0)
+            if (!pictures.TryGetValue(text, out int picture))
                 throw row.Bad($"tag {text} names no picture of \"image\"", tag.Turn + 1);
-            if (places.Exists(place => place.Picture == picture))
+            if (shown[picture])
                 throw row.Bad($"tag {text} is there twice: each picture is shown once", tag.Turn + 1);
+            shown[picture] = true;
             places.Add(tag with { Picture = picture });
         }
-        for (int k = 0; k < row.Pictures.Count; k++)
-            if (!places.Exists(place => place.Picture == k))
-                throw row.Bad($"picture {Messages.Quote(row.Pictures[k].Tag)} is shown nowhere: "
-                    + "write its tag into a user turn");
-        return places;
+        int missing = Array.IndexOf(shown, false);
+        return missing < 0 ? places
+            : throw row.Bad($"picture {Messages.Quote(row.Pictures[missing].Tag)} is shown nowhere: "
+                + "write its tag into a user turn");
     }
 
     private static List<Place> Tags(Row row)
@@ -85,32 +106,6 @@ internal static partial class RowText
                 tags.Add(new Place(turn, match.Index, match.Length, -1));
             }
         return tags;
-    }
-
-    // Everything between the tags is the user's own text.
-    private static void CheckText(Row row, string[] structural, List<Place> places)
-    {
-        for (int turn = 0; turn < row.Turns.Count; turn++)
-        {
-            string content = row.Turns[turn].Content;
-            if (row.Turns[turn].Role == "assistant" && string.IsNullOrWhiteSpace(content))
-                throw row.Bad("the answer is empty", turn + 1);
-            int start = 0;
-            foreach (var place in places.Where(place => place.Turn == turn))
-            {
-                Check(content.AsSpan(start, place.At - start), turn);
-                start = place.At + place.Length;
-            }
-            Check(content.AsSpan(start), turn);
-        }
-
-        void Check(ReadOnlySpan<char> text, int turn)
-        {
-            foreach (string token in structural)
-                if (text.Contains(token, StringComparison.Ordinal))
-                    throw row.Bad($"the text holds the special token {token}, which would be taken for "
-                        + "the model's own; take it out or write it in another way", turn + 1);
-        }
     }
 
     private static string Content(Row row, Place tag) =>
