@@ -43,7 +43,7 @@ dotnet test tests -c Release --no-build -nologo --results-directory "$results" \
 status=$?
 
 count() {
-  sed -n "s/.*<Counters .*[^a-zA-Z]$1=\"\([0-9]*\)\".*/\1/p" "$results/tests.trx" 2>/dev/null
+  sed -n "s/.*<Counters.*[^a-zA-Z]$1=\"\([0-9]*\)\".*/\1/p" "$results/tests.trx" 2>/dev/null
 }
 total=$(count total)
 passed=$(count passed)

@@ -8,10 +8,12 @@ switch (args)
     case ["attention", .. var rest]:
         AttentionBench.Run(rest);
         return 0;
-    case ["gemm", .. var rest]:
-        GemmBench.Run(rest);
+    case ["pictures", .. var rest]:
+        return PictureBench.Run(rest);
+    case ["step", .. var rest]:
+        StepBench.Run(rest);
         return 0;
     default:
-        Console.Error.WriteLine("bench: expected a benchmark: attention, gemm, tokenizer");
+        Console.Error.WriteLine("bench: expected a benchmark: attention, pictures, step, tokenizer");
         return 2;
 }

@@ -46,7 +46,7 @@ public sealed partial class CommandLineTests
             new RunException("disk full"), new DeviceMemoryException("no memory"),
             new OutOfMemoryException(), new InvalidOperationException("bug\nin two lines")])
         {
-            var runners = new Runners(Train: (_, _, _) => throw failure);
+            var runners = new Runners { Train = (_, _, _) => throw failure };
             var (result, _, error) = Run(runners, ["train", .. s_least]);
             Assert.That(result, Is.EqualTo(1));
             Assert.That(error.TrimEnd().Split('\n'), Has.Length.EqualTo(1));
@@ -60,13 +60,16 @@ public sealed partial class CommandLineTests
     {
         if (OperatingSystem.IsWindows()) Assert.Ignore("signals of POSIX systems");
         bool stopped = false;
-        var runners = new Runners(Train: (_, _, stop) =>
+        var runners = new Runners
         {
-            Assert.That(Kill(Environment.ProcessId, signal), Is.Zero);
-            stopped = SpinWait.SpinUntil(() => stop.Requested, TimeSpan.FromSeconds(20));
-            // The line is said after the request is there.
-            Thread.Sleep(50);
-        });
+            Train = (_, _, stop) =>
+            {
+                Assert.That(Kill(Environment.ProcessId, signal), Is.Zero);
+                stopped = SpinWait.SpinUntil(() => stop.Requested, TimeSpan.FromSeconds(20));
+                // The line is said after the request is there.
+                Thread.Sleep(50);
+            },
+        };
         var (result, output, _) = Run(runners, ["train", .. s_least]);
         Assert.That(stopped);
         Assert.That(result, Is.EqualTo(code));
@@ -86,11 +89,14 @@ public sealed partial class CommandLineTests
     public void TraceTakesItsOptionsOutOfTheConfigurations()
     {
         TraceRequest? seen = null;
-        var runners = new Runners(Trace: (a, request, _) =>
+        var runners = new Runners
         {
-            Assert.That(a.Seed, Is.EqualTo(3));
-            seen = request;
-        });
+            Trace = (a, request, _) =>
+            {
+                Assert.That(a.Seed, Is.EqualTo(3));
+                seen = request;
+            },
+        };
         var (result, _, error) = Run(runners,
             ["trace", "--rows", "a, 7", "--seed", "3", "--gradients", "--out=f.safetensors", .. s_least]);
         Assert.That((result, error), Is.EqualTo((0, "")));

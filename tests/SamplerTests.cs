@@ -61,8 +61,8 @@ public sealed class SamplerTests
         Assert.That(sum, Is.EqualTo(40));
     }
 
-    // Numbers worked out by hand from the Trainer's rule: rows / batch rounded up, then / accumulation
-    // rounded up, times epochs rounded up.
+    // Numbers worked out by hand from the Trainer's rule: rows / batch rounded up, then /
+    // accumulation rounded up, times epochs rounded up.
     [TestCase(10, 3, 2, 3.0, -1, 4, 2, 6, 3)]
     [TestCase(10, 3, 1, 1.5, -1, 4, 4, 6, 2)]
     [TestCase(10, 3, 8, 3.0, -1, 4, 1, 3, 3)]

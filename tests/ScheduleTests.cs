@@ -31,7 +31,8 @@ public sealed class ScheduleTests
                     p.GetProperty("base_lr").GetDouble(), p.GetProperty("warmup").GetInt32(),
                     p.GetProperty("total").GetInt32(), Options(p.GetProperty("kwargs")));
             double[] expected = reference.Doubles("lr");
-            // Old DeepSpeed releases left the rate of the very first step unset; from then on equal.
+            // Old DeepSpeed releases left the rate of the very first step unset; from then on
+            // equal.
             bool old = deepSpeed && p.GetProperty("variant").GetString() == "old";
             for (int step = old ? 1 : 0; step < expected.Length; step++)
             {

@@ -131,13 +131,14 @@ public sealed class TrainLogTests
         string text = screen.ToString();
         string[] draws = text.Split('\r');
         foreach (string draw in draws)
-            Assert.That(draw.TrimEnd('\n', ' '), Has.Length.LessThan(Math.Max(columns, 21)));
+            Assert.That(draw.TrimEnd('\n', ' ', '\b'), Has.Length.LessThan(Math.Max(columns, 21)));
         Assert.That(draws, Has.Length.GreaterThan(100));
         Assert.That(text, Does.Contain("100% 100/100").And.EndsWith("\rnote\n"));
         if (columns >= 200)
         {
-            Assert.That(draws[50], Does.StartWith(" 50% 50/100  [###############...............] "));
-            Assert.That(draws[50], Does.Contain("1,000 tokens/s  2.00 GiB  0:12<0:12"));
+            Assert.That(draws[50], Does.StartWith(
+                " 50% 50/100  [###############...............]  0:12<0:12  loss 0.0200  "));
+            Assert.That(draws[50], Does.Contain("lr 1.85e-06  1,000 tokens/s  2.00 GiB"));
         }
     }
 
@@ -170,7 +171,8 @@ public sealed class TrainLogTests
 
         string[] lines = screen.ToString().TrimEnd().Split('\n');
         Assert.That(lines[0], Is.EqualTo("1,000 parameters, 10 trained (1.00 %), on cpu"));
-        Assert.That(lines[2], Does.StartWith("step 2/12  loss 0.7500  grad_norm 0.167  lr 1.67e-05  "));
+        Assert.That(lines[2], Does.StartWith(
+            "step 2/12  0:00<0:00  loss 0.7500  grad_norm 0.167  lr 1.67e-05  1,000 tokens/s"));
         Assert.That(lines[^1], Does.StartWith("stopped after step 4 of 12; go on with"));
         Assert.That(screen.ToString(), Does.Not.Contain("\r"));
     }
@@ -224,7 +226,7 @@ public sealed class TrainLogTests
         for (int step = from; step <= to; step++)
         {
             log.Step(Step(step));
-            if (step == 4) log.Evaluation(new EvaluationReport(4, 0.25, 0.5, 3, 1));
+            if (step == 4) log.Evaluation(new EvaluationReport(4, 0.25, 0.5, 0.4, 3, 1));
             if (step == save) log.SaveState(_folder, step);
         }
     }

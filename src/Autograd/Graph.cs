@@ -51,6 +51,9 @@ public sealed class Graph
         set => _recording = value;
     }
 
+    /// <summary>Sees, in backward, the finished gradient of each recorded output by its variable.</summary>
+    public Action<int, Tensor>? GradientVisitor { get; set; }
+
     /// <summary>Nodes on the tape.</summary>
     public int Length => _nodeCount;
 
@@ -232,6 +235,7 @@ public sealed class Graph
             {
                 if (node.Block is not null) Replay(node, variable.Gradient);
                 else Differentiate(node, variable.Gradient);
+                GradientVisitor?.Invoke(node.Output.Variable, variable.Gradient);
                 _pool.Return(variable.Gradient);
             }
 

@@ -4,10 +4,10 @@ using MiniCpmNative.Kernels;
 namespace MiniCpmNative.Cli;
 
 /// <summary>
-/// Finds the command and turns its outcome into an exit code: 0 done, 1 failed while running, 2 wrong
-/// configuration or arguments, 130 and 143 stopped by Ctrl-C and SIGTERM. Errors are one line on the
-/// error stream; CPMX_TRACE=1 adds the stack. The official arguments are free (--name value for any
-/// key), which is why no argument library stands here.
+/// Finds the command and turns its outcome into an exit code: 0 done, 1 failed while running, 2
+/// wrong configuration or arguments, 130 and 143 stopped by Ctrl-C and SIGTERM. Errors are one line
+/// on the error stream; CPMX_TRACE=1 adds the stack. The official arguments are free (--name value
+/// for any key), which is why no argument library stands here.
 /// </summary>
 internal sealed class CommandLine(TextWriter output, TextWriter error, Runners runners)
 {

@@ -1,6 +1,4 @@
-using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
-using MiniCpmNative.Engine.Train;
 
 namespace MiniCpmNative.Cli;
 
@@ -12,6 +10,7 @@ internal static class DataCheckCommand
 
         Reads every row that the training configuration names and says what is wrong with which row
         and turn; prints token lengths, how many rows would be cut, and one row with its labels.
+        Exit code 2 when a row is bad.
         """;
 
     public static int Run(string[] args, bool help, TextWriter output, Runners runners)
@@ -23,10 +22,6 @@ internal static class DataCheckCommand
         }
 
         var arguments = TrainReader.Read(args, Environment.CurrentDirectory, output.WriteLine);
-        var check = runners.CheckData ?? throw new RunException("this build of cpmx cannot check data");
-        var stop = new StopRequest();
-        using var signals = new StopSignals(stop, static _ => { });
-        check(arguments, output, stop);
-        return (int)stop.Reason;
+        return runners.CheckData(arguments, output) ? 0 : 2;
     }
 }

@@ -1,3 +1,3 @@
 using MiniCpmNative.Cli;
 
-return new CommandLine(Console.Out, Console.Error, Runners.Installed).Run(args);
+return new CommandLine(Console.Out, Console.Error, new Runners()).Run(args);

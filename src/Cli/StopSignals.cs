@@ -4,8 +4,8 @@ using MiniCpmNative.Engine.Train;
 namespace MiniCpmNative.Cli;
 
 /// <summary>
-/// Ctrl-C and SIGTERM ask the run to finish its step and save. A second one ends the process at once:
-/// it is left to the system's default handler.
+/// Ctrl-C and SIGTERM ask the run to finish its step and save. A second one ends the process at
+/// once: it is left to the system's default handler.
 /// </summary>
 internal sealed class StopSignals : IDisposable
 {

@@ -1,5 +1,6 @@
 using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Train;
 
 namespace MiniCpmNative.Cli;
 
@@ -11,7 +12,7 @@ internal static class TraceCommand
                           [--gradients]
 
         Runs the named rows as one batch and writes its intermediate tensors, to compare with another
-        implementation. A row's ID is its "id", or its number from 0. --gradients adds grad.PARAMETER.
+        implementation. A row's ID is its "id", or its number from 1. --gradients adds grad.PARAMETER.
         """;
 
     public static int Run(string[] args, bool help, TextWriter output, Runners runners)
@@ -24,12 +25,13 @@ internal static class TraceCommand
 
         var (request, others) = Split(args);
         var arguments = TrainReader.Read(others, Environment.CurrentDirectory, output.WriteLine);
-        var trace = runners.Trace ?? throw new RunException("this build of cpmx cannot trace");
-        trace(arguments, request, output);
+        runners.Trace(arguments, request, output);
         return 0;
     }
 
-    /// <summary>Takes the three options of this command out of the arguments of a configuration.</summary>
+    /// <summary>
+    /// Takes the three options of this command out of the arguments of a configuration.
+    /// </summary>
     internal static (TraceRequest Request, string[] Others) Split(string[] args)
     {
         string? rows = null, file = null;

@@ -1,4 +1,3 @@
-using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Train;
 
@@ -26,13 +25,12 @@ internal static class TrainCommand
 
         var notices = new List<string>();
         var arguments = TrainReader.Read(args, Environment.CurrentDirectory, notices.Add);
-        var train = runners.Train ?? throw new RunException("this build of cpmx cannot train");
         bool bar = Terminal.IsThere && arguments.DisableTqdm != true;
         using var log = new TrainLog(output, bar, Terminal.Columns, TimeProvider.System);
         foreach (string line in notices) log.Message(line);
         var stop = new StopRequest();
         using var signals = new StopSignals(stop, log.Message);
-        train(arguments, log, stop);
+        runners.Train(arguments, log, stop);
         return (int)stop.Reason;
     }
 }

@@ -1,3 +1,5 @@
+using MiniCpmNative.Kernels.Updates;
+
 namespace MiniCpmNative.Kernels;
 
 /// <summary>
@@ -31,6 +33,19 @@ public abstract class Device : IDisposable
 
     public abstract void Backward(Op op, in OpCall call);
 
+    /// <summary>
+    /// into = norm, clipping factor and number of non-finite elements of all these gradient ranges
+    /// together; maxNorm 0 or below does not clip.
+    /// </summary>
+    public abstract void GradientNorm(
+        ReadOnlySpan<Tensor> gradients, double maxNorm, in Tensor into);
+
+    /// <summary>
+    /// One optimizer step over a range, with gradients times the factor in norm (None: 1). Where norm
+    /// counts non-finite gradients, nothing changes.
+    /// </summary>
+    public abstract void Update(in AdamW step, in AdamWRange range, in Tensor norm);
+
     public abstract void Fill(in Tensor tensor, double value);
 
     /// <summary>Copies bytes between tensors of the same spec on this device; they may overlap.</summary>
@@ -39,6 +54,9 @@ public abstract class Device : IDisposable
     /// <summary>Copies host elements in; their number and type must be the tensor's.</summary>
     public abstract void Write<T>(in Tensor tensor, ReadOnlySpan<T> values)
         where T : unmanaged;
+
+    /// <summary>Copies all bytes of a tensor in from host memory.</summary>
+    public abstract unsafe void Upload(in Tensor tensor, void* source);
 
     /// <summary>Waits for the device and copies elements out.</summary>
     public abstract void Read<T>(in Tensor tensor, Span<T> values)

@@ -40,13 +40,14 @@ public readonly record struct Spec
 }
 
 /// <summary>What an operation makes: its output, and what it saves for its backward.</summary>
-public readonly record struct Outputs(Spec Output, Spec Saved0 = default, Spec Saved1 = default)
+public readonly record struct Outputs(
+    Spec Output, Spec Saved0 = default, Spec Saved1 = default, Spec Saved2 = default)
 {
-    public const int MaxSaved = 2;
+    public const int MaxSaved = 3;
 
-    public int SavedCount => Saved1.Exists ? 2 : Saved0.Exists ? 1 : 0;
+    public int SavedCount => Saved2.Exists ? 3 : Saved1.Exists ? 2 : Saved0.Exists ? 1 : 0;
 
-    public Spec Saved(int index) => index == 0 ? Saved0 : Saved1;
+    public Spec Saved(int index) => index switch { 0 => Saved0, 1 => Saved1, _ => Saved2 };
 }
 
 /// <summary>The checks of which shape rules are made; each failure names op, argument, expected, got.</summary>
@@ -58,6 +59,14 @@ public static class SpecChecks
         Spec spec = inputs.Given(op, index, name);
         if (!spec.Type.IsFloat() || spec.Layout != Layout.RowMajor)
             throw op.Wrong(name, "a row-major float tensor", spec);
+        return spec;
+    }
+
+    /// <summary>A row-major float matrix.</summary>
+    public static Spec FloatMatrix(this ReadOnlySpan<Spec> inputs, Op op, int index, string name)
+    {
+        Spec spec = inputs.Float(op, index, name);
+        if (spec.Shape.Rank != 2) throw op.Wrong(name, "a row-major float matrix", spec);
         return spec;
     }
 
@@ -84,9 +93,11 @@ public static class SpecChecks
         return inputs[index];
     }
 
-    public static void MustBe(this Spec spec, Op op, string name, params ReadOnlySpan<int> sizes)
+    public static void MustBe(this Spec spec, Op op, string name, params ReadOnlySpan<int> sizes) =>
+        spec.MustHaveShape(op, name, new Shape(sizes));
+
+    public static void MustHaveShape(this Spec spec, Op op, string name, Shape expected)
     {
-        var expected = new Shape(sizes);
         if (spec.Exists && spec.Shape != expected)
             throw op.Wrong(name, $"shape {expected}", spec);
     }

@@ -3,9 +3,9 @@ namespace MiniCpmNative.Engine.Config;
 /// <summary>
 /// A training configuration under the names of the official script and of Hugging Face's
 /// TrainingArguments: a property's key is its name in snake_case. This record is the only table of
-/// keys: defaults, ranges and help texts stand here once; reading (<see cref="TrainReader"/>), writing
-/// and --help are generated from it. Defaults are the official script's where it sets one, else
-/// Hugging Face's, except where the comment says why not.
+/// keys: defaults, ranges and help texts stand here once; reading (<see cref="TrainReader"/>),
+/// writing and --help are generated from it. Defaults are the official script's where it sets one,
+/// else Hugging Face's, except where the comment says why not.
 /// </summary>
 public sealed partial record TrainArguments
 {

@@ -28,14 +28,16 @@ public enum LrSchedule
 }
 
 /// <summary>
-/// Parameters that weight decay applies to. Hf: what the Hugging Face Trainer decays (not nn.LayerNorm,
-/// nor names with bias, layernorm or rmsnorm). All: everything that is trained, as under DeepSpeed.
+/// Parameters that weight decay applies to. Hf: what the Hugging Face Trainer decays (not
+/// nn.LayerNorm, nor names with bias, layernorm or rmsnorm). All: everything that is trained, as
+/// under DeepSpeed.
 /// </summary>
 public enum DecayScope { Hf, All }
 
 /// <summary>
-/// What the summed cross-entropy of a step is divided by. Tokens: the supervised tokens of the whole
-/// accumulated batch. MicroBatchMean: each micro-batch by its own, then averaged, as officially.
+/// What the summed cross-entropy of a step is divided by. Tokens: the supervised tokens of the
+/// whole accumulated batch. MicroBatchMean: each micro-batch by its own, then averaged, as
+/// officially.
 /// </summary>
 public enum LossNormalization { Tokens, MicroBatchMean }
 
@@ -103,7 +105,8 @@ public sealed class TargetModules
 
     public IReadOnlyList<string> Suffixes { get; } = [];
 
-    /// <exception cref="InputException">The regular expression takes too long on this name.</exception>
+    /// <exception cref="InputException">The regular expression takes too long on this
+    /// name.</exception>
     public bool Matches(string module)
     {
         try

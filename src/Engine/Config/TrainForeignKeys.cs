@@ -1,9 +1,9 @@
 namespace MiniCpmNative.Engine.Config;
 
 /// <summary>
-/// Keys of the official scripts and of Hugging Face that mean nothing here. Those that cannot change
-/// the result are accepted, so that an existing command line moves over unchanged; the others are
-/// accepted at their neutral value only, and refused by name otherwise.
+/// Keys of the official scripts and of Hugging Face that mean nothing here. Those that cannot
+/// change the result are accepted, so that an existing command line moves over unchanged; the
+/// others are accepted at their neutral value only, and refused by name otherwise.
 /// </summary>
 internal static class TrainForeignKeys
 {
@@ -28,7 +28,9 @@ internal static class TrainForeignKeys
         trackio_space_id use_ipex use_legacy_prediction_loop use_liger_kernel
         """.Split((char[])[' ', '\n', '\r'], StringSplitOptions.RemoveEmptyEntries));
 
-    /// <summary>Neutral values beside none, null, false and the empty text; what to do otherwise.</summary>
+    /// <summary>
+    /// Neutral values beside none, null, false and the empty text; what to do otherwise.
+    /// </summary>
     public static IReadOnlyDictionary<string, (string[] Neutral, string Advice)> Refused { get; } =
         new Dictionary<string, (string[], string)>
         {

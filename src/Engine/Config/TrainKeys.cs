@@ -3,7 +3,9 @@ using System.Text.Json;
 
 namespace MiniCpmNative.Engine.Config;
 
-/// <summary>Help text and range of one configuration key; numbers are at least 0 unless it says else.</summary>
+/// <summary>
+/// Help text and range of one configuration key; numbers are at least 0 unless it says else.
+/// </summary>
 [AttributeUsage(AttributeTargets.Property)]
 public sealed class KeyAttribute(string group, string help) : Attribute
 {
@@ -27,7 +29,9 @@ public sealed class KeyAttribute(string group, string help) : Attribute
     public bool Allows(double value) =>
         value <= Max && value < Below && (Open ? value > Min : value >= Min);
 
-    /// <summary>The range in words; an upper bound that hardly anyone meets only when value does.</summary>
+    /// <summary>
+    /// The range in words; an upper bound that hardly anyone meets only when value does.
+    /// </summary>
     public string Range(double value)
     {
         string from = Open ? $"above {Min}" : $"at least {Min}";
@@ -36,7 +40,9 @@ public sealed class KeyAttribute(string group, string help) : Attribute
     }
 }
 
-/// <summary>One key of a configuration record: its name in files and on the command line, its rule.</summary>
+/// <summary>
+/// One key of a configuration record: its name in files and on the command line, its rule.
+/// </summary>
 internal sealed record TrainKey(string Name, PropertyInfo Property, KeyAttribute Rule)
 {
     public Type Type { get; } =
@@ -50,7 +56,9 @@ internal sealed record TrainKey(string Name, PropertyInfo Property, KeyAttribute
         || Type == typeof(IReadOnlyList<string>) || Type == typeof(IReadOnlyList<int>);
 }
 
-/// <summary>The keys of a configuration record, in the order in which the record declares them.</summary>
+/// <summary>
+/// The keys of a configuration record, in the order in which the record declares them.
+/// </summary>
 internal static class TrainKeys
 {
     public static IReadOnlyList<TrainKey> Train { get; } = Of(typeof(TrainArguments));

@@ -2,7 +2,8 @@ namespace MiniCpmNative.Engine.Config;
 
 /// <summary>
 /// Reads a configuration: a JSON file of one flat object, then --name value, --name=value or a bare
-/// --name (true) over it, or such arguments alone. Everything wrong in one source is reported at once.
+/// --name (true) over it, or such arguments alone. Everything wrong in one source is reported at
+/// once.
 /// </summary>
 public sealed class TrainReader
 {
@@ -13,12 +14,14 @@ public sealed class TrainReader
     private TrainReader(string workingDirectory) => _workingDirectory = workingDirectory;
 
     /// <summary>
-    /// Reads and checks a configuration. Relative paths of the file start at the file's folder, those of
-    /// the arguments at workingDirectory; the record has absolute ones.
+    /// Reads and checks a configuration. Relative paths of the file start at the file's folder,
+    /// those of the arguments at workingDirectory; the record has absolute ones.
     /// </summary>
-    /// <param name="arguments">An optional file name, then the arguments of the command line.</param>
+    /// <param name="arguments">An optional file name, then the arguments of the command
+    /// line.</param>
     /// <param name="notice">Takes one line for what was accepted but has no effect.</param>
-    /// <exception cref="InputException">Anything unknown, misspelt, out of range or contradictory.</exception>
+    /// <exception cref="InputException">Anything unknown, misspelt, out of range or
+    /// contradictory.</exception>
     public static TrainArguments Read(
         IReadOnlyList<string> arguments, string workingDirectory, Action<string>? notice = null)
     {

@@ -14,7 +14,9 @@ internal sealed record Given(JsonElement? Json, IReadOnlyList<string>? Words, st
 
     public object? Value { get; init; }
 
-    /// <summary>The value as one text, for messages and for comparing with neutral values.</summary>
+    /// <summary>
+    /// The value as one text, for messages and for comparing with neutral values.
+    /// </summary>
     public string Plain() => Json switch
     {
         { ValueKind: JsonValueKind.String } text => text.GetString()!,
@@ -26,7 +28,8 @@ internal sealed record Given(JsonElement? Json, IReadOnlyList<string>? Words, st
 /// <summary>Turns given values into the types of a configuration record's properties.</summary>
 internal static class TrainValues
 {
-    /// <exception cref="InputException">Wrong kind, spelling or range; without the source's name.</exception>
+    /// <exception cref="InputException">Wrong kind, spelling or range; without the source's
+    /// name.</exception>
     public static object? Convert(TrainKey key, Given given)
     {
         bool isNull = given.Json is { ValueKind: JsonValueKind.Null };

@@ -5,10 +5,14 @@ using System.Text.Json;
 
 namespace MiniCpmNative.Engine.Config;
 
-/// <summary>Configurations as text: the file beside a run's output, and the list of keys of --help.</summary>
+/// <summary>
+/// Configurations as text: the file beside a run's output, and the list of keys of --help.
+/// </summary>
 public static class TrainWriter
 {
-    /// <summary>The resolved configuration in its output folder; running it again does the same.</summary>
+    /// <summary>
+    /// The resolved configuration in its output folder; running it again does the same.
+    /// </summary>
     public const string FileName = "train_args.json";
 
     private static readonly JsonWriterOptions Indented = new()
@@ -31,7 +35,9 @@ public static class TrainWriter
         return stream.ToArray();
     }
 
-    /// <summary>Every key with its default and meaning, in groups, for a screen of 100 columns.</summary>
+    /// <summary>
+    /// Every key with its default and meaning, in groups, for a screen of 100 columns.
+    /// </summary>
     public static string Help()
     {
         const int column = 36;
@@ -42,7 +48,7 @@ public static class TrainWriter
         {
             if (key.Rule.Group != group) text.Append($"\n{group = key.Rule.Group}:\n");
             object? value = key.Property.GetValue(plain);
-            bool shown = value is not (null or ScheduleOptions);
+            bool shown = value is not (null or ScheduleOptions or TargetModules);
             string line = $"  --{key.Name}" + (shown ? " " + Show(value!) : "");
             // Names too long for the column have their meaning on the next line.
             if (line.Length > column - 2)
@@ -112,7 +118,6 @@ public static class TrainWriter
     {
         bool flag => flag ? "true" : "false",
         Interval interval => interval.Value.ToString(CultureInfo.InvariantCulture),
-        TargetModules targets => targets.Pattern ?? string.Join(' ', targets.Suffixes),
         Enum choice => TrainKeys.SnakeCase(choice.ToString()),
         _ => string.Format(CultureInfo.InvariantCulture, "{0}", value),
     };

@@ -3,8 +3,8 @@ using System.Text.Json;
 namespace MiniCpmNative.Engine.Train;
 
 /// <summary>
-/// train_log.jsonl: one JSON object per entry, flushed at once so that it can be followed. A resumed
-/// run cuts off what a run that got further before it stopped had written.
+/// train_log.jsonl: one JSON object per entry, flushed at once so that it can be followed. A
+/// resumed run cuts off what a run that got further before it stopped had written.
 /// </summary>
 internal sealed class LogLines : IDisposable
 {
@@ -14,7 +14,8 @@ internal sealed class LogLines : IDisposable
     private readonly string _path;
 
     /// <param name="folder">The output folder.</param>
-    /// <param name="resumedStep">Entries after this step are cut off; null starts an empty file.</param>
+    /// <param name="resumedStep">Entries after this step are cut off; null starts an empty
+    /// file.</param>
     /// <exception cref="RunException">The file cannot be opened.</exception>
     public LogLines(string folder, int? resumedStep)
     {

@@ -28,11 +28,13 @@ public readonly record struct StepReport(
 /// <summary>One pass over the evaluation rows.</summary>
 /// <param name="Step">Steps done before it.</param>
 /// <param name="Loss">Mean over all supervised tokens.</param>
-/// <param name="TokenAccuracy">Share of supervised tokens that are the most likely one, 0 to 1.</param>
+/// <param name="TokenAccuracy">Share of supervised tokens that are the most likely one, 0 to
+/// 1.</param>
+/// <param name="AnswerAccuracy">Share of answers whose every token is, 0 to 1.</param>
 /// <param name="Rows">Rows evaluated.</param>
 /// <param name="Seconds">Time it took.</param>
 public readonly record struct EvaluationReport(
-    int Step, double Loss, double TokenAccuracy, int Rows, double Seconds);
+    int Step, double Loss, double TokenAccuracy, double AnswerAccuracy, int Rows, double Seconds);
 
 /// <summary>
 /// What the trainer tells while it works. Step allocates nothing unless the step is logged or a
@@ -40,7 +42,9 @@ public readonly record struct EvaluationReport(
 /// </summary>
 public interface ITrainLog : IDisposable
 {
-    /// <summary>Opens the log files; when resuming reads the log so far and cuts off what came later.</summary>
+    /// <summary>
+    /// Opens the log files; when resuming reads the log so far and cuts off what came later.
+    /// </summary>
     void Start(RunReport run);
 
     /// <summary>A line for the user.</summary>
@@ -53,7 +57,9 @@ public interface ITrainLog : IDisposable
 
     void Evaluation(in EvaluationReport report);
 
-    /// <summary>Writes trainer_state.json as of a step into a checkpoint folder that is being made.</summary>
+    /// <summary>
+    /// Writes trainer_state.json as of a step into a checkpoint folder that is being made.
+    /// </summary>
     void SaveState(string folder, int step);
 
     /// <summary>Tells that a checkpoint is there whole.</summary>
@@ -68,6 +74,7 @@ public interface ITrainLog : IDisposable
 
 /// <summary>One entry of the logs, under the names of the Hugging Face Trainer.</summary>
 /// <param name="Values">Results, which depend on the data and the seed alone.</param>
-/// <param name="Timing">Speed and memory; not part of trainer_state.json, which can be compared.</param>
+/// <param name="Timing">Speed and memory; not part of trainer_state.json, which can be
+/// compared.</param>
 internal sealed record LogEntry(
     int Step, double Epoch, (string Name, double Value)[] Values, (string Name, double Value)[] Timing);

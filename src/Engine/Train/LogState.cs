@@ -4,9 +4,9 @@ using MiniCpmNative.Engine.Config;
 namespace MiniCpmNative.Engine.Train;
 
 /// <summary>
-/// trainer_state.json with the keys of the Hugging Face Trainer. Numbers are not rounded; NaN and Inf,
-/// which JSON lacks, are null. What a resumed run needs to go on with an unfinished logging interval
-/// stands in stateful_callbacks under "cpmx".
+/// trainer_state.json with the keys of the Hugging Face Trainer. Numbers are not rounded; NaN and
+/// Inf, which JSON lacks, are null. What a resumed run needs to go on with an unfinished logging
+/// interval stands in stateful_callbacks under "cpmx".
 /// </summary>
 internal sealed class LogState
 {
@@ -108,7 +108,8 @@ internal sealed class LogState
         json.WriteNumber("total_loss_count", Total.Count);
         json.WriteEndObject();
         json.WriteEndObject();
-        // The Trainer's estimate: two floating-point operations per parameter forward, four backward.
+        // The Trainer's estimate: two floating-point operations per parameter forward, four
+        // backward.
         json.WriteNumber("total_flos", 6.0 * TokensSeen * run.Parameters);
         json.WriteNumber("train_batch_size", run.Arguments.PerDeviceTrainBatchSize);
         json.WriteNull("trial_name");

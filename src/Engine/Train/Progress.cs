@@ -4,14 +4,17 @@ using System.Text;
 namespace MiniCpmNative.Engine.Train;
 
 /// <summary>
-/// Progress on the screen: in a terminal one line that is rewritten at most ten times a second, else
-/// a plain line per log entry. No escape sequences: a line is overwritten with its successor and
-/// blanks, and never reaches the last column, so that nothing wraps.
+/// Progress on the screen: in a terminal one line that is rewritten at most ten times a second,
+/// else a plain line per log entry. No escape sequences: a line is overwritten with its successor
+/// and blanks, and never reaches the last column, so that nothing wraps.
 /// </summary>
 internal sealed class Progress
 {
     private const double DrawSeconds = 0.1;
     private const int WidestBar = 30;
+
+    // Where the terminal echoes ^C behind the line.
+    private const int EchoColumns = 2;
 
     private readonly TextWriter _output;
     private readonly bool _isTerminal;
@@ -71,8 +74,8 @@ internal sealed class Progress
         lock (_turn)
         {
             _line.Clear().Append(CultureInfo.InvariantCulture, $"step {report.Step}/{_total}  ");
-            Values(report);
             Times(report.Step);
+            Values(report);
             Flush(newLine: true);
         }
     }
@@ -87,31 +90,35 @@ internal sealed class Progress
         }
     }
 
+    // What matters most stands first: a narrow terminal cuts the end off, a wide one gets a bar too.
     private void Draw(in StepReport report)
     {
-        _line.Clear();
-        Values(report);
-        Times(report.Step);
-        int most = Math.Max(20, _width() - 1);
         double share = _total == 0 ? 1 : (double)report.Step / _total;
-        string head = string.Create(
+        _line.Clear().Append(
             CultureInfo.InvariantCulture, $"{Math.Floor(share * 100),3}% {report.Step}/{_total}  ");
-        int bar = Math.Min(WidestBar, most - _line.Length - head.Length - 3);
+        int head = _line.Length;
+        Times(report.Step);
+        Values(report);
+        int most = Columns - EchoColumns;
+        int bar = Math.Min(WidestBar, most - _line.Length - 4);
         if (bar >= 5)
         {
             int full = (int)(share * bar);
-            _line.Insert(0, "] ").Insert(0, ".", bar - full).Insert(0, "#", full).Insert(0, "[");
+            _line.Insert(head, "]  ").Insert(head, ".", bar - full).Insert(head, "#", full)
+                .Insert(head, "[");
         }
 
-        _line.Insert(0, head);
         if (_line.Length > most) _line.Length = most;
         int length = _line.Length;
-        // Two more blanks than needed: the terminal echoes ^C behind the line.
-        if (length < _shown + 2) _line.Append(' ', Math.Min(_shown + 2, most) - length);
+        int blanks = Math.Min(_shown, Columns) - length;
+        if (blanks > 0) _line.Append(' ', blanks).Append('\b', blanks);
         _line.Insert(0, '\r');
         _shown = length;
         Flush(newLine: false);
     }
+
+    // The last column stays free: writing to it would wrap the line on some terminals.
+    private int Columns => Math.Max(20, _width() - 1);
 
     private void Values(in StepReport r)
     {
@@ -121,7 +128,7 @@ internal sealed class Progress
             $"loss {r.Loss:0.0000}  grad_norm {r.GradNorm:0.000}  lr {r.LearningRate:0.00e-00}  ");
         _line.Append(
             CultureInfo.InvariantCulture,
-            $"{speed:N0} tokens/s  {(double)r.MemoryBytes / (1 << 30):0.00} GiB  ");
+            $"{speed:N0} tokens/s  {(double)r.MemoryBytes / (1 << 30):0.00} GiB");
     }
 
     private void Times(int step)
@@ -131,6 +138,7 @@ internal sealed class Progress
         Time(elapsed);
         _line.Append('<');
         Time(left);
+        _line.Append("  ");
     }
 
     private void Time(double seconds)
@@ -150,7 +158,8 @@ internal sealed class Progress
     private void Clear()
     {
         if (_shown == 0) return;
-        _line.Clear().Append('\r').Append(' ', _shown + 2).Append('\r');
+        int blanks = Math.Min(_shown + EchoColumns, Columns);
+        _line.Clear().Append('\r').Append(' ', blanks).Append('\r');
         _shown = 0;
         Flush(newLine: false);
     }

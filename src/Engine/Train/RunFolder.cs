@@ -16,7 +16,8 @@ public static class RunFolder
 
     /// <summary>
     /// Makes the folder ready for a run: refuses one that holds results, unless the run resumes or
-    /// overwrites (checkpoints and trainer_state.json are then removed); removes unfinished checkpoints.
+    /// overwrites (checkpoints and trainer_state.json are then removed); removes unfinished
+    /// checkpoints.
     /// </summary>
     /// <returns>The checkpoint folder to go on from, or null to start anew.</returns>
     /// <exception cref="InputException">A used folder, or no checkpoint to go on from.</exception>

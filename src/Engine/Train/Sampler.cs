@@ -3,8 +3,8 @@ using MiniCpmNative.Engine.Config;
 namespace MiniCpmNative.Engine.Train;
 
 /// <summary>
-/// The order of the rows: in each epoch a permutation that depends on (seed, epoch) alone, so that a
-/// position in the data is two numbers and a resumed run needs nothing else. Fisher-Yates over
+/// The order of the rows: in each epoch a permutation that depends on (seed, epoch) alone, so that
+/// a position in the data is two numbers and a resumed run needs nothing else. Fisher-Yates over
 /// splitmix64, written out because the order must not change with a library version.
 /// </summary>
 public sealed class Sampler
@@ -29,8 +29,8 @@ public sealed class Sampler
     }
 
     /// <summary>
-    /// Row numbers of one micro-batch; the last one of an epoch may be shorter. Valid until a batch of
-    /// another epoch is asked for. Allocates nothing.
+    /// Row numbers of one micro-batch; the last one of an epoch may be shorter. Valid until a batch
+    /// of another epoch is asked for. Allocates nothing.
     /// </summary>
     public ReadOnlySpan<int> Batch(int epoch, int index)
     {

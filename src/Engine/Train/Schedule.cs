@@ -18,7 +18,9 @@ public sealed record Schedule(
         arguments.LrSchedulerType, arguments.LearningRate, arguments.WarmupOf(maxSteps), maxSteps,
         arguments.LrSchedulerKwargs);
 
-    /// <summary>The rate that the optimizer step numbered from 0 uses; defined past the end too.</summary>
+    /// <summary>
+    /// The rate that the optimizer step numbered from 0 uses; defined past the end too.
+    /// </summary>
     public double At(int step) => Type switch
     {
         LrSchedule.WarmupLr => WarmupLr(step),

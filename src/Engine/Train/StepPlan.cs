@@ -6,13 +6,16 @@ namespace MiniCpmNative.Engine.Train;
 [Flags]
 public enum StepActions { None = 0, Log = 1, Evaluate = 2, Save = 4 }
 
-/// <summary>The micro-batches [First, First + Count) of an epoch that one optimizer step accumulates.</summary>
+/// <summary>
+/// The micro-batches [First, First + Count) of an epoch that one optimizer step accumulates.
+/// </summary>
 public readonly record struct StepBatches(int Epoch, int First, int Count);
 
 /// <summary>
 /// How many steps a run has and what each one covers, counted as the Hugging Face Trainer does: an
-/// epoch ends with a smaller micro-batch and a shorter accumulation rather than dropping rows (unless
-/// dataloader_drop_last), and max_steps decides over num_train_epochs. Steps are numbered from 1.
+/// epoch ends with a smaller micro-batch and a shorter accumulation rather than dropping rows
+/// (unless dataloader_drop_last), and max_steps decides over num_train_epochs. Steps are numbered
+/// from 1.
 /// </summary>
 public sealed class StepPlan
 {
@@ -79,7 +82,9 @@ public sealed class StepPlan
         return batches.Epoch + ((double)(batches.First + batches.Count) / MicroBatches);
     }
 
-    /// <summary>What follows a step. The last one is saved too when steps are saved at all.</summary>
+    /// <summary>
+    /// What follows a step. The last one is saved too when steps are saved at all.
+    /// </summary>
     public StepActions After(int step)
     {
         bool epochEnds = step % StepsPerEpoch == 0 || step == MaxSteps;
@@ -95,7 +100,9 @@ public sealed class StepPlan
         return actions;
     }
 
-    /// <summary>Resolved numbers of steps between log entries, evaluations and checkpoints.</summary>
+    /// <summary>
+    /// Resolved numbers of steps between log entries, evaluations and checkpoints.
+    /// </summary>
     public (int Logging, int Evaluation, int Saving) Every => (_logging, _evaluation, _saving);
 
     private static bool Due(When when, int every, int step, bool epochEnds) => when switch

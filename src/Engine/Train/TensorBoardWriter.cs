@@ -16,9 +16,11 @@ internal sealed class TensorBoardWriter : IDisposable
     private readonly FileStream _file;
     private readonly TimeProvider _clock;
 
-    /// <param name="folder">Created when it is not there; the file name starts with events.out.tfevents.</param>
+    /// <param name="folder">Created when it is not there; the file name starts with
+    /// events.out.tfevents.</param>
     /// <param name="clock">Gives the wall time of events.</param>
-    /// <param name="resumedStep">TensorBoard forgets what earlier files hold after this step.</param>
+    /// <param name="resumedStep">TensorBoard forgets what earlier files hold after this
+    /// step.</param>
     /// <exception cref="RunException">The file cannot be created.</exception>
     public TensorBoardWriter(string folder, TimeProvider clock, int? resumedStep)
     {

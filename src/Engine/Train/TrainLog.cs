@@ -3,9 +3,9 @@ using MiniCpmNative.Engine.Config;
 namespace MiniCpmNative.Engine.Train;
 
 /// <summary>
-/// Everything a run tells, in one place: screen, train_log.jsonl, TensorBoard, trainer_state.json. The
-/// loss of an entry is the mean over the steps since the last one; grad_norm and learning_rate are
-/// the last step's, the rate being the one it used.
+/// Everything a run tells, in one place: screen, train_log.jsonl, TensorBoard, trainer_state.json.
+/// The loss of an entry is the mean over the steps since the last one; grad_norm and learning_rate
+/// are the last step's, the rate being the one it used.
 /// </summary>
 public sealed class TrainLog : ITrainLog
 {
@@ -78,7 +78,8 @@ public sealed class TrainLog : ITrainLog
     {
         Add(new LogEntry(
             r.Step, Run.Plan.EpochAfter(r.Step),
-            [("eval_loss", r.Loss), ("eval_token_accuracy", r.TokenAccuracy)],
+            [("eval_loss", r.Loss), ("eval_token_accuracy", r.TokenAccuracy),
+                ("eval_answer_accuracy", r.AnswerAccuracy)],
             [("eval_runtime", r.Seconds), ("eval_samples_per_second", r.Rows / Math.Max(1e-9, r.Seconds))]));
         _progress.Message(FormattableString.Invariant(
             $"evaluation after step {r.Step}: loss {r.Loss:0.0000}, token accuracy ")

@@ -1,4 +1,5 @@
 using System.Numerics;
+using System.Numerics.Tensors;
 using System.Runtime.CompilerServices;
 
 namespace MiniCpmNative.Kernels.Cpu;
@@ -14,6 +15,8 @@ public readonly unsafe ref struct CpuCall<T>(CpuDevice device, Op op, OpCall cal
     private readonly OpCall _call = call;
 
     public Workers Workers => device.Workers;
+
+    public Gemm Gemm => device.Gemm;
 
     public Randomness Random => device.Random;
 
@@ -32,6 +35,22 @@ public readonly unsafe ref struct CpuCall<T>(CpuDevice device, Op op, OpCall cal
         var wide = Scratch(tensor.Shape);
         Widen(tensor, wide);
         return wide;
+    }
+
+    /// <summary>A weight as a matrix product takes it: in its storage type, maybe packed.</summary>
+    public MatrixView Weight(int index)
+    {
+        Tensor w = Input(index);
+        return w.Spec.Layout == Layout.Packed
+            ? new PackedMatrix((void*)w.Data, w.Type, w.Shape[0], w.Shape[1]).View
+            : new MatrixView((void*)w.Data, w.Type, w.Shape[0], w.Shape[1]);
+    }
+
+    /// <summary>into = alpha * a b, or adds it, if the gradient is wanted.</summary>
+    public void Multiply(MatrixView a, MatrixView b, Gradient<T> into, double alpha = 1)
+    {
+        if (into.Wanted)
+            Gemm.Multiply(a, b, into.Into.View, alpha, into.Accumulate ? 1 : 0);
     }
 
     public Matrix<int> Ints(int index) => Typed<int>(Input(index));
@@ -53,6 +72,10 @@ public readonly unsafe ref struct CpuCall<T>(CpuDevice device, Op op, OpCall cal
 
     /// <summary>A matrix of undefined content that lives until the operation returns.</summary>
     public Matrix<T> Scratch(Shape shape) => Typed<T>(device.Step.Push(new Spec(Float, shape), op.Name));
+
+    /// <summary>Integers of undefined content that live until the operation returns.</summary>
+    public Matrix<int> ScratchInts(int count) =>
+        Typed<int>(device.Step.Push(new Spec(DType.I32, new Shape(count)), op.Name));
 
     private static DType Float => typeof(T) == typeof(double) ? DType.F64 : DType.F32;
 
@@ -86,6 +109,13 @@ public readonly unsafe struct Matrix<T>(T* data, int rows, int cols)
 
     public long Count => (long)Rows * Cols;
 
+    /// <summary>The operand of a matrix product; T is float or double.</summary>
+    public MatrixView View =>
+        new(Data, typeof(T) == typeof(double) ? DType.F64 : DType.F32, Rows, Cols);
+
+    /// <summary>Rows from first on, at most count.</summary>
+    public Matrix<T> Slice(int first, int count) => new(Row(first), Math.Min(count, Rows - first), Cols);
+
     public T* Row(int row) => Data + ((long)row * Cols);
 
     public Span<T> RowSpan(int row) => new(Row(row), Cols);
@@ -106,4 +136,22 @@ public readonly unsafe struct Gradient<T>(Matrix<T> into, bool accumulate)
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public void Put(long index, T value) =>
         Into.Data[index] = Accumulate ? Into.Data[index] + value : value;
+
+    /// <summary>Writes row sourceRow of source as row row, or adds it; zero where there is no source.</summary>
+    public void PutRow(int row, Matrix<T> source, int sourceRow)
+    {
+        Span<T> into = Into.RowSpan(row);
+        if (!source.Exists)
+        {
+            if (!Accumulate) into.Clear();
+        }
+        else if (Accumulate)
+        {
+            TensorPrimitives.Add<T>(into, source.RowSpan(sourceRow), into);
+        }
+        else
+        {
+            source.RowSpan(sourceRow).CopyTo(into);
+        }
+    }
 }

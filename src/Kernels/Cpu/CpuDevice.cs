@@ -1,5 +1,6 @@
 using System.Runtime.CompilerServices;
 using System.Runtime.InteropServices;
+using MiniCpmNative.Kernels.Updates;
 
 namespace MiniCpmNative.Kernels.Cpu;
 
@@ -22,12 +23,15 @@ public sealed unsafe class CpuDevice : Device
             throw new ArgumentException("the CPU computes in F32 or F64", nameof(activations));
         Activations = activations;
         Workers = new Workers(threads);
+        Gemm = new Gemm(Workers);
         long bytes = stepBytes ?? Math.Min(
             DefaultStepBytes, GC.GetGCMemoryInfo().TotalAvailableMemoryBytes);
         Step = new Arena(Reserve(bytes), bytes);
     }
 
     public Workers Workers { get; }
+
+    public Gemm Gemm { get; }
 
     public override Arena Step { get; }
 
@@ -43,10 +47,14 @@ public sealed unsafe class CpuDevice : Device
     }
 
     public override long PackedBytes(DType type, int rows, int cols) =>
-        throw new NotSupportedException();
+        PackedMatrix.Bytes(rows, cols, type);
 
-    public override Tensor Pack(DType type, int rows, int cols, void* source, string name) =>
-        throw new NotSupportedException();
+    public override Tensor Pack(DType type, int rows, int cols, void* source, string name)
+    {
+        nint memory = Reserve(PackedBytes(type, rows, cols));
+        PackedMatrix.Pack(Workers, new MatrixView(source, type, rows, cols), (void*)memory);
+        return new Tensor(memory, new Spec(type, new Shape(rows, cols), Layout.Packed));
+    }
 
     public override void Forward(Op op, in OpCall call)
     {
@@ -64,6 +72,33 @@ public sealed unsafe class CpuDevice : Device
         if (Activations == DType.F64) op.CpuBackward(new CpuCall<double>(this, op, call));
         else op.CpuBackward(new CpuCall<float>(this, op, call));
         Step.Pop(mark);
+    }
+
+    public override void GradientNorm(
+        ReadOnlySpan<Tensor> gradients, double maxNorm, in Tensor into)
+    {
+        double squares = 0, nonFinite = 0;
+        foreach (ref readonly Tensor gradient in gradients)
+        {
+            if (gradient.Type != Activations)
+                throw new ShapeException($"gradient_norm: a gradient of {gradient.Spec}");
+            if (Activations == DType.F64)
+                CpuGradientNorm.Add<double>(Workers, Step, gradient, ref squares, ref nonFinite);
+            else
+                CpuGradientNorm.Add<float>(Workers, Step, gradient, ref squares, ref nonFinite);
+        }
+
+        Write(into, [Updates.GradientNorm.Of(squares, nonFinite, maxNorm)]);
+    }
+
+    public override void Update(in AdamW step, in AdamWRange range, in Tensor norm)
+    {
+        range.Check(Activations);
+        var of = new GradientNorm(0, 1, 0);
+        if (norm.Exists) Read(norm, new Span<GradientNorm>(ref of));
+        if (of.NonFinite > 0) return;
+        if (Activations == DType.F64) CpuAdamW.Run<double>(Workers, step, range, of.Factor);
+        else CpuAdamW.Run<float>(Workers, step, range, of.Factor);
     }
 
     public override void Fill(in Tensor tensor, double value)
@@ -87,11 +122,18 @@ public sealed unsafe class CpuDevice : Device
     public override void Write<T>(in Tensor tensor, ReadOnlySpan<T> values) =>
         values.CopyTo(Elements<T>(tensor, values.Length));
 
+    public override void Upload(in Tensor tensor, void* source)
+    {
+        Step.Check(tensor);
+        Buffer.MemoryCopy(source, (void*)tensor.Data, tensor.Spec.Bytes, tensor.Spec.Bytes);
+    }
+
     public override void Read<T>(in Tensor tensor, Span<T> values) =>
         Elements<T>(tensor, values.Length).CopyTo(values);
 
     public override void Dispose()
     {
+        Gemm.Dispose();
         Workers.Dispose();
         foreach (var memory in _memory) memory.Dispose();
         _memory.Clear();

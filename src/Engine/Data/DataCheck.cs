@@ -1,0 +1,92 @@
+using System.Globalization;
+using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data.Text;
+
+namespace MiniCpmNative.Engine.Data;
+
+/// <summary>
+/// `cpmx data check`: reads every row of the training and evaluation data and decodes its pictures, names
+/// each bad row, and shows what training would see.
+/// </summary>
+public static class DataCheck
+{
+    /// <summary>Writes the report; false when a row is bad.</summary>
+    /// <exception cref="InputException">A file cannot be read at all.</exception>
+    public static bool Run(TrainArguments arguments, TextWriter output)
+    {
+        ModelSpec spec = ModelSpec.Read(arguments.ModelNameOrPath!);
+        bool good = true;
+        foreach (string? path in (string?[])[arguments.DataPath, arguments.EvalDataPath])
+            if (path is not null) good &= Run(path, arguments, spec, output);
+        return good;
+    }
+
+    private static bool Run(string path, TrainArguments arguments, ModelSpec spec, TextWriter output)
+    {
+        TrainingRows rows = TrainingRows.Read(path, arguments, spec);
+        RowCheck[] checks = rows.Check(decode: true);
+        var bad = rows.Unreadable.Concat(checks.Where(c => c.Bad is not null).Select(c => c.Bad!))
+            .OrderBy(row => row.Number).ToList();
+        foreach (BadRow row in bad) output.WriteLine(row);
+        var usable = checks.Where(c => c.Bad is null).ToList();
+        output.WriteLine(
+            $"{path}: {Number(rows.Count + rows.Unreadable.Count)} rows, {Number(bad.Count)} bad");
+        if (usable.Count == 0) return false;
+
+        int[] lengths = [.. usable.Select(c => c.Tokens).Order()];
+        output.WriteLine($"  tokens per row: least {Number(lengths[0])}, median "
+            + $"{Number(lengths[lengths.Length / 2])}, 95 % at most "
+            + $"{Number(lengths[(int)(0.95 * (lengths.Length - 1))])}, most {Number(lengths[^1])}; "
+            + $"all {Number(usable.Sum(c => (long)c.Tokens))}");
+        output.WriteLine($"  supervised tokens: {Number(usable.Sum(c => (long)c.Supervised))}");
+        output.WriteLine($"  longer than model_max_length {Number(arguments.ModelMaxLength)}, would be cut: "
+            + Number(usable.Count(c => c.Cut)));
+        int turned = usable.Sum(c => c.Turned);
+        output.WriteLine($"  pictures: {Number(usable.Sum(c => c.Pictures))}, {Number(turned)} with an EXIF "
+            + "orientation, which is " + (arguments.ApplyExifOrientation
+                ? "applied"
+                : "not applied (apply_exif_orientation=true does)"));
+        Show(rows, Array.FindIndex(checks, c => c.Bad is null), output);
+        return bad.Count == 0;
+    }
+
+    /// <summary>One row as the model sees it: the text, and under it what is to be predicted.</summary>
+    private static void Show(TrainingRows rows, int index, TextWriter output)
+    {
+        Sample sample = rows.Sample(index);
+        output.WriteLine($"  row {rows[index].Number} as the model sees it, supervised text in [[ ]]:");
+        int unknown = rows.Tokenizer.UnknownToken is { } token ? rows.Tokenizer.IdOf(token) ?? -1 : -1;
+        var text = new System.Text.StringBuilder();
+        var run = new List<int>();
+        bool supervised = false;
+        int folded = 0;
+        for (int t = 0; t < sample.InputIds.Length; t++)
+        {
+            // labels[t] is what follows token t: token t itself is supervised if label t - 1 is.
+            bool answer = t > 0 && sample.Labels[t - 1] == sample.InputIds[t];
+            bool fold = sample.InputIds[t] == unknown;
+            if (answer != supervised || fold != (folded > 0)) Flush();
+            supervised = answer;
+            if (fold) folded++;
+            else run.Add(sample.InputIds[t]);
+        }
+
+        Flush();
+        foreach (string line in text.ToString().Split('\n')) output.WriteLine("    " + line);
+
+        void Flush()
+        {
+            if (folded > 0) text.Append(CultureInfo.InvariantCulture, $"({folded} picture features)");
+            if (run.Count > 0)
+            {
+                string decoded = rows.Tokenizer.Decode(run.ToArray());
+                text.Append(supervised ? $"[[{decoded}]]" : decoded);
+            }
+
+            run.Clear();
+            folded = 0;
+        }
+    }
+
+    private static string Number(long value) => value.ToString("N0", CultureInfo.InvariantCulture);
+}

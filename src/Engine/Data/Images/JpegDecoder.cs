@@ -1,0 +1,111 @@
+using System.Runtime.InteropServices;
+
+namespace MiniCpmNative.Engine.Data.Images;
+
+/// <summary>
+/// JPEG through libturbojpeg's TurboJPEG 2 interface (also in version 3), called with its defaults: accurate
+/// integer IDCT and fancy upsampling, the bytes Pillow gets. CMYK is taken as inverted, with or
+/// without Adobe's marker, as Pillow takes it. Warnings about damaged data are passed over as there;
+/// a file without its end marker is refused.
+/// </summary>
+internal static unsafe class JpegDecoder
+{
+    private const int Rgb = 0, Cmyk = 11;
+
+    // Refuses progressive files of more than 500 scans, which only attacks have.
+    private const int LimitScans = 32768;
+    private const int FatalError = 1;
+
+    // Huffman coding spends a bit or more on every block of 8x8 samples.
+    private const long PixelsPerByte = 8 * 64;
+
+    private static readonly NativePictureLibrary s_library = new(
+        "JPEG",
+        "libturbojpeg (libjpeg-turbo 2.0 or newer)",
+        "Debian or Ubuntu: apt install libturbojpeg0; Fedora: dnf install turbojpeg; "
+            + "macOS: brew install jpeg-turbo",
+        [
+            "libturbojpeg.so.0", "libturbojpeg.so", "libturbojpeg.dylib", "turbojpeg.dll",
+            "/opt/homebrew/opt/jpeg-turbo/lib/libturbojpeg.dylib",
+            "/usr/local/opt/jpeg-turbo/lib/libturbojpeg.dylib", "libturbojpeg.dll",
+        ]);
+
+    /// <exception cref="InputException">The library is missing, or the file is damaged.</exception>
+    public static Picture Decode(ByteSource source, byte[] file, JpegHeader header)
+    {
+        var data = file.AsSpan(0, (int)source.Length);
+        if (!header.Ends(data)) throw source.Error("damaged JPEG: its pixels are cut off");
+        long pixels = (long)header.Width * header.Height;
+        if (!header.Arithmetic && pixels > (source.Length * PixelsPerByte) + 65536)
+            throw source.Error($"damaged JPEG: {header.Width}x{header.Height} pixels do not fit into "
+                + $"{source.Length} bytes");
+        if (header.Components != 4)
+        {
+            var picture = new Picture(header.Width, header.Height);
+            fixed (byte* into = picture.Bytes)
+                return Run(source, data, header, picture, into, 3, Rgb);
+        }
+
+        var converted = new Picture(header.Width, header.Height);
+        byte[] inks = new byte[pixels * 4];
+        fixed (byte* into = inks) Run(source, data, header, converted, into, 4, Cmyk);
+        FromInverseCmyk(inks, converted.Rgb);
+        return converted;
+    }
+
+    private static Picture Run(
+        ByteSource source, ReadOnlySpan<byte> data, JpegHeader header, Picture picture, byte* into,
+        int channels, int pixelFormat)
+    {
+        void* decoder = null;
+        try
+        {
+            decoder = ((delegate* unmanaged[Cdecl]<void*>)s_library.Entry("tjInitDecompress", source))();
+            if (decoder == null) throw source.Error("libturbojpeg cannot start a decoder");
+            var decompress = (delegate* unmanaged[Cdecl]<void*, byte*, CULong, byte*, int, int, int, int,
+                int, int>)s_library.Entry("tjDecompress2", source);
+            fixed (byte* bytes = data)
+            {
+                int status = decompress(
+                    decoder, bytes, new CULong((nuint)data.Length), into, header.Width,
+                    header.Width * channels, header.Height, pixelFormat, LimitScans);
+                if (status != 0) Check(decoder, source);
+            }
+
+            return picture;
+        }
+        catch
+        {
+            picture.Dispose();
+            throw;
+        }
+        finally
+        {
+            if (decoder != null)
+                ((delegate* unmanaged[Cdecl]<void*, int>)s_library.Entry("tjDestroy", source))(decoder);
+        }
+    }
+
+    private static void Check(void* decoder, ByteSource source)
+    {
+        int code = ((delegate* unmanaged[Cdecl]<void*, int>)s_library.Entry("tjGetErrorCode", source))(decoder);
+        if (code != FatalError) return;
+        byte* text = ((delegate* unmanaged[Cdecl]<void*, byte*>)s_library.Entry("tjGetErrorStr2", source))(
+            decoder);
+        throw source.Error($"damaged JPEG: {Marshal.PtrToStringUTF8((nint)text)}");
+    }
+
+    // v = clip(n - c * n / 255), n = 255 - k, rounded as Pillow rounds it.
+    private static void FromInverseCmyk(ReadOnlySpan<byte> inks, Span<byte> rgb)
+    {
+        for (int p = 0, i = 0; i < rgb.Length; p += 4, i += 3)
+        {
+            int n = inks[p + 3];
+            for (int c = 0; c < 3; c++)
+            {
+                int t = ((255 - inks[p + c]) * n) + 128;
+                rgb[i + c] = (byte)Math.Clamp(n - (((t >> 8) + t) >> 8), 0, 255);
+            }
+        }
+    }
+}

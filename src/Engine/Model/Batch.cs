@@ -1,0 +1,86 @@
+namespace MiniCpmNative.Engine.Model;
+
+/// <summary>
+/// Rows of one forward pass on the host, packed: no padding anywhere. Text rows follow each other in
+/// Tokens, pictures follow each other in Patches, in the order of their rows. Its buffers are reused,
+/// so that filling one again allocates only when something is larger than ever before.
+/// </summary>
+public sealed class Batch
+{
+    /// <summary>Rows in this batch.</summary>
+    public int Samples { get; set; }
+
+    /// <summary>Token ids of all rows.</summary>
+    public Growing<int> Tokens { get; } = new();
+
+    /// <summary>Position of each token in its row.</summary>
+    public Growing<int> Positions { get; } = new();
+
+    /// <summary>Where each row starts in Tokens, and the end.</summary>
+    public Growing<int> SequenceStarts { get; } = new();
+
+    /// <summary>Tokens whose output is supervised, as indices into Tokens.</summary>
+    public Growing<int> LabelRows { get; } = new();
+
+    /// <summary>The token that each of LabelRows should predict.</summary>
+    public Growing<int> Targets { get; } = new();
+
+    /// <summary>Pixels, one row of channels * p * p values per patch, in (channel, y, x) order.</summary>
+    public Growing<float> Patches { get; } = new();
+
+    /// <summary>Rows and columns of patches of each picture, two numbers each.</summary>
+    public Growing<int> Grids { get; } = new();
+
+    /// <summary>Where each picture starts in Patches, in patches, and the end.</summary>
+    public Growing<int> PictureStarts { get; } = new();
+
+    /// <summary>First token and end of each picture's place in its row, counted in the row.</summary>
+    public Growing<int> ImageBounds { get; } = new();
+
+    /// <summary>Tokens whose embedding is replaced by a picture feature, as indices into Tokens.</summary>
+    public Growing<int> Slots { get; } = new();
+
+    /// <summary>The picture feature of each slot: picture * queries + query.</summary>
+    public Growing<int> SlotFeatures { get; } = new();
+
+    public void Clear()
+    {
+        Samples = 0;
+        foreach (var buffer in (ReadOnlySpan<Growing<int>>)[Tokens, Positions, SequenceStarts, LabelRows,
+            Targets, Grids, PictureStarts, ImageBounds, Slots, SlotFeatures])
+            buffer.Clear();
+        Patches.Clear();
+        SequenceStarts.Add(0);
+        PictureStarts.Add(0);
+    }
+}
+
+/// <summary>A list whose memory stays when it is cleared.</summary>
+public sealed class Growing<T>
+    where T : unmanaged
+{
+    private T[] _items = [];
+
+    public int Count { get; private set; }
+
+    public ReadOnlySpan<T> Span => _items.AsSpan(0, Count);
+
+    public T this[int index] => Span[index];
+
+    public void Clear() => Count = 0;
+
+    public void Add(T item) => Extend(1)[0] = item;
+
+    public void Add(ReadOnlySpan<T> items) => items.CopyTo(Extend(items.Length));
+
+    /// <summary>Room for more items, of undefined content.</summary>
+    public Span<T> Extend(int count)
+    {
+        int end = checked(Count + count);
+        if (end > _items.Length)
+            Array.Resize(ref _items, Math.Max(end, (int)Math.Min(Array.MaxLength, 2L * _items.Length)));
+        var room = _items.AsSpan(Count, count);
+        Count = end;
+        return room;
+    }
+}

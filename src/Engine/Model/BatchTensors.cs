@@ -1,0 +1,165 @@
+using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Kernels;
+
+namespace MiniCpmNative.Engine.Model;
+
+/// <summary>
+/// A batch on the device, in the step arena, with what follows from it: position buckets of the patches,
+/// coordinates for the resampler, rotary tables. One instance is loaded again for each batch.
+/// </summary>
+public sealed class BatchTensors(
+    Device device, VisionSpec vision, ResamplerSpec resampler, DecoderSpec decoder)
+{
+    private readonly Growing<int> _ints = new();
+    private readonly int _queries = resampler.Queries;
+    private readonly int _patchSize = vision.Channels * vision.PatchSize * vision.PatchSize;
+
+    public int Pictures { get; private set; }
+
+    /// <summary>I32[tokens].</summary>
+    public Tensor Tokens { get; private set; }
+
+    /// <summary>I32[tokens].</summary>
+    public Tensor Positions { get; private set; }
+
+    /// <summary>I32[rows + 1].</summary>
+    public Tensor SequenceStarts { get; private set; }
+
+    /// <summary>I32[labels].</summary>
+    public Tensor LabelRows { get; private set; }
+
+    /// <summary>I32[labels].</summary>
+    public Tensor Targets { get; private set; }
+
+    /// <summary>F32[patches, channels * p * p].</summary>
+    public Tensor Patches { get; private set; }
+
+    /// <summary>I32[patches]: rows of the vision tower's position table.</summary>
+    public Tensor PatchPositions { get; private set; }
+
+    /// <summary>I32[pictures + 1], in patches.</summary>
+    public Tensor PictureStarts { get; private set; }
+
+    /// <summary>I32[pictures + 1], in queries.</summary>
+    public Tensor QueryStarts { get; private set; }
+
+    /// <summary>I32[pictures * queries]: 0..queries-1 for each picture.</summary>
+    public Tensor QueryIds { get; private set; }
+
+    /// <summary>I32[2 * patches]: column, row of each patch.</summary>
+    public Tensor CoordinateIds { get; private set; }
+
+    /// <summary>F32[coordinates, width / 2]: sines and cosines of one coordinate.</summary>
+    public Tensor Coordinates { get; private set; }
+
+    /// <summary>I32[slots]: tokens that are picture features.</summary>
+    public Tensor Slots { get; private set; }
+
+    /// <summary>I32[slots], only when the slots do not simply take all features in order.</summary>
+    public Tensor FeatureIds { get; private set; }
+
+    /// <summary>F32[positions, headDim / 2].</summary>
+    public Tensor RopeCos { get; private set; }
+
+    /// <summary>F32[positions, headDim / 2].</summary>
+    public Tensor RopeSin { get; private set; }
+
+    /// <summary>Uploads a batch; call it when the arena is empty, before the first operation.</summary>
+    public void Load(Batch batch)
+    {
+        Pictures = batch.Grids.Count / 2;
+        Tokens = Upload(batch.Tokens.Span, "tokens");
+        Positions = Upload(batch.Positions.Span, "positions");
+        SequenceStarts = Upload(batch.SequenceStarts.Span, "sequence starts");
+        LabelRows = Upload(batch.LabelRows.Span, "label rows");
+        Targets = Upload(batch.Targets.Span, "targets");
+        Slots = Upload(batch.Slots.Span, "slots");
+        LoadRope(batch);
+        if (Pictures > 0) LoadPictures(batch);
+    }
+
+    private void LoadPictures(Batch batch)
+    {
+        int patches = batch.PictureStarts[Pictures];
+        Patches = device.Step.Push(
+            new Spec(device.Activations, new Shape(patches, _patchSize)), "patches");
+        WriteFloats(Patches, batch.Patches.Span);
+        PictureStarts = Upload(batch.PictureStarts.Span, "picture starts");
+        LoadGrids(batch);
+
+        _ints.Clear();
+        for (int i = 0; i <= Pictures; i++) _ints.Add(i * _queries);
+        QueryStarts = Upload(_ints.Span, "query starts");
+        _ints.Clear();
+        for (int i = 0; i < Pictures * _queries; i++) _ints.Add(i % _queries);
+        QueryIds = Upload(_ints.Span, "query ids");
+
+        bool allInOrder = batch.SlotFeatures.Count == Pictures * _queries;
+        for (int i = 0; i < batch.SlotFeatures.Count && allInOrder; i++)
+            allInOrder = batch.SlotFeatures[i] == i;
+        FeatureIds = allInOrder ? Tensor.None : Upload(batch.SlotFeatures.Span, "feature ids");
+    }
+
+    private void LoadGrids(Batch batch)
+    {
+        int side = vision.PositionsPerSide, largest = 1;
+        _ints.Clear();
+        for (int i = 0; i < Pictures; i++)
+        {
+            int rows = batch.Grids[2 * i], cols = batch.Grids[(2 * i) + 1];
+            largest = Math.Max(largest, Math.Max(rows, cols));
+            PositionBuckets.Write(rows, cols, side, _ints.Extend(rows * cols));
+        }
+
+        PatchPositions = Upload(_ints.Span, "patch positions");
+        _ints.Clear();
+        for (int i = 0; i < Pictures; i++)
+        {
+            int rows = batch.Grids[2 * i], cols = batch.Grids[(2 * i) + 1];
+            for (int r = 0; r < rows; r++)
+                for (int c = 0; c < cols; c++)
+                {
+                    _ints.Add(c);
+                    _ints.Add(r);
+                }
+        }
+
+        CoordinateIds = Upload(_ints.Span, "coordinates");
+        if (Coordinates.Exists && Coordinates.Shape[0] >= largest) return;
+        int count = Math.Max(largest, Coordinates.Exists ? 2 * Coordinates.Shape[0] : side);
+        Coordinates = Table(SinCos2D.Coordinates(count, resampler.HiddenSize), count, "coordinates");
+    }
+
+    private void LoadRope(Batch batch)
+    {
+        int longest = 1;
+        for (int i = 1; i < batch.SequenceStarts.Count; i++)
+            longest = Math.Max(longest, batch.SequenceStarts[i] - batch.SequenceStarts[i - 1]);
+        if (RopeCos.Exists && RopeCos.Shape[0] >= longest) return;
+        int count = Math.Max(longest, RopeCos.Exists ? 2 * RopeCos.Shape[0] : 2048);
+        var (cos, sin) = decoder.RopeTable(count);
+        (RopeCos, RopeSin) = (Table(cos, count, "rope cos"), Table(sin, count, "rope sin"));
+    }
+
+    /// <summary>Tables grow rarely, by doubling; the smaller one they replace stays allocated.</summary>
+    private Tensor Table(float[] values, int rows, string name)
+    {
+        var shape = new Shape(rows, values.Length / rows);
+        Tensor table = device.Allocate(new Spec(device.Activations, shape), name);
+        WriteFloats(table, values);
+        return table;
+    }
+
+    private Tensor Upload(ReadOnlySpan<int> values, string name)
+    {
+        Tensor tensor = device.Step.Push(new Spec(DType.I32, new Shape(values.Length)), name);
+        device.Write(tensor, values);
+        return tensor;
+    }
+
+    private void WriteFloats(in Tensor tensor, ReadOnlySpan<float> values)
+    {
+        if (tensor.Type == DType.F32) device.Write(tensor, values);
+        else device.Write<double>(tensor, Array.ConvertAll(values.ToArray(), v => (double)v));
+    }
+}

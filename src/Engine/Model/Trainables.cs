@@ -1,0 +1,145 @@
+using MiniCpmNative.Kernels;
+
+namespace MiniCpmNative.Engine.Model;
+
+/// <summary>
+/// A tensor that is trained: its name in the model (an official parameter, or a module's lora_A or
+/// lora_B), shape, the type it is stored and saved in, and whether weight decay applies to it.
+/// </summary>
+public sealed record Trainable(string Name, Shape Shape, DType Type, bool Decays);
+
+/// <summary>
+/// The trained tensors as flat ranges on the device: values in their storage type, and in F32 gradients,
+/// both moments, and a master copy of values that are stored in 16 bits. Clipping, AdamW and sharding
+/// become loops over a few ranges. F32 tensors come first, then the 16-bit ones; within a type, those
+/// that decay come first, so that a range is four runs at most.
+/// </summary>
+public sealed class Trainables
+{
+    // Elements: a multiple of this keeps every tensor 64-byte aligned in each of the ranges.
+    private const int Alignment = 32;
+
+    private readonly Device _device;
+    private readonly Dictionary<string, (Trainable Tensor, long Offset)> _places = [];
+    private readonly Dictionary<DType, (Tensor Values, long Begin, long Count)> _values = [];
+
+    public Trainables(Device device, IEnumerable<Trainable> tensors)
+    {
+        _device = device;
+        List = [.. tensors.OrderBy(t => t.Type != DType.F32).ThenBy(t => !t.Decays)];
+        long offset = 0;
+        var runs = new List<Run>();
+        foreach (var group in List.GroupBy(t => (t.Type, t.Decays)))
+        {
+            long begin = offset;
+            foreach (Trainable tensor in group)
+            {
+                _places.Add(tensor.Name, (tensor, offset));
+                Count += tensor.Shape.Count;
+                offset += (tensor.Shape.Count + Alignment - 1) / Alignment * Alignment;
+            }
+
+            runs.Add(new Run(group.Key.Type, group.Key.Decays, begin, offset - begin));
+        }
+
+        Runs = runs;
+        Gradients = Allocate(DType.F32, offset, "gradients");
+        FirstMoments = Allocate(DType.F32, offset, "first moments");
+        SecondMoments = Allocate(DType.F32, offset, "second moments");
+        foreach (var type in runs.GroupBy(r => r.Type))
+        {
+            long begin = type.First().Begin, count = type.Sum(r => r.Count);
+            _values.Add(type.Key, (Allocate(type.Key, count, "trained values"), begin, count));
+            if (type.Key == DType.F32) continue;
+            (MasterBegin, Masters) = (begin, Allocate(DType.F32, count, "master weights"));
+        }
+    }
+
+    /// <summary>In the order of the ranges.</summary>
+    public IReadOnlyList<Trainable> List { get; }
+
+    /// <summary>Stretches of equal treatment.</summary>
+    public IReadOnlyList<Run> Runs { get; }
+
+    /// <summary>Trained numbers, padding not counted.</summary>
+    public long Count { get; }
+
+    public Tensor Gradients { get; }
+
+    public Tensor FirstMoments { get; }
+
+    public Tensor SecondMoments { get; }
+
+    /// <summary>F32 copies of the values that are stored in 16 bits; absent without such.</summary>
+    public Tensor Masters { get; }
+
+    /// <summary>Where the masters begin in the order of the ranges.</summary>
+    public long MasterBegin { get; }
+
+    public bool Contains(string name) => _places.ContainsKey(name);
+
+    /// <summary>The stored values of a tensor.</summary>
+    public Tensor Value(string name)
+    {
+        (Trainable tensor, long offset) = _places[name];
+        (Tensor values, long begin, _) = _values[tensor.Type];
+        return Part(values, offset - begin, tensor.Shape);
+    }
+
+    public Tensor Gradient(string name) => Part(Gradients, name);
+
+    public Tensor FirstMoment(string name) => Part(FirstMoments, name);
+
+    public Tensor SecondMoment(string name) => Part(SecondMoments, name);
+
+    /// <summary>The F32 values that the optimizer changes: the masters, or the values themselves.</summary>
+    public Tensor Master(string name)
+    {
+        (Trainable tensor, long offset) = _places[name];
+        return tensor.Type == DType.F32
+            ? Value(name)
+            : Part(Masters, offset - MasterBegin, tensor.Shape);
+    }
+
+    /// <summary>Sets a tensor: its F32 value and, rounded, the one that is stored.</summary>
+    public void Write(string name, ReadOnlySpan<float> values)
+    {
+        _device.WriteFloats(Value(name), values);
+        if (_places[name].Tensor.Type != DType.F32) _device.WriteFloats(Master(name), values);
+    }
+
+    /// <summary>A stretch of the values.</summary>
+    public Tensor Values(Run run)
+    {
+        (Tensor values, long begin, _) = _values[run.Type];
+        return Stretch(values, run.Begin - begin, run.Count);
+    }
+
+    /// <summary>A stretch of the masters, absent for F32.</summary>
+    public Tensor MastersOf(Run run) => run.Type == DType.F32
+        ? Tensor.None
+        : Stretch(Masters, run.Begin - MasterBegin, run.Count);
+
+    /// <summary>A stretch of one of the ranges that cover all types, as a run has it.</summary>
+    public static Tensor Stretch(Tensor range, Run run) => Stretch(range, run.Begin, run.Count);
+
+    // One axis may not hold the number of elements, so a stretch is a matrix of aligned rows.
+    private static Tensor Stretch(Tensor range, long begin, long count) =>
+        Part(range, begin, new Shape(checked((int)(count / Alignment)), Alignment));
+
+    private static Tensor Part(Tensor range, long offset, Shape shape) =>
+        new(range.Data + (nint)(offset * range.Type.Size()), new Spec(range.Type, shape));
+
+    private Tensor Part(Tensor range, string name)
+    {
+        (Trainable tensor, long offset) = _places[name];
+        return Part(range, offset, tensor.Shape);
+    }
+
+    private Tensor Allocate(DType type, long count, string name) =>
+        _device.Allocate(
+            new Spec(type, new Shape(checked((int)(count / Alignment)), Alignment)), name);
+
+    /// <summary>Neighbouring tensors of one type and decay, as elements of the ranges.</summary>
+    public sealed record Run(DType Type, bool Decays, long Begin, long Count);
+}

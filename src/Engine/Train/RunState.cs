@@ -1,0 +1,80 @@
+using System.Text.Json;
+using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Model;
+using MiniCpmNative.Engine.Weights;
+using MiniCpmNative.Kernels;
+
+namespace MiniCpmNative.Engine.Train;
+
+/// <summary>
+/// What a run needs beyond its weights to go on bit for bit: the numbers here, and AdamW's moments and
+/// 16-bit weights' masters in optimizer.safetensors. Random numbers are keyed by seed and step and the
+/// order of rows by seed and epoch, so that a step number is the whole random state and data position.
+/// </summary>
+public sealed record RunState(
+    int Step, int Updates, int SkippedInARow, long Seed, long DataSeed, int Rows, string DataDigest)
+{
+    public const string FileName = "run_state.json", OptimizerFile = "optimizer.safetensors";
+
+    private const string First = "first_moment.", Second = "second_moment.", Master = "master.";
+
+    public void Save(string folder, TrainingModel model)
+    {
+        var tensors = new List<TensorToSave>();
+        foreach (Trainable tensor in model.Trainables.List)
+        {
+            tensors.Add(Saved(model, First + tensor.Name, model.Trainables.FirstMoment(tensor.Name)));
+            tensors.Add(Saved(model, Second + tensor.Name, model.Trainables.SecondMoment(tensor.Name)));
+            if (tensor.Type != DType.F32)
+                tensors.Add(Saved(model, Master + tensor.Name, model.Trainables.Master(tensor.Name)));
+        }
+
+        SafetensorsWriter.Write(Path.Combine(folder, OptimizerFile), tensors);
+        AtomicFile.WriteText(
+            Path.Combine(folder, FileName), JsonSerializer.Serialize(this, s_json) + "\n");
+    }
+
+    /// <summary>Reads the numbers, and copies the moments and masters into the model.</summary>
+    /// <exception cref="InputException">A file is missing, broken, or of another model.</exception>
+    public static RunState Load(string folder, TrainingModel model)
+    {
+        JsonValue json = JsonInput.ReadObject(Path.Combine(folder, FileName));
+        var state = new RunState(
+            json["step"].Int(0, int.MaxValue), json["updates"].Int(0, int.MaxValue),
+            json["skipped_in_a_row"].Int(0, int.MaxValue), json["seed"].Long(),
+            json["data_seed"].Long(), json["rows"].Int(0, int.MaxValue),
+            json["data_digest"].Text());
+        using var file = SafetensorsFile.Open(Path.Combine(folder, OptimizerFile));
+        Trainables trainables = model.Trainables;
+        var expected = trainables.List.SelectMany(tensor => Names(tensor)
+            .Select(name => new ExpectedTensor(name, tensor.Shape))).ToList();
+        TensorMatch.Require(file.Path, file.Tensors, expected, _ => null);
+        foreach (Trainable tensor in trainables.List)
+        {
+            Copy(First, trainables.FirstMoment(tensor.Name), tensor.Name);
+            Copy(Second, trainables.SecondMoment(tensor.Name), tensor.Name);
+            if (tensor.Type != DType.F32) Copy(Master, trainables.Master(tensor.Name), tensor.Name);
+        }
+
+        return state;
+
+        void Copy(string prefix, Tensor to, string name) =>
+            model.Device.WriteFloats(to, file.Get(prefix + name).ToFloats());
+    }
+
+    private static readonly JsonSerializerOptions s_json = new()
+    {
+        PropertyNamingPolicy = JsonNamingPolicy.SnakeCaseLower,
+        WriteIndented = true,
+    };
+
+    private static IEnumerable<string> Names(Trainable tensor)
+    {
+        yield return First + tensor.Name;
+        yield return Second + tensor.Name;
+        if (tensor.Type != DType.F32) yield return Master + tensor.Name;
+    }
+
+    private static TensorToSave Saved(TrainingModel model, string name, Tensor tensor) =>
+        model.ToSave(name, tensor);
+}

@@ -1,0 +1,197 @@
+using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Model;
+using MiniCpmNative.Engine.Weights;
+
+namespace MiniCpmNative.Engine.Train;
+
+/// <summary>
+/// `cpmx train`: one run from its configuration to the saved result. Everything the user gave is read and
+/// checked before the first step; a stop request ends the run after the step it came in, with a
+/// checkpoint.
+/// </summary>
+public sealed class TrainRun : IDisposable
+{
+    private readonly TrainArguments _arguments;
+    private readonly ITrainLog _log;
+    private readonly StopRequest _stop;
+    private readonly TrainingModel _model;
+    private readonly Trainer _trainer;
+    private readonly TrainingRows _rows;
+    private readonly TrainingRows? _evaluationRows;
+    private readonly StepPlan _plan;
+    private readonly Schedule _schedule;
+    private readonly Sampler _sampler;
+    private readonly int _workers;
+
+    private TrainRun(TrainArguments arguments, ITrainLog log, StopRequest stop)
+    {
+        (_arguments, _log, _stop) = (arguments, log, stop);
+        ModelSpec spec = ModelSpec.Read(arguments.ModelNameOrPath!);
+        _rows = TrainingRows.Open(arguments.DataPath!, arguments, spec, log.Message);
+        if (arguments.EvalDataPath is { } evaluation && Evaluates)
+            _evaluationRows = TrainingRows.Open(evaluation, arguments, spec, log.Message);
+        _plan = new StepPlan(arguments, _rows.Count);
+        _schedule = Schedule.Of(arguments, _plan.MaxSteps);
+        _sampler = new Sampler(arguments, _rows.Count);
+        _model = TrainingModel.Open(arguments);
+        _trainer = new Trainer(arguments, _model);
+        _workers = arguments.DataloaderNumWorkers is > 0 and int workers
+            ? workers
+            : Math.Max(1, Environment.ProcessorCount / 2);
+    }
+
+    private bool Evaluates => _arguments.EvalStrategy != When.No || _arguments.EvalOnStart;
+
+    /// <summary>Trains as configured, from the beginning or a checkpoint.</summary>
+    /// <exception cref="InputException">What the user gave cannot be used.</exception>
+    /// <exception cref="RunException">The run failed.</exception>
+    public static void Run(TrainArguments arguments, ITrainLog log, StopRequest stop)
+    {
+        using var run = new TrainRun(arguments, log, stop);
+        run.Run(RunFolder.Prepare(arguments));
+    }
+
+    public void Dispose() => _model.Dispose();
+
+    private void Run(string? resumeFrom)
+    {
+        int done = resumeFrom is null ? 0 : Resume(resumeFrom);
+        TrainWriter.Save(_arguments);
+        _log.Start(new RunReport(
+            _arguments, _plan, _model.DeviceName, _model.TotalParameters, _model.Trainables.Count,
+            resumeFrom));
+        if (_arguments.EvalOnStart && done == 0) Evaluate(0);
+        done = Steps(done);
+        if (_stop.Reason == StopReason.None) ModelFiles.Save(_arguments.OutputDir, _model, _arguments);
+        _log.End(done, _stop.Reason);
+    }
+
+    private int Steps(int done)
+    {
+        long first = 0, count = 0;
+        for (int step = 1; step <= _plan.MaxSteps; step++)
+        {
+            if (step <= done) first += _plan.Batches(step).Count;
+            count += _plan.Batches(step).Count;
+        }
+
+        var batches = new Batch[_arguments.GradientAccumulationSteps];
+        using BatchLoader loader = Loader(first, count - first);
+        while (done < _plan.MaxSteps && !_stop.Requested)
+        {
+            int micro = _plan.Batches(done + 1).Count;
+            for (int i = 0; i < micro; i++) batches[i] = loader.Take(out _);
+            StepResult result = _trainer.Step(done, batches.AsSpan(0, micro), _schedule.At(done));
+            done++;
+            Report(done, result);
+            loader.Return(micro);
+            StepActions after = _plan.After(done);
+            if (after.HasFlag(StepActions.Evaluate)) Evaluate(done);
+            if (after.HasFlag(StepActions.Save) || (_stop.Requested && SavesOnStop)) Save(done);
+        }
+
+        return done;
+    }
+
+    private bool SavesOnStop => _arguments.SaveStrategy != When.No;
+
+    /// <summary>Micro-batches in the plan's order, from the one numbered first on.</summary>
+    private BatchLoader Loader(long first, long count)
+    {
+        // Called in ascending order, so the place in the plan only moves on.
+        int epoch = (int)(first / _plan.MicroBatches);
+        long index = first % _plan.MicroBatches;
+        return new BatchLoader(
+            _rows, _arguments.PerDeviceTrainBatchSize, count, _workers,
+            _arguments.GradientAccumulationSteps * 2, (_, rows) =>
+            {
+                if (index == _plan.MicroBatches) (epoch, index) = (epoch + 1, 0);
+                ReadOnlySpan<int> batch = _sampler.Batch(epoch, (int)index++);
+                batch.CopyTo(rows);
+                return batch.Length;
+            });
+    }
+
+    private void Report(int step, in StepResult result)
+    {
+        var report = new StepReport(
+            step, result.Loss, result.GradientNorm, result.LearningRate, result.Tokens, result.Seconds,
+            Environment.WorkingSet);
+        if (!result.Skipped)
+        {
+            _log.Step(report);
+            return;
+        }
+
+        _log.Skipped(report, double.IsFinite(result.Loss) ? "gradient" : "loss");
+        if (_trainer.SkippedInARow >= _arguments.MaxNonfiniteSteps)
+            throw new RunException(
+                $"{_trainer.SkippedInARow} steps in a row gave a loss or gradients that are not finite, the "
+                + $"last one step {step}: lower learning_rate, or look at the rows of these steps");
+    }
+
+    private void Evaluate(int step)
+    {
+        TrainingRows rows = _evaluationRows!;
+        int size = _arguments.PerDeviceEvalBatchSize;
+        long batches = (rows.Count + size - 1) / size;
+        using var loader = new BatchLoader(rows, size, batches, _workers, ahead: 2, (batch, numbers) =>
+        {
+            int begin = (int)(batch * size), count = Math.Min(size, rows.Count - begin);
+            for (int i = 0; i < count; i++) numbers[i] = begin + i;
+            return count;
+        });
+        Evaluation found = Evaluation.Run(_model, loader, batches);
+        _log.Evaluation(new EvaluationReport(
+            step, found.Loss, found.TokenAccuracy, found.AnswerAccuracy, found.Rows, found.Seconds));
+    }
+
+    private void Save(int step)
+    {
+        string folder = RunFolder.Checkpoint(_arguments.OutputDir, step);
+        string unfinished = folder + RunFolder.Unfinished;
+        try
+        {
+            if (Directory.Exists(unfinished)) Directory.Delete(unfinished, recursive: true);
+            if (Directory.Exists(folder)) return;
+            Directory.CreateDirectory(unfinished);
+            ModelFiles.Save(unfinished, _model, _arguments);
+            if (!_arguments.SaveOnlyModel) State(step).Save(unfinished, _model);
+            _log.SaveState(unfinished, step);
+            Directory.Move(unfinished, folder);
+        }
+        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
+        {
+            throw new RunException(
+                $"{folder}: cannot write: {Messages.OneLine(failure.Message)}", failure);
+        }
+
+        _log.Saved(folder);
+        RunFolder.Rotate(_arguments.OutputDir, _arguments.SaveTotalLimit);
+    }
+
+    private RunState State(int step) => new(
+        step, _trainer.Optimizer.Updates, _trainer.SkippedInARow, _arguments.Seed,
+        _arguments.DataSeed ?? _arguments.Seed, _rows.Count, _rows.Digest);
+
+    private int Resume(string folder)
+    {
+        ModelFiles.Load(folder, _model, _arguments);
+        RunState state = RunState.Load(folder, _model);
+        RunState now = State(0);
+        if ((state.Rows, state.DataDigest) != (now.Rows, now.DataDigest))
+            throw new InputException(
+                $"{folder}: was made with other training rows ({state.Rows:N0} rows), {_arguments.DataPath} "
+                + $"has {now.Rows:N0} or other texts: a run goes on only with the same data");
+        if ((state.Seed, state.DataSeed) != (now.Seed, now.DataSeed))
+            throw new InputException(
+                $"{folder}: was made with seed {state.Seed} and data_seed {state.DataSeed}, got "
+                + $"{now.Seed} and {now.DataSeed}");
+        if (state.Step > _plan.MaxSteps)
+            throw new InputException(
+                $"{folder}: is at step {state.Step}, beyond the run's {_plan.MaxSteps} steps");
+        (_trainer.Optimizer.Updates, _trainer.SkippedInARow) = (state.Updates, state.SkippedInARow);
+        return state.Step;
+    }
+}

@@ -1,0 +1,102 @@
+using MiniCpmNative.Kernels.Cpu;
+
+namespace MiniCpmNative.Kernels.Ops;
+
+/// <summary>
+/// o = softmax(Scale * q k^T + mask) v per head, over packed sequences of different lengths.
+/// q[tokens, Heads * HeadDim], k and v[keyTokens, KvHeads * HeadDim], cu_seqlens_q and cu_seqlens_k
+/// I32[sequences + 1] (starts and the end), optional key_lengths I32[sequences] (keys from there on are
+/// masked) -> o like q; saves lse[tokens, Heads]. Causal: a query sees the keys up to its own position,
+/// counted from the end. Key head j serves the query heads j g .. j g + g - 1, g = Heads / KvHeads.
+/// See <see cref="FlashAttention"/>.
+/// </summary>
+/// <exception cref="ShapeException">A shape does not fit, or the starts do not cover the tokens.</exception>
+public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool Causal, double Scale)
+    : Op("attention")
+{
+    public override Outputs Infer(ReadOnlySpan<Spec> inputs, DType activations)
+    {
+        Spec q = inputs.Float(this, 0, "q"), k = inputs.Float(this, 1, "k");
+        Spec v = inputs.Float(this, 2, "v");
+        Columns(q, "q", Heads);
+        Columns(k, "k", KvHeads);
+        v.MustHaveShape(this, "v", k.Shape);
+        Spec starts = inputs.Int(this, 3, "cu_seqlens_q");
+        int sequences = (int)starts.Shape.Count - 1;
+        if (sequences < 0) throw this.Wrong("cu_seqlens_q", "the starts and the end", starts);
+        starts.MustBe(this, "cu_seqlens_q", sequences + 1);
+        inputs.Int(this, 4, "cu_seqlens_k").MustBe(this, "cu_seqlens_k", sequences + 1);
+        if (inputs.Length > 5 && inputs[5].Exists)
+            inputs.Int(this, 5, "key_lengths").MustBe(this, "key_lengths", sequences);
+        return new(q, new Spec(q.Type, new Shape((int)q.Shape.Rows, Heads)));
+    }
+
+    public override bool Differentiates(int input) => input < 3;
+
+    public override void CpuForward<T>(in CpuCall<T> call) =>
+        FlashAttention.Forward(call.Workers, Arguments(call));
+
+    public override void CpuBackward<T>(in CpuCall<T> call) =>
+        FlashAttention.Backward(call.Workers, Arguments(call), new AttentionGradients<T>
+        {
+            DO = call.OutputGradient.Data,
+            DOStride = call.OutputGradient.Cols,
+            DQ = Target(call.Gradient(0)),
+            DK = Target(call.Gradient(1)),
+            DV = Target(call.Gradient(2)),
+        });
+
+    private AttentionArguments<T> Arguments<T>(in CpuCall<T> call)
+        where T : unmanaged, System.Numerics.IBinaryFloatingPointIeee754<T>
+    {
+        Matrix<T> q = call.In(0), k = call.In(1), v = call.In(2), lse = call.Saved(0);
+        Matrix<int> startsQ = call.Ints(3), startsK = call.Ints(4);
+        Cover("cu_seqlens_q", startsQ, q.Rows);
+        Cover("cu_seqlens_k", startsK, k.Rows);
+        long scratch = FlashAttention.ScratchBytes<T>(HeadDim, call.Workers.Count) / sizeof(T);
+        return new AttentionArguments<T>
+        {
+            Q = q.Data,
+            K = k.Data,
+            V = v.Data,
+            O = call.Output.Data,
+            Lse = lse.Data,
+            QStride = q.Cols,
+            KStride = k.Cols,
+            VStride = v.Cols,
+            OStride = q.Cols,
+            Heads = Heads,
+            KvHeads = KvHeads,
+            HeadDim = HeadDim,
+            Sequences = (int)startsQ.Count - 1,
+            CuSeqlensQ = startsQ.Data,
+            CuSeqlensK = startsK.Data,
+            KeyLengths = call.Input(5).Exists ? call.Ints(5).Data : null,
+            Causal = Causal,
+            Scale = T.CreateTruncating(Scale),
+            Scratch = (byte*)call.Scratch(new Shape(checked((int)scratch))).Data,
+        };
+    }
+
+    private static GradientTarget<T> Target<T>(Gradient<T> gradient)
+        where T : unmanaged, System.Numerics.IBinaryFloatingPointIeee754<T> => new()
+        {
+            Data = gradient.Into.Data,
+            Stride = gradient.Into.Cols,
+            Accumulate = gradient.Accumulate,
+        };
+
+    private void Columns(Spec spec, string name, int heads)
+    {
+        if (spec.Shape.Cols != heads * HeadDim)
+            throw this.Wrong(name, $"{heads} heads of {HeadDim} columns", spec);
+    }
+
+    private void Cover(string name, Matrix<int> starts, int tokens)
+    {
+        int first = starts[0], end = starts[(int)starts.Count - 1];
+        if (first != 0 || end != tokens)
+            throw new ShapeException(
+                $"{Name}: {name} runs from {first} to {end}, expected 0 to {tokens}, the tokens");
+    }
+}

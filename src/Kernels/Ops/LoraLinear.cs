@@ -1,0 +1,122 @@
+using MiniCpmNative.Kernels.Cpu;
+
+namespace MiniCpmNative.Kernels.Ops;
+
+/// <summary>
+/// y = x w^T + b + Scale * (drop(x) a^T) bb^T. x[rows, in], w[out, in] (any float storage; row-major, or
+/// packed when frozen), optional b[out], a[rank, in], bb[out, rank] -> y[rows, out]; saves
+/// h = drop(x) a^T [rows, rank]. Scale is alpha / rank. The mask is <see cref="Philox"/>'s at
+/// (seed, step, Layer, element of x), drawn again in backward; without dropout drop(x) = x.
+/// Hu et al. 2021; a = lora_A, bb = lora_B of peft's lora.Linear.
+/// </summary>
+/// <exception cref="ShapeException">The shapes do not fit together.</exception>
+public sealed unsafe record LoraLinear : Op
+{
+    // Elements of the dropped copy of x that exist at a time: it stays in the second-level cache.
+    private const int TileElements = 1 << 18;
+
+    /// <param name="layer">A number of its own for each adapter: the key of its mask.</param>
+    /// <param name="scale">alpha / rank.</param>
+    /// <param name="dropout">Probability of a zero, in [0, 1).</param>
+    public LoraLinear(int layer, double scale, double dropout)
+        : base("lora_linear")
+    {
+        _ = Philox.Threshold(dropout);
+        (Layer, Scale, Dropout) = (layer, scale, dropout);
+    }
+
+    public int Layer { get; }
+
+    public double Scale { get; }
+
+    public double Dropout { get; }
+
+    public override Outputs Infer(ReadOnlySpan<Spec> inputs, DType activations)
+    {
+        Spec x = inputs.Float(this, 0, "x"), w = inputs.Weight(this, 1, "w");
+        Spec a = inputs.FloatMatrix(this, 3, "a");
+        int rows = (int)x.Shape.Rows, rank = a.Shape[0], output = w.Shape[0], input = w.Shape[1];
+        if (x.Shape.Cols != input) throw this.Wrong("x", $"{input} columns, the inputs of w {w}", x);
+        if (inputs[2].Exists) inputs.Float(this, 2, "b").MustBe(this, "b", output);
+        a.MustBe(this, "a", rank, input);
+        inputs.FloatMatrix(this, 4, "bb").MustBe(this, "bb", output, rank);
+        return new(new Spec(activations, new Shape(rows, output)),
+            new Spec(activations, new Shape(rows, rank)));
+    }
+
+    public override bool Differentiates(int input) => true;
+
+    public override void CpuForward<T>(in CpuCall<T> call)
+    {
+        Matrix<T> x = call.In(0), h = call.Saved(0);
+        MatrixView a = call.Weight(3), y = call.Output.View;
+        call.Gemm.Multiply(x.View, call.Weight(1).T, y, bias: call.In(2).Data);
+        var dropout = new Dropout<T>(call.Random, Layer, Dropout);
+        if (!dropout.Active)
+        {
+            call.Gemm.Multiply(x.View, a.T, h.View);
+        }
+        else
+        {
+            int tile = TileRows(x);
+            Matrix<T> dropped = call.Scratch(new Shape(tile, x.Cols));
+            for (int r = 0; r < x.Rows; r += tile)
+            {
+                Matrix<T> rows = x.Slice(r, tile), kept = dropped.Slice(0, rows.Rows);
+                dropout.Apply(call.Workers, rows, r, kept, accumulate: false);
+                call.Gemm.Multiply(kept.View, a.T, h.Slice(r, tile).View);
+            }
+        }
+
+        call.Gemm.Multiply(h.View, call.Weight(4).T, y, Scale, beta: 1);
+    }
+
+    // With t = Scale * dy bb: dbb = Scale * dy^T h, da = t^T drop(x), dx = dy w + mask * (t a).
+    public override void CpuBackward<T>(in CpuCall<T> call)
+    {
+        Matrix<T> x = call.In(0), h = call.Saved(0);
+        MatrixView dy = call.OutputGradient.View;
+        Gradient<T> dx = call.Gradient(0), da = call.Gradient(3);
+        call.Multiply(dy, call.Weight(1), dx);
+        call.Multiply(dy.T, x.View, call.Gradient(1));
+        Sum.Rows(call, call.OutputGradient, call.Gradient(2));
+        call.Multiply(dy.T, h.View, call.Gradient(4), Scale);
+        if (!dx.Wanted && !da.Wanted) return;
+        Matrix<T> t = call.Scratch(new Shape(h.Rows, h.Cols));
+        call.Gemm.Multiply(dy, call.Weight(4), t.View, Scale);
+        var dropout = new Dropout<T>(call.Random, Layer, Dropout);
+        if (dropout.Active && x.Rows > 0)
+        {
+            BackThroughMask(call, dropout, x, t, dx, da);
+            return;
+        }
+
+        call.Multiply(t.View.T, x.View, da);
+        if (dx.Wanted) call.Gemm.Multiply(t.View, call.Weight(3), dx.Into.View, beta: 1);
+    }
+
+    private static void BackThroughMask<T>(
+        in CpuCall<T> call, Dropout<T> dropout, Matrix<T> x, Matrix<T> t, Gradient<T> dx, Gradient<T> da)
+        where T : unmanaged, System.Numerics.IBinaryFloatingPointIeee754<T>
+    {
+        int tile = TileRows(x);
+        Matrix<T> scratch = call.Scratch(new Shape(tile, x.Cols));
+        for (int r = 0; r < x.Rows; r += tile)
+        {
+            Matrix<T> rows = x.Slice(r, tile), part = t.Slice(r, tile);
+            Matrix<T> masked = scratch.Slice(0, rows.Rows);
+            if (da.Wanted)
+            {
+                dropout.Apply(call.Workers, rows, r, masked, accumulate: false);
+                call.Multiply(part.View.T, masked.View, new(da.Into, da.Accumulate || r > 0));
+            }
+
+            if (!dx.Wanted) continue;
+            call.Gemm.Multiply(part.View, call.Weight(3), masked.View);
+            dropout.Apply(call.Workers, masked, r, dx.Into.Slice(r, tile), accumulate: true);
+        }
+    }
+
+    private static int TileRows<T>(Matrix<T> x)
+        where T : unmanaged => Math.Min(Math.Max(32, TileElements / Math.Max(1, x.Cols)), Math.Max(1, x.Rows));
+}

@@ -1,0 +1,95 @@
+using System.Numerics;
+using MiniCpmNative.Kernels.Cpu;
+
+namespace MiniCpmNative.Kernels.Ops;
+
+/// <summary>
+/// Rotates the halves [a, b] of every head by its token's angles: [a cos - b sin, b cos + a sin].
+/// x[tokens, heads * HeadDim], positions I32[tokens], cos[positions, HeadDim/2], sin alike -> y like x;
+/// saves nothing. Base, frequency factors and attention factor come in through the tables.
+/// Rotary position embedding, Su et al. 2021, in the "rotate half" pairing of Hugging Face.
+/// </summary>
+/// <exception cref="ShapeException">A shape does not fit, or a position is outside the tables.</exception>
+public sealed record Rope(int HeadDim) : Op("rope")
+{
+    public override Outputs Infer(ReadOnlySpan<Spec> inputs, DType activations)
+    {
+        Spec x = inputs.Float(this, 0, "x");
+        if (HeadDim < 2 || HeadDim % 2 != 0 || x.Shape.Cols % HeadDim != 0)
+            throw this.Wrong("x", $"heads of {HeadDim} columns, an even number", x);
+        inputs.Int(this, 1, "positions").MustBe(this, "positions", (int)x.Shape.Rows);
+        Spec cos = inputs.Float(this, 2, "cos");
+        cos.MustBe(this, "cos", (int)cos.Shape.Rows, HeadDim / 2);
+        inputs.Float(this, 3, "sin").MustHaveShape(this, "sin", cos.Shape);
+        return new(x);
+    }
+
+    public override bool Differentiates(int input) => input == 0;
+
+    public override void CpuForward<T>(in CpuCall<T> call) =>
+        Rotate(call, call.In(0), new Gradient<T>(call.Output, accumulate: false), T.One);
+
+    // The inverse rotation.
+    public override void CpuBackward<T>(in CpuCall<T> call)
+    {
+        if (call.Gradient(0).Wanted)
+            Rotate(call, call.OutputGradient, call.Gradient(0), T.NegativeOne);
+    }
+
+    private void Rotate<T>(in CpuCall<T> call, Matrix<T> x, Gradient<T> y, T direction)
+        where T : unmanaged, IBinaryFloatingPointIeee754<T>
+    {
+        Matrix<T> cos = call.In(2), sin = call.In(3);
+        Matrix<int> positions = call.Ints(1);
+        Indices.MustBeBelow(this, "positions", positions, cos.Rows);
+        call.Workers.For(x.Rows, new Rows<T>(x, positions, cos, sin, y, HeadDim, direction));
+    }
+
+    private readonly unsafe struct Rows<T>(
+        Matrix<T> x, Matrix<int> positions, Matrix<T> cos, Matrix<T> sin, Gradient<T> y,
+        int headDim, T direction) : IRangeBody
+        where T : unmanaged, IBinaryFloatingPointIeee754<T>
+    {
+        public void Run(int begin, int end, int worker)
+        {
+            int half = headDim / 2;
+            for (int r = begin; r < end; r++)
+            {
+                T* c = cos.Row(positions[r]), s = sin.Row(positions[r]);
+                for (int head = 0; head < x.Cols; head += headDim)
+                {
+                    T* a = x.Row(r) + head, into = y.Into.Row(r) + head;
+                    Turn(a, c, s, into, half);
+                }
+            }
+        }
+
+        private void Turn(T* a, T* c, T* s, T* into, int half)
+        {
+            T* b = a + half, second = into + half;
+            int k = 0;
+            for (; k <= half - Vector<T>.Count; k += Vector<T>.Count)
+            {
+                Vector<T> va = Vector.Load(a + k), vb = Vector.Load(b + k);
+                Vector<T> vc = Vector.Load(c + k), vs = Vector.Load(s + k) * direction;
+                Vector<T> low = (va * vc) - (vb * vs), high = (vb * vc) + (va * vs);
+                if (y.Accumulate)
+                {
+                    low += Vector.Load(into + k);
+                    high += Vector.Load(second + k);
+                }
+
+                Vector.Store(low, into + k);
+                Vector.Store(high, second + k);
+            }
+
+            for (; k < half; k++)
+            {
+                T turn = s[k] * direction;
+                T low = (a[k] * c[k]) - (b[k] * turn), high = (b[k] * c[k]) + (a[k] * turn);
+                into[k] = y.Accumulate ? into[k] + low : low;
+                second[k] = y.Accumulate ? second[k] + high : high;
+            }
+        }
+    }
+}

@@ -1,0 +1,118 @@
+using System.Buffers.Binary;
+using System.Diagnostics;
+using MiniCpmNative.Engine;
+using MiniCpmNative.Engine.Data.Images;
+using NUnit.Framework;
+
+namespace MiniCpmNative.Tests;
+
+/// <summary>
+/// Damaged pictures: each one decodes or is refused with one line, soon, and without memory that the file
+/// could not fill. The seed and number of a mutation stand in every failure.
+/// </summary>
+public class ImageMutationTests
+{
+    private const int Mutations = 12_000, LargestFile = 3_000;
+
+    private static readonly string[] s_kinds = ["*.png", "*.jpg", "*.webp"];
+
+    [TestCase(0)]
+    [TestCase(1)]
+    [TestCase(2)]
+    public void MutatedPicturesAreDecodedOrRefused(int kind)
+    {
+        byte[][] seeds =
+        [
+            .. new[] { "decode", "broken" }
+                .SelectMany(f => Directory.GetFiles(Path.Combine(ReferenceFile.Root, "images", f), s_kinds[kind]))
+                .Order(StringComparer.Ordinal)
+                .Select(File.ReadAllBytes)
+                .Where(b => b.Length is > 8 and < LargestFile),
+        ];
+        Assert.That(seeds, Has.Length.GreaterThan(5));
+        var random = new Random(2026 + kind);
+        int decoded = 0, refused = 0;
+        for (int i = 0; i < Mutations / s_kinds.Length; i++)
+        {
+            byte[] file = Mutate(seeds[i % seeds.Length], random);
+            long before = GC.GetAllocatedBytesForCurrentThread(), start = Stopwatch.GetTimestamp();
+            long pixels = 0;
+            try
+            {
+                using var picture = PictureDecoder.Decode(file, file.Length, "mutated");
+                pixels = (long)picture.Width * picture.Height;
+                decoded++;
+            }
+            catch (InputException e)
+            {
+                Assert.That(e.Message, Does.StartWith("mutated: ").And.Not.Contains("\n"), $"number {i}");
+                refused++;
+            }
+
+            long allocated = GC.GetAllocatedBytesForCurrentThread() - before;
+
+            // A lossless WebP of one colour needs no data per pixel: only the pixel limit holds there.
+            long most = kind == 2 ? 3 * PictureDecoder.MaxPixels : 4_000_000 + (4_096L * file.Length);
+            Assert.That(allocated, Is.LessThan(most), $"number {i}, {file.Length} bytes, {pixels} pixels");
+            Assert.That(Stopwatch.GetElapsedTime(start).TotalSeconds, Is.LessThan(10), $"number {i}");
+        }
+
+        Assert.That(decoded, Is.GreaterThan(100), "some survive");
+        Assert.That(refused, Is.GreaterThan(Mutations / 30), "most do not");
+    }
+
+    private static byte[] Mutate(byte[] seed, Random random)
+    {
+        byte[] file = [.. seed];
+        for (int n = random.Next(1, 4); n > 0 && file.Length > 8; n--)
+        {
+            // Half of the damage goes to the headers, which matter most.
+            int at = random.Next(random.Next(2) == 0 ? Math.Min(file.Length, 64) : file.Length);
+            int length = Math.Min(random.Next(1, 40), file.Length - at);
+            switch (random.Next(8))
+            {
+                case 0: file[at] ^= (byte)(1 << random.Next(8)); break;
+                case 1: file[at] = (byte)random.Next(256); break;
+                case 2: file = file[..at]; break;
+                case 3: file = [.. file[..at], .. file[(at + length)..]]; break;
+                case 4: file = [.. file[..at], .. file.AsSpan(at, length), .. file[at..]]; break;
+                case 5: random.NextBytes(file.AsSpan(at, length)); break;
+                case 6 when at + 4 <= file.Length:
+                    uint[] extremes = [0, 1, 0x7fffffff, 0x80000000, uint.MaxValue, (uint)file.Length];
+                    BinaryPrimitives.WriteUInt32BigEndian(file.AsSpan(at), extremes[random.Next(6)]);
+                    break;
+                default: file = Reorder(file, random); break;
+            }
+        }
+
+        // Most PNG damage would end at a checksum; without it the rest of the reader is reached.
+        if (random.Next(4) != 0) RepairChecksums(file);
+        return file;
+    }
+
+    private static byte[] Reorder(byte[] file, Random random)
+    {
+        int[] cuts = [random.Next(file.Length), random.Next(file.Length), random.Next(file.Length)];
+        Array.Sort(cuts);
+        return [.. file[..cuts[0]], .. file[cuts[1]..cuts[2]], .. file[cuts[0]..cuts[1]], .. file[cuts[2]..]];
+    }
+
+    private static void RepairChecksums(byte[] file)
+    {
+        if (file.Length < 8 || file[0] != 0x89) return;
+        for (long at = 8; at + 12 <= file.Length;)
+        {
+            long end = at + 8 + BinaryPrimitives.ReadUInt32BigEndian(file.AsSpan((int)at));
+            if (end + 4 > file.Length) return;
+            uint crc = uint.MaxValue;
+            for (int i = (int)at + 4; i < end; i++)
+            {
+                crc ^= file[i];
+                for (int bit = 0; bit < 8; bit++) crc = (crc >> 1) ^ (0xedb88320u & (0 - (crc & 1)));
+            }
+
+            BinaryPrimitives.WriteUInt32BigEndian(file.AsSpan((int)end), ~crc);
+            at = end + 4;
+        }
+    }
+}
