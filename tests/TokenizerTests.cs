@@ -250,6 +250,19 @@ public class TokenizerTests
     }
 
     [Test]
+    public void ANamedTokenThatIsNowhereGetsTheNextId()
+    {
+        string config = Text("tokenizers/tiny-qwen/tokenizer_config.json")
+            .Replace("\"pad_token\": \"<|endoftext|>\"", "\"pad_token\": \"[PAD]\"");
+        var tokenizer = Tokenizer.Parse(ReferenceText.Bytes("tokenizers/tiny-qwen/tokenizer.json"),
+            Encoding.UTF8.GetBytes(config));
+        int next = Load("tiny-qwen").Size;
+        Assert.That(tokenizer.PadId, Is.EqualTo(next));
+        Assert.That(tokenizer.Encode("a[PAD]"), Is.EqualTo((int[])[.. tokenizer.Encode("a"), next]));
+        Assert.That(tokenizer.Decode([next]), Is.EqualTo("[PAD]"));
+    }
+
+    [Test]
     public void BrokenFilesGiveOneLine()
     {
         byte[] json = ReferenceText.Bytes("tokenizers/tiny-qwen/tokenizer.json");

@@ -184,7 +184,8 @@ public abstract class Tokenizer
     }
 
     // transformers adds the entries of added_tokens_decoder, then every named special token that is not
-    // an added token yet: a pad_token "!" is cut out of every text from then on.
+    // an added token yet: a pad_token "!" is cut out of every text from then on. One that is not in the
+    // vocabulary gets the next free id.
     private void Merge(TokenizerConfig config, string path)
     {
         var named = config.Special.ToHashSet(StringComparer.Ordinal);
@@ -199,8 +200,8 @@ public abstract class Tokenizer
         {
             if (_added.ContainsKey(content) || content.Length == 0) continue;
             if (!Vocabulary.TryGetValue(content, out int id))
-                throw new InputException($"{path}: special token {Messages.Quote(content)} of "
-                    + "tokenizer_config.json is in neither the vocabulary nor the added tokens");
+                id = Math.Max(Vocabulary.Count,
+                    _added.Values.Select(token => token.Id + 1).DefaultIfEmpty(0).Max());
             Add(new AddedToken(id, content, SingleWord: false, LeftStrip: false, RightStrip: false,
                 Normalized: false, Special: true));
         }
