@@ -7,8 +7,8 @@ using NUnit.Framework;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// Damaged pictures: each one decodes or is refused with one line, soon, and without memory that the file
-/// could not fill. The seed and number of a mutation stand in every failure.
+/// Damaged pictures: each one decodes or is refused with one line, soon, and without memory that
+/// the file could not fill. The seed and number of a mutation stand in every failure.
 /// </summary>
 public class ImageMutationTests
 {
@@ -51,7 +51,8 @@ public class ImageMutationTests
 
             long allocated = GC.GetAllocatedBytesForCurrentThread() - before;
 
-            // A lossless WebP of one colour needs no data per pixel: only the pixel limit holds there.
+            // A lossless WebP of one colour needs no data per pixel: only the pixel limit holds
+            // there.
             long most = kind == 2 ? 3 * PictureDecoder.MaxPixels : 4_000_000 + (4_096L * file.Length);
             Assert.That(allocated, Is.LessThan(most), $"number {i}, {file.Length} bytes, {pixels} pixels");
             Assert.That(Stopwatch.GetElapsedTime(start).TotalSeconds, Is.LessThan(10), $"number {i}");

@@ -6,8 +6,8 @@ using MiniCpmNative.Engine.Data.Images;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// Reference pictures of tests/reference/images, made with Pillow and the official image processors;
-/// CPMX_REFERENCE may name a folder with the full set.
+/// Reference pictures of tests/reference/images, made with Pillow and the official image
+/// processors; CPMX_REFERENCE may name a folder with the full set.
 /// </summary>
 internal static class ImageReference
 {

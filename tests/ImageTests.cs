@@ -100,6 +100,25 @@ public class ImageTests
         Assert.That(error.Message, Does.StartWith("a.bin: " + expected));
     }
 
+    /// <summary>
+    /// A warning (junk in front of a segment) alone is passed over; followed by an error (a Huffman table
+    /// of 4080 codes) the file is refused. libturbojpeg reports both as warnings.
+    /// </summary>
+    [Test]
+    public void JpegErrorsBehindWarningsAreSeen()
+    {
+        byte[] whole = File.ReadAllBytes(Path.Combine(ReferenceFile.Root, "images/decode/jpeg-444-q75.jpg"));
+        int tables = whole.AsSpan().IndexOf((ReadOnlySpan<byte>)[0xff, 0xdb]);
+        byte[] junk = [.. whole[..tables], 1, 2, 3, .. whole[tables..]];
+        using var expected = PictureDecoder.Decode(whole, whole.Length, "whole");
+        using var picture = PictureDecoder.Decode(junk, junk.Length, "junk");
+        Assert.That(Facts(picture), Is.EqualTo(Facts(expected)));
+
+        junk.AsSpan(junk.AsSpan().IndexOf((ReadOnlySpan<byte>)[0xff, 0xc4]) + 5, 16).Fill(255);
+        var error = Assert.Throws<InputException>(() => PictureDecoder.Decode(junk, junk.Length, "junk"))!;
+        Assert.That(error.Message, Does.StartWith("junk: damaged JPEG: "));
+    }
+
     [Test]
     public void OrientationsComposeToTheIdentity()
     {
@@ -112,7 +131,8 @@ public class ImageTests
         }
     }
 
-    /// <summary>The pictures of the reference data set, where the full reference is given.</summary>
+    /// <summary>The pictures of the reference data set, where the full reference is
+    /// given.</summary>
     [Test]
     public void DataSetPicturesAndTiles()
     {

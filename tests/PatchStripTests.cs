@@ -47,7 +47,8 @@ public class PatchStripTests
         return picture;
     }
 
-    /// <summary>Vector and plain kernels, one object for all shapes, so that reuse is tried too.</summary>
+    /// <summary>Vector and plain kernels, one object for all shapes, so that reuse is tried
+    /// too.</summary>
     [Test]
     public void VectorAndPlainKernelsAgree()
     {

@@ -1,10 +1,10 @@
 namespace MiniCpmNative.Engine.Data.Images;
 
 /// <summary>
-/// Pillow's bicubic resize (9.4 to 12.0), byte for byte: across first, into bytes, then down; a pass is
-/// left out where that side keeps its length. Rows come one after the other: only the rows that the
-/// next output needs are kept, in a ring that stays in the cache, and nobody has to store the result.
-/// One object per worker; its buffers are reused and only grow.
+/// Pillow's bicubic resize (9.4 to 12.0), byte for byte: across first, into bytes, then down; a
+/// pass is left out where that side keeps its length. Rows come one after the other: only the rows
+/// that the next output needs are kept, in a ring that stays in the cache, and nobody has to store
+/// the result. One object per worker; its buffers are reused and only grow.
 /// </summary>
 public sealed unsafe class Bicubic
 {
@@ -51,8 +51,8 @@ public sealed unsafe class Bicubic
     }
 
     /// <summary>
-    /// Row y of the result, with Picture.Slack readable bytes behind it; valid until the next call. y may
-    /// not go back.
+    /// Row y of the result, with Picture.Slack readable bytes behind it; valid until the next call.
+    /// y may not go back.
     /// </summary>
     internal ReadOnlySpan<byte> Row(int y)
     {

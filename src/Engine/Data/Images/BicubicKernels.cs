@@ -5,17 +5,17 @@ using System.Runtime.Intrinsics.X86;
 namespace MiniCpmNative.Engine.Data.Images;
 
 /// <summary>
-/// Weighted sums of pixels, out = clip((2^21 + sum k * pixel) >> 22, 0, 255) per byte: exact integers, so
-/// that the AVX2 and the plain forms agree bit for bit. Across: four rows at a time share an output's
-/// taps. Down: 32 bytes of a row at a time, whatever their channel.
+/// Weighted sums of pixels, out = clip((2^21 + sum k * pixel) >> 22, 0, 255) per byte: exact
+/// integers, so that the AVX2 and the plain forms agree bit for bit. Across: four rows at a time
+/// share an output's taps. Down: 32 bytes of a row at a time, whatever their channel.
 /// </summary>
 internal static unsafe class BicubicKernels
 {
     private const int Half = 1 << (BicubicWeights.Precision - 1);
 
     /// <summary>
-    /// Four rows: to[r][3x + c] from the taps of output x. The rows have 16 readable bytes behind the
-    /// last tap and one writable byte behind the last pixel.
+    /// Four rows: to[r][3x + c] from the taps of output x. The rows have 16 readable bytes behind
+    /// the last tap and one writable byte behind the last pixel.
     /// </summary>
     public static void Across(BicubicWeights weights, byte** from, byte** to, int outputs, bool plain)
     {
@@ -49,8 +49,8 @@ internal static unsafe class BicubicKernels
     }
 
     /// <summary>
-    /// One row of bytes from the rows of output y's taps (a multiple of 4 pointers, those beyond the own
-    /// taps to any row). Rows and target have room up to the next multiple of 32 bytes.
+    /// One row of bytes from the rows of output y's taps (a multiple of 4 pointers, those beyond
+    /// the own taps to any row). Rows and target have room up to the next multiple of 32 bytes.
     /// </summary>
     public static void Down(BicubicWeights weights, int y, byte** rows, byte* to, int bytes, bool plain)
     {
@@ -71,11 +71,12 @@ internal static unsafe class BicubicKernels
 
     private static byte Clip(int sum) => (byte)Math.Clamp(sum >> BicubicWeights.Precision, 0, 255);
 
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
     private static void AcrossAvx2(
         int* first, int* packed, int groups, byte** from, byte** to, int outputs)
     {
-        // 16 bytes hold four pixels: taps 0 and 1 as pairs (r, r) (g, g) (b, b) in the lower half, 2 and 3
-        // in the upper one; 128 gives zero.
+        // 16 bytes hold four pixels: taps 0 and 1 as pairs (r, r) (g, g) (b, b) in the lower half,
+        // 2 and 3 in the upper one; 128 gives zero.
         const byte No = 128;
         var pairs = Vector256.Create(
             0, No, 3, No, 1, No, 4, No, 2, No, 5, No, No, No, No, No,
@@ -132,6 +133,7 @@ internal static unsafe class BicubicKernels
         return (sum.GetLower() + sum.GetUpper() + half) >> BicubicWeights.Precision;
     }
 
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
     private static void DownAvx2(int* packed, int groups, byte** rows, byte* to, int bytes)
     {
         var half = Vector256.Create(Half);

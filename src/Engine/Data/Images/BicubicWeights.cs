@@ -2,10 +2,11 @@ namespace MiniCpmNative.Engine.Data.Images;
 
 /// <summary>
 /// The taps of one axis, in Pillow's fixed point: k = round(w * 2^22), w the Keys cubic (a = -1/2)
-/// stretched by the shrink factor and divided by its sum, all in double, in Pillow's order of operations.
-/// Each k is kept as k = high * 2^12 + low with 0 &lt;= low &lt; 2^12, so that both parts are 16-bit factors
-/// of multiply-add instructions; the sums of both parts are put together modulo 2^32, which is exact
-/// because the whole sum fits. Reused from picture to picture; grows only.
+/// stretched by the shrink factor and divided by its sum, all in double, in Pillow's order of
+/// operations. Each k is kept as k = high * 2^12 + low with 0 &lt;= low &lt; 2^12, so that both
+/// parts are 16-bit factors of multiply-add instructions; the sums of both parts are put together
+/// modulo 2^32, which is exact because the whole sum fits. Reused from picture to picture; grows
+/// only.
 /// </summary>
 internal sealed class BicubicWeights
 {
@@ -17,8 +18,8 @@ internal sealed class BicubicWeights
     public int[] First { get; private set; } = [];
 
     /// <summary>
-    /// Four ints for each four taps: the high parts of taps 0 and 1 (16 bits each), of 2 and 3, the low
-    /// parts of 0 and 1, of 2 and 3. Taps beyond an output's own are 0.
+    /// Four ints for each four taps: the high parts of taps 0 and 1 (16 bits each), of 2 and 3, the
+    /// low parts of 0 and 1, of 2 and 3. Taps beyond an output's own are 0.
     /// </summary>
     public int[] Packed { get; private set; } = [];
 
@@ -32,7 +33,13 @@ internal sealed class BicubicWeights
     {
         double scale = (double)inputs / outputs;
         double stretch = Math.Max(scale, 1.0), support = 2.0 * stretch, inverse = 1.0 / stretch;
-        MaxTaps = Math.Min(inputs, ((int)Math.Ceiling(support) * 2) + 1);
+        MaxTaps = 0;
+        for (int i = 0; i < outputs; i++)
+        {
+            var (first, end) = Reach((i + 0.5) * scale, support, inputs);
+            MaxTaps = Math.Max(MaxTaps, end - first);
+        }
+
         Groups = (MaxTaps + 3) / 4;
         int stride = Groups * 4;
         if (First.Length < outputs) First = new int[outputs];
@@ -42,8 +49,8 @@ internal sealed class BicubicWeights
         for (int i = 0; i < outputs; i++)
         {
             double centre = (i + 0.5) * scale;
-            int first = Math.Max((int)(centre - support + 0.5), 0);
-            int count = Math.Min((int)(centre + support + 0.5), inputs) - first;
+            var (first, end) = Reach(centre, support, inputs);
+            int count = end - first;
             double sum = 0;
             for (int t = 0; t < count; t++)
                 sum += _taps[t] = Keys((t + first - centre + 0.5) * inverse);
@@ -72,6 +79,9 @@ internal sealed class BicubicWeights
         Packed[at] |= ((k >> LowBits) & 0xffff) << shift;
         Packed[at + 2] |= (k & ((1 << LowBits) - 1)) << shift;
     }
+
+    private static (int First, int End) Reach(double centre, double support, int inputs) =>
+        (Math.Max((int)(centre - support + 0.5), 0), Math.Min((int)(centre + support + 0.5), inputs));
 
     private static double Keys(double x)
     {

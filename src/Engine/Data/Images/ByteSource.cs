@@ -4,9 +4,9 @@ using Microsoft.Win32.SafeHandles;
 namespace MiniCpmNative.Engine.Data.Images;
 
 /// <summary>
-/// Reading at any place of a picture file, in memory or on disk, so that one parser serves decoding and
-/// probing. From disk a window of a few KiB is read at a time. Nothing is read beyond the end: fewer
-/// bytes come back.
+/// Reading at any place of a picture file, in memory or on disk, so that one parser serves decoding
+/// and probing. From disk a window of a few KiB is read at a time. Nothing is read beyond the end:
+/// fewer bytes come back.
 /// </summary>
 internal sealed class ByteSource
 {

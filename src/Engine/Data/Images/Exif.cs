@@ -8,8 +8,9 @@ internal static class Exif
     private const int OrientationTag = 0x0112;
 
     /// <summary>
-    /// Orientation, 1 to 8, from the TIFF structure in the length bytes at an offset (with or without
-    /// "Exif\0\0" in front); 1 when there is none or the structure is damaged, as Pillow has it.
+    /// Orientation, 1 to 8, from the TIFF structure in the length bytes at an offset (with or
+    /// without "Exif\0\0" in front); 1 when there is none or the structure is damaged, as Pillow
+    /// has it.
     /// </summary>
     public static int Orientation(ByteSource source, long at, long length)
     {

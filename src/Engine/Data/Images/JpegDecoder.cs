@@ -3,10 +3,10 @@ using System.Runtime.InteropServices;
 namespace MiniCpmNative.Engine.Data.Images;
 
 /// <summary>
-/// JPEG through libturbojpeg's TurboJPEG 2 interface (also in version 3), called with its defaults: accurate
-/// integer IDCT and fancy upsampling, the bytes Pillow gets. CMYK is taken as inverted, with or
-/// without Adobe's marker, as Pillow takes it. Warnings about damaged data are passed over as there;
-/// a file without its end marker is refused.
+/// JPEG through libturbojpeg's TurboJPEG 2 interface (also in version 3), called with its defaults:
+/// accurate integer IDCT and fancy upsampling, the bytes Pillow gets. CMYK is taken as inverted,
+/// with or without Adobe's marker, as Pillow takes it. Warnings about damaged data are passed over
+/// as there; a file without its end marker is refused.
 /// </summary>
 internal static unsafe class JpegDecoder
 {
@@ -14,10 +14,16 @@ internal static unsafe class JpegDecoder
 
     // Refuses progressive files of more than 500 scans, which only attacks have.
     private const int LimitScans = 32768;
-    private const int FatalError = 1;
 
     // Huffman coding spends a bit or more on every block of 8x8 samples.
     private const long PixelsPerByte = 8 * 64;
+
+    // Beginnings of libjpeg's warnings (jerror.h, JWRN), without that of a file's premature end.
+    private static readonly string[] s_warnings =
+    [
+        "Corrupt JPEG data", "Unknown Adobe color transform", "Inconsistent progression sequence",
+        "Warning: unknown JFIF", "Invalid SOS parameters for sequential", "Application transferred",
+    ];
 
     private static readonly NativePictureLibrary s_library = new(
         "JPEG",
@@ -86,13 +92,16 @@ internal static unsafe class JpegDecoder
         }
     }
 
+    // A decoder that stops after it has warned reports the code of a warning, so the text has to
+    // tell warnings, which Pillow passes over, from errors. A cut file is an error to Pillow.
     private static void Check(void* decoder, ByteSource source)
     {
-        int code = ((delegate* unmanaged[Cdecl]<void*, int>)s_library.Entry("tjGetErrorCode", source))(decoder);
-        if (code != FatalError) return;
         byte* text = ((delegate* unmanaged[Cdecl]<void*, byte*>)s_library.Entry("tjGetErrorStr2", source))(
             decoder);
-        throw source.Error($"damaged JPEG: {Marshal.PtrToStringUTF8((nint)text)}");
+        string message = Marshal.PtrToStringUTF8((nint)text) ?? "";
+        foreach (string warning in s_warnings)
+            if (message.StartsWith(warning, StringComparison.Ordinal)) return;
+        throw source.Error($"damaged JPEG: {message}");
     }
 
     // v = clip(n - c * n / 255), n = 255 - k, rounded as Pillow rounds it.

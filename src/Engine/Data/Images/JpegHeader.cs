@@ -1,8 +1,8 @@
 namespace MiniCpmNative.Engine.Data.Images;
 
 /// <summary>
-/// The segments in front of a JPEG's first scan (ITU T.81 annex B): size, components and how the camera
-/// was held. What is refused here is what Pillow refuses before it decodes.
+/// The segments in front of a JPEG's first scan (ITU T.81 annex B): size, components and how the
+/// camera was held. What is refused here is what Pillow refuses before it decodes.
 /// </summary>
 internal sealed class JpegHeader
 {
@@ -10,7 +10,8 @@ internal sealed class JpegHeader
 
     private readonly ByteSource _source;
 
-    /// <exception cref="InputException">No scan, no valid frame header, or cut before the first scan.</exception>
+    /// <exception cref="InputException">No scan, no valid frame header, or cut before the first
+    /// scan.</exception>
     public JpegHeader(ByteSource source)
     {
         _source = source;
@@ -36,7 +37,9 @@ internal sealed class JpegHeader
             at += 2;
             if (!HasSegment(marker)) continue;
             int length = source.Word(at);
-            if (length < 2 || at + length > source.Length) throw Broken("ends before its pixels");
+            if (length < 0) throw Broken("ends before its pixels");
+            length = Math.Max(length, 2); // lengths below their own two bytes are passed over
+            if (at + length > source.Length) throw Broken("ends before its pixels");
             ReadSegment(marker, at + 2, length - 2);
             if (marker == SosMarker)
             {
@@ -66,8 +69,8 @@ internal sealed class JpegHeader
     public long ScanAt { get; }
 
     /// <summary>
-    /// True when the end marker stands where the decoder looks for it. libjpeg-turbo fills up a cut file
-    /// in silence; Pillow refuses it.
+    /// True when the end marker stands where the decoder looks for it. libjpeg-turbo fills up a cut
+    /// file in silence; Pillow refuses it.
     /// </summary>
     public bool Ends(ReadOnlySpan<byte> file)
     {

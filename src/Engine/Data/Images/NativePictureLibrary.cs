@@ -10,7 +10,8 @@ internal sealed class NativePictureLibrary(string format, string name, string in
     private readonly Lazy<nint> _handle = new(() => Find(files));
 
     /// <summary>Address of an exported function.</summary>
-    /// <exception cref="InputException">The library or the function is missing; says what to install.</exception>
+    /// <exception cref="InputException">The library or the function is missing; says what to
+    /// install.</exception>
     public nint Entry(string function, ByteSource source)
     {
         if (_entries.TryGetValue(function, out nint known)) return known;

@@ -7,11 +7,11 @@ public readonly record struct PatchGrid(int Rows, int Columns)
 }
 
 /// <summary>
-/// A picture's views as the vision tower wants them: for each view, overview first, then the tiles row by
-/// row, f32 [Rows * Columns, 3 * patch * patch], one patch a row, grid row-major, the columns in the order
-/// (channel, y, x); normalised as ((byte / 255) - mean) / std, each step rounded to float. Resizing,
-/// cutting and normalising are one pass over the rows; every resize starts from the original.
-/// One object per worker; its buffers are reused.
+/// A picture's views as the vision tower wants them: for each view, overview first, then the tiles
+/// row by row, f32 [Rows * Columns, 3 * patch * patch], one patch a row, grid row-major, the
+/// columns in the order (channel, y, x); normalised as ((byte / 255) - mean) / std, each step
+/// rounded to float. Resizing, cutting and normalising are one pass over the rows; every resize
+/// starts from the original. One object per worker; its buffers are reused.
 /// </summary>
 public sealed class PatchStrips
 {

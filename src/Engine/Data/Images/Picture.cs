@@ -3,21 +3,24 @@ using System.Buffers;
 namespace MiniCpmNative.Engine.Data.Images;
 
 /// <summary>
-/// One picture in memory: RGB, one byte each, row-major [Height, Width, 3]. The bytes come from a pool
-/// and go back with Dispose; a picture that is never disposed is merely collected. New pixels are not
-/// cleared: whoever makes a picture writes all of it.
+/// One picture in memory: RGB, one byte each, row-major [Height, Width, 3]. The bytes come from a
+/// pool and go back with Dispose; a picture that is never disposed is merely collected. New pixels
+/// are not cleared: whoever makes a picture writes all of it.
 /// </summary>
 public sealed class Picture : IDisposable
 {
-    /// <summary>Readable bytes behind the last pixel, so that vector loads need no special end.</summary>
+    /// <summary>Readable bytes behind the last pixel, so that vector loads need no special
+    /// end.</summary>
     internal const int Slack = 64;
 
-    // The shared pool rounds up to a power of two; large pictures get what they need and are not kept.
+    // The shared pool rounds up to a power of two; large pictures get what they need and are not
+    // kept.
     private const int LargestPooled = 1 << 26;
 
     private byte[]? _bytes;
 
-    /// <exception cref="ArgumentOutOfRangeException">A side below 1, or more than 2 GiB of pixels.</exception>
+    /// <exception cref="ArgumentOutOfRangeException">A side below 1, or more than 2 GiB of
+    /// pixels.</exception>
     public Picture(int width, int height)
     {
         ArgumentOutOfRangeException.ThrowIfLessThan(width, 1);
@@ -49,9 +52,9 @@ public sealed class Picture : IDisposable
     public Span<byte> Row(int y) => Bytes.AsSpan(y * Stride, Stride);
 
     /// <summary>
-    /// This picture as an EXIF orientation (1 to 8) wants it shown: 2 mirrored, 3 turned by 180 degrees,
-    /// 4 upside down, 5 transposed, 6 turned right, 7 transposed over the other diagonal, 8 turned left.
-    /// A new picture, also for 1.
+    /// This picture as an EXIF orientation (1 to 8) wants it shown: 2 mirrored, 3 turned by 180
+    /// degrees, 4 upside down, 5 transposed, 6 turned right, 7 transposed over the other diagonal,
+    /// 8 turned left. A new picture, also for 1.
     /// </summary>
     /// <exception cref="ArgumentOutOfRangeException">The orientation is not 1 to 8.</exception>
     public Picture Oriented(int orientation)

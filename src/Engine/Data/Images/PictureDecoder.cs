@@ -6,10 +6,11 @@ namespace MiniCpmNative.Engine.Data.Images;
 public readonly record struct PictureInfo(PictureFormat Format, PictureSize Size, int Orientation);
 
 /// <summary>
-/// Picture files to RGB, byte for byte what Pillow's Image.open(path).convert("RGB") gives: the official
-/// script's input. The format is told by the content. PNG is managed code; JPEG and WebP go to the
-/// system's libturbojpeg and libwebp, which are looked for when the first such picture comes.
-/// Not applied, as in Pillow: EXIF orientation (see Picture.Oriented), gamma, colour profiles.
+/// Picture files to RGB, byte for byte what Pillow's Image.open(path).convert("RGB") gives: the
+/// official script's input. The format is told by the content. PNG is managed code; JPEG and WebP
+/// go to the system's libturbojpeg and libwebp, which are looked for when the first such picture
+/// comes. Not applied, as in Pillow: EXIF orientation (see Picture.Oriented), gamma, colour
+/// profiles.
 /// </summary>
 public static class PictureDecoder
 {
@@ -17,7 +18,8 @@ public static class PictureDecoder
     public const long MaxPixels = 178_956_970;
 
     /// <summary>Reads size and orientation from a file's header without decoding it.</summary>
-    /// <exception cref="InputException">Missing, unreadable, not a JPEG, PNG or WebP, or damaged.</exception>
+    /// <exception cref="InputException">Missing, unreadable, not a JPEG, PNG or WebP, or
+    /// damaged.</exception>
     public static PictureInfo Probe(string path)
     {
         using var file = Open(path, out long length);
@@ -25,7 +27,8 @@ public static class PictureDecoder
     }
 
     /// <summary>Reads and decodes a file.</summary>
-    /// <exception cref="InputException">Missing, unreadable, not a JPEG, PNG or WebP, or damaged.</exception>
+    /// <exception cref="InputException">Missing, unreadable, not a JPEG, PNG or WebP, or
+    /// damaged.</exception>
     public static Picture Decode(string path)
     {
         using var file = Open(path, out long length);

@@ -31,7 +31,8 @@ internal static class PictureFormats
     ];
 
     /// <summary>The format of a file.</summary>
-    /// <exception cref="InputException">Empty, or no JPEG, PNG or WebP: named when known.</exception>
+    /// <exception cref="InputException">Empty, or no JPEG, PNG or WebP: named when
+    /// known.</exception>
     public static PictureFormat Identify(ByteSource source)
     {
         var head = source.At(0, 512);

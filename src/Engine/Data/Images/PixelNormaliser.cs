@@ -1,3 +1,4 @@
+using System.Runtime.CompilerServices;
 using System.Runtime.InteropServices;
 using System.Runtime.Intrinsics;
 using System.Runtime.Intrinsics.X86;
@@ -5,10 +6,10 @@ using System.Runtime.Intrinsics.X86;
 namespace MiniCpmNative.Engine.Data.Images;
 
 /// <summary>
-/// Bytes to normalised floats, ((byte / 255) - mean) / std with a float rounding after each step, cut into
-/// patches. A table of the 256 results per channel defines it. The vector form multiplies by reciprocals
-/// and corrects the quotients with fused multiply-adds; it is taken only when it gives the table's bits for
-/// all 256 bytes of every channel.
+/// Bytes to normalised floats, ((byte / 255) - mean) / std with a float rounding after each step,
+/// cut into patches. A table of the 256 results per channel defines it. The vector form multiplies
+/// by reciprocals and corrects the quotients with fused multiply-adds; it is taken only when it
+/// gives the table's bits for all 256 bytes of every channel.
 /// </summary>
 internal sealed unsafe class PixelNormaliser
 {
@@ -41,8 +42,8 @@ internal sealed unsafe class PixelNormaliser
     public bool Vectorised { get; init; }
 
     /// <summary>
-    /// One row of pixels (a multiple of the patch long, with 16 readable bytes behind it) into the rows of
-    /// its patches: into[p * 3 * patch^2 + c * patch^2 + x].
+    /// One row of pixels (a multiple of the patch long, with 16 readable bytes behind it) into the
+    /// rows of its patches: into[p * 3 * patch^2 + c * patch^2 + x].
     /// </summary>
     public void Write(ReadOnlySpan<byte> row, Span<float> into)
     {
@@ -72,8 +73,9 @@ internal sealed unsafe class PixelNormaliser
         }
     }
 
-    // 42 bytes of a patch's row are taken apart into 14 of each channel. Eight of them are one vector of
-    // floats; the second vector begins at the sixth, so that no store leaves the row.
+    // 42 bytes of a patch's row are taken apart into 14 of each channel. Eight of them are one
+    // vector of floats; the second vector begins at the sixth, so that no store leaves the row.
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
     private void WriteVector(byte* pixels, float* target, int patches)
     {
         const int Area = VectorPatch * VectorPatch;
@@ -98,7 +100,8 @@ internal sealed unsafe class PixelNormaliser
         }
     }
 
-    // Bytes offset, offset + 3, ... of a load, each to its place; what is not in the load gives zero.
+    // Bytes offset, offset + 3, ... of a load, each to its place; what is not in the load gives
+    // zero.
     private static Vector128<byte> Channel(int offset)
     {
         Span<byte> places = stackalloc byte[16];

@@ -5,9 +5,10 @@ namespace MiniCpmNative.Engine.Data.Images;
 
 /// <summary>
 /// PNG to RGB as Pillow's Image.open(..).convert("RGB"): alpha and transparency are dropped, 16-bit
-/// samples keep their high byte, except that 16-bit grey is clipped at 255; gamma and profiles are not
-/// applied. Rows are inflated in batches that stay in the cache, unfiltered there in place and widened
-/// into the picture. Rows that a complete stream does not have stay at sample value 0, as in Pillow.
+/// samples keep their high byte, except that 16-bit grey is clipped at 255; gamma and profiles are
+/// not applied. Rows are inflated in batches that stay in the cache, unfiltered there in place and
+/// widened into the picture. Rows that a complete stream does not have stay at sample value 0, as
+/// in Pillow.
 /// </summary>
 internal sealed class PngDecoder
 {
@@ -32,7 +33,8 @@ internal sealed class PngDecoder
         _rows = new PngRows(header, source);
     }
 
-    /// <exception cref="InputException">Damaged in a way that Pillow refuses, or not enough data.</exception>
+    /// <exception cref="InputException">Damaged in a way that Pillow refuses, or not enough
+    /// data.</exception>
     public static Picture Decode(ByteSource source, byte[] file, PngHeader header)
     {
         long raw = 0;
@@ -90,8 +92,8 @@ internal sealed class PngDecoder
         int stride = 1 + (int)RowBytes(_header, pass.Columns);
         int batch = Math.Min(pass.Rows, Math.Max(1, BatchBytes / stride));
 
-        // The row before the batch stands at its start; the first one of a pass is zero. The slack in
-        // front and behind is for pixel-wide loads.
+        // The row before the batch stands at its start; the first one of a pass is zero. The slack
+        // in front and behind is for pixel-wide loads.
         byte[] buffer = ArrayPool<byte>.Shared.Rent(Picture.Slack + ((batch + 1) * stride) + Picture.Slack);
         try
         {

@@ -5,9 +5,9 @@ using System.Runtime.Intrinsics;
 namespace MiniCpmNative.Engine.Data.Images;
 
 /// <summary>
-/// The five row filters of PNG, undone in place (PNG specification 9.2). a is the byte one pixel to the
-/// left, b the one above, c the one above a. Pixels of 3 and 4 bytes are one vector each, because every
-/// pixel depends on the one before it; other widths go byte by byte.
+/// The five row filters of PNG, undone in place (PNG specification 9.2). a is the byte one pixel to
+/// the left, b the one above, c the one above a. Pixels of 3 and 4 bytes are one vector each,
+/// because every pixel depends on the one before it; other widths go byte by byte.
 /// </summary>
 internal static class PngFilters
 {
@@ -32,6 +32,7 @@ internal static class PngFilters
         return true;
     }
 
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
     private static void Up(Span<byte> x, ReadOnlySpan<byte> b)
     {
         int i = 0;
@@ -43,6 +44,7 @@ internal static class PngFilters
         for (; i < x.Length; i++) x[i] += b[i];
     }
 
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
     private static void Sub(Span<byte> x, int bytesPerPixel)
     {
         if (bytesPerPixel is not (3 or 4))
@@ -60,6 +62,7 @@ internal static class PngFilters
         }
     }
 
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
     private static void Average(Span<byte> x, ReadOnlySpan<byte> b, int bytesPerPixel)
     {
         if (bytesPerPixel is not (3 or 4))
@@ -83,6 +86,7 @@ internal static class PngFilters
         }
     }
 
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
     private static void Paeth(Span<byte> x, ReadOnlySpan<byte> b, int bytesPerPixel)
     {
         if (bytesPerPixel is not (3 or 4))

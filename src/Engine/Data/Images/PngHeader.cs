@@ -3,9 +3,10 @@ using System.Buffers.Binary;
 namespace MiniCpmNative.Engine.Data.Images;
 
 /// <summary>
-/// What stands in front of a PNG's pixels: PNG specification, third edition; which damage is refused
-/// and which is passed over follows Pillow, whose pixels the official script trains on. Checksums are
-/// verified up to the pixels, not behind. Ancillary chunks matter only where Pillow refuses them.
+/// What stands in front of a PNG's pixels: PNG specification, third edition; which damage is
+/// refused and which is passed over follows Pillow, whose pixels the official script trains on.
+/// Checksums are verified up to the pixels, not behind. Ancillary chunks matter only where Pillow
+/// refuses them.
 /// </summary>
 internal sealed class PngHeader
 {
@@ -59,7 +60,7 @@ internal sealed class PngHeader
 
     public bool Interlaced { get; private set; }
 
-    /// <summary>Where the palette's bytes are; none gives a grey ramp, as in Pillow.</summary>
+    /// <summary>Where the palette's bytes are; none leaves every colour black.</summary>
     public long PaletteAt { get; private set; }
 
     public int PaletteLength { get; private set; }
@@ -71,7 +72,8 @@ internal sealed class PngHeader
 
     public int BitsPerPixel => Depth * Channels;
 
-    /// <summary>Type and data length of the chunk at an offset; null at the end and where none is.</summary>
+    /// <summary>Type and data length of the chunk at an offset; null at the end and where none
+    /// is.</summary>
     public (uint Type, long Length)? Chunk(long at)
     {
         var head = _source.At(at, 8);
@@ -84,8 +86,8 @@ internal sealed class PngHeader
     public static bool IsData(uint type) => type == Idat;
 
     /// <summary>
-    /// Reads the chunks behind the pixels, from the end of a data chunk on. A file that stops between
-    /// chunks is whole enough; one that stops inside a chunk is refused.
+    /// Reads the chunks behind the pixels, from the end of a data chunk on. A file that stops
+    /// between chunks is whole enough; one that stops inside a chunk is refused.
     /// </summary>
     /// <exception cref="InputException">A chunk is cut or too short.</exception>
     public void ReadTail(long at)
@@ -99,7 +101,8 @@ internal sealed class PngHeader
         }
     }
 
-    /// <summary>Orientation, also from an eXIf chunk behind the pixels; damage there is passed over.</summary>
+    /// <summary>Orientation, also from an eXIf chunk behind the pixels; damage there is passed
+    /// over.</summary>
     public int FindOrientation()
     {
         for (long at = DataAt; Chunk(at) is { } chunk && chunk.Type != Iend; at += 12 + chunk.Length)

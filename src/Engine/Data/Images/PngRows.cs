@@ -41,9 +41,14 @@ internal sealed class PngRows
     {
         (_depth, _colour) = (header.Depth, header.Colour);
         int scale = _colour == 0 && _depth < 8 ? 255 / ((1 << _depth) - 1) : 1;
+        if (_colour == 3)
+        {
+            // Values beyond a short palette are black, as in Pillow.
+            source.At(header.PaletteAt, header.PaletteLength / 3 * 3).CopyTo(_colours);
+            return;
+        }
+
         for (int i = 0; i < 256; i++) _colours.AsSpan(i * 3, 3).Fill((byte)(i * scale));
-        int entries = header.PaletteLength / 3;
-        if (_colour == 3) source.At(header.PaletteAt, entries * 3).CopyTo(_colours);
     }
 
     /// <summary>Sets the picture from a row on to what sample value 0 means.</summary>

@@ -1,14 +1,15 @@
 namespace MiniCpmNative.Engine.Data.Images;
 
 /// <summary>
-/// How MiniCPM-V cuts a picture: an overview of about scaleResolution squared pixels, and for larger
-/// pictures a grid of up to maxSlices tiles of about that size, in the grid whose shape is nearest to the
-/// picture's. Official slice_image, to the bit: doubles, halves rounded to even, the truncated height
-/// decides the width.
+/// How MiniCPM-V cuts a picture: an overview of about scaleResolution squared pixels, and for
+/// larger pictures a grid of up to maxSlices tiles of about that size, in the grid whose shape is
+/// nearest to the picture's. Official slice_image, to the bit: doubles, halves rounded to even, the
+/// truncated height decides the width.
 /// </summary>
 public static class Slicer
 {
-    /// <summary>The plan of a picture; tiles only where more than one slice is wanted and allowed.</summary>
+    /// <summary>The plan of a picture; tiles only where more than one slice is wanted and
+    /// allowed.</summary>
     public static SlicePlan Plan(PictureSize picture, int maxSlices, int scaleResolution = 448, int patch = 14)
     {
         double ratio = (double)picture.Width * picture.Height / ((double)scaleResolution * scaleResolution);

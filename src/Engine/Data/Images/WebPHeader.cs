@@ -3,8 +3,9 @@ using System.Buffers.Binary;
 namespace MiniCpmNative.Engine.Data.Images;
 
 /// <summary>
-/// The RIFF structure of a WebP file (RFC 9649): canvas, the picture's or the first frame's data, and how
-/// the camera was held. All chunks have to be there whole, as for libwebp's demultiplexer that Pillow asks.
+/// The RIFF structure of a WebP file (RFC 9649): canvas, the picture's or the first frame's data,
+/// and how the camera was held. All chunks have to be there whole, as for libwebp's demultiplexer
+/// that Pillow asks.
 /// </summary>
 internal sealed class WebPHeader
 {
