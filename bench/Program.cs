@@ -8,12 +8,15 @@ switch (args)
     case ["attention", .. var rest]:
         AttentionBench.Run(rest);
         return 0;
+    case ["ops", .. var rest]:
+        OpBench.Run(rest);
+        return 0;
     case ["pictures", .. var rest]:
         return PictureBench.Run(rest);
     case ["step", .. var rest]:
         StepBench.Run(rest);
         return 0;
     default:
-        Console.Error.WriteLine("bench: expected a benchmark: attention, pictures, step, tokenizer");
+        Console.Error.WriteLine("bench: expected a benchmark: attention, ops, pictures, step, tokenizer");
         return 2;
 }

@@ -1,7 +1,6 @@
 using System.Runtime.InteropServices;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Cpu;
-using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;
 
@@ -104,7 +103,8 @@ internal sealed unsafe class OpRun : IDisposable
 
     private void Write(in Tensor tensor, double[] data)
     {
-        Assert.That(data, Has.Length.EqualTo(tensor.Shape.Count), $"data for {tensor.Spec}");
+        if (data.Length != tensor.Shape.Count)
+            throw new ArgumentException($"{data.Length} numbers for {tensor.Spec}");
         if (tensor.Type is DType.F64) _device.Write<double>(tensor, data);
         else if (tensor.Type is DType.I32)
             _device.Write<int>(tensor, Array.ConvertAll(data, v => (int)v));
@@ -130,8 +130,10 @@ internal sealed unsafe class OpRun : IDisposable
     private void CheckMemory()
     {
         foreach (var memory in _memory)
-            Assert.That(memory.IsIntact, $"{_op}: memory outside a tensor was written");
-        Assert.That(_device.Step.IsEmpty, $"{_op}: scratch was left in the arena");
+            if (!memory.IsIntact)
+                throw new InvalidOperationException($"{_op}: memory outside a tensor was written");
+        if (!_device.Step.IsEmpty)
+            throw new InvalidOperationException($"{_op}: scratch was left in the arena");
     }
 
     private sealed class Guarded : IDisposable

@@ -240,6 +240,7 @@ public sealed class OpTests
         run.Forward();
         run.Want(_ => true);
         run.Backward(Fill.Normal(77, run.Count));
+        Spec[] specs = Array.ConvertAll(c.Inputs(129), v => v.Spec(DType.F32));
         for (int i = 0; i < 3; i++) Both();
         long before = GC.GetAllocatedBytesForCurrentThread();
         Both();
@@ -247,6 +248,7 @@ public sealed class OpTests
 
         void Both()
         {
+            c.Op.Infer(specs, DType.F32);
             run.ForwardAgain();
             run.BackwardAgain();
         }

@@ -22,7 +22,7 @@ internal readonly unsafe struct Dropout<T>
     public Dropout(Randomness random, int layer, double p)
     {
         (_random, _layer, _threshold) = (random, layer, Philox.Threshold(p));
-        _scale = T.CreateChecked(1 / (1 - p));
+        _scale = Real.Of<T>(1 / (1 - p));
         Active = random.Dropout && p > 0;
     }
 
@@ -66,7 +66,7 @@ internal readonly unsafe struct Dropout<T>
         int i = 0;
         if (typeof(T) == typeof(float))
         {
-            Vector256<float> factor = Vector256.Create(float.CreateTruncating(scale));
+            Vector256<float> factor = Vector256.Create((float)Real.ToDouble(scale));
             for (; i <= count - 8; i += 8)
             {
                 Vector256<uint> bits = Widen(keep + i);

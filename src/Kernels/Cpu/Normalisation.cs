@@ -18,7 +18,7 @@ internal static unsafe class Normalisation
         Workers workers, Matrix<T> x, Matrix<T> w, Matrix<T> b,
         Matrix<T> y, Matrix<T> mean, Matrix<T> rstd, double epsilon)
         where T : unmanaged, IBinaryFloatingPointIeee754<T> =>
-        workers.For(x.Rows, new ForwardRows<T>(x, w, b, y, mean, rstd, T.CreateChecked(epsilon)));
+        workers.For(x.Rows, new ForwardRows<T>(x, w, b, y, mean, rstd, Real.Of<T>(epsilon)));
 
     // With g = w * dy and n = (x - mean) * rstd:
     // dx = rstd * (g - mean(g) - n * mean(g * n)),  dw = sum of dy * n,  db = sum of dy over rows;
@@ -51,7 +51,7 @@ internal static unsafe class Normalisation
     {
         public void Run(int begin, int end, int worker)
         {
-            T cols = T.CreateChecked(x.Cols);
+            T cols = Real.Of<T>(x.Cols);
             for (int r = begin; r < end; r++)
             {
                 T centre = T.Zero;
@@ -72,7 +72,7 @@ internal static unsafe class Normalisation
     {
         public void Run(int begin, int end, int worker)
         {
-            T cols = T.CreateChecked(x.Cols);
+            T cols = Real.Of<T>(x.Cols);
             for (int r = begin; r < end; r++)
             {
                 T centre = Of(mean, r), scale = rstd[r];

@@ -43,8 +43,8 @@ public static class VectorMath
     public static Vector<T> NormalCdf<T>(Vector<T> x, out Vector<T> density)
         where T : unmanaged, IBinaryFloatingPointIeee754<T>
     {
-        Vector<T> half = Vector.Create(T.CreateChecked(0.5));
-        Vector<T> z = Vector.Abs(x) * T.CreateTruncating(Math.Sqrt(0.5));
+        Vector<T> half = Vector.Create(Real.Of<T>(0.5));
+        Vector<T> z = Vector.Abs(x) * Real.Of<T>(Math.Sqrt(0.5));
         Vector<T> bell = Exp(-(x * x * half));
         Vector<T> t = Vector<T>.One / (Vector<T>.One + (z * half));
         int terms = typeof(T) == typeof(float) ? 11 : s_erfc.Length;
@@ -52,13 +52,13 @@ public static class VectorMath
         Vector<T> last = default, before = default;
         for (int k = terms - 1; k > 0; k--)
         {
-            Vector<T> next = (s2 * last) - before + Vector.Create(T.CreateTruncating(s_erfc[k]));
+            Vector<T> next = (s2 * last) - before + Vector.Create(Real.Of<T>(s_erfc[k]));
             (before, last) = (last, next);
         }
 
-        Vector<T> series = (s * last) - before + Vector.Create(T.CreateTruncating(s_erfc[0]));
+        Vector<T> series = (s * last) - before + Vector.Create(Real.Of<T>(s_erfc[0]));
         Vector<T> tail = half * t * bell * series;
-        density = bell * T.CreateTruncating(1 / Math.Sqrt(2 * Math.PI));
+        density = bell * Real.Of<T>(1 / Math.Sqrt(2 * Math.PI));
         return Vector.ConditionalSelect(
             Vector.LessThan(x, Vector<T>.Zero), tail, Vector<T>.One - tail);
     }

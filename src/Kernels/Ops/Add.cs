@@ -21,13 +21,13 @@ public sealed record Add(double Scale = 1) : Op("add")
 
     public override void CpuForward<T>(in CpuCall<T> call) =>
         Elementwise.Map(call.Workers, call.In(0), call.In(1), default, call.Output, false,
-            new Scaled<T>(T.CreateTruncating(Scale)));
+            new Scaled<T>(Real.Of<T>(Scale)));
 
     public override void CpuBackward<T>(in CpuCall<T> call)
     {
         Elementwise.Scale(call.Workers, call.OutputGradient, T.One, call.Gradient(0));
         Elementwise.Scale(
-            call.Workers, call.OutputGradient, T.CreateTruncating(Scale), call.Gradient(1));
+            call.Workers, call.OutputGradient, Real.Of<T>(Scale), call.Gradient(1));
     }
 
     private readonly struct Scaled<T>(T scale) : IMap<T>

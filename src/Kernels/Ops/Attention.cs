@@ -73,7 +73,7 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
             CuSeqlensK = startsK.Data,
             KeyLengths = call.Input(5).Exists ? call.Ints(5).Data : null,
             Causal = Causal,
-            Scale = T.CreateTruncating(Scale),
+            Scale = Real.Of<T>(Scale),
             Scratch = (byte*)call.Scratch(new Shape(checked((int)scratch))).Data,
         };
     }

@@ -22,6 +22,9 @@ public sealed unsafe record CrossEntropy() : Op("cross_entropy")
     // element of w for MinRows rows.
     private const int ChunkElements = 1 << 21, MinRows = 64, MaxRows = 512;
 
+    // Made once: a span of constants allocates in unoptimised code.
+    private static readonly Shape s_one = new(1);
+
     public override Outputs Infer(ReadOnlySpan<Spec> inputs, DType activations)
     {
         Spec h = inputs.Float(this, 0, "h"), w = inputs.Weight(this, 1, "w");
@@ -31,7 +34,7 @@ public sealed unsafe record CrossEntropy() : Op("cross_entropy")
         rows.MustBe(this, "rows", labels);
         inputs.Int(this, 3, "targets").MustBe(this, "targets", labels);
         var perLabel = new Spec(activations, new Shape(labels));
-        return new(new Spec(activations, new Shape(1)), perLabel, perLabel,
+        return new(new Spec(activations, s_one), perLabel, perLabel,
             new Spec(activations, new Shape(labels, h.Shape.Cols)));
     }
 
@@ -53,8 +56,8 @@ public sealed unsafe record CrossEntropy() : Op("cross_entropy")
         }
 
         double sum = 0;
-        for (int i = 0; i < targets.Cols; i++) sum += double.CreateTruncating(losses[i]);
-        call.Output[0] = T.CreateTruncating(sum);
+        for (int i = 0; i < targets.Cols; i++) sum += Real.ToDouble(losses[i]);
+        call.Output[0] = Real.Of<T>(sum);
     }
 
     public override void CpuBackward<T>(in CpuCall<T> call)
@@ -143,18 +146,19 @@ public sealed unsafe record CrossEntropy() : Op("cross_entropy")
         {
             for (int r = begin; r < end; r++)
             {
-                int target = targets[first + r], largest = TensorPrimitives.IndexOfMax<T>(logits.RowSpan(r));
+                int target = targets[first + r];
                 T* row = logits.Row(r);
-                T max = row[largest], own = row[target] - max;
+                T max = TensorPrimitives.Max<T>(logits.RowSpan(r)), own = row[target] - max;
+                bool hit = own == T.Zero && logits.RowSpan(r).IndexOf(max) == target;
                 double sum = Exponentials(row, max);
                 if (losses.Exists)
                 {
-                    losses[first + r] = T.CreateTruncating(Math.Log(sum)) - own;
-                    correct[first + r] = largest == target ? T.One : T.Zero;
+                    losses[first + r] = Real.Of<T>(Math.Log(sum)) - own;
+                    correct[first + r] = hit ? T.One : T.Zero;
                 }
 
                 if (!gradient) continue;
-                var rescale = new Elementwise.Scaled<T>(scale / T.CreateTruncating(sum));
+                var rescale = new Elementwise.Scaled<T>(scale / Real.Of<T>(sum));
                 Elementwise.Map(row, null, null, row, logits.Cols, false, rescale);
                 row[target] -= scale;
             }
@@ -168,7 +172,7 @@ public sealed unsafe record CrossEntropy() : Op("cross_entropy")
             {
                 int count = Math.Min(Block, logits.Cols - c);
                 Elementwise.Map(row + c, null, null, row + c, count, false, new Exponential(max));
-                sum += double.CreateTruncating(TensorPrimitives.Sum(new ReadOnlySpan<T>(row + c, count)));
+                sum += Real.ToDouble(TensorPrimitives.Sum(new ReadOnlySpan<T>(row + c, count)));
             }
 
             return sum;

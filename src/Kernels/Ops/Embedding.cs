@@ -27,13 +27,13 @@ public sealed record Embedding(double Scale = 1) : Op("embedding")
         Matrix<int> ids = call.Ints(1);
         Indices.MustBeBelow(this, "ids", ids, table.Shape[0]);
         call.Workers.For(
-            call.Output.Rows, new Rows<T>(table, ids, call.Output, T.CreateTruncating(Scale)));
+            call.Output.Rows, new Rows<T>(table, ids, call.Output, Real.Of<T>(Scale)));
     }
 
     public override void CpuBackward<T>(in CpuCall<T> call)
     {
         if (call.Gradient(0).Wanted)
-            Indices.SumById(call, call.Ints(1), call.OutputGradient, T.CreateTruncating(Scale),
+            Indices.SumById(call, call.Ints(1), call.OutputGradient, Real.Of<T>(Scale),
                 call.Gradient(0));
     }
 

@@ -55,8 +55,8 @@ public sealed record Gelu(GeluKind Kind) : Op("gelu")
 
         public static Vector<T> Gate(Vector<T> x)
         {
-            Vector<T> bend = (x * x * T.CreateTruncating(Cubic)) + Vector<T>.One;
-            return VectorMath.Sigmoid(x * bend * T.CreateTruncating(Slope));
+            Vector<T> bend = (x * x * Real.Of<T>(Cubic)) + Vector<T>.One;
+            return VectorMath.Sigmoid(x * bend * Real.Of<T>(Slope));
         }
     }
 
@@ -67,8 +67,8 @@ public sealed record Gelu(GeluKind Kind) : Op("gelu")
         public Vector<T> At(Vector<T> x, Vector<T> dy, Vector<T> c)
         {
             Vector<T> s = TanhValue<T>.Gate(x);
-            Vector<T> slope = (x * x * T.CreateTruncating(3 * Cubic * Slope))
-                + Vector.Create(T.CreateTruncating(Slope));
+            Vector<T> slope = (x * x * Real.Of<T>(3 * Cubic * Slope))
+                + Vector.Create(Real.Of<T>(Slope));
             return dy * (s + (x * s * (Vector<T>.One - s) * slope));
         }
     }

@@ -75,15 +75,15 @@ internal static unsafe class CpuAdamW
 
         public Formula(in AdamW step, double factor)
         {
-            _factor = T.CreateTruncating(factor);
-            _keep = T.CreateTruncating(1 - (step.LearningRate * step.WeightDecay));
-            _first = T.CreateTruncating(step.Beta1);
-            _newFirst = T.CreateTruncating(1 - step.Beta1);
-            _second = T.CreateTruncating(step.Beta2);
-            _newSecond = T.CreateTruncating(1 - step.Beta2);
-            _rate = T.CreateTruncating(step.LearningRate / (1 - Math.Pow(step.Beta1, step.Step)));
-            _root = T.CreateTruncating(Math.Sqrt(1 - Math.Pow(step.Beta2, step.Step)));
-            _epsilon = T.CreateTruncating(step.Epsilon);
+            _factor = Real.Of<T>(factor);
+            _keep = Real.Of<T>(1 - (step.LearningRate * step.WeightDecay));
+            _first = Real.Of<T>(step.Beta1);
+            _newFirst = Real.Of<T>(1 - step.Beta1);
+            _second = Real.Of<T>(step.Beta2);
+            _newSecond = Real.Of<T>(1 - step.Beta2);
+            _rate = Real.Of<T>(step.LearningRate / (1 - Math.Pow(step.Beta1, step.Step)));
+            _root = Real.Of<T>(Math.Sqrt(1 - Math.Pow(step.Beta2, step.Step)));
+            _epsilon = Real.Of<T>(step.Epsilon);
         }
 
         public void Apply(T* p, T* g, T* m, T* v, int count)

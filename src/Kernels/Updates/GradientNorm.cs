@@ -81,7 +81,7 @@ internal static unsafe class CpuGradientNorm
             }
 
             for (; i < length; i++) {
-                double value = double.CreateTruncating(x[i]);
+                double value = Real.ToDouble(x[i]);
                 sum += value * value;
             }
 
