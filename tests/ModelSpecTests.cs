@@ -96,8 +96,12 @@ public sealed class ModelSpecTests
     [Test]
     public void AbsentKeysHaveTheDefaultsOfTheOfficialClasses()
     {
-        foreach (string key in new[] { "drop_vision_last_layer", "query_num", "use_image_id", "vision_batch_size",
-            "slice_config", "slice_mode", "tie_word_embeddings", "rms_norm_eps", "rope_theta", "version" })
+        string[] absent =
+        [
+            "drop_vision_last_layer", "query_num", "use_image_id", "vision_batch_size", "slice_config",
+            "slice_mode", "tie_word_embeddings", "rms_norm_eps", "rope_theta", "version",
+        ];
+        foreach (string key in absent)
             Edit("config.json", c => c.Remove(key));
         File.Delete(At("preprocessor_config.json"));
         File.Delete(At("generation_config.json"));
