@@ -8,6 +8,9 @@ switch (args)
     case ["attention", .. var rest]:
         AttentionBench.Run(rest);
         return 0;
+    case ["gemm", .. var rest]:
+        GemmBench.Run(rest);
+        return 0;
     case ["ops", .. var rest]:
         OpBench.Run(rest);
         return 0;
@@ -17,6 +20,7 @@ switch (args)
         StepBench.Run(rest);
         return 0;
     default:
-        Console.Error.WriteLine("bench: expected a benchmark: attention, ops, pictures, step, tokenizer");
+        Console.Error.WriteLine(
+            "bench: expected a benchmark: attention, gemm, ops, pictures, step, tokenizer");
         return 2;
 }

@@ -6,10 +6,12 @@ using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;
 
-/// <summary>Shape, mask and inputs of one attention problem in double; q k v dO are dense.</summary>
+/// <summary>
+/// Shape, mask and inputs of one attention problem in double; q k v dO are dense.
+/// </summary>
 public sealed record AttentionProblem(
-    int Heads, int KvHeads, int HeadDim, int[] StartsQ, int[] StartsK, int[]? KeyLengths, bool Causal,
-    double Scale)
+    int Heads, int KvHeads, int HeadDim, int[] StartsQ, int[] StartsK, int[]? KeyLengths,
+    bool Causal, double Scale)
 {
     public int Tokens => StartsQ[^1];
 
@@ -53,12 +55,14 @@ public sealed record AttentionProblem(
         return Causal ? Math.Clamp(query + 1 + keys - queries, 0, limit) : limit;
     }
 
-    /// <summary>The formulas written out with a whole score row, independent of the tiled kernels.</summary>
+    /// <summary>
+    /// The formulas written out with a whole score row, independent of the tiled kernels.
+    /// </summary>
     public AttentionResult Naive()
     {
         var r = new AttentionResult(
-            new double[Q.Length], new double[Tokens * Heads], new double[Q.Length], new double[K.Length],
-            new double[K.Length]);
+            new double[Q.Length], new double[Tokens * Heads], new double[Q.Length],
+            new double[K.Length], new double[K.Length]);
         for (int s = 0; s + 1 < StartsQ.Length; s++)
         {
             for (int i = 0; i < StartsQ[s + 1] - StartsQ[s]; i++)
@@ -141,8 +145,8 @@ internal enum Ask
 }
 
 /// <summary>
-/// Runs the kernels on a problem. With gap each row is followed by foreign elements, as in a fused qkv
-/// buffer; around every buffer lie guard elements, and Run fails when a write touches either.
+/// Runs the kernels on a problem. With gap each row is followed by foreign elements, as in a fused
+/// qkv buffer; around every buffer lie guard elements, and Run fails when a write touches either.
 /// </summary>
 internal sealed unsafe class AttentionRunner<T>(
     int threads = 2, int gap = 0, bool narrow = false, int runs = 1)
@@ -171,7 +175,8 @@ internal sealed unsafe class AttentionRunner<T>(
         using var workers = new Workers(threads);
         using var scratch =
             new HugeMemory(FlashAttention.ScratchBytes<T>(problem.HeadDim, threads) + (1 << 12));
-        fixed (int* startsQ = problem.StartsQ, startsK = problem.StartsK, lengths = problem.KeyLengths)
+        fixed (int* startsQ = problem.StartsQ, startsK = problem.StartsK)
+        fixed (int* lengths = problem.KeyLengths)
         {
             var arguments = new AttentionArguments<T>
             {
@@ -214,9 +219,12 @@ internal sealed unsafe class AttentionRunner<T>(
         foreach (Rows rows in (Rows[])[q, k, v, dO]) rows.Dense();
         return new AttentionResult(o.Dense(), lse.Dense(), dq.Dense(), dk.Dense(), dv.Dense());
 
-        GradientTarget<T> Target(Rows rows, Ask which) => (ask & which) == 0
+        AttentionTarget<T> Target(Rows rows, Ask which) => (ask & which) == 0
             ? default
-            : new() { Data = rows.Data, Stride = rows.Stride, Accumulate = ask.HasFlag(Ask.Accumulate) };
+            : new()
+            {
+                Data = rows.Data, Stride = rows.Stride, Accumulate = ask.HasFlag(Ask.Accumulate),
+            };
     }
 
     private void Call(
@@ -270,8 +278,8 @@ internal sealed unsafe class AttentionRunner<T>(
             {
                 int at = i - Margin;
                 bool mine = at >= 0 && at < _count * Stride && at % Stride < _row;
-                if (!mine)
-                    Assert.That(double.CreateTruncating(_memory[i]), Is.EqualTo(Guard), $"guard {at}");
+                if (mine) continue;
+                Assert.That(double.CreateTruncating(_memory[i]), Is.EqualTo(Guard), $"guard {at}");
             }
 
             return values;

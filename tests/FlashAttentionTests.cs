@@ -14,7 +14,8 @@ public sealed class FlashAttentionTests
     private static IEnumerable<TestCaseData> ReferenceCases() =>
         from c in Reference.Cases
         from narrow in (bool[])[false, true]
-        select new TestCaseData(c.Name, narrow).SetArgDisplayNames(c.ToString(), narrow ? "256" : "512");
+        select new TestCaseData(c.Name, narrow)
+            .SetArgDisplayNames(c.ToString(), narrow ? "256" : "512");
 
     [TestCaseSource(nameof(ReferenceCases))]
     public void Float_agrees_with_PyTorch(string name, bool narrow)
@@ -25,7 +26,8 @@ public sealed class FlashAttentionTests
         foreach (var (key, actual) in result.All())
         {
             double[] expected = c.Doubles(key);
-            // Rounding of single sums decides where torch happens to be exact, hence the second term.
+            // Rounding of single sums decides where torch happens to be exact, hence the second
+            // term.
             double allowed = large
                 ? 1e-4 * expected.Max(Math.Abs)
                 : (4 * c.F32Error(key)) + (5e-7 * Math.Max(1, expected.Max(Math.Abs)));
@@ -48,7 +50,8 @@ public sealed class FlashAttentionTests
         }
     }
 
-    // Odd sizes around the tile's 12, 24 and 48 lanes and 64 rows; head dimensions around its 4 or 8 rows.
+    // Odd sizes around the tile's 12, 24 and 48 lanes and 64 rows; head dimensions around its 4 or
+    // 8 rows.
     private static IEnumerable<TestCaseData> Shapes()
     {
         yield return Shape(2, 1, 64, [1], [1], causal: true);
@@ -71,9 +74,11 @@ public sealed class FlashAttentionTests
         int heads, int kvHeads, int headDim, int[] queries, int[] keys, bool causal,
         int[]? lengths = null)
     {
-        var problem = AttentionProblem.Random(heads, kvHeads, headDim, queries, keys, causal, lengths);
+        var problem =
+            AttentionProblem.Random(heads, kvHeads, headDim, queries, keys, causal, lengths);
         string name = $"{heads}/{kvHeads} heads of {headDim}, {string.Join('+', queries)} queries, "
-            + $"{string.Join('+', keys)} keys{(causal ? ", causal" : "")}{(lengths is null ? "" : ", cut")}";
+            + $"{string.Join('+', keys)} keys{(causal ? ", causal" : "")}"
+            + (lengths is null ? "" : ", cut");
         return new TestCaseData(problem).SetArgDisplayNames(name);
     }
 
@@ -184,10 +189,12 @@ public sealed class FlashAttentionTests
         var problem = AttentionProblem.Random(2, 1, 8, [30, 70], [30, 70], causal: true);
         problem.K[((30 + 41) * 8) + 3] = value;
         problem.Q[(((30 + 20) * 2) + 1) * 8] = value;
-        AttentionResult expected = problem.Naive(), actual = new AttentionRunner<float>().Run(problem);
+        AttentionResult expected = problem.Naive();
+        AttentionResult actual = new AttentionRunner<float>().Run(problem);
         Assert.That(expected.O.Count(double.IsNaN), Is.GreaterThan(8));
         Assert.That(actual.O.Select(double.IsNaN), Is.EqualTo(expected.O.Select(double.IsNaN)));
-        Assert.That(actual.Lse.Select(double.IsFinite), Is.EqualTo(expected.Lse.Select(double.IsFinite)));
+        Assert.That(
+            actual.Lse.Select(double.IsFinite), Is.EqualTo(expected.Lse.Select(double.IsFinite)));
         foreach (var (e, a) in expected.All().Zip(actual.All()))
         {
             int other = a.Values.Length * 30 / 100;
@@ -218,7 +225,8 @@ public sealed class FlashAttentionTests
     {
         var problem = AttentionProblem.Random(1, 1, 64, [40], [40], causal: false);
         for (int i = 0; i < problem.Q.Length; i++) problem.Q[i] *= spread;
-        AttentionResult expected = problem.Naive(), actual = new AttentionRunner<float>().Run(problem);
+        AttentionResult expected = problem.Naive();
+        AttentionResult actual = new AttentionRunner<float>().Run(problem);
         Assert.That(expected.Lse.Max(Math.Abs), Is.GreaterThan(1000));
         Assert.That(Worst(actual.O, expected.O), Is.LessThan(2e-3));
         Assert.That(
@@ -241,7 +249,8 @@ public sealed class FlashAttentionTests
             FlashAttention<Lanes512<double>, Vector512<double>, double>
                 .Exp2(Vector512.Create(x)).Store(doubles);
             double single = Math.Pow(2, (float)x), exact = Math.Pow(2, x);
-            Assert.That(floats[i % 16], Is.EqualTo(single).Within(single * 2 / (1 << 23)), $"2^{x}");
+            double units = single * 2 / (1 << 23);
+            Assert.That(floats[i % 16], Is.EqualTo(single).Within(units), $"2^{x}");
             Assert.That(doubles[i % 8], Is.EqualTo(exact).Within(exact * 4e-16), $"2^{x}");
         }
     }
@@ -254,9 +263,11 @@ public sealed class FlashAttentionTests
     public unsafe void Powers_of_two_at_the_ends(float x, float expected)
     {
         float* results = stackalloc float[16];
-        FlashAttention<Lanes512<float>, Vector512<float>, float>.Exp2(Vector512.Create(x)).Store(results);
+        FlashAttention<Lanes512<float>, Vector512<float>, float>
+            .Exp2(Vector512.Create(x)).Store(results);
         Assert.That(results[5], Is.EqualTo(expected));
-        FlashAttention<Lanes256<float>, Vector256<float>, float>.Exp2(Vector256.Create(x)).Store(results);
+        FlashAttention<Lanes256<float>, Vector256<float>, float>
+            .Exp2(Vector256.Create(x)).Store(results);
         Assert.That(results[5], Is.EqualTo(expected));
     }
 
@@ -264,11 +275,13 @@ public sealed class FlashAttentionTests
     [TestCase(2, 2, 0, 1.0, "head dimension is 0")]
     [TestCase(2, 2, 8, 0.0, "scale is 0")]
     [TestCase(2, 2, 8, double.NaN, "scale is NaN")]
-    public void Wrong_shapes_are_named(int heads, int kvHeads, int dim, double scale, string message)
+    public void Wrong_shapes_are_named(
+        int heads, int kvHeads, int dim, double scale, string message)
     {
         var problem = new AttentionProblem(heads, kvHeads, dim, [0], [0], null, true, scale);
         Assert.That(
-            () => FlashAttentionCall(problem), Throws.TypeOf<ShapeException>().With.Message.Contains(message));
+            () => FlashAttentionCall(problem),
+            Throws.TypeOf<ShapeException>().With.Message.Contains(message));
     }
 
     [Test]
@@ -281,7 +294,8 @@ public sealed class FlashAttentionTests
         var fine = new AttentionProblem(2, 1, 4, [0], [0], null, true, 1);
         Assert.That(
             () => FlashAttentionCall(fine, stride: 7),
-            Throws.TypeOf<ShapeException>().With.Message.Contains("7 elements between tokens, expected 8"));
+            Throws.TypeOf<ShapeException>()
+                .With.Message.Contains("7 elements between tokens, expected 8"));
     }
 
     private static unsafe void FlashAttentionCall(AttentionProblem p, int? stride = null)
@@ -314,13 +328,16 @@ public sealed class FlashAttentionTests
         }
     }
 
-    /// <summary>Errors relative to each tensor's largest element; gradients start from start.</summary>
+    /// <summary>
+    /// Errors relative to each tensor's largest element; gradients start from start.
+    /// </summary>
     private static void Compare(
         AttentionResult actual, AttentionResult expected, double relative, double start)
     {
         foreach (var (e, a) in expected.All().Zip(actual.All()))
         {
-            double[] values = e.Name[0] == 'd' ? Array.ConvertAll(e.Values, x => x + start) : e.Values;
+            double added = e.Name[0] == 'd' ? start : 0;
+            double[] values = Array.ConvertAll(e.Values, x => x + added);
             double largest = values.Where(double.IsFinite).Select(Math.Abs).Append(1).Max();
             Assert.That(Worst(a.Values, values), Is.LessThanOrEqualTo(relative * largest), e.Name);
         }

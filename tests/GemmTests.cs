@@ -32,7 +32,8 @@ public sealed unsafe class GemmTests
         {
             for (int trial = 0; trial < 6; trial++)
             {
-                int n = s_sizes[random.Next(s_sizes.Length)], k = s_sizes[random.Next(s_sizes.Length)];
+                int n = s_sizes[random.Next(s_sizes.Length)];
+                int k = s_sizes[random.Next(s_sizes.Length)];
                 using var test = new Case(random, m, n, k, DType.F32, type, aT, bT);
                 if (packed) test.Pack(workers);
                 test.Alpha = trial % 2 == 0 ? 1 : -0.75;
@@ -50,7 +51,10 @@ public sealed unsafe class GemmTests
         using var workers = new Workers(2);
         using var gemm = new Gemm(workers, set);
         var random = new Random(2);
-        (int, int, int)[] shapes = [(97, 1023, 1023), (1023, 65, 800), (517, 16, 1023), (16, 1023, 517), (1023, 33, 16)];
+        (int, int, int)[] shapes =
+        [
+            (37, 417, 1023), (417, 65, 1100), (217, 16, 1023), (16, 417, 1100), (1023, 33, 16),
+        ];
         foreach (var (m, n, k) in shapes)
         {
             using var test = new Case(random, m, n, k, DType.F32, DType.F32, aT, bT) { Beta = 1 };
@@ -63,8 +67,9 @@ public sealed unsafe class GemmTests
     {
         using var workers = new Workers(2);
         using var gemm = new Gemm(workers);
-        using var tall = new Case(new Random(3), 4200, 70, 1200, DType.F32, DType.BF16, false, true);
-        tall.AddBias(new Random(4));
+        var random = new Random(3);
+        using var tall = new Case(random, 4200, 70, 1200, DType.F32, DType.BF16, false, true);
+        tall.AddBias(random);
         tall.Check(gemm);
     }
 
@@ -102,7 +107,7 @@ public sealed unsafe class GemmTests
         test.Multiply(gemm);
         for (int i = 0; i < 45; i++)
             for (int j = 0; j < 37; j++)
-                Assert.That(c[(j * 45) + i], Is.EqualTo(((float*)test.C.Data)[(i * test.C.Stride) + j]));
+                Assert.That(c[(j * 45) + i], Is.EqualTo(test.Result(i, j)));
     }
 
     [Test]
@@ -110,8 +115,10 @@ public sealed unsafe class GemmTests
     {
         using var workers = new Workers(2);
         using var gemm = new Gemm(workers);
-        using var test = new Case(new Random(7), 5, 9, 0, DType.F32, DType.F32, false, false) { Beta = beta };
-        test.AddBias(new Random(8));
+        var random = new Random(7);
+        using var test = new Case(random, 5, 9, 0, DType.F32, DType.F32, false, false);
+        test.Beta = beta;
+        test.AddBias(random);
         test.Check(gemm);
         foreach (var (m, n) in new[] { (0, 9), (5, 0), (0, 0) })
         {
@@ -127,7 +134,8 @@ public sealed unsafe class GemmTests
         using var gemm = new Gemm(workers, set);
         foreach (var (m, n, k) in new[] { (3, 5, 40), (40, 33, 20), (100, 16, 50), (16, 100, 50) })
         {
-            using var test = new Case(new Random(10), m, n, k, DType.F32, DType.F32, m == 100, m == 3);
+            using var test = new Case(
+                new Random(10), m, n, k, DType.F32, DType.F32, m == 100, m == 3);
             new Span<float>(test.C.Data, (int)test.C.Stride * m).Fill(float.NaN);
             test.Check(gemm);
         }
@@ -163,16 +171,17 @@ public sealed unsafe class GemmTests
         {
             using var test = new Case(random, m, n, k, DType.F32, DType.F32, aT, bT);
             byte[]? expected = null;
-            foreach (int threads in new[] { 1, 2, 3, 7 })
+            foreach (int threads in new[] { 1, 2, 5 })
             {
                 using var workers = new Workers(threads);
                 using var gemm = new Gemm(workers);
-                for (int run = 0; run < 3; run++)
+                for (int run = 0; run < 2; run++)
                 {
                     test.Multiply(gemm);
                     byte[] bits = new Span<byte>(test.C.Data, (int)test.C.Stride * m * 4).ToArray();
                     expected ??= bits;
-                    Assert.That(bits.AsSpan().SequenceEqual(expected), $"{m} {n} {k}, {threads} threads");
+                    Assert.That(
+                        bits.AsSpan().SequenceEqual(expected), $"{m} {n} {k}, {threads} threads");
                 }
             }
         }
@@ -183,10 +192,11 @@ public sealed unsafe class GemmTests
     {
         using var workers = new Workers(2);
         using var gemm = new Gemm(workers);
-        using var large = new Case(new Random(13), 200, 300, 400, DType.F32, DType.BF16, false, true);
-        using var narrow = new Case(new Random(13), 200, 16, 400, DType.F32, DType.F32, false, true);
-        using var row = new Case(new Random(13), 1, 300, 400, DType.F32, DType.BF16, false, true);
-        using var packed = new Case(new Random(13), 200, 300, 400, DType.F32, DType.BF16, false, false);
+        var random = new Random(13);
+        using var large = new Case(random, 200, 300, 400, DType.F32, DType.BF16, false, true);
+        using var narrow = new Case(random, 200, 16, 400, DType.F32, DType.F32, false, true);
+        using var row = new Case(random, 1, 300, 400, DType.F32, DType.BF16, false, true);
+        using var packed = new Case(random, 200, 300, 400, DType.F32, DType.BF16, false, false);
         packed.Pack(workers);
         Case[] all = [large, narrow, row, packed];
         foreach (var test in all) test.Multiply(gemm);
@@ -202,7 +212,8 @@ public sealed unsafe class GemmTests
         using var workers = new Workers(4);
         using var gemm = new Gemm(workers);
         var cases = Enumerable.Range(0, 16)
-            .Select(i => new Case(new Random(i), 70, 90, 410, DType.F32, DType.F32, i % 2 == 0, true))
+            .Select(i => new Case(
+                new Random(i), 70, 90, 410, DType.F32, DType.F32, i % 2 == 0, true))
             .ToArray();
         s_nested = (gemm, cases);
         workers.For(cases.Length, default(Nested));
@@ -250,13 +261,15 @@ public sealed unsafe class GemmTests
         }
     }
 
-    private static void AssertRows(byte[] source, byte[] back, int first, int rows, int bytes, int stride)
+    private static void AssertRows(
+        byte[] source, byte[] back, int first, int rows, int bytes, int stride)
     {
         for (int i = 0; i < rows; i++)
         {
             var expected = source.AsSpan((first + i) * stride, bytes);
             Assert.That(back.AsSpan(i * stride, bytes).SequenceEqual(expected), $"row {first + i}");
-            Assert.That(back.AsSpan((i * stride) + bytes, stride - bytes).IndexOfAnyExcept((byte)0), Is.EqualTo(-1));
+            var padding = back.AsSpan((i * stride) + bytes, stride - bytes);
+            Assert.That(padding.IndexOfAnyExcept((byte)0), Is.EqualTo(-1), "wrote beyond the row");
         }
     }
 
@@ -273,8 +286,7 @@ public sealed unsafe class GemmTests
         for (int i = 0; i < 20; i++)
             for (int j = 0; j < 36; j++)
                 Assert.That(
-                    part[(i * 36) + j],
-                    Is.EqualTo(((float*)test.C.Data)[(i * test.C.Stride) + 64 + j]).Within(1e-5));
+                    part[(i * 36) + j], Is.EqualTo(test.Result(i, 64 + j)).Within(1e-5));
     }
 
     [Test]
@@ -299,8 +311,8 @@ public sealed unsafe class GemmTests
     }
 
     /// <summary>
-    /// Random operands with strides beyond their columns, and sentinels around C. NaN fills the padding
-    /// of A and B, so that anything read outside of them shows.
+    /// Random operands with strides beyond their columns, and sentinels around C. NaN fills the
+    /// padding of A and B, so that anything read outside of them shows.
     /// </summary>
     private sealed class Case : IDisposable
     {
@@ -324,7 +336,8 @@ public sealed unsafe class GemmTests
             int stride = n + 2, size = type.Size();
             _c = new HugeMemory((((long)m * stride) + (2 * Guard)) * size);
             _memories.Add(_c);
-            for (int i = 0; i < (m * stride) + (2 * Guard); i++) Write(_c.Data, type, i, random.NextDouble() - 0.5);
+            for (int i = 0; i < (m * stride) + (2 * Guard); i++)
+                Write(_c.Data, type, i, random.NextDouble() - 0.5);
             C = new MatrixView(_c.Data + (Guard * size), type, m, n, stride);
             _before = new Span<byte>(_c.Data, (int)_c.Bytes).ToArray();
         }
@@ -355,6 +368,8 @@ public sealed unsafe class GemmTests
             _biasData = bias.Data;
         }
 
+        public float Result(int i, int j) => ((float*)C.Data)[(i * C.Stride) + j];
+
         public void Multiply(Gemm gemm) => gemm.Multiply(A, B, C, Alpha, Beta, _biasData);
 
         public void Check(Gemm gemm)
@@ -382,23 +397,27 @@ public sealed unsafe class GemmTests
                         double sum = TensorPrimitives.Dot<double>(row, col);
                         double magnitude = TensorPrimitives.Dot<double>(
                             absA.AsSpan(i * _k, _k), absB.AsSpan(j * _k, _k));
-                        double old = Beta == 0 ? 0 : Beta * Get(before, C.Type, Guard + (i * stride) + j);
+                        int at = Guard + (i * stride) + j;
+                        double held = Get(before, C.Type, at);
+                        double old = Beta == 0 ? 0 : Beta * held;
                         double bias = _bias?[j] ?? 0;
                         double expected = (Alpha * sum) + old + bias;
                         double bound = unit * (((_k + 2) * Math.Abs(Alpha) * magnitude)
                             + (4 * (Math.Abs(old) + Math.Abs(bias) + Math.Abs(expected))));
-                        double got = Get(_c.Data, C.Type, Guard + (i * stride) + j);
+                        double got = Get(_c.Data, C.Type, at);
                         bool same = double.IsFinite(expected)
                             ? Math.Abs(got - expected) <= bound
                             : got.Equals(expected);
-                        if (!same) Assert.Fail($"{A} x {B}: c[{i}, {j}] = {got:R}, expected {expected:R}");
-                        Write(_c.Data, C.Type, Guard + (i * stride) + j, Get(before, C.Type, Guard + (i * stride) + j));
+                        if (!same)
+                            Assert.Fail($"{A} x {B}: c[{i}, {j}] = {got:R}, expected {expected:R}");
+                        Write(_c.Data, C.Type, at, held);
                     }
                 }
             }
 
             // With C itself put back, everything must be as before.
-            Assert.That(new Span<byte>(_c.Data, (int)_c.Bytes).SequenceEqual(_before), "wrote outside C");
+            var now = new Span<byte>(_c.Data, (int)_c.Bytes);
+            Assert.That(now.SequenceEqual(_before), "wrote outside C");
         }
 
         public void Dispose() => _memories.ForEach(memory => memory.Dispose());

@@ -6,8 +6,9 @@ namespace MiniCpmNative.Tests;
 /// <summary>
 /// Reference tensors of one operation: NAME.safetensors, and NAME.json with its cases, under
 /// tests/reference. The environment variable CPMX_REFERENCE may name a folder with the full set in
-/// the same layout; it is used instead of the committed subset. Every element type is read as double,
-/// which holds them all exactly. Trusted files only: nothing is validated beyond what reading needs.
+/// the same layout; it is used instead of the committed subset. Every element type is read as
+/// double, which holds them all exactly. Trusted files only: nothing is validated beyond what
+/// reading needs.
 /// </summary>
 internal sealed class ReferenceFile
 {
@@ -25,7 +26,7 @@ internal sealed class ReferenceFile
         if (!File.Exists(path + ".json")) return;
         using var index = JsonDocument.Parse(File.ReadAllBytes(path + ".json"));
         Index = index.RootElement.Clone();
-        if (Index.ValueKind == JsonValueKind.Object && Index.TryGetProperty("cases", out var cases))
+        if (Index.TryGetProperty("cases", out var cases))
             Cases = [.. cases.EnumerateArray().Select(c => new ReferenceCase(this, c))];
     }
 
@@ -56,7 +57,9 @@ internal sealed class ReferenceFile
     public string Type(string name) => _header.GetProperty(name).GetProperty("dtype").GetString()!;
 
     public int[] Shape(string name) =>
-        [.. _header.GetProperty(name).GetProperty("shape").EnumerateArray().Select(e => e.GetInt32())];
+    [
+        .. _header.GetProperty(name).GetProperty("shape").EnumerateArray().Select(e => e.GetInt32()),
+    ];
 
     /// <summary>All elements, row-major, widened to double.</summary>
     public double[] Doubles(string name)
@@ -77,7 +80,9 @@ internal sealed class ReferenceFile
         return values;
     }
 
-    /// <summary>All elements rounded to float; exact for inputs, which bf16 can represent.</summary>
+    /// <summary>
+    /// All elements rounded to float; exact for inputs, which bf16 can represent.
+    /// </summary>
     public float[] Floats(string name) => Array.ConvertAll(Doubles(name), v => (float)v);
 
     /// <summary>All elements of an integer tensor (ids, positions, lengths, masks).</summary>
@@ -106,7 +111,8 @@ internal sealed class ReferenceFile
     private static string FindRoot()
     {
         var folder = new DirectoryInfo(AppContext.BaseDirectory);
-        while (folder is not null && !File.Exists(Path.Combine(folder.FullName, "MiniCpmNative.sln")))
+        const string Solution = "MiniCpmNative.sln";
+        while (folder is not null && !File.Exists(Path.Combine(folder.FullName, Solution)))
             folder = folder.Parent;
         string root = folder?.FullName
             ?? throw new DirectoryNotFoundException("no MiniCpmNative.sln above the test binaries");
@@ -119,7 +125,9 @@ internal sealed class ReferenceCase(ReferenceFile file, JsonElement json)
 {
     public string Name { get; } = json.GetProperty("name").GetString()!;
 
-    /// <summary>The hyper-parameters, for instance Params.GetProperty("epsilon").GetDouble().</summary>
+    /// <summary>
+    /// The hyper-parameters, for instance Params.GetProperty("epsilon").GetDouble().
+    /// </summary>
     public JsonElement Params { get; } = json.GetProperty("params");
 
     /// <summary>Results are rounded to F32 and inputs stored as BF16.</summary>
@@ -142,11 +150,12 @@ internal sealed class ReferenceCase(ReferenceFile file, JsonElement json)
     public int[] Ints(string key) => file.Ints($"{Name}/{key}");
 
     /// <summary>
-    /// Largest absolute difference between PyTorch's own float32 run and the float64 result, or 0 where
-    /// the case gives none. Float results should stay within a few times of it.
+    /// Largest absolute difference between PyTorch's own float32 run and the float64 result, or 0
+    /// where the case gives none. Float results should stay within a few times of it.
     /// </summary>
     public double F32Error(string key) =>
-        Params.TryGetProperty("f32_error", out var errors) && errors.TryGetProperty(key, out var error)
+        Params.TryGetProperty("f32_error", out var errors)
+            && errors.TryGetProperty(key, out var error)
             ? error.GetDouble()
             : 0;
 

@@ -48,7 +48,7 @@ public static class TrainWriter
         {
             if (key.Rule.Group != group) text.Append($"\n{group = key.Rule.Group}:\n");
             object? value = key.Property.GetValue(plain);
-            bool shown = value is not (null or ScheduleOptions or TargetModules);
+            bool shown = value is not (null or ScheduleOptions);
             string line = $"  --{key.Name}" + (shown ? " " + Show(value!) : "");
             // Names too long for the column have their meaning on the next line.
             if (line.Length > column - 2)
@@ -118,6 +118,7 @@ public static class TrainWriter
     {
         bool flag => flag ? "true" : "false",
         Interval interval => interval.Value.ToString(CultureInfo.InvariantCulture),
+        TargetModules targets => targets.Pattern ?? string.Join(' ', targets.Suffixes),
         Enum choice => TrainKeys.SnakeCase(choice.ToString()),
         _ => string.Format(CultureInfo.InvariantCulture, "{0}", value),
     };

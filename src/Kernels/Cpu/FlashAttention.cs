@@ -4,15 +4,15 @@ using System.Runtime.Intrinsics;
 namespace MiniCpmNative.Kernels.Cpu;
 
 /// <summary>
-/// Attention without a score matrix: o = softmax(scale * q k^T + mask) v, tiled over keys with a running
-/// maximum and sum (Milakov and Gimelshein 2018; Dao et al. 2022), and its gradients from lse.
-/// A query that sees no key gets o = 0, lse = -infinity and no gradient.
+/// Attention without a score matrix: o = softmax(scale * q k^T + mask) v, tiled over keys with a
+/// running maximum and sum (Milakov and Gimelshein 2018; Dao et al. 2022), and its gradients from
+/// lse. A query that sees no key gets o = 0, lse = -infinity and no gradient.
 ///
-/// Forward and dq work on blocks of queries, dk and dv on blocks of keys, so every output element has
-/// one owner that sums in a fixed order: the result does not depend on the number of threads. The price
-/// is that backward recomputes q k^T and dO v^T twice: 7 products instead of 5, without partial sums in
-/// memory. A block's lanes are (query, head of the group) pairs, so that grouped heads share key reads.
-/// Causal attention visits only the tiles below the diagonal.
+/// Forward and dq work on blocks of queries, dk and dv on blocks of keys, so every output element
+/// has one owner that sums in a fixed order: the result does not depend on the number of threads.
+/// The price is that backward recomputes q k^T and dO v^T twice: 7 products instead of 5, without
+/// partial sums in memory. A block's lanes are (query, head of the group) pairs, so that grouped
+/// heads share key reads. Causal attention visits only the tiles below the diagonal.
 /// </summary>
 public static unsafe class FlashAttention
 {
@@ -27,7 +27,9 @@ public static unsafe class FlashAttention
     }
 
     /// <summary>Computes o and lse.</summary>
-    /// <exception cref="ShapeException">Sizes, strides, sequence starts or scale make no sense.</exception>
+    /// <exception cref="ShapeException">
+    /// Sizes, strides, sequence starts or scale make no sense.
+    /// </exception>
     public static void Forward<T>(Workers workers, in AttentionArguments<T> arguments)
         where T : unmanaged, IBinaryFloatingPointIeee754<T>
     {
@@ -38,7 +40,9 @@ public static unsafe class FlashAttention
     }
 
     /// <summary>Computes the gradients asked for from q, k, v, o, lse and dO.</summary>
-    /// <exception cref="ShapeException">Sizes, strides, sequence starts or scale make no sense.</exception>
+    /// <exception cref="ShapeException">
+    /// Sizes, strides, sequence starts or scale make no sense.
+    /// </exception>
     public static void Backward<T>(
         Workers workers, in AttentionArguments<T> arguments, in AttentionGradients<T> gradients)
         where T : unmanaged, IBinaryFloatingPointIeee754<T>
@@ -57,7 +61,7 @@ public static unsafe class FlashAttention
         Check(a);
         RequireRow("o", a.OStride, (long)a.Heads * a.HeadDim);
         int blocks = QueryBlocks(a, FlashAttention<TLanes, TVector, T>.Width);
-        workers.For(blocks, new FlashAttention<TLanes, TVector, T>.ForwardBody { Arguments = a });
+        workers.For(blocks, new FlashAttention<TLanes, TVector, T>.Output { Arguments = a });
     }
 
     internal static void Backward<TLanes, TVector, T>(
@@ -74,20 +78,24 @@ public static unsafe class FlashAttention
         if (g.DQ.Data is not null)
         {
             RequireRow("dq", g.DQ.Stride, row);
-            var body = new FlashAttention<TLanes, TVector, T>.QueryGradients { Arguments = a, Gradients = g };
-            workers.For(QueryBlocks(a, width), body);
+            workers.For(
+                QueryBlocks(a, width),
+                new FlashAttention<TLanes, TVector, T>.QueryGradients { Arguments = a, Gradients = g });
         }
 
         if (g.DK.Data is not null) RequireRow("dk", g.DK.Stride, keyRow);
         if (g.DV.Data is not null) RequireRow("dv", g.DV.Stride, keyRow);
         if (g.DK.Data is not null || g.DV.Data is not null)
         {
-            var body = new FlashAttention<TLanes, TVector, T>.KeyGradients { Arguments = a, Gradients = g };
-            workers.For(KeyBlocks(a, width), body);
+            workers.For(
+                KeyBlocks(a, width),
+                new FlashAttention<TLanes, TVector, T>.KeyGradients { Arguments = a, Gradients = g });
         }
     }
 
-    /// <summary>Blocks of up to width (query, head of the group) pairs over all sequences and key heads.</summary>
+    /// <summary>
+    /// Blocks of up to width (query, head of the group) pairs over all sequences and key heads.
+    /// </summary>
     private static int QueryBlocks<T>(in AttentionArguments<T> a, int width)
         where T : unmanaged, IBinaryFloatingPointIeee754<T>
     {
@@ -116,7 +124,11 @@ public static unsafe class FlashAttention
         }
 
         if (a.HeadDim < 1)
-            throw new ShapeException($"attention: head dimension is {a.HeadDim}, expected 1 or more");
+        {
+            throw new ShapeException(
+                $"attention: head dimension is {a.HeadDim}, expected 1 or more");
+        }
+
         if (!(a.Scale > T.Zero) || T.IsInfinity(a.Scale))
             throw new ShapeException($"attention: scale is {a.Scale}, expected a number above 0");
         RequireRow("q", a.QStride, (long)a.Heads * a.HeadDim);

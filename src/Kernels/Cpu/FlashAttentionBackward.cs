@@ -3,8 +3,8 @@ namespace MiniCpmNative.Kernels.Cpu;
 internal static unsafe partial class FlashAttention<TLanes, TVector, T>
 {
     /// <summary>
-    /// dq of blocks of queries: p = exp(scale * q k^T - lse), ds = p * (dO v^T - delta), delta = dO . o,
-    /// dq = scale * ds k. 6 * headDim flops per visible (query, key) pair.
+    /// dq of blocks of queries: p = exp(scale * q k^T - lse), ds = p * (dO v^T - delta), delta = dO
+    /// . o, dq = scale * ds k. 6 * headDim flops per visible (query, key) pair.
     /// </summary>
     public struct QueryGradients : IRangeBody
     {
@@ -13,14 +13,15 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
 
         public readonly void Run(int begin, int end, int worker)
         {
-            var scratch = new AttentionScratch<T>(Arguments.Scratch, worker, Arguments.HeadDim, Width);
+            var scratch =
+                new AttentionScratch<T>(Arguments.Scratch, worker, Arguments.HeadDim, Width);
             new Span<T>(scratch.Keep, Width).Fill(T.One);
             for (int item = begin; item < end; item++)
             {
                 var block = AttentionBlock.Locate(Arguments, item, lanesAreKeys: false, Width);
                 var rows = LaneRows<T>.OfQueries(Arguments, block);
                 Load(block, rows, scratch);
-                Block(block, scratch);
+                Sum(block, scratch);
                 int blind = 0;
                 while (blind < rows.Lanes && scratch.Limits[blind] == 0) blind++;
                 Scatter(
@@ -50,7 +51,7 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
             }
         }
 
-        private readonly void Block(in AttentionBlock block, in AttentionScratch<T> scratch)
+        private readonly void Sum(in AttentionBlock block, in AttentionScratch<T> scratch)
         {
             AttentionArguments<T> a = Arguments;
             T* k = a.K + (block.KeyStart * a.KStride) + ((nint)block.KvHead * a.HeadDim);
@@ -84,13 +85,14 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
 
         public readonly void Run(int begin, int end, int worker)
         {
-            var scratch = new AttentionScratch<T>(Arguments.Scratch, worker, Arguments.HeadDim, Width);
+            var scratch =
+                new AttentionScratch<T>(Arguments.Scratch, worker, Arguments.HeadDim, Width);
             new Span<T>(scratch.Keep, Width).Fill(T.One);
             for (int item = begin; item < end; item++)
-                Block(AttentionBlock.Locate(Arguments, item, lanesAreKeys: true, Width), scratch);
+                Sum(AttentionBlock.Locate(Arguments, item, lanesAreKeys: true, Width), scratch);
         }
 
-        private readonly void Block(in AttentionBlock block, in AttentionScratch<T> scratch)
+        private readonly void Sum(in AttentionBlock block, in AttentionScratch<T> scratch)
         {
             AttentionArguments<T> a = Arguments;
             var rows = LaneRows<T>.OfKeys(block);
@@ -107,9 +109,9 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
                 T* keep = null;
                 for (int end = head + group; head < end; head++)
                 {
-                    for (int query = from; query < block.Queries; query += AttentionScratch<T>.Depth)
+                    for (int i = from; i < block.Queries; i += AttentionScratch<T>.Depth)
                     {
-                        Tile(block, scratch, head, query, keep);
+                        Tile(block, scratch, head, i, keep);
                         keep = scratch.Keep;
                     }
                 }
@@ -127,7 +129,8 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
         {
             AttentionArguments<T> a = Arguments;
             AttentionGradients<T> g = Gradients;
-            int queries = Math.Min(AttentionScratch<T>.Depth, block.Queries - query), dim = a.HeadDim;
+            int queries = Math.Min(AttentionScratch<T>.Depth, block.Queries - query);
+            int dim = a.HeadDim;
             nint token = block.QueryStart + query, column = (nint)head * dim;
             T* q = a.Q + (token * a.QStride) + column;
             T* dO = g.DO + (token * g.DOStride) + column;

@@ -64,8 +64,8 @@ internal unsafe struct AttentionBlock
 }
 
 /// <summary>
-/// Where the lanes of a block lie in memory: lane l is head HeadStart + (First + l) % Group of token
-/// TokenStart + (First + l) / Group. Group is 1 for keys.
+/// Where the lanes of a block lie in memory: lane l is head HeadStart + (First + l) % Group of
+/// token TokenStart + (First + l) / Group. Group is 1 for keys.
 /// </summary>
 internal readonly unsafe struct LaneRows<T>
     where T : unmanaged, IBinaryFloatingPointIeee754<T>
@@ -74,7 +74,8 @@ internal readonly unsafe struct LaneRows<T>
 
     private LaneRows(int tokenStart, int headStart, int group, int first, int lanes)
     {
-        (_tokenStart, _headStart, _group, _first, Lanes) = (tokenStart, headStart, group, first, lanes);
+        (_tokenStart, _headStart, _group) = (tokenStart, headStart, group);
+        (_first, Lanes) = (first, lanes);
     }
 
     public int Lanes { get; }
@@ -102,7 +103,9 @@ internal readonly unsafe struct LaneRows<T>
         return ((nint)(_tokenStart + token) * heads) + _headStart + head;
     }
 
-    /// <summary>Keys that the query of each lane sees; rising. Lanes not in use repeat the last.</summary>
+    /// <summary>
+    /// Keys that the query of each lane sees; rising. Lanes not in use repeat the last.
+    /// </summary>
     public void Limits(in AttentionBlock block, bool causal, int* limits, int width)
     {
         for (int lane = 0; lane < width; lane++)

@@ -2,24 +2,27 @@ namespace MiniCpmNative.Kernels.Cpu;
 
 internal static unsafe partial class FlashAttention<TLanes, TVector, T>
 {
-    /// <summary>o and lse of blocks of queries. 4 * headDim flops per visible (query, key) pair.</summary>
-    public struct ForwardBody : IRangeBody
+    /// <summary>
+    /// o and lse of blocks of queries. 4 * headDim flops per visible (query, key) pair.
+    /// </summary>
+    public struct Output : IRangeBody
     {
         public AttentionArguments<T> Arguments;
 
         public readonly void Run(int begin, int end, int worker)
         {
-            var scratch = new AttentionScratch<T>(Arguments.Scratch, worker, Arguments.HeadDim, Width);
+            var scratch =
+                new AttentionScratch<T>(Arguments.Scratch, worker, Arguments.HeadDim, Width);
             for (int item = begin; item < end; item++)
             {
                 var block = AttentionBlock.Locate(Arguments, item, lanesAreKeys: false, Width);
                 var rows = LaneRows<T>.OfQueries(Arguments, block);
-                Block(block, rows, scratch);
+                Sum(block, rows, scratch);
                 Finish(rows, scratch);
             }
         }
 
-        private readonly void Block(
+        private readonly void Sum(
             in AttentionBlock block, in LaneRows<T> rows, in AttentionScratch<T> scratch)
         {
             AttentionArguments<T> a = Arguments;
@@ -41,24 +44,32 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
                 if (first + keys > seenByAll) MaskKeys(scratch.Scores, first, keys, scratch.Limits);
                 Softmax(scratch, keys, factor);
                 T* keep = first == 0 ? null : scratch.Keep;
-                Product(scratch.LeftSum, keep, value, 1, a.VStride, a.HeadDim, scratch.Scores, keys);
+                Product(
+                    scratch.LeftSum, keep, value, 1, a.VStride, a.HeadDim, scratch.Scores, keys);
             }
         }
 
+        /// <summary>o = tile / sum, lse = scale * max + ln(sum).</summary>
         private readonly void Finish(in LaneRows<T> rows, in AttentionScratch<T> scratch)
         {
             AttentionArguments<T> a = Arguments;
-            for (int lane = 0; lane < rows.Lanes; lane++)
+            for (int lane = 0; lane < Width; lane++)
             {
                 T sum = scratch.Sum[lane];
-                // No visible key: the tile may be unwritten, or hold 0 times an infinity of v.
-                bool empty = sum == T.Zero;
-                T lse = T.FusedMultiplyAdd(scratch.Max[lane], a.Scale, T.Log(sum));
-                a.Lse[rows.Statistic(lane, a.Heads)] = empty ? T.NegativeInfinity : lse;
-                T inverse = T.One / sum;
-                T* o = rows.Row(a.O, a.OStride, a.HeadDim, lane);
-                for (int d = 0; d < a.HeadDim; d++)
-                    o[d] = empty ? T.Zero : scratch.LeftSum[((nint)d * Width) + lane] * inverse;
+                scratch.Keep[lane] = T.One / sum;
+                if (lane >= rows.Lanes) continue;
+                a.Lse[rows.Statistic(lane, a.Heads)] = sum == T.Zero
+                    ? T.NegativeInfinity
+                    : T.FusedMultiplyAdd(scratch.Max[lane], a.Scale, T.Log(sum));
+            }
+
+            ScaleLanes(scratch.LeftSum, scratch.Keep, a.HeadDim);
+            var target = new AttentionTarget<T> { Data = a.O, Stride = a.OStride };
+            Scatter(scratch.LeftSum, T.One, rows, 0, rows.Lanes, target, a.HeadDim);
+            for (int lane = 0; lane < rows.Lanes; lane++)
+            {
+                if (scratch.Sum[lane] == T.Zero)
+                    new Span<T>(rows.Row(a.O, a.OStride, a.HeadDim, lane), a.HeadDim).Clear();
             }
         }
     }

@@ -5,8 +5,8 @@ using System.Runtime.Intrinsics;
 namespace MiniCpmNative.Kernels.Cpu;
 
 /// <summary>
-/// The vector operations that attention needs, so that its loops are written once for every register
-/// width and for float and double. All members are inlined into the loops.
+/// The vector operations that attention needs, so that its loops are written once for every
+/// register width and for float and double. All members are inlined into the loops.
 /// </summary>
 internal unsafe interface ILanes<TVector, T>
     where T : unmanaged
@@ -14,7 +14,9 @@ internal unsafe interface ILanes<TVector, T>
     /// <summary>Elements in one register.</summary>
     static abstract int Count { get; }
 
-    /// <summary>Rows of a register tile three vectors wide: 8 of 32 registers' worth, 4 of 16.</summary>
+    /// <summary>
+    /// Rows of a register tile three vectors wide: 8 of 32 registers' worth, 4 of 16.
+    /// </summary>
     static abstract int TileRows { get; }
 
     static abstract TVector Load(T* source);
@@ -36,7 +38,11 @@ internal unsafe interface ILanes<TVector, T>
     /// <summary>value, but 0 where test is below limit (not where test is not a number).</summary>
     static abstract TVector ZeroBelow(TVector test, TVector limit, TVector value);
 
-    /// <summary>2^n, n the integer in the low bits of a number between 1.5 * 2^p and 2^(p+1).</summary>
+    static abstract T Sum(TVector value);
+
+    /// <summary>
+    /// 2^n, n the integer in the low bits of a number between 1.5 * 2^p and 2^(p+1).
+    /// </summary>
     static abstract TVector PowerOfTwo(TVector shifted);
 }
 
@@ -76,8 +82,12 @@ internal readonly unsafe struct Lanes512<T> : ILanes<Vector512<T>, T>
         Vector512.MaxNative(left, right);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static Vector512<T> ZeroBelow(Vector512<T> test, Vector512<T> limit, Vector512<T> value) =>
+    public static Vector512<T> ZeroBelow(
+        Vector512<T> test, Vector512<T> limit, Vector512<T> value) =>
         Vector512.AndNot(value, Vector512.LessThan(test, limit));
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static T Sum(Vector512<T> value) => Vector512.Sum(value);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Vector512<T> PowerOfTwo(Vector512<T> shifted) =>
@@ -122,8 +132,12 @@ internal readonly unsafe struct Lanes256<T> : ILanes<Vector256<T>, T>
         Vector256.MaxNative(left, right);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static Vector256<T> ZeroBelow(Vector256<T> test, Vector256<T> limit, Vector256<T> value) =>
+    public static Vector256<T> ZeroBelow(
+        Vector256<T> test, Vector256<T> limit, Vector256<T> value) =>
         Vector256.AndNot(value, Vector256.LessThan(test, limit));
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static T Sum(Vector256<T> value) => Vector256.Sum(value);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Vector256<T> PowerOfTwo(Vector256<T> shifted) =>

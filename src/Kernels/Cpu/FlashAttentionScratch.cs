@@ -4,7 +4,9 @@ namespace MiniCpmNative.Kernels.Cpu;
 internal readonly unsafe struct AttentionScratch<T>
     where T : unmanaged
 {
-    /// <summary>Keys, or queries in the key pass, that a tile of scores holds besides its lanes.</summary>
+    /// <summary>
+    /// Keys, or queries in the key pass, that a tile of scores holds besides its lanes.
+    /// </summary>
     public const int Depth = 64;
 
     private const int LaneRows = 6;
@@ -66,7 +68,9 @@ internal readonly unsafe struct AttentionScratch<T>
     /// <summary>Keys that each lane's query sees.</summary>
     public int* Limits { get; }
 
-    /// <summary>Bytes of one worker, a multiple of 128 so that workers share no cache line pair.</summary>
+    /// <summary>
+    /// Bytes of one worker, a multiple of 128 so that workers share no cache line pair.
+    /// </summary>
     public static long Bytes(int headDim, int width)
     {
         long elements = ((4L * headDim) + (2 * Depth) + LaneRows) * width;

@@ -3,7 +3,7 @@ using System.Runtime.CompilerServices;
 
 namespace MiniCpmNative.Kernels.Cpu;
 
-/// <summary>The element-wise parts: masks, softmax, its gradient, and moves between rows and lanes.</summary>
+/// <summary>The element-wise parts: masks, softmax and its gradient.</summary>
 internal static unsafe partial class FlashAttention<TLanes, TVector, T>
 {
     /// <summary>scale * log2(e), so that exp(scale * s) = 2^(s * factor).</summary>
@@ -21,8 +21,8 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
     }
 
     /// <summary>
-    /// Running softmax of a tile s[keys, Width] of raw q . k: s becomes p = exp(scale * (s - max)) under
-    /// the new maximum, Sum takes the new terms in, Keep gets what earlier sums shrink by.
+    /// Running softmax of a tile s[keys, Width] of raw q . k: s becomes p = exp(scale * (s - max))
+    /// under the new maximum, Sum takes the new terms in, Keep gets what earlier sums shrink by.
     /// </summary>
     private static void Softmax(in AttentionScratch<T> scratch, int keys, T factor)
     {
@@ -54,8 +54,9 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
     }
 
     /// <summary>
-    /// -lse / scale as a sum of two numbers, so that p = exp(scale * (s + High + Low)) keeps its precision
-    /// at large logits. 0 where no key was visible, as p = exp(-infinity) = 0 is wanted there.
+    /// -lse / scale as a sum of two numbers, so that p = exp(scale * (s + High + Low)) keeps its
+    /// precision at large logits. 0 where no key was visible, as p = exp(-infinity) = 0 is wanted
+    /// there.
     /// </summary>
     private static (T High, T Low) Offset(T lse, T scale)
     {
@@ -64,13 +65,16 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
         return (high, -T.FusedMultiplyAdd(high, scale, lse) / scale);
     }
 
-    /// <summary>ScoreGradients[key, lane] becomes p * (dp - delta), p from raw scores; queries as lanes.</summary>
+    /// <summary>
+    /// ScoreGradients[key, lane] becomes p * (dp - delta), p from raw scores; queries as lanes.
+    /// </summary>
     private static void QueryScoreGradients(in AttentionScratch<T> scratch, int keys, T factor)
     {
         TVector scale = TLanes.Broadcast(factor), minusOne = TLanes.Broadcast(-T.One);
         for (int v = 0; v < Width; v += TLanes.Count)
         {
-            TVector high = TLanes.Load(scratch.OffsetsHigh + v), low = TLanes.Load(scratch.OffsetsLow + v);
+            TVector high = TLanes.Load(scratch.OffsetsHigh + v);
+            TVector low = TLanes.Load(scratch.OffsetsLow + v);
             TVector minusDelta = TLanes.Multiply(TLanes.Load(scratch.Deltas + v), minusOne);
             for (int key = 0; key < keys; key++)
             {
@@ -104,49 +108,30 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
         }
     }
 
-    /// <summary>sum_d dO[d] * o[d].</summary>
+    /// <summary>tile[row, lane] *= factors[lane].</summary>
+    private static void ScaleLanes(T* tile, T* factors, int rows)
+    {
+        for (int v = 0; v < Width; v += TLanes.Count)
+        {
+            TVector factor = TLanes.Load(factors + v);
+            for (int row = 0; row < rows; row++)
+            {
+                T* at = tile + ((nint)row * Width) + v;
+                TLanes.Store(at, TLanes.Multiply(TLanes.Load(at), factor));
+            }
+        }
+    }
+
+    /// <summary>sum_d x[d] * y[d].</summary>
     private static T Dot(T* x, T* y, int n)
     {
         TVector sums = default;
         int i = 0;
         for (; i + TLanes.Count <= n; i += TLanes.Count)
             sums = TLanes.Fma(TLanes.Load(x + i), TLanes.Load(y + i), sums);
-        T* parts = stackalloc T[TLanes.Count];
-        TLanes.Store(parts, sums);
-        T sum = T.Zero;
-        for (int lane = 0; lane < TLanes.Count; lane++) sum += parts[lane];
+        T sum = TLanes.Sum(sums);
         for (; i < n; i++) sum = T.FusedMultiplyAdd(x[i], y[i], sum);
         return sum;
-    }
-
-    /// <summary>tile[d, lane] = the lane's d-th element; 0 in lanes not in use.</summary>
-    private static void Gather(T* tile, in LaneRows<T> rows, T* data, nint stride, int headDim)
-    {
-        for (int lane = 0; lane < Width; lane++)
-        {
-            T* row = lane < rows.Lanes ? rows.Row(data, stride, headDim, lane) : null;
-            for (int d = 0; d < headDim; d++)
-                tile[((nint)d * Width) + lane] = row is null ? T.Zero : row[d];
-        }
-    }
-
-    /// <summary>
-    /// Each lane's row gets, or has added, factor * tile[d, lane]; 0 for lanes outside from .. to.
-    /// </summary>
-    private static void Scatter(
-        T* tile, T factor, in LaneRows<T> rows, int from, int to, in GradientTarget<T> target, int headDim)
-    {
-        for (int lane = 0; lane < rows.Lanes; lane++)
-        {
-            T* row = rows.Row(target.Data, target.Stride, headDim, lane);
-            bool zero = lane < from || lane >= to;
-            if (zero && target.Accumulate) continue;
-            for (int d = 0; d < headDim; d++)
-            {
-                T value = zero ? T.Zero : factor * tile[((nint)d * Width) + lane];
-                row[d] = target.Accumulate ? row[d] + value : value;
-            }
-        }
     }
 
     /// <summary>

@@ -4,10 +4,11 @@ using System.Runtime.CompilerServices;
 namespace MiniCpmNative.Kernels.Cpu;
 
 /// <summary>
-/// Tiles of attention, all stored lanes-last: element (row, lane) at row * Width + lane, the lanes being
-/// queries (forward, dq) or keys (dk, dv) and Width three registers. Both kinds of product then have one
-/// form, tile[rows, Width] = a[rows, depth] tile[depth, Width], in which a is read in place, one element
-/// at a time, whichever way its rows run; and softmax needs no sums across a register.
+/// Tiles of attention, all stored lanes-last: element (row, lane) at row * Width + lane, the lanes
+/// being queries (forward, dq) or keys (dk, dv) and Width three registers. Both kinds of product
+/// then have one form, tile[rows, Width] = a[rows, depth] tile[depth, Width], in which a is read in
+/// place, one element at a time, whichever way its rows run; and softmax needs no sums across a
+/// register.
 /// </summary>
 internal static unsafe partial class FlashAttention<TLanes, TVector, T>
     where TLanes : struct, ILanes<TVector, T>
@@ -38,8 +39,8 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
         }
     }
 
-    // 24 accumulators, three vectors of b and one broadcast fill 28 of 32 registers. Rows past the end
-    // repeat the last one and are not stored.
+    // 24 accumulators, three vectors of b and one broadcast fill 28 of 32 registers. Rows past the
+    // end repeat the last one and are not stored.
     private static void Rows8(
         T* c, T* keep, T* a, nint rowStep, nint depthStep, int rows, T* b, int depth)
     {
@@ -51,10 +52,14 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
         T* a5 = a + (Math.Min(5, last) * rowStep);
         T* a6 = a + (Math.Min(6, last) * rowStep);
         T* a7 = a + (Math.Min(7, last) * rowStep);
-        TVector c00 = default, c01 = default, c02 = default, c10 = default, c11 = default, c12 = default;
-        TVector c20 = default, c21 = default, c22 = default, c30 = default, c31 = default, c32 = default;
-        TVector c40 = default, c41 = default, c42 = default, c50 = default, c51 = default, c52 = default;
-        TVector c60 = default, c61 = default, c62 = default, c70 = default, c71 = default, c72 = default;
+        TVector c00 = default, c01 = default, c02 = default;
+        TVector c10 = default, c11 = default, c12 = default;
+        TVector c20 = default, c21 = default, c22 = default;
+        TVector c30 = default, c31 = default, c32 = default;
+        TVector c40 = default, c41 = default, c42 = default;
+        TVector c50 = default, c51 = default, c52 = default;
+        TVector c60 = default, c61 = default, c62 = default;
+        TVector c70 = default, c71 = default, c72 = default;
         nint i = 0;
         for (; depth > 0; depth--, i += depthStep, b += Width)
         {
@@ -113,8 +118,10 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
         T* a1 = a + (Math.Min(1, last) * rowStep);
         T* a2 = a + (Math.Min(2, last) * rowStep);
         T* a3 = a + (Math.Min(3, last) * rowStep);
-        TVector c00 = default, c01 = default, c02 = default, c10 = default, c11 = default, c12 = default;
-        TVector c20 = default, c21 = default, c22 = default, c30 = default, c31 = default, c32 = default;
+        TVector c00 = default, c01 = default, c02 = default;
+        TVector c10 = default, c11 = default, c12 = default;
+        TVector c20 = default, c21 = default, c22 = default;
+        TVector c30 = default, c31 = default, c32 = default;
         nint i = 0;
         for (; depth > 0; depth--, i += depthStep, b += Width)
         {

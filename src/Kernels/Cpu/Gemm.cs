@@ -7,40 +7,51 @@ namespace MiniCpmNative.Kernels.Cpu;
 /// <summary>
 /// Matrix products on all cores: C = alpha * A B + beta * C + bias.
 ///
-/// The scheme is Goto's (Anatomy of high-performance matrix multiplication, 2008), with A in the first
-/// level cache and B in the second: A is packed once per call into panels of TileRows rows, on all
-/// cores; then every item of work, a block of columns of C, packs its part of B for some 400 k (widening
-/// 16-bit weights) and runs all panels of A over it. Operands that gain nothing from packing are read
-/// where they lie: packed F32 weights, activations against a narrow B (LoRA), weights against few rows.
+/// The scheme is Goto's (Anatomy of high-performance matrix multiplication, 2008), with A in the
+/// first level cache and B in the second: A is packed once per call into panels of TileRows rows,
+/// on all cores; then every item of work, a block of columns of C, packs its part of B for some 500
+/// k (widening 16-bit weights) and runs all panels of A over it. Operands that gain nothing from
+/// packing are read where they lie: packed F32 weights, activations against a narrow B (LoRA),
+/// weights against few rows.
 ///
-/// Threads divide m and n only and every sum over k is taken in one order, in blocks that depend on k
-/// alone, so results have the same bits for any number of threads. Buffers live as long as the object
-/// and grow to the largest product seen: a warm call allocates nothing.
-/// Left out: splitting k over threads, which would help only where m and n are both tiny.
+/// Threads divide m and n only and every sum over k is taken in one order, in blocks that depend on
+/// k alone, so results have the same bits for any number of threads. Buffers live as long as the
+/// object and grow to the largest product seen: a warm call allocates nothing. Left out: splitting
+/// k over threads, which would help only where m and n are both tiny.
 /// </summary>
 public sealed unsafe class Gemm : IDisposable
 {
-    /// <summary>Depth of a block along k: a panel of A (12 rows) stays in a 32 KiB first-level cache.</summary>
-    private const int MaxKBlock = 384;
+    /// <summary>
+    /// Depth of a block along k: a panel of A (12 rows) takes 24 of 32 KiB first-level cache.
+    /// </summary>
+    private const int MaxKBlock = 512;
 
-    /// <summary>Columns of a block of B: with MaxKBlock 0.7 MB, within a second-level cache of 1 MiB.</summary>
-    private const int MaxNBlock = 480;
+    /// <summary>
+    /// Columns of a block of B: with MaxKBlock 768 of 1024 KiB second-level cache.
+    /// </summary>
+    private const int MaxNBlock = 384;
 
-    /// <summary>Elements of A packed at a time, which should stay in the last-level cache.</summary>
+    /// <summary>
+    /// Elements of A packed at a time, which should stay in the last-level cache.
+    /// </summary>
     private const int LeftBudget = 4 << 20;
     private const int MaxMChunk = 4096;
 
     /// <summary>A smaller B is packed once for all threads.</summary>
     private const int SharedLimit = 256 << 10;
 
-    /// <summary>A is not packed for fewer columns, B not for fewer rows: each element is used too rarely.</summary>
+    /// <summary>
+    /// A is not packed for fewer columns, B not for fewer rows: each element is used too rarely.
+    /// </summary>
     private const int NarrowCols = 64, FewRows = 32;
 
-    /// <summary>Up to so many rows, products with a row-major transposed weight are dot products.</summary>
+    /// <summary>
+    /// Up to so many rows, products with a row-major transposed weight are dot products.
+    /// </summary>
     private const int DotRows = 16;
 
     /// <summary>Multiply-adds below which waking other threads costs more than it gains.</summary>
-    private const long SerialLimit = 64 << 10;
+    private const long SerialLimit = 256 << 10;
 
     private readonly Workers _workers;
     private readonly Lock _turn = new();
@@ -48,7 +59,9 @@ public sealed unsafe class Gemm : IDisposable
 
     /// <param name="workers">Threads to run on; several Gemm objects may share them.</param>
     /// <param name="set">Instructions to use; null takes the best there are.</param>
-    /// <exception cref="PlatformNotSupportedException">The processor lacks the instructions.</exception>
+    /// <exception cref="PlatformNotSupportedException">
+    /// The processor lacks the instructions.
+    /// </exception>
     public Gemm(Workers workers, InstructionSet? set = null)
     {
         _workers = workers;
@@ -68,15 +81,22 @@ public sealed unsafe class Gemm : IDisposable
     public InstructionSet Instructions { get; }
 
     /// <summary>
-    /// c[m, n] = alpha * a[m, k] b[k, n] + beta * c + bias[n]. Any of a and b may be a transposed view,
-    /// b may be packed, and b's type may be F32, BF16 or F16 where a and c are F32; or all are F64. With
-    /// beta 0 c is not read; k = 0 leaves beta * c + bias. c must not overlap the operands. Infinities
-    /// and NaN spread as in any other sum of products. May be called inside a body of the same workers,
-    /// and then runs on the calling thread.
+    /// c[m, n] = alpha * a[m, k] b[k, n] + beta * c + bias[n]. Any of a and b may be a transposed
+    /// view, b may be packed, and b's type may be F32, BF16 or F16 where a and c are F32; or all
+    /// are F64. With beta 0 c is not read; k = 0 leaves beta * c + bias. c must not overlap the
+    /// operands. Infinities and NaN spread as in any other sum of products. May be called inside a
+    /// body of the same workers, and then runs on the calling thread.
     /// </summary>
-    /// <exception cref="ShapeException">Sizes do not fit, or types are not the ones above.</exception>
+    /// <exception cref="ShapeException">
+    /// Sizes do not fit, or types are not the ones above.
+    /// </exception>
     public void Multiply(
-        MatrixView a, MatrixView b, MatrixView c, double alpha = 1, double beta = 0, void* bias = null)
+        MatrixView a,
+        MatrixView b,
+        MatrixView c,
+        double alpha = 1,
+        double beta = 0,
+        void* bias = null)
     {
         Check(a, b, c);
         if (c.Rows == 0 || c.Cols == 0) return;
@@ -121,7 +141,8 @@ public sealed unsafe class Gemm : IDisposable
         }
     }
 
-    private void Run<T, V, I>(in MatrixView a, in MatrixView b, in MatrixView c, T alpha, T beta, void* bias)
+    private void Run<T, V, I>(
+        in MatrixView a, in MatrixView b, in MatrixView c, T alpha, T beta, void* bias)
         where T : unmanaged, IBinaryFloatingPointIeee754<T>
         where V : unmanaged
         where I : ISimd<T, V>
@@ -225,7 +246,9 @@ public sealed unsafe class Gemm : IDisposable
         }
     }
 
-    /// <summary>Packs A for M0 .., K0 .., and all of B where it is shared, then multiplies.</summary>
+    /// <summary>
+    /// Packs A for M0 .., K0 .., and all of B where it is shared, then multiplies.
+    /// </summary>
     private void Pass<T, V, I>(ref GemmPlan<T> plan, bool packRight, int rightPanels)
         where T : unmanaged, IBinaryFloatingPointIeee754<T>
         where V : unmanaged
@@ -249,7 +272,8 @@ public sealed unsafe class Gemm : IDisposable
         where V : unmanaged
         where I : ISimd<T, V>
     {
-        int groups = (plan.N + GemmDot<T, V, I, BFloat16>.Group - 1) / GemmDot<T, V, I, BFloat16>.Group;
+        const int Group = GemmDot<T, V, I, BFloat16>.Group;
+        int groups = (plan.N + Group - 1) / Group;
         long work = (long)plan.M * plan.N * plan.K;
         fixed (GemmPlan<T>* shared = &plan)
         {
@@ -275,7 +299,9 @@ public sealed unsafe class Gemm : IDisposable
         else if (count > 0) body.Run(0, count, Math.Max(0, Workers.Current));
     }
 
-    /// <summary>C^T = B^T A^T: a narrow C from a long transposed A, whose rows are then read in place.</summary>
+    /// <summary>
+    /// C^T = B^T A^T: a narrow C from a long transposed A, whose rows are then read in place.
+    /// </summary>
     private static void SwapOperands<T>(ref GemmPlan<T> plan)
         where T : unmanaged
     {
@@ -292,13 +318,16 @@ public sealed unsafe class Gemm : IDisposable
         where T : unmanaged
     {
         int most = MaxNBlock / PackedMatrix.PanelRows;
-        int items = Math.Max((panels + most - 1) / most, Math.Min(4 * _workers.Count, (panels + 3) / 4));
+        int enough = Math.Min(4 * _workers.Count, (panels + 3) / 4);
+        int items = Math.Max((panels + most - 1) / most, enough);
         int panelsPerItem = (panels + items - 1) / items;
         plan.NBlock = panelsPerItem * PackedMatrix.PanelRows;
         plan.ItemsN = (panels + panelsPerItem - 1) / panelsPerItem;
     }
 
-    /// <summary>Rows of an item: all of them, unless there are too few blocks of columns for the threads.</summary>
+    /// <summary>
+    /// Rows of an item: all of them, unless there are too few blocks of columns for the threads.
+    /// </summary>
     private int SplitRows<T>(in GemmPlan<T> plan, bool packRight, int tile)
         where T : unmanaged
     {

@@ -41,7 +41,9 @@ internal unsafe struct GemmPackBody<T, V, I> : IRangeBody
     }
 }
 
-/// <summary>Computes blocks of C: MBlock rows by NBlock columns, all of K0 .. K0 + KCount.</summary>
+/// <summary>
+/// Computes blocks of C: MBlock rows by NBlock columns, all of K0 .. K0 + KCount.
+/// </summary>
 internal unsafe struct GemmBody<T, V, I> : IRangeBody
     where T : unmanaged, IBinaryFloatingPointIeee754<T>
     where V : unmanaged
@@ -87,8 +89,8 @@ internal unsafe struct GemmBody<T, V, I> : IRangeBody
             int surplus = cols % Panel;
             if (bStep != Panel && surplus != 0)
             {
-                // A tile reads whole vectors, which would leave the rows of B here: these few columns
-                // are packed after all.
+                // A tile reads whole vectors, which would leave the rows of B here: these few
+                // columns are packed after all.
                 whole = cols - surplus;
                 GemmPack<T, V, I>.Right(*Plan, n + whole, surplus, k, depth, scratch);
             }
@@ -123,7 +125,8 @@ internal unsafe struct GemmBody<T, V, I> : IRangeBody
                 if (Plan->PackedA is null)
                 {
                     T* a = Plan->A + (row * Plan->ARow) + k;
-                    Columns<StridedLeft>(tileRows, width, depth, a, Plan->ARow, 1, right, rightStep, to);
+                    Columns<StridedLeft>(
+                        tileRows, width, depth, a, Plan->ARow, 1, right, rightStep, to);
                 }
                 else
                 {
@@ -155,7 +158,9 @@ internal unsafe struct GemmBody<T, V, I> : IRangeBody
         }
     }
 
-    /// <summary>Fewer columns than a tile has, or C transposed: through a tile on the stack.</summary>
+    /// <summary>
+    /// Fewer columns than a tile has, or C transposed: through a tile on the stack.
+    /// </summary>
     [MethodImpl(MethodImplOptions.NoInlining)]
     private readonly void Edge<L>(
         int rows, int cols, nint k, T* a, nint aRow, nint aStep, T* b, nint bStep, GemmOut<T> to)

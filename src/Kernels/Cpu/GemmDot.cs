@@ -4,9 +4,9 @@ using System.Runtime.CompilerServices;
 namespace MiniCpmNative.Kernels.Cpu;
 
 /// <summary>
-/// Few rows times a row-major weight: C[m, n] = alpha * x[m] . w[n] + beta * C + bias. Every weight is
-/// read once and used for at most a few rows, so memory is the bound and packing would only add to it:
-/// four rows of w stream side by side and the sums stay in registers until k has run.
+/// Few rows times a row-major weight: C[m, n] = alpha * x[m] . w[n] + beta * C + bias. Every weight
+/// is read once and used for at most a few rows, so memory is the bound and packing would only add
+/// to it: four rows of w stream side by side and the sums stay in registers until k has run.
 /// </summary>
 internal unsafe struct GemmDot<T, V, I, S> : IRangeBody
     where T : unmanaged, IBinaryFloatingPointIeee754<T>
@@ -78,7 +78,9 @@ internal unsafe struct GemmDot<T, V, I, S> : IRangeBody
         s3 = I.Fma(x, v3, s3);
     }
 
-    /// <summary>Adds the elements of k that fill no vector, and writes what lies inside C.</summary>
+    /// <summary>
+    /// Adds the elements of k that fill no vector, and writes what lies inside C.
+    /// </summary>
     private readonly void Put(int m, int n, nint p, T s0, T s1, T s2, T s3)
     {
         T* sums = stackalloc T[Group];

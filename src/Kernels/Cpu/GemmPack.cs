@@ -15,9 +15,9 @@ internal static unsafe class GemmPack<T, V, I>
     private const int Panel = PackedMatrix.PanelRows;
 
     /// <summary>
-    /// One panel of A: to[k * TileRows + i] = a[i * row + k * col] for the rows there are; lanes beyond
-    /// them are left undefined. Writes up to a vector beyond the panel; wide says that a vector of
-    /// rows may be read.
+    /// One panel of A: to[k * TileRows + i] = a[i * row + k * col] for the rows there are; lanes
+    /// beyond them are left undefined. Writes up to a vector beyond the panel; wide says that a
+    /// vector of rows may be read.
     /// </summary>
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
     public static void Left(T* a, nint row, nint col, int rows, int k, T* to, bool wide)
@@ -27,7 +27,11 @@ internal static unsafe class GemmPack<T, V, I>
         {
             int w = I.TileRows <= I.Width ? I.Width : int.MaxValue;
             for (; p <= k - w; p += w)
-                I.Transpose<Native<T>>((byte*)(a + p), row, rows, to + (p * I.TileRows), I.TileRows);
+            {
+                T* into = to + (p * I.TileRows);
+                I.Transpose<Native<T>>((byte*)(a + p), row, rows, into, I.TileRows);
+            }
+
             for (; p < k; p++)
                 for (int i = 0; i < rows; i++) to[(p * I.TileRows) + i] = a[(i * row) + p];
             return;
@@ -45,7 +49,9 @@ internal static unsafe class GemmPack<T, V, I>
         }
     }
 
-    /// <summary>Columns n0 .. n0 + cols and k0 .. k0 + k of B as panels [cols / 32][k][32].</summary>
+    /// <summary>
+    /// Columns n0 .. n0 + cols and k0 .. k0 + k of B as panels [cols / 32][k][32].
+    /// </summary>
     public static void Right(in GemmPlan<T> plan, int n0, int cols, int k0, int k, T* to)
     {
         switch (plan.BType)
@@ -80,8 +86,9 @@ internal static unsafe class GemmPack<T, V, I>
                 default:
                     for (int p = 0; p < k; p += Panel)
                     {
-                        byte* from = b + (((((k0 + p) / Panel) * stride) + ((nint)(n0 + n) * Panel)) * size);
-                        Transpose<S>(from, Panel, Math.Min(Panel, k - p), width, to + (p * Panel));
+                        nint at = ((k0 + p) / Panel * stride) + ((nint)(n0 + n) * Panel);
+                        int depth = Math.Min(Panel, k - p);
+                        Transpose<S>(b + (at * size), Panel, depth, width, to + (p * Panel));
                     }
 
                     break;
@@ -105,8 +112,8 @@ internal static unsafe class GemmPack<T, V, I>
     }
 
     /// <summary>
-    /// to[p * 32 + j] = from[j * stride + p], j below width. Two blocks along p at a time, so that a
-    /// cache line of 16-bit storage is used up before long strides evict it.
+    /// to[p * 32 + j] = from[j * stride + p], j below width. Two blocks along p at a time, so that
+    /// a cache line of 16-bit storage is used up before long strides evict it.
     /// </summary>
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
     private static void Transpose<S>(byte* from, nint stride, int k, int width, T* to)
@@ -119,9 +126,10 @@ internal static unsafe class GemmPack<T, V, I>
             {
                 byte* rows = from + (((j * stride) + p) * S.Size);
                 int count = Math.Min(w, width - j);
-                I.Transpose<S>(rows, stride, count, to + (p * Panel) + j, Panel);
+                T* into = to + (p * Panel) + j;
+                I.Transpose<S>(rows, stride, count, into, Panel);
                 if (p + w < whole)
-                    I.Transpose<S>(rows + (w * S.Size), stride, count, to + ((p + w) * Panel) + j, Panel);
+                    I.Transpose<S>(rows + (w * S.Size), stride, count, into + (w * Panel), Panel);
             }
         }
 

@@ -27,7 +27,9 @@ internal enum RightLayout
     TransposedPanels,
 }
 
-/// <summary>One product C[m, n] = alpha * A[m, k] B[k, n] + beta * C + bias, as its threads see it.</summary>
+/// <summary>
+/// One product C[m, n] = alpha * A[m, k] B[k, n] + beta * C + bias, as its threads see it.
+/// </summary>
 internal unsafe struct GemmPlan<T>
     where T : unmanaged
 {
@@ -51,14 +53,20 @@ internal unsafe struct GemmPlan<T>
     public nint CRow, CCol;
     public T Alpha, Beta;
 
-    /// <summary>Panels of the whole of B in T, or null when each item packs what it needs.</summary>
+    /// <summary>
+    /// Panels of the whole of B in T, or null when each item packs what it needs.
+    /// </summary>
     public T* SharedB;
 
-    /// <summary>Panels of TileRows rows of A for M0.., K0.., or null when A is read where it lies.</summary>
+    /// <summary>
+    /// Panels of TileRows rows of A for M0.., K0.., or null when A is read where it lies.
+    /// </summary>
     public T* PackedA;
     public int M0, MCount, K0, KCount, KBlock;
 
-    /// <summary>Elements between panels of A: what they hold and LeftPad, which packing spills into.</summary>
+    /// <summary>
+    /// Elements between panels of A: what they hold and LeftPad, which packing spills into.
+    /// </summary>
     public nint PanelStride;
 
     /// <summary>B is read where it lies.</summary>

@@ -39,7 +39,9 @@ internal readonly struct Rows12 : IRows
     public static int Count => 12;
 }
 
-/// <summary>Where row i of the left operand is: one element further when packed, else a stride.</summary>
+/// <summary>
+/// Where row i of the left operand is: one element further when packed, else a stride.
+/// </summary>
 internal unsafe interface ILeft
 {
     static abstract T At<T>(T* a, nint stride, int i)
@@ -62,8 +64,8 @@ internal readonly unsafe struct StridedLeft : ILeft
 
 /// <summary>
 /// The innermost kernel of a matrix product: a tile of C, up to 12 rows by two vectors, stays in
-/// registers while k runs; every step loads two vectors of B and broadcasts one element of A per row.
-/// With 24 multiply-adds for 14 loads the arithmetic units are the bound. One text serves all
+/// registers while k runs; every step loads two vectors of B and broadcasts one element of A per
+/// row. With 24 multiply-adds for 14 loads the arithmetic units are the bound. One text serves all
 /// instruction sets and tile sizes: rows beyond R.Count vanish when R is compiled in.
 /// </summary>
 internal static unsafe class GemmTile<T, V, I, R, L>

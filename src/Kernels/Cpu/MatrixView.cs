@@ -1,14 +1,16 @@
 namespace MiniCpmNative.Kernels.Cpu;
 
 /// <summary>
-/// A matrix in somebody else's memory: row-major with a stride, or packed (<see cref="PackedMatrix"/>).
-/// <see cref="T"/> is the same memory read the other way round, so a product says its transposes in
-/// its operands: y = x W^T is <c>gemm.Multiply(x, w.T, y)</c>, and it does not matter to the caller
-/// whether w is packed.
+/// A matrix in somebody else's memory: row-major with a stride, or packed (<see
+/// cref="PackedMatrix"/>). <see cref="T"/> is the same memory read the other way round, so a
+/// product says its transposes in its operands: y = x W^T is <c>gemm.Multiply(x, w.T, y)</c>, and
+/// it does not matter to the caller whether w is packed.
 /// </summary>
 public readonly unsafe struct MatrixView
 {
-    /// <summary>Row-major elements; stride counts elements from row to row, cols when left out.</summary>
+    /// <summary>
+    /// Row-major elements; stride counts elements from row to row, cols when left out.
+    /// </summary>
     /// <exception cref="ShapeException">A negative size, or a stride below the columns.</exception>
     public MatrixView(void* data, DType type, int rows, int cols, long? stride = null)
         : this(data, type, rows, cols, stride ?? cols, transposed: false, packed: false)
@@ -72,7 +74,7 @@ public readonly unsafe struct MatrixView
     }
 
     public override string ToString() =>
-        $"{Type} [{Rows}, {Cols}]{(IsTransposed ? " (transposed)" : "")}{(IsPacked ? " (packed)" : "")}";
+        $"{Type} [{Rows}, {Cols}]{(IsTransposed ? " transposed" : "")}{(IsPacked ? " packed" : "")}";
 
     internal static MatrixView Packed(void* data, DType type, int rows, int cols) =>
         new(data, type, rows, cols, (long)cols * PackedMatrix.PanelRows, false, packed: true);

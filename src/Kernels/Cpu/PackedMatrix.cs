@@ -1,32 +1,42 @@
 namespace MiniCpmNative.Kernels.Cpu;
 
 /// <summary>
-/// A frozen weight W[rows, cols] in the order in which products read it: panels of 32 rows,
-/// [rows / 32][cols][32], in the weight's own type, the last panel filled up with zeros. One copy
-/// serves y = x W^T, which streams a panel as it lies (F32 without any packing, 16-bit types widened
-/// into a block that stays in the cache), and dx = dy W, which transposes 16 x 16 elements in registers
-/// on the way: one shuffle per four weights, against as many multiply-adds per weight as x has rows.
-/// Keeping panels of columns instead would favour the backward pass, which runs once where the forward
-/// runs twice under checkpointing.
+/// A frozen weight W[rows, cols] in the order in which products read it: panels of 32 rows, [rows /
+/// 32][cols][32], in the weight's own type, the last panel filled up with zeros. One copy serves y
+/// = x W^T, which streams a panel as it lies (F32 without any packing, 16-bit types widened into a
+/// block that stays in the cache), and dx = dy W, which transposes 16 x 16 elements in registers on
+/// the way: one shuffle per four weights, against as many multiply-adds per weight as x has rows.
+/// Keeping panels of columns instead would favour the backward pass, which runs once where the
+/// forward runs twice under checkpointing.
 /// </summary>
 public readonly unsafe struct PackedMatrix
 {
     /// <summary>Rows of a panel.</summary>
     public const int PanelRows = 32;
 
-    /// <summary>A matrix packed before, at memory of <see cref="Bytes"/> bytes, 64-byte aligned.</summary>
-    /// <exception cref="ShapeException">A negative size or a type other than F32, BF16, F16, F64.</exception>
+    /// <summary>
+    /// A matrix packed before, at memory of <see cref="Bytes"/> bytes, 64-byte aligned.
+    /// </summary>
+    /// <exception cref="ShapeException">
+    /// A negative size or a type other than F32, BF16, F16, F64.
+    /// </exception>
     public PackedMatrix(void* memory, DType type, int rows, int cols)
     {
         _ = Bytes(rows, cols, type);
         View = MatrixView.Packed(memory, type, rows, cols);
     }
 
-    /// <summary>The matrix as an operand: y = x W^T is <c>gemm.Multiply(x, w.View.T, y)</c>.</summary>
+    /// <summary>
+    /// The matrix as an operand: y = x W^T is <c>gemm.Multiply(x, w.View.T, y)</c>.
+    /// </summary>
     public MatrixView View { get; }
 
-    /// <summary>Bytes that a packed matrix takes: that of its rows rounded up to whole panels.</summary>
-    /// <exception cref="ShapeException">A negative size or a type other than F32, BF16, F16, F64.</exception>
+    /// <summary>
+    /// Bytes that a packed matrix takes: that of its rows rounded up to whole panels.
+    /// </summary>
+    /// <exception cref="ShapeException">
+    /// A negative size or a type other than F32, BF16, F16, F64.
+    /// </exception>
     public static long Bytes(int rows, int cols, DType type)
     {
         if (rows < 0 || cols < 0) throw new ShapeException($"packed matrix: size [{rows}, {cols}]");
@@ -45,11 +55,16 @@ public readonly unsafe struct PackedMatrix
         return packed;
     }
 
-    /// <summary>Writes rows firstRow .. firstRow + w.Rows - 1 into row-major w of the same type.</summary>
-    /// <exception cref="ShapeException">Other columns or type, rows outside, w not row-major.</exception>
+    /// <summary>
+    /// Writes rows firstRow .. firstRow + w.Rows - 1 into row-major w of the same type.
+    /// </summary>
+    /// <exception cref="ShapeException">
+    /// Other columns or type, rows outside, w not row-major.
+    /// </exception>
     public void Unpack(Workers workers, MatrixView w, int firstRow = 0)
     {
-        if (w.Type != View.Type || w.Cols != View.Cols || firstRow < 0 || firstRow > View.Rows - w.Rows)
+        bool inside = firstRow >= 0 && firstRow <= View.Rows - w.Rows;
+        if (w.Type != View.Type || w.Cols != View.Cols || !inside)
             throw new ShapeException($"unpack: rows from {firstRow} of {View} do not fill {w}");
         Copy(workers, RowMajor(w, "w"), firstRow, w.Rows, unpack: true);
     }
@@ -98,7 +113,8 @@ public readonly unsafe struct PackedMatrix
             }
         }
 
-        // Blocks of 16 columns, so that the cache lines of 32 rows are used up before they are evicted.
+        // Blocks of 16 columns, so that the cache lines of 32 rows are used up before they are
+        // evicted.
         private readonly void Panel<E>(int panel)
             where E : unmanaged
         {

@@ -19,8 +19,9 @@ public enum InstructionSet
 }
 
 /// <summary>
-/// The seam between the matrix kernels and the processor: vectors of T in registers of type V. Kernels
-/// are written once over this interface and compiled per instruction set, with every call inlined.
+/// The seam between the matrix kernels and the processor: vectors of T in registers of type V.
+/// Kernels are written once over this interface and compiled per instruction set, with every call
+/// inlined.
 /// </summary>
 internal unsafe interface ISimd<T, V>
     where T : unmanaged
@@ -56,9 +57,9 @@ internal unsafe interface ISimd<T, V>
     static abstract void Prefetch(void* p);
 
     /// <summary>
-    /// to[j * toStride + i] = from[min(i, rows - 1) * stride + j] for i, j below Width, in increasing j:
-    /// toStride may be below Width, then later rows overwrite the surplus of earlier ones.
-    /// from and stride count elements of the storage.
+    /// to[j * toStride + i] = from[min(i, rows - 1) * stride + j] for i, j below Width, in
+    /// increasing j: toStride may be below Width, then later rows overwrite the surplus of earlier
+    /// ones. from and stride count elements of the storage.
     /// </summary>
     static abstract void Transpose<S>(byte* from, nint stride, int rows, T* to, nint toStride)
         where S : IStorage;

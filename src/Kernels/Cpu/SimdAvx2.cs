@@ -5,7 +5,9 @@ using V = System.Runtime.Intrinsics.Vector256<float>;
 
 namespace MiniCpmNative.Kernels.Cpu;
 
-/// <summary>8 floats; a tile of 6 x 16 takes 12 accumulators, two columns and one broadcast of 16.</summary>
+/// <summary>
+/// 8 floats; a tile of 6 x 16 takes 12 accumulators, two columns and one broadcast of 16.
+/// </summary>
 internal readonly unsafe struct Avx2Simd : ISimd<float, V>
 {
     public static bool IsSupported => Avx2.IsSupported && Fma.IsSupported;
@@ -32,7 +34,8 @@ internal readonly unsafe struct Avx2Simd : ISimd<float, V>
     {
         var bits = Avx2.ConvertToVector256Int32(Vector128.Load(p));
         var magnitude = bits & Vector256.Create(0x7FFF);
-        var value = ((magnitude << 13).AsSingle() * Vector256.Create(5.192296858534828e33f)).AsInt32();
+        var scale = Vector256.Create(5.192296858534828e33f);
+        var value = ((magnitude << 13).AsSingle() * scale).AsInt32();
         var special = Vector256.GreaterThanOrEqual(magnitude, Vector256.Create(0x7C00))
             & Vector256.Create(0x7F800000);
         return (value | special | ((bits & Vector256.Create(0x8000)) << 16)).AsSingle();
@@ -70,7 +73,9 @@ internal readonly unsafe struct Avx2Simd : ISimd<float, V>
         Avx.Permute2x128(a3, b3, 0x31).Store(to + (3 * toStride));
     }
 
-    /// <summary>Four rows in; out j holds, in its 128-bit lane l, column 4 l + j of the four.</summary>
+    /// <summary>
+    /// Four rows in; out j holds, in its 128-bit lane l, column 4 l + j of the four.
+    /// </summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     private static void Quad<S>(
         byte* from, nint step, int row, int last, out V u0, out V u1, out V u2, out V u3)

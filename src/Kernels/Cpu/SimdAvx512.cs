@@ -5,11 +5,14 @@ using V = System.Runtime.Intrinsics.Vector512<float>;
 
 namespace MiniCpmNative.Kernels.Cpu;
 
-/// <summary>16 floats; a tile of 12 x 32 takes 24 accumulators, two columns and one broadcast of 32.</summary>
+/// <summary>
+/// 16 floats; a tile of 12 x 32 takes 24 accumulators, two columns and one broadcast of 32.
+/// </summary>
 internal readonly unsafe struct Avx512Simd : ISimd<float, V>
 {
     public static bool IsSupported =>
-        Avx512F.IsSupported && Avx512BW.IsSupported && Avx512DQ.IsSupported && Avx512F.VL.IsSupported;
+        Avx512F.IsSupported && Avx512BW.IsSupported && Avx512DQ.IsSupported
+        && Avx512F.VL.IsSupported;
 
     public static int Width => 16;
 
@@ -27,14 +30,15 @@ internal readonly unsafe struct Avx512Simd : ISimd<float, V>
     public static V LoadBF16(ushort* p) =>
         (Avx512F.ConvertToVector512UInt32(Vector256.Load(p)) << 16).AsSingle();
 
-    // Shifting exponent and mantissa in place and multiplying by 2^112 moves the exponent bias, also
-    // for subnormals; infinities and NaN get their full exponent afterwards.
+    // Shifting exponent and mantissa in place and multiplying by 2^112 moves the exponent bias,
+    // also for subnormals; infinities and NaN get their full exponent afterwards.
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static V LoadF16(ushort* p)
     {
         var bits = Avx512F.ConvertToVector512UInt32(Vector256.Load(p));
         var magnitude = bits & Vector512.Create(0x7FFFu);
-        var value = ((magnitude << 13).AsSingle() * Vector512.Create(5.192296858534828e33f)).AsUInt32();
+        var scale = Vector512.Create(5.192296858534828e33f);
+        var value = ((magnitude << 13).AsSingle() * scale).AsUInt32();
         var special = Vector512.GreaterThanOrEqual(magnitude, Vector512.Create(0x7C00u))
             & Vector512.Create(0x7F800000u);
         return (value | special | ((bits & Vector512.Create(0x8000u)) << 16)).AsSingle();
@@ -87,7 +91,9 @@ internal readonly unsafe struct Avx512Simd : ISimd<float, V>
         d3.Store(to + (3 * toStride));
     }
 
-    /// <summary>Four rows in; out j holds, in its 128-bit lane l, column 4 l + j of the four.</summary>
+    /// <summary>
+    /// Four rows in; out j holds, in its 128-bit lane l, column 4 l + j of the four.
+    /// </summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     private static void Quad<S>(
         byte* from, nint step, int row, int last, out V u0, out V u1, out V u2, out V u3)

@@ -57,7 +57,10 @@ internal readonly unsafe struct PortableSimd<T> : ISimd<T, Vector<T>>
         for (int j = 0; j < Width; j++)
         {
             for (int i = 0; i < Width; i++)
-                to[(j * toStride) + i] = S.Scalar<T>(from + (((Math.Min(i, rows - 1) * stride) + j) * S.Size));
+            {
+                nint at = (Math.Min(i, rows - 1) * stride) + j;
+                to[(j * toStride) + i] = S.Scalar<T>(from + (at * S.Size));
+            }
         }
     }
 

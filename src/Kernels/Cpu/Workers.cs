@@ -3,22 +3,28 @@ using System.Runtime.CompilerServices;
 
 namespace MiniCpmNative.Kernels.Cpu;
 
-/// <summary>Work over an index range; a struct of pointers and numbers, so that running it allocates nothing.</summary>
+/// <summary>
+/// Work over an index range; a struct of pointers and numbers, so that running it allocates
+/// nothing.
+/// </summary>
 public interface IRangeBody
 {
-    /// <summary>Does the items begin (included) to end (excluded); worker numbers the thread from 0.</summary>
+    /// <summary>
+    /// Does the items begin (included) to end (excluded); worker numbers the thread from 0.
+    /// </summary>
     void Run(int begin, int end, int worker);
 }
 
 /// <summary>
-/// The threads of the CPU device. A range is cut into chunks which the threads, the caller among them,
-/// take in turn from a counter. Which thread runs a chunk varies from run to run, so results must not
-/// depend on it: a body writes only what its items own, and sums over items happen in a fixed order
-/// afterwards. Nested calls run on the calling thread, under its worker number.
+/// The threads of the CPU device. A range is cut into chunks which the threads, the caller among
+/// them, take in turn from a counter. Which thread runs a chunk varies from run to run, so results
+/// must not depend on it: a body writes only what its items own, and sums over items happen in a
+/// fixed order afterwards. Nested calls run on the calling thread, under its worker number.
 ///
 /// A thread without work spins for some tens of microseconds, the time between two operations of a
-/// step, and then sleeps. Posting to a spinning thread costs one atomic exchange. A thread that has not
-/// begun when the caller runs out of chunks is told to stay away, so a slow wake-up delays nobody.
+/// step, and then sleeps. Posting to a spinning thread costs one atomic exchange. A thread that has
+/// not begun when the caller runs out of chunks is told to stay away, so a slow wake-up delays
+/// nobody.
 /// </summary>
 public sealed unsafe class Workers : IDisposable
 {
@@ -37,7 +43,9 @@ public sealed unsafe class Workers : IDisposable
     [ThreadStatic]
     private static int t_inside;
 
-    /// <param name="threads">Threads to use, the caller's among them; null takes all processors.</param>
+    /// <param name="threads">
+    /// Threads to use, the caller's among them; null takes all processors.
+    /// </param>
     public Workers(int? threads = null)
     {
         Count = Math.Max(1, threads ?? Environment.ProcessorCount);
@@ -46,7 +54,11 @@ public sealed unsafe class Workers : IDisposable
         {
             int worker = i + 1;
             var slot = _slots[i] = new Slot();
-            slot.Thread = new Thread(() => Loop(slot, worker)) { IsBackground = true, Name = $"cpu-{worker}" };
+            slot.Thread = new Thread(() => Loop(slot, worker))
+            {
+                IsBackground = true,
+                Name = $"cpu-{worker}",
+            };
             slot.Thread.Start();
         }
     }
@@ -65,7 +77,9 @@ public sealed unsafe class Workers : IDisposable
     /// <summary>Threads at work, the caller's among them; worker numbers are below it.</summary>
     public int Count { get; }
 
-    /// <summary>Runs body over 0..count-1 in chunks of at least minChunk items and returns when all is done.</summary>
+    /// <summary>
+    /// Runs body over 0..count-1 in chunks of at least minChunk items and returns when all is done.
+    /// </summary>
     public void For<TBody>(int count, TBody body, int minChunk = 1)
         where TBody : unmanaged, IRangeBody
     {
@@ -107,7 +121,8 @@ public sealed unsafe class Workers : IDisposable
 
     private static void Post(Slot slot)
     {
-        if (Interlocked.Exchange(ref slot.State, State.Posted) == State.Sleeping) slot.Wake.Release();
+        var before = Interlocked.Exchange(ref slot.State, State.Posted);
+        if (before == State.Sleeping) slot.Wake.Release();
     }
 
     private static void Invoke<TBody>(void* body, int begin, int end, int worker)
@@ -174,7 +189,9 @@ public sealed unsafe class Workers : IDisposable
         }
     }
 
-    /// <summary>Waits until something is posted; false when it was taken back before this thread began.</summary>
+    /// <summary>
+    /// Waits until something is posted; false when it was taken back before this thread began.
+    /// </summary>
     private static bool Await(Slot slot)
     {
         long end = Stopwatch.GetTimestamp() + s_spinTicks;
@@ -189,7 +206,8 @@ public sealed unsafe class Workers : IDisposable
             }
         }
 
-        return Interlocked.CompareExchange(ref slot.State, State.Running, State.Posted) == State.Posted;
+        var before = Interlocked.CompareExchange(ref slot.State, State.Running, State.Posted);
+        return before == State.Posted;
     }
 
     private void Work(int worker)

@@ -78,7 +78,7 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         };
     }
 
-    private static GradientTarget<T> Target<T>(Gradient<T> gradient)
+    private static AttentionTarget<T> Target<T>(Gradient<T> gradient)
         where T : unmanaged, System.Numerics.IBinaryFloatingPointIeee754<T> => new()
         {
             Data = gradient.Into.Data,
