@@ -74,8 +74,12 @@ public sealed class ModelSpecTests
         {
             foreach (var (key, value) in new (string, int)[]
             {
-                ("hidden_size", 3584), ("num_hidden_layers", 28), ("num_attention_heads", 28),
-                ("num_key_value_heads", 4), ("intermediate_size", 18944), ("vocab_size", 151666),
+                ("hidden_size", 3584),
+                ("num_hidden_layers", 28),
+                ("num_attention_heads", 28),
+                ("num_key_value_heads", 4),
+                ("intermediate_size", 18944),
+                ("vocab_size", 151666),
             }) c[key] = value;
             c["sliding_window"] = 131072;
             c["vision_config"] = new JsonObject
