@@ -84,8 +84,12 @@ public sealed class ModelSpecTests
             c["sliding_window"] = 131072;
             c["vision_config"] = new JsonObject
             {
-                ["hidden_size"] = 1152, ["image_size"] = 980, ["intermediate_size"] = 4304,
-                ["model_type"] = "siglip", ["num_attention_heads"] = 16, ["num_hidden_layers"] = 27,
+                ["hidden_size"] = 1152,
+                ["image_size"] = 980,
+                ["intermediate_size"] = 4304,
+                ["model_type"] = "siglip",
+                ["num_attention_heads"] = 16,
+                ["num_hidden_layers"] = 27,
                 ["patch_size"] = 14,
             };
         });
