@@ -17,6 +17,8 @@ internal static unsafe class GemmBench
     private const int RowMajor = 101, NoTranspose = 111, Transpose = 112;
     private const double SeriesSeconds = 0.02;
 
+    private static bool s_cpuTime;
+
     private static readonly Product[] s_products =
     [
         new("fwd x W^T", 512, 3584, 3584, "NT"),
@@ -47,12 +49,14 @@ internal static unsafe class GemmBench
     ];
 
     /// <summary>
-    /// Arguments: parts of product names to run (all when none), --threads 1,2, --series N.
+    /// Arguments: parts of product names to run (all when none), --threads 1,2, --series N, and
+    /// --cpu-time true to count processor time: for one thread it is blind to other programs' load.
     /// </summary>
     public static void Run(string[] arguments)
     {
         int[] threads = [.. Option(arguments, "--threads", "1,2").Split(',').Select(int.Parse)];
         int series = int.Parse(Option(arguments, "--series", "15"));
+        s_cpuTime = bool.Parse(Option(arguments, "--cpu-time", "false"));
         string[] wanted = [.. arguments.TakeWhile(argument => !argument.StartsWith("--"))];
         var blas = OpenBlas.Load();
         Console.WriteLine(
@@ -108,10 +112,13 @@ internal static unsafe class GemmBench
     {
         Thread.Sleep(2);
         call();
-        long start = Stopwatch.GetTimestamp();
+        var start = Clock();
         for (int i = 0; i < calls; i++) call();
-        return Stopwatch.GetElapsedTime(start).TotalSeconds / calls;
+        return (Clock() - start).TotalSeconds / calls;
     }
+
+    private static TimeSpan Clock() =>
+        s_cpuTime ? Environment.CpuUsage.TotalTime : Stopwatch.GetElapsedTime(0);
 
     private static double Median(double[] values)
     {
