@@ -49,6 +49,8 @@ public sealed unsafe class Workers : IDisposable
     public Workers(int? threads = null)
     {
         Count = Math.Max(1, threads ?? Environment.ProcessorCount);
+        // The event makes its lock when first waited for; later that would be an allocation in a step.
+        _ = _done.Wait(millisecondsTimeout: 1);
         _slots = new Slot[Count - 1];
         for (int i = 0; i < _slots.Length; i++)
         {
