@@ -31,6 +31,9 @@ if [ -n "$missing" ]; then
     echo "test.sh: could not install$missing; tests that need them will say so" >&2
 fi
 
+# NVRTC, libcuda and clang for the tests of the CUDA device; says what is there.
+tests/install-cuda-tools.sh
+
 results=$(mktemp -d) || exit 1
 trap 'rm -rf "$results"' EXIT
 if ! dotnet build MiniCpmNative.sln -c Release -v quiet -nologo </dev/null; then

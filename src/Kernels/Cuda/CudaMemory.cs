@@ -1,0 +1,56 @@
+namespace MiniCpmNative.Kernels.Cuda;
+
+/// <summary>One piece of device memory, 256-byte aligned, cut up by whoever owns it.</summary>
+public sealed unsafe class DeviceSlab : IDisposable
+{
+    private const int OutOfMemory = 2;
+    private readonly CudaDriverApi _driver;
+
+    /// <exception cref="DeviceMemoryException">The device has not that much left.</exception>
+    public DeviceSlab(CudaContext context, long bytes)
+    {
+        _driver = context.Api.Driver;
+        ulong address = 0;
+        int result = _driver.MemAlloc(&address, (nuint)bytes);
+        if (result == OutOfMemory)
+            throw new DeviceMemoryException(
+                $"cuda: {bytes:N0} bytes are needed on {context.Name}, {context.Memory().Free:N0} are free");
+        _driver.Check(result, "cuMemAlloc", $"{bytes:N0} bytes");
+        (Address, Bytes) = (address, bytes);
+    }
+
+    public ulong Address { get; private set; }
+    public long Bytes { get; }
+
+    public void Dispose()
+    {
+        if (Address != 0) _driver.MemFree(Address);
+        Address = 0;
+    }
+}
+
+/// <summary>Host memory the device copies from and to without a detour; page-locked.</summary>
+public sealed unsafe class PinnedMemory : IDisposable
+{
+    private readonly CudaDriverApi _driver;
+
+    public PinnedMemory(CudaContext context, long bytes)
+    {
+        _driver = context.Api.Driver;
+        void* pointer = null;
+        _driver.Check(_driver.MemHostAlloc(&pointer, (nuint)bytes, 0), "cuMemHostAlloc", $"{bytes:N0} bytes");
+        Pointer = pointer;
+        Bytes = bytes;
+    }
+
+    public void* Pointer { get; private set; }
+    public long Bytes { get; }
+
+    public Span<T> Span<T>() where T : unmanaged => new(Pointer, checked((int)(Bytes / sizeof(T))));
+
+    public void Dispose()
+    {
+        if (Pointer != null) _driver.MemFreeHost(Pointer);
+        Pointer = null;
+    }
+}

@@ -1,0 +1,189 @@
+using System.Buffers.Binary;
+using System.Runtime.InteropServices;
+using System.Security.Cryptography;
+using System.Text;
+
+namespace MiniCpmNative.Kernels.Cuda;
+
+/// <summary>
+/// How a CUDA source is compiled. Architecture is 10 * major + minor; LineInfo keeps source lines in
+/// the PTX (the emulator's reports need them; ptxas 11.8 crashes on them for sm_90).
+/// </summary>
+public sealed record ModuleOptions(DType Storage, int Architecture, bool LineInfo = false, bool Cubin = false)
+{
+    /// <summary>Further options, as NVRTC takes them.</summary>
+    public string[] Extra { get; init; } = [];
+
+    /// <summary>
+    /// C++17 and the architecture are always explicit, since NVRTC's defaults differ by version. The
+    /// storage type arrives as STORAGE_F32, STORAGE_BF16 or STORAGE_F16.
+    /// </summary>
+    public string[] Arguments() =>
+    [
+        "-std=c++17",
+        $"--gpu-architecture={(Cubin ? "sm" : "compute")}_{Architecture}",
+        $"-DSTORAGE_{Storage}=1",
+        .. LineInfo ? (string[])["-lineinfo"] : [],
+        .. Extra,
+    ];
+}
+
+/// <summary>
+/// Compiles CUDA sources with NVRTC and keeps the results on disk, one file per SHA-256 of source,
+/// options and compiler version. A file that is cut or altered is found by its own hash and made
+/// anew; a cache that cannot be written is done without.
+/// </summary>
+public sealed unsafe class ModuleCompiler
+{
+    private const int HeaderBytes = 4 + 8 + 32;
+    private static readonly byte[] s_magic = "cpmk"u8.ToArray();
+
+    private readonly NvrtcApi _nvrtc;
+    private readonly string? _cache;
+
+    /// <param name="nvrtc">The compiler.</param>
+    /// <param name="cache">Directory of compiled modules; null keeps none.</param>
+    public ModuleCompiler(NvrtcApi nvrtc, string? cache)
+    {
+        (_nvrtc, _cache) = (nvrtc, cache);
+        int major = 0, minor = 0;
+        nvrtc.Check(nvrtc.Version(&major, &minor), "nvrtcVersion");
+        Version = (major, minor);
+    }
+
+    public (int Major, int Minor) Version { get; }
+
+    /// <summary>Programs compiled by this object, not found on disk.</summary>
+    public int Compiled { get; private set; }
+
+    /// <summary>$XDG_CACHE_HOME/cpmx/kernels or ~/.cache/cpmx/kernels (LocalApplicationData elsewhere).</summary>
+    public static string DefaultCache()
+    {
+        string? root = Environment.GetEnvironmentVariable("XDG_CACHE_HOME");
+        if (string.IsNullOrEmpty(root))
+            root = OperatingSystem.IsWindows()
+                ? Environment.GetFolderPath(Environment.SpecialFolder.LocalApplicationData)
+                : Path.Combine(Environment.GetFolderPath(Environment.SpecialFolder.UserProfile), ".cache");
+        return Path.Combine(root, "cpmx", "kernels");
+    }
+
+    /// <summary>The largest architecture this NVRTC knows that the device can run.</summary>
+    /// <exception cref="CudaException">It knows none that old.</exception>
+    public int Architecture(int device)
+    {
+        int count = 0;
+        _nvrtc.Check(_nvrtc.GetNumSupportedArchs(&count), "nvrtcGetNumSupportedArchs");
+        var known = new int[count];
+        fixed (int* into = known) _nvrtc.Check(_nvrtc.GetSupportedArchs(into), "nvrtcGetSupportedArchs");
+        int best = known.Where(a => a <= device).DefaultIfEmpty(0).Max();
+        return best > 0
+            ? best
+            : throw new CudaException($"NVRTC {Version.Major}.{Version.Minor} compiles for compute capability " +
+                $"{known.Min() / 10.0:0.0} and newer, the device has {device / 10.0:0.0}");
+    }
+
+    /// <summary>PTX text (ending in a zero byte), or a CUBIN image when the options ask for one.</summary>
+    /// <exception cref="CudaException">The source does not compile; carries NVRTC's log.</exception>
+    public byte[] Compile(string source, string name, ModuleOptions options)
+    {
+        string? file = _cache == null ? null : Path.Combine(_cache, Key(source, name, options));
+        if (file != null && ReadCached(file) is { } cached) return cached;
+        byte[] image = Build(source, name, options);
+        Compiled++;
+        if (file != null) WriteCached(file, image);
+        return image;
+    }
+
+    private string Key(string source, string name, ModuleOptions options)
+    {
+        string all = $"{Version.Major}.{Version.Minor}\0{name}\0{string.Join('\0', options.Arguments())}\0\0{source}";
+        string hash = Convert.ToHexStringLower(SHA256.HashData(Encoding.UTF8.GetBytes(all)));
+        return $"{hash}.{(options.Cubin ? "cubin" : "ptx")}";
+    }
+
+    // magic, length of the image, SHA-256 of the image, the image.
+    private static byte[]? ReadCached(string file)
+    {
+        byte[] bytes;
+        try
+        {
+            bytes = File.ReadAllBytes(file);
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            return null;
+        }
+        if (bytes.Length < HeaderBytes || !bytes.AsSpan(0, 4).SequenceEqual(s_magic)) return null;
+        if (BinaryPrimitives.ReadInt64LittleEndian(bytes.AsSpan(4)) != bytes.Length - HeaderBytes) return null;
+        byte[] image = bytes[HeaderBytes..];
+        return SHA256.HashData(image).AsSpan().SequenceEqual(bytes.AsSpan(12, 32)) ? image : null;
+    }
+
+    private static void WriteCached(string file, byte[] image)
+    {
+        string temporary = $"{file}.{Environment.ProcessId}.{Guid.NewGuid():N}";
+        try
+        {
+            Directory.CreateDirectory(Path.GetDirectoryName(file)!);
+            var bytes = new byte[HeaderBytes + image.Length];
+            s_magic.CopyTo(bytes, 0);
+            BinaryPrimitives.WriteInt64LittleEndian(bytes.AsSpan(4), image.Length);
+            SHA256.HashData(image).CopyTo(bytes, 12);
+            image.CopyTo(bytes, HeaderBytes);
+            File.WriteAllBytes(temporary, bytes);
+            File.Move(temporary, file, overwrite: true);
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            // Compiling again next time is the whole cost.
+        }
+    }
+
+    private byte[] Build(string source, string name, ModuleOptions options)
+    {
+        nint program = 0;
+        fixed (byte* text = Utf8(source), file = Utf8(name))
+            _nvrtc.Check(_nvrtc.CreateProgram(&program, text, file, 0, null, null), "nvrtcCreateProgram", name);
+        try
+        {
+            string[] arguments = options.Arguments();
+            byte** pointers = stackalloc byte*[arguments.Length];
+            for (int n = 0; n < arguments.Length; n++)
+                pointers[n] = (byte*)Marshal.StringToCoTaskMemUTF8(arguments[n]);
+            int result = _nvrtc.CompileProgram(program, arguments.Length, pointers);
+            for (int n = 0; n < arguments.Length; n++) Marshal.FreeCoTaskMem((nint)pointers[n]);
+            if (result != 0)
+                _nvrtc.Check(result, "nvrtcCompileProgram", $"{string.Join(' ', arguments)}: {Log(program)}");
+            return options.Cubin
+                ? Take(program, _nvrtc.GetCubinSize, _nvrtc.GetCubin, "nvrtcGetCUBIN")
+                : Take(program, _nvrtc.GetPtxSize, _nvrtc.GetPtx, "nvrtcGetPTX");
+        }
+        finally
+        {
+            _nvrtc.DestroyProgram(&program);
+        }
+    }
+
+    private byte[] Take(
+        nint program, delegate* unmanaged<nint, nuint*, int> size, delegate* unmanaged<nint, byte*, int> get,
+        string call)
+    {
+        nuint bytes = 0;
+        _nvrtc.Check(size(program, &bytes), call + "Size");
+        var image = new byte[bytes];
+        fixed (byte* to = image) _nvrtc.Check(get(program, to), call);
+        return image;
+    }
+
+    private string Log(nint program)
+    {
+        nuint bytes = 0;
+        if (_nvrtc.GetLogSize(program, &bytes) != 0 || bytes <= 1) return "no log";
+        var text = new byte[bytes];
+        fixed (byte* to = text)
+            if (_nvrtc.GetLog(program, to) != 0) return "no log";
+        return Encoding.UTF8.GetString(text).TrimEnd('\0', '\n');
+    }
+
+    private static byte[] Utf8(string text) => Encoding.UTF8.GetBytes(text + "\0");
+}
