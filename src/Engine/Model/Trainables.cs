@@ -20,6 +20,7 @@ public sealed class Trainables
     private const int Alignment = 32;
 
     private readonly Device _device;
+    private readonly Run[] _runs;
     private readonly Dictionary<string, (Trainable Tensor, long Offset)> _places = [];
     private readonly Dictionary<DType, (Tensor Values, long Begin, long Count)> _values = [];
 
@@ -42,7 +43,7 @@ public sealed class Trainables
             runs.Add(new Run(group.Key.Type, group.Key.Decays, begin, offset - begin));
         }
 
-        Runs = runs;
+        _runs = [.. runs];
         Gradients = Allocate(DType.F32, offset, "gradients");
         FirstMoments = Allocate(DType.F32, offset, "first moments");
         SecondMoments = Allocate(DType.F32, offset, "second moments");
@@ -59,7 +60,7 @@ public sealed class Trainables
     public IReadOnlyList<Trainable> List { get; }
 
     /// <summary>Stretches of equal treatment.</summary>
-    public IReadOnlyList<Run> Runs { get; }
+    public ReadOnlySpan<Run> Runs => _runs;
 
     /// <summary>Trained numbers, padding not counted.</summary>
     public long Count { get; }

@@ -18,6 +18,8 @@ public sealed class TrainLog : ITrainLog
     private double _seconds;
     private long _tokens;
     private int _firstStep;
+    private EvaluationReport? _firstEvaluation;
+    private EvaluationReport _lastEvaluation;
 
     /// <param name="output">The screen.</param>
     /// <param name="isTerminal">Whether lines can be rewritten on it.</param>
@@ -82,9 +84,12 @@ public sealed class TrainLog : ITrainLog
                 ("eval_answer_accuracy", r.AnswerAccuracy)],
             [("eval_runtime", r.Seconds), ("eval_samples_per_second", r.Rows / Math.Max(1e-9, r.Seconds))]));
         _progress.Message(FormattableString.Invariant(
-            $"evaluation after step {r.Step}: loss {r.Loss:0.0000}, token accuracy ")
+            $"evaluation after step {r.Step}: loss {r.Loss:0.0000}, {100 * r.TokenAccuracy:0.00} % of ")
             + FormattableString.Invariant(
-                $"{100 * r.TokenAccuracy:0.00} %, {r.Rows:N0} rows in {r.Seconds:0.0} s"));
+                $"tokens and {100 * r.AnswerAccuracy:0.00} % of whole answers right, ")
+            + FormattableString.Invariant($"{r.Rows:N0} rows in {r.Seconds:0.0} s"));
+        _firstEvaluation ??= r;
+        _lastEvaluation = r;
     }
 
     public void SaveState(string folder, int step) => _state.Save(folder, step, Run);
@@ -111,6 +116,11 @@ public sealed class TrainLog : ITrainLog
                 []));
             _progress.Message(FormattableString.Invariant(
                 $"done: {done:N0} steps in {elapsed:0.0} s, mean loss {loss:0.0000}"));
+            if (_firstEvaluation is { } first && _lastEvaluation.Step > first.Step)
+                _progress.Message(FormattableString.Invariant(
+                    $"evaluation rows answered right, every token: {100 * first.AnswerAccuracy:0.0} % ")
+                    + FormattableString.Invariant($"after step {first.Step}, ")
+                    + FormattableString.Invariant($"{100 * _lastEvaluation.AnswerAccuracy:0.0} % now"));
         }
         else
         {
