@@ -1,0 +1,53 @@
+using System.Text.Json;
+using System.Text.Json.Nodes;
+using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Train;
+
+namespace MiniCpmNative.Tests;
+
+/// <summary>Whole training runs on rows of the reference, in this process.</summary>
+internal static class Runs
+{
+    /// <summary>A data file with some of the reference rows, in this order, that finds their pictures.</summary>
+    public static string Data(string folder, params string[] ids)
+    {
+        JsonArray all = JsonNode.Parse(File.ReadAllBytes(V26.Rows))!.AsArray();
+        var rows = new JsonArray();
+        foreach (string id in ids)
+        {
+            JsonNode row = all.First(r => (string?)r!["id"] == id)!.DeepClone();
+            if (row["image"]!.GetValueKind() == JsonValueKind.String) row["image"] = Absolute((string)row["image"]!);
+            else foreach (string tag in row["image"]!.AsObject().Select(p => p.Key).ToList())
+                row["image"]![tag] = Absolute((string)row["image"]![tag]!);
+            rows.Add(row);
+        }
+
+        string path = Path.Combine(folder, "rows.json");
+        File.WriteAllText(path, rows.ToJsonString());
+        return path;
+    }
+
+    /// <summary>Trains; what the run says is returned.</summary>
+    public static string Train(TrainArguments arguments, StopRequest? stop = null)
+    {
+        var screen = new StringWriter();
+        using var log = new TrainLog(screen, isTerminal: false, () => 80, TimeProvider.System);
+        TrainRun.Run(arguments, log, stop ?? new StopRequest());
+        return screen.ToString();
+    }
+
+    /// <summary>The log_history of a run that has ended.</summary>
+    public static IReadOnlyList<JsonElement> History(TrainArguments arguments)
+    {
+        using var state = JsonDocument.Parse(
+            File.ReadAllBytes(Path.Combine(arguments.OutputDir, "trainer_state.json")));
+        return [.. state.RootElement.GetProperty("log_history").EnumerateArray().Select(e => e.Clone())];
+    }
+
+    /// <summary>The logged losses of a run that has ended.</summary>
+    public static IEnumerable<double> Losses(TrainArguments arguments) => History(arguments)
+        .Where(e => e.TryGetProperty("loss", out _)).Select(e => e.GetProperty("loss").GetDouble());
+
+    private static string Absolute(string picture) =>
+        Path.GetFullPath(Path.Combine(Path.GetDirectoryName(V26.Rows)!, picture));
+}
