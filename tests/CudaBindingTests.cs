@@ -6,7 +6,8 @@ using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;
 
-/// <summary>Library search, version policy, signatures, the module cache; the real libcuda and NVRTC.</summary>
+/// <summary>Library search, version policy, signatures, the module cache; the real libcuda and
+/// NVRTC.</summary>
 [TestFixture]
 public sealed unsafe class CudaBindingTests
 {
@@ -54,12 +55,14 @@ public sealed unsafe class CudaBindingTests
     [Test]
     public void WhatIsMissingIsNamedWithTheSearchedPlaces()
     {
-        var search = new CudaSearch(name => name == CudaSearch.OverrideVariable ? _folder : null, onlyOverride: true);
+        var search = new CudaSearch(name => name == CudaSearch.OverrideVariable ? _folder : null,
+            onlyOverride: true);
         var error = Assert.Throws<CudaUnavailableException>(() => CudaApi.Load(search));
         Assert.That(error!.Message, Is.EqualTo(
             $"cuda: driver not found: looked for libcuda.so.1 in {_folder}; install the NVIDIA driver"));
         error = Assert.Throws<CudaUnavailableException>(() => CudaApi.Toolkit(search, 12));
-        Assert.That(error!.Message, Does.StartWith($"cuda: NVRTC not found: looked for libnvrtc.so.12 in {_folder};"));
+        Assert.That(error!.Message,
+            Does.StartWith($"cuda: NVRTC not found: looked for libnvrtc.so.12 in {_folder};"));
         Assert.That(error.Message, Does.Contain(CudaSearch.OverrideVariable));
         File.WriteAllText(Path.Combine(_folder, "libcuda.so.1"), "no library");
         error = Assert.Throws<CudaUnavailableException>(() => CudaApi.Load(search));
@@ -83,7 +86,8 @@ public sealed unsafe class CudaBindingTests
         string?[] wanted = ["/own/one", "/own/two", null, "/cuda/lib64", "/cuda/lib", "/conda/lib",
             $"{packages}/nvidia/cu13/lib", $"{packages}/nvidia/cuda_nvrtc/lib"];
         Assert.That(places.Where(p => wanted.Contains(p)), Is.EqualTo(wanted));
-        Assert.That(search.Places(CudaLibrary.Cublas), Does.Contain($"{packages}/nvidia/cublas/lib"));
+        Assert.That(search.Places(CudaLibrary.Cublas),
+            Does.Contain($"{packages}/nvidia/cublas/lib"));
         Assert.That(search.Places(CudaLibrary.Driver).Last(), Is.EqualTo("/usr/lib/wsl/lib"));
         Assert.That(CudaSearch.Names(CudaLibrary.Nvrtc, 0),
             Is.EqualTo(new[] { "libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so.11.2" }));
@@ -106,9 +110,12 @@ public sealed unsafe class CudaBindingTests
         Assert.That(found.Keys, Is.EquivalentTo(new[] { "first", "second", "none" }));
         Assert.That(found["first"].Parameters, Is.EqualTo(new KernelParameter[]
         {
-            new("y", ParameterKind.Pointer, DType.F16, true), new("x", ParameterKind.Pointer, DType.F32, false),
-            new("q", ParameterKind.Pointer, DType.U8, false), new("n", ParameterKind.Int32, null, false),
-            new("seed", ParameterKind.Int64, null, false), new("eps", ParameterKind.Float32, null, false),
+            new("y", ParameterKind.Pointer, DType.F16, true),
+                new("x", ParameterKind.Pointer, DType.F32, false),
+            new("q", ParameterKind.Pointer, DType.U8, false),
+                new("n", ParameterKind.Int32, null, false),
+            new("seed", ParameterKind.Int64, null, false),
+                new("eps", ParameterKind.Float32, null, false),
             new("v", ParameterKind.Pointer, null, false),
         }));
         Assert.That(found["first"].Offsets, Is.EqualTo(new[] { 0, 8, 16, 24, 32, 40, 48 }));
@@ -117,10 +124,12 @@ public sealed unsafe class CudaBindingTests
             Is.EqualTo(new DType?[] { DType.I32, DType.BF16, null, null }));
         var error = Assert.Throws<CudaException>(() =>
             KernelSignatures.Parse("extern \"C\" __global__ void k(Thing t) {}", DType.F32));
-        Assert.That(error!.Message, Is.EqualTo("kernel k: type \"Thing\" of parameter t is not known"));
+        Assert.That(error!.Message,
+            Is.EqualTo("kernel k: type \"Thing\" of parameter t is not known"));
     }
 
-    private const string Tiny = "extern \"C\" __global__ void tiny(float* y) { y[threadIdx.x] = 1; }";
+    private const string Tiny =
+        "extern \"C\" __global__ void tiny(float* y) { y[threadIdx.x] = 1; }";
 
     [Test]
     public void TheCacheIsUsedAndABrokenEntryIsMadeAnew()
@@ -138,7 +147,9 @@ public sealed unsafe class CudaBindingTests
         Assert.That(second.Compiled, Is.Zero);
 
         byte[] whole = File.ReadAllBytes(file);
-        byte[][] broken = [whole[..^1], whole[..10], [], [.. whole, 1], [.. whole[..60], (byte)(whole[60] ^ 1), .. whole[61..]]];
+        byte[][] broken =
+            [whole[..^1], whole[..10], [], [.. whole, 1],
+            [.. whole[..60], (byte)(whole[60] ^ 1), .. whole[61..]]];
         foreach (byte[] bytes in broken)
         {
             File.WriteAllBytes(file, bytes);
@@ -149,7 +160,8 @@ public sealed unsafe class CudaBindingTests
         second.Compile(Tiny + " ", "tiny.cu", options);
         second.Compile(Tiny, "tiny.cu", options with { Storage = DType.BF16 });
         Assert.That(second.Compiled, Is.EqualTo(2), "source and options are part of the key");
-        Assert.That(Directory.GetFiles(_folder), Has.Length.EqualTo(3), "and no temporary file stays");
+        Assert.That(Directory.GetFiles(_folder), Has.Length.EqualTo(3),
+            "and no temporary file stays");
     }
 
     [Test]
@@ -157,7 +169,9 @@ public sealed unsafe class CudaBindingTests
     {
         string file = Path.Combine(_folder, "file");
         File.WriteAllText(file, "");
-        var compiler = new ModuleCompiler(CudaTools.Compiler(DeviceCompiler.Nvrtc), Path.Combine(file, "below"));
+        var compiler =
+            new ModuleCompiler(CudaTools.Compiler(DeviceCompiler.Nvrtc),
+            Path.Combine(file, "below"));
         Assert.That(compiler.Compile(Tiny, "tiny.cu", new(DType.F32, 80)), Is.Not.Empty);
     }
 
@@ -166,8 +180,10 @@ public sealed unsafe class CudaBindingTests
     {
         var compiler = new ModuleCompiler(CudaTools.Compiler(DeviceCompiler.Nvrtc), null);
         var error = Assert.Throws<CudaException>(() =>
-            compiler.Compile("extern \"C\" __global__ void k() { nonsense; }", "bad.cu", new(DType.F32, 80)));
-        Assert.That(error!.Message, Does.StartWith("nvrtcCompileProgram: ").And.Contain("nonsense"));
+            compiler.Compile("extern \"C\" __global__ void k() { nonsense; }", "bad.cu",
+            new(DType.F32, 80)));
+        Assert.That(error!.Message,
+            Does.StartWith("nvrtcCompileProgram: ").And.Contain("nonsense"));
     }
 
     [Test]
@@ -182,7 +198,8 @@ public sealed unsafe class CudaBindingTests
         Assert.That(error!.Message, Does.Contain("the device has 3.0"));
     }
 
-    // A driver that answers 222 to PTX gets a CUBIN; the emulator's own table with one entry exchanged.
+    // A driver that answers 222 to PTX gets a CUBIN; the emulator's own table with one entry
+    // exchanged.
     [Test]
     public void ADriverOlderThanTheCompilerGetsMachineCode()
     {
@@ -191,14 +208,17 @@ public sealed unsafe class CudaBindingTests
         emulator.Api.Driver.ModuleLoadDataEx = &RefusePtx;
         var context = new CudaContext(emulator.Api);
         s_images = "";
-        using (CudaModule.Load(context, new(CudaTools.Nvrtc, null), Tiny, "tiny.cu", new(DType.F32, 0)))
+        using (CudaModule.Load(context, new(CudaTools.Nvrtc, null), Tiny, "tiny.cu",
+            new(DType.F32, 0)))
             Assert.That(s_images, Is.EqualTo("ptx elf "));
         s_refuseAll = true;
         try
         {
             var error = Assert.Throws<CudaException>(() =>
-                CudaModule.Load(context, new(CudaTools.Nvrtc, null), Tiny, "tiny.cu", new(DType.F32, 0)));
-            Assert.That(error!.Message, Is.EqualTo("the driver (CUDA 13.0) is older than NVRTC 11.8: update the driver, " +
+                CudaModule.Load(context, new(CudaTools.Nvrtc, null), Tiny, "tiny.cu",
+                new(DType.F32, 0)));
+            Assert.That(error!.Message,
+                Is.EqualTo("the driver (CUDA 13.0) is older than NVRTC 11.8: update the driver, " +
                 "or install an NVRTC that is not newer than it"));
         }
         finally

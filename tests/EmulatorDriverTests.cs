@@ -5,7 +5,8 @@ using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;
 
-/// <summary>The emulated driver: late copies, stream order, events, memory's life, launch limits.</summary>
+/// <summary>The emulated driver: late copies, stream order, events, memory's life, launch
+/// limits.</summary>
 [TestFixture]
 public sealed unsafe class EmulatorDriverTests
 {
@@ -18,7 +19,8 @@ public sealed unsafe class EmulatorDriverTests
         }
         """;
 
-    private static void Add(TestGpu gpu, CudaStream stream, ulong y, ulong x, float by, int shared = 0, int block = 64)
+    private static void Add(TestGpu gpu, CudaStream stream, ulong y, ulong x, float by,
+        int shared = 0, int block = 64)
     {
         var kernel = gpu.Compile(Source).Kernel("add");
         var a = kernel.Arguments();
@@ -148,19 +150,21 @@ public sealed unsafe class EmulatorDriverTests
     public void LaunchLimitsAreThoseOfADevice()
     {
         using var gpu = new TestGpu();
+        var kernel = gpu.Compile(Source).Kernel("add");
         ulong x = gpu.Upload(new float[64]), y = gpu.Allocate(256);
         string Refused(Action launch) => Assert.Throws<CudaException>(() => launch())!.Message;
         Assert.That(Refused(() => Add(gpu, gpu.Stream, y, x, 1, shared: 50 << 10)),
             Does.Contain("CUDA_ERROR_INVALID_VALUE").And.Contain("SharedMemoryOptIn"));
-        Assert.That(Refused(() => Add(gpu, gpu.Stream, y, x, 1, block: 256)), Does.Contain("at most 128"));
-        var kernel = gpu.Compile(Source).Kernel("add");
+        Assert.That(Refused(() => Add(gpu, gpu.Stream, y, x, 1, block: 256)),
+            Does.Contain("at most 128"));
         Assert.That(Refused(() =>
         {
             var a = kernel.Arguments();
             a.Pointer(y, DType.F32).Pointer(x, DType.F32).Int(64).Float(1);
             a.Launch(gpu.Stream, new(1, 70000), 64);
         }), Does.Contain("65535"));
-        Assert.That(Refused(() => kernel.AllowShared(200 << 10)), Does.Contain("cuFuncSetAttribute"));
+        Assert.That(Refused(() => kernel.AllowShared(200 << 10)),
+            Does.Contain("cuFuncSetAttribute"));
         kernel.AllowShared(64 << 10);
         Assert.DoesNotThrow(() =>
         {
@@ -201,14 +205,16 @@ public sealed unsafe class EmulatorDriverTests
         // The source declares one parameter less than the PTX has: the packed buffer is too short.
         byte[] ptx = new ModuleCompiler(CudaTools.Compiler(DeviceCompiler.Nvrtc), null)
             .Compile(Source, "kernels.cu", new(DType.BF16, 80));
-        using var module = CudaModule.LoadPtx(gpu.Context, ptx, Source.Replace(", float by", ""), DType.BF16);
+        using var module =
+            CudaModule.LoadPtx(gpu.Context, ptx, Source.Replace(", float by", ""), DType.BF16);
         var error = Assert.Throws<CudaException>(() =>
         {
             var a = module.Kernel("add").Arguments();
             a.Pointer(1, DType.F32).Pointer(1, DType.F32).Int(2);
             a.Launch(gpu.Stream, 1, 1);
         });
-        Assert.That(error!.Message, Does.Contain("ArgumentSize: 20 bytes of arguments, the kernel takes 24"));
+        Assert.That(error!.Message,
+            Does.Contain("ArgumentSize: 20 bytes of arguments, the kernel takes 24"));
     }
 
     [Test]
@@ -216,7 +222,8 @@ public sealed unsafe class EmulatorDriverTests
     {
         using var gpu = new TestGpu();
         var kernel = gpu.Compile(Source).Kernel("add");
-        // The emulator's queue allocates; production's part is measured against an entry that only counts.
+        // The emulator's queue allocates; production's part is measured against an entry that only
+        // counts.
         gpu.Context.Api.Driver.LaunchKernel = &Accept;
         s_accepted = 0;
         long Measure()
@@ -238,7 +245,8 @@ public sealed unsafe class EmulatorDriverTests
     private static int s_accepted;
 
     [System.Runtime.InteropServices.UnmanagedCallersOnly]
-    private static int Accept(nint function, uint gridX, uint gridY, uint gridZ, uint blockX, uint blockY, uint blockZ,
+    private static int Accept(nint function, uint gridX, uint gridY, uint gridZ, uint blockX,
+        uint blockY, uint blockZ,
         uint shared, nint stream, void** parameters, void** extra)
     {
         s_accepted += *(nuint*)extra[3] == 24 && *(int*)((byte*)extra[1] + 16) == 64 ? 1 : 0;

@@ -19,9 +19,10 @@ public sealed class EmulatorMatrixTests
         ? (ushort)(BitConverter.SingleToUInt32Bits(value) >> 16)
         : BitConverter.HalfToUInt16Bits((Half)value);
 
-    // "For a_i, row = groupID where i is 0, 1, 4, 5 else groupID + 8; col = threadID_in_group * 2 + (i & 1),
-    // + 8 for i >= 4"; for k8 there are a_0 to a_3 only. "For b_i, row = threadID_in_group * 2 + (i & 1), + 8
-    // for i >= 2; col = groupID". "For c_i, row = groupID for i < 2 else groupID + 8; col = 2 * tig + (i & 1)".
+    // "For a_i, row = groupID where i is 0, 1, 4, 5 else groupID + 8; col = threadID_in_group * 2 +
+    // (i & 1), + 8 for i >= 4"; for k8 there are a_0 to a_3 only. "For b_i, row = threadID_in_group
+    // * 2 + (i & 1), + 8 for i >= 2; col = groupID". "For c_i, row = groupID for i < 2 else groupID
+    // + 8; col = 2 * tig + (i & 1)".
     [TestCase(16, true, false)]
     [TestCase(16, true, true)]
     [TestCase(16, false, false)]
@@ -45,10 +46,13 @@ public sealed class EmulatorMatrixTests
             int group = lane >> 2, tig = lane & 3;
             for (int i = 0; i < depth / 2; i++)
                 laneA[lane * 8 + i] = Narrow(
-                    a[i is 0 or 1 or 4 or 5 ? group : group + 8, (tig * 2) + (i & 1) + (i >= 4 ? 8 : 0)], brain);
+                    a[i is 0 or 1 or 4 or 5 ? group : group + 8, (tig * 2) + (i & 1)
+                    + (i >= 4 ? 8 : 0)], brain);
             for (int i = 0; i < depth / 4; i++)
-                laneB[lane * 4 + i] = Narrow(b[(tig * 2) + (i & 1) + (i >= 2 ? 8 : 0), group], brain);
-            for (int i = 0; i < 4; i++) laneC[lane * 4 + i] = c[i < 2 ? group : group + 8, (tig * 2) + (i & 1)];
+                laneB[lane * 4 + i] =
+                    Narrow(b[(tig * 2) + (i & 1) + (i >= 2 ? 8 : 0), group], brain);
+            for (int i = 0; i < 4; i++)
+                laneC[lane * 4 + i] = c[i < 2 ? group : group + 8, (tig * 2) + (i & 1)];
         }
         string type = brain ? "bf16" : "f16";
         string fragments = depth == 16 ? "{%t0, %t1, %t2, %t3}, {%t4, %t5}" : "{%t0, %t1}, {%t4}";
@@ -65,7 +69,8 @@ public sealed class EmulatorMatrixTests
         ulong d = gpu.Allocate(32 * 16);
         var arguments = module.Kernel("probe").Arguments();
         arguments.Pointer(d, Kernels.DType.I64).Pointer(gpu.Upload(laneA), Kernels.DType.I64)
-            .Pointer(gpu.Upload(laneB), Kernels.DType.I64).Pointer(gpu.Upload(laneC), Kernels.DType.I64);
+            .Pointer(gpu.Upload(laneB), Kernels.DType.I64)
+            .Pointer(gpu.Upload(laneC), Kernels.DType.I64);
         arguments.Launch(gpu.Stream, 1, 32);
         float[] got = gpu.Download<float>(d, 128);
         for (int r = 0; r < 16; r++)
@@ -88,7 +93,8 @@ public sealed class EmulatorMatrixTests
     [TestCase(4, true)]
     public void LoadMatrixFollowsTheTables(int count, bool transposed)
     {
-        // Row r of matrix m lies at 16 * ((r * 5 + m * 11) % 32): rows in no order, matrices interleaved.
+        // Row r of matrix m lies at 16 * ((r * 5 + m * 11) % 32): rows in no order, matrices
+        // interleaved.
         static int Place(int m, int r) => ((r * 5) + (m * 11)) % 32;
         var shared = new ushort[32 * 8];
         for (int n = 0; n < shared.Length; n++) shared[n] = (ushort)(n * 3 + 1);
@@ -108,7 +114,8 @@ public sealed class EmulatorMatrixTests
         ulong d = gpu.Allocate(32 * 16), zeros = gpu.Upload(new ulong[64]);
         var arguments = module.Kernel("probe").Arguments();
         arguments.Pointer(d, Kernels.DType.I64).Pointer(gpu.Upload(shared), Kernels.DType.I64)
-            .Pointer(gpu.Upload([.. places, .. new int[32]]), Kernels.DType.I64).Pointer(zeros, Kernels.DType.I64);
+            .Pointer(gpu.Upload([.. places, .. new int[32]]), Kernels.DType.I64)
+            .Pointer(zeros, Kernels.DType.I64);
         arguments.Launch(gpu.Stream, 1, 32);
         ushort[] got = gpu.Download<ushort>(d, 256);
         for (int m = 0; m < count; m++)
@@ -117,7 +124,8 @@ public sealed class EmulatorMatrixTests
                 {
                     int r = lane / 4, c = (lane % 4 * 2) + half;
                     if (transposed) (r, c) = (c, r);
-                    Assert.That(got[(lane * 8) + (m * 2) + half], Is.EqualTo(shared[(Place(m, r) * 8) + c]),
+                    Assert.That(got[(lane * 8) + (m * 2) + half],
+                        Is.EqualTo(shared[(Place(m, r) * 8) + c]),
                         $"matrix {m}, lane {lane}, half {half}");
                 }
     }
@@ -125,7 +133,8 @@ public sealed class EmulatorMatrixTests
     [Test]
     public void LoadMatrixCountsBankConflicts()
     {
-        // Rows 128 bytes apart all start in bank 0: seven extra passes; rows 144 apart hit all banks.
+        // Rows 128 bytes apart all start in bank 0: seven extra passes; rows 144 apart hit all
+        // banks.
         foreach (var (pitch, conflicts) in (ReadOnlySpan<(int, int)>)[(128, 7), (144, 0), (16, 0)])
         {
             using var gpu = new TestGpu();
@@ -136,7 +145,8 @@ public sealed class EmulatorMatrixTests
                 bar.sync 0; and.b32 %t1, %tid, 7; mad.lo.u32 %t9, %t1, {{pitch}}, %t9;
                 ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%d}, [%t9];
                 """, [1]);
-            Assert.That(gpu.Emulator.Launches[^1].MatrixLoadConflicts, Is.EqualTo(conflicts), $"pitch {pitch}");
+            Assert.That(gpu.Emulator.Launches[^1].MatrixLoadConflicts, Is.EqualTo(conflicts),
+                $"pitch {pitch}");
         }
     }
 
@@ -146,9 +156,11 @@ public sealed class EmulatorMatrixTests
     [TestCase(false)]
     public void AsyncCopiesArriveByGroups(bool early)
     {
-        // Two groups of copies; waiting for all but one makes the first readable, waiting for all both.
+        // Two groups of copies; waiting for all but one makes the first readable, waiting for all
+        // both.
         using var gpu = new TestGpu(new() { EarlyAsyncCopies = early });
-        ulong[] a = [.. Enumerable.Range(0, 32).Select(n => (ulong)(n * 7))], b = [.. a.Select(v => v + 1000)];
+        ulong[] a = [.. Enumerable.Range(0, 32).Select(n => (ulong)(n * 7))],
+            b = [.. a.Select(v => v + 1000)];
         ulong[] got = Run64(gpu, CopyLane + $$"""
             {{Lane("a", 8)}} cp.async.ca.shared.global [%t9], [%lt0], 8; cp.async.commit_group;
             {{Lane("b", 8)}} cp.async.ca.shared.global [%t9+256], [%lt0], 8; cp.async.commit_group;

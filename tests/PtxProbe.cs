@@ -6,9 +6,9 @@ using MiniCpmNative.Kernels.Cuda;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// Runs a few lines of PTX on one warp: lane n reads its words of the inputs into %a, %b, %c, (64-bit
-/// ones into %la, %lb, %lc), the lines compute %d or %ld, which the lane stores. %p0 to %p9, %t0 to
-/// %t9 (32 bits), %lt0 to %lt9 (64 bits) and %h0 to %h9 (16 bits) are free.
+/// Runs a few lines of PTX on one warp: lane n reads its words of the inputs into %a, %b, %c,
+/// (64-bit ones into %la, %lb, %lc), the lines compute %d or %ld, which the lane stores. %p0 to
+/// %p9, %t0 to %t9 (32 bits), %lt0 to %lt9 (64 bits) and %h0 to %h9 (16 bits) are free.
 /// </summary>
 internal static class PtxProbe
 {
@@ -16,18 +16,22 @@ internal static class PtxProbe
         "extern \"C\" __global__ void probe(long long* d, const long long* a, const long long* b, const long long* c)";
 
     /// <summary>32-bit results of up to 32 lanes; missing inputs are zeros.</summary>
-    public static uint[] Run(TestGpu gpu, string lines, uint[] a, uint[]? b = null, uint[]? c = null) =>
-        [.. Run64(gpu, lines + "\ncvt.u64.u32 %ld, %d;", Widen(a), Widen(b), Widen(c)).Select(v => (uint)v)];
+    public static uint[] Run(TestGpu gpu, string lines, uint[] a, uint[]? b = null,
+        uint[]? c = null) =>
+        [.. Run64(gpu, lines + "\ncvt.u64.u32 %ld, %d;", Widen(a), Widen(b), Widen(c))
+        .Select(v => (uint)v)];
 
     private static ulong[] Widen(uint[]? values) => [.. (values ?? []).Select(v => (ulong)v)];
 
-    public static ulong[] Run64(TestGpu gpu, string lines, ulong[] a, ulong[]? b = null, ulong[]? c = null)
+    public static ulong[] Run64(TestGpu gpu, string lines, ulong[] a, ulong[]? b = null,
+        ulong[]? c = null)
     {
         using var module = Load(gpu, Text(lines));
         ulong d = gpu.Upload(new ulong[32]);
         var arguments = module.Kernel("probe").Arguments();
         arguments.Pointer(d, DType.I64).Pointer(gpu.Upload(Lanes(a)), DType.I64)
-            .Pointer(gpu.Upload(Lanes(b ?? [])), DType.I64).Pointer(gpu.Upload(Lanes(c ?? [])), DType.I64);
+            .Pointer(gpu.Upload(Lanes(b ?? [])), DType.I64)
+            .Pointer(gpu.Upload(Lanes(c ?? [])), DType.I64);
         arguments.Launch(gpu.Stream, 1, 32);
         return gpu.Download<ulong>(d, 32)[..Math.Max(1, a.Length)];
     }
@@ -40,7 +44,8 @@ internal static class PtxProbe
     }
 
     public static CudaModule Load(TestGpu gpu, string ptx) =>
-        CudaModule.LoadPtx(gpu.Context, Encoding.UTF8.GetBytes(ptx + "\0"), Signature + ";", DType.F32);
+        CudaModule.LoadPtx(gpu.Context, Encoding.UTF8.GetBytes(ptx + "\0"), Signature + ";",
+            DType.F32);
 
     public static string Text(string lines) => $$"""
         .version 7.8

@@ -15,14 +15,16 @@ internal enum DeviceCompiler
 
 /// <summary>
 /// The libraries that tests/install-cuda-tools.sh unpacks (CPMX_CUDA_TOOLS or /opt/cpmx-cuda): real
-/// NVRTC and libcuda without a driver. Where NVRTC is missing, clang compiles, and the output says so.
+/// NVRTC and libcuda without a driver. Where NVRTC is missing, clang compiles, and the output says
+/// so.
 /// </summary>
 internal static class CudaTools
 {
     private static readonly Lazy<NvrtcApi?> s_nvrtc = new(LoadNvrtc);
 
     public static string Folder { get; } =
-        Environment.GetEnvironmentVariable("CPMX_CUDA_TOOLS") is { Length: > 0 } own ? own : "/opt/cpmx-cuda";
+        Environment.GetEnvironmentVariable("CPMX_CUDA_TOOLS") is { Length: > 0 } own ? own
+            : "/opt/cpmx-cuda";
 
     public static CudaSearch Search { get; } = new(name => name == CudaSearch.OverrideVariable
         ? Path.Combine(Folder, "lib")
@@ -38,22 +40,26 @@ internal static class CudaTools
         }
         catch (CudaUnavailableException e)
         {
-            TestContext.Progress.WriteLine($"NVRTC is not here, clang compiles instead: {e.Message}");
+            TestContext.Progress.WriteLine(
+                $"NVRTC is not here, clang compiles instead: {e.Message}");
             return null;
         }
     }
 
-    /// <summary>The table of the compiler, of the other one where it is missing; ignores the test without both.</summary>
+    /// <summary>The table of the compiler, of the other one where it is missing; ignores the test
+    /// without both.</summary>
     public static NvrtcApi Compiler(DeviceCompiler wanted)
     {
         if (wanted == DeviceCompiler.Nvrtc && Nvrtc != null) return Nvrtc;
         if (ClangNvrtc.Clang != null) return ClangNvrtc.Table();
-        Assert.Ignore("neither NVRTC nor clang is installed: tests/install-cuda-tools.sh installs them");
+        Assert.Ignore(
+            "neither NVRTC nor clang is installed: tests/install-cuda-tools.sh installs them");
         throw new InvalidOperationException();
     }
 }
 
-/// <summary>An emulated device with a stream, and short ways to move arrays to and from it.</summary>
+/// <summary>An emulated device with a stream, and short ways to move arrays to and from
+/// it.</summary>
 internal sealed unsafe class TestGpu : IDisposable
 {
     private static readonly Dictionary<(DeviceCompiler, string), byte[]> s_compiled = [];
@@ -72,7 +78,8 @@ internal sealed unsafe class TestGpu : IDisposable
     public CudaStream Stream { get; }
     public Fault? Fault => Emulator.Fault;
 
-    /// <summary>Compiles once per test run and compiler, with source lines; storage is bf16.</summary>
+    /// <summary>Compiles once per test run and compiler, with source lines; storage is
+    /// bf16.</summary>
     public CudaModule Compile(string source)
     {
         if (!s_compiled.TryGetValue((_compiler, source), out byte[]? ptx))

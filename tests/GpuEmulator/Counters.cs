@@ -1,8 +1,9 @@
 namespace MiniCpmNative.GpuEmulator;
 
 /// <summary>
-/// What one launch did, counted exactly. Sectors are the 32-byte pieces a request touches; wavefronts
-/// are the passes a shared-memory request takes, so conflicts = wavefronts - requests' minimum.
+/// What one launch did, counted exactly. Sectors are the 32-byte pieces a request touches;
+/// wavefronts are the passes a shared-memory request takes, so conflicts = wavefronts - requests'
+/// minimum.
 /// </summary>
 public sealed record LaunchCounters(string Kernel)
 {
@@ -22,7 +23,8 @@ public sealed record LaunchCounters(string Kernel)
     public long LocalBytes { get; set; }
     public long AtomicLanes { get; set; }
 
-    /// <summary>Bytes of distinct sectors read, and written; 0 unless EmulatorOptions.Footprint.</summary>
+    /// <summary>Bytes of distinct sectors read, and written; 0 unless
+    /// EmulatorOptions.Footprint.</summary>
     public long DramReadBytes { get; set; }
     public long DramWriteBytes { get; set; }
     public long DramBytes => DramReadBytes + DramWriteBytes;

@@ -54,12 +54,14 @@ public sealed class EmulatedGpu : IDisposable
     internal string LastError { get; set; } = "";
     internal HashSet<nint> Pinned { get; } = [];
 
-    /// <summary>Makes [address, address + bytes) count as never written (an arena's reused memory).</summary>
+    /// <summary>Makes [address, address + bytes) count as never written (an arena's reused
+    /// memory).</summary>
     public unsafe void Forget(ulong address, long bytes)
     {
         var allocation = Memory.Find(address);
         if (allocation == null || allocation.Freed || !allocation.Holds(address, bytes))
-            throw new ArgumentException($"0x{address:x} + {bytes} is no device memory", nameof(address));
+            throw new ArgumentException($"0x{address:x} + {bytes} is no device memory",
+                nameof(address));
         new Span<byte>(allocation.State + (address - allocation.Start), (int)bytes).Clear();
     }
 
@@ -75,7 +77,8 @@ public sealed class EmulatedGpu : IDisposable
 
     internal void Forget(nint handle) => _handles.Remove(handle);
 
-    internal EmulatedStream? Stream(nint handle) => handle == 0 ? DefaultStream : Find<EmulatedStream>(handle);
+    internal EmulatedStream? Stream(nint handle) => handle == 0 ? DefaultStream
+        : Find<EmulatedStream>(handle);
 
     /// <summary>Keeps the first fault and gives its driver error.</summary>
     internal int Report(Fault fault)
@@ -92,7 +95,8 @@ public sealed class EmulatedGpu : IDisposable
         {
             return Scheduler.RunUntil(done)
                 ? Results.Success
-                : Report(new(Check.Deadlock, "streams wait for events that are never recorded", "the scheduler"));
+                : Report(new(Check.Deadlock, "streams wait for events that are never recorded",
+                "the scheduler"));
         }
         catch (FaultException e)
         {

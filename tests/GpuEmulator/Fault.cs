@@ -14,8 +14,8 @@ public enum Check : byte
 }
 
 /// <summary>
-/// One finding, in one line: which check, kernel, kernels.cu line, block, warp, lane and instruction.
-/// Warp and lane are -1 where the finding is about a launch or a library call.
+/// One finding, in one line: which check, kernel, kernels.cu line, block, warp, lane and
+/// instruction. Warp and lane are -1 where the finding is about a launch or a library call.
 /// </summary>
 public sealed record Fault(
     Check Check, string Detail, string Kernel, SourceLine Source = default,

@@ -9,7 +9,8 @@ public sealed unsafe class CublasApi
     /// <summary>cublasOperation_t: as it is, transposed.</summary>
     public const int AsIs = 0, Transposed = 1;
 
-    /// <summary>cublasComputeType_t CUBLAS_COMPUTE_32F; cublasGemmAlgo_t CUBLAS_GEMM_DEFAULT.</summary>
+    /// <summary>cublasComputeType_t CUBLAS_COMPUTE_32F; cublasGemmAlgo_t
+    /// CUBLAS_GEMM_DEFAULT.</summary>
     public const int Compute32F = 68, DefaultAlgorithm = -1;
 
     public string Path { get; init; } = "";
@@ -20,18 +21,23 @@ public sealed unsafe class CublasApi
     public delegate* unmanaged<nint, nint, int> SetStream;
     public delegate* unmanaged<nint, ulong, nuint, int> SetWorkspace;
 
-    /// <summary>handle, transA, transB, m, n, k, alpha, A, type, lda, B, type, ldb, beta, C, type, ldc, compute, algo.</summary>
+    /// <summary>handle, transA, transB, m, n, k, alpha, A, type, lda, B, type, ldb, beta, C, type,
+    /// ldc, compute, algo.</summary>
     public delegate* unmanaged<
-        nint, int, int, int, int, int, void*, ulong, int, int, ulong, int, int, void*, ulong, int, int, int, int,
+        nint, int, int, int, int, int, void*, ulong, int, int, ulong, int, int, void*, ulong, int,
+            int, int, int,
         int> GemmEx;
 
-    /// <summary>As GemmEx with a stride in elements after each leading dimension and a batch count.</summary>
+    /// <summary>As GemmEx with a stride in elements after each leading dimension and a batch
+    /// count.</summary>
     public delegate* unmanaged<
-        nint, int, int, int, int, int, void*, ulong, int, int, long, ulong, int, int, long, void*, ulong, int, int,
+        nint, int, int, int, int, int, void*, ulong, int, int, long, ulong, int, int, long, void*,
+            ulong, int, int,
         long, int, int, int, int> GemmStridedBatchedEx;
 
     /// <summary>Loads cuBLAS of a major version, cublasLt of the same major first.</summary>
-    /// <exception cref="CudaUnavailableException">Not found, or an entry point is missing.</exception>
+    /// <exception cref="CudaUnavailableException">Not found, or an entry point is
+    /// missing.</exception>
     public static CublasApi Load(CudaSearch search, int major)
     {
         search.Open(CudaLibrary.CublasLt, major);
@@ -45,10 +51,12 @@ public sealed unsafe class CublasApi
             SetStream = (delegate* unmanaged<nint, nint, int>)l["cublasSetStream_v2"],
             SetWorkspace = (delegate* unmanaged<nint, ulong, nuint, int>)l["cublasSetWorkspace_v2"],
             GemmEx = (delegate* unmanaged<
-                nint, int, int, int, int, int, void*, ulong, int, int, ulong, int, int, void*, ulong, int, int, int,
+                nint, int, int, int, int, int, void*, ulong, int, int, ulong, int, int, void*,
+                ulong, int, int, int,
                 int, int>)l["cublasGemmEx"],
             GemmStridedBatchedEx = (delegate* unmanaged<
-                nint, int, int, int, int, int, void*, ulong, int, int, long, ulong, int, int, long, void*, ulong,
+                nint, int, int, int, int, int, void*, ulong, int, int, long, ulong, int, int, long,
+                void*, ulong,
                 int, int, long, int, int, int, int>)l["cublasGemmStridedBatchedEx"],
         };
     }
@@ -69,6 +77,7 @@ public sealed unsafe class CublasApi
             15 => "CUBLAS_STATUS_NOT_SUPPORTED",
             _ => $"status {status}",
         };
-        throw new CudaException($"{call}: {reason}" + (what.Length > 0 ? $" ({what})" : ""), status);
+        throw new CudaException($"{call}: {reason}" + (what.Length > 0 ? $" ({what})" : ""),
+            status);
     }
 }

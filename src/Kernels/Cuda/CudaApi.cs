@@ -11,10 +11,11 @@ public sealed unsafe class CudaApi(CudaDriverApi driver, NvrtcApi nvrtc, CublasA
     public CublasApi Cublas { get; } = cublas;
 
     /// <summary>
-    /// Opens the driver, asks it for a device, then opens NVRTC and cuBLAS of one major version: the
-    /// newest that is there and not newer than the driver, which could not run what they make.
+    /// Opens the driver, asks it for a device, then opens NVRTC and cuBLAS of one major version:
+    /// the newest that is there and not newer than the driver, which could not run what they make.
     /// </summary>
-    /// <exception cref="CudaUnavailableException">One line: what is missing, where it was looked for.</exception>
+    /// <exception cref="CudaUnavailableException">One line: what is missing, where it was looked
+    /// for.</exception>
     public static CudaApi Load(CudaSearch? search = null)
     {
         search ??= new();
@@ -24,8 +25,10 @@ public sealed unsafe class CudaApi(CudaDriverApi driver, NvrtcApi nvrtc, CublasA
         return new(driver, nvrtc, cublas);
     }
 
-    /// <summary>Initialises the driver; returns its CUDA version (1000 * major + 10 * minor).</summary>
-    /// <exception cref="CudaUnavailableException">No device, or the driver does not start.</exception>
+    /// <summary>Initialises the driver; returns its CUDA version (1000 * major + 10 *
+    /// minor).</summary>
+    /// <exception cref="CudaUnavailableException">No device, or the driver does not
+    /// start.</exception>
     public static int Start(CudaDriverApi driver)
     {
         int version = 0, devices = 0;
@@ -42,11 +45,13 @@ public sealed unsafe class CudaApi(CudaDriverApi driver, NvrtcApi nvrtc, CublasA
         }
         if (devices == 0) throw new CudaUnavailableException($"{has} has no device");
         if (version < 11080)
-            throw new CudaUnavailableException($"{has} is too old: CUDA 11.8 or newer is needed; update the driver");
+            throw new CudaUnavailableException(
+                $"{has} is too old: CUDA 11.8 or newer is needed; update the driver");
         return version;
     }
 
-    /// <summary>NVRTC and cuBLAS of the newest major not above the driver's that has both.</summary>
+    /// <summary>NVRTC and cuBLAS of the newest major not above the driver's that has
+    /// both.</summary>
     public static (NvrtcApi Nvrtc, CublasApi Cublas) Toolkit(CudaSearch search, int driverMajor)
     {
         CudaUnavailableException? first = null;
@@ -61,6 +66,7 @@ public sealed unsafe class CudaApi(CudaDriverApi driver, NvrtcApi nvrtc, CublasA
                 first ??= e;
             }
         }
-        throw first ?? new CudaUnavailableException($"cuda: no toolkit for a driver of CUDA {driverMajor} is known");
+        throw first ?? new CudaUnavailableException(
+            $"cuda: no toolkit for a driver of CUDA {driverMajor} is known");
     }
 }

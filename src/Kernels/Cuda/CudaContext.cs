@@ -19,13 +19,15 @@ public sealed unsafe class CudaContext : IDisposable
         int device = 0;
         d.Check(d.DeviceGet(&device, ordinal), "cuDeviceGet", $"device {ordinal}");
         nint context = 0;
-        d.Check(d.DevicePrimaryCtxRetain(&context, device), "cuDevicePrimaryCtxRetain", $"device {ordinal}");
+        d.Check(d.DevicePrimaryCtxRetain(&context, device), "cuDevicePrimaryCtxRetain",
+            $"device {ordinal}");
         (_device, _context) = (device, context);
         MakeCurrent();
         byte* name = stackalloc byte[256];
         d.Check(d.DeviceGetName(name, 256, device), "cuDeviceGetName");
         Name = Marshal.PtrToStringUTF8((nint)name) ?? "";
-        // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR, MULTIPROCESSOR_COUNT, shared opt-in.
+        // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR, MULTIPROCESSOR_COUNT, shared
+        // opt-in.
         Architecture = Attribute(75) * 10 + Attribute(76);
         Multiprocessors = Attribute(16);
         MaxSharedBytes = Attribute(97);
@@ -47,7 +49,8 @@ public sealed unsafe class CudaContext : IDisposable
     /// <summary>The driver's CUDA version, 1000 * major + 10 * minor.</summary>
     public int DriverVersion { get; }
 
-    public void MakeCurrent() => Api.Driver.Check(Api.Driver.CtxSetCurrent(_context), "cuCtxSetCurrent");
+    public void MakeCurrent() =>
+        Api.Driver.Check(Api.Driver.CtxSetCurrent(_context), "cuCtxSetCurrent");
 
     /// <summary>Bytes free and in all.</summary>
     public (long Free, long Total) Memory()
@@ -57,13 +60,15 @@ public sealed unsafe class CudaContext : IDisposable
         return ((long)free, (long)total);
     }
 
-    /// <summary>Waits for everything; the error of any earlier asynchronous call comes out here.</summary>
+    /// <summary>Waits for everything; the error of any earlier asynchronous call comes out
+    /// here.</summary>
     public void Synchronise() => Api.Driver.Check(Api.Driver.CtxSynchronize(), "cuCtxSynchronize");
 
     private int Attribute(int attribute)
     {
         int value = 0;
-        Api.Driver.Check(Api.Driver.DeviceGetAttribute(&value, attribute, _device), "cuDeviceGetAttribute",
+        Api.Driver.Check(Api.Driver.DeviceGetAttribute(&value, attribute, _device),
+            "cuDeviceGetAttribute",
             $"attribute {attribute}");
         return value;
     }

@@ -54,8 +54,10 @@ public sealed unsafe class CudaDriverApi
     public delegate* unmanaged<int, byte**, int> GetErrorString;
 
     /// <summary>Loads libcuda from where the search finds it; does not initialise it.</summary>
-    /// <exception cref="CudaUnavailableException">Not found, or an entry point is missing.</exception>
-    public static CudaDriverApi Load(CudaSearch search) => From(search.Open(CudaLibrary.Driver, major: 0));
+    /// <exception cref="CudaUnavailableException">Not found, or an entry point is
+    /// missing.</exception>
+    public static CudaDriverApi Load(CudaSearch search) =>
+        From(search.Open(CudaLibrary.Driver, major: 0));
 
     private static CudaDriverApi From(LoadedLibrary l) => new()
     {
@@ -67,7 +69,8 @@ public sealed unsafe class CudaDriverApi
         DeviceGetName = (delegate* unmanaged<byte*, int, int, int>)l["cuDeviceGetName"],
         DeviceGetAttribute = (delegate* unmanaged<int*, int, int, int>)l["cuDeviceGetAttribute"],
         DeviceTotalMem = (delegate* unmanaged<nuint*, int, int>)l["cuDeviceTotalMem_v2"],
-        DevicePrimaryCtxRetain = (delegate* unmanaged<nint*, int, int>)l["cuDevicePrimaryCtxRetain"],
+        DevicePrimaryCtxRetain =
+            (delegate* unmanaged<nint*, int, int>)l["cuDevicePrimaryCtxRetain"],
         DevicePrimaryCtxRelease = (delegate* unmanaged<int, int>)l["cuDevicePrimaryCtxRelease_v2"],
         CtxSetCurrent = (delegate* unmanaged<nint, int>)l["cuCtxSetCurrent"],
         CtxSynchronize = (delegate* unmanaged<int>)l["cuCtxSynchronize"],
@@ -76,9 +79,12 @@ public sealed unsafe class CudaDriverApi
         MemFree = (delegate* unmanaged<ulong, int>)l["cuMemFree_v2"],
         MemHostAlloc = (delegate* unmanaged<void**, nuint, uint, int>)l["cuMemHostAlloc"],
         MemFreeHost = (delegate* unmanaged<void*, int>)l["cuMemFreeHost"],
-        MemcpyHtoDAsync = (delegate* unmanaged<ulong, void*, nuint, nint, int>)l["cuMemcpyHtoDAsync_v2"],
-        MemcpyDtoHAsync = (delegate* unmanaged<void*, ulong, nuint, nint, int>)l["cuMemcpyDtoHAsync_v2"],
-        MemcpyDtoDAsync = (delegate* unmanaged<ulong, ulong, nuint, nint, int>)l["cuMemcpyDtoDAsync_v2"],
+        MemcpyHtoDAsync =
+            (delegate* unmanaged<ulong, void*, nuint, nint, int>)l["cuMemcpyHtoDAsync_v2"],
+        MemcpyDtoHAsync =
+            (delegate* unmanaged<void*, ulong, nuint, nint, int>)l["cuMemcpyDtoHAsync_v2"],
+        MemcpyDtoDAsync =
+            (delegate* unmanaged<ulong, ulong, nuint, nint, int>)l["cuMemcpyDtoDAsync_v2"],
         MemsetD8Async = (delegate* unmanaged<ulong, byte, nuint, nint, int>)l["cuMemsetD8Async"],
         MemsetD32Async = (delegate* unmanaged<ulong, uint, nuint, nint, int>)l["cuMemsetD32Async"],
         StreamCreate = (delegate* unmanaged<nint*, uint, int>)l["cuStreamCreate"],
@@ -91,15 +97,18 @@ public sealed unsafe class CudaDriverApi
         EventSynchronize = (delegate* unmanaged<nint, int>)l["cuEventSynchronize"],
         EventQuery = (delegate* unmanaged<nint, int>)l["cuEventQuery"],
         EventElapsedTime = (delegate* unmanaged<float*, nint, nint, int>)l["cuEventElapsedTime"],
-        ModuleLoadDataEx = (delegate* unmanaged<nint*, void*, uint, int*, void**, int>)l["cuModuleLoadDataEx"],
+        ModuleLoadDataEx =
+            (delegate* unmanaged<nint*, void*, uint, int*, void**, int>)l["cuModuleLoadDataEx"],
         ModuleUnload = (delegate* unmanaged<nint, int>)l["cuModuleUnload"],
         ModuleGetFunction = (delegate* unmanaged<nint*, nint, byte*, int>)l["cuModuleGetFunction"],
         FuncSetAttribute = (delegate* unmanaged<nint, int, int, int>)l["cuFuncSetAttribute"],
         FuncGetAttribute = (delegate* unmanaged<int*, int, nint, int>)l["cuFuncGetAttribute"],
         OccupancyMaxActiveBlocks =
-            (delegate* unmanaged<int*, nint, int, nuint, int>)l["cuOccupancyMaxActiveBlocksPerMultiprocessor"],
+            (delegate* unmanaged<int*, nint, int, nuint,
+            int>)l["cuOccupancyMaxActiveBlocksPerMultiprocessor"],
         LaunchKernel = (delegate* unmanaged<
-            nint, uint, uint, uint, uint, uint, uint, uint, nint, void**, void**, int>)l["cuLaunchKernel"],
+            nint, uint, uint, uint, uint, uint, uint, uint, nint, void**, void**,
+            int>)l["cuLaunchKernel"],
         GetErrorName = (delegate* unmanaged<int, byte**, int>)l["cuGetErrorName"],
         GetErrorString = (delegate* unmanaged<int, byte**, int>)l["cuGetErrorString"],
     };

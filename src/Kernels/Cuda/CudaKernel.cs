@@ -60,9 +60,11 @@ public unsafe ref struct LaunchArguments
     {
         var parameters = _kernel.Signature.Parameters;
         if (_count >= parameters.Length)
-            throw new CudaException($"{_kernel.Name}: takes {parameters.Length} arguments, got more");
+            throw new CudaException(
+                $"{_kernel.Name}: takes {parameters.Length} arguments, got more");
         var p = parameters[_count];
-        return p.Kind == kind ? p : throw _kernel.Mismatch(_count, $"is {Describe(p.Kind)}, got {got}");
+        return p.Kind == kind ? p
+            : throw _kernel.Mismatch(_count, $"is {Describe(p.Kind)}, got {got}");
     }
 
     private static string Describe(ParameterKind kind) => kind switch
@@ -77,16 +79,19 @@ public unsafe ref struct LaunchArguments
     [UnscopedRef]
     private ref LaunchArguments Put<T>(T value) where T : unmanaged
     {
-        fixed (byte* bytes = _bytes) Unsafe.WriteUnaligned(bytes + _kernel.Signature.Offsets[_count], value);
+        fixed (byte* bytes = _bytes)
+            Unsafe.WriteUnaligned(bytes + _kernel.Signature.Offsets[_count], value);
         _count++;
         return ref this;
     }
 
     /// <summary>Queues the kernel.</summary>
-    /// <exception cref="CudaException">Arguments are missing, or the driver refuses the launch.</exception>
+    /// <exception cref="CudaException">Arguments are missing, or the driver refuses the
+    /// launch.</exception>
     public void Launch(CudaStream stream, Dim3 grid, Dim3 block, int sharedBytes = 0)
     {
-        fixed (byte* bytes = _bytes) _kernel.Launch(stream, grid, block, sharedBytes, bytes, _count);
+        fixed (byte* bytes = _bytes)
+            _kernel.Launch(stream, grid, block, sharedBytes, bytes, _count);
     }
 
     internal static int MaxBytes => Capacity;
@@ -104,7 +109,8 @@ public sealed unsafe class CudaKernel
     {
         (_driver, _function, Signature) = (context.Api.Driver, function, signature);
         if (signature.ArgumentBytes > LaunchArguments.MaxBytes)
-            throw new CudaException($"{signature.Name}: {signature.ArgumentBytes} bytes of arguments are too many");
+            throw new CudaException(
+                $"{signature.Name}: {signature.ArgumentBytes} bytes of arguments are too many");
     }
 
     public KernelSignature Signature { get; }
@@ -118,21 +124,26 @@ public sealed unsafe class CudaKernel
     public void AllowShared(int bytes)
     {
         if (bytes <= _sharedLimit) return;
-        _driver.Check(_driver.FuncSetAttribute(_function, MaxDynamicShared, bytes), "cuFuncSetAttribute",
+        _driver.Check(_driver.FuncSetAttribute(_function, MaxDynamicShared, bytes),
+            "cuFuncSetAttribute",
             $"{Name}: {bytes} bytes of shared memory");
         _sharedLimit = bytes;
     }
 
-    internal void Launch(CudaStream stream, Dim3 grid, Dim3 block, int sharedBytes, byte* arguments, int count)
+    internal void Launch(CudaStream stream, Dim3 grid, Dim3 block, int sharedBytes, byte* arguments,
+        int count)
     {
         if (count != Signature.Parameters.Length)
-            throw new CudaException($"{Name}: takes {Signature.Parameters.Length} arguments, got {count}");
+            throw new CudaException(
+                $"{Name}: takes {Signature.Parameters.Length} arguments, got {count}");
         nuint size = (nuint)Signature.ArgumentBytes;
         // CU_LAUNCH_PARAM_BUFFER_POINTER, ..._SIZE, ..._END: the driver checks the size.
         void** extra = stackalloc void*[] { (void*)1, arguments, (void*)2, &size, null };
-        int result = _driver.LaunchKernel(_function, (uint)grid.X, (uint)grid.Y, (uint)grid.Z, (uint)block.X,
+        int result = _driver.LaunchKernel(_function, (uint)grid.X, (uint)grid.Y, (uint)grid.Z,
+            (uint)block.X,
             (uint)block.Y, (uint)block.Z, (uint)sharedBytes, stream.Handle, null, extra);
-        if (result != 0) _driver.Check(result, "cuLaunchKernel", Describe(grid, block, sharedBytes));
+        if (result != 0)
+            _driver.Check(result, "cuLaunchKernel", Describe(grid, block, sharedBytes));
     }
 
     private string Describe(Dim3 grid, Dim3 block, int sharedBytes) =>

@@ -38,7 +38,8 @@ public sealed unsafe class PinnedMemory : IDisposable
     {
         _driver = context.Api.Driver;
         void* pointer = null;
-        _driver.Check(_driver.MemHostAlloc(&pointer, (nuint)bytes, 0), "cuMemHostAlloc", $"{bytes:N0} bytes");
+        _driver.Check(_driver.MemHostAlloc(&pointer, (nuint)bytes, 0), "cuMemHostAlloc",
+            $"{bytes:N0} bytes");
         Pointer = pointer;
         Bytes = bytes;
     }

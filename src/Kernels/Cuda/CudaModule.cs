@@ -13,23 +13,29 @@ public sealed unsafe class CudaModule : IDisposable
     private readonly IReadOnlyDictionary<string, KernelSignature> _signatures;
     private readonly Dictionary<string, CudaKernel> _kernels = [];
 
-    private CudaModule(CudaContext context, nint handle, IReadOnlyDictionary<string, KernelSignature> signatures) =>
+    private CudaModule(CudaContext context, nint handle,
+        IReadOnlyDictionary<string, KernelSignature> signatures) =>
         (_context, _handle, _signatures) = (context, handle, signatures);
 
     /// <summary>
-    /// Compiles a source and loads it: PTX first, so that the driver makes the best of the device; a
-    /// driver older than the compiler refuses that, and then gets machine code for the device itself.
+    /// Compiles a source and loads it: PTX first, so that the driver makes the best of the device;
+    /// a driver older than the compiler refuses that, and then gets machine code for the device
+    /// itself.
     /// </summary>
-    /// <exception cref="CudaException">It does not compile, or the driver takes neither form.</exception>
+    /// <exception cref="CudaException">It does not compile, or the driver takes neither
+    /// form.</exception>
     public static CudaModule Load(
-        CudaContext context, ModuleCompiler compiler, string source, string name, ModuleOptions options)
+        CudaContext context, ModuleCompiler compiler, string source, string name,
+            ModuleOptions options)
     {
         var signatures = KernelSignatures.Parse(source, options.Storage);
         int architecture = compiler.Architecture(context.Architecture);
         options = options with { Architecture = architecture, Cubin = false };
-        int result = TryLoad(context, compiler.Compile(source, name, options), out nint handle, out string log);
+        int result = TryLoad(context, compiler.Compile(source, name, options), out nint handle,
+            out string log);
         if (result == UnsupportedPtxVersion && architecture == context.Architecture)
-            result = TryLoad(context, compiler.Compile(source, name, options with { Cubin = true }), out handle, out log);
+            result = TryLoad(context, compiler.Compile(source, name, options with { Cubin = true }),
+                out handle, out log);
         if (result == UnsupportedPtxVersion)
             throw new CudaException(
                 $"the driver (CUDA {context.DriverVersion / 1000}.{context.DriverVersion % 1000 / 10}) is older than " +
@@ -39,7 +45,8 @@ public sealed unsafe class CudaModule : IDisposable
         return new(context, handle, signatures);
     }
 
-    /// <summary>Loads PTX text made elsewhere; the signatures come from the source it was made of.</summary>
+    /// <summary>Loads PTX text made elsewhere; the signatures come from the source it was made
+    /// of.</summary>
     public static CudaModule LoadPtx(CudaContext context, byte[] ptx, string source, DType storage)
     {
         int result = TryLoad(context, ptx, out nint handle, out string log);
@@ -73,11 +80,13 @@ public sealed unsafe class CudaModule : IDisposable
     {
         if (_kernels.TryGetValue(name, out var known)) return known;
         if (!_signatures.TryGetValue(name, out var signature))
-            throw new CudaException($"kernel {name} is not declared in the source (extern \"C\" __global__)");
+            throw new CudaException(
+                $"kernel {name} is not declared in the source (extern \"C\" __global__)");
         nint function = 0;
         fixed (byte* text = Encoding.UTF8.GetBytes(name + "\0"))
             _context.Api.Driver.Check(
-                _context.Api.Driver.ModuleGetFunction(&function, _handle, text), "cuModuleGetFunction", name);
+                _context.Api.Driver.ModuleGetFunction(&function, _handle, text),
+                "cuModuleGetFunction", name);
         return _kernels[name] = new(_context, function, signature);
     }
 

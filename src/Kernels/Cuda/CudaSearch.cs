@@ -15,13 +15,14 @@ public sealed class LoadedLibrary(nint handle, string path)
     /// <exception cref="CudaUnavailableException">The library has no such entry point.</exception>
     public nint this[string name] => NativeLibrary.TryGetExport(handle, name, out nint address)
         ? address
-        : throw new CudaUnavailableException($"cuda: {Path} has no entry point {name}: it is too old");
+        : throw new CudaUnavailableException(
+        $"cuda: {Path} has no entry point {name}: it is too old");
 }
 
 /// <summary>
 /// Where CUDA's libraries may lie, in order: the directories of CPMX_CUDA_LIBRARIES, the system's
-/// loader, $CUDA_HOME and $CUDA_PATH, /usr/local/cuda*, a conda environment, Python's nvidia wheels,
-/// the WSL driver. Nothing is opened before it is asked for.
+/// loader, $CUDA_HOME and $CUDA_PATH, /usr/local/cuda*, a conda environment, Python's nvidia
+/// wheels, the WSL driver. Nothing is opened before it is asked for.
 /// </summary>
 public sealed class CudaSearch
 {
@@ -53,7 +54,8 @@ public sealed class CudaSearch
                 (_, 11) => "libnvrtc.so.11.2",
                 _ => $"libnvrtc.so.{m}",
             }),
-            CudaLibrary.Cublas => Versions(major, m => windows ? $"cublas64_{m}.dll" : $"libcublas.so.{m}"),
+            CudaLibrary.Cublas =>
+                Versions(major, m => windows ? $"cublas64_{m}.dll" : $"libcublas.so.{m}"),
             _ => Versions(major, m => windows ? $"cublasLt64_{m}.dll" : $"libcublasLt.so.{m}"),
         };
     }
@@ -61,12 +63,14 @@ public sealed class CudaSearch
     private static string[] Versions(int major, Func<int, string> name) =>
         major > 0 ? [name(major)] : [name(13), name(12), name(11)];
 
-    /// <summary>Directories to look in, existing or not; null stands for the system's loader.</summary>
+    /// <summary>Directories to look in, existing or not; null stands for the system's
+    /// loader.</summary>
     public IEnumerable<string?> Places(CudaLibrary library)
     {
         string? own = _environment(OverrideVariable);
         if (!string.IsNullOrEmpty(own))
-            foreach (string directory in own.Split(Path.PathSeparator, StringSplitOptions.RemoveEmptyEntries))
+            foreach (string directory in own.Split(Path.PathSeparator,
+                StringSplitOptions.RemoveEmptyEntries))
                 yield return directory;
         if (_onlyOverride) yield break;
         yield return null;
@@ -76,12 +80,15 @@ public sealed class CudaSearch
             yield return Path.Combine(home, OperatingSystem.IsWindows() ? "bin" : "lib64");
             yield return Path.Combine(home, "lib");
         }
-        foreach (string home in Matching("/usr/local", "cuda*")) yield return Path.Combine(home, "lib64");
-        if (_environment("CONDA_PREFIX") is { Length: > 0 } conda) yield return Path.Combine(conda, "lib");
+        foreach (string home in Matching("/usr/local", "cuda*"))
+            yield return Path.Combine(home, "lib64");
+        if (_environment("CONDA_PREFIX") is { Length: > 0 } conda)
+            yield return Path.Combine(conda, "lib");
         foreach (string packages in SitePackages())
         {
             yield return Path.Combine(packages, "nvidia", "cu13", "lib");
-            yield return Path.Combine(packages, "nvidia", library == CudaLibrary.Nvrtc ? "cuda_nvrtc" : "cublas", "lib");
+            yield return Path.Combine(packages, "nvidia", library == CudaLibrary.Nvrtc
+                ? "cuda_nvrtc" : "cublas", "lib");
         }
         if (library == CudaLibrary.Driver) yield return "/usr/lib/wsl/lib";
     }
@@ -90,8 +97,10 @@ public sealed class CudaSearch
     {
         var roots = new List<string>();
         foreach (string variable in (string[])["VIRTUAL_ENV", "CONDA_PREFIX"])
-            if (_environment(variable) is { Length: > 0 } root) roots.Add(Path.Combine(root, "lib"));
-        if (_environment("HOME") is { Length: > 0 } home) roots.Add(Path.Combine(home, ".local", "lib"));
+            if (_environment(variable) is { Length: > 0 } root)
+                roots.Add(Path.Combine(root, "lib"));
+        if (_environment("HOME") is { Length: > 0 } home)
+            roots.Add(Path.Combine(home, ".local", "lib"));
         roots.Add("/usr/local/lib");
         foreach (string root in roots)
         {
@@ -107,7 +116,8 @@ public sealed class CudaSearch
     {
         try
         {
-            return [.. Directory.GetDirectories(directory, pattern).OrderDescending(StringComparer.Ordinal)];
+            return [.. Directory.GetDirectories(directory, pattern)
+                .OrderDescending(StringComparer.Ordinal)];
         }
         catch (Exception e) when (e is IOException or UnauthorizedAccessException)
         {
@@ -158,7 +168,8 @@ public sealed class CudaSearch
             foreach (string line in File.ReadLines("/proc/self/maps"))
             {
                 int slash = line.IndexOf('/');
-                if (slash > 0 && Path.GetFileName(line[slash..]).StartsWith(name, StringComparison.Ordinal))
+                if (slash > 0
+                    && Path.GetFileName(line[slash..]).StartsWith(name, StringComparison.Ordinal))
                     return line[slash..];
             }
         }

@@ -1,6 +1,7 @@
 namespace MiniCpmNative.Kernels.Cuda;
 
-/// <summary>A queue of device work. Copies and fills run in its order, later than the call returns.</summary>
+/// <summary>A queue of device work. Copies and fills run in its order, later than the call
+/// returns.</summary>
 public sealed unsafe class CudaStream : IDisposable
 {
     private readonly CudaDriverApi _driver;
@@ -16,12 +17,15 @@ public sealed unsafe class CudaStream : IDisposable
     public nint Handle { get; }
 
     /// <summary>Waits until the queue is empty; errors of queued work come out here.</summary>
-    public void Synchronise() => _driver.Check(_driver.StreamSynchronize(Handle), "cuStreamSynchronize");
+    public void Synchronise() =>
+        _driver.Check(_driver.StreamSynchronize(Handle), "cuStreamSynchronize");
 
     /// <summary>Work queued after this runs only when the event's latest record has.</summary>
-    public void Wait(CudaEvent e) => _driver.Check(_driver.StreamWaitEvent(Handle, e.Handle, 0), "cuStreamWaitEvent");
+    public void Wait(CudaEvent e) =>
+        _driver.Check(_driver.StreamWaitEvent(Handle, e.Handle, 0), "cuStreamWaitEvent");
 
-    /// <summary>Host to device. The host bytes must stay as they are until the copy has run.</summary>
+    /// <summary>Host to device. The host bytes must stay as they are until the copy has
+    /// run.</summary>
     public void Upload(ulong to, void* from, long bytes) => _driver.Check(
         _driver.MemcpyHtoDAsync(to, from, (nuint)bytes, Handle), "cuMemcpyHtoDAsync");
 
@@ -52,7 +56,8 @@ public sealed unsafe class CudaEvent : IDisposable
     {
         _driver = context.Api.Driver;
         nint handle = 0;
-        _driver.Check(_driver.EventCreate(&handle, timing ? 0u : 2u), "cuEventCreate"); // DISABLE_TIMING
+        _driver.Check(_driver.EventCreate(&handle, timing ? 0u : 2u),
+            "cuEventCreate"); // DISABLE_TIMING
         Handle = handle;
     }
 
@@ -62,7 +67,8 @@ public sealed unsafe class CudaEvent : IDisposable
         _driver.Check(_driver.EventRecord(Handle, stream.Handle), "cuEventRecord");
 
     /// <summary>The host waits for the latest record.</summary>
-    public void Synchronise() => _driver.Check(_driver.EventSynchronize(Handle), "cuEventSynchronize");
+    public void Synchronise() =>
+        _driver.Check(_driver.EventSynchronize(Handle), "cuEventSynchronize");
 
     /// <summary>Whether the latest record has run; does not wait.</summary>
     public bool IsReached()
@@ -73,11 +79,13 @@ public sealed unsafe class CudaEvent : IDisposable
         return true;
     }
 
-    /// <summary>Milliseconds from an earlier event to this one; both made with timing and reached.</summary>
+    /// <summary>Milliseconds from an earlier event to this one; both made with timing and
+    /// reached.</summary>
     public float MillisecondsSince(CudaEvent start)
     {
         float milliseconds = 0;
-        _driver.Check(_driver.EventElapsedTime(&milliseconds, start.Handle, Handle), "cuEventElapsedTime");
+        _driver.Check(_driver.EventElapsedTime(&milliseconds, start.Handle, Handle),
+            "cuEventElapsedTime");
         return milliseconds;
     }
 

@@ -18,7 +18,8 @@ public sealed record KernelParameter(string Name, ParameterKind Kind, DType? Ele
     public int Bytes => Kind is ParameterKind.Int32 or ParameterKind.Float32 ? 4 : 8;
 }
 
-/// <summary>A kernel's name and parameters; <see cref="Offsets"/> are those of its argument buffer.</summary>
+/// <summary>A kernel's name and parameters; <see cref="Offsets"/> are those of its argument
+/// buffer.</summary>
 public sealed record KernelSignature(string Name, KernelParameter[] Parameters)
 {
     public int[] Offsets { get; } = Layout(Parameters);
@@ -45,12 +46,14 @@ public sealed record KernelSignature(string Name, KernelParameter[] Parameters)
 /// </summary>
 public static partial class KernelSignatures
 {
-    /// <exception cref="CudaException">A parameter's type is not known; names kernel and parameter.</exception>
+    /// <exception cref="CudaException">A parameter's type is not known; names kernel and
+    /// parameter.</exception>
     public static IReadOnlyDictionary<string, KernelSignature> Parse(string source, DType storage)
     {
         string text = Comment().Replace(source, " ");
         var aliases = new Dictionary<string, string>();
-        foreach (Match m in Typedef().Matches(text)) aliases[m.Groups[2].Value] = Words(m.Groups[1].Value);
+        foreach (Match m in Typedef().Matches(text))
+            aliases[m.Groups[2].Value] = Words(m.Groups[1].Value);
         var found = new Dictionary<string, KernelSignature>();
         foreach (Match m in Kernel().Matches(text))
         {
@@ -68,10 +71,12 @@ public static partial class KernelSignatures
         string kernel, string text, Dictionary<string, string> aliases, DType storage)
     {
         bool pointer = text.Contains('*');
-        string[] words = Words(text.Replace('*', ' ')).Split(' ', StringSplitOptions.RemoveEmptyEntries);
+        string[] words = Words(text.Replace('*', ' '))
+            .Split(' ', StringSplitOptions.RemoveEmptyEntries);
         string name = words[^1], type = string.Join(' ', words[..^1]);
         bool real = type == "real";
-        while (!real && aliases.TryGetValue(type, out string? meaning)) (type, real) = (meaning, meaning == "real");
+        while (!real && aliases.TryGetValue(type, out string? meaning))
+            (type, real) = (meaning, meaning == "real");
         if (pointer) return new(name, ParameterKind.Pointer, real ? storage : Element(type), real);
         ParameterKind kind = type switch
         {
@@ -80,10 +85,12 @@ public static partial class KernelSignatures
                 ParameterKind.Int64,
             "float" => ParameterKind.Float32,
             "double" => ParameterKind.Float64,
-            _ => throw new CudaException($"kernel {kernel}: type \"{type}\" of parameter {name} is not known"),
+            _ => throw new CudaException(
+                $"kernel {kernel}: type \"{type}\" of parameter {name} is not known"),
         };
         return kind == ParameterKind.Int32 && type == "bool"
-            ? throw new CudaException($"kernel {kernel}: pass {name} as int: bool has no fixed size")
+            ? throw new CudaException(
+            $"kernel {kernel}: pass {name} as int: bool has no fixed size")
             : new(name, kind, null, false);
     }
 
@@ -103,7 +110,8 @@ public static partial class KernelSignatures
     private static string Words(string text)
     {
         var words = new StringBuilder();
-        foreach (string word in text.Split((char[])[' ', '\t', '\n', '\r'], StringSplitOptions.RemoveEmptyEntries))
+        foreach (string word in text.Split((char[])[' ', '\t', '\n', '\r'],
+            StringSplitOptions.RemoveEmptyEntries))
             if (word is not ("const" or "volatile" or "__restrict__" or "struct"))
                 words.Append(words.Length > 0 ? " " : "").Append(word);
         return words.ToString();

@@ -6,17 +6,18 @@ using System.Text;
 namespace MiniCpmNative.Kernels.Cuda;
 
 /// <summary>
-/// How a CUDA source is compiled. Architecture is 10 * major + minor; LineInfo keeps source lines in
-/// the PTX (the emulator's reports need them; ptxas 11.8 crashes on them for sm_90).
+/// How a CUDA source is compiled. Architecture is 10 * major + minor; LineInfo keeps source lines
+/// in the PTX (the emulator's reports need them; ptxas 11.8 crashes on them for sm_90).
 /// </summary>
-public sealed record ModuleOptions(DType Storage, int Architecture, bool LineInfo = false, bool Cubin = false)
+public sealed record ModuleOptions(DType Storage, int Architecture, bool LineInfo = false,
+    bool Cubin = false)
 {
     /// <summary>Further options, as NVRTC takes them.</summary>
     public string[] Extra { get; init; } = [];
 
     /// <summary>
-    /// C++17 and the architecture are always explicit, since NVRTC's defaults differ by version. The
-    /// storage type arrives as STORAGE_F32, STORAGE_BF16 or STORAGE_F16.
+    /// C++17 and the architecture are always explicit, since NVRTC's defaults differ by version.
+    /// The storage type arrives as STORAGE_F32, STORAGE_BF16 or STORAGE_F16.
     /// </summary>
     public string[] Arguments() =>
     [
@@ -56,14 +57,16 @@ public sealed unsafe class ModuleCompiler
     /// <summary>Programs compiled by this object, not found on disk.</summary>
     public int Compiled { get; private set; }
 
-    /// <summary>$XDG_CACHE_HOME/cpmx/kernels or ~/.cache/cpmx/kernels (LocalApplicationData elsewhere).</summary>
+    /// <summary>$XDG_CACHE_HOME/cpmx/kernels or ~/.cache/cpmx/kernels (LocalApplicationData
+    /// elsewhere).</summary>
     public static string DefaultCache()
     {
         string? root = Environment.GetEnvironmentVariable("XDG_CACHE_HOME");
         if (string.IsNullOrEmpty(root))
             root = OperatingSystem.IsWindows()
                 ? Environment.GetFolderPath(Environment.SpecialFolder.LocalApplicationData)
-                : Path.Combine(Environment.GetFolderPath(Environment.SpecialFolder.UserProfile), ".cache");
+                : Path.Combine(Environment.GetFolderPath(Environment.SpecialFolder.UserProfile),
+                ".cache");
         return Path.Combine(root, "cpmx", "kernels");
     }
 
@@ -74,16 +77,20 @@ public sealed unsafe class ModuleCompiler
         int count = 0;
         _nvrtc.Check(_nvrtc.GetNumSupportedArchs(&count), "nvrtcGetNumSupportedArchs");
         var known = new int[count];
-        fixed (int* into = known) _nvrtc.Check(_nvrtc.GetSupportedArchs(into), "nvrtcGetSupportedArchs");
+        fixed (int* into = known)
+            _nvrtc.Check(_nvrtc.GetSupportedArchs(into), "nvrtcGetSupportedArchs");
         int best = known.Where(a => a <= device).DefaultIfEmpty(0).Max();
         return best > 0
             ? best
-            : throw new CudaException($"NVRTC {Version.Major}.{Version.Minor} compiles for compute capability " +
+            : throw new CudaException(
+            $"NVRTC {Version.Major}.{Version.Minor} compiles for compute capability " +
                 $"{known.Min() / 10.0:0.0} and newer, the device has {device / 10.0:0.0}");
     }
 
-    /// <summary>PTX text (ending in a zero byte), or a CUBIN image when the options ask for one.</summary>
-    /// <exception cref="CudaException">The source does not compile; carries NVRTC's log.</exception>
+    /// <summary>PTX text (ending in a zero byte), or a CUBIN image when the options ask for
+    /// one.</summary>
+    /// <exception cref="CudaException">The source does not compile; carries NVRTC's
+    /// log.</exception>
     public byte[] Compile(string source, string name, ModuleOptions options)
     {
         string? file = _cache == null ? null : Path.Combine(_cache, Key(source, name, options));
@@ -114,7 +121,8 @@ public sealed unsafe class ModuleCompiler
             return null;
         }
         if (bytes.Length < HeaderBytes || !bytes.AsSpan(0, 4).SequenceEqual(s_magic)) return null;
-        if (BinaryPrimitives.ReadInt64LittleEndian(bytes.AsSpan(4)) != bytes.Length - HeaderBytes) return null;
+        if (BinaryPrimitives.ReadInt64LittleEndian(bytes.AsSpan(4)) != bytes.Length - HeaderBytes)
+            return null;
         byte[] image = bytes[HeaderBytes..];
         return SHA256.HashData(image).AsSpan().SequenceEqual(bytes.AsSpan(12, 32)) ? image : null;
     }
@@ -143,7 +151,8 @@ public sealed unsafe class ModuleCompiler
     {
         nint program = 0;
         fixed (byte* text = Utf8(source), file = Utf8(name))
-            _nvrtc.Check(_nvrtc.CreateProgram(&program, text, file, 0, null, null), "nvrtcCreateProgram", name);
+            _nvrtc.Check(_nvrtc.CreateProgram(&program, text, file, 0, null, null),
+                "nvrtcCreateProgram", name);
         try
         {
             string[] arguments = options.Arguments();
@@ -153,7 +162,8 @@ public sealed unsafe class ModuleCompiler
             int result = _nvrtc.CompileProgram(program, arguments.Length, pointers);
             for (int n = 0; n < arguments.Length; n++) Marshal.FreeCoTaskMem((nint)pointers[n]);
             if (result != 0)
-                _nvrtc.Check(result, "nvrtcCompileProgram", $"{string.Join(' ', arguments)}: {Log(program)}");
+                _nvrtc.Check(result, "nvrtcCompileProgram",
+                    $"{string.Join(' ', arguments)}: {Log(program)}");
             return options.Cubin
                 ? Take(program, _nvrtc.GetCubinSize, _nvrtc.GetCubin, "nvrtcGetCUBIN")
                 : Take(program, _nvrtc.GetPtxSize, _nvrtc.GetPtx, "nvrtcGetPTX");
@@ -165,7 +175,8 @@ public sealed unsafe class ModuleCompiler
     }
 
     private byte[] Take(
-        nint program, delegate* unmanaged<nint, nuint*, int> size, delegate* unmanaged<nint, byte*, int> get,
+        nint program, delegate* unmanaged<nint, nuint*, int> size,
+            delegate* unmanaged<nint, byte*, int> get,
         string call)
     {
         nuint bytes = 0;

@@ -23,16 +23,20 @@ public sealed unsafe class NvrtcApi
     public delegate* unmanaged<int*, int> GetNumSupportedArchs;
     public delegate* unmanaged<int*, int> GetSupportedArchs;
 
-    /// <summary>Loads NVRTC of a major version, its built-ins first: without them it cannot compile.</summary>
-    /// <exception cref="CudaUnavailableException">Not found, or an entry point is missing.</exception>
+    /// <summary>Loads NVRTC of a major version, its built-ins first: without them it cannot
+    /// compile.</summary>
+    /// <exception cref="CudaUnavailableException">Not found, or an entry point is
+    /// missing.</exception>
     public static NvrtcApi Load(CudaSearch search, int major)
     {
         var library = search.Open(CudaLibrary.Nvrtc, major);
         string? directory = System.IO.Path.GetDirectoryName(library.Path);
         if (!string.IsNullOrEmpty(directory) && Directory.Exists(directory))
         {
-            string pattern = OperatingSystem.IsWindows() ? "nvrtc-builtins64_*.dll" : "libnvrtc-builtins.so.*";
-            foreach (string file in Directory.GetFiles(directory, pattern).Order(StringComparer.Ordinal))
+            string pattern = OperatingSystem.IsWindows() ? "nvrtc-builtins64_*.dll"
+                : "libnvrtc-builtins.so.*";
+            foreach (string file in Directory.GetFiles(directory, pattern)
+                .Order(StringComparer.Ordinal))
                 if (NativeLibrary.TryLoad(file, out _)) break;
         }
         return From(library);
@@ -43,7 +47,8 @@ public sealed unsafe class NvrtcApi
         Path = l.Path,
         Version = (delegate* unmanaged<int*, int*, int>)l["nvrtcVersion"],
         CreateProgram =
-            (delegate* unmanaged<nint*, byte*, byte*, int, byte**, byte**, int>)l["nvrtcCreateProgram"],
+            (delegate* unmanaged<nint*, byte*, byte*, int, byte**, byte**,
+            int>)l["nvrtcCreateProgram"],
         CompileProgram = (delegate* unmanaged<nint, int, byte**, int>)l["nvrtcCompileProgram"],
         DestroyProgram = (delegate* unmanaged<nint*, int>)l["nvrtcDestroyProgram"],
         GetPtxSize = (delegate* unmanaged<nint, nuint*, int>)l["nvrtcGetPTXSize"],
@@ -62,6 +67,7 @@ public sealed unsafe class NvrtcApi
     {
         if (result == 0) return;
         string reason = Marshal.PtrToStringUTF8((nint)GetErrorString(result)) ?? $"error {result}";
-        throw new CudaException($"{call}: {reason}" + (what.Length > 0 ? $" ({what})" : ""), result);
+        throw new CudaException($"{call}: {reason}" + (what.Length > 0 ? $" ({what})" : ""),
+            result);
     }
 }

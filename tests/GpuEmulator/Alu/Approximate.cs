@@ -51,7 +51,8 @@ internal static unsafe class Approximate
         if (ulps > 0) value = Shake(value, ulps);
         if (flush) value = Flush.ToZero(value);
         float* d = (float*)(w.R + i.D) + v * 8;
-        Vector256.ConditionalSelect(Maps.Lanes<float>(w.Exec, v), value, Vector256.Load(d)).Store(d);
+        Vector256.ConditionalSelect(Maps.Lanes<float>(w.Exec, v), value, Vector256.Load(d))
+            .Store(d);
     }
 
     // Moves finite, normal, inexact-looking values by -ulps..ulps units; exact 0 and 1 stay, since
@@ -65,7 +66,8 @@ internal static unsafe class Approximate
         var step = ((hash >> 16) * (uint)(2 * ulps + 1) >> 16) - Vector256.Create((uint)ulps);
         var magnitude = Vector256.Abs(value);
         var moves = Vector256.GreaterThan(magnitude, Vector256.Create(1e-37f))
-            & Vector256.LessThan(magnitude, Vector256.Create(1e38f)) & ~Vector256.Equals(magnitude, V.One);
+            & Vector256.LessThan(magnitude, Vector256.Create(1e38f)) & ~Vector256.Equals(magnitude,
+            V.One);
         return Vector256.ConditionalSelect(moves, (bits + step).AsSingle(), value);
     }
 }

@@ -35,10 +35,12 @@ internal readonly struct Brev32 : IScalar<uint, uint>
 
 internal readonly struct Brev64 : IScalar<ulong, ulong>
 {
-    public static ulong Run(ulong a) => (ulong)Brev32.Run((uint)a) << 32 | Brev32.Run((uint)(a >> 32));
+    public static ulong Run(ulong a) => (ulong)Brev32.Run((uint)a) << 32
+        | Brev32.Run((uint)(a >> 32));
 }
 
-/// <summary>bfind: place of the highest one (of the highest bit that differs from the sign), or ~0.</summary>
+/// <summary>bfind: place of the highest one (of the highest bit that differs from the sign), or
+/// ~0.</summary>
 internal readonly struct Bfind32 : IScalar<uint, uint>
 {
     public static uint Run(uint a) => a == 0 ? ~0u : (uint)BitOperations.Log2(a);
@@ -70,7 +72,8 @@ internal readonly struct BfindShift64<TOp> : IScalar<uint, ulong> where TOp : IS
     public static uint Run(ulong a) => TOp.Run(a) is var place && place == ~0u ? place : 63 - place;
 }
 
-/// <summary>bfe: c bits from place b; signed ones repeat the field's (or the word's) top bit.</summary>
+/// <summary>bfe: c bits from place b; signed ones repeat the field's (or the word's) top
+/// bit.</summary>
 internal readonly struct BfeU32 : IScalar<uint, uint, uint, uint>
 {
     public static uint Run(uint a, uint b, uint c)
@@ -126,7 +129,8 @@ internal readonly struct Lop3 : ITernaryTable
         uint result = 0;
         for (int k = 0; k < 8; k++)
             if ((table >> k & 1) != 0)
-                result |= ((k & 4) != 0 ? a : ~a) & ((k & 2) != 0 ? b : ~b) & ((k & 1) != 0 ? c : ~c);
+                result |= ((k & 4) != 0 ? a : ~a) & ((k & 2) != 0 ? b : ~b) & ((k & 1) != 0 ? c
+                    : ~c);
         return result;
     }
 }
@@ -137,7 +141,8 @@ internal interface ITernaryTable
     static abstract uint Run(uint a, uint b, uint c, int mode);
 }
 
-/// <summary>prmt.b32: each selector nibble picks one of eight bytes; its top bit repeats the sign.</summary>
+/// <summary>prmt.b32: each selector nibble picks one of eight bytes; its top bit repeats the
+/// sign.</summary>
 internal readonly struct Prmt : ITernaryTable
 {
     public static uint Run(uint a, uint b, uint c, int mode)

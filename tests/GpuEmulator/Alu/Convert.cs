@@ -31,7 +31,8 @@ internal readonly struct Ceiling : IWhole
 
 /// <summary>Float to integer: rounds, saturates, NaN is 0 (for 64 bits 1 &lt;&lt; 63).</summary>
 internal readonly struct ToInteger<TRound, TD, TA> : IScalar<TD, TA>
-    where TRound : IWhole where TD : IBinaryInteger<TD>, IMinMaxValue<TD> where TA : IFloatingPoint<TA>
+    where TRound : IWhole where TD : IBinaryInteger<TD>, IMinMaxValue<TD> where TA
+        : IFloatingPoint<TA>
 {
     public static TD Run(TA a)
     {
@@ -129,7 +130,8 @@ internal readonly struct BrainToFloat : IScalar<float, ushort>
 }
 
 /// <summary>cvt d, a, b into two halves: a above, b below.</summary>
-internal readonly struct PackTwo<TOp> : IScalar<uint, float, float> where TOp : IScalar<ushort, float>
+internal readonly struct PackTwo<TOp> : IScalar<uint, float, float> where TOp
+    : IScalar<ushort, float>
 {
     public static uint Run(float a, float b) => (uint)TOp.Run(a) << 16 | TOp.Run(b);
 }
@@ -140,7 +142,8 @@ internal readonly struct ReluFirst<TOp> : IScalar<ushort, float> where TOp : ISc
     public static ushort Run(float a) => TOp.Run(a < 0 || (a == 0 && float.IsNegative(a)) ? 0 : a);
 }
 
-/// <summary>Arithmetic on two-byte floats: computed in double (exact enough to round once), then rounded.</summary>
+/// <summary>Arithmetic on two-byte floats: computed in double (exact enough to round once), then
+/// rounded.</summary>
 internal readonly struct Fma16<TTo, TFrom> : IScalar<ushort, ushort, ushort, ushort>
     where TTo : IScalar<ushort, float> where TFrom : IScalar<float, ushort>
 {

@@ -19,7 +19,8 @@ internal static class Directed
         return nearest;
     }
 
-    /// <summary>a * b + c exactly, as sum + error (the product of two floats is exact in double).</summary>
+    /// <summary>a * b + c exactly, as sum + error (the product of two floats is exact in
+    /// double).</summary>
     public static (double Sum, double Error) Fma(float a, float b, float c)
     {
         double product = (double)a * b, sum = product + c;
@@ -49,7 +50,8 @@ internal readonly struct Up : IRounding
     public static int Direction(double value) => 1;
 }
 
-internal readonly struct DirectedFma<TMode> : IScalar<float, float, float, float> where TMode : IRounding
+internal readonly struct DirectedFma<TMode> : IScalar<float, float, float, float> where TMode
+    : IRounding
 {
     public static float Run(float a, float b, float c)
     {

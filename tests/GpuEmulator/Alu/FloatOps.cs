@@ -14,10 +14,12 @@ internal static class Flush
     /// <summary>Subnormals become zero of their sign.</summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static V ToZero(V x) => Vector256.ConditionalSelect(
-        Vector256.LessThan(Vector256.Abs(x), Vector256.Create(1.17549435e-38f)), x & Vector256.Create(-0f), x);
+        Vector256.LessThan(Vector256.Abs(x), Vector256.Create(1.17549435e-38f)),
+            x & Vector256.Create(-0f), x);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static float ToZero(float x) => MathF.Abs(x) < 1.17549435e-38f ? MathF.CopySign(0, x) : x;
+    public static float ToZero(float x) => MathF.Abs(x) < 1.17549435e-38f ? MathF.CopySign(0, x)
+        : x;
 }
 
 internal readonly struct Ftz1<TOp> : IUnary<float> where TOp : IUnary<float>

@@ -76,7 +76,8 @@ internal readonly struct MulHiU32 : IBinary<uint>
         if (Avx2.IsSupported)
         {
             var even = Avx2.Multiply(a, b) >> 32;
-            var odd = Avx2.Multiply((a.AsUInt64() >> 32).AsUInt32(), (b.AsUInt64() >> 32).AsUInt32());
+            var odd = Avx2.Multiply((a.AsUInt64() >> 32).AsUInt32(),
+                (b.AsUInt64() >> 32).AsUInt32());
             return Avx2.Blend(even.AsUInt32(), odd.AsUInt32(), 0b10101010);
         }
         var (al, ah) = Vector256.Widen(a);
@@ -144,7 +145,8 @@ internal readonly struct Sar16 : IScalar<ushort, short, uint>
     public static ushort Run(short a, uint n) => (ushort)(a >> (int)Math.Min(n, 15));
 }
 
-/// <summary>Division by zero gives all ones, the remainder the dividend, as the hardware's code does.</summary>
+/// <summary>Division by zero gives all ones, the remainder the dividend, as the hardware's code
+/// does.</summary>
 internal readonly struct Div<T> : IScalar<T, T, T> where T : IBinaryInteger<T>
 {
     public static T Run(T a, T b) => T.IsZero(b) ? T.AllBitsSet
@@ -173,7 +175,8 @@ internal readonly struct MulWide<TWide, T> : IScalar<TWide, T, T>
 internal readonly struct MadWide<TWide, T> : IScalar<TWide, T, T, TWide>
     where T : IBinaryInteger<T> where TWide : IBinaryInteger<TWide>
 {
-    public static TWide Run(T a, T b, TWide c) => TWide.CreateTruncating(a) * TWide.CreateTruncating(b) + c;
+    public static TWide Run(T a, T b, TWide c) =>
+        TWide.CreateTruncating(a) * TWide.CreateTruncating(b) + c;
 }
 
 internal readonly struct MadHi<T, TWide> : IScalar<T, T, T, T>
@@ -182,7 +185,8 @@ internal readonly struct MadHi<T, TWide> : IScalar<T, T, T, T>
     public static T Run(T a, T b, T c) => MulHi<T, TWide>.Run(a, b) + c;
 }
 
-/// <summary>Operations on 16-bit registers; what stands in the upper half of their lanes is unused.</summary>
+/// <summary>Operations on 16-bit registers; what stands in the upper half of their lanes is
+/// unused.</summary>
 internal readonly struct Add16 : IScalar<ushort, ushort, ushort>
 {
     public static ushort Run(ushort a, ushort b) => (ushort)(a + b);

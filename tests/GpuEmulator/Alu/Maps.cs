@@ -20,7 +20,8 @@ internal interface ITernary<T>
     static abstract Vector256<T> Run(Vector256<T> a, Vector256<T> b, Vector256<T> c);
 }
 
-/// <summary>Lane-wise functions for the rest; narrow types live in the low bytes of 4-byte lanes.</summary>
+/// <summary>Lane-wise functions for the rest; narrow types live in the low bytes of 4-byte
+/// lanes.</summary>
 internal interface IScalar<TD, TA>
 {
     static abstract TD Run(TA a);
@@ -50,15 +51,18 @@ internal static unsafe class Maps
     {
         uint* masks = (uint*)System.Runtime.InteropServices.NativeMemory.AlignedAlloc(256 * 32, 64);
         for (int m = 0; m < 256; m++)
-            for (int lane = 0; lane < 8; lane++) masks[m * 8 + lane] = (m >> lane & 1) != 0 ? ~0u : 0;
+            for (int lane = 0; lane < 8; lane++)
+                masks[m * 8 + lane] = (m >> lane & 1) != 0 ? ~0u : 0;
         return masks;
     }
 
     private static ulong* MakeMasks64()
     {
-        ulong* masks = (ulong*)System.Runtime.InteropServices.NativeMemory.AlignedAlloc(16 * 32, 64);
+        ulong* masks =
+            (ulong*)System.Runtime.InteropServices.NativeMemory.AlignedAlloc(16 * 32, 64);
         for (int m = 0; m < 16; m++)
-            for (int lane = 0; lane < 4; lane++) masks[m * 4 + lane] = (m >> lane & 1) != 0 ? ~0ul : 0;
+            for (int lane = 0; lane < 4; lane++)
+                masks[m * 4 + lane] = (m >> lane & 1) != 0 ? ~0ul : 0;
         return masks;
     }
 
@@ -75,7 +79,8 @@ internal static unsafe class Maps
         Vector256.ConditionalSelect(Lanes<T>(exec, v), value, Vector256.Load(at)).Store(at);
     }
 
-    public static void Unary<TOp, T>(Warp w, Instruction i) where TOp : IUnary<T> where T : unmanaged
+    public static void Unary<TOp, T>(Warp w, Instruction i) where TOp : IUnary<T> where T
+        : unmanaged
     {
         T* d = (T*)(w.R + i.D), a = (T*)(w.R + i.A);
         int n = Vector256<T>.Count;
@@ -86,7 +91,8 @@ internal static unsafe class Maps
             for (int v = 0; v * n < 32; v++) Blend(d, v, TOp.Run(Vector256.Load(a + v * n)), exec);
     }
 
-    public static void Binary<TOp, T>(Warp w, Instruction i) where TOp : IBinary<T> where T : unmanaged
+    public static void Binary<TOp, T>(Warp w, Instruction i) where TOp : IBinary<T> where T
+        : unmanaged
     {
         T* d = (T*)(w.R + i.D), a = (T*)(w.R + i.A), b = (T*)(w.R + i.B);
         int n = Vector256<T>.Count;
@@ -99,18 +105,21 @@ internal static unsafe class Maps
                 Blend(d, v, TOp.Run(Vector256.Load(a + v * n), Vector256.Load(b + v * n)), exec);
     }
 
-    public static void Ternary<TOp, T>(Warp w, Instruction i) where TOp : ITernary<T> where T : unmanaged
+    public static void Ternary<TOp, T>(Warp w, Instruction i) where TOp : ITernary<T> where T
+        : unmanaged
     {
         T* d = (T*)(w.R + i.D), a = (T*)(w.R + i.A), b = (T*)(w.R + i.B), c = (T*)(w.R + i.C);
         int n = Vector256<T>.Count;
         uint exec = w.Exec;
         if (exec == uint.MaxValue)
             for (int at = 0; at < 32; at += n)
-                TOp.Run(Vector256.Load(a + at), Vector256.Load(b + at), Vector256.Load(c + at)).Store(d + at);
+                TOp.Run(Vector256.Load(a + at), Vector256.Load(b + at), Vector256.Load(c + at))
+                    .Store(d + at);
         else
             for (int v = 0; v * n < 32; v++)
                 Blend(d, v, TOp.Run(
-                    Vector256.Load(a + v * n), Vector256.Load(b + v * n), Vector256.Load(c + v * n)), exec);
+                    Vector256.Load(a + v * n), Vector256.Load(b + v * n),
+                    Vector256.Load(c + v * n)), exec);
     }
 
     public static void Scalar1<TOp, TD, TA>(Warp w, Instruction i)
@@ -125,7 +134,8 @@ internal static unsafe class Maps
     }
 
     public static void Scalar2<TOp, TD, TA, TB>(Warp w, Instruction i)
-        where TOp : IScalar<TD, TA, TB> where TD : unmanaged where TA : unmanaged where TB : unmanaged
+        where TOp : IScalar<TD, TA, TB> where TD : unmanaged where TA : unmanaged where TB
+            : unmanaged
     {
         byte* d = w.R + i.D, a = w.R + i.A, b = w.R + i.B;
         for (uint rest = w.Exec; rest != 0; rest &= rest - 1)
@@ -152,7 +162,8 @@ internal static unsafe class Maps
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     private static int Width<T>() where T : unmanaged => sizeof(T) == 8 ? 8 : 4;
 
-    // Values narrower than their register are extended by their own sign: cvt and ld write whole rows.
+    // Values narrower than their register are extended by their own sign: cvt and ld write whole
+    // rows.
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     private static void Put<T>(byte* row, int lane, int width, T value) where T : unmanaged
     {
@@ -171,13 +182,15 @@ internal static unsafe class Maps
     }
 
     /// <summary>32 lanes of a vector comparison as a mask.</summary>
-    public static uint Compare<TOp, T>(byte* rowA, byte* rowB) where TOp : IBinary<T> where T : unmanaged
+    public static uint Compare<TOp, T>(byte* rowA, byte* rowB) where TOp : IBinary<T> where T
+        : unmanaged
     {
         T* a = (T*)rowA, b = (T*)rowB;
         int n = Vector256<T>.Count;
         uint result = 0;
         for (int at = 0; at < 32; at += n)
-            result |= TOp.Run(Vector256.Load(a + at), Vector256.Load(b + at)).ExtractMostSignificantBits() << at;
+            result |= TOp.Run(Vector256.Load(a + at), Vector256.Load(b + at))
+                .ExtractMostSignificantBits() << at;
         return result;
     }
 }

@@ -92,7 +92,8 @@ internal static unsafe class Moves
         }
     }
 
-    private static void PutWide(Warp w, Instruction i, int v, Vector256<ulong> low, Vector256<ulong> high)
+    private static void PutWide(Warp w, Instruction i, int v, Vector256<ulong> low,
+        Vector256<ulong> high)
     {
         ulong* d = (ulong*)(w.R + i.D) + v * 8;
         if (w.Exec == uint.MaxValue)
@@ -101,8 +102,10 @@ internal static unsafe class Moves
             high.Store(d + 4);
             return;
         }
-        Vector256.ConditionalSelect(Maps.Lanes<ulong>(w.Exec, v * 2), low, Vector256.Load(d)).Store(d);
-        Vector256.ConditionalSelect(Maps.Lanes<ulong>(w.Exec, v * 2 + 1), high, Vector256.Load(d + 4))
+        Vector256.ConditionalSelect(Maps.Lanes<ulong>(w.Exec, v * 2), low, Vector256.Load(d))
+            .Store(d);
+        Vector256.ConditionalSelect(Maps.Lanes<ulong>(w.Exec, v * 2 + 1), high,
+            Vector256.Load(d + 4))
             .Store(d + 4);
     }
 
@@ -112,17 +115,20 @@ internal static unsafe class Moves
         for (uint rest = w.Exec; rest != 0; rest &= rest - 1)
         {
             int lane = BitOperations.TrailingZeroCount(rest);
-            int place = (int)(((uint*)(w.R + i.C))[lane] & 255), count = (int)(((uint*)(w.R + i.E))[lane] & 255);
+            int place = (int)(((uint*)(w.R + i.C))[lane] & 255),
+                count = (int)(((uint*)(w.R + i.E))[lane] & 255);
             if (i.DWidth == 8)
             {
                 ulong a = ((ulong*)(w.R + i.A))[lane], b = ((ulong*)(w.R + i.B))[lane];
-                ulong mask = place > 63 ? 0 : (count > 63 ? ulong.MaxValue : (1ul << count) - 1) << place;
+                ulong mask = place > 63 ? 0
+                    : (count > 63 ? ulong.MaxValue : (1ul << count) - 1) << place;
                 ((ulong*)(w.R + i.D))[lane] = (b & ~mask) | (a << (place & 63) & mask);
             }
             else
             {
                 uint a = ((uint*)(w.R + i.A))[lane], b = ((uint*)(w.R + i.B))[lane];
-                uint mask = place > 31 ? 0 : (count > 31 ? uint.MaxValue : (1u << count) - 1) << place;
+                uint mask = place > 31 ? 0
+                    : (count > 31 ? uint.MaxValue : (1u << count) - 1) << place;
                 ((uint*)(w.R + i.D))[lane] = (b & ~mask) | (a << (place & 31) & mask);
             }
         }
@@ -130,7 +136,8 @@ internal static unsafe class Moves
 
     public static void Table<TOp>(Warp w, Instruction i) where TOp : ITernaryTable
     {
-        uint* a = (uint*)(w.R + i.A), b = (uint*)(w.R + i.B), c = (uint*)(w.R + i.C), d = (uint*)(w.R + i.D);
+        uint* a = (uint*)(w.R + i.A), b = (uint*)(w.R + i.B), c = (uint*)(w.R + i.C),
+            d = (uint*)(w.R + i.D);
         for (uint rest = w.Exec; rest != 0; rest &= rest - 1)
         {
             int lane = BitOperations.TrailingZeroCount(rest);
@@ -145,7 +152,8 @@ internal static unsafe class Moves
             ((uint*)(w.R + i.D))[BitOperations.TrailingZeroCount(rest)] = w.Exec;
     }
 
-    /// <summary>Fences: blocks here see one another at once, so there is nothing to order.</summary>
+    /// <summary>Fences: blocks here see one another at once, so there is nothing to
+    /// order.</summary>
     public static void Nothing(Warp w, Instruction i)
     {
     }

@@ -25,7 +25,8 @@ internal readonly struct Lt<T> : IBinary<T>
 
 internal readonly struct Le<T> : IBinary<T>
 {
-    public static Vector256<T> Run(Vector256<T> a, Vector256<T> b) => Vector256.LessThanOrEqual(a, b);
+    public static Vector256<T> Run(Vector256<T> a, Vector256<T> b) =>
+        Vector256.LessThanOrEqual(a, b);
 }
 
 internal readonly struct Gt<T> : IBinary<T>
@@ -35,12 +36,14 @@ internal readonly struct Gt<T> : IBinary<T>
 
 internal readonly struct Ge<T> : IBinary<T>
 {
-    public static Vector256<T> Run(Vector256<T> a, Vector256<T> b) => Vector256.GreaterThanOrEqual(a, b);
+    public static Vector256<T> Run(Vector256<T> a, Vector256<T> b) =>
+        Vector256.GreaterThanOrEqual(a, b);
 }
 
 internal readonly struct Unordered<TOp, T> : IBinary<T> where TOp : IBinary<T>
 {
-    public static Vector256<T> Run(Vector256<T> a, Vector256<T> b) => TOp.Run(a, b) | IsNaN<T>.Run(a, b);
+    public static Vector256<T> Run(Vector256<T> a, Vector256<T> b) => TOp.Run(a, b)
+        | IsNaN<T>.Run(a, b);
 }
 
 internal readonly struct IsNaN<T> : IBinary<T>
@@ -60,8 +63,10 @@ internal static unsafe class Predicates
 {
     public const int None = 0, And = 1, Or = 2, Xor = 3;
 
-    /// <summary>setp.cmp[.bool] d[|d2], a, b[, c]: d = (a cmp b) op c, d2 = !(a cmp b) op c.</summary>
-    public static void Set<TOp, T>(Warp w, Instruction i) where TOp : IBinary<T> where T : unmanaged =>
+    /// <summary>setp.cmp[.bool] d[|d2], a, b[, c]: d = (a cmp b) op c, d2 = !(a cmp b) op
+    /// c.</summary>
+    public static void Set<TOp, T>(Warp w, Instruction i) where TOp : IBinary<T> where T
+        : unmanaged =>
         Combine(w, i, Maps.Compare<TOp, T>(w.R + i.A, w.R + i.B));
 
     public static void Set16<TOp, T>(Warp w, Instruction i)
@@ -122,13 +127,15 @@ internal static unsafe class Predicates
     }
 
     /// <summary>set.cmp.u32: all ones (or 1.0f with Mode2) where true.</summary>
-    public static void SetWord<TOp, T>(Warp w, Instruction i) where TOp : IBinary<T> where T : unmanaged
+    public static void SetWord<TOp, T>(Warp w, Instruction i) where TOp : IBinary<T> where T
+        : unmanaged
     {
         uint result = Maps.Compare<TOp, T>(w.R + i.A, w.R + i.B);
         for (uint rest = w.Exec; rest != 0; rest &= rest - 1)
         {
             int lane = BitOperations.TrailingZeroCount(rest);
-            ((uint*)(w.R + i.D))[lane] = (result >> lane & 1) == 0 ? 0 : i.Mode2 != 0 ? 0x3F800000u : ~0u;
+            ((uint*)(w.R + i.D))[lane] = (result >> lane & 1) == 0 ? 0 : i.Mode2 != 0 ? 0x3F800000u
+                : ~0u;
         }
     }
 }

@@ -24,8 +24,10 @@ public static unsafe class ClangNvrtc
     private static byte* s_error;
 
     /// <summary>The clang found on this machine, or null.</summary>
-    public static string? Clang { get; } = ((string[])["clang-14", "clang-15", "clang-16", "clang-17", "clang"])
-        .SelectMany(name => (Environment.GetEnvironmentVariable("PATH") ?? "").Split(Path.PathSeparator)
+    public static string? Clang { get; } =
+        ((string[])["clang-14", "clang-15", "clang-16", "clang-17", "clang"])
+        .SelectMany(name => (Environment.GetEnvironmentVariable("PATH") ?? "")
+        .Split(Path.PathSeparator)
             .Select(directory => Path.Combine(directory, name)))
         .FirstOrDefault(File.Exists);
 
@@ -55,7 +57,8 @@ public static unsafe class ClangNvrtc
     }
 
     [UnmanagedCallersOnly]
-    private static int CreateProgram(nint* program, byte* source, byte* name, int headers, byte** texts, byte** names)
+    private static int CreateProgram(nint* program, byte* source, byte* name, int headers,
+        byte** texts, byte** names)
     {
         lock (s_gate)
         {
@@ -82,7 +85,8 @@ public static unsafe class ClangNvrtc
         Compilation compilation;
         lock (s_gate) compilation = s_programs[(int)program - 1];
         var arguments = new List<string>();
-        for (int n = 0; n < count; n++) Translate(Marshal.PtrToStringUTF8((nint)options[n]) ?? "", arguments);
+        for (int n = 0; n < count; n++)
+            Translate(Marshal.PtrToStringUTF8((nint)options[n]) ?? "", arguments);
         try
         {
             Run(compilation, arguments);
@@ -112,14 +116,18 @@ public static unsafe class ClangNvrtc
         string folder = Directory.CreateTempSubdirectory("cpmx-clang").FullName;
         try
         {
-            string prelude = Path.Combine(folder, "prelude.h"), source = Path.Combine(folder, compilation.Name);
+            string prelude = Path.Combine(folder, "prelude.h"),
+                source = Path.Combine(folder, compilation.Name);
             string output = Path.Combine(folder, "out.ptx");
             File.WriteAllText(prelude, Prelude());
             File.WriteAllText(source, compilation.Source);
             var start = new ProcessStartInfo(Clang ?? "clang") { RedirectStandardError = true };
-            foreach (string argument in (string[])["-x", "cuda", "--cuda-device-only", "-nocudainc", "-nocudalib", "-fdeclspec",
-                "-Wno-unknown-cuda-version", "-Wno-pass-failed", "-O2", "-ffp-contract=fast", "-S", "-include", prelude,
-                "-Xclang", "-target-feature", "-Xclang", "+ptx71", .. arguments, source, "-o", output])
+            foreach (string argument in (string[])["-x", "cuda", "--cuda-device-only", "-nocudainc",
+                "-nocudalib", "-fdeclspec",
+                "-Wno-unknown-cuda-version", "-Wno-pass-failed", "-O2", "-ffp-contract=fast", "-S",
+                "-include", prelude,
+                "-Xclang", "-target-feature", "-Xclang", "+ptx71", .. arguments, source, "-o",
+                output])
                 start.ArgumentList.Add(argument);
             using var process = Process.Start(start)!;
             compilation.Log = process.StandardError.ReadToEnd();
@@ -134,7 +142,8 @@ public static unsafe class ClangNvrtc
 
     private static string Prelude()
     {
-        using var stream = Assembly.GetExecutingAssembly().GetManifestResourceStream("clang-prelude.h")!;
+        using var stream = Assembly.GetExecutingAssembly()
+            .GetManifestResourceStream("clang-prelude.h")!;
         return new StreamReader(stream).ReadToEnd();
     }
 
@@ -148,14 +157,17 @@ public static unsafe class ClangNvrtc
     [UnmanagedCallersOnly]
     private static int GetPtx(nint program, byte* to)
     {
-        lock (s_gate) Marshal.Copy(s_programs[(int)program - 1].Ptx, 0, (nint)to, s_programs[(int)program - 1].Ptx.Length);
+        lock (s_gate)
+            Marshal.Copy(s_programs[(int)program - 1].Ptx, 0, (nint)to,
+            s_programs[(int)program - 1].Ptx.Length);
         return 0;
     }
 
     [UnmanagedCallersOnly]
     private static int GetLogSize(nint program, nuint* size)
     {
-        lock (s_gate) *size = (nuint)Encoding.UTF8.GetByteCount(s_programs[(int)program - 1].Log) + 1;
+        lock (s_gate)
+            *size = (nuint)Encoding.UTF8.GetByteCount(s_programs[(int)program - 1].Log) + 1;
         return 0;
     }
 
@@ -171,7 +183,8 @@ public static unsafe class ClangNvrtc
     [UnmanagedCallersOnly]
     private static byte* GetErrorString(int result)
     {
-        if (s_error == null) s_error = (byte*)Marshal.StringToCoTaskMemUTF8("clang cannot compile this");
+        if (s_error == null)
+            s_error = (byte*)Marshal.StringToCoTaskMemUTF8("clang cannot compile this");
         return s_error;
     }
 

@@ -80,13 +80,15 @@ internal static unsafe class CublasEntryPoints
         {
             if (gpu.Find<Handle>(handle) == null) return NotInitialised;
             if (workspace % 256 != 0) return InvalidValue;
-            return bytes == 0 || gpu.Memory.Refusal(workspace, (long)bytes) == null ? Success : InvalidValue;
+            return bytes == 0 || gpu.Memory.Refusal(workspace, (long)bytes) == null ? Success
+                : InvalidValue;
         }
     }
 
     [UnmanagedCallersOnly]
     private static int GemmEx(
-        nint handle, int transA, int transB, int m, int n, int k, void* alpha, ulong a, int typeA, int lda, ulong b,
+        nint handle, int transA, int transB, int m, int n, int k, void* alpha, ulong a, int typeA,
+            int lda, ulong b,
         int typeB, int ldb, void* beta, ulong c, int typeC, int ldc, int compute, int algorithm) =>
         Enqueue(handle, alpha, beta, compute, new(
             "cublasGemmEx", transA, transB, m, n, k, new(a, typeA, lda, 0), new(b, typeB, ldb, 0),
@@ -94,8 +96,10 @@ internal static unsafe class CublasEntryPoints
 
     [UnmanagedCallersOnly]
     private static int GemmStridedBatchedEx(
-        nint handle, int transA, int transB, int m, int n, int k, void* alpha, ulong a, int typeA, int lda,
-        long strideA, ulong b, int typeB, int ldb, long strideB, void* beta, ulong c, int typeC, int ldc,
+        nint handle, int transA, int transB, int m, int n, int k, void* alpha, ulong a, int typeA,
+            int lda,
+        long strideA, ulong b, int typeB, int ldb, long strideB, void* beta, ulong c, int typeC,
+        int ldc,
         long strideC, int count, int compute, int algorithm) =>
         Enqueue(handle, alpha, beta, compute, new(
             "cublasGemmStridedBatchedEx", transA, transB, m, n, k, new(a, typeA, lda, strideA),
@@ -107,7 +111,8 @@ internal static unsafe class CublasEntryPoints
         lock (gpu.Gate)
         {
             if (gpu.Find<Handle>(handle) is not { } h) return NotInitialised;
-            if (alpha == null || beta == null || compute != CublasApi.Compute32F) return InvalidValue;
+            if (alpha == null || beta == null || compute != CublasApi.Compute32F)
+                return InvalidValue;
             // Scalars are read at the call: pointer mode is the host's.
             gemm = gemm with { Alpha = *(float*)alpha, Beta = *(float*)beta };
             if (gemm.RefusedValue() is { } reason)

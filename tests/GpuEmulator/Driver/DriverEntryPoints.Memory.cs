@@ -3,7 +3,8 @@ using System.Runtime.InteropServices;
 
 namespace MiniCpmNative.GpuEmulator.Driver;
 
-/// <summary>Memory: allocations, and copies that run late, when their stream's turn comes.</summary>
+/// <summary>Memory: allocations, and copies that run late, when their stream's turn
+/// comes.</summary>
 internal static unsafe partial class DriverEntryPoints
 {
     [UnmanagedCallersOnly]
@@ -37,7 +38,8 @@ internal static unsafe partial class DriverEntryPoints
         {
             int result = Drain(gpu);
             if (result != Results.Success) return result;
-            return address == 0 || gpu.Memory.Free(address) ? Results.Success : Results.InvalidValue;
+            return address == 0 || gpu.Memory.Free(address) ? Results.Success
+                : Results.InvalidValue;
         }
     }
 
@@ -79,7 +81,8 @@ internal static unsafe partial class DriverEntryPoints
             int unwritten = new Span<byte>(source.State, (int)bytes).IndexOfAnyExcept((byte)255);
             if (unwritten >= 0)
                 throw new FaultException(new(Check.Uninitialised,
-                    $"byte {unwritten} of {bytes} at 0x{from:x} was never written", "cuMemcpyDtoHAsync"));
+                    $"byte {unwritten} of {bytes} at 0x{from:x} was never written",
+                    "cuMemcpyDtoHAsync"));
             Buffer.MemoryCopy(source.Host, to, bytes, bytes);
         });
 
@@ -117,7 +120,8 @@ internal static unsafe partial class DriverEntryPoints
         public byte* State => (byte*)state;
     }
 
-    // The host bytes of a device range; checked when the copy runs, since memory may be freed before.
+    // The host bytes of a device range; checked when the copy runs, since memory may be freed
+    // before.
     private static HostRange Range(EmulatedGpu gpu, ulong address, nuint bytes, string call)
     {
         if (gpu.Memory.Refusal(address, (long)bytes) is { } refusal)

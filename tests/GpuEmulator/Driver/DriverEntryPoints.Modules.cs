@@ -5,13 +5,15 @@ using MiniCpmNative.GpuEmulator.Ptx;
 
 namespace MiniCpmNative.GpuEmulator.Driver;
 
-/// <summary>Modules, functions and launches, with the limits a real device enforces at launch.</summary>
+/// <summary>Modules, functions and launches, with the limits a real device enforces at
+/// launch.</summary>
 internal static unsafe partial class DriverEntryPoints
 {
     private const int MaxArgumentBytes = 4096;
 
     [UnmanagedCallersOnly]
-    private static int ModuleLoadDataEx(nint* module, void* image, uint options, int* names, void** values)
+    private static int ModuleLoadDataEx(nint* module, void* image, uint options, int* names,
+        void** values)
     {
         var gpu = Gpu;
         lock (gpu.Gate)
@@ -113,22 +115,27 @@ internal static unsafe partial class DriverEntryPoints
         }
     }
 
-    /// <summary>By threads and shared memory only: the emulator has no register allocation.</summary>
+    /// <summary>By threads and shared memory only: the emulator has no register
+    /// allocation.</summary>
     [UnmanagedCallersOnly]
-    private static int OccupancyMaxActiveBlocks(int* blocks, nint function, int threads, nuint shared)
+    private static int OccupancyMaxActiveBlocks(int* blocks, nint function, int threads,
+        nuint shared)
     {
         var gpu = Gpu;
         lock (gpu.Gate)
         {
-            if (gpu.Find<Program>(function) is not { } program || threads <= 0) return Results.InvalidValue;
+            if (gpu.Find<Program>(function) is not { } program || threads <= 0)
+                return Results.InvalidValue;
             int bytes = program.StaticShared + (int)shared + 1024;
-            return Set(blocks, Math.Min(2048 / Math.Max(threads, 64), (OptInShared() + 1024) / bytes));
+            return Set(blocks,
+                Math.Min(2048 / Math.Max(threads, 64), (OptInShared() + 1024) / bytes));
         }
     }
 
     [UnmanagedCallersOnly]
     private static int LaunchKernel(
-        nint function, uint gridX, uint gridY, uint gridZ, uint blockX, uint blockY, uint blockZ, uint shared,
+        nint function, uint gridX, uint gridY, uint gridZ, uint blockX, uint blockY, uint blockZ,
+            uint shared,
         nint handle, void** parameters, void** extra)
     {
         var gpu = Gpu;
@@ -137,7 +144,8 @@ internal static unsafe partial class DriverEntryPoints
             if (gpu.Fault != null) return Results.Of(gpu.Fault.Check);
             if (gpu.Find<Program>(function) is not { } program) return Results.InvalidHandle;
             if (gpu.Stream(handle) is not { } stream) return Results.InvalidHandle;
-            string? refusal = CheckShape(program, (gridX, gridY, gridZ), (blockX, blockY, blockZ), shared);
+            string? refusal =
+                CheckShape(program, (gridX, gridY, gridZ), (blockX, blockY, blockZ), shared);
             byte[]? arguments = null;
             refusal ??= TakeArguments(program, parameters, extra, out arguments);
             if (refusal != null)
@@ -146,7 +154,8 @@ internal static unsafe partial class DriverEntryPoints
                 return Results.InvalidValue;
             }
             var launch = new Launch(program, ((int)gridX, (int)gridY, (int)gridZ),
-                ((int)blockX, (int)blockY, (int)blockZ), (int)shared, arguments!, gpu.Memory, gpu.Options,
+                ((int)blockX, (int)blockY, (int)blockZ), (int)shared, arguments!, gpu.Memory,
+                    gpu.Options,
                 gpu.NextLaunchSeed());
             stream.Work.Enqueue((null, () => gpu.Launch(launch)));
             return Results.Success;
@@ -174,14 +183,17 @@ internal static unsafe partial class DriverEntryPoints
         return null;
     }
 
-    private static string? TakeArguments(Program program, void** parameters, void** extra, out byte[]? arguments)
+    private static string? TakeArguments(Program program, void** parameters, void** extra,
+        out byte[]? arguments)
     {
         int wanted = program.Kernel.ParameterBytes;
         arguments = new byte[wanted];
-        if (wanted > MaxArgumentBytes) return $"ArgumentSize: {wanted} bytes of arguments are above 4096";
+        if (wanted > MaxArgumentBytes)
+            return $"ArgumentSize: {wanted} bytes of arguments are above 4096";
         if (extra == null)
         {
-            if (parameters == null) return wanted == 0 ? null : "ArgumentSize: no arguments were given";
+            if (parameters == null)
+                return wanted == 0 ? null : "ArgumentSize: no arguments were given";
             for (int n = 0; n < program.Kernel.Parameters.Count; n++)
             {
                 var p = program.Kernel.Parameters[n];
@@ -199,7 +211,8 @@ internal static unsafe partial class DriverEntryPoints
             else if ((nint)extra[n] == 2) size = *(nuint*)extra[n + 1];
             else return $"ArgumentSize: launch option {(nint)extra[n]} is not known";
         }
-        if (size != (nuint)wanted) return $"ArgumentSize: {size} bytes of arguments, the kernel takes {wanted}";
+        if (size != (nuint)wanted)
+            return $"ArgumentSize: {size} bytes of arguments, the kernel takes {wanted}";
         new ReadOnlySpan<byte>(buffer, wanted).CopyTo(arguments);
         return null;
     }

@@ -6,7 +6,8 @@ using MiniCpmNative.Kernels.Cuda;
 
 namespace MiniCpmNative.GpuEmulator.Driver;
 
-/// <summary>The driver's table: device, context, memory, streams and events of the emulated GPU.</summary>
+/// <summary>The driver's table: device, context, memory, streams and events of the emulated
+/// GPU.</summary>
 internal static unsafe partial class DriverEntryPoints
 {
     private const string DeviceName = "Emulated GPU";
@@ -97,7 +98,8 @@ internal static unsafe partial class DriverEntryPoints
             _ => Results.InvalidValue,
         };
 
-    /// <summary>Largest dynamic shared memory of the architecture (CUDA programming guide, table of limits).</summary>
+    /// <summary>Largest dynamic shared memory of the architecture (CUDA programming guide, table of
+    /// limits).</summary>
     internal static int OptInShared() => (Gpu.Options.Architecture switch
     {
         80 => 163,
@@ -163,7 +165,8 @@ internal static unsafe partial class DriverEntryPoints
         With(handle, (gpu, stream) => gpu.RunUntil(() => stream.Work.Count == 0));
 
     [UnmanagedCallersOnly]
-    private static int StreamWaitEvent(nint handle, nint eventHandle, uint flags) => With(handle, (gpu, stream) =>
+    private static int StreamWaitEvent(nint handle, nint eventHandle, uint flags) =>
+        With(handle, (gpu, stream) =>
     {
         if (gpu.Find<EmulatedEvent>(eventHandle) is not { } e) return Results.InvalidHandle;
         int wanted = e.Recorded;
@@ -200,7 +203,8 @@ internal static unsafe partial class DriverEntryPoints
         {
             e.Reached = number;
             e.Ticks = Stopwatch.GetTimestamp();
-        }));
+        }
+        ));
         return Results.Success;
     });
 
@@ -238,7 +242,8 @@ internal static unsafe partial class DriverEntryPoints
         var gpu = Gpu;
         lock (gpu.Gate)
         {
-            if (gpu.Find<EmulatedEvent>(start) is not { } a || gpu.Find<EmulatedEvent>(end) is not { } b)
+            if (gpu.Find<EmulatedEvent>(start) is not { } a
+                || gpu.Find<EmulatedEvent>(end) is not { } b)
                 return Results.InvalidHandle;
             if (a.Reached < a.Recorded || b.Reached < b.Recorded) return Results.NotReady;
             *milliseconds = (float)Stopwatch.GetElapsedTime(a.Ticks, b.Ticks).TotalMilliseconds;
@@ -252,7 +257,8 @@ internal static unsafe partial class DriverEntryPoints
     /// <summary>For errors that a finding caused: the finding's report.</summary>
     [UnmanagedCallersOnly]
     private static int GetErrorString(int result, byte** text) => SetText(text,
-        Gpu.Fault is { } fault && result == Results.Of(fault.Check) ? fault.ToString() : Gpu.LastError);
+        Gpu.Fault is { } fault && result == Results.Of(fault.Check) ? fault.ToString()
+            : Gpu.LastError);
 
     private static int SetText(byte** to, string text)
     {
@@ -272,7 +278,8 @@ internal static unsafe partial class DriverEntryPoints
         return Results.Success;
     }
 
-    private static int With(nint handle, Func<EmulatedGpu, EmulatedStream, int> run, [CallerMemberName] string call = "")
+    private static int With(nint handle, Func<EmulatedGpu, EmulatedStream, int> run,
+        [CallerMemberName] string call = "")
     {
         var gpu = Gpu;
         lock (gpu.Gate)

@@ -14,7 +14,8 @@ internal sealed class EmulatedModule
     public unsafe EmulatedModule(string ptx, DeviceMemory memory)
     {
         var module = PtxParser.Parse(ptx);
-        foreach (var variable in module.Variables.Values.Where(v => v.Space is Space.Global or Space.Const))
+        foreach (var variable in module.Variables.Values.Where(v =>
+            v.Space is Space.Global or Space.Const))
         {
             bool constant = variable.Space == Space.Const;
             var allocation = memory.Allocate(

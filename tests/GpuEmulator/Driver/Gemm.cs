@@ -5,7 +5,8 @@ using MiniCpmNative.Kernels.Cuda;
 
 namespace MiniCpmNative.GpuEmulator.Driver;
 
-/// <summary>One column-major matrix of a product: element (r, c) is at Address + r + c * Leading.</summary>
+/// <summary>One column-major matrix of a product: element (r, c) is at Address + r + c *
+/// Leading.</summary>
 internal readonly record struct GemmMatrix(ulong Address, int Type, int Leading, long Stride)
 {
     public int Bytes => Type == CublasApi.F32 ? 4 : 2;
@@ -13,12 +14,13 @@ internal readonly record struct GemmMatrix(ulong Address, int Type, int Leading,
 }
 
 /// <summary>
-/// C = alpha * op(A) op(B) + beta * C, column-major, sums in float in order of k. Where beta is 0, C
-/// is not read (cuBLAS documents so). Every element it touches must lie in an allocation and, when
-/// read, have been written.
+/// C = alpha * op(A) op(B) + beta * C, column-major, sums in float in order of k. Where beta is 0,
+/// C is not read (cuBLAS documents so). Every element it touches must lie in an allocation and,
+/// when read, have been written.
 /// </summary>
 internal sealed unsafe record Gemm(
-    string Call, int TransA, int TransB, int M, int N, int K, GemmMatrix A, GemmMatrix B, GemmMatrix C, int Count)
+    string Call, int TransA, int TransB, int M, int N, int K, GemmMatrix A, GemmMatrix B,
+        GemmMatrix C, int Count)
 {
     public float Alpha { get; init; }
     public float Beta { get; init; }
@@ -31,25 +33,29 @@ internal sealed unsafe record Gemm(
     /// <summary>Why CUBLAS_STATUS_INVALID_VALUE; null when the values are right.</summary>
     public string? RefusedValue()
     {
-        if (TransA is not (0 or 1) || TransB is not (0 or 1)) return $"{Call}: an operation is neither 0 nor 1";
+        if (TransA is not (0 or 1) || TransB is not (0 or 1))
+            return $"{Call}: an operation is neither 0 nor 1";
         if (M < 0 || N < 0 || K < 0 || Count < 0) return $"{Call}: a negative size";
         if (A.Leading < Math.Max(1, RowsA)) return $"{Call}: lda {A.Leading} is below {RowsA}";
         if (B.Leading < Math.Max(1, RowsB)) return $"{Call}: ldb {B.Leading} is below {RowsB}";
         if (C.Leading < Math.Max(1, M)) return $"{Call}: ldc {C.Leading} is below {M}";
-        if (M > 0 && N > 0 && Count > 0 && (C.Address == 0 || (K > 0 && (A.Address == 0 || B.Address == 0))))
+        if (M > 0 && N > 0 && Count > 0
+            && (C.Address == 0 || (K > 0 && (A.Address == 0 || B.Address == 0))))
             return $"{Call}: a null pointer";
         return null;
     }
 
     /// <summary>Equal input types; the output is float or of the inputs' type.</summary>
-    public bool IsSupported() => A.IsKnown && A.Type == B.Type && (C.Type == A.Type || C.Type == CublasApi.F32);
+    public bool IsSupported() => A.IsKnown && A.Type == B.Type
+        && (C.Type == A.Type || C.Type == CublasApi.F32);
 
     public void Run(EmulatedGpu gpu)
     {
         if (M == 0 || N == 0) return;
         for (int batch = 0; batch < Count; batch++)
         {
-            float[] a = Read(gpu, A, batch, RowsA, ColsA, "A"), b = Read(gpu, B, batch, RowsB, ColsB, "B");
+            float[] a = Read(gpu, A, batch, RowsA, ColsA, "A"),
+                b = Read(gpu, B, batch, RowsB, ColsB, "B");
             float[]? c = Beta != 0 ? Read(gpu, C, batch, M, N, "C") : null;
             Write(gpu, batch, Multiply(a, b, c));
         }
@@ -70,7 +76,8 @@ internal sealed unsafe record Gemm(
                 var row = rows.AsSpan(k * M, M);
                 int m = 0;
                 for (; m + 8 <= M; m += 8)
-                    Vector256.FusedMultiplyAdd(Vector256.Create<float>(row.Slice(m, 8)), Vector256.Create(scale),
+                    Vector256.FusedMultiplyAdd(Vector256.Create<float>(row.Slice(m, 8)),
+                        Vector256.Create(scale),
                         Vector256.Create<float>(column.Slice(m, 8))).CopyTo(column[m..]);
                 for (; m < M; m++) column[m] = MathF.FusedMultiplyAdd(row[m], scale, column[m]);
             }
@@ -89,13 +96,16 @@ internal sealed unsafe record Gemm(
         return turned;
     }
 
-    private byte* Column(EmulatedGpu gpu, GemmMatrix x, int batch, int column, int rows, string name, out Allocation at)
+    private byte* Column(EmulatedGpu gpu, GemmMatrix x, int batch, int column, int rows,
+        string name, out Allocation at)
     {
-        ulong address = x.Address + (ulong)((batch * x.Stride + (long)column * x.Leading) * x.Bytes);
+        ulong address = x.Address
+            + (ulong)((batch * x.Stride + (long)column * x.Leading) * x.Bytes);
         if (address % (ulong)x.Bytes != 0)
             throw new FaultException(new(Check.Misaligned, $"{name} at 0x{address:x}", Call));
         if (gpu.Memory.Refusal(address, (long)rows * x.Bytes) is { } refusal)
-            throw new FaultException(new(refusal.Check, $"{name}, column {column}: {refusal.Detail}", Call));
+            throw new FaultException(new(refusal.Check,
+                $"{name}, column {column}: {refusal.Detail}", Call));
         at = gpu.Memory.Find(address)!;
         return at.Host + (address - at.Start);
     }
@@ -138,6 +148,7 @@ internal sealed unsafe record Gemm(
     private static void Store(byte* at, int n, int type, float value)
     {
         if (type == CublasApi.F32) ((float*)at)[n] = value;
-        else ((ushort*)at)[n] = type == CublasApi.F16 ? FloatToHalf.Run(value) : FloatToBrain.Run(value);
+        else ((ushort*)at)[n] = type == CublasApi.F16 ? FloatToHalf.Run(value)
+            : FloatToBrain.Run(value);
     }
 }

@@ -3,9 +3,11 @@ namespace MiniCpmNative.GpuEmulator.Driver;
 /// <summary>CUresult values that the emulated driver returns, with their names.</summary>
 internal static class Results
 {
-    public const int Success = 0, InvalidValue = 1, OutOfMemory = 2, NotInitialised = 3, NoDevice = 100,
+    public const int Success = 0, InvalidValue = 1, OutOfMemory = 2, NotInitialised = 3,
+        NoDevice = 100,
         InvalidDevice = 101, InvalidContext = 201, InvalidPtx = 218, UnsupportedPtxVersion = 222,
-        InvalidHandle = 400, NotFound = 500, NotReady = 600, IllegalAddress = 700, LaunchOutOfResources = 701,
+        InvalidHandle = 400, NotFound = 500, NotReady = 600, IllegalAddress = 700,
+            LaunchOutOfResources = 701,
         MisalignedAddress = 716, LaunchFailed = 719;
 
     public static string Name(int result) => result switch
@@ -33,7 +35,8 @@ internal static class Results
     public static int Of(Check check) => check switch
     {
         Check.Misaligned => MisalignedAddress,
-        Check.OutOfBounds or Check.UseAfterFree or Check.ForeignPointer or Check.ConstantWrite => IllegalAddress,
+        Check.OutOfBounds or Check.UseAfterFree or Check.ForeignPointer or Check.ConstantWrite =>
+            IllegalAddress,
         _ => LaunchFailed,
     };
 }

@@ -8,7 +8,8 @@ internal sealed class EmulatedEvent
     public long Ticks { get; set; }
 }
 
-/// <summary>A queue of work; an item runs when its condition holds (the event it waits for has come).</summary>
+/// <summary>A queue of work; an item runs when its condition holds (the event it waits for has
+/// come).</summary>
 internal sealed class EmulatedStream(nint handle)
 {
     public nint Handle { get; } = handle;
@@ -16,8 +17,9 @@ internal sealed class EmulatedStream(nint handle)
 }
 
 /// <summary>
-/// Runs queued work only when somebody waits for it, and then one item at a time from a stream chosen
-/// by the seed: every order that events allow can happen, and the host sees copies at the last moment.
+/// Runs queued work only when somebody waits for it, and then one item at a time from a stream
+/// chosen by the seed: every order that events allow can happen, and the host sees copies at the
+/// last moment.
 /// </summary>
 internal sealed class Scheduler(int seed)
 {
@@ -37,7 +39,8 @@ internal sealed class Scheduler(int seed)
     {
         while (!done())
         {
-            var ready = _streams.FindAll(s => s.Work.TryPeek(out var head) && (head.Ready?.Invoke() ?? true));
+            var ready = _streams.FindAll(s => s.Work.TryPeek(out var head)
+                && (head.Ready?.Invoke() ?? true));
             if (ready.Count == 0) return false;
             var stream = ready[_random?.Next(ready.Count) ?? 0];
             stream.Work.Dequeue().Work();

@@ -1,6 +1,7 @@
 using MiniCpmNative.GpuEmulator.Alu;
 using MiniCpmNative.GpuEmulator.Ptx;
-using unsafe Handler = delegate*<MiniCpmNative.GpuEmulator.Machine.Warp, MiniCpmNative.GpuEmulator.Machine.Instruction, void>;
+using unsafe Handler = delegate*<MiniCpmNative.GpuEmulator.Machine.Warp,
+    MiniCpmNative.GpuEmulator.Machine.Instruction, void>;
 
 namespace MiniCpmNative.GpuEmulator.Machine;
 
@@ -32,7 +33,8 @@ internal sealed unsafe partial class Assembler
         }
     }
 
-    private void Take(Instruction i, PtxInstruction p, int sources, int dWidth, int width, bool isFloat)
+    private void Take(Instruction i, PtxInstruction p, int sources, int dWidth, int width,
+        bool isFloat)
     {
         Operands(p, sources + 1);
         (i.DWidth, i.AWidth) = (dWidth, width);
@@ -117,7 +119,8 @@ internal sealed unsafe partial class Assembler
         }
         if (rounding is "rz" or "rm" or "rp")
         {
-            if (ftz || saturate) throw new PtxException($".{rounding} with .ftz or .sat is not known");
+            if (ftz || saturate)
+                throw new PtxException($".{rounding} with .ftz or .sat is not known");
             return (op.Stem, rounding) switch
             {
                 ("add", "rz") => &Maps.Scalar2<DirectedAdd<TowardZero>, float, float, float>,
@@ -147,13 +150,14 @@ internal sealed unsafe partial class Assembler
         };
     }
 
-    private static Handler Float2<TOp>(bool ftz, bool saturate) where TOp : IBinary<float> => (ftz, saturate) switch
-    {
-        (false, false) => &Maps.Binary<TOp, float>,
-        (true, false) => &Maps.Binary<Ftz2<TOp>, float>,
-        (false, true) => &Maps.Binary<Sat2<TOp>, float>,
-        _ => &Maps.Binary<Sat2<Ftz2<TOp>>, float>,
-    };
+    private static Handler Float2<TOp>(bool ftz, bool saturate) where TOp
+        : IBinary<float> => (ftz, saturate) switch
+        {
+            (false, false) => &Maps.Binary<TOp, float>,
+            (true, false) => &Maps.Binary<Ftz2<TOp>, float>,
+            (false, true) => &Maps.Binary<Sat2<TOp>, float>,
+            _ => &Maps.Binary<Sat2<Ftz2<TOp>>, float>,
+        };
 
     private bool BuildMultiply(Instruction i, PtxInstruction p, Opcode op, string type)
     {
@@ -194,8 +198,10 @@ internal sealed unsafe partial class Assembler
                 ("rn", true, false) => &Maps.Ternary<Ftz3<FmaF>, float>,
                 ("rn", false, true) => &Maps.Ternary<Sat3<FmaF>, float>,
                 ("rn", true, true) => &Maps.Ternary<Sat3<Ftz3<FmaF>>, float>,
-                ("rz", false, false) => &Maps.Scalar3<DirectedFma<TowardZero>, float, float, float, float>,
-                ("rm", false, false) => &Maps.Scalar3<DirectedFma<Down>, float, float, float, float>,
+                ("rz", false, false) =>
+                    &Maps.Scalar3<DirectedFma<TowardZero>, float, float, float, float>,
+                ("rm", false, false) =>
+                    &Maps.Scalar3<DirectedFma<Down>, float, float, float, float>,
                 ("rp", false, false) => &Maps.Scalar3<DirectedFma<Up>, float, float, float, float>,
                 _ => throw new PtxException("this rounding of fma is not known"),
             };
@@ -206,10 +212,14 @@ internal sealed unsafe partial class Assembler
         i.Run = (part, type) switch
         {
             ("", "f64") => &Maps.Ternary<FmaD, double>,
-            ("", "bf16") => &Maps.Scalar3<Fma16<FloatToBrain, BrainToFloat>, ushort, ushort, ushort, ushort>,
-            ("", "bf16x2") => &Maps.Scalar3<Fma16X2<FloatToBrain, BrainToFloat>, uint, uint, uint, uint>,
-            ("", "f16") => &Maps.Scalar3<Fma16<FloatToHalf, HalfToFloat>, ushort, ushort, ushort, ushort>,
-            ("", "f16x2") => &Maps.Scalar3<Fma16X2<FloatToHalf, HalfToFloat>, uint, uint, uint, uint>,
+            ("", "bf16") =>
+                &Maps.Scalar3<Fma16<FloatToBrain, BrainToFloat>, ushort, ushort, ushort, ushort>,
+            ("", "bf16x2") =>
+                &Maps.Scalar3<Fma16X2<FloatToBrain, BrainToFloat>, uint, uint, uint, uint>,
+            ("", "f16") =>
+                &Maps.Scalar3<Fma16<FloatToHalf, HalfToFloat>, ushort, ushort, ushort, ushort>,
+            ("", "f16x2") =>
+                &Maps.Scalar3<Fma16X2<FloatToHalf, HalfToFloat>, uint, uint, uint, uint>,
             ("lo", "u32" or "s32") => &Maps.Ternary<MadLo<uint>, uint>,
             ("lo", "u64" or "s64") => &Maps.Ternary<MadLo<ulong>, ulong>,
             ("lo", "u16" or "s16") => &Maps.Scalar3<Mad16, ushort, ushort, ushort, ushort>,
@@ -234,10 +244,14 @@ internal sealed unsafe partial class Assembler
         if (type[0] == 'f' && op.Stem is not ("abs" or "neg")) i.Flops = 1;
         i.Run = (op.Stem, type, approximate) switch
         {
-            ("abs", "f32", false) => ftz ? &Maps.Unary<Ftz1<AbsF>, float> : &Maps.Unary<AbsF, float>,
-            ("neg", "f32", false) => ftz ? &Maps.Unary<Ftz1<NegF>, float> : &Maps.Unary<NegF, float>,
-            ("sqrt", "f32", false) => ftz ? &Maps.Unary<Ftz1<SqrtF>, float> : &Maps.Unary<SqrtF, float>,
-            ("rcp", "f32", false) => ftz ? &Maps.Unary<Ftz1<RcpF>, float> : &Maps.Unary<RcpF, float>,
+            ("abs", "f32", false) => ftz ? &Maps.Unary<Ftz1<AbsF>, float>
+                : &Maps.Unary<AbsF, float>,
+            ("neg", "f32", false) => ftz ? &Maps.Unary<Ftz1<NegF>, float>
+                : &Maps.Unary<NegF, float>,
+            ("sqrt", "f32", false) => ftz ? &Maps.Unary<Ftz1<SqrtF>, float>
+                : &Maps.Unary<SqrtF, float>,
+            ("rcp", "f32", false) => ftz ? &Maps.Unary<Ftz1<RcpF>, float>
+                : &Maps.Unary<RcpF, float>,
             ("sqrt", "f32", true) => &Approximate.Run1<SqrtApprox>,
             ("rcp", "f32", true) => &Approximate.Run1<RcpApprox>,
             ("rsqrt", "f32", true) => &Approximate.Run1<RsqrtApprox>,

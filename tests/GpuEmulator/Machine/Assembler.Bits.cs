@@ -159,7 +159,8 @@ internal sealed unsafe partial class Assembler
                 i.Run = &Moves.Table<Lop3>;
                 break;
             default:
-                i.Mode = (op.Any("l", "r") == "r" ? 1 : 0) | (op.Any("wrap", "clamp") == "wrap" ? 2 : 0);
+                i.Mode = (op.Any("l", "r") == "r" ? 1 : 0)
+                    | (op.Any("wrap", "clamp") == "wrap" ? 2 : 0);
                 i.Run = &Moves.Table<Funnel>;
                 break;
         }

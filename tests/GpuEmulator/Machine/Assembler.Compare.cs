@@ -1,6 +1,7 @@
 using MiniCpmNative.GpuEmulator.Alu;
 using MiniCpmNative.GpuEmulator.Ptx;
-using unsafe Handler = delegate*<MiniCpmNative.GpuEmulator.Machine.Warp, MiniCpmNative.GpuEmulator.Machine.Instruction, void>;
+using unsafe Handler = delegate*<MiniCpmNative.GpuEmulator.Machine.Warp,
+    MiniCpmNative.GpuEmulator.Machine.Instruction, void>;
 
 namespace MiniCpmNative.GpuEmulator.Machine;
 
@@ -95,26 +96,28 @@ internal sealed unsafe partial class Assembler
 
     private readonly struct Flushed : IInputs
     {
-        public static Handler Set<TOp>() where TOp : IBinary<float> => &Predicates.Set<FtzInputs<TOp>, float>;
+        public static Handler Set<TOp>() where TOp
+            : IBinary<float> => &Predicates.Set<FtzInputs<TOp>, float>;
     }
 
-    private static Handler CompareFloat<TInputs>(string comparison) where TInputs : IInputs => comparison switch
-    {
-        "eq" => TInputs.Set<Eq<float>>(),
-        "ne" => TInputs.Set<Ne<float>>(),
-        "lt" => TInputs.Set<Lt<float>>(),
-        "le" => TInputs.Set<Le<float>>(),
-        "gt" => TInputs.Set<Gt<float>>(),
-        "ge" => TInputs.Set<Ge<float>>(),
-        "equ" => TInputs.Set<Unordered<Eq<float>, float>>(),
-        "neu" => TInputs.Set<Unordered<Ne<float>, float>>(),
-        "ltu" => TInputs.Set<Unordered<Lt<float>, float>>(),
-        "leu" => TInputs.Set<Unordered<Le<float>, float>>(),
-        "gtu" => TInputs.Set<Unordered<Gt<float>, float>>(),
-        "geu" => TInputs.Set<Unordered<Ge<float>, float>>(),
-        "num" => TInputs.Set<IsNumber<float>>(),
-        _ => TInputs.Set<IsNaN<float>>(),
-    };
+    private static Handler CompareFloat<TInputs>(string comparison) where TInputs
+        : IInputs => comparison switch
+        {
+            "eq" => TInputs.Set<Eq<float>>(),
+            "ne" => TInputs.Set<Ne<float>>(),
+            "lt" => TInputs.Set<Lt<float>>(),
+            "le" => TInputs.Set<Le<float>>(),
+            "gt" => TInputs.Set<Gt<float>>(),
+            "ge" => TInputs.Set<Ge<float>>(),
+            "equ" => TInputs.Set<Unordered<Eq<float>, float>>(),
+            "neu" => TInputs.Set<Unordered<Ne<float>, float>>(),
+            "ltu" => TInputs.Set<Unordered<Lt<float>, float>>(),
+            "leu" => TInputs.Set<Unordered<Le<float>, float>>(),
+            "gtu" => TInputs.Set<Unordered<Gt<float>, float>>(),
+            "geu" => TInputs.Set<Unordered<Ge<float>, float>>(),
+            "num" => TInputs.Set<IsNumber<float>>(),
+            _ => TInputs.Set<IsNaN<float>>(),
+        };
 
     private static Handler CompareOf<T>(string comparison) where T : unmanaged => comparison switch
     {
@@ -143,6 +146,7 @@ internal sealed unsafe partial class Assembler
             "le" => &Predicates.Set16<Le<T>, T>,
             "gt" => &Predicates.Set16<Gt<T>, T>,
             "ge" => &Predicates.Set16<Ge<T>, T>,
-            _ => throw new PtxException($"comparison .{comparison} of 16-bit integers is not known"),
+            _ => throw new PtxException(
+                $"comparison .{comparison} of 16-bit integers is not known"),
         };
 }

@@ -28,7 +28,8 @@ internal sealed unsafe partial class Assembler
                 i.Run = &Moves.Trap;
                 return true;
             case "membar":
-                if (op.Any("gl", "cta", "sys").Length == 0) throw new PtxException("the fence's level is missing");
+                if (op.Any("gl", "cta", "sys").Length == 0)
+                    throw new PtxException("the fence's level is missing");
                 i.Run = &Moves.Nothing;
                 return true;
             case "fence":
@@ -83,7 +84,8 @@ internal sealed unsafe partial class Assembler
             case "vote": return BuildVote(i, p, op);
             case "redux":
                 Sync(i, op);
-                i.Mode = (int)Enum.Parse<Reduction>(op.Any("add", "min", "max", "and", "or", "xor"), ignoreCase: true);
+                i.Mode = (int)Enum.Parse<Reduction>(op.Any("add", "min", "max", "and", "or", "xor"),
+                    ignoreCase: true);
                 string type = op.Last();
                 Operands(p, 3);
                 i.D = Result(p.Operands[0], 4);
@@ -186,7 +188,8 @@ internal sealed unsafe partial class Assembler
         Sync(i, op);
         if (!op.Has("aligned") || !op.Has("m8n8") || !op.Has("b16"))
             throw new PtxException("only ldmatrix.sync.aligned.m8n8...b16 is known");
-        if (op.Any("shared", "shared::cta").Length == 0) throw new PtxException("ldmatrix reads .shared");
+        if (op.Any("shared", "shared::cta").Length == 0)
+            throw new PtxException("ldmatrix reads .shared");
         i.Count = op.Any("x1", "x2", "x4") switch
         {
             "x1" => 1,
@@ -216,7 +219,8 @@ internal sealed unsafe partial class Assembler
         i.Mode = shape == "m16n8k16" ? 2 : 1;
         Operands(p, 4);
         int[][] rows = [.. p.Operands.Select(o => Vector(o, 4))];
-        if (rows[0].Length != 4 || rows[1].Length != i.Mode * 2 || rows[2].Length != i.Mode || rows[3].Length != 4)
+        if (rows[0].Length != 4 || rows[1].Length != i.Mode * 2 || rows[2].Length != i.Mode
+            || rows[3].Length != 4)
             throw new PtxException("a fragment has the wrong number of registers");
         i.Rows = [.. rows.SelectMany(r => r)];
         i.Flops = 2 * 16 * 8 * 8 * i.Mode;

@@ -1,7 +1,8 @@
 using System.Numerics;
 using MiniCpmNative.GpuEmulator.Alu;
 using MiniCpmNative.GpuEmulator.Ptx;
-using unsafe Handler = delegate*<MiniCpmNative.GpuEmulator.Machine.Warp, MiniCpmNative.GpuEmulator.Machine.Instruction, void>;
+using unsafe Handler = delegate*<MiniCpmNative.GpuEmulator.Machine.Warp,
+    MiniCpmNative.GpuEmulator.Machine.Instruction, void>;
 
 namespace MiniCpmNative.GpuEmulator.Machine;
 
@@ -18,7 +19,8 @@ internal sealed unsafe partial class Assembler
             i.D = Result(p.Operands[0], 4);
             i.A = Row(p.Operands[1], 4, true);
             i.B = Row(p.Operands[2], 4, true);
-            if (rounding != "rn" || from != "f32") throw new PtxException("only cvt.rn.*x2.f32 is known");
+            if (rounding != "rn" || from != "f32")
+                throw new PtxException("only cvt.rn.*x2.f32 is known");
             i.Run = (to == "bf16x2", relu) switch
             {
                 (true, false) => &Maps.Scalar2<PackTwo<FloatToBrain>, uint, float, float>,
@@ -52,7 +54,8 @@ internal sealed unsafe partial class Assembler
             if (from == "u32") return &Moves.WidenUnsigned;
             if (from == "s32") return &Moves.WidenSigned;
         }
-        if (!saturate && (i.DWidth, i.AWidth) == (4, 8) && to is ("u32" or "s32") && from is ("u64" or "s64"))
+        if (!saturate && (i.DWidth, i.AWidth) == (4, 8) && to is ("u32" or "s32")
+            && from is ("u64" or "s64"))
             return &Moves.Narrow64;
         return to switch
         {
@@ -68,27 +71,30 @@ internal sealed unsafe partial class Assembler
         };
     }
 
-    private static Handler Resize<TD>(string from, bool saturate) where TD : unmanaged, IBinaryInteger<TD> => from switch
-    {
-        "u8" => Resize<TD, byte>(saturate),
-        "s8" => Resize<TD, sbyte>(saturate),
-        "u16" => Resize<TD, ushort>(saturate),
-        "s16" => Resize<TD, short>(saturate),
-        "u32" => Resize<TD, uint>(saturate),
-        "s32" => Resize<TD, int>(saturate),
-        "u64" => Resize<TD, ulong>(saturate),
-        "s64" => Resize<TD, long>(saturate),
-        _ => throw new PtxException($"cvt from .{from} is not known"),
-    };
+    private static Handler Resize<TD>(string from, bool saturate) where TD : unmanaged,
+        IBinaryInteger<TD> => from switch
+        {
+            "u8" => Resize<TD, byte>(saturate),
+            "s8" => Resize<TD, sbyte>(saturate),
+            "u16" => Resize<TD, ushort>(saturate),
+            "s16" => Resize<TD, short>(saturate),
+            "u32" => Resize<TD, uint>(saturate),
+            "s32" => Resize<TD, int>(saturate),
+            "u64" => Resize<TD, ulong>(saturate),
+            "s64" => Resize<TD, long>(saturate),
+            _ => throw new PtxException($"cvt from .{from} is not known"),
+        };
 
     private static Handler Resize<TD, TA>(bool saturate)
-        where TD : unmanaged, IBinaryInteger<TD> where TA : unmanaged, IBinaryInteger<TA> => saturate
+        where TD : unmanaged, IBinaryInteger<TD> where TA : unmanaged,
+            IBinaryInteger<TA> => saturate
             ? &Maps.Scalar1<ResizeSaturated<TD, TA>, TD, TA>
             : &Maps.Scalar1<Resize<TD, TA>, TD, TA>;
 
     private static Handler FloatFrom(string to, string from, string rounding, Opcode op)
     {
-        if (rounding != "rn") throw new PtxException($"cvt.{rounding} from an integer is not known");
+        if (rounding != "rn")
+            throw new PtxException($"cvt.{rounding} from an integer is not known");
         return to switch
         {
             "f32" => FromInt<float>(from),
@@ -110,14 +116,15 @@ internal sealed unsafe partial class Assembler
         _ => throw new PtxException($"cvt from .{from} is not known"),
     };
 
-    private static Handler IntegerFrom(string to, string from, string rounding, bool ftz, Opcode op) => rounding switch
-    {
-        "rni" => IntegerFrom<Nearest>(to, from, ftz, op),
-        "rzi" => IntegerFrom<Truncate>(to, from, ftz, op),
-        "rmi" => IntegerFrom<Floor>(to, from, ftz, op),
-        "rpi" => IntegerFrom<Ceiling>(to, from, ftz, op),
-        _ => throw new PtxException("cvt to an integer needs .rni, .rzi, .rmi or .rpi"),
-    };
+    private static Handler IntegerFrom(string to, string from, string rounding, bool ftz,
+        Opcode op) => rounding switch
+        {
+            "rni" => IntegerFrom<Nearest>(to, from, ftz, op),
+            "rzi" => IntegerFrom<Truncate>(to, from, ftz, op),
+            "rmi" => IntegerFrom<Floor>(to, from, ftz, op),
+            "rpi" => IntegerFrom<Ceiling>(to, from, ftz, op),
+            _ => throw new PtxException("cvt to an integer needs .rni, .rzi, .rmi or .rpi"),
+        };
 
     // Flushing a subnormal matters to .rmi and .rpi only, where it turns -1 or 1 into 0.
     private static Handler IntegerFrom<TRound>(string to, string from, bool ftz, Opcode op)
@@ -144,33 +151,35 @@ internal sealed unsafe partial class Assembler
             : &Maps.Scalar1<ToInteger<TRound, TD, float>, TD, float>;
 
     private static Handler FloatToFloat(
-        string to, string from, string rounding, bool ftz, bool saturate, Opcode op) => (to, from, rounding) switch
-        {
-            ("f32", "f32", "rni") => Whole<Nearest>(ftz),
-            ("f32", "f32", "rzi") => Whole<Truncate>(ftz),
-            ("f32", "f32", "rmi") => Whole<Floor>(ftz),
-            ("f32", "f32", "rpi") => Whole<Ceiling>(ftz),
-            ("f32", "f32", _) when saturate => ftz
-                ? &Maps.Unary<Ftz1<Saturate>, float>
-                : &Maps.Unary<Saturate, float>,
-            ("f32", "f32", _) => ftz ? &Maps.Unary<Ftz1<Copy<float>>, float> : &Maps.Unary<Copy<float>, float>,
-            ("f64", "f64", "rni") => &Maps.Scalar1<ToWholeD<Nearest>, double, double>,
-            ("f64", "f64", "rzi") => &Maps.Scalar1<ToWholeD<Truncate>, double, double>,
-            ("f64", "f64", "rmi") => &Maps.Scalar1<ToWholeD<Floor>, double, double>,
-            ("f64", "f64", "rpi") => &Maps.Scalar1<ToWholeD<Ceiling>, double, double>,
-            ("f32", "f64", "rn") => ftz
-                ? &Maps.Scalar1<FlushLast<DoubleToFloat, double>, float, double>
-                : &Maps.Scalar1<DoubleToFloat, float, double>,
-            ("f64", "f32", "") => ftz
-                ? &Maps.Scalar1<FlushFirst<FloatToDouble, double>, double, float>
-                : &Maps.Scalar1<FloatToDouble, double, float>,
-            ("f16", "f32", "rn") => &Maps.Scalar1<FloatToHalf, ushort, float>,
-            ("f32", "f16", "") => &Maps.Scalar1<HalfToFloat, float, ushort>,
-            ("bf16", "f32", "rn") => &Maps.Scalar1<FloatToBrain, ushort, float>,
-            ("bf16", "f32", "rz") => &Maps.Scalar1<FloatToBrainCut, ushort, float>,
-            ("f32", "bf16", "") => &Maps.Scalar1<BrainToFloat, float, ushort>,
-            _ => throw op.Unknown($"{rounding} {to}.{from}"),
-        };
+        string to, string from, string rounding, bool ftz, bool saturate, Opcode op) =>
+            (to, from, rounding) switch
+            {
+                ("f32", "f32", "rni") => Whole<Nearest>(ftz),
+                ("f32", "f32", "rzi") => Whole<Truncate>(ftz),
+                ("f32", "f32", "rmi") => Whole<Floor>(ftz),
+                ("f32", "f32", "rpi") => Whole<Ceiling>(ftz),
+                ("f32", "f32", _) when saturate => ftz
+                    ? &Maps.Unary<Ftz1<Saturate>, float>
+                    : &Maps.Unary<Saturate, float>,
+                ("f32", "f32", _) => ftz ? &Maps.Unary<Ftz1<Copy<float>>, float>
+                    : &Maps.Unary<Copy<float>, float>,
+                ("f64", "f64", "rni") => &Maps.Scalar1<ToWholeD<Nearest>, double, double>,
+                ("f64", "f64", "rzi") => &Maps.Scalar1<ToWholeD<Truncate>, double, double>,
+                ("f64", "f64", "rmi") => &Maps.Scalar1<ToWholeD<Floor>, double, double>,
+                ("f64", "f64", "rpi") => &Maps.Scalar1<ToWholeD<Ceiling>, double, double>,
+                ("f32", "f64", "rn") => ftz
+                    ? &Maps.Scalar1<FlushLast<DoubleToFloat, double>, float, double>
+                    : &Maps.Scalar1<DoubleToFloat, float, double>,
+                ("f64", "f32", "") => ftz
+                    ? &Maps.Scalar1<FlushFirst<FloatToDouble, double>, double, float>
+                    : &Maps.Scalar1<FloatToDouble, double, float>,
+                ("f16", "f32", "rn") => &Maps.Scalar1<FloatToHalf, ushort, float>,
+                ("f32", "f16", "") => &Maps.Scalar1<HalfToFloat, float, ushort>,
+                ("bf16", "f32", "rn") => &Maps.Scalar1<FloatToBrain, ushort, float>,
+                ("bf16", "f32", "rz") => &Maps.Scalar1<FloatToBrainCut, ushort, float>,
+                ("f32", "bf16", "") => &Maps.Scalar1<BrainToFloat, float, ushort>,
+                _ => throw op.Unknown($"{rounding} {to}.{from}"),
+            };
 
     private static Handler Whole<TRound>(bool ftz) where TRound : IWhole => ftz
         ? &Maps.Scalar1<FlushFirst<ToWhole<TRound>, float>, float, float>

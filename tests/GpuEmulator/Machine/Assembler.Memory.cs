@@ -25,15 +25,16 @@ internal sealed unsafe partial class Assembler
         }
     }
 
-    private static Space TakeSpace(Opcode op) => op.Any("global", "shared", "shared::cta", "const", "local", "param") switch
-    {
-        "global" => Space.Global,
-        "shared" or "shared::cta" => Space.Shared,
-        "const" => Space.Const,
-        "local" => Space.Local,
-        "param" => Space.Param,
-        _ => Space.Generic,
-    };
+    private static Space TakeSpace(Opcode op) =>
+        op.Any("global", "shared", "shared::cta", "const", "local", "param") switch
+        {
+            "global" => Space.Global,
+            "shared" or "shared::cta" => Space.Shared,
+            "const" => Space.Const,
+            "local" => Space.Local,
+            "param" => Space.Param,
+            _ => Space.Generic,
+        };
 
     private bool BuildAccess(Instruction i, PtxInstruction p, Opcode op, bool load)
     {
@@ -48,11 +49,14 @@ internal sealed unsafe partial class Assembler
         i.Size = PtxParser.SizeOf(type);
         i.Signed = type[0] == 's';
         Operands(p, 2);
-        var (value, address) = load ? (p.Operands[0], p.Operands[1]) : (p.Operands[1], p.Operands[0]);
+        var (value, address) = load ? (p.Operands[0], p.Operands[1])
+            : (p.Operands[1], p.Operands[0]);
         var parts = value.Kind == OperandKind.Vector ? value.Elements : [value];
-        if (parts.Length != i.Count) throw new PtxException($"expected {i.Count} registers, got {parts.Length}");
+        if (parts.Length != i.Count)
+            throw new PtxException($"expected {i.Count} registers, got {parts.Length}");
         i.DWidth = Math.Max(Width(type), parts.Max(o => o.Register?.Width ?? 4));
-        i.Rows = [.. parts.Select(o => load ? Result(o, i.DWidth) : Row(o, i.DWidth, type[0] == 'f'))];
+        i.Rows = [.. parts.Select(o => load ? Result(o, i.DWidth)
+            : Row(o, i.DWidth, type[0] == 'f'))];
         TakeAddress(i, address, i.Space);
         if (i.Size * i.Count > 16) throw new PtxException("accesses above 16 bytes are not known");
         i.Run = i.Space switch
@@ -75,7 +79,8 @@ internal sealed unsafe partial class Assembler
     // [register + offset], [symbol + offset] or [offset].
     private void TakeAddress(Instruction i, PtxOperand o, Space space)
     {
-        if (o.Kind != OperandKind.Address) throw new PtxException("expected an address in brackets");
+        if (o.Kind != OperandKind.Address)
+            throw new PtxException("expected an address in brackets");
         i.Offset = o.Offset;
         i.A = -1;
         if (o.Register != null)

@@ -1,7 +1,8 @@
 using System.Runtime.InteropServices;
 using MiniCpmNative.GpuEmulator.Memory;
 using MiniCpmNative.GpuEmulator.Ptx;
-using unsafe Handler = delegate*<MiniCpmNative.GpuEmulator.Machine.Warp, MiniCpmNative.GpuEmulator.Machine.Instruction, void>;
+using unsafe Handler = delegate*<MiniCpmNative.GpuEmulator.Machine.Warp,
+    MiniCpmNative.GpuEmulator.Machine.Instruction, void>;
 
 namespace MiniCpmNative.GpuEmulator.Machine;
 
@@ -17,7 +18,8 @@ internal sealed unsafe partial class Assembler
     private readonly Dictionary<int, int> _rows = [];
     private readonly Dictionary<(ulong Bits, int Width), int> _constants = [];
     private readonly Dictionary<string, int> _specials = [];
-    private readonly Dictionary<PtxVariable, ulong> _places = new(ReferenceEqualityComparer.Instance);
+    private readonly Dictionary<PtxVariable, ulong> _places =
+        new(ReferenceEqualityComparer.Instance);
     private int _bytes, _nextPredicate, _static, _local;
 
     private Assembler(PtxKernel kernel, Func<PtxVariable, ulong> moduleAddress)
@@ -29,7 +31,8 @@ internal sealed unsafe partial class Assembler
 
     /// <param name="kernel">The parsed kernel.</param>
     /// <param name="moduleAddress">Device address of a .global or .const variable.</param>
-    /// <exception cref="PtxException">Names the PTX line and what is not known about it.</exception>
+    /// <exception cref="PtxException">Names the PTX line and what is not known about
+    /// it.</exception>
     public static Program Assemble(PtxKernel kernel, Func<PtxVariable, ulong> moduleAddress)
     {
         var assembler = new Assembler(kernel, moduleAddress);
@@ -77,7 +80,8 @@ internal sealed unsafe partial class Assembler
     // Static shared memory first, the dynamic part behind it, 16-byte aligned.
     private void PlaceVariables()
     {
-        var used = _kernel.Instructions.SelectMany(i => i.Operands).SelectMany(o => o.Elements.Append(o))
+        var used = _kernel.Instructions.SelectMany(i => i.Operands)
+            .SelectMany(o => o.Elements.Append(o))
             .Select(o => o.Variable).OfType<PtxVariable>().Concat(_kernel.Variables)
             .Distinct(ReferenceEqualityComparer.Instance).Cast<PtxVariable>().ToList();
         foreach (var v in used)
@@ -102,7 +106,8 @@ internal sealed unsafe partial class Assembler
 
     private static int Align(int at, int to) => (at + to - 1) / to * to;
 
-    private ulong AddressOf(PtxVariable v) => _places.TryGetValue(v, out ulong at) ? at : _moduleAddress(v);
+    private ulong AddressOf(PtxVariable v) => _places.TryGetValue(v, out ulong at) ? at
+        : _moduleAddress(v);
 
     private byte[] InitialRows()
     {
@@ -111,7 +116,8 @@ internal sealed unsafe partial class Assembler
         foreach (var ((bits, width), row) in _constants)
         {
             if (width == 8) MemoryMarshal.Cast<byte, ulong>(initial.AsSpan(row, 256)).Fill(bits);
-            else if (width == 4) MemoryMarshal.Cast<byte, uint>(initial.AsSpan(row, 128)).Fill((uint)bits);
+            else if (width == 4)
+                MemoryMarshal.Cast<byte, uint>(initial.AsSpan(row, 128)).Fill((uint)bits);
         }
         return initial;
     }
@@ -144,7 +150,8 @@ internal sealed unsafe partial class Assembler
         return _constants[(bits, width)] = NewRow(width);
     }
 
-    /// <summary>Row of a source or result of that many bytes per lane (4 stands for narrower ones too).</summary>
+    /// <summary>Row of a source or result of that many bytes per lane (4 stands for narrower ones
+    /// too).</summary>
     private int Row(PtxOperand o, int width, bool isFloat = false)
     {
         switch (o.Kind)
@@ -173,7 +180,8 @@ internal sealed unsafe partial class Assembler
     private int Result(PtxOperand o, int width)
     {
         if (o.Kind == OperandKind.Sink) return -1;
-        if (o.Kind != OperandKind.Register) throw new PtxException($"{o.Text} cannot take a result");
+        if (o.Kind != OperandKind.Register)
+            throw new PtxException($"{o.Text} cannot take a result");
         return Row(o, width);
     }
 

@@ -12,9 +12,9 @@ internal sealed record Launch(
 }
 
 /// <summary>
-/// One thread block at a time on one host thread: its warps take turns until they wait at a barrier;
-/// when all that are left wait at the same one, it opens. One object runs many blocks, one after
-/// another, and counts for all of them.
+/// One thread block at a time on one host thread: its warps take turns until they wait at a
+/// barrier; when all that are left wait at the same one, it opens. One object runs many blocks, one
+/// after another, and counts for all of them.
 /// </summary>
 internal sealed unsafe class Block : IDisposable
 {
@@ -61,7 +61,8 @@ internal sealed unsafe class Block : IDisposable
     public void Run(long index)
     {
         var grid = Launch.Grid;
-        Place = ((int)(index % grid.X), (int)(index / grid.X % grid.Y), (int)(index / grid.X / grid.Y));
+        Place = ((int)(index % grid.X), (int)(index / grid.X % grid.Y),
+            (int)(index / grid.X / grid.Y));
         Stamp = Launch.Memory.LaunchStamp + (uint)index;
         _random = Launch.Seed == 0 ? 0 : Launch.Seed ^ (ulong)index * 0x9E3779B97F4A7C15;
         Shared.Begin();

@@ -18,10 +18,12 @@ internal enum Vote : byte
     All, Any, Uniform, Ballot,
 }
 
-/// <summary>Instructions in which lanes of a warp read one another (PTX ISA 9.7.9 and 9.7.13).</summary>
+/// <summary>Instructions in which lanes of a warp read one another (PTX ISA 9.7.9 and
+/// 9.7.13).</summary>
 internal static unsafe class Collectives
 {
-    /// <summary>Lanes that must come together: the member mask in row E, or all without one.</summary>
+    /// <summary>Lanes that must come together: the member mask in row E, or all without
+    /// one.</summary>
     public static uint Members(Warp w, Instruction i, uint exec)
     {
         if (i.E < 0 || exec == 0) return uint.MaxValue;
@@ -40,7 +42,8 @@ internal static unsafe class Collectives
         for (uint rest = w.Exec; rest != 0; rest &= rest - 1)
         {
             int lane = BitOperations.TrailingZeroCount(rest);
-            int by = (int)(b[lane] & 31), clamp = (int)(c[lane] & 31), segment = (int)(c[lane] >> 8 & 31);
+            int by = (int)(b[lane] & 31), clamp = (int)(c[lane] & 31),
+                segment = (int)(c[lane] >> 8 & 31);
             int most = (lane & segment) | (clamp & ~segment);
             int from = (Machine.Shuffle)i.Mode switch
             {
@@ -49,7 +52,8 @@ internal static unsafe class Collectives
                 Machine.Shuffle.Butterfly => lane ^ by,
                 _ => (lane & segment) | (by & ~segment),
             };
-            bool inside = (Machine.Shuffle)i.Mode == Machine.Shuffle.Up ? from >= most : from <= most;
+            bool inside = (Machine.Shuffle)i.Mode == Machine.Shuffle.Up ? from >= most
+                : from <= most;
             if (inside) within |= 1u << lane;
             else from = lane;
             if ((w.Exec >> from & 1) == 0)
@@ -99,7 +103,8 @@ internal static unsafe class Collectives
         Word(w, i.D, uint.CreateTruncating(value));
     }
 
-    /// <summary>match.any (Mode 0): lanes with my value; match.all (Mode 1): all lanes or none.</summary>
+    /// <summary>match.any (Mode 0): lanes with my value; match.all (Mode 1): all lanes or
+    /// none.</summary>
     public static void Match<T>(Warp w, Instruction i) where T : unmanaged, IBinaryInteger<T>
     {
         T* a = (T*)(w.R + i.A);
@@ -121,10 +126,12 @@ internal static unsafe class Collectives
             int lane = BitOperations.TrailingZeroCount(rest);
             d[lane] = result[lane];
         }
-        if (i.D2 >= 0) Predicate(w, i.D2, result[BitOperations.TrailingZeroCount(w.Exec)] != 0 ? ~0u : 0);
+        if (i.D2 >= 0)
+            Predicate(w, i.D2, result[BitOperations.TrailingZeroCount(w.Exec)] != 0 ? ~0u : 0);
     }
 
-    public static void SynchroniseWarp(Warp w, Instruction i) => w.Block.Shared.SynchroniseWarp(w.Index);
+    public static void SynchroniseWarp(Warp w, Instruction i) =>
+        w.Block.Shared.SynchroniseWarp(w.Index);
 
     /// <summary>bar.sync A[, B]: the number and the thread count are equal in all lanes.</summary>
     public static void Barrier(Warp w, Instruction i)
@@ -132,9 +139,11 @@ internal static unsafe class Collectives
         w.BarrierId = (int)*(uint*)(w.R + i.A);
         w.BarrierThreads = i.B >= 0 ? (int)*(uint*)(w.R + i.B) : 0;
         if (w.BarrierId is < 0 or > 15)
-            throw w.Fault(Check.BarrierDivergence, 0, $"barrier {w.BarrierId} does not exist: 0 to 15 do");
+            throw w.Fault(Check.BarrierDivergence, 0,
+                $"barrier {w.BarrierId} does not exist: 0 to 15 do");
         if (w.BarrierThreads % 32 != 0)
-            throw w.Fault(Check.BarrierDivergence, 0, $"{w.BarrierThreads} threads are not whole warps");
+            throw w.Fault(Check.BarrierDivergence, 0,
+                $"{w.BarrierThreads} threads are not whole warps");
         if (i.Mode2 == 1) w.Block.Arrive(w.BarrierId);
     }
 

@@ -2,10 +2,12 @@ using MiniCpmNative.GpuEmulator.Memory;
 
 namespace MiniCpmNative.GpuEmulator.Machine;
 
-/// <summary>Runs the blocks of a launch on the host's cores; they are independent of one another.</summary>
+/// <summary>Runs the blocks of a launch on the host's cores; they are independent of one
+/// another.</summary>
 internal static class GridRunner
 {
-    /// <exception cref="FaultException">A check found something; the other blocks are abandoned.</exception>
+    /// <exception cref="FaultException">A check found something; the other blocks are
+    /// abandoned.</exception>
     public static LaunchCounters Run(Launch launch)
     {
         launch.Memory.BeginLaunch(launch.Blocks);
@@ -14,7 +16,8 @@ internal static class GridRunner
         var counters = new LaunchCounters(launch.Program.Kernel.Name);
         long next = 0, step = Step(launch);
         FaultException? fault = null;
-        int threads = launch.Options.Threads > 0 ? launch.Options.Threads : Environment.ProcessorCount;
+        int threads = launch.Options.Threads > 0 ? launch.Options.Threads
+            : Environment.ProcessorCount;
         threads = (int)Math.Min(threads, launch.Blocks);
         if (threads == 1) Work();
         else

@@ -17,8 +17,9 @@ internal enum Flow : byte
 }
 
 /// <summary>
-/// One assembled instruction: a handler and byte offsets of its operands' rows in the warp's register
-/// file. Immutable after load but for <see cref="Nearby"/>, a cache that any thread may overwrite.
+/// One assembled instruction: a handler and byte offsets of its operands' rows in the warp's
+/// register file. Immutable after load but for <see cref="Nearby"/>, a cache that any thread may
+/// overwrite.
 /// </summary>
 internal sealed unsafe class Instruction(PtxInstruction source)
 {
@@ -35,7 +36,8 @@ internal sealed unsafe class Instruction(PtxInstruction source)
     /// <summary>Rows of vector operands (v2, v4, mma fragments), in order of appearance.</summary>
     public int[] Rows = [];
 
-    /// <summary>Bytes per lane of the rows D and A (4 or 8) where an instruction allows both.</summary>
+    /// <summary>Bytes per lane of the rows D and A (4 or 8) where an instruction allows
+    /// both.</summary>
     public int DWidth = 4, AWidth = 4;
 
     public Space Space;

@@ -7,39 +7,45 @@ using MiniCpmNative.GpuEmulator.Memory;
 namespace MiniCpmNative.GpuEmulator.Machine;
 
 /// <summary>
-/// mma.sync and ldmatrix. With g = lane / 4 and t = lane % 4 a 16-bit fragment register holds elements
-/// (g, 2t) and (g, 2t + 1) of an 8 x 8 piece: its row of 32 lanes is that piece, row-major. For
-/// m16n8k16, A is the pieces (rows 0-7, k 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15); B is stored
-/// transposed, (n, k) pieces k 0-7 and k 8-15; C and D hold (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1).
-/// Products of two bf16 or f16 are exact in float and sums are rounded to float; the hardware's
-/// narrower alignment of addends is not modelled.
+/// mma.sync and ldmatrix. With g = lane / 4 and t = lane % 4 a 16-bit fragment register holds
+/// elements (g, 2t) and (g, 2t + 1) of an 8 x 8 piece: its row of 32 lanes is that piece,
+/// row-major. For m16n8k16, A is the pieces (rows 0-7, k 0-7), (8-15, 0-7), (0-7, 8-15), (8-15,
+/// 8-15); B is stored transposed, (n, k) pieces k 0-7 and k 8-15; C and D hold (g, 2t), (g, 2t+1),
+/// (g+8, 2t), (g+8, 2t+1). Products of two bf16 or f16 are exact in float and sums are rounded to
+/// float; the hardware's narrower alignment of addends is not modelled.
 /// </summary>
 internal static unsafe class Matrix
 {
-    /// <summary>m16n8k16 (Mode 2) or k8 (Mode 1). Rows: D 0-3, then A (2 * Mode), B (Mode), C 4.</summary>
+    /// <summary>m16n8k16 (Mode 2) or k8 (Mode 1). Rows: D 0-3, then A (2 * Mode), B (Mode), C
+    /// 4.</summary>
     public static void Multiply<TWiden>(Warp w, Instruction i) where TWiden : IWiden
     {
         int depth = i.Mode * 8, pieces = i.Mode;
         float* a = stackalloc float[16 * 16];
         float* b = stackalloc float[16 * 8];
         for (int p = 0; p < pieces * 2; p++)
-            WidenA<TWiden>((uint*)(w.R + i.Rows[4 + p]), a + (p & 1) * 8 * depth + (p >> 1) * 8, depth);
+            WidenA<TWiden>((uint*)(w.R + i.Rows[4 + p]), a + (p & 1) * 8 * depth + (p >> 1) * 8,
+                depth);
         for (int p = 0; p < pieces; p++)
             WidenB<TWiden>((uint*)(w.R + i.Rows[4 + pieces * 2 + p]), b + p * 64);
         int c = 4 + pieces * 3;
         for (int half = 0; half < 2; half++)
         {
-            float* even = (float*)(w.R + i.Rows[c + half * 2]), odd = (float*)(w.R + i.Rows[c + half * 2 + 1]);
-            float* toEven = (float*)(w.R + i.Rows[half * 2]), toOdd = (float*)(w.R + i.Rows[half * 2 + 1]);
+            float* even = (float*)(w.R + i.Rows[c + half * 2]),
+                odd = (float*)(w.R + i.Rows[c + half * 2 + 1]);
+            float* toEven = (float*)(w.R + i.Rows[half * 2]),
+                toOdd = (float*)(w.R + i.Rows[half * 2 + 1]);
             for (int g = 0; g < 8; g += 4)
-                FourRows(a + (half * 8 + g) * depth, depth, b, even + g * 4, odd + g * 4, toEven + g * 4,
+                FourRows(a + (half * 8 + g) * depth, depth, b, even + g * 4, odd + g * 4, toEven
+                    + g * 4,
                     toOdd + g * 4, w.Block.Options.ReverseMma);
         }
     }
 
     // Four rows of eight results; C's even and odd columns are interleaved while they are summed.
     private static void FourRows(
-        float* a, int depth, float* b, float* even, float* odd, float* toEven, float* toOdd, bool reverse)
+        float* a, int depth, float* b, float* even, float* odd, float* toEven, float* toOdd,
+            bool reverse)
     {
         Vector256<float> s0 = Interleave(even, odd), s1 = Interleave(even + 4, odd + 4),
             s2 = Interleave(even + 8, odd + 8), s3 = Interleave(even + 12, odd + 12);
@@ -94,7 +100,8 @@ internal static unsafe class Matrix
             for (int n = 0; n < 8; n++) to[k * 8 + n] = rows[n * 8 + k];
     }
 
-    /// <summary>ldmatrix .x1/.x2/.x4 (Count), Mode 1 transposed: lanes 8m to 8m+7 give matrix m's rows.</summary>
+    /// <summary>ldmatrix .x1/.x2/.x4 (Count), Mode 1 transposed: lanes 8m to 8m+7 give matrix m's
+    /// rows.</summary>
     public static void Load(Warp w, Instruction i)
     {
         Address.Fill(w, i.A, i.AddressIs64, i.Offset);
@@ -130,9 +137,12 @@ internal static unsafe class Matrix
             return;
         }
         Vector128<ushort> r0 = Vector128.Load(from), r1 = Vector128.Load(from + 8),
-            r2 = Vector128.Load(from + 16), r3 = Vector128.Load(from + 24), r4 = Vector128.Load(from + 32),
-            r5 = Vector128.Load(from + 40), r6 = Vector128.Load(from + 48), r7 = Vector128.Load(from + 56);
-        Vector128<uint> a0 = Sse2.UnpackLow(r0, r1).AsUInt32(), a1 = Sse2.UnpackLow(r2, r3).AsUInt32(),
+            r2 = Vector128.Load(from + 16), r3 = Vector128.Load(from + 24),
+                r4 = Vector128.Load(from + 32),
+            r5 = Vector128.Load(from + 40), r6 = Vector128.Load(from + 48),
+                r7 = Vector128.Load(from + 56);
+        Vector128<uint> a0 = Sse2.UnpackLow(r0, r1).AsUInt32(),
+            a1 = Sse2.UnpackLow(r2, r3).AsUInt32(),
             a2 = Sse2.UnpackLow(r4, r5).AsUInt32(), a3 = Sse2.UnpackLow(r6, r7).AsUInt32(),
             b0 = Sse2.UnpackHigh(r0, r1).AsUInt32(), b1 = Sse2.UnpackHigh(r2, r3).AsUInt32(),
             b2 = Sse2.UnpackHigh(r4, r5).AsUInt32(), b3 = Sse2.UnpackHigh(r6, r7).AsUInt32();
@@ -143,7 +153,8 @@ internal static unsafe class Matrix
     private static void Pairs(
         Vector128<uint> p0, Vector128<uint> p1, Vector128<uint> p2, Vector128<uint> p3, ushort* to)
     {
-        Vector128<ulong> l0 = Sse2.UnpackLow(p0, p1).AsUInt64(), l1 = Sse2.UnpackLow(p2, p3).AsUInt64(),
+        Vector128<ulong> l0 = Sse2.UnpackLow(p0, p1).AsUInt64(),
+            l1 = Sse2.UnpackLow(p2, p3).AsUInt64(),
             h0 = Sse2.UnpackHigh(p0, p1).AsUInt64(), h1 = Sse2.UnpackHigh(p2, p3).AsUInt64();
         Sse2.UnpackLow(l0, l1).AsUInt16().Store(to);
         Sse2.UnpackHigh(l0, l1).AsUInt16().Store(to + 8);

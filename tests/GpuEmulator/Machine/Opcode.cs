@@ -3,8 +3,8 @@ using MiniCpmNative.GpuEmulator.Ptx;
 namespace MiniCpmNative.GpuEmulator.Machine;
 
 /// <summary>
-/// An opcode's words after its stem. Builders take what they know; a word nobody took is an error at
-/// load, so that no modifier is ever ignored.
+/// An opcode's words after its stem. Builders take what they know; a word nobody took is an error
+/// at load, so that no modifier is ever ignored.
 /// </summary>
 internal sealed class Opcode
 {
@@ -32,7 +32,8 @@ internal sealed class Opcode
 
     /// <summary>Removes cache hints, which change nothing here.</summary>
     public void DropHints() =>
-        _words.RemoveAll(w => w is "ca" or "cg" or "cs" or "cv" or "lu" or "wb" or "wt" || w.StartsWith("L1::")
+        _words.RemoveAll(w => w is "ca" or "cg" or "cs" or "cv" or "lu" or "wb" or "wt"
+            || w.StartsWith("L1::")
             || w.StartsWith("L2::"));
 
     /// <summary>Removes and returns the last word: the type.</summary>
@@ -47,7 +48,8 @@ internal sealed class Opcode
     /// <exception cref="PtxException">A modifier is left over.</exception>
     public void Finish()
     {
-        if (_words.Count > 0) throw new PtxException($"modifier .{string.Join('.', _words)} is not known here");
+        if (_words.Count > 0)
+            throw new PtxException($"modifier .{string.Join('.', _words)} is not known here");
     }
 
     public PtxException Unknown(string type) => new($"{Stem} of type .{type} is not known");

@@ -3,9 +3,10 @@ using MiniCpmNative.GpuEmulator.Ptx;
 namespace MiniCpmNative.GpuEmulator.Machine;
 
 /// <summary>
-/// A kernel ready to run. The register file of a warp is Bytes long: predicate words first, then one
-/// row of 32 lanes per register, constant and special register. Initial holds its starting bytes:
-/// constants where they belong, all ones (NaN, a wild address) in registers nobody has written.
+/// A kernel ready to run. The register file of a warp is Bytes long: predicate words first, then
+/// one row of 32 lanes per register, constant and special register. Initial holds its starting
+/// bytes: constants where they belong, all ones (NaN, a wild address) in registers nobody has
+/// written.
 /// </summary>
 internal sealed class Program(PtxKernel kernel)
 {

@@ -9,10 +9,10 @@ internal enum WarpState : byte
 }
 
 /// <summary>
-/// 32 lanes in lockstep. Lanes that went different ways are kept as groups (place, mask): the lowest
-/// place runs first and groups at one place merge, which reconverges compiler-made code. An
-/// instruction that needs lanes of other groups blocks its group until they arrive; when every group
-/// is blocked the warp can never go on, and the fault names both places.
+/// 32 lanes in lockstep. Lanes that went different ways are kept as groups (place, mask): the
+/// lowest place runs first and groups at one place merge, which reconverges compiler-made code. An
+/// instruction that needs lanes of other groups blocks its group until they arrive; when every
+/// group is blocked the warp can never go on, and the fault names both places.
 /// </summary>
 internal sealed unsafe class Warp
 {
@@ -254,10 +254,12 @@ internal sealed unsafe class Warp
         }
         var here = Block.Program.Code[_pcs[_current]];
         bool barrier = here.Flow == Flow.Barrier;
-        string others = string.Join("; ", Enumerable.Range(0, _groups).Where(g => g != _current).Select(g =>
+        string others =
+            string.Join("; ", Enumerable.Range(0, _groups).Where(g => g != _current).Select(g =>
             $"lanes 0x{_masks[g]:x8} wait at {Block.Program.Code[_pcs[g]].Source.Source}: " +
             Block.Program.Code[_pcs[g]].Source.Text));
-        barrier |= Enumerable.Range(0, _groups).Any(g => Block.Program.Code[_pcs[g]].Flow == Flow.Barrier);
+        barrier |= Enumerable.Range(0, _groups)
+            .Any(g => Block.Program.Code[_pcs[g]].Flow == Flow.Barrier);
         if (others.Length == 0) others = "no other lanes can come";
         throw Fault(barrier ? Check.BarrierDivergence : Check.Deadlock,
             BitOperations.TrailingZeroCount(_masks[_current]),
@@ -282,7 +284,8 @@ internal sealed unsafe class Warp
                 _masks[a] |= _masks[b];
                 _blocked[a] = false;
                 _groups--;
-                (_pcs[b], _masks[b], _blocked[b]) = (_pcs[_groups], _masks[_groups], _blocked[_groups]);
+                (_pcs[b], _masks[b], _blocked[b]) =
+                    (_pcs[_groups], _masks[_groups], _blocked[_groups]);
             }
         }
         _current = -1;

@@ -46,7 +46,8 @@ internal static unsafe class Address
         return true;
     }
 
-    /// <summary>A generic address of the shared window as a shared address; others as they are.</summary>
+    /// <summary>A generic address of the shared window as a shared address; others as they
+    /// are.</summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static ulong ToShared(ulong address) =>
         address - DeviceMemory.SharedWindow < DeviceMemory.WindowBytes

@@ -28,7 +28,8 @@ internal sealed unsafe class Allocation
     public byte* State { get; private set; }
     public uint* Writers { get; private set; }
 
-    /// <summary>Two bytes per 32-byte sector: read, written in this launch; null when not counted.</summary>
+    /// <summary>Two bytes per 32-byte sector: read, written in this launch; null when not
+    /// counted.</summary>
     public byte* Touched { get; private set; }
     public bool Freed { get; private set; }
 

@@ -8,7 +8,8 @@ namespace MiniCpmNative.GpuEmulator.Memory;
 /// </summary>
 internal sealed unsafe class AsyncCopies
 {
-    private readonly record struct Copy(uint Mask, int Group, int Bytes, ulong[] Source, nint[] Target, byte[] Used);
+    private readonly record struct Copy(uint Mask, int Group, int Bytes, ulong[] Source,
+        nint[] Target, byte[] Used);
 
     private readonly List<Copy> _flying = [];
     private readonly int[] _groups = new int[32];
@@ -19,7 +20,8 @@ internal sealed unsafe class AsyncCopies
         Array.Clear(_groups);
     }
 
-    /// <summary>cp.async [D], [A], Mode bytes of which the row B (when there) says how many are read.</summary>
+    /// <summary>cp.async [D], [A], Mode bytes of which the row B (when there) says how many are
+    /// read.</summary>
     public static void Issue(Warp w, Instruction i)
     {
         int bytes = i.Mode;
@@ -37,12 +39,15 @@ internal sealed unsafe class AsyncCopies
             if (wanted > bytes)
                 throw w.Fault(Check.AsyncCopyShape, lane, $"source size {wanted} is above {bytes}");
             used[lane] = (byte)wanted;
-            target[lane] = (nint)w.Block.Shared.Resolve(w, Address.ToShared(w.Addresses[lane]), bytes, lane);
+            target[lane] =
+                (nint)w.Block.Shared.Resolve(w, Address.ToShared(w.Addresses[lane]), bytes, lane);
             w.Block.Shared.BeginCopy(w, (byte*)target[lane], bytes, lane);
             if (source[lane] % (ulong)bytes != 0)
-                throw w.Fault(Check.Misaligned, lane, $"{bytes} bytes copied from 0x{source[lane]:x}");
+                throw w.Fault(Check.Misaligned, lane,
+                    $"{bytes} bytes copied from 0x{source[lane]:x}");
             if (wanted > 0) GlobalAccess.Check(w, i, source[lane], (int)wanted, lane);
-            if (w.Block.Options.EarlyAsyncCopies) Transfer(w, i, source[lane], target[lane], bytes, wanted, lane);
+            if (w.Block.Options.EarlyAsyncCopies)
+                Transfer(w, i, source[lane], target[lane], bytes, wanted, lane);
         }
         w.Counters.GlobalReadRequests++;
         CountRead(w, i, source, used);
@@ -72,7 +77,8 @@ internal sealed unsafe class AsyncCopies
             reading |= 1u << lane;
             w.Counters.GlobalReadBytes += used[lane];
         }
-        w.Counters.GlobalReadSectors += GlobalAccess.CountSectors(w, i, reading, i.Mode, write: false);
+        w.Counters.GlobalReadSectors += GlobalAccess.CountSectors(w, i, reading, i.Mode,
+            write: false);
     }
 
     public static void Commit(Warp w, Instruction i)
@@ -81,7 +87,8 @@ internal sealed unsafe class AsyncCopies
             w.Copies._groups[System.Numerics.BitOperations.TrailingZeroCount(rest)]++;
     }
 
-    /// <summary>wait_group Mode, or all of them (Mode -1, which also takes what was not committed).</summary>
+    /// <summary>wait_group Mode, or all of them (Mode -1, which also takes what was not
+    /// committed).</summary>
     public static void WaitFor(Warp w, Instruction i)
     {
         var flying = w.Copies._flying;
@@ -95,7 +102,8 @@ internal sealed unsafe class AsyncCopies
                 if (i.Mode >= 0 && copy.Group >= w.Copies._groups[lane] - i.Mode) continue;
                 done |= 1u << lane;
                 if (!w.Block.Options.EarlyAsyncCopies)
-                    Transfer(w, i, copy.Source[lane], copy.Target[lane], copy.Bytes, copy.Used[lane], lane);
+                    Transfer(w, i, copy.Source[lane], copy.Target[lane], copy.Bytes,
+                        copy.Used[lane], lane);
                 w.Block.Shared.EndCopy(w, (byte*)copy.Target[lane], copy.Bytes, lane);
             }
             flying[c] = copy with { Mask = copy.Mask & ~done };
@@ -103,11 +111,13 @@ internal sealed unsafe class AsyncCopies
         flying.RemoveAll(copy => copy.Mask == 0);
     }
 
-    private static void Transfer(Warp w, Instruction i, ulong source, nint target, int bytes, uint used, int lane)
+    private static void Transfer(Warp w, Instruction i, ulong source, nint target, int bytes,
+        uint used, int lane)
     {
         var to = new Span<byte>((byte*)target, bytes);
         to.Clear();
         if (used > 0)
-            new ReadOnlySpan<byte>(GlobalAccess.Check(w, i, source, (int)used, lane), (int)used).CopyTo(to);
+            new ReadOnlySpan<byte>(GlobalAccess.Check(w, i, source, (int)used, lane), (int)used)
+                .CopyTo(to);
     }
 }

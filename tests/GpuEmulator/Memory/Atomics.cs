@@ -50,10 +50,13 @@ internal static unsafe class Atomics
                 Apply<T>(w, i, (T*)at, lane);
             }
         }
-        if (global != 0) w.Counters.GlobalWriteSectors += GlobalAccess.CountSectors(w, i, global, sizeof(T), true);
+        if (global != 0)
+            w.Counters.GlobalWriteSectors += GlobalAccess.CountSectors(w, i, global, sizeof(T),
+            true);
     }
 
-    private static void Apply<T>(Warp w, Instruction i, T* at, int lane) where T : unmanaged, INumber<T>
+    private static void Apply<T>(Warp w, Instruction i, T* at, int lane) where T : unmanaged,
+        INumber<T>
     {
         T old = *at;
         T b = ((T*)(w.R + i.B))[lane];

@@ -3,8 +3,8 @@ using System.Runtime.InteropServices;
 namespace MiniCpmNative.GpuEmulator.Memory;
 
 /// <summary>
-/// The device's address space. Addresses are not canonical on x86 (a host that follows one faults at
-/// once), 256-byte aligned, with guard gaps, and never given twice: a freed range stays known.
+/// The device's address space. Addresses are not canonical on x86 (a host that follows one faults
+/// at once), 256-byte aligned, with guard gaps, and never given twice: a freed range stays known.
 /// Shared and local memory have windows for generic addresses.
 /// </summary>
 internal sealed unsafe class DeviceMemory(long capacity)
@@ -19,7 +19,8 @@ internal sealed unsafe class DeviceMemory(long capacity)
     private Allocation[] _all = [];
     private ulong _next = First + Gap;
 
-    /// <summary>Stamps of blocks that wrote: a launch takes the range from LaunchStamp on.</summary>
+    /// <summary>Stamps of blocks that wrote: a launch takes the range from LaunchStamp
+    /// on.</summary>
     public uint NextStamp { get; set; } = 1;
     public uint LaunchStamp { get; set; } = 1;
     public long Capacity { get; } = capacity;
@@ -74,7 +75,8 @@ internal sealed unsafe class DeviceMemory(long capacity)
         var near = Find(address);
         if (near != null && near.Holds(address, bytes))
             return near.Freed
-                ? (Check.UseAfterFree, $"0x{address:x} is {address - near.Start} bytes into freed {near.What}")
+                ? (Check.UseAfterFree,
+                $"0x{address:x} is {address - near.Start} bytes into freed {near.What}")
                 : null;
         if (near != null && address < near.End + Gap)
             return near.Freed
@@ -89,7 +91,8 @@ internal sealed unsafe class DeviceMemory(long capacity)
         return (Check.ForeignPointer, $"0x{address:x} is no device address");
     }
 
-    /// <summary>Begins a launch of so many blocks: their stamps are not those of any earlier one.</summary>
+    /// <summary>Begins a launch of so many blocks: their stamps are not those of any earlier
+    /// one.</summary>
     public void BeginLaunch(long blocks)
     {
         if (NextStamp + blocks >= uint.MaxValue)

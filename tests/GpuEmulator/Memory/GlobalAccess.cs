@@ -32,8 +32,10 @@ internal static unsafe class GlobalAccess
             int lane = BitOperations.TrailingZeroCount(rest);
             ulong address = w.Addresses[lane];
             if (address % (ulong)bytes != 0)
-                throw w.Fault(GpuEmulator.Check.Misaligned, lane, $"{bytes} bytes at constant 0x{address:x}");
-            Unsafe.CopyBlock(w.Staging + lane * bytes, Check(w, i, address, bytes, lane), (uint)bytes);
+                throw w.Fault(GpuEmulator.Check.Misaligned, lane,
+                    $"{bytes} bytes at constant 0x{address:x}");
+            Unsafe.CopyBlock(w.Staging + lane * bytes, Check(w, i, address, bytes, lane),
+                (uint)bytes);
         }
         Lanes.ToRegisters(w, i, w.Staging, w.Exec);
     }
@@ -46,10 +48,12 @@ internal static unsafe class GlobalAccess
         w.Counters.GlobalReadRequests++;
         w.Counters.GlobalReadBytes += bytes * BitOperations.PopCount(exec);
         w.Counters.GlobalReadSectors += CountSectors(w, i, exec, bytes, write: false);
-        if (exec == uint.MaxValue && address[0] % (ulong)bytes == 0 && Address.IsRow(address, bytes))
+        if (exec == uint.MaxValue && address[0] % (ulong)bytes == 0
+            && Address.IsRow(address, bytes))
         {
             byte* row = TryRow(w, i, address[0], bytes * 32, out var allocation);
-            if (row != null && IsWritten(allocation!, row, bytes * 32) && !IsContested(w, i, allocation!, row, bytes * 32))
+            if (row != null && IsWritten(allocation!, row, bytes * 32)
+                && !IsContested(w, i, allocation!, row, bytes * 32))
             {
                 Lanes.ToRegisters(w, i, row, exec);
                 return;
@@ -59,8 +63,10 @@ internal static unsafe class GlobalAccess
         {
             int lane = BitOperations.TrailingZeroCount(rest);
             if (address[lane] % (ulong)bytes != 0)
-                throw w.Fault(GpuEmulator.Check.Misaligned, lane, $"{bytes} bytes at global address 0x{address[lane]:x}");
-            Unsafe.CopyBlock(w.Staging + lane * bytes, Check(w, i, address[lane], bytes, lane), (uint)bytes);
+                throw w.Fault(GpuEmulator.Check.Misaligned, lane,
+                    $"{bytes} bytes at global address 0x{address[lane]:x}");
+            Unsafe.CopyBlock(w.Staging + lane * bytes, Check(w, i, address[lane], bytes, lane),
+                (uint)bytes);
         }
         Lanes.ToRegisters(w, i, w.Staging, exec);
     }
@@ -73,10 +79,12 @@ internal static unsafe class GlobalAccess
         w.Counters.GlobalWriteBytes += bytes * BitOperations.PopCount(exec);
         w.Counters.GlobalWriteSectors += CountSectors(w, i, exec, bytes, write: true);
         Lanes.FromRegisters(w, i, w.Staging, exec);
-        if (exec == uint.MaxValue && address[0] % (ulong)bytes == 0 && Address.IsRow(address, bytes))
+        if (exec == uint.MaxValue && address[0] % (ulong)bytes == 0
+            && Address.IsRow(address, bytes))
         {
             byte* row = TryRow(w, i, address[0], bytes * 32, out var allocation);
-            if (row != null && !allocation!.ReadOnly && !IsContested(w, i, allocation, row, bytes * 32))
+            if (row != null && !allocation!.ReadOnly
+                && !IsContested(w, i, allocation, row, bytes * 32))
             {
                 Unsafe.CopyBlock(row, w.Staging, (uint)(bytes * 32));
                 MarkWritten(w, i, allocation, row, bytes * 32);
@@ -109,7 +117,8 @@ internal static unsafe class GlobalAccess
             throw w.Fault(GpuEmulator.Check.Uninitialised, lane,
                 $"{bytes} bytes at {Where(allocation, address)} were never written");
         if (!i.Volatile && IsContested(w, i, allocation, from, bytes))
-            throw w.Fault(i.NonCoherent ? GpuEmulator.Check.NonCoherentRead : GpuEmulator.Check.GlobalRace, lane,
+            throw w.Fault(i.NonCoherent ? GpuEmulator.Check.NonCoherentRead
+                : GpuEmulator.Check.GlobalRace, lane,
                 $"{Where(allocation, address)} is read, and block {Writer(w, allocation, from)} of this " +
                 "launch has written it");
         return from;
@@ -133,11 +142,13 @@ internal static unsafe class GlobalAccess
     }
 
     /// <summary>Marks bytes as written by the warp's block.</summary>
-    public static void MarkWritten(Warp w, Instruction i, Allocation allocation, byte* at, int bytes)
+    public static void MarkWritten(Warp w, Instruction i, Allocation allocation, byte* at,
+        int bytes)
     {
         long offset = at - allocation.Host;
         new Span<byte>(allocation.State + offset, bytes).Fill(255);
-        // Volatile stores are meant for other blocks: they leave no mark that a reader stumbles over.
+        // Volatile stores are meant for other blocks: they leave no mark that a reader stumbles
+        // over.
         uint stamp = i.Volatile ? 0 : w.Block.Stamp;
         // A word written in part may be another block's in the other part: it has no owner.
         long first = (offset + 3) / 4, end = (offset + bytes) / 4;
@@ -146,7 +157,8 @@ internal static unsafe class GlobalAccess
         if ((offset + bytes) % 4 != 0) allocation.Writers[(offset + bytes) / 4] = 0;
     }
 
-    private static byte* TryRow(Warp w, Instruction i, ulong address, int bytes, out Allocation? allocation)
+    private static byte* TryRow(Warp w, Instruction i, ulong address, int bytes,
+        out Allocation? allocation)
     {
         var near = i.Nearby;
         if (near == null || !near.Holds(address, bytes) || near.Freed)
@@ -164,10 +176,12 @@ internal static unsafe class GlobalAccess
     }
 
     private static bool IsWritten(Allocation allocation, byte* at, int bytes) =>
-        !new ReadOnlySpan<byte>(allocation.State + (at - allocation.Host), bytes).ContainsAnyExcept((byte)255);
+        !new ReadOnlySpan<byte>(allocation.State + (at - allocation.Host), bytes)
+            .ContainsAnyExcept((byte)255);
 
     // Some word was written in this launch by another block; for .nc reads, by any block.
-    private static bool IsContested(Warp w, Instruction i, Allocation allocation, byte* at, int bytes)
+    private static bool IsContested(Warp w, Instruction i, Allocation allocation, byte* at,
+        int bytes)
     {
         uint* writers = allocation.Writers + (at - allocation.Host) / 4;
         uint first = w.Block.Memory.LaunchStamp, mine = i.NonCoherent ? 0 : w.Block.Stamp;
@@ -186,7 +200,8 @@ internal static unsafe class GlobalAccess
     private static string Where(Allocation allocation, ulong address) =>
         $"byte {address - allocation.Start} of {allocation.What}";
 
-    /// <summary>Distinct 32-byte sectors of those lanes' accesses; marks them when footprints are on.</summary>
+    /// <summary>Distinct 32-byte sectors of those lanes' accesses; marks them when footprints are
+    /// on.</summary>
     public static int CountSectors(Warp w, Instruction i, uint exec, int bytes, bool write)
     {
         ulong* address = w.Addresses;
@@ -213,7 +228,8 @@ internal static unsafe class GlobalAccess
                 ? near
                 : w.Block.Memory.Find((sector << 5) + 31);
             if (allocation?.Touched == null) continue;
-            // A byte each for reads and writes: blocks on several threads may set them without locks.
+            // A byte each for reads and writes: blocks on several threads may set them without
+            // locks.
             allocation.Touched[(sector - (allocation.Start >> 5)) * 2 + (write ? 1u : 0u)] = 1;
         }
     }

@@ -5,8 +5,8 @@ using MiniCpmNative.GpuEmulator.Machine;
 namespace MiniCpmNative.GpuEmulator.Memory;
 
 /// <summary>
-/// Moves values between register rows and a lane-major run of bytes (lane n's Count elements of Size
-/// bytes at n * Size * Count). Narrow values are widened by the instruction's sign.
+/// Moves values between register rows and a lane-major run of bytes (lane n's Count elements of
+/// Size bytes at n * Size * Count). Narrow values are widened by the instruction's sign.
 /// </summary>
 internal static unsafe class Lanes
 {

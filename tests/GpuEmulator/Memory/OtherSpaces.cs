@@ -86,7 +86,8 @@ internal static unsafe class OtherSpaces
             for (int b = 0; b < bytes; b++)
             {
                 if (w.LocalState[at + b] == 0)
-                    throw w.Fault(Check.Uninitialised, lane, $"local byte {at + b} was never written");
+                    throw w.Fault(Check.Uninitialised, lane,
+                        $"local byte {at + b} was never written");
             }
             Unsafe.CopyBlock(w.Staging + lane * bytes, w.Local + at, (uint)bytes);
         }
@@ -113,7 +114,8 @@ internal static unsafe class OtherSpaces
         if (address % (ulong)bytes != 0)
             throw w.Fault(Check.Misaligned, lane, $"{bytes} bytes at local address {address}");
         if (address > (ulong)size || (ulong)size - address < (ulong)bytes)
-            throw w.Fault(Check.OutOfBounds, lane, $"{bytes} bytes at {address} of {size} bytes of local memory");
+            throw w.Fault(Check.OutOfBounds, lane,
+                $"{bytes} bytes at {address} of {size} bytes of local memory");
         return lane * (long)size + (long)address;
     }
 
@@ -129,7 +131,8 @@ internal static unsafe class OtherSpaces
                 int lane = BitOperations.TrailingZeroCount(rest);
                 ulong at = w.Addresses[lane];
                 if (at > (ulong)size || (ulong)size - at < (ulong)bytes)
-                    throw w.Fault(Check.OutOfBounds, lane, $"{bytes} bytes at {at} of {size} bytes of arguments");
+                    throw w.Fault(Check.OutOfBounds, lane,
+                        $"{bytes} bytes at {at} of {size} bytes of arguments");
                 Unsafe.CopyBlock(w.Staging + lane * bytes, arguments + at, (uint)bytes);
             }
         }
@@ -154,7 +157,8 @@ internal static unsafe class OtherSpaces
         if (local != 0) StoreLocalAt(w, i, local);
     }
 
-    /// <summary>Sorts lanes by the window of their generic address and makes window addresses relative.</summary>
+    /// <summary>Sorts lanes by the window of their generic address and makes window addresses
+    /// relative.</summary>
     public static void Split(Warp w, out uint global, out uint shared, out uint local)
     {
         global = w.Exec;

@@ -18,7 +18,8 @@ internal sealed unsafe class SharedMemory : IDisposable
     public const int First = 1024;
 
     private const byte Written = 1, Pending = 2;
-    private const uint AllBytes = 15, SeveralLanes = 32, Narrow = 34, Atomic = 35, SeveralWarps = 63;
+    private const uint AllBytes = 15, SeveralLanes = 32, Narrow = 34, Atomic = 35,
+        SeveralWarps = 63;
 
     private readonly int[] _known;
     private readonly int _warps;
@@ -57,7 +58,8 @@ internal sealed unsafe class SharedMemory : IDisposable
     {
         bool all = true;
         foreach (var warp in warps)
-            all &= warp.State == WarpState.Done || (warp.State == WarpState.AtBarrier && warp.BarrierId == barrier);
+            all &= warp.State == WarpState.Done
+                || (warp.State == WarpState.AtBarrier && warp.BarrierId == barrier);
         if (all)
         {
             // Nobody is left behind: one limit says it, and warps that have returned count too.
@@ -105,13 +107,15 @@ internal sealed unsafe class SharedMemory : IDisposable
     {
         if ((address & (ulong)(bytes - 1)) != 0)
             throw w.Fault(Check.Misaligned, lane, $"{bytes} bytes at shared address 0x{address:x}");
-        if (address < First || address - First > (ulong)Bytes || (ulong)Bytes - (address - First) < (ulong)bytes)
+        if (address < First || address - First > (ulong)Bytes
+            || (ulong)Bytes - (address - First) < (ulong)bytes)
             throw w.Fault(Check.OutOfBounds, lane,
                 $"{bytes} bytes at {(long)(address - First)} of {Bytes} bytes of shared memory");
         return Host + (address - First);
     }
 
-    /// <summary>32 lanes read one 4-byte word each, in a row: checked at once. False: go lane by lane.</summary>
+    /// <summary>32 lanes read one 4-byte word each, in a row: checked at once. False: go lane by
+    /// lane.</summary>
     public bool TryReadRow(Warp w, byte* at)
     {
         long offset = at - Host;
@@ -121,8 +125,10 @@ internal sealed unsafe class SharedMemory : IDisposable
         for (int v = 0; v < 4; v++)
         {
             if (Vector256.Load(_state + offset + v * 32) != written) return false;
-            if (Vector256.GreaterThanAny(Vector256.Load(_writers + offset / 4 + v * 8), limit)) return false;
-            if (Vector256.GreaterThanAny(Vector256.Load(_readers + offset / 4 + v * 8), limit)) return false;
+            if (Vector256.GreaterThanAny(Vector256.Load(_writers + offset / 4 + v * 8), limit))
+                return false;
+            if (Vector256.GreaterThanAny(Vector256.Load(_readers + offset / 4 + v * 8), limit))
+                return false;
         }
         var mine = Vector256.Create(Cell(w.Index, 0, AllBytes)) + (Vector256<uint>.Indices << 4);
         for (int v = 0; v < 4; v++)
@@ -151,7 +157,8 @@ internal sealed unsafe class SharedMemory : IDisposable
         Read(w, at, 16, lane | 32);
     }
 
-    /// <summary>One lane reads; 32 + lane stands for a matrix row, read by the warp together.</summary>
+    /// <summary>One lane reads; 32 + lane stands for a matrix row, read by the warp
+    /// together.</summary>
     public void Read(Warp w, byte* at, int bytes, int lane)
     {
         long offset = at - Host;
@@ -162,7 +169,8 @@ internal sealed unsafe class SharedMemory : IDisposable
             throw state == Pending
                 ? w.Fault(Check.AsyncCopyNotWaitedFor, lane & 31,
                     $"shared byte {offset + b} is read while cp.async may still write it")
-                : w.Fault(Check.Uninitialised, lane & 31, $"shared byte {offset + b} was never written");
+                : w.Fault(Check.Uninitialised, lane & 31,
+                $"shared byte {offset + b} was never written");
         }
         uint mask = bytes >= 4 ? AllBytes : ((1u << bytes) - 1) << (int)(offset & 3);
         uint who = lane >= 32 ? SeveralLanes : (uint)lane;
@@ -174,13 +182,15 @@ internal sealed unsafe class SharedMemory : IDisposable
         }
     }
 
-    /// <summary>The reading half of an atomic: other atomics since the last meeting are no race.</summary>
+    /// <summary>The reading half of an atomic: other atomics since the last meeting are no
+    /// race.</summary>
     public void ReadAtomic(Warp w, byte* at, int bytes, int lane)
     {
         long offset = at - Host;
         for (int b = 0; b < bytes; b++)
             if (_state[offset + b] == 0)
-                throw w.Fault(Check.Uninitialised, lane, $"shared byte {offset + b} was never written");
+                throw w.Fault(Check.Uninitialised, lane,
+                    $"shared byte {offset + b} was never written");
     }
 
     private void NoteRead(Warp w, long word, uint mask, uint lane)
@@ -189,18 +199,22 @@ internal sealed unsafe class SharedMemory : IDisposable
         uint mine = Cell(w.Index, lane, mask);
         if (reader > _floor)
         {
-            uint warp = (reader >> 10) & 31, other = (reader >> 4) & 63, both = (reader & 15) | mask;
+            uint warp = (reader >> 10) & 31, other = (reader >> 4) & 63, both = (reader & 15)
+                | mask;
             bool ordered = reader >> 15 <= (uint)_known[w.Index * _warps + (int)warp];
             if (!ordered && warp != (uint)w.Index)
-                mine = Cell(w.Index, (reader & 15 & mask) == AllBytes ? SeveralWarps : Narrow, both);
+                mine = Cell(w.Index, (reader & 15 & mask) == AllBytes ? SeveralWarps : Narrow,
+                    both);
             else if (!ordered && other != lane)
                 mine = Cell(w.Index, other == SeveralWarps ? SeveralWarps
-                    : other != Narrow && (reader & 15 & mask) == AllBytes ? SeveralLanes : Narrow, both);
+                    : other != Narrow && (reader & 15 & mask) == AllBytes ? SeveralLanes : Narrow,
+                    both);
         }
         _readers[word] = mine;
     }
 
-    /// <summary>One lane writes value's bytes; the bytes themselves are stored by the caller after.</summary>
+    /// <summary>One lane writes value's bytes; the bytes themselves are stored by the caller
+    /// after.</summary>
     public void Write(Warp w, byte* at, byte* value, int bytes, int lane, bool atomic = false)
     {
         long offset = at - Host;

@@ -104,7 +104,8 @@ internal sealed class BodyReader(PtxParser parser, PtxKernel kernel)
             parser.Next();
             if (parser.Peek() == "!") { parser.Next(); negated = true; }
             var name = parser.Next();
-            guard = Find(name.Text) ?? throw PtxParser.Error(name, $"guard {name.Text} is not declared");
+            guard = Find(name.Text) ?? throw PtxParser.Error(name,
+                $"guard {name.Text} is not declared");
         }
         string opcode = parser.Next().Text;
         var operands = new List<PtxOperand>();
@@ -113,12 +114,15 @@ internal sealed class BodyReader(PtxParser parser, PtxKernel kernel)
             operands.Add(ReadOperand());
             if (parser.Peek() == ",") parser.Next();
             else if (parser.Peek() != ";")
-                throw PtxParser.Error(parser.Current, $"unexpected \"{parser.Peek()}\" after an operand");
+                throw PtxParser.Error(parser.Current,
+                    $"unexpected \"{parser.Peek()}\" after an operand");
         }
         string text = parser.TextBetween(start, parser.Position);
         parser.Expect(";");
-        parser.Locate(_location.File, _location.Line, _location.InlinedAt, kernel, kernel.Instructions.Count);
-        kernel.Instructions.Add(new(opcode, [.. operands], guard, negated, first.Line, default, text));
+        parser.Locate(_location.File, _location.Line, _location.InlinedAt, kernel,
+            kernel.Instructions.Count);
+        kernel.Instructions.Add(new(opcode, [.. operands], guard, negated, first.Line, default,
+            text));
     }
 
     private PtxOperand ReadOperand()
@@ -168,7 +172,8 @@ internal sealed class BodyReader(PtxParser parser, PtxKernel kernel)
         if (char.IsAsciiDigit(text[0])) return new(OperandKind.Immediate, text);
         return new(OperandKind.Symbol, text)
         {
-            Variable = _variables.GetValueOrDefault(text) ?? parser.Module.Variables.GetValueOrDefault(text),
+            Variable = _variables.GetValueOrDefault(
+                text) ?? parser.Module.Variables.GetValueOrDefault(text),
             Parameter = kernel.Parameters.Find(p => p.Name == text),
         };
     }
@@ -178,7 +183,8 @@ internal sealed class BodyReader(PtxParser parser, PtxKernel kernel)
         var name = parser.Next();
         var inner = ReadName(name);
         long offset = 0;
-        if (inner.Kind == OperandKind.Immediate) offset = (long)(Literal.Bits(name.Text, 8, false) ?? 0);
+        if (inner.Kind == OperandKind.Immediate)
+            offset = (long)(Literal.Bits(name.Text, 8, false) ?? 0);
         if (parser.Peek() is "+" or "-")
         {
             bool minus = parser.Next().Text == "-";
@@ -193,7 +199,8 @@ internal sealed class BodyReader(PtxParser parser, PtxKernel kernel)
         bool minus = parser.Peek() == "-";
         if (minus) parser.Next();
         long value = (long)(Literal.Bits(parser.Peek(), 8, false)
-            ?? throw PtxParser.Error(parser.Current, $"offset \"{parser.Peek()}\" is not a number"));
+            ?? throw PtxParser.Error(parser.Current,
+            $"offset \"{parser.Peek()}\" is not a number"));
         parser.Next();
         return minus ? -value : value;
     }

@@ -1,9 +1,11 @@
 namespace MiniCpmNative.GpuEmulator.Ptx;
 
-/// <summary>One token: a word (names, opcodes with their modifiers, numbers), a string or a sign.</summary>
+/// <summary>One token: a word (names, opcodes with their modifiers, numbers), a string or a
+/// sign.</summary>
 internal readonly record struct Token(string Text, int Line, bool IsString = false);
 
-/// <summary>Splits PTX text into tokens; comments go, a '.' belongs to the word it touches.</summary>
+/// <summary>Splits PTX text into tokens; comments go, a '.' belongs to the word it
+/// touches.</summary>
 internal static class PtxLexer
 {
     public static List<Token> Split(string text)
@@ -52,7 +54,8 @@ internal static class PtxLexer
         return tokens;
     }
 
-    private static bool IsWord(char c) => char.IsAsciiLetterOrDigit(c) || c is '_' or '$' or '%' or '.';
+    private static bool IsWord(char c) => char.IsAsciiLetterOrDigit(c)
+        || c is '_' or '$' or '%' or '.';
 
     // "ld.shared::cta": a modifier may hold a double colon.
     private static bool IsScope(string text, int at) =>

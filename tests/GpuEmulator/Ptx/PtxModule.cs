@@ -9,7 +9,8 @@ public enum Space : byte
     Generic, Global, Shared, Const, Local, Param,
 }
 
-/// <summary>A register of one kernel. Width 0 is a predicate, else bytes per lane (4 or 8).</summary>
+/// <summary>A register of one kernel. Width 0 is a predicate, else bytes per lane (4 or
+/// 8).</summary>
 public sealed record PtxRegister(string Name, string Type, int Index)
 {
     public int Width { get; } = Type switch
@@ -69,7 +70,8 @@ public sealed record PtxKernel(string Name)
     public List<PtxVariable> Variables { get; } = [];
     public int[] MaxThreads { get; set; } = [];
     public int[] RequiredThreads { get; set; } = [];
-    public int ParameterBytes => Parameters.Count == 0 ? 0 : Parameters[^1].Offset + Parameters[^1].Bytes;
+    public int ParameterBytes => Parameters.Count == 0 ? 0 : Parameters[^1].Offset
+        + Parameters[^1].Bytes;
     public int Line { get; init; }
 }
 

@@ -4,14 +4,16 @@ namespace MiniCpmNative.GpuEmulator.Ptx;
 
 /// <summary>
 /// Reads the PTX that NVRTC 11.8 to 13 and clang write: module variables, kernels, registers with
-/// nested scopes, labels, .loc lines. Functions and calls are refused: kernels.cu inlines everything.
+/// nested scopes, labels, .loc lines. Functions and calls are refused: kernels.cu inlines
+/// everything.
 /// </summary>
 public sealed class PtxParser
 {
     private readonly List<Token> _tokens;
     private readonly Dictionary<int, string> _files = [];
     private readonly PtxModule _module;
-    private readonly List<(int File, int Line, int InlinedAt, PtxKernel Kernel, int At)> _locations = [];
+    private readonly List<(int File, int Line, int InlinedAt, PtxKernel Kernel,
+        int At)> _locations = [];
     private int _at;
 
     private PtxParser(string text)
@@ -53,7 +55,9 @@ public sealed class PtxParser
                     ReadVariable(_module.Variables, isExtern: false);
                     break;
                 case ".entry": ReadKernel(); break;
-                case ".func": throw Error(token, "functions are not supported: everything is inlined");
+                case ".func":
+                    throw Error(token,
+                    "functions are not supported: everything is inlined");
                 case ";": break;
                 default: throw Error(token, $"unexpected \"{token.Text}\"");
             }
@@ -115,7 +119,8 @@ public sealed class PtxParser
                 _at++;
                 initial = ReadInitial(size, checked((int)(count * size)));
             }
-            into[name] = new(name, space, Math.Max(align, size), sized ? checked((int)count * size) : 0,
+            into[name] = new(name, space, Math.Max(align, size), sized ? checked((int)count * size)
+                : 0,
                 initial, isExtern || !sized);
         }
         while (Next().Text == ",");
@@ -208,7 +213,8 @@ public sealed class PtxParser
     internal void Locate(int file, int line, int inlinedAt, PtxKernel kernel, int at) =>
         _locations.Add((file, line, inlinedAt, kernel, at));
 
-    internal void ReadLocal(Dictionary<string, PtxVariable> into) => ReadVariable(into, isExtern: false);
+    internal void ReadLocal(Dictionary<string, PtxVariable> into) =>
+        ReadVariable(into, isExtern: false);
 
     internal void ReadFileDirective() => ReadFile();
 
@@ -216,7 +222,8 @@ public sealed class PtxParser
         ? _tokens[_at++]
         : throw new PtxException("the text ends inside a statement");
 
-    internal string Peek(int ahead = 0) => _at + ahead < _tokens.Count ? _tokens[_at + ahead].Text : "";
+    internal string Peek(int ahead = 0) => _at + ahead < _tokens.Count ? _tokens[_at + ahead].Text
+        : "";
 
     internal Token Current => _tokens[Math.Min(_at, _tokens.Count - 1)];
 
