@@ -26,7 +26,7 @@ internal sealed class ReferenceFile
         if (!File.Exists(path + ".json")) return;
         using var index = JsonDocument.Parse(File.ReadAllBytes(path + ".json"));
         Index = index.RootElement.Clone();
-        if (Index.TryGetProperty("cases", out var cases))
+        if (Index.ValueKind == JsonValueKind.Object && Index.TryGetProperty("cases", out var cases))
             Cases = [.. cases.EnumerateArray().Select(c => new ReferenceCase(this, c))];
     }
 
