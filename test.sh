@@ -17,7 +17,7 @@ fi
 
 missing=
 if [ "$(id -u)" = 0 ] && command -v dpkg-query >/dev/null 2>&1; then
-  for package in libturbojpeg0 libwebp7; do
+  for package in libturbojpeg0 libwebp7 libdeflate0; do
     dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q ' installed$' ||
       missing="$missing $package"
   done

@@ -23,7 +23,8 @@ internal sealed class NativePictureLibrary(string format, string name, string in
         return _entries[function] = address;
     }
 
-    private static nint Find(string[] files)
+    /// <summary>The first of the files that loads; 0 when none does.</summary>
+    public static nint Find(string[] files)
     {
         foreach (string file in files)
             if (NativeLibrary.TryLoad(file, out nint handle)) return handle;

@@ -15,7 +15,7 @@ public sealed class Picture : IDisposable
 
     // The shared pool rounds up to a power of two; large pictures get what they need and are not
     // kept.
-    private const int LargestPooled = 1 << 26;
+    internal const int LargestPooled = 1 << 26;
 
     private byte[]? _bytes;
 

@@ -7,10 +7,10 @@ public readonly record struct PictureInfo(PictureFormat Format, PictureSize Size
 
 /// <summary>
 /// Picture files to RGB, byte for byte what Pillow's Image.open(path).convert("RGB") gives: the
-/// official script's input. The format is told by the content. PNG is managed code; JPEG and WebP
-/// go to the system's libturbojpeg and libwebp, which are looked for when the first such picture
-/// comes. Not applied, as in Pillow: EXIF orientation (see Picture.Oriented), gamma, colour
-/// profiles.
+/// official script's input. The format is told by the content. PNG is managed code, faster with
+/// the system's libdeflate; JPEG and WebP go to its libturbojpeg and libwebp. These are looked for
+/// when the first such picture comes. Not applied, as in Pillow: EXIF orientation (see
+/// Picture.Oriented), gamma, colour profiles.
 /// </summary>
 public static class PictureDecoder
 {
@@ -52,13 +52,17 @@ public static class PictureDecoder
 
     /// <summary>Decodes the first length bytes of file; name stands in errors.</summary>
     /// <exception cref="InputException">Not a JPEG, PNG or WebP, or damaged.</exception>
-    public static Picture Decode(byte[] file, int length, string name)
+    public static Picture Decode(byte[] file, int length, string name) =>
+        Decode(file, length, name, streamed: false);
+
+    /// <summary>Decodes; streamed leaves libdeflate out, which changes nothing but the time.</summary>
+    internal static Picture Decode(byte[] file, int length, string name, bool streamed)
     {
         var source = new ByteSource(file, length, name);
         var (info, header) = Parse(source, orientation: false);
         return header switch
         {
-            PngHeader png => PngDecoder.Decode(source, file, png),
+            PngHeader png => PngDecoder.Decode(source, file, png, streamed),
             JpegHeader jpeg => JpegDecoder.Decode(source, file, jpeg),
             WebPHeader webp => WebPDecoder.Decode(source, file, webp),
             _ => throw new InvalidOperationException($"{info.Format} has no decoder"),

@@ -35,7 +35,8 @@ internal sealed class PngDataStream(PngHeader header, byte[] file, int length) :
         return sum;
     }
 
-    public override int Read(Span<byte> into)
+    /// <summary>The next bytes, at most that many, of one chunk; none at the end.</summary>
+    public ReadOnlySpan<byte> Next(int most)
     {
         // -4 marks the start: no checksum of a chunk before to step over.
         while (_left <= 0)
@@ -44,18 +45,25 @@ internal sealed class PngDataStream(PngHeader header, byte[] file, int length) :
             if (header.Chunk(next) is not { } chunk || !PngHeader.IsData(chunk.Type))
             {
                 Exhausted = true;
-                return 0;
+                return default;
             }
 
             (_at, _left) = (next + 8, chunk.Length);
         }
 
-        int count = (int)Math.Min(Math.Min(into.Length, _left), Math.Max(0, length - _at));
-        Exhausted |= count == 0 && into.Length > 0;
-        file.AsSpan((int)Math.Min(_at, length), count).CopyTo(into);
+        int count = (int)Math.Min(Math.Min(most, _left), Math.Max(0, length - _at));
+        Exhausted |= count == 0 && most > 0;
+        var part = file.AsSpan((int)Math.Min(_at, length), count);
         _at += count;
         _left -= count;
-        return count;
+        return part;
+    }
+
+    public override int Read(Span<byte> into)
+    {
+        var part = Next(into.Length);
+        part.CopyTo(into);
+        return part.Length;
     }
 
     public override int Read(byte[] buffer, int offset, int count) => Read(buffer.AsSpan(offset, count));

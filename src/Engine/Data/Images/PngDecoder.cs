@@ -1,52 +1,43 @@
 using System.Buffers;
-using System.IO.Compression;
 
 namespace MiniCpmNative.Engine.Data.Images;
 
 /// <summary>
 /// PNG to RGB as Pillow's Image.open(..).convert("RGB"): alpha and transparency are dropped, 16-bit
 /// samples keep their high byte, except that 16-bit grey is clipped at 255; gamma and profiles are
-/// not applied. Rows are inflated in batches that stay in the cache, unfiltered there in place and
-/// widened into the picture. Rows that a complete stream does not have stay at sample value 0, as
-/// in Pillow.
+/// not applied. Filters of 8-bit RGB are undone on the way into the picture, those of other rows on
+/// the way into a line, which is then widened. Rows that a complete stream does not have stay at
+/// sample value 0, as in Pillow.
 /// </summary>
 internal sealed class PngDecoder
 {
-    private const int BatchBytes = 1 << 16;
-
     // Deflate's best case: 258 bytes from 2 bits. A header that claims more than that lies.
-    private const long DeflateRatio = 1032;
+    private const long DeflateRatio = 1032, DeflateSlack = 1 << 16;
 
     private const int LongestRow = 1 << 28;
 
-    private readonly ByteSource _source;
     private readonly PngHeader _header;
-    private readonly PngDataStream _data;
-    private readonly ZLibStream _inflate;
+    private readonly PngPixels _pixels;
     private readonly PngRows _rows;
 
-    private PngDecoder(ByteSource source, byte[] file, PngHeader header)
-    {
-        (_source, _header) = (source, header);
-        _data = new PngDataStream(header, file, (int)source.Length);
-        _inflate = new ZLibStream(_data, CompressionMode.Decompress);
-        _rows = new PngRows(header, source);
-    }
+    private PngDecoder(PngHeader header, PngPixels pixels, PngRows rows) =>
+        (_header, _pixels, _rows) = (header, pixels, rows);
 
+    /// <summary>streamed inflates with ZLibStream even where libdeflate is there; the outcome is
+    /// the same.</summary>
     /// <exception cref="InputException">Damaged in a way that Pillow refuses, or not enough
     /// data.</exception>
-    public static Picture Decode(ByteSource source, byte[] file, PngHeader header)
+    public static Picture Decode(ByteSource source, byte[] file, PngHeader header, bool streamed)
     {
-        long raw = 0;
-        foreach (var pass in PngPass.All(header)) raw += pass.Rows * (1 + RowBytes(header, pass.Columns));
+        long raw = FilteredBytes(header);
         if (RowBytes(header, header.Width) > LongestRow)
             throw source.Error($"PNG of {header.Width}x{header.Height} pixels has rows too long to decode");
         long stored = PngDataStream.Available(header, source.Length);
-        if (raw > (stored * DeflateRatio) + BatchBytes)
+        if (raw > (stored * DeflateRatio) + DeflateSlack)
             throw source.Error($"damaged PNG: {header.Width}x{header.Height} pixels need {raw} bytes, "
                 + $"which {stored} compressed bytes cannot hold");
-        var decoder = new PngDecoder(source, file, header);
-        using var inflate = decoder._inflate;
+        using var pixels = new PngPixels(source, file, header, stored, raw, streamed);
+        var decoder = new PngDecoder(header, pixels, new PngRows(header, source));
         var picture = new Picture((int)header.Width, (int)header.Height);
         try
         {
@@ -58,6 +49,15 @@ internal sealed class PngDecoder
             picture.Dispose();
             throw;
         }
+    }
+
+    /// <summary>Bytes of all rows of all passes, each with its filter byte.</summary>
+    internal static long FilteredBytes(PngHeader header)
+    {
+        long sum = 0;
+        foreach (var pass in PngPass.All(header))
+            sum += pass.Rows * (1 + RowBytes(header, pass.Columns));
+        return sum;
     }
 
     private static long RowBytes(PngHeader header, long columns) =>
@@ -77,91 +77,52 @@ internal sealed class PngDecoder
             int done = ReadPass(picture, pass);
             any |= done > 0;
             if (done == pass.Rows) continue;
-            if (!any) throw Truncated();
+            if (!any) throw _pixels.Truncated();
             if (!cleared) _rows.Clear(picture, done);
             break;
         }
 
-        CheckEnd();
-        _header.ReadTail(_data.ChunkEnd);
+        _header.ReadTail(_pixels.End());
     }
 
     // Rows of one pass; fewer when the stream ends, completely, after a whole row.
     private int ReadPass(Picture picture, PngPass pass)
     {
-        int stride = 1 + (int)RowBytes(_header, pass.Columns);
-        int batch = Math.Min(pass.Rows, Math.Max(1, BatchBytes / stride));
+        int length = (int)RowBytes(_header, pass.Columns), stride = 1 + length;
+        int batch = Math.Min(pass.Rows, PngPixels.Batch(stride));
+        bool direct = _header is { Colour: 2, Depth: 8 } && !pass.Interlaced;
 
-        // The row before the batch stands at its start; the first one of a pass is zero. The slack
-        // in front and behind is for pixel-wide loads.
-        byte[] buffer = ArrayPool<byte>.Shared.Rent(Picture.Slack + ((batch + 1) * stride) + Picture.Slack);
+        // Two lines, this row's and the one above; at first the latter is zero.
+        int line = length + Picture.Slack;
+        byte[] lines = ArrayPool<byte>.Shared.Rent(2 * line);
         try
         {
-            var work = buffer.AsSpan(Picture.Slack);
-            work[..stride].Clear();
+            lines.AsSpan(line, line).Clear();
+            ReadOnlySpan<byte> above = lines.AsSpan(line, line);
             int bytesPerPixel = Math.Max(1, _header.BitsPerPixel / 8);
-            for (int y = 0; y < pass.Rows; y += batch)
+            for (int y = 0; y < pass.Rows;)
             {
                 int wanted = Math.Min(batch, pass.Rows - y);
-                int rows = Inflate(work.Slice(stride, wanted * stride)) / stride;
-                for (int r = 1; r <= rows; r++)
+                var filtered = _pixels.Read(stride, wanted);
+                int rows = filtered.Length / stride;
+                for (int r = 0; r < rows; r++, y++)
                 {
-                    var row = work.Slice(r * stride, stride);
-                    if (!PngFilters.Undo(row, work.Slice((r - 1) * stride, stride), bytesPerPixel))
-                        throw Broken($"row {y + r - 1} has filter {row[0]}, expected 0 to 4");
-                    _rows.Write(row[1..], picture, pass, y + r - 1);
+                    var from = filtered.Slice(r * stride, stride);
+                    var row = direct ? picture.Row(y) : lines.AsSpan((y & 1) * line, length);
+                    if (!PngFilters.Undo(from, above, row, bytesPerPixel))
+                        throw _pixels.Broken($"row {y} has filter {from[0]}, expected 0 to 4");
+                    if (!direct) _rows.Write(row, picture, pass, y);
+                    above = row;
                 }
 
-                if (rows < wanted) return y + rows;
-                work.Slice(rows * stride, stride).CopyTo(work);
+                if (rows < wanted) return y;
             }
 
             return pass.Rows;
         }
         finally
         {
-            ArrayPool<byte>.Shared.Return(buffer);
-        }
-
-        int Inflate(Span<byte> into)
-        {
-            int got = 0;
-            try
-            {
-                for (int n; got < into.Length && (n = _inflate.Read(into[got..])) > 0;) got += n;
-            }
-            catch (InvalidDataException e) when (!_data.Exhausted)
-            {
-                throw Broken("compressed data is damaged", e);
-            }
-            catch (InvalidDataException)
-            {
-                throw Truncated();
-            }
-
-            if (got < into.Length && (_data.Exhausted || got % stride != 0)) throw Truncated();
-            return got;
+            ArrayPool<byte>.Shared.Return(lines);
         }
     }
-
-    // Surplus rows are passed over; a wrong checksum of the data is an error, a missing one is not.
-    private void CheckEnd()
-    {
-        try
-        {
-            _inflate.ReadByte();
-        }
-        catch (InvalidDataException) when (_data.Exhausted)
-        {
-        }
-        catch (InvalidDataException e)
-        {
-            throw Broken("compressed data is damaged", e);
-        }
-    }
-
-    private InputException Truncated() => Broken("its pixels are cut off");
-
-    private InputException Broken(string what, Exception? inner = null) =>
-        _source.Error($"damaged PNG: {what}", inner);
 }
