@@ -341,4 +341,47 @@ public sealed class EmulatorInstructionTests
         var error = Assert.Throws<CudaException>(() => Load(_gpu, text));
         Assert.That(error!.Message, Does.Contain(expected).And.Contain($"PTX line {number}"));
     }
+
+    // Whatever is wrong with the text, it is a message that names the place, never an exception of
+    // ours.
+    [Test]
+    public void DamagedTextIsRefusedWithAMessage()
+    {
+        string text = Text("""
+            .loc 1 3 7, function_name $L1, inlined_at 1 2 3
+            setp.lt.and.s32 %p0|%p1, %a, 5, !%p2;
+            @!%p0 bra L;
+            { .reg .b32 %x; mov.b32 %x, 0f3F800000; add.f32 %d, %x, %x; }
+            L: mad.wide.s32 %ld, %a, -4, %lc; st.shared.v2.u32 [space+8], {%a, %b};
+            mov.b64 {%t0, %t1}, %la; shfl.sync.down.b32 %t2|%p3, %a, 4, 0x1f, -1;
+            cp.async.ca.shared.global [%t0+-4], [%la], 8, %t3; cp.async.wait_group 1;
+            """);
+        string[] pieces =
+            [";", ",", "{", "}", "[", "]", "%a", "%p0", ".", "::", "-", "0x", "@", "\"", "/*", "<",
+            "9999999999999",
+            ".reg", ".pred", "é", "\0", "ld.param.u64", "x4", ":", "|", "!", "+", ""];
+        var random = new Random(5);
+        int refused = 0;
+        for (int n = 0; n < 3000; n++)
+        {
+            string damaged = text;
+            for (int edits = random.Next(1, 4); edits > 0; edits--)
+            {
+                int at = random.Next(damaged.Length),
+                    length = Math.Min(random.Next(0, 6), damaged.Length - at);
+                damaged = damaged[..at] + pieces[random.Next(pieces.Length)]
+                    + damaged[(at + length)..];
+            }
+            try
+            {
+                using var module = Load(_gpu, damaged);
+            }
+            catch (CudaException e)
+            {
+                refused++;
+                Assert.That(e.Message, Does.Not.Contain("Exception:"), damaged);
+            }
+        }
+        Assert.That(refused, Is.GreaterThan(1500));
+    }
 }

@@ -1,5 +1,6 @@
 using System.Numerics;
 using System.Runtime.CompilerServices;
+using System.Runtime.Intrinsics;
 
 namespace MiniCpmNative.GpuEmulator.Alu;
 
@@ -115,6 +116,28 @@ internal readonly struct FloatToBrain : IScalar<ushort, float>
         uint bits = BitConverter.SingleToUInt32Bits(a);
         return (ushort)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
     }
+}
+
+/// <summary>cvt.rn.bf16.f32 for a whole vector; NaN is 0x7fff.</summary>
+internal readonly struct RoundBrain : IUnary<uint>
+{
+    public static Vector256<uint> Run(Vector256<uint> a) => Upper(a) >> 16;
+
+    /// <summary>The rounded value in the upper half, zeros below.</summary>
+    public static Vector256<uint> Upper(Vector256<uint> a)
+    {
+        var rounded = a + Vector256.Create(0x7fffu) + (a >> 16 & Vector256<uint>.One);
+        var isNumber = Vector256.Equals(a.AsSingle(), a.AsSingle()).AsUInt32();
+        return Vector256.ConditionalSelect(isNumber, rounded, Vector256.Create(0x7fff0000u))
+            & Vector256.Create(0xffff0000u);
+    }
+}
+
+/// <summary>cvt.rn.bf16x2.f32 d, a, b: a above, b below.</summary>
+internal readonly struct PackBrain : IBinary<uint>
+{
+    public static Vector256<uint> Run(Vector256<uint> a, Vector256<uint> b) =>
+        RoundBrain.Upper(a) | RoundBrain.Run(b);
 }
 
 /// <summary>.rz: cut.</summary>

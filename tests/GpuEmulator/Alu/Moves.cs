@@ -1,5 +1,6 @@
 using System.Numerics;
 using System.Runtime.Intrinsics;
+using System.Runtime.Intrinsics.X86;
 using MiniCpmNative.GpuEmulator.Machine;
 
 namespace MiniCpmNative.GpuEmulator.Alu;
@@ -107,6 +108,24 @@ internal static unsafe class Moves
         Vector256.ConditionalSelect(Maps.Lanes<ulong>(w.Exec, v * 2 + 1), high,
             Vector256.Load(d + 4))
             .Store(d + 4);
+    }
+
+    /// <summary>shl.b64 and shr.u64 (Mode 1): counts above 63 give zero.</summary>
+    public static void Shift64(Warp w, Instruction i)
+    {
+        ulong* a = (ulong*)(w.R + i.A);
+        uint* counts = (uint*)(w.R + i.B);
+        for (int v = 0; v < 4; v++)
+        {
+            var (low, high) = Vector256.Widen(Vector256.Load(counts + v * 8));
+            Vector256<ulong> x = Vector256.Load(a + v * 8), y = Vector256.Load(a + v * 8 + 4);
+            if (i.Mode == 0)
+                PutWide(w, i, v, Avx2.ShiftLeftLogicalVariable(x, low),
+                    Avx2.ShiftLeftLogicalVariable(y, high));
+            else
+                PutWide(w, i, v, Avx2.ShiftRightLogicalVariable(x, low),
+                    Avx2.ShiftRightLogicalVariable(y, high));
+        }
     }
 
     /// <summary>bfi f, a, b, c, d: d bits of a put into b at place c; rows A, B, C, E.</summary>

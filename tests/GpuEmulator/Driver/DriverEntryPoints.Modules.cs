@@ -26,8 +26,9 @@ internal static unsafe partial class DriverEntryPoints
             }
             catch (Exception e)
             {
-                gpu.LastError = e is PtxException ? e.Message : e.ToString();
-                WriteLog(gpu.LastError, options, names, values);
+                // As with a driver: the error says what happened, the log where and why.
+                gpu.LastError = "the PTX cannot be compiled";
+                WriteLog(e is PtxException ? e.Message : e.ToString(), options, names, values);
                 return Results.InvalidPtx;
             }
         }

@@ -1,3 +1,4 @@
+using System.Runtime.Intrinsics.X86;
 using MiniCpmNative.GpuEmulator.Alu;
 using MiniCpmNative.GpuEmulator.Ptx;
 
@@ -80,9 +81,12 @@ internal sealed unsafe partial class Assembler
         i.D = Result(p.Operands[0], Width(type));
         i.A = Row(p.Operands[1], Width(type));
         i.B = Row(p.Operands[2], 4);
+        i.Mode = op.Stem == "shl" ? 0 : 1;
         i.Run = (op.Stem, type) switch
         {
             ("shl", "b32") => &Maps.Binary<Shl32, uint>,
+            ("shl", "b64") when Avx2.IsSupported => &Moves.Shift64,
+            ("shr", "u64" or "b64") when Avx2.IsSupported => &Moves.Shift64,
             ("shl", "b64") => &Maps.Scalar2<Shl64, ulong, ulong, uint>,
             ("shl", "b16") => &Maps.Scalar2<Shl16, ushort, ushort, uint>,
             ("shr", "u32" or "b32") => &Maps.Binary<Shr32, uint>,

@@ -1,4 +1,3 @@
-using System.Globalization;
 using MiniCpmNative.GpuEmulator.Alu;
 using MiniCpmNative.GpuEmulator.Memory;
 using MiniCpmNative.GpuEmulator.Ptx;
@@ -241,7 +240,7 @@ internal sealed unsafe partial class Assembler
         {
             i.Mode = p.Operands.Length == 0
                 ? -1
-                : int.Parse(p.Operands[0].Text, CultureInfo.InvariantCulture);
+                : Number(p.Operands[0]);
             i.Run = &AsyncCopies.WaitFor;
             return true;
         }
@@ -251,7 +250,7 @@ internal sealed unsafe partial class Assembler
         if (op.Any("shared", "shared::cta").Length == 0 || !op.Has("global"))
             throw new PtxException("cp.async copies from .global to .shared");
         Operands(p, 3, 4);
-        i.Mode = int.Parse(p.Operands[2].Text, CultureInfo.InvariantCulture);
+        i.Mode = Number(p.Operands[2]);
         if (i.Mode is not (4 or 8 or 16) || (cg && i.Mode != 16))
             throw new PtxException($"cp.async of {i.Mode} bytes is not known");
         TakeAddress(i, p.Operands[0], Space.Shared);

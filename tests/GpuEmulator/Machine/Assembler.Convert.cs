@@ -23,7 +23,7 @@ internal sealed unsafe partial class Assembler
                 throw new PtxException("only cvt.rn.*x2.f32 is known");
             i.Run = (to == "bf16x2", relu) switch
             {
-                (true, false) => &Maps.Scalar2<PackTwo<FloatToBrain>, uint, float, float>,
+                (true, false) => &Maps.Binary<PackBrain, uint>,
                 (true, true) => &Maps.Scalar2<PackTwo<ReluFirst<FloatToBrain>>, uint, float, float>,
                 (false, false) => &Maps.Scalar2<PackTwo<FloatToHalf>, uint, float, float>,
                 (false, true) => &Maps.Scalar2<PackTwo<ReluFirst<FloatToHalf>>, uint, float, float>,
@@ -175,7 +175,7 @@ internal sealed unsafe partial class Assembler
                     : &Maps.Scalar1<FloatToDouble, double, float>,
                 ("f16", "f32", "rn") => &Maps.Scalar1<FloatToHalf, ushort, float>,
                 ("f32", "f16", "") => &Maps.Scalar1<HalfToFloat, float, ushort>,
-                ("bf16", "f32", "rn") => &Maps.Scalar1<FloatToBrain, ushort, float>,
+                ("bf16", "f32", "rn") => &Maps.Unary<RoundBrain, uint>,
                 ("bf16", "f32", "rz") => &Maps.Scalar1<FloatToBrainCut, ushort, float>,
                 ("f32", "bf16", "") => &Maps.Scalar1<BrainToFloat, float, ushort>,
                 _ => throw op.Unknown($"{rounding} {to}.{from}"),

@@ -54,6 +54,8 @@ internal sealed unsafe partial class Assembler
         var parts = value.Kind == OperandKind.Vector ? value.Elements : [value];
         if (parts.Length != i.Count)
             throw new PtxException($"expected {i.Count} registers, got {parts.Length}");
+        if (parts.All(o => o.Kind == OperandKind.Sink))
+            throw new PtxException("a load into nothing");
         i.DWidth = Math.Max(Width(type), parts.Max(o => o.Register?.Width ?? 4));
         i.Rows = [.. parts.Select(o => load ? Result(o, i.DWidth)
             : Row(o, i.DWidth, type[0] == 'f'))];

@@ -45,10 +45,11 @@ internal sealed unsafe partial class Assembler
             {
                 assembler.Build(instruction, source);
             }
-            catch (PtxException e)
+            catch (Exception e) when (e is PtxException or IndexOutOfRangeException or OverflowException)
             {
-                throw new PtxException(
-                    $"PTX line {source.Line}, kernel {kernel.Name}: {e.Message}: {source.Text}");
+                // An index beyond the operands: one is missing.
+                string what = e is PtxException ? e.Message : "its operands are not those expected";
+                throw new PtxException($"PTX line {source.Line}, kernel {kernel.Name}: {what}: {source.Text}");
             }
             code.Add(instruction);
         }
@@ -201,6 +202,12 @@ internal sealed unsafe partial class Assembler
 
     // A predicate that is false in all lanes: a constant row of zeros serves.
     private int ZeroPredicate() => Constant(0, 4);
+
+    /// <summary>An operand that must be a literal.</summary>
+    private static int Number(PtxOperand o) =>
+        o.Kind == OperandKind.Immediate && Literal.Bits(o.Text, 4, false) is { } value and < 1 << 16
+            ? (int)value
+            : throw new PtxException($"expected a number, got {o.Text}");
 
     private static void Operands(PtxInstruction p, int count)
     {

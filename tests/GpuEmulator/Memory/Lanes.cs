@@ -1,5 +1,6 @@
 using System.Numerics;
 using System.Runtime.CompilerServices;
+using System.Runtime.Intrinsics;
 using MiniCpmNative.GpuEmulator.Machine;
 
 namespace MiniCpmNative.GpuEmulator.Memory;
@@ -17,6 +18,17 @@ internal static unsafe class Lanes
         if (exec == uint.MaxValue && i.Count == 1 && i.Size == i.DWidth)
         {
             Unsafe.CopyBlock(w.R + i.Rows[0], from, (uint)(bytes * 32));
+            return;
+        }
+        if (exec == uint.MaxValue && i.Count == 1 && i.Size == 2 && i.DWidth == 4 && !i.Signed)
+        {
+            uint* to = (uint*)(w.R + i.Rows[0]);
+            for (int lane = 0; lane < 32; lane += 16)
+            {
+                var (low, high) = Vector256.Widen(Vector256.Load((ushort*)from + lane));
+                low.Store(to + lane);
+                high.Store(to + lane + 8);
+            }
             return;
         }
         for (int e = 0; e < i.Count; e++)
@@ -49,6 +61,14 @@ internal static unsafe class Lanes
         if (exec == uint.MaxValue && i.Count == 1 && i.Size == i.DWidth)
         {
             Unsafe.CopyBlock(to, w.R + i.Rows[0], (uint)(bytes * 32));
+            return;
+        }
+        if (exec == uint.MaxValue && i.Count == 1 && i.Size == 2 && i.DWidth == 4)
+        {
+            uint* values = (uint*)(w.R + i.Rows[0]);
+            for (int lane = 0; lane < 32; lane += 16)
+                Vector256.Narrow(Vector256.Load(values + lane), Vector256.Load(values + lane + 8))
+                    .Store((ushort*)to + lane);
             return;
         }
         for (int e = 0; e < i.Count; e++)
