@@ -131,29 +131,25 @@ public class ImageTests
         }
     }
 
-    /// <summary>The pictures of the reference data set, where the full reference is
-    /// given.</summary>
+    /// <summary>The pictures of the reference data set.</summary>
     [Test]
     public void DataSetPicturesAndTiles()
     {
-        string data = Path.Combine(ImageReference.Folder, "..", "v26", "data");
-        if (!File.Exists(Path.Combine(data, "images.json"))) Assert.Ignore("needs CPMX_REFERENCE");
-        using var images = JsonDocument.Parse(File.ReadAllBytes(Path.Combine(data, "images.json")));
-        foreach (var e in images.RootElement.EnumerateArray())
+        string data = Path.Combine(ReferenceText.Root, "v26", "data");
+        foreach (var e in ReferenceText.Json("v26/data/images.json").EnumerateArray())
         {
             using var picture = PictureDecoder.Decode(Path.Combine(data, e.GetProperty("file").GetString()!));
             string expected = e.GetProperty("rgb_sha256").GetString()!;
             Assert.That(ImageReference.Hash(picture.Rgb), Is.EqualTo(expected));
         }
 
-        using var rows = JsonDocument.Parse(File.ReadAllBytes(Path.Combine(data, "rows.json")));
-        var files = rows.RootElement.EnumerateArray().ToDictionary(
+        var files = ReferenceText.Json("v26/data/rows.json").EnumerateArray().ToDictionary(
             r => r.GetProperty("id").GetString()!, r => r.GetProperty("image").Clone());
-        using var dataset = JsonDocument.Parse(File.ReadAllBytes(Path.Combine(data, "dataset.json")));
+        var dataset = ReferenceText.Json("v26/data/dataset.json");
         int compared = 0;
         foreach (string setting in (string[])["slices9", "slices4", "slices1", "slices2_short"])
         {
-            var part = dataset.RootElement.GetProperty(setting);
+            var part = dataset.GetProperty(setting);
             int slices = part.GetProperty("max_slice_nums").GetInt32();
             foreach (var row in part.GetProperty("rows").EnumerateArray())
             {

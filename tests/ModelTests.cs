@@ -68,6 +68,21 @@ public sealed class ModelTests
         if (trains) V26.AssertGradients(model, gradients);
     }
 
+    [Test]
+    public void TextAloneTeachesPictureFeaturesNothing()
+    {
+        TrainArguments arguments = V26.Full with { TuneLlm = false };
+        using var model = TrainingModel.Open(arguments);
+        Batch text = V26.Batch(arguments, "text0", "text1");
+        Trace trace = Trace.Run(model, text, gradients: true);
+        var expected = ReferenceText.Json("v26/forward/case_b.json").GetProperty("text_only_batch_eval");
+        AssertLoss(trace.Floats["loss"].Values[0], expected.GetProperty("loss"));
+        StepResult result = V26.Gradients(model, arguments, text);
+        AssertLoss(result.Loss, expected.GetProperty("loss"));
+        Assert.That(result.GradientNorm, Is.Zero);
+        Assert.That(result.Skipped, Is.False);
+    }
+
     [TestCase(LossNormalization.Tokens, "tokens")]
     [TestCase(LossNormalization.MicroBatchMean, "mean_of_means")]
     public void AccumulatedGradientsAreEqual(LossNormalization normalization, string part)

@@ -119,7 +119,7 @@ public sealed class Trace : ITensorProbe
             if (_watched.TryGetValue(variable, out string? name))
                 _floats["grad." + name] = (_floats[name].Shape, _model.Device.ReadFloats(gradient));
         };
-        _model.Graph.Backward(loss, 1.0 / labels);
+        if (loss.Variable != 0) _model.Graph.Backward(loss, 1.0 / labels);
         _model.Graph.ZeroUnreachedGradients();
         foreach (Trainable tensor in _model.Trainables.List)
         {

@@ -72,7 +72,8 @@ public sealed class Trainer
         Tensor loss = _model.Loss(batch);
         Span<float> value = stackalloc float[1];
         _model.Device.Read(loss, value);
-        _model.Graph.Backward(loss, weight);
+        // Text alone reaches nothing that is trained when only picture features are: no gradient.
+        if (loss.Variable != 0) _model.Graph.Backward(loss, weight);
         _model.Graph.EndStep();
         return value[0];
     }

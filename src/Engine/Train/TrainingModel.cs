@@ -87,6 +87,10 @@ public sealed class TrainingModel : IDisposable
     /// <exception cref="InputException">Its tensors are not those that are trained.</exception>
     public void CopyFrom(AdapterFile adapter)
     {
+        AdapterConfig its = adapter.Config;
+        if (Parts.Config is { } own && (its.Rank, its.Alpha) != (own.Rank, own.Alpha))
+            throw new InputException($"{adapter.Directory}: was made with lora_r {its.Rank} and lora_alpha "
+                + $"{its.Alpha}, this run has {own.Rank} and {own.Alpha}");
         foreach (var (name, stored) in adapter.Match(Spec.Parameters))
         {
             if (!Trainables.Contains(name))

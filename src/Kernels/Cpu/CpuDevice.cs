@@ -12,7 +12,13 @@ namespace MiniCpmNative.Kernels.Cpu;
 public sealed unsafe class CpuDevice : Device
 {
     private const long DefaultStepBytes = 1L << 36;
+
+    // A mapping of its own takes a whole huge page, however small the tensor; small ones share.
+    private const long SharedBytes = 4 << 20, LargestShared = 1 << 20, Alignment = 256;
+
     private readonly List<HugeMemory> _memory = [];
+    private nint _shared;
+    private long _sharedLeft;
 
     /// <param name="threads">Threads to compute on; null takes all processors.</param>
     /// <param name="stepBytes">Largest size of the step arena; null takes the machine's memory.</param>
@@ -37,13 +43,20 @@ public sealed unsafe class CpuDevice : Device
 
     public override DType Activations { get; }
 
-    public override Tensor Allocate(Spec spec, string name) => new(Reserve(spec.Bytes), spec);
+    /// <summary>Bytes of all tensors that live as long as the device.</summary>
+    public long AllocatedBytes { get; private set; }
+
+    public override Tensor Allocate(Spec spec, string name) => new(Hold(spec.Bytes), spec);
 
     public override nint Reserve(long bytes)
     {
-        var memory = new HugeMemory(bytes);
-        _memory.Add(memory);
-        return (nint)memory.Data;
+        if (bytes > LargestShared) return Map(bytes);
+        long rounded = (bytes + Alignment - 1) / Alignment * Alignment;
+        if (rounded > _sharedLeft) (_shared, _sharedLeft) = (Map(SharedBytes), SharedBytes);
+        nint data = _shared;
+        _shared += (nint)rounded;
+        _sharedLeft -= rounded;
+        return data;
     }
 
     public override long PackedBytes(DType type, int rows, int cols) =>
@@ -51,7 +64,7 @@ public sealed unsafe class CpuDevice : Device
 
     public override Tensor Pack(DType type, int rows, int cols, void* source, string name)
     {
-        nint memory = Reserve(PackedBytes(type, rows, cols));
+        nint memory = Hold(PackedBytes(type, rows, cols));
         PackedMatrix.Pack(Workers, new MatrixView(source, type, rows, cols), (void*)memory);
         return new Tensor(memory, new Spec(type, new Shape(rows, cols), Layout.Packed));
     }
@@ -137,6 +150,19 @@ public sealed unsafe class CpuDevice : Device
         Workers.Dispose();
         foreach (var memory in _memory) memory.Dispose();
         _memory.Clear();
+    }
+
+    private nint Map(long bytes)
+    {
+        var memory = new HugeMemory(bytes);
+        _memory.Add(memory);
+        return (nint)memory.Data;
+    }
+
+    private nint Hold(long bytes)
+    {
+        AllocatedBytes += bytes;
+        return Reserve(bytes);
     }
 
     private Span<T> Elements<T>(in Tensor tensor, int count)
