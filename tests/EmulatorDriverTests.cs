@@ -271,4 +271,48 @@ public sealed unsafe class EmulatorDriverTests
         Assert.That(counters.ActiveLanes, Is.EqualTo(1));
         Assert.That(counters.Mix["st"], Is.EqualTo(2));
     }
+
+    // Lane n touches shared word n * stride, and global bytes n * 4 * stride.
+    [TestCase(1, 0, 4)]
+    [TestCase(2, 1, 8)]
+    [TestCase(3, 0, 12)]
+    [TestCase(8, 7, 32)]
+    [TestCase(32, 31, 32)]
+    public void ConflictsAndSectorsOfStrides(int stride, int conflicts, int sectors)
+    {
+        const string source = """
+            extern "C" __global__ void k(float* y, const float* x, int stride) {
+                __shared__ float s[1024];
+                for (int i = threadIdx.x; i < 1024; i += 32) s[i] = 1;
+                __syncthreads();
+                y[threadIdx.x] = s[threadIdx.x * stride] + x[threadIdx.x * stride];
+            }
+            """;
+        using var gpu = new TestGpu();
+        ulong y = gpu.Allocate(128), x = gpu.Upload(new float[1024]);
+        var a = gpu.Compile(source).Kernel("k").Arguments();
+        a.Pointer(y, DType.F32).Pointer(x, DType.F32).Int(stride);
+        a.Launch(gpu.Stream, 1, 32);
+        gpu.Stream.Synchronise();
+        var counters = gpu.Emulator.Launches.Single();
+        Assert.That(counters.BankConflicts, Is.EqualTo(conflicts));
+        Assert.That(counters.GlobalReadSectors, Is.EqualTo(sectors));
+    }
+
+    [Test]
+    public void ThreadsOfTheHostDoNotChangeResults()
+    {
+        var results = new List<float[]>();
+        foreach (int threads in (ReadOnlySpan<int>)[1, 2, 4])
+        {
+            using var gpu = new TestGpu(new() { Threads = threads, Seed = threads });
+            ulong x = gpu.Upload(TestGpu.Numbers(20000, 3)), y = gpu.Allocate(80000);
+            var a = gpu.Compile(Source).Kernel("add").Arguments();
+            a.Pointer(y, DType.F32).Pointer(x, DType.F32).Int(20000).Float(0.5f);
+            a.Launch(gpu.Stream, (20000 + 127) / 128, 128);
+            results.Add(gpu.Download<float>(y, 20000));
+        }
+        Assert.That(results[0], Is.EqualTo(TestGpu.Numbers(20000, 3).Select(v => v + 0.5f)));
+        Assert.That(results, Is.All.EqualTo(results[0]));
+    }
 }
