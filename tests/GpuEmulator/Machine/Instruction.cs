@@ -1,6 +1,9 @@
 using MiniCpmNative.GpuEmulator.Memory;
 using MiniCpmNative.GpuEmulator.Ptx;
 
+// Handlers take scratch from the stack at every step; clearing it would cost more than their work.
+[module: System.Runtime.CompilerServices.SkipLocalsInit]
+
 namespace MiniCpmNative.GpuEmulator.Machine;
 
 /// <summary>What the warp's loop does around an instruction.</summary>

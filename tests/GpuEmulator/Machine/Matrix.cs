@@ -85,19 +85,36 @@ internal static unsafe class Matrix
             TWiden.Row((ushort*)(piece + g * 4)).Store(to + g * stride);
     }
 
-    // B's piece holds (n, k); the product wants rows of n for each k.
+    // B's piece holds (n, k); the product wants rows of n for each k. A word is the pair k = 2t, 2t + 1
+    // of one n: with the words of equal t side by side, both are a shift or a mask away.
     private static void WidenB<TWiden>(uint* piece, float* to) where TWiden : IWiden
     {
-        float* rows = stackalloc float[64];
-        for (int n = 0; n < 8; n++) TWiden.Row((ushort*)(piece + n * 4)).Store(rows + n * 8);
-        if (Avx2.IsSupported)
+        if (typeof(TWiden) == typeof(Brain) && Avx2.IsSupported)
         {
-            var step = Vector256.Create(0, 8, 16, 24, 32, 40, 48, 56);
-            for (int k = 0; k < 8; k++) Avx2.GatherVector256(rows + k, step, 4).Store(to + k * 8);
+            Vector256<uint> n01 = Vector256.Load(piece), n23 = Vector256.Load(piece + 8),
+                n45 = Vector256.Load(piece + 16), n67 = Vector256.Load(piece + 24);
+            Quarter(Avx2.UnpackLow(n01, n23), Avx2.UnpackLow(n45, n67), to);
+            Quarter(Avx2.UnpackHigh(n01, n23), Avx2.UnpackHigh(n45, n67), to + 32);
             return;
         }
+        float* rows = stackalloc float[64];
+        for (int n = 0; n < 8; n++) TWiden.Row((ushort*)(piece + n * 4)).Store(rows + n * 8);
         for (int k = 0; k < 8; k++)
             for (int n = 0; n < 8; n++) to[k * 8 + n] = rows[n * 8 + k];
+    }
+
+    private static void Quarter(Vector256<uint> lower, Vector256<uint> upper, float* to)
+    {
+        Pair(Avx2.UnpackLow(lower.AsUInt64(), upper.AsUInt64()).AsUInt32(), to);
+        Pair(Avx2.UnpackHigh(lower.AsUInt64(), upper.AsUInt64()).AsUInt32(), to + 16);
+    }
+
+    // The words of n 0, 2, 4, 6, 1, 3, 5, 7.
+    private static void Pair(Vector256<uint> words, float* to)
+    {
+        words = Avx2.PermuteVar8x32(words, Vector256.Create(0u, 4, 1, 5, 2, 6, 3, 7));
+        (words << 16).AsSingle().Store(to);
+        (words & Vector256.Create(0xffff0000u)).AsSingle().Store(to + 8);
     }
 
     /// <summary>ldmatrix .x1/.x2/.x4 (Count), Mode 1 transposed: lanes 8m to 8m+7 give matrix m's

@@ -153,6 +153,15 @@ internal sealed unsafe class SharedMemory : IDisposable
                 mine.Store(readers);
                 return;
             }
+            // Read at this very time by another warp as a row, or by several: no order to look up.
+            uint first = seen[0], lanes = (first >> 4) & 63;
+            if (seen == Vector128.Create(first) && first >> 15 == _time && (first & 15) == AllBytes
+                && (lanes == SeveralWarps
+                    || (lanes == SeveralLanes && ((first >> 10) & 31) != (uint)w.Index)))
+            {
+                Vector128.Create(Cell(w.Index, SeveralWarps, AllBytes)).Store(readers);
+                return;
+            }
         }
         Read(w, at, 16, lane | 32);
     }
@@ -162,11 +171,11 @@ internal sealed unsafe class SharedMemory : IDisposable
     public void Read(Warp w, byte* at, int bytes, int lane)
     {
         long offset = at - Host;
-        for (int b = 0; b < bytes; b++)
+        var states = new ReadOnlySpan<byte>(_state + offset, bytes);
+        if (states.ContainsAnyExcept(Written))
         {
-            byte state = _state[offset + b];
-            if (state == Written) continue;
-            throw state == Pending
+            int b = states.IndexOfAnyExcept(Written);
+            throw states[b] == Pending
                 ? w.Fault(Check.AsyncCopyNotWaitedFor, lane & 31,
                     $"shared byte {offset + b} is read while cp.async may still write it")
                 : w.Fault(Check.Uninitialised, lane & 31,
@@ -218,15 +227,13 @@ internal sealed unsafe class SharedMemory : IDisposable
     public void Write(Warp w, byte* at, byte* value, int bytes, int lane, bool atomic = false)
     {
         long offset = at - Host;
-        bool same = true;
-        for (int b = 0; b < bytes; b++)
-        {
-            if (_state[offset + b] == Pending)
-                throw w.Fault(Check.AsyncCopyNotWaitedFor, lane,
-                    $"shared byte {offset + b} is written while cp.async may still write it");
-            same &= _state[offset + b] == Written && value != null && at[b] == value[b];
-            _state[offset + b] = Written;
-        }
+        var states = new Span<byte>(_state + offset, bytes);
+        if (states.Contains(Pending))
+            throw w.Fault(Check.AsyncCopyNotWaitedFor, lane,
+                $"shared byte {offset + states.IndexOf(Pending)} is written while cp.async may still write it");
+        bool same = value != null && !states.ContainsAnyExcept(Written)
+            && new Span<byte>(at, bytes).SequenceEqual(new Span<byte>(value, bytes));
+        states.Fill(Written);
         NoteWrite(w, offset, bytes, (uint)lane, atomic, same);
     }
 
