@@ -124,9 +124,13 @@ public sealed class Trace : ITensorProbe
         foreach (Trainable tensor in _model.Trainables.List)
         {
             float[] values = _model.Device.ReadFloats(_model.Trainables.Gradient(tensor.Name));
-            _floats.Add("grad." + tensor.Name, (tensor.Shape, values));
+            _floats.Add("grad." + FileName(tensor.Name), (tensor.Shape, values));
         }
     }
+
+    /// <summary>The parameter's official name, or with adapters its name in PEFT's files.</summary>
+    private string FileName(string name) =>
+        _model.Parts.Layout?.Tensors.First(t => t.Name == name).FileName ?? name;
 
     private void Add(string name, ReadOnlySpan<int> values, params ReadOnlySpan<int> sizes) =>
         _ints.Add(name, (new Shape(sizes), values.ToArray()));

@@ -48,6 +48,8 @@ public sealed class TrainingModel : IDisposable
     /// <exception cref="InputException">The model, the adapter or what is to be trained is unusable.</exception>
     public static TrainingModel Open(TrainArguments arguments)
     {
+        if (arguments.Device == DeviceChoice.Cuda)
+            throw new InputException("device is cuda, which this version cannot train on; use cpu or auto");
         string folder = arguments.ModelNameOrPath!;
         ModelSpec spec = ModelSpec.Read(folder);
         using Checkpoint checkpoint = Checkpoint.Open(folder);
