@@ -4,9 +4,9 @@
 //   dotnet run examples/make.cs          the committed pictures and rows (pictures/, train.json, test.json)
 //   dotnet run examples/make.cs base     examples/output/base: rows for pre-training, random model
 //
-// Pictures show one to four coloured shapes on a 3 x 3 board. The base model is pre-trained on plain
-// questions about them. The example's rows ask for something it has never seen: the same facts in a
-// made-up language, Tolu, with a word for each colour, shape and place. All numbers come from one
+// Pictures show one to three coloured shapes on a 2 x 2 board. The base model is pre-trained on plain
+// questions about them. The example's rows ask for something it has never seen: what it sees in a
+// made-up language, Tolu, with a word for each colour and shape. All numbers come from one
 // seeded generator, so that every run of this program gives the same bytes.
 #:property TreatWarningsAsErrors=false
 #:property RestorePackagesWithLockFile=false
@@ -77,23 +77,21 @@ sealed record Shape(int Kind, int Colour, int Place)
 {
     public static readonly string[] Kinds = ["circle", "square", "triangle", "cross"];
     public static readonly string[] Colours = ["red", "green", "blue", "yellow", "black", "purple"];
-    public static readonly string[] Places =
-    [
-        "top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom",
-        "bottom right",
-    ];
+    public static readonly string[] Places = ["top left", "top right", "bottom left", "bottom right"];
 
     static readonly string[] s_toluKinds = ["bimo", "kesh", "tiru", "wap"];
     static readonly string[] s_toluColours = ["rano", "gelu", "zubi", "yashi", "nok", "pavu"];
-    static readonly string[] s_toluPlaces =
-        ["uku", "usa", "udi", "oku", "osa", "odi", "iku", "isa", "idi"];
 
     public string Plain => $"{Colours[Colour]} {Kinds[Kind]}";
 
-    public string Tolu => $"{s_toluColours[Colour]} {s_toluKinds[Kind]} {s_toluPlaces[Place]}";
+    public string ToluKind => s_toluKinds[Kind];
+
+    public string ToluColour => s_toluColours[Colour];
+
+    public string Tolu => $"{ToluColour} {ToluKind}";
 }
 
-sealed class Picture(int size = 84)
+sealed class Picture(int size = 56)
 {
     static readonly (byte R, byte G, byte B)[] s_colours =
         [(220, 30, 30), (30, 160, 50), (40, 70, 220), (240, 200, 20), (20, 20, 20), (150, 50, 180)];
@@ -109,9 +107,9 @@ sealed class Picture(int size = 84)
 
     public void Draw(Shape shape, Numbers numbers)
     {
-        int cell = size / 3, radius = 8 + numbers.Below(4);
-        int cx = (shape.Place % 3 * cell) + (cell / 2) + numbers.Below(5) - 2;
-        int cy = (shape.Place / 3 * cell) + (cell / 2) + numbers.Below(5) - 2;
+        int cell = size / 2, radius = 9 + numbers.Below(4);
+        int cx = (shape.Place % 2 * cell) + (cell / 2) + numbers.Below(3) - 1;
+        int cy = (shape.Place / 2 * cell) + (cell / 2) + numbers.Below(3) - 1;
         var (r, g, b) = s_colours[shape.Colour];
         int tint = numbers.Below(31) - 15;
         for (int y = Math.Max(0, cy - radius); y <= Math.Min(size - 1, cy + radius); y++)
@@ -183,7 +181,7 @@ sealed class Picture(int size = 84)
 static class Rows
 {
     static readonly JsonSerializerOptions s_json = new() { Encoder = JavaScriptEncoder.UnsafeRelaxedJsonEscaping };
-    static readonly string[] s_numbers = ["no shapes", "one", "two", "three", "four"];
+    static readonly string[] s_numbers = ["none", "one", "two", "three"];
 
     public delegate (List<List<Shape>> Pictures, List<string> Turns) Maker(Numbers numbers);
 
@@ -253,16 +251,16 @@ static class Rows
         int count = 1 + numbers.Below(most);
         int[] kinds = numbers.Shuffled(Enumerable.Range(0, 4));
         int[] colours = numbers.Shuffled(Enumerable.Range(0, 6));
-        int[] places = numbers.Shuffled(Enumerable.Range(0, 9));
+        int[] places = numbers.Shuffled(Enumerable.Range(0, 4));
         return [.. Enumerable.Range(0, count).Select(i => new Shape(kinds[i], colours[i], places[i]))];
     }
 
     public static (List<List<Shape>>, List<string>) Plain(Numbers numbers)
     {
-        if (numbers.Below(8) == 0) return PlainTwo(numbers);
-        var board = Board(numbers, 4);
+        if (numbers.Below(10) == 0) return PlainTwo(numbers);
+        var board = Board(numbers, numbers.Below(3) == 0 ? 3 : 1);
         var turns = new List<string>();
-        int questions = 1 + numbers.Below(4);
+        int questions = 2 + numbers.Below(3);
         foreach (int kind in numbers.Shuffled(Enumerable.Range(0, 6)).Take(questions))
         {
             Shape shape = board[numbers.Below(board.Count)];
@@ -297,33 +295,34 @@ static class Rows
 
     public static (List<List<Shape>>, List<string>) Tolu(Numbers numbers)
     {
-        int form = numbers.Below(6);
-        if (form == 0)
+        Shape shape = Board(numbers, 1)[0];
+        switch (numbers.Below(6))
         {
-            var boards = new List<List<Shape>> { Board(numbers, 1), Board(numbers, 1) };
-            int asked = numbers.Below(2);
-            return (boards,
-            [
-                $"What is in the {(asked == 0 ? "first" : "second")} picture? Answer in Tolu.",
-                boards[asked][0].Tolu,
-            ]);
+            case 0:
+                var boards = new List<List<Shape>> { new() { shape }, Board(numbers, 1) };
+                int asked = numbers.Below(2);
+                return (boards,
+                [
+                    $"What is in the {(asked == 0 ? "first" : "second")} picture? Answer in Tolu.",
+                    boards[asked][0].Tolu,
+                ]);
+            case 1:
+                return ([[shape]],
+                [
+                    "Which colour is it, in Tolu?", shape.ToluColour,
+                    "And which shape?", shape.ToluKind,
+                    $"What is it at the {Shape.Places[shape.Place]}?", shape.Tolu,
+                ]);
+            default:
+                return ([[shape]], ["Describe the picture in Tolu.", shape.Tolu]);
         }
-
-        if (form == 1)
-        {
-            var board = Board(numbers, 3);
-            var turns = new List<string>();
-            foreach (Shape shape in numbers.Shuffled(board))
-                turns.AddRange([$"Where is the {Shape.Kinds[shape.Kind]}? Answer in Tolu.", shape.Tolu]);
-            return ([board], turns);
-        }
-
-        var single = Board(numbers, 1);
-        return ([single], ["Describe the picture in Tolu.", single[0].Tolu]);
     }
 }
 
 // A model of MiniCPM-V-2_6's shape with random weights, and a byte-level BPE tokenizer for its texts.
+// One part is not random: the resampler's queries start as the positions of a 4 x 4 grid and its query
+// and key projections as copies, so that each query looks at its own part of the picture from the
+// beginning. Learning that from nothing would take most of the training.
 static class Model
 {
     const int Hidden = 256, Layers = 4, Heads = 2, KvHeads = 1, Intermediate = 512;
@@ -516,7 +515,7 @@ static class Model
             {
                 ["max_slice_nums"] = 4,
                 ["patch_size"] = Patch,
-                ["scale_resolution"] = 84,
+                ["scale_resolution"] = 56,
             },
             ["slice_mode"] = true,
             ["tie_word_embeddings"] = false,
@@ -545,7 +544,7 @@ static class Model
             ["image_processor_type"] = "MiniCPMVImageProcessor",
             ["processor_class"] = "MiniCPMVProcessor",
             ["max_slice_nums"] = 4,
-            ["scale_resolution"] = 84,
+            ["scale_resolution"] = 56,
             ["patch_size"] = Patch,
             ["use_image_id"] = true,
             ["image_feature_size"] = Queries,
@@ -586,13 +585,16 @@ static class Model
         }
 
         Norm("llm.model.norm", Hidden, bias: false);
-        tensors.Add(("resampler.query", [Queries, Hidden], 1, 0));
+        tensors.Add(("resampler.query", [Queries, Hidden], 0, 0));
         tensors.Add(("resampler.proj", [Hidden, Hidden], 1 / Math.Sqrt(Hidden), 0));
         Linear("resampler.kv_proj", Hidden, Vision, bias: false);
-        tensors.Add(("resampler.attn.in_proj_weight", [3 * Hidden, Hidden], 1 / Math.Sqrt(Hidden), 0));
+        tensors.Add(("resampler.attn.in_proj_weight", [3 * Hidden, Hidden], 20 / Math.Sqrt(Hidden), 0));
         tensors.Add(("resampler.attn.in_proj_bias", [3 * Hidden], 0, 0));
         Linear("resampler.attn.out_proj", Hidden, Hidden);
-        foreach (string norm in (string[])["ln_q", "ln_kv", "ln_post"]) Norm("resampler." + norm, Hidden);
+        foreach (string norm in (string[])["ln_q", "ln_post"]) Norm("resampler." + norm, Hidden);
+        // Small against the positions that are added for the keys; the value projection makes up for it.
+        tensors.Add(("resampler.ln_kv.weight", [Hidden], 0, 0.05));
+        tensors.Add(("resampler.ln_kv.bias", [Hidden], 0, 0));
         tensors.Add(("vpm.embeddings.patch_embedding.weight", [Vision, 3, Patch, Patch], 0.04, 0));
         tensors.Add(("vpm.embeddings.patch_embedding.bias", [Vision], 0, 0));
         tensors.Add(("vpm.embeddings.position_embedding.weight", [Side * Side, Vision], 0.3, 0));
@@ -648,14 +650,37 @@ static class Model
         writer.Write(json);
         writer.Write(Encoding.ASCII.GetBytes(new string(' ', padding)));
         var numbers = new Numbers(5);
-        foreach (var (_, shape, scale, mean) in tensors)
+        foreach (var (name, shape, scale, mean) in tensors)
         {
-            for (long i = shape.Aggregate(1L, (a, b) => a * b); i > 0; i--)
+            long count = shape.Aggregate(1L, (a, b) => a * b);
+            for (int i = 0; i < count; i++)
             {
-                float value = (float)(mean + (scale == 0 ? 0 : scale * numbers.Normal()));
+                float value = name switch
+                {
+                    "resampler.query" => Position(i / Hidden, i % Hidden),
+                    "resampler.attn.in_proj_weight" when i < 2 * Hidden * Hidden =>
+                        Copy(i / Hidden % Hidden, i % Hidden),
+                    _ => (float)(mean + (scale == 0 ? 0 : scale * numbers.Normal())),
+                };
                 uint bits = BitConverter.SingleToUInt32Bits(value);
                 writer.Write((ushort)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16));
             }
         }
+    }
+
+    // The resampler's own table of positions, at the place of a query on the grid.
+    static float Position(int query, int column)
+    {
+        int quarter = Hidden / 4, side = (int)Math.Sqrt(Queries);
+        int at = column < 2 * quarter ? query % side : query / side;
+        double angle = at * Math.Pow(10000, -(double)(column % quarter) / quarter);
+        return (float)(column / quarter % 2 == 0 ? Math.Sin(angle) : Math.Cos(angle));
+    }
+
+    // Each head takes every second column of the four parts, so that it sees both coordinates.
+    static float Copy(int row, int column)
+    {
+        int head = row / (Hidden / Heads), source = (row % (Hidden / Heads) * Heads) + head;
+        return source == column ? 5.5f : 0;
     }
 }
