@@ -1,0 +1,258 @@
+using System.Text.Json.Nodes;
+using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Model;
+using MiniCpmNative.Engine.Train;
+using MiniCpmNative.Engine.Weights;
+using MiniCpmNative.Kernels;
+using NUnit.Framework;
+
+namespace MiniCpmNative.Tests;
+
+/// <summary>
+/// Models that the reference does not have, held to what must be equal: other files of the same model,
+/// other types, other sizes, other numbers of threads.
+/// </summary>
+[TestFixture]
+public sealed class ModelVariantTests
+{
+    private string _folder = "";
+
+    [SetUp]
+    public void CreateFolder() => _folder = Directory.CreateTempSubdirectory("cpmx-test-").FullName;
+
+    [TearDown]
+    public void DeleteFolder() => Directory.Delete(_folder, recursive: true);
+
+    [Test]
+    public void ShardsInF32AndADroppedLayerAreTheSameModel()
+    {
+        using var original = Checkpoint.Open(V26.Model);
+        TrainArguments arguments = Variant(
+            config =>
+            {
+                config["drop_vision_last_layer"] = true;
+                config["vision_config"]!["num_hidden_layers"] = 4;
+            },
+            V26.Spec, name => original.Get(name).ToFloats(), DType.F32, shardBytes: 2_000_000);
+        Assert.That(Directory.GetFiles(arguments.ModelNameOrPath!, "*.safetensors"), Has.Length.GreaterThan(4));
+        Batch batch = V26.Batch(V26.Full, "two-small");
+        Assert.That(Logits(arguments, batch), Is.EqualTo(Logits(V26.Full, batch)));
+    }
+
+    [TestCase(false)]
+    [TestCase(true)]
+    public void ATiedHeadIsTheEmbeddingUsedTwice(bool trained)
+    {
+        // The same numbers in two tensors, and once in one: its gradient is the sum of theirs.
+        using var original = Checkpoint.Open(V26.Model);
+        float[] Value(string name) =>
+            original.Get(name.Replace("lm_head", "model.embed_tokens", StringComparison.Ordinal)).ToFloats();
+        TrainArguments arguments = V26.Full with { TuneLlm = trained };
+        var untied = arguments with
+        {
+            ModelNameOrPath = Variant(_ => { }, V26.Spec, Value, DType.BF16).ModelNameOrPath,
+        };
+        ModelSpec spec = Spec(config => config["tie_word_embeddings"] = true);
+        var tied = arguments with
+        {
+            ModelNameOrPath = Variant(
+                config => config["tie_word_embeddings"] = true, spec, Value, DType.BF16).ModelNameOrPath,
+        };
+        Batch batch = V26.Batch(V26.Full, "one", "text1");
+        Assert.That(V26.LargestError(
+            Logits(tied, batch), Array.ConvertAll(Logits(untied, batch), v => (double)v)), Is.LessThan(1e-6));
+        using TrainingModel one = TrainingModel.Open(tied), two = TrainingModel.Open(untied);
+        StepResult result = V26.Gradients(one, tied, batch);
+        Assert.That(result.Loss, Is.EqualTo(V26.Gradients(two, untied, batch).Loss).Within(1e-6 * result.Loss));
+        if (!trained) return;
+        float[] both = V26.Gradient(one, "llm.model.embed_tokens.weight");
+        float[] input = V26.Gradient(two, "llm.model.embed_tokens.weight");
+        double[] sum = [.. V26.Gradient(two, "llm.lm_head.weight").Zip(input, (a, b) => (double)a + b)];
+        Assert.That(V26.NormError(both, sum), Is.LessThan(1e-5));
+    }
+
+    [Test]
+    public void OtherSizesHaveTheGradientsOfTheirLoss()
+    {
+        // Heads of 64, three query heads per key head, 16 queries, a tied head, a dropped vision layer,
+        // a position table of 32 x 32, no size a multiple of the vectors' lengths where that may be.
+        void Edit(JsonNode config)
+        {
+            foreach (var (key, value) in new Dictionary<string, JsonNode>
+            {
+                ["hidden_size"] = 384,
+                ["num_attention_heads"] = 6,
+                ["num_key_value_heads"] = 2,
+                ["intermediate_size"] = 333,
+                ["vocab_size"] = 531,
+                ["query_num"] = 16,
+                ["tie_word_embeddings"] = true,
+                ["rope_theta"] = 10000,
+                ["drop_vision_last_layer"] = true,
+            })
+                config[key] = value;
+            var vision = config["vision_config"]!;
+            (vision["hidden_size"], vision["intermediate_size"], vision["image_size"]) = (128, 201, 448);
+        }
+
+        var random = new Random(3);
+        ModelSpec spec = Spec(Edit);
+        var values = spec.Parameters.All.ToDictionary(p => p.Name, p => Initial(p, random));
+        TrainArguments arguments = Variant(Edit, spec, name => values[name], DType.F32) with
+        {
+            OfficialCompat = true,
+        };
+        using var model = TrainingModel.Open(arguments);
+        Assert.That(model.Trainables.Count, Is.EqualTo(model.TotalParameters));
+        var batch = Batch(arguments, "turns", "one");
+        double loss = V26.Gradients(model, arguments, batch).Loss;
+        Assert.That(loss, Is.InRange(0.5 * Math.Log(531), 3 * Math.Log(531)));
+        foreach (string part in (string[])["vpm.", "resampler.", "llm.model.layers.0.", "llm.model.layers.1.",
+            "llm.model.embed_tokens"])
+            AssertSlope(model, batch, values, part);
+    }
+
+    [Test]
+    public void ThreadsDoNotChangeABit()
+    {
+        Batch batch = V26.Batch(V26.Full, "turns", "text0");
+        var results = new List<(double Loss, float[] Gradients)>();
+        foreach (int threads in (int[])[1, 2, 3, 5])
+        {
+            TrainArguments arguments = V26.Full with { Threads = threads };
+            using var model = TrainingModel.Open(arguments);
+            double loss = V26.Gradients(model, arguments, batch).Loss;
+            results.Add((loss, model.Device.ReadFloats(model.Trainables.Gradients)));
+        }
+
+        foreach (var (loss, gradients) in results)
+        {
+            Assert.That(loss, Is.EqualTo(results[0].Loss));
+            Assert.That(gradients.AsSpan().SequenceEqual(results[0].Gradients), Is.True);
+        }
+    }
+
+    [Test]
+    public void WeightsInF16AreRoundedOnceAndSavedSo()
+    {
+        TrainArguments arguments = V26.Full with
+        {
+            Fp16 = true,
+            DataPath = Runs.Data(_folder, "one"),
+            OutputDir = Path.Combine(_folder, "out"),
+            MaxSteps = 2,
+        };
+        double exact = ReferenceText.Json("v26/forward/case_a.json").GetProperty("loss").GetDouble();
+        using (var model = TrainingModel.Open(arguments))
+        {
+            double loss = V26.Gradients(model, arguments, V26.Batch(V26.Full, "one", "two-small")).Loss;
+            // Values of bf16 between 6e-5 and 65504 are values of f16 too; only small ones are rounded.
+            Assert.That(loss, Is.EqualTo(exact).Within(1e-4 * exact));
+        }
+
+        Runs.Train(arguments);
+        using var saved = Checkpoint.Open(arguments.OutputDir);
+        Assert.That(V26.Spec.Parameters.All.Select(p => saved.Get(p.Name).Type), Is.All.EqualTo(DType.F16));
+        using var again = TrainingModel.Open(arguments with { ModelNameOrPath = arguments.OutputDir });
+        Assert.That(again.TotalParameters, Is.EqualTo(3153472));
+    }
+
+    // (L(w + e d) - L(w - e d)) / 2e along the part's own gradient is that gradient's norm.
+    private static void AssertSlope(
+        TrainingModel model, Batch batch, Dictionary<string, float[]> values, string part)
+    {
+        Trace.Run(model, batch, gradients: true);
+        var gradients = values.Keys.Where(n => n.StartsWith(part, StringComparison.Ordinal))
+            .ToDictionary(n => n, n => V26.Gradient(model, n));
+        Assert.That(gradients, Is.Not.Empty);
+        double norm = Math.Sqrt(gradients.Values.Sum(g => g.Sum(v => (double)v * v)));
+        double step = 0.01 / norm;
+        double Loss(double along)
+        {
+            foreach (var (name, g) in gradients)
+                model.Trainables.Write(name, [.. values[name].Zip(g, (w, d) => (float)(w + (along * d / norm)))]);
+            return Trace.Run(model, batch, gradients: false).Floats["loss"].Values[0];
+        }
+
+        double slope = (Loss(step) - Loss(-step)) / (2 * step);
+        Loss(0);
+        TestContext.Out.WriteLine($"{part} norm {norm:G6}, slope {slope:G6}");
+        Assert.That(slope, Is.EqualTo(norm).Within(1e-3 * norm), part);
+    }
+
+    private static float[] Initial(ExpectedTensor parameter, Random random)
+    {
+        var values = new float[parameter.Shape.Count];
+        bool norm = parameter.Shape.Rank == 1 && parameter.Name.EndsWith("weight", StringComparison.Ordinal);
+        double size = parameter.Shape.Rank == 1 ? 0.1 : 1 / Math.Sqrt(parameter.Shape.Cols);
+        for (int i = 0; i < values.Length; i++)
+        {
+            double normal = Math.Sqrt(-2 * Math.Log(1 - random.NextDouble()))
+                * Math.Cos(2 * Math.PI * random.NextDouble());
+            values[i] = (float)((norm ? 1 : 0) + (size * normal));
+        }
+
+        return values;
+    }
+
+    private static Batch Batch(TrainArguments arguments, params string[] ids)
+    {
+        var rows = Engine.Data.TrainingRows.Read(
+            arguments.DataPath!, arguments, ModelSpec.Read(arguments.ModelNameOrPath!));
+        var batch = new Batch();
+        batch.Clear();
+        foreach (string id in ids) rows.Append(rows.Find(id), batch);
+        return batch;
+    }
+
+    private static float[] Logits(TrainArguments arguments, Batch batch)
+    {
+        using var model = TrainingModel.Open(arguments);
+        return Trace.Run(model, batch, gradients: false).Floats["logits"].Values;
+    }
+
+    private ModelSpec Spec(Action<JsonNode> edit) => ModelSpec.Read(Files(edit));
+
+    /// <summary>A folder with the reference model's files, its configuration edited, and these weights.</summary>
+    private TrainArguments Variant(
+        Action<JsonNode> edit, ModelSpec spec, Func<string, float[]> value, DType type,
+        long shardBytes = CheckpointWriter.DefaultShardBytes)
+    {
+        string folder = Files(edit);
+        CheckpointWriter.Write(
+            folder, [.. spec.Parameters.All.Select(p => Tensor(p, value(p.Name), type))], shardBytes);
+        return V26.Full with { ModelNameOrPath = folder };
+    }
+
+    private static TensorToSave Tensor(ExpectedTensor parameter, float[] values, DType type) =>
+        new(parameter.Name, type, parameter.Shape, stream =>
+        {
+            unsafe
+            {
+                fixed (float* data = values)
+                    TensorToSave.Floats(parameter.Name, type, parameter.Shape, (nint)data).Write(stream);
+            }
+        });
+
+    private string Files(Action<JsonNode> edit)
+    {
+        string folder = Directory.CreateDirectory(Path.Combine(_folder, Path.GetRandomFileName())).FullName;
+        foreach (string file in Directory.GetFiles(V26.Model, "*.json"))
+            File.Copy(file, Path.Combine(folder, Path.GetFileName(file)));
+        JsonNode config = JsonNode.Parse(File.ReadAllBytes(Path.Combine(V26.Model, "config.json")))!;
+        edit(config);
+        Write("config.json", config);
+        JsonNode processor = JsonNode.Parse(
+            File.ReadAllBytes(Path.Combine(V26.Model, "preprocessor_config.json")))!;
+        processor["image_feature_size"] = config["query_num"]!.DeepClone();
+        Write("preprocessor_config.json", processor);
+        return folder;
+
+        void Write(string name, JsonNode json)
+        {
+            string path = Path.Combine(folder, name);
+            File.Delete(path);
+            File.WriteAllText(path, json.ToJsonString());
+        }
+    }
+}
