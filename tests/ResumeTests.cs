@@ -86,6 +86,16 @@ public sealed class ResumeTests
     }
 
     [Test]
+    public void ARunThatIsStoppedBeforeItsFirstStepSaysSo()
+    {
+        var stop = new StopRequest();
+        stop.TryRequest(StopReason.Interrupt);
+        TrainArguments arguments = Short("out", steps: 3);
+        Assert.That(Runs.Train(arguments, stop), Does.Contain("stopped after step 0 of 3; nothing was saved"));
+        Assert.That(RunFolder.Checkpoints(arguments.OutputDir), Is.Empty);
+    }
+
+    [Test]
     public void EvaluationsAndCheckpointsChangeNothing()
     {
         TrainArguments plain = Short("plain", steps: 6) with { SaveStrategy = When.No };

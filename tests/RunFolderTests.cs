@@ -47,6 +47,22 @@ public sealed class RunFolderTests
     }
 
     [Test]
+    public void ARunGoesOnFromTheNewestCheckpointOfItsFolderOnly()
+    {
+        MakeCheckpoints(5, 10);
+        string older = RunFolder.Checkpoint(Folder, 5), newest = RunFolder.Checkpoint(Folder, 10);
+        var fromOlder = _arguments with { ResumeFromCheckpoint = new ResumePoint(older) };
+        Assert.That(() => RunFolder.Prepare(fromOlder), Throws.TypeOf<InputException>()
+            .With.Message.Contains("has checkpoint-10; remove what"));
+        string other = fromOlder.OutputDir + "-2";
+        Assert.That(RunFolder.Prepare(fromOlder with { OutputDir = other }), Is.EqualTo(older));
+        var fromNewest = _arguments with { ResumeFromCheckpoint = new ResumePoint(newest + "/") };
+        Assert.That(RunFolder.Prepare(fromNewest), Is.EqualTo(newest + "/"));
+        Directory.Delete(newest, recursive: true);
+        Assert.That(RunFolder.Prepare(fromOlder), Is.EqualTo(older));
+    }
+
+    [Test]
     public void UnfinishedCheckpointsAreNoCheckpointsAndGoAway()
     {
         MakeCheckpoints(5);

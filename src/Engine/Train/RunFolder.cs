@@ -89,19 +89,27 @@ public static class RunFolder
     private static string? ResumeFolder(TrainArguments arguments)
     {
         if (arguments.ResumeFromCheckpoint is not { } point) return null;
+        var all = Checkpoints(arguments.OutputDir);
         if (point.Path is { } path)
         {
-            return Directory.Exists(path)
-                ? path
-                : throw new InputException($"resume_from_checkpoint {path}: there is no such folder");
+            if (!Directory.Exists(path))
+                throw new InputException($"resume_from_checkpoint {path}: there is no such folder");
+            // The run would meet later checkpoints again, and take them for its own.
+            if (all.Count > 0 && FullPath(all[^1].Path) != FullPath(path))
+                throw new InputException($"resume_from_checkpoint {path}: output_dir {arguments.OutputDir} "
+                    + $"has {Path.GetFileName(all[^1].Path)}; remove what is not to be gone on from, or "
+                    + "choose another output_dir");
+            return path;
         }
 
-        var all = Checkpoints(arguments.OutputDir);
         return all.Count > 0
             ? all[^1].Path
             : throw new InputException($"resume_from_checkpoint is true, but output_dir "
                 + $"{arguments.OutputDir} has no checkpoint");
     }
+
+    private static string FullPath(string folder) =>
+        Path.TrimEndingDirectorySeparator(Path.GetFullPath(folder));
 
     // Logs and the configuration alone, as a run leaves that failed before its first checkpoint, do
     // not count as results.

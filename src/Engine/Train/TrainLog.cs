@@ -124,8 +124,10 @@ public sealed class TrainLog : ITrainLog
         }
         else
         {
-            _progress.Message($"stopped after step {step} of {Run.Plan.MaxSteps}; "
-                + "go on with --resume_from_checkpoint true");
+            bool isSaved = step > 0 && Run.Arguments.SaveStrategy != When.No;
+            _progress.Message($"stopped after step {step} of {Run.Plan.MaxSteps}; " + (isSaved
+                ? "go on with --resume_from_checkpoint true"
+                : "nothing was saved"));
         }
 
         _state.Save(Run.Arguments.OutputDir, step, Run);

@@ -154,7 +154,6 @@ public sealed class TrainRun : IDisposable
         try
         {
             if (Directory.Exists(unfinished)) Directory.Delete(unfinished, recursive: true);
-            if (Directory.Exists(folder)) return;
             Directory.CreateDirectory(unfinished);
             ModelFiles.Save(unfinished, _model, _arguments);
             if (!_arguments.SaveOnlyModel) State(step).Save(unfinished, _model);
