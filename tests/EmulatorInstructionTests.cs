@@ -218,11 +218,11 @@ public sealed class EmulatorInstructionTests
     {
         // A signed byte load fills its register with the sign; a store takes the low part only.
         Check("""
-            mov.u32 %t0, space; mad.lo.u32 %t0, %tid, 4, %t0; st.shared.u32 [%t0], %a;
+            mov.u32 %t0, space; mad.lo.u32 %t0, %lane, 4, %t0; st.shared.u32 [%t0], %a;
             ld.shared.s8 %d, [%t0+1];
             """, [0x0000FE00, 0x00007F00], [unchecked((uint)-2), 127]);
         Check("""
-            mov.u32 %t0, space; mad.lo.u32 %t0, %tid, 4, %t0; st.shared.u32 [%t0], 0; st.shared.u8 [%t0+2], %a;
+            mov.u32 %t0, space; mad.lo.u32 %t0, %lane, 4, %t0; st.shared.u32 [%t0], 0; st.shared.u8 [%t0+2], %a;
             ld.shared.u32 %d, [%t0];
             """, [0x12345678], [0x00780000]);
     }
@@ -268,10 +268,10 @@ public sealed class EmulatorInstructionTests
             Is.EqualTo(31 * 32 / 2 * 3));
         Assert.That(Run(_gpu, "sub.s32 %t0, %a, 10; redux.sync.min.s32 %d, %t0, -1;", lanes)[5],
             Is.EqualTo(unchecked((uint)-10)));
-        Assert.That(Run(_gpu, "and.b32 %t0, %tid, 3; match.any.sync.b32 %d, %t0, -1;", lanes)[6],
+        Assert.That(Run(_gpu, "and.b32 %t0, %lane, 3; match.any.sync.b32 %d, %t0, -1;", lanes)[6],
             Is.EqualTo(0x44444444));
         Assert.That(Run(_gpu,
-            "setp.lt.u32 %p0, %tid, 5; @%p0 bra L; mov.u32 %d, 7; bra M; L: activemask.b32 %d; M:",
+            "setp.lt.u32 %p0, %lane, 5; @%p0 bra L; mov.u32 %d, 7; bra M; L: activemask.b32 %d; M:",
             lanes),
             Is.EqualTo(lanes.Select((_, n) => n < 5 ? 0x1Fu : 7u)));
     }

@@ -13,7 +13,7 @@ public sealed class EmulatorMatrixTests
 {
     // Lane's address in parameter p, bytes apart.
     private static string Lane(string parameter, int bytes) =>
-        $"ld.param.u64 %lt0, [{parameter}]; mul.wide.u32 %lt1, %tid, {bytes}; add.s64 %lt0, %lt0, %lt1;";
+        $"ld.param.u64 %lt0, [{parameter}]; mul.wide.u32 %lt1, %lane, {bytes}; add.s64 %lt0, %lt0, %lt1;";
 
     private static ushort Narrow(float value, bool brain) => brain
         ? (ushort)(BitConverter.SingleToUInt32Bits(value) >> 16)
@@ -103,7 +103,7 @@ public sealed class EmulatorMatrixTests
         using var gpu = new TestGpu();
         using var module = Load(gpu, Text($$"""
             {{Lane("a", 16)}} ld.global.v4.u32 {%t0, %t1, %t2, %t3}, [%lt0];
-            mov.u32 %t9, space; mad.lo.u32 %t8, %tid, 16, %t9; st.shared.v4.u32 [%t8], {%t0, %t1, %t2, %t3};
+            mov.u32 %t9, space; mad.lo.u32 %t8, %lane, 16, %t9; st.shared.v4.u32 [%t8], {%t0, %t1, %t2, %t3};
             bar.sync 0;
             {{Lane("b", 4)}} ld.global.u32 %t8, [%lt0]; add.u32 %t9, %t9, %t8;
             mov.u32 %t1, 0; mov.u32 %t2, 0; mov.u32 %t3, 0;
@@ -139,10 +139,10 @@ public sealed class EmulatorMatrixTests
         {
             using var gpu = new TestGpu();
             Run(gpu, $$"""
-                mov.u32 %t9, space; mad.lo.u32 %t8, %tid, 4, %t9; mov.u32 %t0, 0;
+                mov.u32 %t9, space; mad.lo.u32 %t8, %lane, 4, %t9; mov.u32 %t0, 0;
                 L: st.shared.u32 [%t8], 0; add.u32 %t8, %t8, 128; add.u32 %t0, %t0, 1;
                 setp.lt.u32 %p0, %t0, 32; @%p0 bra L;
-                bar.sync 0; and.b32 %t1, %tid, 7; mad.lo.u32 %t9, %t1, {{pitch}}, %t9;
+                bar.sync 0; and.b32 %t1, %lane, 7; mad.lo.u32 %t9, %t1, {{pitch}}, %t9;
                 ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%d}, [%t9];
                 """, [1]);
             Assert.That(gpu.Emulator.Launches[^1].MatrixLoadConflicts, Is.EqualTo(conflicts),
@@ -150,7 +150,7 @@ public sealed class EmulatorMatrixTests
         }
     }
 
-    private const string CopyLane = "mov.u32 %t9, space; mad.lo.u32 %t9, %tid, 8, %t9; ";
+    private const string CopyLane = "mov.u32 %t9, space; mad.lo.u32 %t9, %lane, 8, %t9; ";
 
     [TestCase(true)]
     [TestCase(false)]
@@ -177,7 +177,7 @@ public sealed class EmulatorMatrixTests
         using var gpu = new TestGpu();
         ulong[] a = [.. Enumerable.Repeat(0x1122334455667788ul, 32)];
         ulong[] got = Run64(gpu, CopyLane + $$"""
-            {{Lane("a", 8)}} and.b32 %t0, %tid, 3; shl.b32 %t0, %t0, 1;
+            {{Lane("a", 8)}} and.b32 %t0, %lane, 3; shl.b32 %t0, %t0, 1;
             cp.async.ca.shared.global [%t9], [%lt0], 8, %t0; cp.async.wait_all; ld.shared.u64 %ld, [%t9];
             """, a);
         Assert.That(got[..4], Is.EqualTo(new ulong[] { 0, 0x7788, 0x55667788, 0x334455667788 }));

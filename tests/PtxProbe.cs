@@ -55,11 +55,11 @@ internal static class PtxProbe
         {
             .reg .pred %p<10>;
             .reg .b16 %h<10>;
-            .reg .b32 %t<10>, %d, %a, %b, %c, %tid;
+            .reg .b32 %t<10>, %d, %a, %b, %c, %lane;
             .reg .b64 %lt<10>, %ld, %la, %lb, %lc, %pd, %at;
             .shared .align 16 .b8 space[4096];
-            mov.u32 %tid, %tid.x;
-            mul.wide.u32 %at, %tid, 8;
+            mov.u32 %lane, %tid.x;
+            mul.wide.u32 %at, %lane, 8;
             ld.param.u64 %pd, [a];
             add.s64 %pd, %pd, %at;
             ld.global.u64 %la, [%pd];
