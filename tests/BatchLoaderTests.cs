@@ -63,7 +63,7 @@ public sealed class BatchLoaderTests
     {
         var rows = new FakeRows();
         using (Loader(rows, batches: 1000, workers: 4, ahead: 1))
-            Assert.That(() => rows.Made, Is.GreaterThanOrEqualTo(5).After(2000, 5));
+            Assert.That(() => rows.Made, Is.GreaterThanOrEqualTo(5).After(20_000, 5));
         int made = rows.Made;
         // A ring of ahead + workers batches was filled, and nobody works on.
         Assert.That(made, Is.LessThanOrEqualTo(5 * 3));
@@ -76,11 +76,11 @@ public sealed class BatchLoaderTests
     {
         var rows = new FakeRows { Slow = new ManualResetEventSlim() };
         var loader = Loader(rows, batches: 1000, workers: 2, ahead: 8);
-        Assert.That(() => rows.Begun, Is.EqualTo(2).After(2000, 5));
+        Assert.That(() => rows.Begun, Is.EqualTo(2).After(20_000, 5));
         var end = Task.Run(loader.Dispose);
         Assert.That(end.Wait(30), Is.False, "a row is being made");
         rows.Slow.Set();
-        Assert.That(end.Wait(5000), Is.True);
+        Assert.That(end.Wait(20_000), Is.True);
         Assert.That(rows.Begun, Is.LessThanOrEqualTo(4));
     }
 
