@@ -56,15 +56,30 @@ internal static unsafe class AttentionBench
         int* starts = stackalloc int[4] { 0, c.Queries, 0, c.Keys };
         var arguments = new AttentionArguments<float>
         {
-            Q = queries, K = keys, V = values, O = Take(q), QStride = row, KStride = keyRow,
-            VStride = keyRow, OStride = row, Lse = Take((long)c.Queries * c.Heads),
-            Heads = c.Heads, KvHeads = c.KvHeads, HeadDim = c.HeadDim,
-            Sequences = 1, CuSeqlensQ = starts, CuSeqlensK = starts + 2, Causal = c.Causal,
-            Scale = 1 / MathF.Sqrt(c.HeadDim), Scratch = scratch.Data,
+            Q = queries,
+            K = keys,
+            V = values,
+            O = Take(q),
+            QStride = row,
+            KStride = keyRow,
+            VStride = keyRow,
+            OStride = row,
+            Lse = Take((long)c.Queries * c.Heads),
+            Heads = c.Heads,
+            KvHeads = c.KvHeads,
+            HeadDim = c.HeadDim,
+            Sequences = 1,
+            CuSeqlensQ = starts,
+            CuSeqlensK = starts + 2,
+            Causal = c.Causal,
+            Scale = 1 / MathF.Sqrt(c.HeadDim),
+            Scratch = scratch.Data,
         };
         var gradients = new AttentionGradients<float>
         {
-            DO = dO, DOStride = row, DQ = new() { Data = Take(q), Stride = row },
+            DO = dO,
+            DOStride = row,
+            DQ = new() { Data = Take(q), Stride = row },
             DK = new() { Data = Take(k), Stride = keyRow },
             DV = new() { Data = Take(k), Stride = keyRow },
         };

@@ -223,7 +223,9 @@ internal sealed unsafe class AttentionRunner<T>(
             ? default
             : new()
             {
-                Data = rows.Data, Stride = rows.Stride, Accumulate = ask.HasFlag(Ask.Accumulate),
+                Data = rows.Data,
+                Stride = rows.Stride,
+                Accumulate = ask.HasFlag(Ask.Accumulate),
             };
     }
 

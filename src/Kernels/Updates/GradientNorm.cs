@@ -80,7 +80,8 @@ internal static unsafe class CpuGradientNorm
                 sum = Vector.Sum(low + high);
             }
 
-            for (; i < length; i++) {
+            for (; i < length; i++)
+            {
                 double value = Real.ToDouble(x[i]);
                 sum += value * value;
             }

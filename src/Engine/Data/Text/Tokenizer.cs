@@ -31,8 +31,11 @@ public abstract class Tokenizer
             .Where(token => config is not { SplitSpecial: true } || !token.Special).ToArray();
         _raw = new AddedTokens(matched.Where(token => !token.Normalized));
         _normalized = new AddedTokens(matched.Where(token => token.Normalized)
-            .Select(token => token with { Content = file.Normalizes
-                ? Nfc.Normalize(token.Content).ToString() : token.Content }));
+            .Select(token => token with
+            {
+                Content = file.Normalizes
+                ? Nfc.Normalize(token.Content).ToString() : token.Content
+            }));
     }
 
     private protected Dictionary<string, int> Vocabulary { get; }
