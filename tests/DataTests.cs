@@ -89,7 +89,8 @@ public sealed class DataTests
     [Test]
     public void ACheckCountsRowsThatWouldBeCut()
     {
-        string report = Check(0, "--data_path", Runs.Data(_folder, "one", "turns"), "--model_max_length", "150");
+        string data = Runs.Data(_folder, "one", "turns");
+        string report = Check(0, "--data_path", data, "--model_max_length", "150");
         Assert.That(report, Does.Contain("longer than model_max_length 150, would be cut: 1"));
     }
 

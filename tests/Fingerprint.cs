@@ -48,7 +48,7 @@ internal sealed record Fingerprint(
         return Math.Sqrt(squares / Projections.Length * Count);
     }
 
-    /// <summary>Largest relative difference of norm, sum and projections, all as parts of the norm.</summary>
+    /// <summary>Largest difference of norm, sum and projections, as parts of the norm.</summary>
     public double NormError(Fingerprint expected)
     {
         double sum = Math.Abs(Sum - expected.Sum) / Math.Sqrt(Count);

@@ -34,7 +34,8 @@ public sealed class ModelVariantTests
                 config["vision_config"]!["num_hidden_layers"] = 4;
             },
             V26.Spec, name => original.Get(name).ToFloats(), DType.F32, shardBytes: 2_000_000);
-        Assert.That(Directory.GetFiles(arguments.ModelNameOrPath!, "*.safetensors"), Has.Length.GreaterThan(4));
+        Assert.That(
+            Directory.GetFiles(arguments.ModelNameOrPath!, "*.safetensors"), Has.Length.GreaterThan(4));
         Batch batch = V26.Batch(V26.Full, "two-small");
         Assert.That(Logits(arguments, batch), Is.EqualTo(Logits(V26.Full, batch)));
     }
@@ -45,8 +46,8 @@ public sealed class ModelVariantTests
     {
         // The same numbers in two tensors, and once in one: its gradient is the sum of theirs.
         using var original = Checkpoint.Open(V26.Model);
-        float[] Value(string name) =>
-            original.Get(name.Replace("lm_head", "model.embed_tokens", StringComparison.Ordinal)).ToFloats();
+        float[] Value(string name) => original.Get(
+            name == "llm.lm_head.weight" ? "llm.model.embed_tokens.weight" : name).ToFloats();
         TrainArguments arguments = V26.Full with { TuneLlm = trained };
         var untied = arguments with
         {
@@ -59,11 +60,11 @@ public sealed class ModelVariantTests
                 config => config["tie_word_embeddings"] = true, spec, Value, DType.BF16).ModelNameOrPath,
         };
         Batch batch = V26.Batch(V26.Full, "one", "text1");
-        Assert.That(V26.LargestError(
-            Logits(tied, batch), Array.ConvertAll(Logits(untied, batch), v => (double)v)), Is.LessThan(1e-6));
+        double[] logits = Array.ConvertAll(Logits(untied, batch), v => (double)v);
+        Assert.That(V26.LargestError(Logits(tied, batch), logits), Is.LessThan(1e-6));
         using TrainingModel one = TrainingModel.Open(tied), two = TrainingModel.Open(untied);
-        StepResult result = V26.Gradients(one, tied, batch);
-        Assert.That(result.Loss, Is.EqualTo(V26.Gradients(two, untied, batch).Loss).Within(1e-6 * result.Loss));
+        double loss = V26.Gradients(one, tied, batch).Loss;
+        Assert.That(V26.Gradients(two, untied, batch).Loss, Is.EqualTo(loss).Within(1e-6 * loss));
         if (!trained) return;
         float[] both = V26.Gradient(one, "llm.model.embed_tokens.weight");
         float[] input = V26.Gradient(two, "llm.model.embed_tokens.weight");
@@ -107,8 +108,8 @@ public sealed class ModelVariantTests
         var batch = Batch(arguments, "turns", "one");
         double loss = V26.Gradients(model, arguments, batch).Loss;
         Assert.That(loss, Is.InRange(0.5 * Math.Log(531), 3 * Math.Log(531)));
-        foreach (string part in (string[])["vpm.", "resampler.", "llm.model.layers.0.", "llm.model.layers.1.",
-            "llm.model.embed_tokens"])
+        foreach (string part in (string[])["vpm.", "resampler.", "llm.model.layers.0.",
+            "llm.model.layers.1.", "llm.model.embed_tokens"])
             AssertSlope(model, batch, values, part);
     }
 
@@ -170,7 +171,8 @@ public sealed class ModelVariantTests
         double Loss(double along)
         {
             foreach (var (name, g) in gradients)
-                model.Trainables.Write(name, [.. values[name].Zip(g, (w, d) => (float)(w + (along * d / norm)))]);
+                model.Trainables.Write(
+                    name, [.. values[name].Zip(g, (w, d) => (float)(w + (along * d / norm)))]);
             return Trace.Run(model, batch, gradients: false).Floats["loss"].Values[0];
         }
 
@@ -183,8 +185,9 @@ public sealed class ModelVariantTests
     private static float[] Initial(ExpectedTensor parameter, Random random)
     {
         var values = new float[parameter.Shape.Count];
-        bool norm = parameter.Shape.Rank == 1 && parameter.Name.EndsWith("weight", StringComparison.Ordinal);
-        double size = parameter.Shape.Rank == 1 ? 0.1 : 1 / Math.Sqrt(parameter.Shape.Cols);
+        bool vector = parameter.Shape.Rank == 1;
+        bool norm = vector && parameter.Name.EndsWith("weight", StringComparison.Ordinal);
+        double size = vector ? 0.1 : 1 / Math.Sqrt(parameter.Shape.Cols);
         for (int i = 0; i < values.Length; i++)
         {
             double normal = Math.Sqrt(-2 * Math.Log(1 - random.NextDouble()))
@@ -213,7 +216,7 @@ public sealed class ModelVariantTests
 
     private ModelSpec Spec(Action<JsonNode> edit) => ModelSpec.Read(Files(edit));
 
-    /// <summary>A folder with the reference model's files, its configuration edited, and these weights.</summary>
+    /// <summary>A folder with the reference's files, its configuration edited, and weights.</summary>
     private TrainArguments Variant(
         Action<JsonNode> edit, ModelSpec spec, Func<string, float[]> value, DType type,
         long shardBytes = CheckpointWriter.DefaultShardBytes)

@@ -70,7 +70,11 @@ public sealed class ResumeTests
     {
         TrainArguments arguments = Short("out", steps: 1);
         Runs.Train(arguments);
-        TrainArguments resumed = arguments with { MaxSteps = 2, ResumeFromCheckpoint = new ResumePoint(null) };
+        TrainArguments resumed = arguments with
+        {
+            MaxSteps = 2,
+            ResumeFromCheckpoint = new ResumePoint(null),
+        };
         Assert.That(Refusal(resumed with { Seed = 7 }), Does.Contain("was made with seed 42"));
         Assert.That(Refusal(resumed with { LoraR = 4 }),
             Does.EndWith("was made with lora_r 8 and lora_alpha 16, this run has 4 and 16"));
@@ -91,7 +95,8 @@ public sealed class ResumeTests
         var stop = new StopRequest();
         stop.TryRequest(StopReason.Interrupt);
         TrainArguments arguments = Short("out", steps: 3);
-        Assert.That(Runs.Train(arguments, stop), Does.Contain("stopped after step 0 of 3; nothing was saved"));
+        Assert.That(Runs.Train(arguments, stop),
+            Does.Contain("stopped after step 0 of 3; nothing was saved"));
         Assert.That(RunFolder.Checkpoints(arguments.OutputDir), Is.Empty);
     }
 
@@ -110,7 +115,8 @@ public sealed class ResumeTests
         Runs.Train(plain);
         Runs.Train(busy);
         Assert.That(Runs.Losses(busy), Is.EqualTo(Runs.Losses(plain)));
-        AssertSameFiles(RunFolder.Checkpoint(busy.OutputDir, 6), plain.OutputDir, "adapter_model.safetensors");
+        AssertSameFiles(
+            RunFolder.Checkpoint(busy.OutputDir, 6), plain.OutputDir, "adapter_model.safetensors");
         var evaluations = Runs.History(busy).Where(e => e.TryGetProperty("eval_loss", out _)).ToList();
         Assert.That(evaluations.Select(e => e.GetProperty("step").GetInt32()), Is.EqualTo([0, 2, 4, 6]));
         double[] losses = [.. evaluations.Select(e => e.GetProperty("eval_loss").GetDouble())];
@@ -124,7 +130,8 @@ public sealed class ResumeTests
     [Test]
     public void ARunThatIsKilledLeavesWholeCheckpoints()
     {
-        int kills = int.TryParse(Environment.GetEnvironmentVariable("CPMX_KILLS"), out int asked) ? asked : 50;
+        string? asked = Environment.GetEnvironmentVariable("CPMX_KILLS");
+        int kills = int.TryParse(asked, out int number) ? number : 50;
         TrainArguments whole = Short("whole", steps: 60);
         Runs.Train(whole);
         TrainArguments killed = Short("killed", steps: 60) with { SaveTotalLimit = 3 };
@@ -160,7 +167,8 @@ public sealed class ResumeTests
         Assert.That(Directory.GetDirectories(killed.OutputDir, "*" + RunFolder.Unfinished), Is.Empty);
         AssertSameFiles(
             RunFolder.Checkpoint(killed.OutputDir, 60), RunFolder.Checkpoint(whole.OutputDir, 60), least: 5);
-        AssertSameFiles(killed.OutputDir, whole.OutputDir, "adapter_model.safetensors", "adapter_config.json");
+        AssertSameFiles(
+            killed.OutputDir, whole.OutputDir, "adapter_model.safetensors", "adapter_config.json");
     }
 
     [TestCase(Terminate, 143, "SIGTERM")]

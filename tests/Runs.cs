@@ -8,7 +8,7 @@ namespace MiniCpmNative.Tests;
 /// <summary>Whole training runs on rows of the reference, in this process.</summary>
 internal static class Runs
 {
-    /// <summary>A data file with some of the reference rows, in this order, that finds their pictures.</summary>
+    /// <summary>A data file with these reference rows in this order; it finds their pictures.</summary>
     public static string Data(string folder, params string[] ids)
     {
         JsonArray all = JsonNode.Parse(File.ReadAllBytes(V26.Rows))!.AsArray();
@@ -16,9 +16,12 @@ internal static class Runs
         foreach (string id in ids)
         {
             JsonNode row = all.First(r => (string?)r!["id"] == id)!.DeepClone();
-            if (row["image"]!.GetValueKind() == JsonValueKind.String) row["image"] = Absolute((string)row["image"]!);
-            else foreach (string tag in row["image"]!.AsObject().Select(p => p.Key).ToList())
-                row["image"]![tag] = Absolute((string)row["image"]![tag]!);
+            JsonNode image = row["image"]!;
+            if (image.GetValueKind() == JsonValueKind.String)
+                row["image"] = Absolute((string)image!);
+            else
+                foreach (string tag in image.AsObject().Select(p => p.Key).ToList())
+                    image[tag] = Absolute((string)image[tag]!);
             rows.Add(row);
         }
 

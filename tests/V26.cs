@@ -80,7 +80,8 @@ internal static class V26
     }
 
     /// <summary>Loss and gradients of a batch as one optimizer step has them, nothing changed.</summary>
-    public static StepResult Gradients(TrainingModel model, TrainArguments arguments, params Batch[] batches) =>
+    public static StepResult Gradients(
+        TrainingModel model, TrainArguments arguments, params Batch[] batches) =>
         new Trainer(arguments, model).Step(0, batches, learningRate: 0);
 
     public static float[] Gradient(TrainingModel model, string name) =>
