@@ -16,8 +16,9 @@ fetch() {
   . /etc/os-release
   mirror=$(sed -n 's/^URIs: *\([^ ]*\).*/\1/p; s/^deb \(\[[^]]*\] \)\{0,1\}\([^ ]*debian\/\{0,1\}\) .*/\2/p' \
     /etc/apt/sources.list /etc/apt/sources.list.d/*debian* 2>/dev/null | grep -v security | head -n 1)
+  [ -n "$mirror" ] || return 1
   echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]" \
-    "${mirror:-http://deb.debian.org/debian} ${VERSION_CODENAME:-bookworm} contrib non-free" >"$work/nonfree.list"
+    "$mirror ${VERSION_CODENAME:-bookworm} contrib non-free" >"$work/nonfree.list"
   options="-oDir::Etc::sourcelist=$work/nonfree.list -oDir::Etc::sourceparts=- -oDir::State::Lists=$work/lists"
   options="$options -oAPT::Sandbox::User=root"
   (
