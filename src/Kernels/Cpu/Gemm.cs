@@ -320,9 +320,10 @@ public sealed unsafe class Gemm : IDisposable
         int most = MaxNBlock / PackedMatrix.PanelRows;
         int enough = Math.Min(4 * _workers.Count, (panels + 3) / 4);
         int items = Math.Max((panels + most - 1) / most, enough);
-        int panelsPerItem = (panels + items - 1) / items;
-        plan.NBlock = panelsPerItem * PackedMatrix.PanelRows;
-        plan.ItemsN = (panels + panelsPerItem - 1) / panelsPerItem;
+        // The same number for each thread, as far as there are panels.
+        items = Math.Min(Math.Max(1, panels), RoundUp(items, _workers.Count));
+        plan.NBlock = (panels + items - 1) / items * PackedMatrix.PanelRows;
+        (plan.ItemsN, plan.Panels) = (items, panels);
     }
 
     /// <summary>

@@ -60,8 +60,9 @@ internal unsafe struct GemmBody<T, V, I> : IRangeBody
         {
             int m = Plan->M0 + (item / Plan->ItemsN * Plan->MBlock);
             int rows = Math.Min(Plan->MBlock, Plan->M0 + Plan->MCount - m);
-            int n = item % Plan->ItemsN * Plan->NBlock;
-            int cols = Math.Min(Plan->NBlock, Plan->N - n);
+            // Even shares of the panels: a short last item would leave a thread without work.
+            int block = item % Plan->ItemsN;
+            int n = Share(block), cols = Math.Min(Share(block + 1), Plan->N) - n;
             for (int k = Plan->K0; k < Plan->K0 + Plan->KCount; k += Plan->KBlock)
             {
                 int depth = Math.Min(Plan->KBlock, Plan->K0 + Plan->KCount - k);
@@ -69,6 +70,9 @@ internal unsafe struct GemmBody<T, V, I> : IRangeBody
             }
         }
     }
+
+    private readonly int Share(int block) =>
+        (int)((long)block * Plan->Panels / Plan->ItemsN) * Panel;
 
     private readonly void Block(int m, int rows, int n, int cols, int k, int depth, T* scratch)
     {

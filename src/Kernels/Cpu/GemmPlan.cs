@@ -72,8 +72,10 @@ internal unsafe struct GemmPlan<T>
     /// <summary>B is read where it lies.</summary>
     public bool DirectB;
 
-    /// <summary>Columns and rows of one item of work, and items along n.</summary>
-    public int NBlock, MBlock, ItemsN;
+    /// <summary>
+    /// Most columns and rows of one item of work, items along n, and panels that these share.
+    /// </summary>
+    public int NBlock, MBlock, ItemsN, Panels;
 
     /// <summary>Room of each worker for one block of B.</summary>
     public T* Scratch;
