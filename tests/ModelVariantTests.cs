@@ -1,4 +1,5 @@
 using System.Text.Json.Nodes;
+using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Train;
@@ -70,6 +71,72 @@ public sealed class ModelVariantTests
         float[] input = V26.Gradient(two, "llm.model.embed_tokens.weight");
         double[] sum = [.. V26.Gradient(two, "llm.lm_head.weight").Zip(input, (a, b) => (double)a + b)];
         Assert.That(V26.NormError(both, sum), Is.LessThan(1e-5));
+    }
+
+    [Test]
+    public void BesideAdaptersATiedHeadKeepsTheOriginalEmbedding()
+    {
+        // PEFT trains a copy of embed_tokens; the head goes on with the weight it shared. The same as
+        // an untied model of equal numbers whose head is frozen.
+        using var original = Checkpoint.Open(V26.Model);
+        float[] Value(string name) =>
+            original.Get(name.Replace("lm_head", "model.embed_tokens", StringComparison.Ordinal)).ToFloats();
+        TrainArguments arguments = V26.Lora with { ModulesToSave = ["embed_tokens"] };
+        static void Tie(JsonNode config) => config["tie_word_embeddings"] = true;
+        using TrainingModel tied = TrainingModel.Open(arguments with
+        {
+            ModelNameOrPath = Variant(Tie, Spec(Tie), Value, DType.BF16).ModelNameOrPath,
+        });
+        using TrainingModel untied = TrainingModel.Open(arguments with
+        {
+            ModelNameOrPath = Variant(_ => { }, V26.Spec, Value, DType.BF16).ModelNameOrPath,
+        });
+        Batch batch = V26.Batch(V26.Full, "text1");
+        const string name = "llm.model.embed_tokens.weight";
+        Assert.That(V26.Gradients(tied, arguments, batch).Loss,
+            Is.EqualTo(V26.Gradients(untied, arguments, batch).Loss));
+        Assert.That(V26.Gradient(tied, name), Is.EqualTo(V26.Gradient(untied, name)));
+        float[] zeros = new float[V26.Gradient(tied, name).Length];
+        foreach (TrainingModel model in (TrainingModel[])[tied, untied])
+            model.Trainables.Write(name, zeros);
+        Assert.That(V26.Gradients(tied, arguments, batch).Loss,
+            Is.EqualTo(V26.Gradients(untied, arguments, batch).Loss));
+    }
+
+    [Test]
+    public void AnAdapterOrACopyOfTheHeadThatCouldNotBeTrainedIsRefused()
+    {
+        Assert.That(
+            () => TrainingModel.Open(V26.Lora with { LoraTargetModules = new(["q_proj", "lm_head"]) }),
+            Throws.TypeOf<InputException>().With.Message.StartsWith(
+                "lora_target_modules matches llm.lm_head: "));
+        using var original = Checkpoint.Open(V26.Model);
+        static void Tie(JsonNode config) => config["tie_word_embeddings"] = true;
+        string folder = Variant(Tie, Spec(Tie), name => original.Get(name).ToFloats(), DType.BF16)
+            .ModelNameOrPath!;
+        Assert.That(
+            () => TrainingModel.Open(
+                V26.Lora with { ModelNameOrPath = folder, ModulesToSave = ["lm_head"] }),
+            Throws.TypeOf<InputException>().With.Message.StartsWith("modules_to_save \"lm_head\": "));
+    }
+
+    [Test]
+    public void TokensBeyondTheModelsVocabularyAreTheRowsFault()
+    {
+        using var original = Checkpoint.Open(V26.Model);
+        static void Edit(JsonNode config) => config["vocab_size"] = 512;
+        TrainArguments arguments = Variant(
+            Edit, Spec(Edit), name => name.StartsWith("llm.", StringComparison.Ordinal)
+                && (name.Contains("embed_tokens", StringComparison.Ordinal)
+                    || name.Contains("lm_head", StringComparison.Ordinal))
+                ? original.Get(name).ToFloats()[..(512 * 256)] : original.Get(name).ToFloats(),
+            DType.BF16) with
+        {
+            DataPath = Runs.Data(_folder, "one"),
+            OutputDir = Path.Combine(_folder, "out"),
+        };
+        Assert.That(() => Runs.Train(arguments), Throws.TypeOf<InputException>().With.Message.Contains(
+            "row 1 (id \"one\")").And.Message.Contains("the model has 512 (vocab_size in config.json)"));
     }
 
     [Test]

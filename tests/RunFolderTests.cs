@@ -25,24 +25,24 @@ public sealed class RunFolderTests
     [Test]
     public void ANewFolderIsMadeAndLogsAloneDoNotBlockIt()
     {
-        Assert.That(RunFolder.Prepare(_arguments), Is.Null);
+        Assert.That(Prepare(_arguments), Is.Null);
         File.WriteAllText(Path.Combine(Folder, "train_args.json"), "{}");
         File.WriteAllText(Path.Combine(Folder, "train_log.jsonl"), "");
         Directory.CreateDirectory(Path.Combine(Folder, "runs"));
-        Assert.That(RunFolder.Prepare(_arguments), Is.Null);
+        Assert.That(Prepare(_arguments), Is.Null);
     }
 
     [Test]
     public void AUsedFolderIsRefusedUnlessItIsOverwrittenOrResumed()
     {
         MakeCheckpoints(5, 100, 20);
-        Assert.That(() => RunFolder.Prepare(_arguments), Throws.TypeOf<InputException>()
+        Assert.That(() => Prepare(_arguments), Throws.TypeOf<InputException>()
             .With.Message.Contains("is not empty (it has checkpoint-100)"));
         var resume = _arguments with { ResumeFromCheckpoint = new ResumePoint(null) };
-        Assert.That(RunFolder.Prepare(resume), Is.EqualTo(Path.Combine(Folder, "checkpoint-100")));
-        Assert.That(RunFolder.Prepare(_arguments with { OverwriteOutputDir = true }), Is.Null);
+        Assert.That(Prepare(resume), Is.EqualTo(Path.Combine(Folder, "checkpoint-100")));
+        Assert.That(Prepare(_arguments with { OverwriteOutputDir = true }), Is.Null);
         Assert.That(RunFolder.Checkpoints(Folder), Is.Empty);
-        Assert.That(() => RunFolder.Prepare(resume), Throws.TypeOf<InputException>()
+        Assert.That(() => Prepare(resume), Throws.TypeOf<InputException>()
             .With.Message.Contains("has no checkpoint"));
     }
 
@@ -52,14 +52,14 @@ public sealed class RunFolderTests
         MakeCheckpoints(5, 10);
         string older = RunFolder.Checkpoint(Folder, 5), newest = RunFolder.Checkpoint(Folder, 10);
         var fromOlder = _arguments with { ResumeFromCheckpoint = new ResumePoint(older) };
-        Assert.That(() => RunFolder.Prepare(fromOlder), Throws.TypeOf<InputException>()
+        Assert.That(() => Prepare(fromOlder), Throws.TypeOf<InputException>()
             .With.Message.Contains("has checkpoint-10; remove what"));
         string other = fromOlder.OutputDir + "-2";
-        Assert.That(RunFolder.Prepare(fromOlder with { OutputDir = other }), Is.EqualTo(older));
+        Assert.That(Prepare(fromOlder with { OutputDir = other }), Is.EqualTo(older));
         var fromNewest = _arguments with { ResumeFromCheckpoint = new ResumePoint(newest + "/") };
-        Assert.That(RunFolder.Prepare(fromNewest), Is.EqualTo(newest + "/"));
+        Assert.That(Prepare(fromNewest), Is.EqualTo(newest + "/"));
         Directory.Delete(newest, recursive: true);
-        Assert.That(RunFolder.Prepare(fromOlder), Is.EqualTo(older));
+        Assert.That(Prepare(fromOlder), Is.EqualTo(older));
     }
 
     [Test]
@@ -69,7 +69,7 @@ public sealed class RunFolderTests
         string unfinished = RunFolder.Checkpoint(Folder, 10) + RunFolder.Unfinished;
         Directory.CreateDirectory(unfinished);
         var resume = _arguments with { ResumeFromCheckpoint = new ResumePoint(null) };
-        Assert.That(RunFolder.Prepare(resume), Is.EqualTo(RunFolder.Checkpoint(Folder, 5)));
+        Assert.That(Prepare(resume), Is.EqualTo(RunFolder.Checkpoint(Folder, 5)));
         Assert.That(Directory.Exists(unfinished), Is.False);
     }
 
@@ -88,12 +88,36 @@ public sealed class RunFolderTests
     public void MissingOrImpossibleFoldersAreNamed()
     {
         File.WriteAllText(Folder, "");
-        Assert.That(() => RunFolder.Prepare(_arguments), Throws.TypeOf<InputException>());
+        Assert.That(() => Prepare(_arguments), Throws.TypeOf<InputException>());
         string none = Path.Combine(_root, "none");
         var resume = _arguments with { ResumeFromCheckpoint = new ResumePoint(none) };
         File.Delete(Folder);
-        Assert.That(() => RunFolder.Prepare(resume),
+        Assert.That(() => Prepare(resume),
             Throws.TypeOf<InputException>().With.Message.Contains(none));
+    }
+
+    [Test]
+    public void AFolderThatARunWritesToIsRefusedAndLeftAlone()
+    {
+        MakeCheckpoints(5);
+        var resume = _arguments with { ResumeFromCheckpoint = new ResumePoint(null) };
+        RunFolder.Prepare(resume, out IDisposable claim);
+        using (claim)
+        {
+            Assert.That(() => Prepare(_arguments with { OverwriteOutputDir = true }),
+                Throws.TypeOf<InputException>().With.Message.Contains("another run is writing to it"));
+            Assert.That(RunFolder.Checkpoints(Folder), Has.Count.EqualTo(1));
+        }
+
+        Assert.That(Prepare(resume), Is.EqualTo(RunFolder.Checkpoint(Folder, 5)));
+        Assert.That(Directory.GetFiles(Folder), Is.Empty);
+    }
+
+    private static string? Prepare(TrainArguments arguments)
+    {
+        string? resume = RunFolder.Prepare(arguments, out IDisposable claim);
+        claim.Dispose();
+        return resume;
     }
 
     private void MakeCheckpoints(params int[] steps)

@@ -123,6 +123,7 @@ public sealed class TrainLogTests
         for (int step = 1; step <= 100; step++)
         {
             clock.Seconds += 0.25;
+            progress.Count(Step(step));
             progress.Step(Step(step));
         }
 
@@ -152,6 +153,7 @@ public sealed class TrainLogTests
         for (int step = 1; step <= 1000; step++)
         {
             clock.Seconds += 0.001;
+            progress.Count(Step(step));
             progress.Step(Step(step));
         }
 

@@ -16,7 +16,7 @@ public sealed class TrainingRows : IRowLoader
     private readonly SampleBuilder _builder;
     private readonly SlicingSpec _slicing;
     private readonly bool _orient;
-    private readonly int _queries;
+    private readonly int _queries, _vocabulary;
     private readonly ThreadLocal<PatchStrips> _strips;
     private readonly IReadOnlyList<Row> _rows;
 
@@ -29,7 +29,7 @@ public sealed class TrainingRows : IRowLoader
         string folder = arguments.ModelNameOrPath!;
         Tokenizer = Tokenizer.Load(folder);
         bool imageId = arguments.OfficialCompat ? spec.UseImageId : spec.Processor.UseImageId;
-        _queries = spec.Resampler.Queries;
+        (_queries, _vocabulary) = (spec.Resampler.Queries, spec.Decoder.VocabSize);
         _builder = new SampleBuilder(
             Tokenizer, ChatFormat.Load(folder, Tokenizer), new SampleOptions(
                 _queries, arguments.ModelMaxLength, imageId, arguments.OfficialCompat), folder);
@@ -44,7 +44,7 @@ public sealed class TrainingRows : IRowLoader
     {
         (Path, _set, _builder, _slicing) = (all.Path, all._set, all._builder, all._slicing);
         (_orient, _queries, _strips, _rows) = (all._orient, all._queries, all._strips, rows);
-        Tokenizer = all.Tokenizer;
+        (Tokenizer, _vocabulary) = (all.Tokenizer, all._vocabulary);
     }
 
     public string Path { get; }
@@ -123,7 +123,7 @@ public sealed class TrainingRows : IRowLoader
 
     /// <summary>A row's tokens, labels and bounds.</summary>
     /// <exception cref="BadRowException">The row cannot be trained on.</exception>
-    public Sample Sample(int row) => _builder.Build(_rows[row], Plans(_rows[row], out _));
+    public Sample Sample(int row) => Build(_rows[row], Plans(_rows[row], out _));
 
     /// <inheritdoc/>
     public void Append(int row, Batch batch)
@@ -141,7 +141,7 @@ public sealed class TrainingRows : IRowLoader
     private void Append(Row row, Batch batch)
     {
         SlicePlan[] plans = Plans(row, out int[] orientations);
-        Sample sample = _builder.Build(row, plans);
+        Sample sample = Build(row, plans);
         int start = batch.Tokens.Count, firstView = batch.Grids.Count / 2;
         batch.Tokens.Add(sample.InputIds);
         for (int t = 0; t < sample.InputIds.Length; t++)
@@ -172,6 +172,17 @@ public sealed class TrainingRows : IRowLoader
             AppendPicture(row, picture, plans[picture], orientations[picture], batch);
         if (batch.Grids.Count / 2 < firstView + sample.Bounds.Length)
             throw row.Bad("its text has more places for pictures than there are views");
+    }
+
+    private Sample Build(Row row, SlicePlan[] plans)
+    {
+        Sample sample = _builder.Build(row, plans);
+        int largest = -1;
+        foreach (int id in sample.InputIds) largest = Math.Max(largest, id);
+        foreach (int label in sample.Labels) largest = Math.Max(largest, label);
+        return largest < _vocabulary ? sample : throw row.Bad(
+            $"the tokenizer gives it the token id {largest}, the model has {_vocabulary:N0} (vocab_size in "
+            + "config.json): they do not belong together");
     }
 
     private void AppendPicture(Row row, int index, SlicePlan plan, int orientation, Batch batch)
@@ -240,7 +251,7 @@ public sealed class TrainingRows : IRowLoader
         try
         {
             SlicePlan[] plans = Plans(row, out int[] orientations);
-            Sample sample = _builder.Build(row, plans);
+            Sample sample = Build(row, plans);
             int turned = 0;
             for (int i = 0; i < plans.Length; i++)
             {

@@ -28,7 +28,10 @@ public sealed class MiniCpmModel
         _resampler = new Resampler(spec.Resampler, weights);
         _embedding = weights.Table("llm.model.embed_tokens.weight");
         _decoder = new Decoder(spec.Decoder, weights, checkpoint);
-        _vocabulary = spec.Decoder.TiedHead ? _embedding : weights.Matrix("llm.lm_head.weight");
+        _vocabulary = !spec.Decoder.TiedHead ? weights.Matrix("llm.lm_head.weight")
+            : weights.IsCopied("llm.model.embed_tokens.weight")
+                ? weights.Frozen("llm.model.embed_tokens.weight")
+                : _embedding;
     }
 
     public ModelSpec Spec { get; }

@@ -36,6 +36,19 @@ public sealed class ModelWeights(
     /// <summary>A weight of a matrix product.</summary>
     public Tensor Matrix(string name) => MatrixRows(name, 0, checkpoint.Get(name).Shape[0]);
 
+    /// <summary>
+    /// Whether a tensor is trained beside adapters: PEFT then trains a copy of its module, and whatever
+    /// else uses the tensor keeps the original.
+    /// </summary>
+    public bool IsCopied(string name) => adapters.List.Count > 0 && trainables.Contains(name);
+
+    /// <summary>The original of a matrix, whether or not it is trained.</summary>
+    public Tensor Frozen(string name)
+    {
+        Shape shape = checkpoint.Get(name).Shape;
+        return Packed(name, 0, shape[0], shape.Cols);
+    }
+
     /// <summary>A weight stored with more axes, seen as [rows, cols].</summary>
     public Tensor Matrix(string name, int rows, int cols)
     {

@@ -50,12 +50,16 @@ internal sealed class Progress
         }
     }
 
+    /// <summary>Takes a step into the speed, which is that of about the last ten steps.</summary>
+    public void Count(in StepReport report)
+    {
+        _smoothTokens = (0.9 * _smoothTokens) + report.Tokens;
+        _smoothSeconds = (0.9 * _smoothSeconds) + report.Seconds;
+    }
+
     /// <summary>Draws when a drawing is due; allocates nothing when not.</summary>
     public void Step(in StepReport report)
     {
-        // Speed over about the last ten steps.
-        _smoothTokens = (0.9 * _smoothTokens) + report.Tokens;
-        _smoothSeconds = (0.9 * _smoothSeconds) + report.Seconds;
         if (!_isTerminal) return;
         bool due = _drawn == 0 || report.Step >= _total
             || _clock.GetElapsedTime(_drawn).TotalSeconds >= DrawSeconds;

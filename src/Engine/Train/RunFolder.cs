@@ -14,16 +14,27 @@ public static class RunFolder
 
     private const string Prefix = "checkpoint-";
 
+    // Locked while a run writes here; a killed run leaves the file, but not the lock.
+    private const string ClaimName = "running" + Unfinished;
+
+    // "Would block" of Linux and of macOS, what an IOException says of a file that another has locked.
+    private const int LinuxWouldBlock = 11, MacWouldBlock = 35;
+
     /// <summary>
     /// Makes the folder ready for a run: refuses one that holds results, unless the run resumes or
     /// overwrites (checkpoints and trainer_state.json are then removed); removes unfinished
     /// checkpoints.
     /// </summary>
+    /// <param name="arguments">The run's configuration.</param>
+    /// <param name="claim">Keeps other runs out of the folder until it is disposed.</param>
     /// <returns>The checkpoint folder to go on from, or null to start anew.</returns>
-    /// <exception cref="InputException">A used folder, or no checkpoint to go on from.</exception>
-    public static string? Prepare(TrainArguments arguments)
+    /// <exception cref="InputException">
+    /// A used folder, one that another run is writing to, or no checkpoint to go on from.
+    /// </exception>
+    public static string? Prepare(TrainArguments arguments, out IDisposable claim)
     {
         string folder = arguments.OutputDir;
+        FileStream? claimed = null;
         try
         {
             if (File.Exists(folder)) throw new InputException($"output_dir {folder} is a file");
@@ -35,6 +46,7 @@ public static class RunFolder
             }
 
             Directory.CreateDirectory(folder);
+            claimed = Claim(folder);
             foreach (string left in Directory.GetDirectories(folder, Prefix + "*" + Unfinished))
                 Directory.Delete(left, recursive: true);
             if (resume is null)
@@ -43,10 +55,12 @@ public static class RunFolder
                 File.Delete(Path.Combine(folder, LogState.FileName));
             }
 
+            claim = claimed;
             return resume;
         }
         catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
         {
+            claimed?.Dispose();
             throw new InputException(
                 $"output_dir {folder} cannot be used: {Messages.OneLine(failure.Message)}", failure);
         }
@@ -76,6 +90,35 @@ public static class RunFolder
     {
         var all = Checkpoints(folder);
         for (int i = 0; i < all.Count - (keep ?? all.Count); i++) Remove(all[i].Path);
+    }
+
+    /// <summary>Removes a checkpoint that could not be finished, so that it takes no space.</summary>
+    public static void RemoveUnfinished(string checkpoint)
+    {
+        try
+        {
+            if (Directory.Exists(checkpoint)) Directory.Delete(checkpoint, recursive: true);
+        }
+        catch (Exception ignored) when (ignored is IOException or UnauthorizedAccessException)
+        {
+            // What made it fail says more; the next run in this folder removes it.
+        }
+    }
+
+    private static FileStream Claim(string folder)
+    {
+        try
+        {
+            return new FileStream(
+                Path.Combine(folder, ClaimName), FileMode.OpenOrCreate, FileAccess.ReadWrite,
+                FileShare.None, bufferSize: 1, FileOptions.DeleteOnClose);
+        }
+        catch (IOException failure) when (failure.HResult is LinuxWouldBlock or MacWouldBlock)
+        {
+            throw new InputException(
+                $"output_dir {folder}: another run is writing to it; wait for its end, or choose another",
+                failure);
+        }
     }
 
     private static void Remove(string checkpoint)

@@ -145,6 +145,7 @@ public sealed class TrainLog : ITrainLog
         _state.TokensSeen += report.Tokens;
         _tokens += report.Tokens;
         _seconds += report.Seconds;
+        _progress.Count(report);
     }
 
     private void Log(in StepReport report, double gradNorm)

@@ -49,7 +49,8 @@ public sealed class TrainRun : IDisposable
     public static void Run(TrainArguments arguments, ITrainLog log, StopRequest stop)
     {
         using var run = new TrainRun(arguments, log, stop);
-        run.Run(RunFolder.Prepare(arguments));
+        string? resumeFrom = RunFolder.Prepare(arguments, out IDisposable claim);
+        using (claim) run.Run(resumeFrom);
     }
 
     public void Dispose() => _model.Dispose();
@@ -160,10 +161,13 @@ public sealed class TrainRun : IDisposable
             _log.SaveState(unfinished, step);
             Directory.Move(unfinished, folder);
         }
-        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
+        catch (Exception failure)
         {
-            throw new RunException(
-                $"{folder}: cannot write: {Messages.OneLine(failure.Message)}", failure);
+            RunFolder.RemoveUnfinished(unfinished);
+            if (failure is IOException or UnauthorizedAccessException)
+                throw new RunException(
+                    $"{folder}: cannot write: {Messages.OneLine(failure.Message)}", failure);
+            throw;
         }
 
         _log.Saved(folder);

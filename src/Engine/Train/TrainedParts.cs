@@ -36,6 +36,7 @@ public sealed record TrainedParts(
         }
 
         var layout = AdapterLayout.Create(spec.Parameters, adapter, "lora_target_modules");
+        RefuseHead(spec, adapter, layout);
         var adapters = new Adapters(
             [.. layout.Targets.Select((m, i) => new Adapter(
                 m.Name, i, adapter.Rank, adapter.Scale, m.Inputs, m.Outputs))], adapter.Dropout);
@@ -68,6 +69,21 @@ public sealed record TrainedParts(
         foreach (string part in name.Split('.'))
             if (s_layerNorms.Contains(part)) return false;
         return true;
+    }
+
+    // The loss is fused with the head's product, which has no place for an adapter; a tied head has no
+    // weight of its own to train.
+    private static void RefuseHead(ModelSpec spec, AdapterConfig adapter, AdapterLayout layout)
+    {
+        const string head = "llm.lm_head";
+        if (layout.Targets.Any(target => target.Name == head))
+            throw new InputException($"lora_target_modules matches {head}: an adapter on the output head is "
+                + "not supported; leave it out, or name lm_head in modules_to_save to train it whole");
+        if (!spec.Decoder.TiedHead) return;
+        foreach (string name in adapter.ModulesToSave)
+            if (head.EndsWith(name, StringComparison.Ordinal))
+                throw new InputException($"modules_to_save {Messages.Quote(name)}: this model's {head} is "
+                    + "embed_tokens (tie_word_embeddings) and has no weight of its own; leave it out");
     }
 
     private static bool InOfficialParts(string name, TrainArguments arguments) =>
