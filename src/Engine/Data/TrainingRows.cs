@@ -140,7 +140,7 @@ public sealed class TrainingRows : IRowLoader
 
     private void Append(Row row, Batch batch)
     {
-        SlicePlan[] plans = Plans(row, out int[] orientations);
+        SlicePlan[] plans = Plans(row, out PictureInfo[] pictures);
         Sample sample = Build(row, plans);
         int start = batch.Tokens.Count, firstView = batch.Grids.Count / 2;
         batch.Tokens.Add(sample.InputIds);
@@ -169,7 +169,7 @@ public sealed class TrainingRows : IRowLoader
         }
 
         foreach (int picture in sample.Pictures)
-            AppendPicture(row, picture, plans[picture], orientations[picture], batch);
+            AppendPicture(row, picture, plans[picture], Turn(pictures[picture]), batch);
         if (batch.Grids.Count / 2 < firstView + sample.Bounds.Length)
             throw row.Bad("its text has more places for pictures than there are views");
     }
@@ -217,22 +217,25 @@ public sealed class TrainingRows : IRowLoader
         }
     }
 
-    private SlicePlan[] Plans(Row row, out int[] orientations)
+    private SlicePlan[] Plans(Row row, out PictureInfo[] pictures)
     {
         var plans = new SlicePlan[row.Pictures.Count];
-        orientations = new int[plans.Length];
+        pictures = new PictureInfo[plans.Length];
         for (int i = 0; i < plans.Length; i++)
         {
-            PictureInfo info = Probe(row, i);
-            orientations[i] = _orient ? info.Orientation : 1;
+            pictures[i] = Probe(row, i);
             // Orientations 5 to 8 turn the picture on its side.
-            PictureSize size = orientations[i] >= 5 ? new(info.Size.Height, info.Size.Width) : info.Size;
+            PictureSize size = pictures[i].Size;
+            if (Turn(pictures[i]) >= 5) size = new(size.Height, size.Width);
             plans[i] = Slicer.Plan(
                 size, _slicing.MaxSliceNums, _slicing.ScaleResolution, _slicing.PatchSize);
         }
 
         return plans;
     }
+
+    /// <summary>The EXIF orientation that is applied; 1 changes nothing.</summary>
+    private int Turn(PictureInfo picture) => _orient ? picture.Orientation : 1;
 
     private static PictureInfo Probe(Row row, int index)
     {
@@ -250,13 +253,13 @@ public sealed class TrainingRows : IRowLoader
     {
         try
         {
-            SlicePlan[] plans = Plans(row, out int[] orientations);
+            SlicePlan[] plans = Plans(row, out PictureInfo[] pictures);
             Sample sample = Build(row, plans);
             int turned = 0;
             for (int i = 0; i < plans.Length; i++)
             {
-                if (Probe(row, i).Orientation != 1) turned++;
-                if (decode) Decode(row, i, orientations[i]).Dispose();
+                if (pictures[i].Orientation != 1) turned++;
+                if (decode) Decode(row, i, Turn(pictures[i])).Dispose();
             }
 
             return new RowCheck(

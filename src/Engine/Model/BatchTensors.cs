@@ -83,7 +83,7 @@ public sealed class BatchTensors(
         int patches = batch.PictureStarts[Pictures];
         Patches = device.Step.Push(
             new Spec(device.Activations, new Shape(patches, _patchSize)), "patches");
-        WriteFloats(Patches, batch.Patches.Span);
+        device.WriteFloats(Patches, batch.Patches.Span);
         PictureStarts = Upload(batch.PictureStarts.Span, "picture starts");
         LoadGrids(batch);
 
@@ -146,7 +146,7 @@ public sealed class BatchTensors(
     {
         var shape = new Shape(rows, values.Length / rows);
         Tensor table = device.Allocate(new Spec(device.Activations, shape), name);
-        WriteFloats(table, values);
+        device.WriteFloats(table, values);
         return table;
     }
 
@@ -155,11 +155,5 @@ public sealed class BatchTensors(
         Tensor tensor = device.Step.Push(new Spec(DType.I32, new Shape(values.Length)), name);
         device.Write(tensor, values);
         return tensor;
-    }
-
-    private void WriteFloats(in Tensor tensor, ReadOnlySpan<float> values)
-    {
-        if (tensor.Type == DType.F32) device.Write(tensor, values);
-        else device.Write<double>(tensor, Array.ConvertAll(values.ToArray(), v => (double)v));
     }
 }

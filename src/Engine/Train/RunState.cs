@@ -23,10 +23,10 @@ public sealed record RunState(
         var tensors = new List<TensorToSave>();
         foreach (Trainable tensor in model.Trainables.List)
         {
-            tensors.Add(Saved(model, First + tensor.Name, model.Trainables.FirstMoment(tensor.Name)));
-            tensors.Add(Saved(model, Second + tensor.Name, model.Trainables.SecondMoment(tensor.Name)));
+            tensors.Add(model.ToSave(First + tensor.Name, model.Trainables.FirstMoment(tensor.Name)));
+            tensors.Add(model.ToSave(Second + tensor.Name, model.Trainables.SecondMoment(tensor.Name)));
             if (tensor.Type != DType.F32)
-                tensors.Add(Saved(model, Master + tensor.Name, model.Trainables.Master(tensor.Name)));
+                tensors.Add(model.ToSave(Master + tensor.Name, model.Trainables.Master(tensor.Name)));
         }
 
         SafetensorsWriter.Write(Path.Combine(folder, OptimizerFile), tensors);
@@ -74,7 +74,4 @@ public sealed record RunState(
         yield return Second + tensor.Name;
         if (tensor.Type != DType.F32) yield return Master + tensor.Name;
     }
-
-    private static TensorToSave Saved(TrainingModel model, string name, Tensor tensor) =>
-        model.ToSave(name, tensor);
 }
