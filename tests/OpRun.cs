@@ -1,6 +1,8 @@
 using System.Runtime.InteropServices;
+using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Cpu;
+using MiniCpmNative.Kernels.Cuda;
 
 namespace MiniCpmNative.Tests;
 
@@ -10,15 +12,15 @@ namespace MiniCpmNative.Tests;
 /// </summary>
 internal sealed unsafe class OpRun : IDisposable
 {
-    private readonly CpuDevice _device;
+    private readonly Device _device;
     private readonly Op _op;
     private readonly Value[] _values;
-    private readonly List<Guarded> _memory = [];
+    private readonly List<GuardedMemory> _memory = [];
     private readonly Tensor[] _inputs, _saved;
     private readonly GradientTarget[] _targets;
     private readonly Tensor _output, _outputGradient;
 
-    public OpRun(CpuDevice device, Op op, Value[] values)
+    public OpRun(Device device, Op op, Value[] values)
     {
         (_device, _op, _values) = (device, op, values);
         DType type = device.Activations;
@@ -50,14 +52,20 @@ internal sealed unsafe class OpRun : IDisposable
         CheckMemory();
     }
 
-    /// <summary>Chooses the gradients; start is what an accumulating one adds to.</summary>
-    public void Want(Predicate<int> wanted, bool accumulate = false, double start = double.NaN)
+    /// <summary>
+    /// Chooses the gradients; start is what an accumulating one adds to. Those of activations have the
+    /// device's type, or other; those of parameters are F32, as they are in training.
+    /// </summary>
+    public void Want(
+        Predicate<int> wanted, bool accumulate = false, double start = double.NaN, DType? other = null)
     {
+        DType type = _device.Activations, parameters = type.Statistics();
         for (int i = 0; i < _values.Length; i++)
         {
             _targets[i] = GradientTarget.None;
             if (!HasGradient(i) || !wanted(i)) continue;
-            var spec = new Spec(_device.Activations, _inputs[i].Shape);
+            bool parameter = _values[i].Name is "w" or "b" or "a" or "bb" or "table";
+            var spec = new Spec(parameter ? parameters : other ?? type, _inputs[i].Shape);
             var data = new double[spec.Shape.Count];
             Array.Fill(data, start);
             _targets[i] = new GradientTarget(New(spec, data), accumulate);
@@ -79,6 +87,20 @@ internal sealed unsafe class OpRun : IDisposable
     public void ForwardAgain() =>
         _device.Forward(_op, new OpCall(_inputs, _output, _saved, recorded: true));
 
+    /// <summary>Rounds the output and what was saved to a storage type, where a device of that type
+    /// keeps them in it.</summary>
+    public void RoundResults(DType storage)
+    {
+        Outputs kept = _op.Infer(Array.ConvertAll(_values, v => v.Spec(storage)), storage);
+        Round(_output, kept.Output);
+        for (int i = 0; i < _saved.Length; i++) Round(_saved[i], kept.Saved(i));
+
+        void Round(in Tensor tensor, Spec spec)
+        {
+            if (spec.Type == storage) Write(tensor, Storage.Round(Read(tensor), storage));
+        }
+    }
+
     public void Set(int input, int index, double value)
     {
         _values[input].Data[index] = value;
@@ -92,9 +114,11 @@ internal sealed unsafe class OpRun : IDisposable
 
     private Tensor New(Spec spec, double[]? data)
     {
-        var memory = new Guarded(spec.Bytes);
+        GuardedMemory memory = _device is CudaDevice cuda
+            ? new DeviceMemory(cuda, spec.Bytes)
+            : new HostMemory(spec.Bytes);
         _memory.Add(memory);
-        var tensor = new Tensor((nint)memory.Data, spec);
+        var tensor = new Tensor(memory.Data, spec);
         var nan = new double[spec.Shape.Count];
         Array.Fill(nan, double.NaN);
         Write(tensor, data ?? nan);
@@ -109,22 +133,16 @@ internal sealed unsafe class OpRun : IDisposable
         else if (tensor.Type is DType.I32)
             _device.Write<int>(tensor, Array.ConvertAll(data, v => (int)v));
         else
-            fixed (float* floats = Array.ConvertAll(data, v => (float)v))
-                FloatBits.Narrow(floats, (void*)tensor.Data, tensor.Type, data.Length);
+            _device.WriteFloats(tensor, Array.ConvertAll(data, v => (float)v));
     }
 
     private double[] Read(in Tensor tensor)
     {
+        if (tensor.Type != DType.F64)
+            return Array.ConvertAll(_device.ReadFloats(tensor), v => (double)v);
         var values = new double[tensor.Shape.Count];
-        if (tensor.Type == DType.F64)
-        {
-            _device.Read<double>(tensor, values);
-            return values;
-        }
-
-        var floats = new float[values.Length];
-        _device.Read<float>(tensor, floats);
-        return Array.ConvertAll(floats, v => (double)v);
+        _device.Read<double>(tensor, values);
+        return values;
     }
 
     private void CheckMemory()
@@ -136,26 +154,68 @@ internal sealed unsafe class OpRun : IDisposable
             throw new InvalidOperationException($"{_op}: scratch was left in the arena");
     }
 
-    private sealed class Guarded : IDisposable
+    /// <summary>Memory of a tensor between canaries.</summary>
+    private abstract class GuardedMemory : IDisposable
     {
-        private const int Guard = 256;
-        private const byte Canary = 0xA5;
+        protected const int Guard = 256;
+        protected const byte Canary = 0xA5;
+
+        public abstract nint Data { get; }
+
+        public abstract bool IsIntact { get; }
+
+        public abstract void Dispose();
+    }
+
+    private sealed class HostMemory : GuardedMemory
+    {
         private readonly byte* _start;
         private readonly long _bytes;
 
-        public Guarded(long bytes)
+        public HostMemory(long bytes)
         {
             _bytes = bytes;
             _start = (byte*)NativeMemory.AlignedAlloc((nuint)bytes + (2 * Guard), Guard);
             new Span<byte>(_start, checked((int)bytes + (2 * Guard))).Fill(Canary);
         }
 
-        public byte* Data => _start + Guard;
+        public override nint Data => (nint)(_start + Guard);
 
-        public bool IsIntact =>
+        public override bool IsIntact =>
             !new Span<byte>(_start, Guard).ContainsAnyExcept(Canary)
-            && !new Span<byte>(Data + _bytes, Guard).ContainsAnyExcept(Canary);
+            && !new Span<byte>(_start + Guard + _bytes, Guard).ContainsAnyExcept(Canary);
 
-        public void Dispose() => NativeMemory.AlignedFree(_start);
+        public override void Dispose() => NativeMemory.AlignedFree(_start);
+    }
+
+    // The emulator itself watches the ends of an allocation, to the byte.
+    private sealed class DeviceMemory(CudaDevice device, long bytes) : GuardedMemory
+    {
+        private readonly DeviceSlab _slab = new(device.Context, Math.Max(1, bytes));
+
+        public override nint Data => (nint)_slab.Address;
+
+        public override bool IsIntact => true;
+
+        public override void Dispose() => _slab.Dispose();
+    }
+}
+
+/// <summary>Numbers as a storage type holds them.</summary>
+internal static unsafe class Storage
+{
+    public static double[] Round(double[] values, DType type)
+    {
+        float[] floats = Array.ConvertAll(values, v => (float)v);
+        if (type is DType.F32) return Array.ConvertAll(floats, v => (double)v);
+        var bits = new ushort[floats.Length];
+        fixed (float* wide = floats)
+        fixed (ushort* narrow = bits)
+        {
+            FloatBits.Narrow(wide, narrow, type, floats.Length);
+            FloatBits.Widen(narrow, type, wide, floats.Length);
+        }
+
+        return Array.ConvertAll(floats, v => (double)v);
     }
 }

@@ -4,24 +4,31 @@ namespace MiniCpmNative.Kernels;
 /// Memory of one training step as a stack: forward pushes tensors, backward pops back to the mark that
 /// stood before them. A slot with a serial number per tensor lets a read after a pop be noticed. The
 /// arena hands out addresses only; whose memory they are (host, GPU, none in a dry run) is the device's
-/// affair.
+/// affair. From the far end grows what does not die in stack order; both ends share the room between.
 /// </summary>
-public sealed class Arena(nint start, long capacity)
+/// <param name="reserve">Called when the first tensor is pushed, once the model has its memory: where
+/// the arena starts and its bytes.</param>
+public sealed class Arena(Func<(nint Start, long Capacity)> reserve)
 {
     private const long Alignment = 256;
+
+    private readonly Lazy<(nint Start, long Capacity)> _room = new(reserve);
 
     private Slot[] _slots = new Slot[256];
     private int _count;
     private int _serial;
-    private long _top;
+    private long _top, _far;
 
-    public long Capacity => capacity;
+    public long Capacity => _room.Value.Capacity;
 
-    /// <summary>Bytes in use.</summary>
+    /// <summary>Bytes of the stack in use.</summary>
     public long Used => _top;
 
-    /// <summary>Most bytes ever in use.</summary>
+    /// <summary>Most bytes of the stack ever in use.</summary>
     public long Peak { get; private set; }
+
+    /// <summary>Most bytes ever taken from the far end.</summary>
+    public long FarPeak { get; private set; }
 
     public bool IsEmpty => _count == 0;
 
@@ -30,15 +37,31 @@ public sealed class Arena(nint start, long capacity)
     public Tensor Push(Spec spec, string name)
     {
         long bytes = (spec.Bytes + Alignment - 1) / Alignment * Alignment;
-        if (bytes > capacity - _top) throw Full(spec, name, bytes);
+        if (bytes > Capacity - _far - _top) throw Full(spec, name, bytes);
         if (_count == _slots.Length) Array.Resize(ref _slots, _count * 2);
         int serial = ++_serial;
         _slots[_count] = new Slot(_top, bytes, serial, name, spec);
-        var tensor = new Tensor(start + (nint)_top, spec, ++_count, serial);
+        var tensor = new Tensor(_room.Value.Start + (nint)_top, spec, ++_count, serial);
         _top += bytes;
         Peak = Math.Max(Peak, _top);
         return tensor;
     }
+
+    /// <summary>Room at the far end for a tensor, until <see cref="PopFar"/>; its content is
+    /// undefined.</summary>
+    /// <exception cref="DeviceMemoryException">The arena is full.</exception>
+    public Tensor PushFar(Spec spec, string name)
+    {
+        long bytes = Math.Max(Alignment, (spec.Bytes + Alignment - 1) / Alignment * Alignment);
+        if (bytes > Capacity - _far - _top) throw Full(spec, name, bytes);
+        _far += bytes;
+        FarPeak = Math.Max(FarPeak, _far);
+        var (start, capacity) = _room.Value;
+        return new Tensor(start + (nint)(capacity / Alignment * Alignment - _far), spec);
+    }
+
+    /// <summary>Ends the life of everything at the far end.</summary>
+    public void PopFar() => _far = 0;
 
     public ArenaMark Mark() => new(_count, _top);
 
@@ -67,7 +90,7 @@ public sealed class Arena(nint start, long capacity)
         var largest = _slots.Take(_count).OrderByDescending(s => s.Bytes).Take(5)
             .Select(s => $"{s.Name} {s.Spec} {s.Bytes / 1048576.0:F1} MiB");
         return new($"out of memory: {name} {spec} needs {bytes / 1048576.0:F1} MiB, "
-            + $"{(capacity - _top) / 1048576.0:F1} of {capacity / 1048576.0:F1} MiB are free; "
+            + $"{(Capacity - _far - _top) / 1048576.0:F1} of {Capacity / 1048576.0:F1} MiB are free; "
             + $"largest: {string.Join(", ", largest)}; "
             + "try gradient_checkpointing=true or a smaller per_device_train_batch_size");
     }

@@ -27,6 +27,10 @@ public static class DTypes
         _ => throw new ArgumentOutOfRangeException(nameof(type), type, "not a dtype"),
     };
 
+    /// <summary>Type of statistics saved for backward, and of losses, beside activations of a type.</summary>
+    public static DType Statistics(this DType activations) =>
+        activations == DType.F64 ? DType.F64 : DType.F32;
+
     public static bool IsFloat(this DType type) =>
         type is DType.F32 or DType.BF16 or DType.F16 or DType.F64;
 }

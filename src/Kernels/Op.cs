@@ -1,5 +1,6 @@
 using System.Numerics;
 using MiniCpmNative.Kernels.Cpu;
+using MiniCpmNative.Kernels.Cuda;
 
 namespace MiniCpmNative.Kernels;
 
@@ -27,6 +28,14 @@ public abstract record Op(string Name)
     /// <summary>Computes the wanted input gradients from inputs, output, saved and output gradient.</summary>
     public abstract void CpuBackward<T>(in CpuCall<T> call)
         where T : unmanaged, IBinaryFloatingPointIeee754<T>;
+
+    /// <summary>Queues the kernels and products that compute the output and what is saved.</summary>
+    public virtual void CudaForward(in CudaCall call) =>
+        throw new NotSupportedException($"{Name} does not run on CUDA");
+
+    /// <summary>Queues what computes the wanted input gradients.</summary>
+    public virtual void CudaBackward(in CudaCall call) =>
+        throw new NotSupportedException($"{Name} does not run on CUDA");
 }
 
 /// <summary>The tensors of one run of an operation; the gradients only in a backward.</summary>

@@ -32,7 +32,7 @@ public sealed unsafe class CpuDevice : Device
         Gemm = new Gemm(Workers);
         long bytes = stepBytes ?? Math.Min(
             DefaultStepBytes, GC.GetGCMemoryInfo().TotalAvailableMemoryBytes);
-        Step = new Arena(Reserve(bytes), bytes);
+        Step = new Arena(() => (Reserve(bytes), bytes));
     }
 
     public Workers Workers { get; }

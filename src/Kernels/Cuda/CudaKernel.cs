@@ -56,6 +56,30 @@ public unsafe ref struct LaunchArguments
         return ref Put(value);
     }
 
+    /// <summary>An argument of any kind; an absent tensor is a null pointer of any type.</summary>
+    public void Add(in KernelArgument argument)
+    {
+        switch (argument.Kind)
+        {
+            case ParameterKind.Pointer when argument.Bits == 0:
+                Next(ParameterKind.Pointer, "a pointer");
+                Put(0UL);
+                break;
+            case ParameterKind.Pointer:
+                Pointer((ulong)argument.Bits, argument.Type);
+                break;
+            case ParameterKind.Int32:
+                Int((int)argument.Bits);
+                break;
+            case ParameterKind.Int64:
+                Long(argument.Bits);
+                break;
+            default:
+                Float(BitConverter.Int32BitsToSingle((int)argument.Bits));
+                break;
+        }
+    }
+
     private readonly KernelParameter Next(ParameterKind kind, string got)
     {
         var parameters = _kernel.Signature.Parameters;

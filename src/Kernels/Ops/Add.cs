@@ -1,5 +1,6 @@
 using System.Numerics;
 using MiniCpmNative.Kernels.Cpu;
+using MiniCpmNative.Kernels.Cuda;
 
 namespace MiniCpmNative.Kernels.Ops;
 
@@ -14,7 +15,7 @@ public sealed record Add(double Scale = 1) : Op("add")
     {
         Spec a = inputs.Float(this, 0, "a");
         inputs.Float(this, 1, "b").MustHaveShape(this, "b", a.Shape);
-        return new(a);
+        return new(a.As(activations));
     }
 
     public override bool Differentiates(int input) => true;
@@ -28,6 +29,27 @@ public sealed record Add(double Scale = 1) : Op("add")
         Elementwise.Scale(call.Workers, call.OutputGradient, T.One, call.Gradient(0));
         Elementwise.Scale(
             call.Workers, call.OutputGradient, Real.Of<T>(Scale), call.Gradient(1));
+    }
+
+    public override void CudaForward(in CudaCall call)
+    {
+        Tensor y = call.Output;
+        call.Launch("add_forward", Grid.Vectors(y.Shape.Count, call.Real),
+            y, call.In(0), call.In(1), Scale, y.Shape.Count);
+    }
+
+    public override void CudaBackward(in CudaCall call)
+    {
+        Into(call, call.Gradient(0), 1);
+        Into(call, call.Gradient(1), Scale);
+    }
+
+    private static void Into(in CudaCall call, GradientTarget gradient, double scale)
+    {
+        Tensor dy = call.OutputGradient;
+        if (gradient.Wanted)
+            call.Launch("scale_rows", Grid.Vectors(dy.Shape.Count, call.Real),
+                gradient.Buffer, dy, scale, dy.Shape.Count, gradient.Accumulate);
     }
 
     private readonly struct Scaled<T>(T scale) : IMap<T>

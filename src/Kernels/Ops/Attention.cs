@@ -28,7 +28,7 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         inputs.Int(this, 4, "cu_seqlens_k").MustBe(this, "cu_seqlens_k", sequences + 1);
         if (inputs.Length > 5 && inputs[5].Exists)
             inputs.Int(this, 5, "key_lengths").MustBe(this, "key_lengths", sequences);
-        return new(q, new Spec(q.Type, new Shape((int)q.Shape.Rows, Heads)));
+        return new(q.As(activations), new Spec(activations.Statistics(), new Shape((int)q.Shape.Rows, Heads)));
     }
 
     public override bool Differentiates(int input) => input < 3;

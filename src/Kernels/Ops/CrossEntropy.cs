@@ -33,8 +33,9 @@ public sealed unsafe record CrossEntropy() : Op("cross_entropy")
         int labels = (int)rows.Shape.Count;
         rows.MustBe(this, "rows", labels);
         inputs.Int(this, 3, "targets").MustBe(this, "targets", labels);
-        var perLabel = new Spec(activations, new Shape(labels));
-        return new(new Spec(activations, s_one), perLabel, perLabel,
+        DType statistics = activations.Statistics();
+        var perLabel = new Spec(statistics, new Shape(labels));
+        return new(new Spec(statistics, s_one), perLabel, perLabel,
             new Spec(activations, new Shape(labels, h.Shape.Cols)));
     }
 

@@ -24,7 +24,7 @@ public sealed record Gelu(GeluKind Kind) : Op("gelu")
     private const double Slope = 2 * 0.79788456080286535588, Cubic = 0.044715;
 
     public override Outputs Infer(ReadOnlySpan<Spec> inputs, DType activations) =>
-        new(inputs.Float(this, 0, "x"));
+        new(inputs.Float(this, 0, "x").As(activations));
 
     public override bool Differentiates(int input) => true;
 

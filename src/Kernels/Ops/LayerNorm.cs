@@ -15,8 +15,8 @@ public sealed record LayerNorm(double Epsilon) : Op("layer_norm")
         Spec x = inputs.Float(this, 0, "x");
         inputs.Float(this, 1, "w").MustBe(this, "w", x.Shape.Cols);
         inputs.Float(this, 2, "b").MustBe(this, "b", x.Shape.Cols);
-        var statistic = new Spec(x.Type, new Shape((int)x.Shape.Rows));
-        return new(x, statistic, statistic);
+        var statistic = new Spec(activations.Statistics(), new Shape((int)x.Shape.Rows));
+        return new(x.As(activations), statistic, statistic);
     }
 
     public override bool Differentiates(int input) => true;

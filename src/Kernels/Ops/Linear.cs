@@ -1,4 +1,5 @@
 using MiniCpmNative.Kernels.Cpu;
+using MiniCpmNative.Kernels.Cuda;
 
 namespace MiniCpmNative.Kernels.Ops;
 
@@ -35,5 +36,23 @@ public sealed unsafe record Linear(bool Transposed = false) : Op("linear")
         if (Transposed) call.Multiply(x.T, dy, dw);
         else call.Multiply(dy.T, x, dw);
         Sum.Rows(call, call.OutputGradient, call.Gradient(2));
+    }
+
+    public override void CudaForward(in CudaCall call)
+    {
+        CudaMatrix x = call.In(0), w = call.In(1);
+        Tensor y = call.Output, b = call.Floats(2);
+        if (b.Exists)
+            call.Launch("fill_rows", Grid.Columns(y.Shape.Cols, x.Rows), y, b, x.Rows, y.Shape.Cols);
+        call.Multiply(x, Transposed ? w : w.T, y, beta: b.Exists ? 1 : 0);
+    }
+
+    public override void CudaBackward(in CudaCall call)
+    {
+        CudaMatrix x = call.In(0), w = call.In(1), dy = call.OutputGradient;
+        call.Multiply(dy, Transposed ? w.T : w, call.AnyGradient(0));
+        if (Transposed) call.Multiply(x.T, dy, call.AnyGradient(1));
+        else call.Multiply(dy.T, x, call.AnyGradient(1));
+        call.SumRows(call.OutputGradient, call.FloatGradient(2));
     }
 }

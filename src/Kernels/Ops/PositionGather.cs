@@ -15,7 +15,7 @@ public sealed record PositionGather() : Op("position_gather")
         Spec x = inputs.Float(this, 0, "x"), table = inputs.FloatMatrix(this, 1, "table");
         table.MustBe(this, "table", table.Shape[0], x.Shape.Cols);
         inputs.Int(this, 2, "ids").MustBe(this, "ids", (int)x.Shape.Rows);
-        return new(x);
+        return new(x.As(activations));
     }
 
     public override bool Differentiates(int input) => input < 2;

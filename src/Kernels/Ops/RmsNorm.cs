@@ -1,4 +1,5 @@
 using MiniCpmNative.Kernels.Cpu;
+using MiniCpmNative.Kernels.Cuda;
 
 namespace MiniCpmNative.Kernels.Ops;
 
@@ -14,7 +15,7 @@ public sealed record RmsNorm(double Epsilon) : Op("rms_norm")
     {
         Spec x = inputs.Float(this, 0, "x");
         inputs.Float(this, 1, "w").MustBe(this, "w", x.Shape.Cols);
-        return new(x, new Spec(x.Type, new Shape((int)x.Shape.Rows)));
+        return new(x.As(activations), new Spec(activations.Statistics(), new Shape((int)x.Shape.Rows)));
     }
 
     public override bool Differentiates(int input) => true;
@@ -26,4 +27,11 @@ public sealed record RmsNorm(double Epsilon) : Op("rms_norm")
     public override void CpuBackward<T>(in CpuCall<T> call) =>
         Normalisation.Backward(call, call.In(0), call.In(1), default, call.Saved(0),
             call.Gradient(0), call.Gradient(1), default);
+
+    public override void CudaForward(in CudaCall call)
+    {
+        Tensor x = call.In(0);
+        call.Launch("rms_norm_forward", Grid.Rows((int)x.Shape.Rows),
+            call.Output, call.Saved(0), x, call.Floats(1), x.Shape.Cols, Epsilon);
+    }
 }

@@ -21,7 +21,7 @@ public sealed record Rope(int HeadDim) : Op("rope")
         Spec cos = inputs.Float(this, 2, "cos");
         cos.MustBe(this, "cos", (int)cos.Shape.Rows, HeadDim / 2);
         inputs.Float(this, 3, "sin").MustHaveShape(this, "sin", cos.Shape);
-        return new(x);
+        return new(x.As(activations));
     }
 
     public override bool Differentiates(int input) => input == 0;

@@ -21,7 +21,7 @@ public sealed record Splice() : Op("splice")
         positions.MustBe(this, "positions", (int)positions.Shape.Count);
         if (positions.Shape.Count > features.Shape.Rows)
             throw this.Wrong("positions", $"at most the {features.Shape.Rows} rows of features", positions);
-        return new(x);
+        return new(x.As(activations));
     }
 
     public override bool Differentiates(int input) => input < 2;

@@ -14,7 +14,7 @@ public sealed record SwiGlu() : Op("swiglu")
     {
         Spec gate = inputs.Float(this, 0, "gate");
         inputs.Float(this, 1, "up").MustHaveShape(this, "up", gate.Shape);
-        return new(gate);
+        return new(gate.As(activations));
     }
 
     public override bool Differentiates(int input) => true;

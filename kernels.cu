@@ -1,0 +1,395 @@
+// Device code of MiniCpmNative: every operation of the engine, forward and backward, for sm_80 and
+// newer. NVRTC compiles this file once per storage type of activations (STORAGE_F32, STORAGE_BF16 or
+// STORAGE_F16 is defined), without any include.
+//
+//   1  storage types, 16-byte accesses     7  lookups: embedding, position gather, splice
+//   2  warps and blocks                    8  low-rank adapters with dropout
+//   3  random numbers                      9  cross-entropy
+//   4  casts, fills, sums                 10  attention, forward
+//   5  normalisation                      11  attention, backward
+//   6  element-wise: residual, GELU,      12  optimizer: gradient norm, AdamW
+//      SwiGLU, rotary embedding
+//
+// Conventions. `real` is the storage type; arithmetic, sums and saved statistics are float. Matrices
+// are row-major. A gradient is written, or added to what is there when `accumulate` is not 0. Nothing
+// is summed with floating-point atomics: the same input gives the same bits. A kernel reads 16 bytes
+// at a time where its rows allow it (see aligned16) and element by element where they do not: the
+// choice is the same for a whole block. Each kernel says what it moves and computes; R rows, C
+// columns, S bytes of a `real`. Signatures are written out, since the host parses them and checks
+// every launch against them.
+
+// ---- 1. storage types, 16-byte accesses -------------------------------------------------------------
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short bf16;
+typedef unsigned short f16;
+
+#define DEVICE static __device__ __forceinline__
+
+DEVICE float widen_bf16(bf16 x) { return __uint_as_float((u32)x << 16); }
+
+DEVICE bf16 narrow_bf16(float x)
+{
+    bf16 y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+
+// Two values in one word, the first in the low half.
+DEVICE u32 narrow_bf16x2(float low, float high)
+{
+    u32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+
+DEVICE float widen_f16(f16 x)
+{
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+}
+
+DEVICE f16 narrow_f16(float x)
+{
+    f16 y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+
+#if defined(STORAGE_BF16)
+typedef bf16 real;
+DEVICE float widen(real x) { return widen_bf16(x); }
+DEVICE real narrow(float x) { return narrow_bf16(x); }
+DEVICE u32 narrow2(float low, float high) { return narrow_bf16x2(low, high); }
+#elif defined(STORAGE_F16)
+typedef f16 real;
+DEVICE float widen(real x) { return widen_f16(x); }
+DEVICE real narrow(float x) { return narrow_f16(x); }
+DEVICE u32 narrow2(float low, float high)
+{
+    return (u32)narrow_f16(low) | (u32)narrow_f16(high) << 16;
+}
+#else
+typedef float real;
+DEVICE float widen(real x) { return x; }
+DEVICE real narrow(float x) { return x; }
+#endif
+
+// Elements in 16 bytes.
+#define VECTOR ((int)(16 / sizeof(real)))
+
+// Whether rows of this many elements can be read 16 bytes at a time from this address.
+DEVICE bool aligned16(const void* address, int cols, int size)
+{
+    return ((u64)address & 15) == 0 && cols * size % 16 == 0;
+}
+
+// VECTOR elements as floats; the address is a multiple of 16.
+DEVICE void load_vector(float* x, const real* from)
+{
+    uint4 bits = *(const uint4*)from;
+    u32 words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+    {
+#if defined(STORAGE_BF16)
+        x[2 * i] = __uint_as_float(words[i] << 16);
+        x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+#elif defined(STORAGE_F16)
+        x[2 * i] = widen_f16((f16)words[i]);
+        x[2 * i + 1] = widen_f16((f16)(words[i] >> 16));
+#else
+        x[i] = __uint_as_float(words[i]);
+#endif
+    }
+}
+
+DEVICE void store_vector(real* to, const float* x)
+{
+    u32 words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+    {
+#if defined(STORAGE_BF16) || defined(STORAGE_F16)
+        words[i] = narrow2(x[2 * i], x[2 * i + 1]);
+#else
+        words[i] = __float_as_uint(x[i]);
+#endif
+    }
+    *(uint4*)to = make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// VECTOR floats from a float array (a norm's weight); 16-byte aligned like the elements beside them.
+DEVICE void load_floats(float* x, const float* from)
+{
+#pragma unroll
+    for (int i = 0; i < VECTOR; i += 4)
+    {
+        float4 v = *(const float4*)(from + i);
+        x[i] = v.x;
+        x[i + 1] = v.y;
+        x[i + 2] = v.z;
+        x[i + 3] = v.w;
+    }
+}
+
+// ---- 2. warps and blocks ----------------------------------------------------------------------------
+
+#define WARP 32
+#define ALL_LANES 0xffffffffu
+
+DEVICE float warp_sum(float x)
+{
+#pragma unroll
+    for (int lane = WARP / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(ALL_LANES, x, lane);
+    return x;
+}
+
+// fmaxf drops a NaN; here it stays, so that a bad row is seen.
+DEVICE float max_or_nan(float a, float b) { return a > b || a != a ? a : b; }
+
+DEVICE float warp_max(float x)
+{
+#pragma unroll
+    for (int lane = WARP / 2; lane > 0; lane /= 2)
+        x = max_or_nan(x, __shfl_xor_sync(ALL_LANES, x, lane));
+    return x;
+}
+
+// The sum over a block of whole warps, in every thread and always in the same order. shared holds a
+// float per warp; it may be used again at once.
+DEVICE float block_sum(float x, float* shared)
+{
+    x = warp_sum(x);
+    if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = x;
+    __syncthreads();
+    float sum = 0;
+    for (int warp = 0; warp < blockDim.x / WARP; warp++) sum += shared[warp];
+    __syncthreads();
+    return sum;
+}
+
+DEVICE float block_max(float x, float* shared)
+{
+    x = warp_max(x);
+    if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = x;
+    __syncthreads();
+    float max = shared[0];
+    for (int warp = 1; warp < blockDim.x / WARP; warp++) max = max_or_nan(max, shared[warp]);
+    __syncthreads();
+    return max;
+}
+
+// An index outside its table, for the host to report: which argument (a KernelFault), where in it,
+// what stood there. The first one found is kept; faults[0] is 0 while all is well.
+DEVICE void report(int* faults, int what, int position, int value, int limit)
+{
+    if (atomicCAS(faults, 0, what) != 0) return;
+    faults[1] = position;
+    faults[2] = value;
+    faults[3] = limit;
+}
+
+// ---- 3. random numbers ------------------------------------------------------------------------------
+
+// Philox4x32-10 (Salmon et al. 2011): counter (element / 4, layer, step low, step high), key the seed;
+// the element takes word element % 4. The same numbers as on the CPU.
+DEVICE uint4 philox(u64 seed, u64 step, u32 layer, u32 block)
+{
+    u32 x0 = block, x1 = layer, x2 = (u32)step, x3 = (u32)(step >> 32);
+    u32 k0 = (u32)seed, k1 = (u32)(seed >> 32);
+#pragma unroll
+    for (int round = 0; round < 10; round++)
+    {
+        u32 high0 = __umulhi(0xD2511F53u, x0), low0 = 0xD2511F53u * x0;
+        u32 high2 = __umulhi(0xCD9E8D57u, x2), low2 = 0xCD9E8D57u * x2;
+        x0 = high2 ^ x1 ^ k0;
+        x1 = low2;
+        x2 = high0 ^ x3 ^ k1;
+        x3 = low0;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    return make_uint4(x0, x1, x2, x3);
+}
+
+// ---- 4. casts, fills, sums --------------------------------------------------------------------------
+
+// DTypes of stored tensors, as src/Kernels/DType.cs numbers them.
+#define DTYPE_F32 0
+#define DTYPE_BF16 1
+#define DTYPE_F16 2
+
+DEVICE float load_any(const void* from, int type, long long i)
+{
+    return type == DTYPE_F32 ? ((const float*)from)[i]
+        : type == DTYPE_BF16 ? widen_bf16(((const bf16*)from)[i])
+        : widen_f16(((const f16*)from)[i]);
+}
+
+// y[i] = x[i], or adds it. Reads and writes each element once; for small tensors (biases, adapters),
+// so element by element.
+extern "C" __global__ void cast_to_real(
+    real* y, const void* x, int type, long long count, int accumulate)
+{
+    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    float value = load_any(x, type, i);
+    y[i] = narrow(accumulate ? widen(y[i]) + value : value);
+}
+
+extern "C" __global__ void cast_to_float(
+    float* y, const void* x, int type, long long count, int accumulate)
+{
+    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    float value = load_any(x, type, i);
+    y[i] = accumulate ? y[i] + value : value;
+}
+
+extern "C" __global__ void fill_real(real* y, float value, long long count)
+{
+    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) y[i] = narrow(value);
+}
+
+// y[r, c] = b[c]: the bias, before a product adds to it. Writes R C S.
+extern "C" __global__ void fill_rows(real* y, const float* b, int rows, int cols)
+{
+    int c = blockIdx.x * blockDim.x + threadIdx.x;
+    if (c >= cols) return;
+    real value = narrow(b[c]);
+    for (int r = blockIdx.y; r < rows; r += gridDim.y) y[(u64)r * cols + c] = value;
+}
+
+// part[p, c] = sum of x[r, c] over the rows r of part p: the first half of a bias gradient. Each
+// thread adds its own columns' rows in order. Reads R C S, adds R C.
+extern "C" __global__ void sum_rows(float* part, const real* x, int rows, int cols, int rows_per_part)
+{
+    int c = blockIdx.x * blockDim.x + threadIdx.x;
+    if (c >= cols) return;
+    int first = blockIdx.y * rows_per_part, last = min(rows, first + rows_per_part);
+    float sum = 0;
+    for (int r = first; r < last; r++) sum += widen(x[(u64)r * cols + c]);
+    part[(u64)blockIdx.y * cols + c] = sum;
+}
+
+// y[c] = sum of part[p, c] over p, in order, or adds it: the second half, and that of every gradient
+// of a vector that blocks have summed in parts.
+extern "C" __global__ void sum_parts(float* y, const float* part, int parts, int cols, int accumulate)
+{
+    int c = blockIdx.x * blockDim.x + threadIdx.x;
+    if (c >= cols) return;
+    float sum = 0;
+    for (int p = 0; p < parts; p++) sum += part[(u64)p * cols + c];
+    y[c] = accumulate ? y[c] + sum : sum;
+}
+
+// ---- 5. normalisation -------------------------------------------------------------------------------
+
+// y[r, c] = x[r, c] rstd[r] w[c], rstd[r] = 1 / sqrt(mean_c x[r, c]^2 + epsilon). One block per row;
+// the second pass finds the row in cache. Moves 2 R C S + 4 C bytes, 4 R C FLOP.
+extern "C" __global__ void __launch_bounds__(256) rms_norm_forward(
+    real* y, float* rstd, const real* x, const float* w, int cols, float epsilon)
+{
+    __shared__ float sums[8];
+    const real* row = x + (u64)blockIdx.x * cols;
+    real* out = y + (u64)blockIdx.x * cols;
+    bool wide = aligned16(x, cols, sizeof(real)) && aligned16(w, 4, 4);
+    float squares = 0, v[VECTOR], g[VECTOR];
+    if (wide)
+    {
+        for (int c = threadIdx.x * VECTOR; c < cols; c += blockDim.x * VECTOR)
+        {
+            load_vector(v, row + c);
+#pragma unroll
+            for (int i = 0; i < VECTOR; i++) squares += v[i] * v[i];
+        }
+    }
+    else
+    {
+        for (int c = threadIdx.x; c < cols; c += blockDim.x)
+            squares += widen(row[c]) * widen(row[c]);
+    }
+    float scale = 1.0f / sqrtf(block_sum(squares, sums) / cols + epsilon);
+    if (threadIdx.x == 0) rstd[blockIdx.x] = scale;
+    if (wide)
+    {
+        for (int c = threadIdx.x * VECTOR; c < cols; c += blockDim.x * VECTOR)
+        {
+            load_vector(v, row + c);
+            load_floats(g, w + c);
+#pragma unroll
+            for (int i = 0; i < VECTOR; i++) v[i] *= scale * g[i];
+            store_vector(out + c, v);
+        }
+    }
+    else
+    {
+        for (int c = threadIdx.x; c < cols; c += blockDim.x)
+            out[c] = narrow(widen(row[c]) * scale * w[c]);
+    }
+}
+
+// ---- 6. element-wise --------------------------------------------------------------------------------
+
+// y = a + scale * b. Moves 3 R C S, 2 FLOP per element.
+extern "C" __global__ void __launch_bounds__(256) add_forward(
+    real* y, const real* a, const real* b, float scale, long long count)
+{
+    long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * VECTOR;
+    if (i + VECTOR <= count && aligned16(a, VECTOR, sizeof(real)) && aligned16(b, VECTOR, sizeof(real))
+        && aligned16(y, VECTOR, sizeof(real)))
+    {
+        float p[VECTOR], q[VECTOR];
+        load_vector(p, a + i);
+        load_vector(q, b + i);
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++) p[j] += scale * q[j];
+        store_vector(y + i, p);
+        return;
+    }
+    for (int j = 0; j < VECTOR && i + j < count; j++)
+        y[i + j] = narrow(widen(a[i + j]) + scale * widen(b[i + j]));
+}
+
+// y = scale * x, or adds it: both gradients of a residual sum. Moves 2 or 3 R C S.
+extern "C" __global__ void __launch_bounds__(256) scale_rows(
+    real* y, const real* x, float scale, long long count, int accumulate)
+{
+    long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * VECTOR;
+    if (i + VECTOR <= count && aligned16(x, VECTOR, sizeof(real)) && aligned16(y, VECTOR, sizeof(real)))
+    {
+        float p[VECTOR], q[VECTOR];
+        load_vector(p, x + i);
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++) p[j] *= scale;
+        if (accumulate)
+        {
+            load_vector(q, y + i);
+#pragma unroll
+            for (int j = 0; j < VECTOR; j++) p[j] += q[j];
+        }
+        store_vector(y + i, p);
+        return;
+    }
+    for (int j = 0; j < VECTOR && i + j < count; j++)
+    {
+        float value = scale * widen(x[i + j]);
+        y[i + j] = narrow(accumulate ? widen(y[i + j]) + value : value);
+    }
+}
+
+// ---- 7. lookups -------------------------------------------------------------------------------------
+
+// ---- 8. low-rank adapters with dropout --------------------------------------------------------------
+
+// ---- 9. cross-entropy -------------------------------------------------------------------------------
+
+// ---- 10. attention, forward -------------------------------------------------------------------------
+
+// ---- 11. attention, backward ------------------------------------------------------------------------
+
+// ---- 12. optimizer ----------------------------------------------------------------------------------

@@ -1,0 +1,105 @@
+namespace MiniCpmNative.Kernels.Cuda;
+
+/// <summary>
+/// One run of an operation on a CUDA device. Kernels take activations in the device's storage type
+/// ("real") and small vectors and tables as F32: inputs stored otherwise are cast into scratch when asked
+/// for, and gradients wanted in another type than a kernel writes are cast when the operation is done.
+/// Scratch lives until the operation returns.
+/// </summary>
+public readonly ref struct CudaCall(CudaDevice device, Op op, OpCall call)
+{
+    private readonly OpCall _call = call;
+
+    /// <summary>The storage type of activations.</summary>
+    public DType Real => device.Activations;
+
+    public Randomness Random => device.Random;
+
+    /// <summary>Where kernels leave a wrong index; see <see cref="KernelFault"/>.</summary>
+    public Tensor Faults => device.Faults;
+
+    /// <summary>Number of multiprocessors, to size grids that need not cover everything.</summary>
+    public int Multiprocessors => device.Context.Multiprocessors;
+
+    /// <summary>False in a forward whose backward will never come.</summary>
+    public bool Recorded => _call.Recorded;
+
+    /// <summary>The tensor as it is stored, for kernels that read any type.</summary>
+    public Tensor Input(int index) =>
+        index < _call.Inputs.Length ? _call.Inputs[index] : Tensor.None;
+
+    /// <summary>An input in the storage type of activations.</summary>
+    public Tensor In(int index) => As(Input(index), Real);
+
+    /// <summary>An input as F32.</summary>
+    public Tensor Floats(int index) => As(Input(index), DType.F32);
+
+    public Tensor Output => _call.Output;
+
+    public Tensor Saved(int index) => _call.Saved[index];
+
+    public Tensor OutputGradient => _call.OutputGradient;
+
+    /// <summary>Where a kernel writes an input's gradient in the storage type of activations.</summary>
+    public GradientTarget Gradient(int index) => Gradient(index, Real);
+
+    /// <summary>Where a kernel writes an input's gradient as F32: that of a weight.</summary>
+    public GradientTarget FloatGradient(int index) => Gradient(index, DType.F32);
+
+    /// <summary>The gradient's own buffer, for products, which write either type.</summary>
+    public GradientTarget AnyGradient(int index) =>
+        index < _call.Gradients.Length ? _call.Gradients[index] : GradientTarget.None;
+
+    /// <summary>A tensor of undefined content that lives until the operation returns.</summary>
+    public Tensor Scratch(DType type, params ReadOnlySpan<int> sizes) =>
+        device.Step.Push(new Spec(type, new Shape(sizes)), op.Name);
+
+    /// <summary>Queues a kernel; an empty grid is no launch.</summary>
+    public void Launch(string kernel, Grid grid, params ReadOnlySpan<KernelArgument> arguments) =>
+        device.Launch(kernel, grid, arguments);
+
+    /// <summary>c = alpha a b + beta c; a and b of one type.</summary>
+    public void Multiply(CudaMatrix a, CudaMatrix b, in Tensor c, double alpha = 1, double beta = 0) =>
+        device.Multiply(a, b, c, alpha, beta);
+
+    /// <summary>gradient = alpha a b, or adds it, if it is wanted.</summary>
+    public void Multiply(CudaMatrix a, CudaMatrix b, GradientTarget gradient, double alpha = 1)
+    {
+        if (gradient.Wanted)
+            device.Multiply(a, b, gradient.Buffer, alpha, gradient.Accumulate ? 1 : 0);
+    }
+
+    /// <summary>gradient[c] = sum of x[r, c] over the rows, or adds it, if it is wanted: a bias.</summary>
+    public void SumRows(in Tensor x, GradientTarget gradient)
+    {
+        const int RowsPerPart = 64;
+        if (!gradient.Wanted) return;
+        int rows = (int)x.Shape.Rows, cols = x.Shape.Cols, parts = (rows + RowsPerPart - 1) / RowsPerPart;
+        Tensor part = Scratch(DType.F32, parts, cols);
+        if (parts > 0) Launch("sum_rows", Grid.Columns(cols, parts), part, x, rows, cols, RowsPerPart);
+        SumParts(part, gradient);
+    }
+
+    /// <summary>gradient[c] = sum of part[p, c] over p in order, or adds it; part is F32.</summary>
+    public void SumParts(in Tensor part, GradientTarget gradient) => Launch(
+        "sum_parts", Grid.Elements(part.Shape.Cols), gradient.Buffer, part, (int)part.Shape.Rows,
+        part.Shape.Cols, gradient.Accumulate);
+
+    /// <summary>The tensor itself if it has this type, else a copy in scratch.</summary>
+    public Tensor As(in Tensor tensor, DType type)
+    {
+        if (!tensor.Exists || tensor.Type == type) return tensor;
+        Tensor copy = device.Step.Push(new Spec(type, tensor.Shape), op.Name);
+        device.Cast(tensor, copy, accumulate: false);
+        return copy;
+    }
+
+    private GradientTarget Gradient(int index, DType type)
+    {
+        GradientTarget target = AnyGradient(index);
+        if (!target.Wanted || target.Buffer.Type == type) return target;
+        Tensor scratch = device.Step.Push(target.Buffer.Spec.As(type), op.Name);
+        device.CastWhenDone(scratch, target);
+        return new GradientTarget(scratch, Accumulate: false);
+    }
+}

@@ -1,0 +1,291 @@
+using System.Reflection;
+using System.Runtime.CompilerServices;
+using MiniCpmNative.Kernels.Updates;
+
+namespace MiniCpmNative.Kernels.Cuda;
+
+/// <summary>
+/// A CUDA GPU as a device: kernels.cu compiled for the storage type of activations, products by cuBLAS,
+/// everything queued on one stream in the order of the calls; only reading waits. Weights and other
+/// tensors of the run are allocated as they come; the first step takes most of what is left for its
+/// activations and their gradients.
+/// </summary>
+public sealed unsafe class CudaDevice : Device
+{
+    // Small tensors share an allocation; each starts on a line of its own.
+    private const long SharedBytes = 4 << 20, LargestShared = 1 << 20, Alignment = 256;
+
+    // Left to the driver, cuBLAS and tables that grow later.
+    private const double StepShare = 0.92;
+
+    private readonly CudaModule _module;
+    private readonly CudaGemm _gemm;
+    private readonly Staging _staging;
+    private readonly List<DeviceSlab> _slabs = [];
+    private readonly (Tensor From, GradientTarget To)[] _casts = new (Tensor, GradientTarget)[16];
+    private int _castCount;
+    private nint _shared;
+    private long _sharedLeft;
+
+    /// <param name="context">The GPU; disposed by its owner.</param>
+    /// <param name="compiler">Compiles kernels.cu.</param>
+    /// <param name="activations">BF16, F16 or F32.</param>
+    /// <param name="stepBytes">Size of the step's memory; null takes what is free at the first step.</param>
+    /// <param name="lineInfo">Keeps source lines in the compiled code.</param>
+    public CudaDevice(CudaContext context, ModuleCompiler compiler, DType activations,
+        long? stepBytes = null, bool lineInfo = false)
+        : this(context, activations, stepBytes, CudaModule.Load(context, compiler, Source, "kernels.cu",
+            new(activations, context.Architecture, lineInfo)))
+    {
+    }
+
+    /// <summary>With a module of kernels.cu that was compiled elsewhere.</summary>
+    public CudaDevice(CudaContext context, DType activations, long? stepBytes, CudaModule module)
+    {
+        if (activations is not (DType.F32 or DType.BF16 or DType.F16))
+            throw new ArgumentException("a GPU computes in F32, BF16 or F16", nameof(activations));
+        (Context, Activations, _module) = (context, activations, module);
+        Stream = new(context);
+        _gemm = new(context, Stream);
+        _staging = new(context, Stream);
+        Faults = Allocate(new Spec(DType.I32, new Shape(4)), "faults");
+        Step = new Arena(() =>
+        {
+            Stream.Synchronise();
+            long bytes = stepBytes ?? (long)(Context.Memory().Free * StepShare);
+            bytes = Math.Max(Alignment, bytes / Alignment * Alignment);
+            return (Hold(bytes), bytes);
+        });
+    }
+
+    /// <summary>The text of kernels.cu, which the assembly carries.</summary>
+    public static string Source { get; } = ReadSource();
+
+    public CudaContext Context { get; }
+
+    public CudaStream Stream { get; }
+
+    public CudaModule Module => _module;
+
+    public int CublasVersion => _gemm.Version;
+
+    public override Arena Step { get; }
+
+    public override DType Activations { get; }
+
+    /// <summary>I32[4]: the first wrong index that a kernel met; see <see cref="KernelFault"/>.</summary>
+    internal Tensor Faults { get; }
+
+    public override Tensor Allocate(Spec spec, string name)
+    {
+        var tensor = new Tensor(Reserve(spec.Bytes), spec);
+        if (spec.Bytes > 0) Stream.Fill((ulong)tensor.Data, 0, spec.Bytes);
+        return tensor;
+    }
+
+    public override nint Reserve(long bytes)
+    {
+        if (bytes > LargestShared) return Hold(bytes);
+        long rounded = Math.Max(Alignment, (bytes + Alignment - 1) / Alignment * Alignment);
+        if (rounded > _sharedLeft) (_shared, _sharedLeft) = (Hold(SharedBytes), SharedBytes);
+        nint data = _shared;
+        _shared += (nint)rounded;
+        _sharedLeft -= rounded;
+        return data;
+    }
+
+    public override long PackedBytes(DType type, int rows, int cols) =>
+        (long)rows * cols * Activations.Size();
+
+    /// <summary>cuBLAS reads matrices as they are: packing only brings them to the storage type.</summary>
+    public override Tensor Pack(DType type, int rows, int cols, void* source, string name)
+    {
+        var shape = new Shape(rows, cols);
+        var weight = new Tensor(
+            Reserve(PackedBytes(type, rows, cols)), new Spec(Activations, shape, Layout.Packed));
+        if (type == Activations)
+        {
+            _staging.Upload(weight.Data, source, weight.Spec.Bytes);
+            return weight;
+        }
+
+        const int Rows = 256;
+        var stored = new Tensor(0, new Spec(type, new Shape(Rows, cols)));
+        using var slab = new DeviceSlab(Context, Math.Max(1, stored.Spec.Bytes));
+        for (int r = 0; r < rows; r += Rows)
+        {
+            var part = new Spec(type, new Shape(Math.Min(Rows, rows - r), cols));
+            _staging.Upload(
+                (nint)slab.Address, (byte*)source + ((long)r * cols * type.Size()), part.Bytes);
+            Tensor to = new(
+                weight.Data + (nint)((long)r * cols * Activations.Size()), part.As(Activations));
+            Cast(new Tensor((nint)slab.Address, part), to, accumulate: false);
+        }
+
+        Stream.Synchronise();
+        return weight;
+    }
+
+    public override void Forward(Op op, in OpCall call)
+    {
+        Check(call);
+        ArenaMark mark = Step.Mark();
+        op.CudaForward(new CudaCall(this, op, call));
+        Step.Pop(mark);
+    }
+
+    public override void Backward(Op op, in OpCall call)
+    {
+        Check(call);
+        ArenaMark mark = Step.Mark();
+        _castCount = 0;
+        op.CudaBackward(new CudaCall(this, op, call));
+        for (int i = 0; i < _castCount; i++)
+            Cast(_casts[i].From, _casts[i].To.Buffer, _casts[i].To.Accumulate);
+        Step.Pop(mark);
+    }
+
+    public override void GradientNorm(
+        ReadOnlySpan<Tensor> gradients, double maxNorm, in Tensor into) =>
+        throw new NotSupportedException();
+
+    public override void Update(in AdamW step, in AdamWRange range, in Tensor norm) =>
+        throw new NotSupportedException();
+
+    public override void Fill(in Tensor tensor, double value)
+    {
+        Step.Check(tensor);
+        long count = tensor.Shape.Count;
+        if (count == 0) return;
+        if (value == 0)
+            Stream.Fill((ulong)tensor.Data, 0, tensor.Spec.Bytes);
+        else if (tensor.Type == DType.F32)
+            Stream.FillWords((ulong)tensor.Data, BitConverter.SingleToUInt32Bits((float)value), count);
+        else
+            Launch("fill_real", Grid.Elements(count), [tensor, value, count]);
+    }
+
+    public override void Copy(in Tensor from, in Tensor to)
+    {
+        Step.Check(from);
+        Step.Check(to);
+        if (from.Spec != to.Spec) throw new ShapeException($"copy of {from.Spec} to {to.Spec}");
+        long bytes = to.Spec.Bytes, distance = Math.Abs(from.Data - to.Data);
+        if (bytes == 0 || distance == 0) return;
+        if (distance >= bytes)
+        {
+            Stream.Copy((ulong)to.Data, (ulong)from.Data, bytes);
+            return;
+        }
+
+        // A copy between overlapping ranges is undefined: by way of scratch, it is two that are not. The
+        // source may have left the stack and lie above its top, so the scratch lies as far above.
+        ArenaMark mark = Step.Mark();
+        long words = (bytes + distance + 7) / 8, rows = (words + 1023) / 1024;
+        Tensor room = Step.Push(new Spec(DType.I64, new Shape((int)rows, 1024)), "copy");
+        ulong scratch = (ulong)room.Data + (ulong)distance;
+        Stream.Copy(scratch, (ulong)from.Data, bytes);
+        Stream.Copy((ulong)to.Data, scratch, bytes);
+        Step.Pop(mark);
+    }
+
+    public override void Write<T>(in Tensor tensor, ReadOnlySpan<T> values)
+    {
+        MustHold<T>(tensor, values.Length);
+        fixed (T* from = values) _staging.Upload(tensor.Data, from, tensor.Spec.Bytes);
+    }
+
+    public override void Upload(in Tensor tensor, void* source)
+    {
+        Step.Check(tensor);
+        _staging.Upload(tensor.Data, source, tensor.Spec.Bytes);
+    }
+
+    /// <exception cref="ShapeException">A kernel met a wrong index since the last read.</exception>
+    public override void Read<T>(in Tensor tensor, Span<T> values)
+    {
+        MustHold<T>(tensor, values.Length);
+        fixed (T* to = values) _staging.Download(to, tensor.Data, tensor.Spec.Bytes);
+        ThrowIfFaulty();
+    }
+
+    public override void Dispose()
+    {
+        _staging.Dispose();
+        _gemm.Dispose();
+        foreach (DeviceSlab slab in _slabs) slab.Dispose();
+        _slabs.Clear();
+        _module.Dispose();
+        Stream.Dispose();
+    }
+
+    internal void Launch(string kernel, Grid grid, ReadOnlySpan<KernelArgument> arguments)
+    {
+        if (grid.Blocks.X == 0 || grid.Blocks.Y == 0 || grid.Blocks.Z == 0) return;
+        CudaKernel function = _module.Kernel(kernel);
+        function.AllowShared(grid.SharedBytes);
+        LaunchArguments packed = function.Arguments();
+        foreach (ref readonly KernelArgument argument in arguments) packed.Add(argument);
+        packed.Launch(Stream, grid.Blocks, grid.Threads, grid.SharedBytes);
+    }
+
+    /// <summary>c = alpha a b + beta c.</summary>
+    internal void Multiply(CudaMatrix a, CudaMatrix b, in Tensor c, double alpha, double beta)
+    {
+        if (c.Shape.Count == 0) return;
+        if (a.Cols > 0) _gemm.Multiply(a, b, c, alpha, beta);
+        else if (beta == 0) Fill(c, 0);
+    }
+
+    /// <summary>to = from in to's type, or adds it.</summary>
+    internal void Cast(in Tensor from, in Tensor to, bool accumulate)
+    {
+        if (from.Shape.Count != to.Shape.Count || from.Type is not (DType.F32 or DType.BF16 or DType.F16))
+            throw new ShapeException($"cast of {from.Spec} to {to.Spec}");
+        // The kernel reads any float type.
+        string kernel = to.Type == DType.F32 ? "cast_to_float" : "cast_to_real";
+        Launch(kernel, Grid.Elements(to.Shape.Count),
+            [to, from, (int)from.Type, to.Shape.Count, accumulate]);
+    }
+
+    /// <summary>Casts a gradient into where it is wanted when the running operation is done.</summary>
+    internal void CastWhenDone(in Tensor from, in GradientTarget to) => _casts[_castCount++] = (from, to);
+
+    private void ThrowIfFaulty()
+    {
+        Span<int> words = stackalloc int[4];
+        fixed (int* to = words) _staging.Download(to, Faults.Data, Faults.Spec.Bytes);
+        if (words[0] == 0) return;
+        Fill(Faults, 0);
+        throw KernelFaults.Describe(words);
+    }
+
+    private nint Hold(long bytes)
+    {
+        var slab = new DeviceSlab(Context, bytes);
+        _slabs.Add(slab);
+        return (nint)slab.Address;
+    }
+
+    private void MustHold<T>(in Tensor tensor, int count)
+        where T : unmanaged
+    {
+        Step.Check(tensor);
+        if ((long)count * Unsafe.SizeOf<T>() != tensor.Spec.Bytes)
+            throw new ShapeException(
+                $"{count} elements of {Unsafe.SizeOf<T>()} bytes for {tensor.Spec}");
+    }
+
+    private void Check(in OpCall call)
+    {
+        foreach (ref readonly Tensor tensor in call.Inputs) Step.Check(tensor);
+        foreach (ref readonly Tensor tensor in call.Saved) Step.Check(tensor);
+        Step.Check(call.Output);
+    }
+
+    private static string ReadSource()
+    {
+        using Stream stream = Assembly.GetExecutingAssembly().GetManifestResourceStream("kernels.cu")!;
+        return new StreamReader(stream).ReadToEnd();
+    }
+}

@@ -1,0 +1,61 @@
+namespace MiniCpmNative.Kernels.Cuda;
+
+/// <summary>
+/// An argument of a launch: what tensors, integers and floats turn into, so that a launch reads like a
+/// call. The kernel's signature decides whether it fits.
+/// </summary>
+public readonly struct KernelArgument
+{
+    private KernelArgument(ParameterKind kind, long bits, DType type = default) =>
+        (Kind, Bits, Type) = (kind, bits, type);
+
+    internal ParameterKind Kind { get; }
+
+    internal long Bits { get; }
+
+    internal DType Type { get; }
+
+    /// <summary>Its address; null where there is no tensor.</summary>
+    public static implicit operator KernelArgument(in Tensor tensor) =>
+        new(ParameterKind.Pointer, tensor.Data, tensor.Type);
+
+    public static implicit operator KernelArgument(int value) => new(ParameterKind.Int32, value);
+
+    public static implicit operator KernelArgument(uint value) => new(ParameterKind.Int32, value);
+
+    /// <summary>1 or 0.</summary>
+    public static implicit operator KernelArgument(bool value) =>
+        new(ParameterKind.Int32, value ? 1 : 0);
+
+    public static implicit operator KernelArgument(long value) => new(ParameterKind.Int64, value);
+
+    public static implicit operator KernelArgument(ulong value) =>
+        new(ParameterKind.Int64, (long)value);
+
+    /// <summary>A float; kernels compute in no wider type.</summary>
+    public static implicit operator KernelArgument(double value) =>
+        new(ParameterKind.Float32, BitConverter.SingleToInt32Bits((float)value));
+}
+
+/// <summary>Blocks, threads of a block, and bytes of dynamic shared memory of a launch.</summary>
+public readonly record struct Grid(Dim3 Blocks, Dim3 Threads, int SharedBytes = 0)
+{
+    private const int Threads256 = 256, MaxRowBlocks = 65535;
+
+    /// <summary>A thread per element.</summary>
+    public static Grid Elements(long count) => new(Blocked(count, Threads256), Threads256);
+
+    /// <summary>A thread per 16 bytes of a storage type.</summary>
+    public static Grid Vectors(long count, DType type) =>
+        Elements(((count * type.Size()) + 15) / 16);
+
+    /// <summary>A block of 256 threads per row.</summary>
+    public static Grid Rows(int rows) => new(rows, Threads256);
+
+    /// <summary>A thread per column, blocks over rows in the second axis.</summary>
+    public static Grid Columns(int cols, int rows) =>
+        new(new Dim3(Blocked(cols, Threads256), Math.Clamp(rows, 1, MaxRowBlocks)), Threads256);
+
+    private static int Blocked(long count, int threads) =>
+        checked((int)((count + threads - 1) / threads));
+}

@@ -1,0 +1,46 @@
+namespace MiniCpmNative.Kernels.Cuda;
+
+/// <summary>
+/// Which argument held an index outside its table. A kernel cannot throw: it notes the first one, skips
+/// it, and the host throws when it next waits for the device. The numbers stand in kernels.cu too.
+/// </summary>
+public enum KernelFault
+{
+    None = 0,
+    EmbeddingIds = 1,
+    PositionGatherIds = 2,
+    RopePositions = 3,
+    SplicePositions = 4,
+    SpliceRepeated = 5,
+    CrossEntropyRows = 6,
+    CrossEntropyTargets = 7,
+    AttentionQueryStarts = 8,
+    AttentionKeyStarts = 9,
+}
+
+/// <summary>What faults say.</summary>
+internal static class KernelFaults
+{
+    /// <summary>The four words a kernel notes, as an exception.</summary>
+    public static ShapeException Describe(ReadOnlySpan<int> words)
+    {
+        var (position, value, limit) = (words[1], words[2], words[3]);
+        string range = $"{value}, expected 0 to {limit - 1}";
+        return new((KernelFault)words[0] switch
+        {
+            KernelFault.EmbeddingIds => $"embedding: ids[{position}] is {range}",
+            KernelFault.PositionGatherIds => $"position_gather: ids[{position}] is {range}",
+            KernelFault.RopePositions => $"rope: positions[{position}] is {range}",
+            KernelFault.SplicePositions => $"splice: positions[{position}] is {range}",
+            KernelFault.SpliceRepeated => $"splice: positions[{position}] is {value}, as is another",
+            KernelFault.CrossEntropyRows => $"cross_entropy: rows[{position}] is {range}",
+            KernelFault.CrossEntropyTargets => $"cross_entropy: targets[{position}] is {range}",
+            KernelFault.AttentionQueryStarts => Starts("cu_seqlens_q", position, value, limit),
+            KernelFault.AttentionKeyStarts => Starts("cu_seqlens_k", position, value, limit),
+            var other => $"a kernel reported {other} at {position}: {range}",
+        });
+    }
+
+    private static string Starts(string name, int position, int value, int end) =>
+        $"attention: {name}[{position}] is {value}, expected to rise from 0 to {end}, the tokens";
+}

@@ -1,0 +1,219 @@
+using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Cpu;
+using MiniCpmNative.Kernels.Cuda;
+using NUnit.Framework;
+
+namespace MiniCpmNative.Tests;
+
+/// <summary>
+/// Every case of <see cref="OpCases"/> on the CUDA device, in float and bf16. The tolerance is not
+/// chosen: the largest error against double may be twice that of the plain CPU path whose inputs,
+/// outputs and saved tensors are rounded to the same storage type, + 1e-5 of the largest magnitude.
+/// </summary>
+[TestFixture]
+public sealed class CudaOpTests
+{
+    private const int GradientSize = 7;
+
+    private CudaUnderTest _cuda = null!;
+
+    private static IEnumerable<TestCaseData> Cases =>
+        from c in OpCases.All
+        where c.Op.GetType().GetMethod(nameof(Op.CudaBackward))!.DeclaringType != typeof(Op)
+        from type in (DType[])[DType.F32, DType.BF16]
+        select new TestCaseData(c, type).SetArgDisplayNames(c.Name, type.ToString());
+
+    private static IEnumerable<TestCaseData> WithReference =>
+        Cases.Where(c => ((OpCase)c.Arguments[0]!).Reference is not null);
+
+    [SetUp]
+    public void Make()
+    {
+        // A fault breaks the emulated GPU, as it does a real context; the next test gets a new one.
+        if (_cuda?.Emulator?.Fault is null && _cuda is not null) return;
+        _cuda?.Dispose();
+        _cuda = new();
+    }
+
+    [OneTimeTearDown]
+    public void Free() => _cuda?.Dispose();
+
+    [TestCaseSource(nameof(WithReference))]
+    public void ReferenceCasesAgree(object value, object type)
+    {
+        var c = (OpCase)value;
+        int count = 0;
+        foreach (ReferenceCase reference in ReferenceFile.Open("ops/" + c.Reference).Cases)
+        {
+            if (c.Problem!(reference) is not { } problem) continue;
+            count++;
+            Compare(c, (DType)type, problem.Op, problem.Inputs, problem.OutputGradient,
+                $"{c.Name} {reference}");
+        }
+
+        Assert.That(count, Is.GreaterThan(1), $"cases in {c.Reference}");
+    }
+
+    [TestCaseSource(nameof(Cases))]
+    public void OddSizesAgree(object value, object type)
+    {
+        var c = (OpCase)value;
+        foreach (int n in c.Sizes)
+            Compare(c, (DType)type, c.Op, c.Inputs(n), null, $"{c.Name} n={n}");
+    }
+
+    [TestCaseSource(nameof(Cases))]
+    public void GradientsAccumulateAndMayBeAbsent(object value, object type)
+    {
+        const double Start = 3;
+        var c = (OpCase)value;
+        CudaDevice device = Device(c, (DType)type);
+        Value[] inputs = Rounded(c.Inputs(GradientSize), (DType)type);
+        using var run = new OpRun(device, c.Op, inputs);
+        double[] dy = Storage.Round(Fill.Normal(77, run.Count), (DType)type);
+        run.Forward();
+        run.Want(_ => true);
+        run.Backward(dy);
+        double[]?[] plain = [.. inputs.Select((_, i) => run.HasGradient(i) ? run.Gradient(i) : null)];
+        run.Want(_ => true, accumulate: true, Start);
+        run.Backward(dy);
+        for (int i = 0; i < inputs.Length; i++)
+            if (run.HasGradient(i))
+                OpTests.AreClose(run.Gradient(i), [.. plain[i]!.Select(g => g + Start)],
+                    Rounding((DType)type) * (Start + Largest(plain[i]!)), $"accumulated {inputs[i].Name}");
+        for (int only = 0; only < inputs.Length; only++)
+        {
+            if (!run.HasGradient(only)) continue;
+            run.Want(i => i == only);
+            run.Backward(dy);
+            Assert.That(run.Gradient(only), Is.EqualTo(plain[only]), $"only {inputs[only].Name}");
+        }
+
+        // A trained tensor may be an operation's activation: its gradient is F32 then.
+        run.Want(_ => true, other: DType.F32);
+        run.Backward(dy);
+        for (int i = 0; i < inputs.Length; i++)
+            if (run.HasGradient(i))
+                OpTests.AreClose(run.Gradient(i), plain[i]!, Rounding((DType)type) * Largest(plain[i]!),
+                    $"F32 gradient of {inputs[i].Name}");
+    }
+
+    [TestCaseSource(nameof(Cases))]
+    public void SameBitsInEveryRun(object value, object type)
+    {
+        var c = (OpCase)value;
+        double[][]? first = null;
+        for (int round = 0; round < 2; round++)
+        {
+            using var run = new OpRun(
+                Device(c, (DType)type), c.Op, Rounded(c.Inputs(65), (DType)type));
+            run.Forward();
+            run.Want(_ => true);
+            run.Backward(Fill.Normal(77, run.Count));
+            double[][] results =
+            [
+                run.Output,
+                .. Enumerable.Range(0, c.Inputs(0).Length).Where(run.HasGradient).Select(run.Gradient),
+            ];
+            first ??= results;
+            for (int i = 0; i < results.Length; i++)
+                Assert.That(results[i].AsSpan().SequenceEqual(first[i]), $"result {i}");
+        }
+    }
+
+    [TestCaseSource(nameof(Cases))]
+    public void NotANumberIsNeverHidden(object value, object type)
+    {
+        var c = (OpCase)value;
+        Value[] inputs = c.Inputs(GradientSize);
+        CudaDevice device = Device(c, (DType)type);
+        for (int i = 0; i < inputs.Length; i++)
+        {
+            if (inputs[i].IsInteger || !inputs[i].Exists) continue;
+            foreach (double bad in (double[])[double.NaN, double.PositiveInfinity])
+            {
+                Value[] spoilt = c.Inputs(GradientSize);
+                Array.Fill(spoilt[i].Data, bad);
+                using var run = new OpRun(device, c.Op, spoilt);
+                run.Forward();
+                Assert.That(run.Output.Any(y => !double.IsFinite(y)), $"{bad} in {inputs[i].Name}");
+            }
+        }
+
+        using var back = new OpRun(device, c.Op, c.Inputs(GradientSize));
+        back.Forward();
+        back.Want(_ => true);
+        back.Backward([.. Enumerable.Repeat(double.NaN, back.Count)]);
+        for (int i = 0; i < inputs.Length; i++)
+            if (back.HasGradient(i))
+                Assert.That(back.Gradient(i).Any(double.IsNaN), $"gradient of {inputs[i].Name}");
+    }
+
+    [TestCaseSource(nameof(Cases))]
+    public void AWarmCallAllocatesNothing(object value, object type)
+    {
+        if (!CudaUnderTest.IsReal) Assert.Pass("the emulator itself allocates; measured on a real GPU");
+        var c = (OpCase)value;
+        using var run = new OpRun(Device(c, (DType)type), c.Op, c.Inputs(129));
+        run.Forward();
+        run.Want(_ => true);
+        run.Backward(Fill.Normal(77, run.Count));
+        long before = GC.GetAllocatedBytesForCurrentThread();
+        run.ForwardAgain();
+        run.BackwardAgain();
+        Assert.That(GC.GetAllocatedBytesForCurrentThread() - before, Is.Zero);
+    }
+
+    private void Compare(
+        OpCase c, DType type, Op op, Value[] values, double[]? outputGradient, string what)
+    {
+        Value[] inputs = Rounded(values, type);
+        using CpuDevice wide = OpTests.Device(c, DType.F64), single = OpTests.Device(c);
+        using var exact = new OpRun(wide, op, Rounded(values, type));
+        using var plain = new OpRun(single, op, Rounded(values, type));
+        using var run = new OpRun(Device(c, type), op, inputs);
+        double[] dy = Storage.Round(outputGradient ?? Fill.Normal(77, run.Count), type);
+        foreach (OpRun each in (OpRun[])[exact, plain, run])
+        {
+            each.Forward();
+            if (each == plain && type != DType.F32) plain.RoundResults(type);
+            each.Want(_ => true);
+            each.Backward(dy);
+        }
+
+        Agree(run.Output, plain.Output, exact.Output, $"{what} {type} output");
+        for (int i = 0; i < inputs.Length; i++)
+        {
+            if (!run.HasGradient(i)) continue;
+            double[] stored = inputs[i].Name is "w" or "b" or "a" or "bb" or "table"
+                ? plain.Gradient(i)
+                : Storage.Round(plain.Gradient(i), type);
+            Agree(run.Gradient(i), stored, exact.Gradient(i), $"{what} {type} gradient of {inputs[i].Name}");
+        }
+    }
+
+    private static void Agree(double[] got, double[] plain, double[] exact, string what)
+    {
+        double allowed = (2 * Error(plain, exact)) + (1e-5 * Largest(exact));
+        OpTests.AreClose(got, exact, allowed, what);
+    }
+
+    private static double Error(double[] values, double[] exact) =>
+        values.Zip(exact, (a, b) => Math.Abs(a - b)).DefaultIfEmpty(0).Max();
+
+    private CudaDevice Device(OpCase c, DType type)
+    {
+        CudaDevice device = _cuda.Device(type);
+        device.Random = new(12345, 7, c.Dropout);
+        return device;
+    }
+
+    // What the device will hold, so that the reference computes with the same numbers.
+    private static Value[] Rounded(Value[] values, DType type) => Array.ConvertAll(
+        values, v => v.Type == DType.F64 ? v with { Data = Storage.Round(v.Data, type) } : v);
+
+    private static double Rounding(DType type) => type == DType.F32 ? 1e-6 : 1.0 / 128;
+
+    private static double Largest(double[] values) =>
+        values.Length == 0 ? 1 : Math.Max(values.Max(Math.Abs), 1);
+}
