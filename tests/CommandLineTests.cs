@@ -17,6 +17,7 @@ public sealed partial class CommandLineTests
     [TestCase("train --help", 0, "--lora_r 64")]
     [TestCase("data check --help", 0, "usage: cpmx data check")]
     [TestCase("trace --help", 0, "usage: cpmx trace")]
+    [TestCase("doctor --help", 0, "usage: cpmx doctor")]
     public void HelpIsThere(string line, int code, string expected)
     {
         var (result, output, error) = Run(new Runners(), line.Split(' '));
@@ -29,6 +30,7 @@ public sealed partial class CommandLineTests
     [TestCase("data", "cpmx: data: expected the command data check CONFIG.json")]
     [TestCase("train --lora_rank 3", "cpmx: unknown key \"lora_rank\" (did you mean \"lora_r\"?)")]
     [TestCase("train none.json", "there is no such file")]
+    [TestCase("doctor now", "cpmx: doctor takes no arguments, got now")]
     [TestCase("trace --out=x", "cpmx: --rows is missing: the rows to run, as ID,ID")]
     [TestCase("trace --rows 1 --out", "cpmx: --out is missing: the safetensors file to write")]
     public void WrongArgumentsAreOneLineAndExitCode2(string line, string expected)

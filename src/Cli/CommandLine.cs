@@ -19,13 +19,14 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
                                                    read every row; name bad ones, show statistics
           trace CONFIG.json --rows ID,ID --out FILE.safetensors [--gradients]
                                                    write the intermediate tensors of some rows
+          doctor                                   show processor, libraries and GPU, and test them
           --version                                print the version
 
         exit codes: 0 done, 1 failed while running, 2 wrong configuration or arguments,
         130 stopped by Ctrl-C, 143 stopped by SIGTERM
         """;
 
-    private static readonly string[] s_commands = ["train", "data", "trace", "help"];
+    private static readonly string[] s_commands = ["train", "data", "trace", "doctor", "help"];
 
     public int Run(IReadOnlyList<string> args)
     {
@@ -76,6 +77,8 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
                 throw new InputException("data: expected the command data check CONFIG.json");
             case "trace":
                 return TraceCommand.Run(Rest(args, 1), help, output, runners);
+            case "doctor":
+                return DoctorCommand.Run(Rest(args, 1), help, output, runners);
             default:
                 throw new InputException($"unknown command {Messages.Quote(command)} (did you mean "
                     + $"\"{Engine.Config.TrainKeys.Nearest(command, s_commands)}\"?); see cpmx --help");

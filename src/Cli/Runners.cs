@@ -1,5 +1,6 @@
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Doctor;
 using MiniCpmNative.Engine.Train;
 
 namespace MiniCpmNative.Cli;
@@ -12,4 +13,6 @@ internal sealed record Runners
     public Func<TrainArguments, TextWriter, bool> CheckData { get; init; } = DataCheck.Run;
 
     public Action<TrainArguments, TraceRequest, TextWriter> Trace { get; init; } = TraceRun.Run;
+
+    public Func<TextWriter, bool> Diagnose { get; init; } = output => Diagnosis.Run(output);
 }

@@ -36,6 +36,9 @@ internal static unsafe class JpegDecoder
             "/usr/local/opt/jpeg-turbo/lib/libturbojpeg.dylib", "libturbojpeg.dll",
         ]);
 
+    /// <summary>Whether the library is there.</summary>
+    public static string Describe() => s_library.Describe();
+
     /// <exception cref="InputException">The library is missing, or the file is damaged.</exception>
     public static Picture Decode(ByteSource source, byte[] file, JpegHeader header)
     {

@@ -9,6 +9,11 @@ internal sealed class NativePictureLibrary(string format, string name, string in
     private readonly ConcurrentDictionary<string, nint> _entries = new();
     private readonly Lazy<nint> _handle = new(() => Find(files));
 
+    /// <summary>Whether pictures of the format can be read, and what to install if not.</summary>
+    public string Describe() => _handle.Value != 0
+        ? $"{format}: {name} found"
+        : $"{format}: {name} not found, so {format} pictures cannot be read; {install}";
+
     /// <summary>Address of an exported function.</summary>
     /// <exception cref="InputException">The library or the function is missing; says what to
     /// install.</exception>

@@ -19,6 +19,9 @@ internal static unsafe class WebPDecoder
             "/opt/homebrew/opt/webp/lib/libwebp.dylib", "/usr/local/opt/webp/lib/libwebp.dylib",
         ]);
 
+    /// <summary>Whether the library is there.</summary>
+    public static string Describe() => s_library.Describe();
+
     /// <exception cref="InputException">The library is missing, or the file is damaged.</exception>
     public static Picture Decode(ByteSource source, byte[] file, WebPHeader header)
     {

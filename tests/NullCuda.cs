@@ -1,0 +1,218 @@
+using System.Runtime.InteropServices;
+using MiniCpmNative.Kernels.Cuda;
+
+namespace MiniCpmNative.Tests;
+
+/// <summary>
+/// CUDA tables whose calls succeed and do nothing: what is left is the host's own work, whose managed
+/// allocations can then be counted.
+/// </summary>
+internal static unsafe class NullCuda
+{
+    private static ulong s_next = 1UL << 40;
+    private static nint s_host;
+
+    public static CudaApi Api() => new(Driver(), new(), Cublas());
+
+    /// <summary>A device for a type of activations with every kernel of kernels.cu.</summary>
+    public static CudaDevice Device(CudaContext context, Kernels.DType activations) => new(
+        context, activations, 1L << 30,
+        CudaModule.LoadPtx(context, [0], CudaDevice.Source, activations));
+
+    private static CudaDriverApi Driver() => new()
+    {
+        Init = &One,
+        DriverGetVersion = &Version,
+        DeviceGetCount = &Version,
+        DeviceGet = &Index,
+        DeviceGetName = &Name,
+        DeviceGetAttribute = &Attribute,
+        DevicePrimaryCtxRetain = &Context,
+        DevicePrimaryCtxRelease = &Release,
+        CtxSetCurrent = &Handle,
+        CtxSynchronize = &None,
+        MemGetInfo = &Info,
+        MemAlloc = &Allocate,
+        MemFree = &Free,
+        MemHostAlloc = &HostAllocate,
+        MemFreeHost = &HostFree,
+        MemcpyHtoDAsync = &Upload,
+        MemcpyDtoHAsync = &Download,
+        MemcpyDtoDAsync = &Copy,
+        MemsetD8Async = &Fill,
+        MemsetD32Async = &FillWords,
+        StreamCreate = &Create,
+        StreamDestroy = &Handle,
+        StreamSynchronize = &Handle,
+        StreamWaitEvent = &Wait,
+        EventCreate = &Create,
+        EventDestroy = &Handle,
+        EventRecord = &Record,
+        EventSynchronize = &Handle,
+        EventQuery = &Handle,
+        ModuleLoadDataEx = &Load,
+        ModuleUnload = &Handle,
+        ModuleGetFunction = &Function,
+        FuncSetAttribute = &SetAttribute,
+        LaunchKernel = &Launch,
+    };
+
+    private static CublasApi Cublas() => new()
+    {
+        Create = &CreateHandle,
+        Destroy = &Handle,
+        GetVersion = &HandleVersion,
+        SetStream = &Record,
+        SetWorkspace = &Workspace,
+        GemmEx = &Gemm,
+    };
+
+    [UnmanagedCallersOnly] private static int None() => 0;
+
+    [UnmanagedCallersOnly] private static int One(uint flags) => 0;
+
+    [UnmanagedCallersOnly] private static int Handle(nint handle) => 0;
+
+    [UnmanagedCallersOnly] private static int Record(nint a, nint b) => 0;
+
+    [UnmanagedCallersOnly] private static int Wait(nint a, nint b, uint flags) => 0;
+
+    [UnmanagedCallersOnly]
+    private static int Version(int* value)
+    {
+        *value = 12000;
+        return 0;
+    }
+
+    [UnmanagedCallersOnly]
+    private static int HandleVersion(nint handle, int* value)
+    {
+        *value = 120000;
+        return 0;
+    }
+
+    [UnmanagedCallersOnly]
+    private static int Index(int* device, int ordinal)
+    {
+        *device = ordinal;
+        return 0;
+    }
+
+    [UnmanagedCallersOnly]
+    private static int Name(byte* name, int length, int device)
+    {
+        *name = 0;
+        return 0;
+    }
+
+    [UnmanagedCallersOnly]
+    private static int Attribute(int* value, int attribute, int device)
+    {
+        *value = attribute == 97 ? 163 << 10 : 8;
+        return 0;
+    }
+
+    [UnmanagedCallersOnly]
+    private static int Context(nint* context, int device)
+    {
+        *context = 1;
+        return 0;
+    }
+
+    [UnmanagedCallersOnly] private static int Release(int device) => 0;
+
+    [UnmanagedCallersOnly]
+    private static int Info(nuint* free, nuint* total)
+    {
+        *free = *total = 1u << 30;
+        return 0;
+    }
+
+    [UnmanagedCallersOnly]
+    private static int Allocate(ulong* address, nuint bytes)
+    {
+        *address = s_next;
+        s_next += ((ulong)bytes + 511) / 256 * 256;
+        return 0;
+    }
+
+    [UnmanagedCallersOnly] private static int Free(ulong address) => 0;
+
+    [UnmanagedCallersOnly]
+    private static int HostAllocate(void** pointer, nuint bytes, uint flags)
+    {
+        *pointer = NativeMemory.AllocZeroed(bytes);
+        return 0;
+    }
+
+    [UnmanagedCallersOnly]
+    private static int HostFree(void* pointer)
+    {
+        NativeMemory.Free(pointer);
+        return 0;
+    }
+
+    [UnmanagedCallersOnly]
+    private static int Upload(ulong to, void* from, nuint bytes, nint stream) => 0;
+
+    [UnmanagedCallersOnly]
+    private static int Download(void* to, ulong from, nuint bytes, nint stream)
+    {
+        NativeMemory.Clear(to, bytes);
+        return 0;
+    }
+
+    [UnmanagedCallersOnly]
+    private static int Copy(ulong to, ulong from, nuint bytes, nint stream) => 0;
+
+    [UnmanagedCallersOnly]
+    private static int Fill(ulong to, byte value, nuint bytes, nint stream) => 0;
+
+    [UnmanagedCallersOnly]
+    private static int FillWords(ulong to, uint value, nuint bytes, nint stream) => 0;
+
+    [UnmanagedCallersOnly]
+    private static int Create(nint* handle, uint flags)
+    {
+        *handle = ++s_host;
+        return 0;
+    }
+
+    [UnmanagedCallersOnly]
+    private static int CreateHandle(nint* handle)
+    {
+        *handle = ++s_host;
+        return 0;
+    }
+
+    [UnmanagedCallersOnly]
+    private static int Load(nint* module, void* image, uint count, int* names, void** values)
+    {
+        *module = ++s_host;
+        return 0;
+    }
+
+    [UnmanagedCallersOnly]
+    private static int Function(nint* function, nint module, byte* name)
+    {
+        *function = ++s_host;
+        return 0;
+    }
+
+    [UnmanagedCallersOnly]
+    private static int SetAttribute(nint function, int attribute, int value) => 0;
+
+    [UnmanagedCallersOnly]
+    private static int Launch(
+        nint function, uint gx, uint gy, uint gz, uint bx, uint by, uint bz, uint shared, nint stream,
+        void** arguments, void** extra) => 0;
+
+    [UnmanagedCallersOnly]
+    private static int Workspace(nint handle, ulong address, nuint bytes) => 0;
+
+    [UnmanagedCallersOnly]
+    private static int Gemm(
+        nint handle, int transA, int transB, int m, int n, int k, void* alpha, ulong a, int typeA,
+        int lda, ulong b, int typeB, int ldb, void* beta, ulong c, int typeC, int ldc, int compute,
+        int algorithm) => 0;
+}
