@@ -390,6 +390,188 @@ extern "C" __global__ void __launch_bounds__(256) scale_rows(
 
 // ---- 10. attention, forward -------------------------------------------------------------------------
 
+// -- matrix instructions: products of 16-bit values on the tensor cores, sums in float --
+//
+// A warp multiplies A[16, 16] by B[16, 8] and adds D[16, 8]. With g = lane / 4 and t = lane % 4 a lane
+// holds two neighbours per word, the first in the low half:
+//
+//   a[0] = A[g    ][2t, 2t + 1]    a[2] = A[g    ][2t + 8, 2t + 9]    b[0] = B[2t, 2t + 1    ][g]
+//   a[1] = A[g + 8][2t, 2t + 1]    a[3] = A[g + 8][2t + 8, 2t + 9]    b[1] = B[2t + 8, 2t + 9][g]
+//   d[0], d[1] = D[g][2t], D[g][2t + 1]      d[2], d[3] = D[g + 8][2t], D[g + 8][2t + 1]
+//
+// So the d of two products side by side, narrowed, is the a of the next one (narrow_left).
+//
+// load_matrix_x4 reads four 8x8 matrices M from shared memory: lanes 8m to 8m + 7 give the addresses of
+// the rows of matrix m, r[m] gets M[g][2t, 2t + 1], or M[2t, 2t + 1][g] when transposed. Every operand
+// is two by two of them, two rows of matrices by two columns of them, in one of two orders:
+//   down first:   row lane % 16, chunk lane / 16. A from rows; with transposed B[k, n] from rows k: r[0],
+//                 r[1] are its b for n = 0 to 7, r[2], r[3] for n = 8 to 15.
+//   across first: row lane / 16 * 8 + lane % 8, chunk lane / 8 % 2. B[k, n] from rows n, likewise; with
+//                 transposed A[m, k] from rows k.
+
+DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+DEVICE void load_matrix_x4(u32* r, u32 address)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
+DEVICE void load_matrix_x4_transposed(u32* r, u32 address)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
+// Starts a copy of 16 bytes to shared memory, of zeros when not valid; both addresses are multiples of
+// 16. The copying thread may read them after wait_copies, others after a barrier behind that.
+DEVICE void copy_async_16(u32 address, const void* from, bool valid)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+        :: "r"(address), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+
+// Closes a group of copies.
+DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until no more than the N latest groups are on their way.
+template <int N> DEVICE void wait_copies() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
+
+// A tile of rows of CHUNKS x 16 bytes in shared memory. Chunks change places within a row so that eight
+// rows' same chunk, which one matrix is, lies in 32 different banks. CHUNKS is 8n or 8n + 2.
+template <int CHUNKS> DEVICE u32 tile_address(u32 tile, int row, int chunk)
+{
+    static_assert(CHUNKS % 8 == 0 || CHUNKS % 8 == 2, "no conflict-free order for this width");
+    return tile + (row * CHUNKS + (chunk ^ (CHUNKS % 8 == 0 ? row % 8 : row / 4 % 2))) * 16;
+}
+
+#if defined(STORAGE_BF16) || defined(STORAGE_F16)
+
+// d += a b
+DEVICE void multiply_add_16x8x16(float* d, const u32* a, const u32* b)
+{
+#if defined(STORAGE_BF16)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+#endif
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// The d of two products, columns 0 to 7 and 8 to 15, as the a of the next.
+DEVICE void narrow_left(u32* a, const float* left, const float* right)
+{
+    a[0] = narrow2(left[0], left[1]);
+    a[1] = narrow2(left[2], left[3]);
+    a[2] = narrow2(right[0], right[1]);
+    a[3] = narrow2(right[2], right[3]);
+}
+
+// Chunks of a tile's row of DIM elements: products take them 16 by 16.
+#define TILE_CHUNKS(DIM) (((DIM) + 15) / 16 * 2)
+
+// Starts the copy of a tile of ROWS rows of DIM elements that lie stride elements apart; rows from
+// `rows` on and columns from DIM on become zeros. For a block of THREADS threads.
+template <int DIM, int ROWS, int THREADS>
+DEVICE void copy_tile(u32 tile, const real* from, int stride, int rows)
+{
+    constexpr int CHUNKS = TILE_CHUNKS(DIM);
+    static_assert(DIM % 8 == 0 && ROWS * CHUNKS % THREADS == 0, "threads take equal shares");
+#pragma unroll
+    for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS)
+    {
+        int row = i / CHUNKS, chunk = i % CHUNKS;
+        copy_async_16(tile_address<CHUNKS>(tile, row, chunk),
+            from + (long long)row * stride + chunk * 8, row < rows && chunk * 8 < DIM);
+    }
+}
+
+#endif
+
+// -- packed sequences --
+
+#define FAULT_ATTENTION_QUERY_STARTS 8
+#define FAULT_ATTENTION_KEY_STARTS 9
+
+// The arguments that say which query sees which key, as the kernels take them.
+struct AttentionMask
+{
+    const int *starts_q, *starts_k; // [sequences + 1]
+    const int* key_lengths;         // [sequences]; may be null
+    int sequences, tokens, key_tokens, causal;
+};
+
+// A tile of one sequence's queries, or keys. Queries and keys count within the sequence.
+struct SequenceTile
+{
+    int first_token, queries, first_key_token, keys;
+    int visible; // keys that are not masked for all
+    int first;   // of the tile
+};
+
+// Keys that a query sees.
+DEVICE int keys_seen(const AttentionMask& mask, const SequenceTile& at, int query)
+{
+    if (!mask.causal) return at.visible;
+    return max(0, min(at.visible, query + 1 + at.keys - at.queries));
+}
+
+// Finds tile number `tile` of `rows` queries (or keys) each, counted over the sequences; false when there
+// are fewer. Every warp looks for itself, a sequence per lane; sequences outside the tokens have none.
+DEVICE bool find_tile(SequenceTile& at, const AttentionMask& mask, int tile, int rows, bool of_keys)
+{
+    int lane = threadIdx.x % WARP;
+    for (int base = 0; base < mask.sequences; base += WARP)
+    {
+        int s = base + lane, tiles = 0;
+        if (s < mask.sequences)
+        {
+            int q = mask.starts_q[s], q_end = mask.starts_q[s + 1];
+            int k = mask.starts_k[s], k_end = mask.starts_k[s + 1];
+            bool inside = 0 <= q && q <= q_end && q_end <= mask.tokens
+                && 0 <= k && k <= k_end && k_end <= mask.key_tokens;
+            if (inside) tiles = ((of_keys ? k_end - k : q_end - q) + rows - 1) / rows;
+        }
+        int end = tiles; // the sum up to this lane
+        for (int step = 1; step < WARP; step *= 2)
+        {
+            int before = __shfl_up_sync(ALL_LANES, end, step);
+            if (lane >= step) end += before;
+        }
+        u32 behind = __ballot_sync(ALL_LANES, tile < end);
+        if (behind == 0)
+        {
+            tile -= __shfl_sync(ALL_LANES, end, WARP - 1);
+            continue;
+        }
+        int owner = __ffs(behind) - 1;
+        s = base + owner;
+        at.first = (tile - __shfl_sync(ALL_LANES, end - tiles, owner)) * rows;
+        at.first_token = mask.starts_q[s];
+        at.queries = mask.starts_q[s + 1] - at.first_token;
+        at.first_key_token = mask.starts_k[s];
+        at.keys = mask.starts_k[s + 1] - at.first_key_token;
+        at.visible = at.keys;
+        if (mask.key_lengths) at.visible = max(0, min(at.keys, mask.key_lengths[s]));
+        return true;
+    }
+    return false;
+}
+
+// Reports starts that do not rise from 0 to the tokens; for one block of a launch.
+DEVICE void check_starts(int* faults, int what, const int* starts, int sequences, int tokens)
+{
+    for (int s = threadIdx.x; s <= sequences; s += blockDim.x)
+    {
+        int lowest = s == 0 ? 0 : starts[s - 1], highest = s == 0 ? 0 : tokens;
+        if (s == sequences) lowest = tokens;
+        if (starts[s] < lowest || starts[s] > highest) report(faults, what, s, starts[s], tokens);
+    }
+}
+
+
 // ---- 11. attention, backward ------------------------------------------------------------------------
 
 // ---- 12. optimizer ----------------------------------------------------------------------------------

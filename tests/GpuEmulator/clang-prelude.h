@@ -100,6 +100,7 @@ CPMX_ATOMIC(atomicMax, int, "max.s32", "r") CPMX_ATOMIC(atomicMin, int, "min.s32
 CPMX_ATOMIC(atomicMax, unsigned, "max.u32", "r") CPMX_ATOMIC(atomicMin, unsigned, "min.u32", "r")
 CPMX_FN unsigned atomicCAS(unsigned* p, unsigned a, unsigned b) { unsigned r;
   asm volatile("atom.cas.b32 %0, [%1], %2, %3;" : "=r"(r) : "l"(p), "r"(a), "r"(b) : "memory"); return r; }
+CPMX_FN int atomicCAS(int* p, int a, int b) { return (int)atomicCAS((unsigned*)p, (unsigned)a, (unsigned)b); }
 
 CPMX_FN unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)(((unsigned long long)a * b) >> 32); }
 CPMX_FN int __popc(unsigned x) { return __builtin_popcount(x); }
