@@ -101,6 +101,29 @@ public sealed class ResumeTests
     }
 
     [Test]
+    public void AStoppedRunSavesItsStepWhateverTheSaveStrategy()
+    {
+        var stop = new StopRequest();
+        TrainArguments arguments = Short("out", steps: 5) with
+        {
+            SaveStrategy = When.No,
+            LoggingSteps = new Interval(1),
+        };
+        string said = Runs.Train(arguments, stop, new StopAt("step 2/5", stop));
+        Assert.That(said, Does.Contain("stopped after step 2 of 5; go on with"));
+        Assert.That(RunFolder.Checkpoints(arguments.OutputDir).Select(c => c.Step), Is.EqualTo([2]));
+    }
+
+    /// <summary>A screen that asks for a stop when a text appears on it.</summary>
+    private sealed class StopAt(string text, StopRequest stop) : StringWriter
+    {
+        public override void Flush()
+        {
+            if (ToString().Contains(text, StringComparison.Ordinal)) stop.TryRequest(StopReason.Interrupt);
+        }
+    }
+
+    [Test]
     public void EvaluationsAndCheckpointsChangeNothing()
     {
         TrainArguments plain = Short("plain", steps: 6) with { SaveStrategy = When.No };

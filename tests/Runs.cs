@@ -31,9 +31,10 @@ internal static class Runs
     }
 
     /// <summary>Trains; what the run says is returned.</summary>
-    public static string Train(TrainArguments arguments, StopRequest? stop = null)
+    public static string Train(
+        TrainArguments arguments, StopRequest? stop = null, StringWriter? screen = null)
     {
-        var screen = new StringWriter();
+        screen ??= new StringWriter();
         using var log = new TrainLog(screen, isTerminal: false, () => 80, TimeProvider.System);
         TrainRun.Run(arguments, log, stop ?? new StopRequest());
         return screen.ToString();

@@ -135,6 +135,7 @@ public sealed class TrainLogTests
             Assert.That(draw.TrimEnd('\n', ' ', '\b'), Has.Length.LessThan(Math.Max(columns, 21)));
         Assert.That(draws, Has.Length.GreaterThan(100));
         Assert.That(text, Does.Contain("100% 100/100").And.EndsWith("\rnote\n"));
+        if (columns == 80) Assert.That(draws[50], Does.Contain("lr 1.9e-6 1000 tok/s 2.0 GiB"));
         if (columns >= 200)
         {
             Assert.That(draws[50], Does.StartWith(

@@ -25,8 +25,7 @@ public static class DataCheck
     {
         TrainingRows rows = TrainingRows.Read(path, arguments, spec);
         RowCheck[] checks = rows.Check(decode: true);
-        var bad = rows.Unreadable.Concat(checks.Where(c => c.Bad is not null).Select(c => c.Bad!))
-            .OrderBy(row => row.Number).ToList();
+        var bad = rows.Bad(checks);
         foreach (BadRow row in bad) output.WriteLine(row);
         var usable = checks.Where(c => c.Bad is null).ToList();
         output.WriteLine(

@@ -83,8 +83,7 @@ public sealed class TrainingRows : IRowLoader
         bool skip = arguments.OnBadRow == BadRows.Skip;
         // What is left out must be known before the first step; whole pictures tell more than headers.
         var checks = all.Check(decode: skip);
-        var bad = all.Unreadable.Concat(checks.Where(c => c.Bad is not null).Select(c => c.Bad!))
-            .OrderBy(row => row.Number).ToList();
+        var bad = all.Bad(checks);
         if (bad.Count == 0) return all;
         if (!skip)
         {
@@ -100,6 +99,10 @@ public sealed class TrainingRows : IRowLoader
         if (good.Count == 0) throw new InputException($"{path}: no usable row is left");
         return new TrainingRows(all, good);
     }
+
+    /// <summary>The unreadable rows and those that failed their check, in the file's order.</summary>
+    public List<BadRow> Bad(RowCheck[] checks) =>
+        [.. Unreadable.Concat(checks.Select(c => c.Bad).OfType<BadRow>()).OrderBy(row => row.Number)];
 
     /// <summary>Looks at every row, on all processors; see <see cref="RowCheck"/>.</summary>
     public RowCheck[] Check(bool decode)

@@ -100,10 +100,16 @@ internal sealed class Progress
         double share = _total == 0 ? 1 : (double)report.Step / _total;
         _line.Clear().Append(
             CultureInfo.InvariantCulture, $"{Math.Floor(share * 100),3}% {report.Step}/{_total}  ");
-        int head = _line.Length;
+        int head = _line.Length, most = Columns - EchoColumns;
         Times(report.Step);
+        int values = _line.Length;
         Values(report);
-        int most = Columns - EchoColumns;
+        if (_line.Length > most)
+        {
+            _line.Length = values;
+            ShortValues(report);
+        }
+
         int bar = Math.Min(WidestBar, most - _line.Length - 4);
         if (bar >= 5)
         {
@@ -126,14 +132,25 @@ internal sealed class Progress
 
     private void Values(in StepReport r)
     {
-        double speed = _smoothSeconds > 0 ? _smoothTokens / _smoothSeconds : 0;
         _line.Append(
             CultureInfo.InvariantCulture,
             $"loss {r.Loss:0.0000}  grad_norm {r.GradNorm:0.000}  lr {r.LearningRate:0.00e-00}  ");
         _line.Append(
-            CultureInfo.InvariantCulture,
-            $"{speed:N0} tokens/s  {(double)r.MemoryBytes / (1 << 30):0.00} GiB");
+            CultureInfo.InvariantCulture, $"{Speed:N0} tokens/s  {Gib(r):0.00} GiB");
     }
+
+    // The same in fewer columns, so that 80 hold all of it.
+    private void ShortValues(in StepReport r)
+    {
+        _line.Append(
+            CultureInfo.InvariantCulture,
+            $"loss {r.Loss:0.000} norm {r.GradNorm:0.00} lr {r.LearningRate:0.0e-0} ");
+        _line.Append(CultureInfo.InvariantCulture, $"{Speed:0} tok/s {Gib(r):0.0} GiB");
+    }
+
+    private double Speed => _smoothSeconds > 0 ? _smoothTokens / _smoothSeconds : 0;
+
+    private static double Gib(in StepReport report) => (double)report.MemoryBytes / (1 << 30);
 
     private void Times(int step)
     {

@@ -124,8 +124,7 @@ public sealed class TrainLog : ITrainLog
         }
         else
         {
-            bool isSaved = step > 0 && Run.Arguments.SaveStrategy != When.No;
-            _progress.Message($"stopped after step {step} of {Run.Plan.MaxSteps}; " + (isSaved
+            _progress.Message($"stopped after step {step} of {Run.Plan.MaxSteps}; " + (step > 0
                 ? "go on with --resume_from_checkpoint true"
                 : "nothing was saved"));
         }

@@ -89,13 +89,11 @@ public sealed class TrainRun : IDisposable
             loader.Return(micro);
             StepActions after = _plan.After(done);
             if (after.HasFlag(StepActions.Evaluate)) Evaluate(done);
-            if (after.HasFlag(StepActions.Save) || (_stop.Requested && SavesOnStop)) Save(done);
+            if (after.HasFlag(StepActions.Save) || _stop.Requested) Save(done);
         }
 
         return done;
     }
-
-    private bool SavesOnStop => _arguments.SaveStrategy != When.No;
 
     /// <summary>Micro-batches in the plan's order, from the one numbered first on.</summary>
     private BatchLoader Loader(long first, long count)
