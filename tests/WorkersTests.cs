@@ -22,6 +22,30 @@ public sealed unsafe class WorkersTests
         }
     }
 
+    /// <summary>
+    /// Items that take long, as the blocks of a product do, must not pile up on one thread: no chunk
+    /// is above its share of what is left, and the last ones are single items.
+    /// </summary>
+    [Test]
+    public void ChunksAreSharesOfWhatIsLeft(
+        [Values(2, 3)] int threads, [Values(2, 10, 50, 299)] int count, [Values(1, 7)] int minChunk)
+    {
+        using var workers = new Workers(threads);
+        int* sizes = stackalloc int[count];
+        new Span<int>(sizes, count).Clear();
+        workers.For(count, new Chunks { Sizes = sizes }, minChunk);
+        int sum = 0;
+        for (int i = 0; i < count; i++)
+        {
+            if (sizes[i] == 0) continue;
+            int share = Math.Max(minChunk, (count - i) / (4 * threads));
+            Assert.That(sizes[i], Is.EqualTo(Math.Min(share, count - i)), $"chunk at {i}");
+            sum += sizes[i];
+        }
+
+        Assert.That(sum, Is.EqualTo(count));
+    }
+
     [Test]
     public void NestedCallsKeepTheirWorker()
     {
@@ -63,6 +87,13 @@ public sealed unsafe class WorkersTests
                 throw new InvalidOperationException($"worker {worker} of {Threads}");
             for (int i = begin; i < end; i++) Interlocked.Increment(ref Hits[i]);
         }
+    }
+
+    private struct Chunks : IRangeBody
+    {
+        public int* Sizes;
+
+        public readonly void Run(int begin, int end, int worker) => Sizes[begin] = end - begin;
     }
 
     private struct Outer : IRangeBody

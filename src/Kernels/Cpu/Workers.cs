@@ -16,10 +16,12 @@ public interface IRangeBody
 }
 
 /// <summary>
-/// The threads of the CPU device. A range is cut into chunks which the threads, the caller among
-/// them, take in turn from a counter. Which thread runs a chunk varies from run to run, so results
-/// must not depend on it: a body writes only what its items own, and sums over items happen in a
-/// fixed order afterwards. Nested calls run on the calling thread, under its worker number.
+/// The threads of the CPU device. The threads, the caller among them, take chunks of a range in turn
+/// from a counter: each a small share of what is left (guided self-scheduling), so that the last
+/// chunks are the smallest and the threads end at about the same time. Which thread runs a chunk
+/// varies from run to run, so results must not depend on it: a body writes only what its items own,
+/// and sums over items happen in a fixed order afterwards. Nested calls run on the calling thread,
+/// under its worker number.
 ///
 /// A thread without work spins for some tens of microseconds, the time between two operations of a
 /// step, and then sleeps. Posting to a spinning thread costs one atomic exchange. A thread that has
@@ -35,7 +37,7 @@ public sealed unsafe class Workers : IDisposable
     private readonly Lock _turn = new();
     private delegate*<void*, int, int, int, void> _run;
     private void* _body;
-    private int _count, _chunk, _next, _busy;
+    private int _count, _minChunk, _next, _busy;
     private Exception? _failure;
     private volatile bool _stop;
 
@@ -97,9 +99,8 @@ public sealed unsafe class Workers : IDisposable
             t_inside = 1;
             try
             {
-                int chunk = Math.Max(minChunk, (count + (Count * 4) - 1) / (Count * 4));
-                if (Count == 1 || chunk >= count) body.Run(0, count, 0);
-                else Share(count, chunk, &body, &Invoke<TBody>);
+                if (Count == 1 || minChunk >= count) body.Run(0, count, 0);
+                else Share(count, minChunk, &body, &Invoke<TBody>);
             }
             finally
             {
@@ -130,15 +131,16 @@ public sealed unsafe class Workers : IDisposable
     private static void Invoke<TBody>(void* body, int begin, int end, int worker)
         where TBody : unmanaged, IRangeBody => Unsafe.AsRef<TBody>(body).Run(begin, end, worker);
 
-    private void Share(int count, int chunk, void* body, delegate*<void*, int, int, int, void> run)
+    private void Share(
+        int count, int minChunk, void* body, delegate*<void*, int, int, int, void> run)
     {
         _run = run;
         _body = body;
         _count = count;
-        _chunk = chunk;
+        _minChunk = minChunk;
         _next = 0;
         _failure = null;
-        int helpers = Math.Min(_slots.Length, ((count + chunk - 1) / chunk) - 1);
+        int helpers = Math.Min(_slots.Length, ((count + minChunk - 1) / minChunk) - 1);
         Volatile.Write(ref _busy, helpers);
         _done.Reset();
         for (int i = 0; i < helpers; i++) Post(_slots[i]);
@@ -216,9 +218,11 @@ public sealed unsafe class Workers : IDisposable
     {
         while (true)
         {
-            int begin = Interlocked.Add(ref _next, _chunk) - _chunk;
-            if (begin >= _count) return;
-            _run(_body, begin, Math.Min(begin + _chunk, _count), worker);
+            int begin = Volatile.Read(ref _next), left = _count - begin;
+            if (left <= 0) return;
+            int end = begin + Math.Min(left, Math.Max(_minChunk, left / (4 * Count)));
+            if (Interlocked.CompareExchange(ref _next, end, begin) == begin)
+                _run(_body, begin, end, worker);
         }
     }
 
