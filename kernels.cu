@@ -575,3 +575,227 @@ DEVICE void check_starts(int* faults, int what, const int* starts, int sequences
 // ---- 11. attention, backward ------------------------------------------------------------------------
 
 // ---- 12. optimizer ----------------------------------------------------------------------------------
+
+// The sum over a block of 256 threads of one double each, in a fixed order; the result is thread 0's.
+DEVICE double block_sum_double(double x, double* shared)
+{
+    shared[threadIdx.x] = x;
+    __syncthreads();
+    for (int half = blockDim.x / 2; half > 0; half /= 2)
+    {
+        if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+        __syncthreads();
+    }
+    return shared[0];
+}
+
+DEVICE int not_finite(float x) { return (__float_as_uint(x) & 0x7f800000u) == 0x7f800000u; }
+
+// part[p] = {sum of g[i]^2, number of g[i] that are NaN or infinite} over the elements of part p, which
+// are neighbours; with only_count the first is 0. Squares are added in double, which no float's square
+// overflows: a thread adds its own in order, the block its threads'. Reads 4 count bytes, 2 FLOP each.
+extern "C" __global__ void __launch_bounds__(256) gradient_norm_parts(
+    double* part, const float* g, long long count, long long per_part, int only_count)
+{
+    __shared__ double sums[256];
+    long long first = blockIdx.x * per_part, last = min(count, first + per_part);
+    double squares = 0;
+    int bad = 0;
+    long long i = first + threadIdx.x * 4;
+    // per_part is a multiple of 4, so that every part starts as well aligned as g.
+    if (aligned16(g, 4, 4))
+    {
+        for (; i + 4 <= last; i += blockDim.x * 4)
+        {
+            float4 v = *(const float4*)(g + i);
+            squares += (double)v.x * v.x + (double)v.y * v.y + (double)v.z * v.z + (double)v.w * v.w;
+            bad += not_finite(v.x) + not_finite(v.y) + not_finite(v.z) + not_finite(v.w);
+        }
+    }
+    for (; i < last; i += blockDim.x * 4)
+    {
+        for (int j = 0; j < 4 && i + j < last; j++)
+        {
+            squares += (double)g[i + j] * g[i + j];
+            bad += not_finite(g[i + j]);
+        }
+    }
+    double sum = block_sum_double(only_count ? 0 : squares, sums);
+    __syncthreads();
+    double found = block_sum_double(bad, sums);
+    if (threadIdx.x != 0) return;
+    part[2 * blockIdx.x] = sum;
+    part[2 * blockIdx.x + 1] = found;
+}
+
+// norm = {sqrt(sum of squares), clipping factor, number of non-finite elements} of all parts, in order;
+// max_norm 0 or below does not clip. One block.
+extern "C" __global__ void __launch_bounds__(256) gradient_norm_finish(
+    double* norm, const double* part, int parts, double max_norm)
+{
+    __shared__ double sums[256];
+    double squares = 0, bad = 0;
+    for (int p = threadIdx.x; p < parts; p += blockDim.x)
+    {
+        squares += part[2 * p];
+        bad += part[2 * p + 1];
+    }
+    double sum = block_sum_double(squares, sums);
+    __syncthreads();
+    double found = block_sum_double(bad, sums);
+    if (threadIdx.x != 0) return;
+    double length = sqrt(sum), factor = max_norm > 0 ? max_norm / (length + 1e-6) : 1;
+    norm[0] = length;
+    norm[1] = factor > 1 ? 1 : factor;
+    norm[2] = found;
+}
+
+// Whether an update goes ahead, and the factor of its gradients: norm as above, or none for 1.
+DEVICE bool may_update(const double* norm, float* factor)
+{
+    *factor = norm ? (float)norm[1] : 1.0f;
+    return !norm || !(norm[2] > 0);
+}
+
+// One element of AdamW, as src/Kernels/Updates/AdamW.cs has it: m and v are changed, p is returned.
+struct adamw_step
+{
+    float keep, first, new_first, second, new_second, rate, root, epsilon;
+};
+
+DEVICE float adamw_element(const adamw_step& s, float p, float g, float* m, float* v)
+{
+    *m = *m * s.first + g * s.new_first;
+    *v = *v * s.second + g * g * s.new_second;
+    return p * s.keep - *m / (sqrtf(*v) / s.root + s.epsilon) * s.rate;
+}
+
+// The rounded copy of a master: 4 neighbours, or fewer of them one by one.
+DEVICE void store_rounded(void* rounded, int type, long long i, const float* p, int count, bool wide)
+{
+    u32 bits[4];
+    for (int j = 0; j < 4; j++) bits[j] = type == DTYPE_BF16 ? narrow_bf16(p[j]) : narrow_f16(p[j]);
+    if (wide)
+    {
+        *(uint2*)((bf16*)rounded + i) = make_uint2(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
+        return;
+    }
+    for (int j = 0; j < count; j++) ((bf16*)rounded)[i + j] = (bf16)bits[j];
+}
+
+// AdamW on p[count] with gradients g and moments m, v, all float; rounded, if given, is p's copy in a
+// 16-bit type, rounded to nearest even. Nothing changes where norm counts elements that are not finite.
+// Four elements per thread. Moves 28 bytes per element, 30 with a copy; 13 FLOP.
+extern "C" __global__ void __launch_bounds__(256) adamw(
+    float* p, void* rounded, int rounded_type, const float* g, float* m, float* v, const double* norm,
+    long long count, float keep, float first, float new_first, float second, float new_second,
+    float rate, float root, float epsilon)
+{
+    float factor;
+    long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (i >= count || !may_update(norm, &factor)) return;
+    adamw_step s = {keep, first, new_first, second, new_second, rate, root, epsilon};
+    float x[4] = {0, 0, 0, 0};
+    int mine = (int)min(4LL, count - i);
+    bool wide = mine == 4 && aligned16(p, 4, 4) && aligned16(g, 4, 4) && aligned16(m, 4, 4)
+        && aligned16(v, 4, 4) && aligned16(rounded, 4, 4);
+    if (wide)
+    {
+        float4 value = *(float4*)(p + i), gradient = *(const float4*)(g + i);
+        float4 mean = *(float4*)(m + i), square = *(float4*)(v + i);
+        value.x = adamw_element(s, value.x, gradient.x * factor, &mean.x, &square.x);
+        value.y = adamw_element(s, value.y, gradient.y * factor, &mean.y, &square.y);
+        value.z = adamw_element(s, value.z, gradient.z * factor, &mean.z, &square.z);
+        value.w = adamw_element(s, value.w, gradient.w * factor, &mean.w, &square.w);
+        *(float4*)(p + i) = value;
+        *(float4*)(m + i) = mean;
+        *(float4*)(v + i) = square;
+        x[0] = value.x;
+        x[1] = value.y;
+        x[2] = value.z;
+        x[3] = value.w;
+    }
+    else
+    {
+        for (int j = 0; j < mine; j++)
+        {
+            x[j] = adamw_element(s, p[i + j], g[i + j] * factor, &m[i + j], &v[i + j]);
+            p[i + j] = x[j];
+        }
+    }
+    if (rounded) store_rounded(rounded, rounded_type, i, x, mine, wide);
+}
+
+// x rounded to one of its two bf16 neighbours, up with the probability of the part that is cut off, so
+// that the expected value is x: random has 16 bits. Infinities and NaNs stay what they are.
+DEVICE bf16 round_randomly(float x, u32 random)
+{
+    u32 bits = __float_as_uint(x);
+    if (not_finite(x)) return (bf16)(bits >> 16 | ((bits & 0x7fffffu) != 0) << 6);
+    return (bf16)((bits + random) >> 16);
+}
+
+// As adamw with moments in bf16, rounded randomly: element n of the whole range (first_element + i)
+// takes word n % 4 of the Philox counter (n / 4, layer, step), its low half for m and its high half for
+// v. Moves 20 bytes per element, 22 with a copy.
+extern "C" __global__ void __launch_bounds__(256) adamw_bf16_moments(
+    float* p, void* rounded, int rounded_type, const float* g, bf16* m, bf16* v, const double* norm,
+    long long count, float keep, float first, float new_first, float second, float new_second,
+    float rate, float root, float epsilon, long long first_element, u64 seed, u64 step, int layer)
+{
+    float factor;
+    long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (i >= count || !may_update(norm, &factor)) return;
+    adamw_step s = {keep, first, new_first, second, new_second, rate, root, epsilon};
+    uint4 random = philox(seed, step, (u32)layer, (u32)((first_element + i) / 4));
+    u32 words[4] = {random.x, random.y, random.z, random.w};
+    float x[4] = {0, 0, 0, 0}, gradients[4] = {0, 0, 0, 0};
+    u32 means[4] = {0, 0, 0, 0}, squares[4] = {0, 0, 0, 0};
+    int mine = (int)min(4LL, count - i);
+    bool wide = mine == 4 && aligned16(p, 4, 4) && aligned16(g, 4, 4) && aligned16(m, 8, 2)
+        && aligned16(v, 8, 2) && aligned16(rounded, 4, 4);
+    if (wide)
+    {
+        float4 value = *(float4*)(p + i), gradient = *(const float4*)(g + i);
+        uint2 mean = *(uint2*)(m + i), square = *(uint2*)(v + i);
+        x[0] = value.x, x[1] = value.y, x[2] = value.z, x[3] = value.w;
+        gradients[0] = gradient.x, gradients[1] = gradient.y;
+        gradients[2] = gradient.z, gradients[3] = gradient.w;
+        means[0] = mean.x & 0xffff, means[1] = mean.x >> 16;
+        means[2] = mean.y & 0xffff, means[3] = mean.y >> 16;
+        squares[0] = square.x & 0xffff, squares[1] = square.x >> 16;
+        squares[2] = square.y & 0xffff, squares[3] = square.y >> 16;
+    }
+    else
+    {
+        for (int j = 0; j < mine; j++)
+        {
+            x[j] = p[i + j], gradients[j] = g[i + j];
+            means[j] = m[i + j], squares[j] = v[i + j];
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+    {
+        float mean = widen_bf16((bf16)means[j]), square = widen_bf16((bf16)squares[j]);
+        x[j] = adamw_element(s, x[j], gradients[j] * factor, &mean, &square);
+        means[j] = round_randomly(mean, words[j] & 0xffff);
+        squares[j] = round_randomly(square, words[j] >> 16);
+    }
+    if (wide)
+    {
+        *(float4*)(p + i) = make_float4(x[0], x[1], x[2], x[3]);
+        *(uint2*)(m + i) = make_uint2(means[0] | means[1] << 16, means[2] | means[3] << 16);
+        *(uint2*)(v + i) = make_uint2(squares[0] | squares[1] << 16, squares[2] | squares[3] << 16);
+    }
+    else
+    {
+        for (int j = 0; j < mine; j++)
+        {
+            p[i + j] = x[j];
+            m[i + j] = (bf16)means[j];
+            v[i + j] = (bf16)squares[j];
+        }
+    }
+    if (rounded) store_rounded(rounded, rounded_type, i, x, mine, wide);
+}

@@ -27,9 +27,10 @@ public sealed class ResumeTests
 
     [TestCase("lora", 1)]
     [TestCase("full", 2)]
+    [TestCase("lora_bf16_moments", 3)]
     public void FromEachCheckpointARunGoesOnBitForBit(string name, int every)
     {
-        TrainArguments arguments = (name == "lora"
+        TrainArguments arguments = (name != "full"
             ? V26.Lora with { LoraDropout = 0.2, GradientCheckpointing = true }
             : V26.Full with { Bf16 = true, WarmupSteps = 2 }) with
         {
@@ -39,6 +40,8 @@ public sealed class ResumeTests
             MaxSteps = 6,
             LearningRate = 1e-3,
             WeightDecay = 0.1,
+            Optim = name.EndsWith("bf16_moments", StringComparison.Ordinal)
+                ? OptimizerKind.AdamwBf16 : OptimizerKind.AdamwTorch,
             SaveSteps = new Interval(every),
             LoggingSteps = new Interval(4),
             LoggingFirstStep = true,
@@ -78,6 +81,8 @@ public sealed class ResumeTests
         Assert.That(Refusal(resumed with { Seed = 7 }), Does.Contain("was made with seed 42"));
         Assert.That(Refusal(resumed with { LoraR = 4 }),
             Does.EndWith("was made with lora_r 8 and lora_alpha 16, this run has 4 and 16"));
+        Assert.That(Refusal(resumed with { Optim = OptimizerKind.AdamwBf16 }),
+            Does.Contain("is F32, this run keeps BF16 (optim)"));
         Assert.That(Refusal(resumed with { LoraBias = LoraBias.All }),
             Does.Contain("optimizer.safetensors").And.Contain("first_moment."));
         Assert.That(Refusal(resumed with { LoraTargetModules = new TargetModules(["q_proj"]) }),

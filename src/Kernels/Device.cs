@@ -35,10 +35,11 @@ public abstract class Device : IDisposable
 
     /// <summary>
     /// into = norm, clipping factor and number of non-finite elements of all these gradient ranges
-    /// together; maxNorm 0 or below does not clip.
+    /// together; maxNorm 0 or below does not clip. Losses (may be None) are only looked through for
+    /// elements that are not finite.
     /// </summary>
     public abstract void GradientNorm(
-        ReadOnlySpan<Tensor> gradients, double maxNorm, in Tensor into);
+        ReadOnlySpan<Tensor> gradients, double maxNorm, in Tensor into, in Tensor losses);
 
     /// <summary>
     /// One optimizer step over a range, with gradients times the factor in norm (None: 1). Where norm

@@ -129,6 +129,10 @@ public sealed partial record TrainArguments
     [Key("Optimisation", "share of all steps for warm-up, when warmup_steps is 0", Max = 1)]
     public double WarmupRatio { get; init; }
 
+    [Key("Optimisation", "adamw_torch (adamw_torch_fused is the same), or adamw_bf16: moments in "
+        + "bfloat16, in half the memory")]
+    public OptimizerKind Optim { get; init; }
+
     [Key("Optimisation", "decoupled weight decay", Max = 1e6)]
     public double WeightDecay { get; init; }
 

@@ -41,6 +41,12 @@ public enum DecayScope { Hf, All }
 /// </summary>
 public enum LossNormalization { Tokens, MicroBatchMean }
 
+/// <summary>
+/// The optimizer, under Hugging Face's names. AdamwTorch and AdamwTorchFused are the same here: AdamW
+/// with moments in F32. AdamwBf16 keeps them in BF16, rounded at random, which halves their memory.
+/// </summary>
+public enum OptimizerKind { AdamwTorch, AdamwTorchFused, AdamwBf16 }
+
 public enum LoraBias { None, All, LoraOnly }
 
 public enum WarmupCurve { Log, Linear }

@@ -50,8 +50,6 @@ internal static class TrainForeignKeys
             ["metric_for_best_model"] = (["loss", "eval_loss"], "is not supported: the metric is the loss"),
             ["neftune_noise_alpha"] = (["0"], "is not supported"),
             ["no_cuda"] = ([], "is spelt device=cpu here"),
-            ["optim"] = (["adamw_torch", "adamw_torch_fused"],
-                "is not supported: the optimizer is AdamW (adamw_torch)"),
             ["optim_args"] = ([], "is not supported: set adam_beta1, adam_beta2, adam_epsilon"),
             ["optim_target_modules"] = ([], "is not supported"),
             ["parallelism_config"] = ([], "is not supported"),

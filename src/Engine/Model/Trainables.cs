@@ -9,8 +9,8 @@ namespace MiniCpmNative.Engine.Model;
 public sealed record Trainable(string Name, Shape Shape, DType Type, bool Decays);
 
 /// <summary>
-/// The trained tensors as flat ranges on the device: values in their storage type, and in F32 gradients,
-/// both moments, and a master copy of values that are stored in 16 bits. Clipping, AdamW and sharding
+/// The trained tensors as flat ranges on the device: values in their storage type, gradients in F32, both
+/// moments in F32 or BF16, and an F32 master copy of values that are stored in 16 bits. Clipping, AdamW and sharding
 /// become loops over a few ranges. F32 tensors come first, then the 16-bit ones; within a type, those
 /// that decay come first, so that a range is four runs at most.
 /// </summary>
@@ -24,7 +24,10 @@ public sealed class Trainables
     private readonly Dictionary<string, (Trainable Tensor, long Offset)> _places = [];
     private readonly Dictionary<DType, (Tensor Values, long Begin, long Count)> _values = [];
 
-    public Trainables(Device device, IEnumerable<Trainable> tensors)
+    /// <param name="device">Holds the ranges.</param>
+    /// <param name="tensors">What is trained.</param>
+    /// <param name="moments">Type of both moments, F32 or BF16.</param>
+    public Trainables(Device device, IEnumerable<Trainable> tensors, DType moments = DType.F32)
     {
         _device = device;
         List = [.. tensors.OrderBy(t => t.Type != DType.F32).ThenBy(t => !t.Decays)];
@@ -45,8 +48,8 @@ public sealed class Trainables
 
         _runs = [.. runs];
         Gradients = Allocate(DType.F32, offset, "gradients");
-        FirstMoments = Allocate(DType.F32, offset, "first moments");
-        SecondMoments = Allocate(DType.F32, offset, "second moments");
+        FirstMoments = Allocate(moments, offset, "first moments");
+        SecondMoments = Allocate(moments, offset, "second moments");
         foreach (var type in runs.GroupBy(r => r.Type))
         {
             long begin = type.First().Begin, count = type.Sum(r => r.Count);

@@ -28,7 +28,7 @@ public sealed class Optimizer
     /// <summary>Global L2 norm of the gradients, before clipping; not finite if any gradient is not.</summary>
     public double GradientNorm()
     {
-        _device.GradientNorm([_trainables.Gradients], _arguments.MaxGradNorm, _norm);
+        _device.GradientNorm([_trainables.Gradients], _arguments.MaxGradNorm, _norm, Tensor.None);
         Span<double> values = stackalloc double[3];
         _device.Read(_norm, values);
         return values[2] > 0 ? double.NaN : values[0];
@@ -42,14 +42,15 @@ public sealed class Optimizer
         {
             var step = new AdamW(
                 learningRate, _arguments.AdamBeta1, _arguments.AdamBeta2, _arguments.AdamEpsilon,
-                run.Decays ? _arguments.WeightDecay : 0, Updates);
+                run.Decays ? _arguments.WeightDecay : 0, Updates,
+                (ulong)_arguments.Seed);
             _device.Update(
                 step,
                 new AdamWRange(
                     _trainables.Values(run), _trainables.MastersOf(run),
                     Trainables.Stretch(_trainables.Gradients, run),
                     Trainables.Stretch(_trainables.FirstMoments, run),
-                    Trainables.Stretch(_trainables.SecondMoments, run)),
+                    Trainables.Stretch(_trainables.SecondMoments, run), run.Begin),
                 _norm);
         }
     }

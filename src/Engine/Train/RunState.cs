@@ -58,8 +58,14 @@ public sealed record RunState(
 
         return state;
 
-        void Copy(string prefix, Tensor to, string name) =>
-            model.Device.WriteFloats(to, file.Get(prefix + name).ToFloats());
+        void Copy(string prefix, Tensor to, string name)
+        {
+            StoredTensor stored = file.Get(prefix + name);
+            if (stored.Type != to.Type)
+                throw new InputException($"{file.Path}: {stored.Name} is {stored.Type}, this run keeps "
+                    + $"{to.Type} (optim): a run goes on only with the optimizer it was started with");
+            model.Device.WriteFloats(to, stored.ToFloats());
+        }
     }
 
     private static readonly JsonSerializerOptions s_json = new()

@@ -45,6 +45,10 @@ public sealed class TrainingModel : IDisposable
     public static DType StorageOf(TrainArguments arguments) =>
         arguments.Fp16 ? DType.F16 : arguments.Bf16 ? DType.BF16 : DType.F32;
 
+    /// <summary>Storage type of AdamW's moments.</summary>
+    public static DType MomentsOf(TrainArguments arguments) =>
+        arguments.Optim == OptimizerKind.AdamwBf16 ? DType.BF16 : DType.F32;
+
     /// <exception cref="InputException">The model, the adapter or what is to be trained is unusable.</exception>
     public static TrainingModel Open(TrainArguments arguments)
     {
@@ -66,7 +70,7 @@ public sealed class TrainingModel : IDisposable
         try
         {
             var graph = new Graph(device);
-            var trainables = new Trainables(device, parts.Tensors);
+            var trainables = new Trainables(device, parts.Tensors, MomentsOf(arguments));
             var weights = new ModelWeights(graph, checkpoint, trainables, parts.Adapters, storage);
             var model = new TrainingModel(
                 device, graph, spec, parts, trainables,

@@ -88,20 +88,22 @@ public sealed unsafe class CpuDevice : Device
     }
 
     public override void GradientNorm(
-        ReadOnlySpan<Tensor> gradients, double maxNorm, in Tensor into)
+        ReadOnlySpan<Tensor> gradients, double maxNorm, in Tensor into, in Tensor losses)
     {
-        double squares = 0, nonFinite = 0;
-        foreach (ref readonly Tensor gradient in gradients)
-        {
-            if (gradient.Type != Activations)
-                throw new ShapeException($"gradient_norm: a gradient of {gradient.Spec}");
-            if (Activations == DType.F64)
-                CpuGradientNorm.Add<double>(Workers, Step, gradient, ref squares, ref nonFinite);
-            else
-                CpuGradientNorm.Add<float>(Workers, Step, gradient, ref squares, ref nonFinite);
-        }
-
+        double squares = 0, nonFinite = 0, ignored = 0;
+        foreach (ref readonly Tensor gradient in gradients) Add(gradient, ref squares, ref nonFinite);
+        if (losses.Exists) Add(losses, ref ignored, ref nonFinite);
         Write(into, [Updates.GradientNorm.Of(squares, nonFinite, maxNorm)]);
+    }
+
+    private void Add(in Tensor gradient, ref double squares, ref double nonFinite)
+    {
+        if (gradient.Type != Activations)
+            throw new ShapeException($"gradient_norm: a gradient of {gradient.Spec}");
+        if (Activations == DType.F64)
+            CpuGradientNorm.Add<double>(Workers, Step, gradient, ref squares, ref nonFinite);
+        else
+            CpuGradientNorm.Add<float>(Workers, Step, gradient, ref squares, ref nonFinite);
     }
 
     public override void Update(in AdamW step, in AdamWRange range, in Tensor norm)

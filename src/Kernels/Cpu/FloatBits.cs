@@ -23,6 +23,16 @@ public static unsafe class FloatBits
             : (ushort)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
     }
 
+    /// <summary>
+    /// One of the two BF16 neighbours: the upper one in magnitude with the probability of the part that
+    /// is cut off, if random is uniform below 2^16. Infinities and NaNs stay what they are.
+    /// </summary>
+    public static ushort RoundToBF16(float value, uint random)
+    {
+        uint bits = BitConverter.SingleToUInt32Bits(value);
+        return float.IsFinite(value) ? (ushort)((bits + random) >> 16) : ToBF16(value);
+    }
+
     public static float FromF16(ushort bits) => (float)BitConverter.UInt16BitsToHalf(bits);
 
     public static ushort ToF16(float value) => BitConverter.HalfToUInt16Bits((Half)value);

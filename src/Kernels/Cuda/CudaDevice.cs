@@ -146,11 +146,14 @@ public sealed unsafe class CudaDevice : Device
     }
 
     public override void GradientNorm(
-        ReadOnlySpan<Tensor> gradients, double maxNorm, in Tensor into) =>
-        throw new NotSupportedException();
+        ReadOnlySpan<Tensor> gradients, double maxNorm, in Tensor into, in Tensor losses) =>
+        CudaGradientNorm.Run(this, gradients, maxNorm, into, losses);
 
-    public override void Update(in AdamW step, in AdamWRange range, in Tensor norm) =>
-        throw new NotSupportedException();
+    public override void Update(in AdamW step, in AdamWRange range, in Tensor norm)
+    {
+        range.Check(DType.F32);
+        CudaAdamW.Run(this, step, range, norm);
+    }
 
     public override void Fill(in Tensor tensor, double value)
     {

@@ -56,6 +56,13 @@ public unsafe ref struct LaunchArguments
         return ref Put(value);
     }
 
+    [UnscopedRef]
+    public ref LaunchArguments Double(double value)
+    {
+        Next(ParameterKind.Float64, "a double");
+        return ref Put(value);
+    }
+
     /// <summary>An argument of any kind; an absent tensor is a null pointer of any type.</summary>
     public void Add(in KernelArgument argument)
     {
@@ -73,6 +80,9 @@ public unsafe ref struct LaunchArguments
                 break;
             case ParameterKind.Int64:
                 Long(argument.Bits);
+                break;
+            case ParameterKind.Float64:
+                Double(BitConverter.Int64BitsToDouble(argument.Bits));
                 break;
             default:
                 Float(BitConverter.Int32BitsToSingle((int)argument.Bits));

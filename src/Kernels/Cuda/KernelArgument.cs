@@ -32,7 +32,11 @@ public readonly struct KernelArgument
     public static implicit operator KernelArgument(ulong value) =>
         new(ParameterKind.Int64, (long)value);
 
-    /// <summary>A float; kernels compute in no wider type.</summary>
+    /// <summary>A double, for the few kernels that compute in it.</summary>
+    public static KernelArgument Double(double value) =>
+        new(ParameterKind.Float64, BitConverter.DoubleToInt64Bits(value));
+
+    /// <summary>A float; almost no kernel computes in a wider type.</summary>
     public static implicit operator KernelArgument(double value) =>
         new(ParameterKind.Float32, BitConverter.SingleToInt32Bits((float)value));
 }

@@ -1,5 +1,6 @@
 using System.Numerics;
 using MiniCpmNative.Kernels.Cpu;
+using MiniCpmNative.Kernels.Cuda;
 
 namespace MiniCpmNative.Kernels.Updates;
 
@@ -7,7 +8,8 @@ namespace MiniCpmNative.Kernels.Updates;
 /// The global norm of gradients, and what follows from it, as a device tensor of <see cref="Spec"/>:
 /// norm = sqrt(sum of g^2) over all ranges, accumulated in double in a fixed order; factor =
 /// min(1, maxNorm / (norm + 1e-6)) as torch.nn.utils.clip_grad_norm_ has it; and the number of elements
-/// that are NaN or infinite. On the device, so that a step need not wait for the host.
+/// that are NaN or infinite, those of the step's losses included. On the device, so that a step need not
+/// wait for the host.
 /// </summary>
 public readonly record struct GradientNorm(double Norm, double Factor, double NonFinite)
 {
@@ -96,4 +98,41 @@ internal static unsafe class CpuGradientNorm
             return bad;
         }
     }
+}
+
+/// <summary>
+/// The GPU's reduction: a block adds a part of fixed size (kernel `gradient_norm_parts`), one block adds
+/// the parts of all ranges (`gradient_norm_finish`); nothing depends on the size of the GPU.
+/// </summary>
+internal static class CudaGradientNorm
+{
+    // 64 accesses of 16 bytes per thread.
+    private const long PerPart = 1 << 16;
+
+    public static void Run(
+        CudaDevice device, ReadOnlySpan<Tensor> gradients, double maxNorm, in Tensor into, in Tensor losses)
+    {
+        int parts = PartsOf(losses);
+        foreach (ref readonly Tensor gradient in gradients) parts += PartsOf(gradient);
+        ArenaMark mark = device.Step.Mark();
+        Tensor part = device.Step.Push(new Spec(DType.F64, new Shape(parts, 2)), "gradient_norm");
+        int first = 0;
+        foreach (ref readonly Tensor gradient in gradients) Add(gradient, onlyCount: false);
+        Add(losses, onlyCount: true);
+        device.Launch("gradient_norm_finish", new Grid(1, 256),
+            [into, part, parts, KernelArgument.Double(maxNorm)]);
+        device.Step.Pop(mark);
+
+        void Add(in Tensor values, bool onlyCount)
+        {
+            int count = PartsOf(values);
+            if (count == 0) return;
+            device.Launch("gradient_norm_parts", new Grid(count, 256),
+                [part.Slice(first, count), values, values.Shape.Count, PerPart, onlyCount]);
+            first += count;
+        }
+    }
+
+    private static int PartsOf(in Tensor values) =>
+        values.Exists ? checked((int)((values.Shape.Count + PerPart - 1) / PerPart)) : 0;
 }
