@@ -41,8 +41,9 @@ public sealed class SelfTest : IDisposable
     public IReadOnlyList<SelfTestFailure> Run()
     {
         foreach (SelfTestCase each in SelfTestCases.All) Run(each);
-        Update(DType.F32);
-        if (_device.Activations is DType.BF16 or DType.F16) Update(_device.Activations);
+        Update(DType.F32, DType.F32);
+        Update(DType.F32, DType.BF16);
+        if (_device.Activations is DType.BF16 or DType.F16) Update(_device.Activations, DType.F32);
         return _failures;
     }
 
@@ -58,24 +59,26 @@ public sealed class SelfTest : IDisposable
                 Compare($"{name} gradient of {each.Inputs[i].Name}", gradient, exact.Gradient(i)!);
     }
 
-    // A step of AdamW on clipped gradients, with what precedes it.
-    private void Update(DType weights)
+    // A step of AdamW on clipped gradients, with what precedes it; weights take the moments before these
+    // are rounded, so that their type makes no difference.
+    private void Update(DType weights, DType moments)
     {
         const int Rows = 5, Cols = 1000;
         var shape = new Shape(Rows, Cols);
         var step = new AdamW(1e-2, 0.9, 0.999, 1e-8, 0.1, Step: 3);
-        float[] device = Step(_device, weights, step, shape), exact = Step(_exact, DType.F64, step, shape);
-        Compare($"adamw on {weights}", device, exact);
+        float[] device = Step(_device, weights, moments, step, shape);
+        float[] exact = Step(_exact, DType.F64, DType.F64, step, shape);
+        Compare($"adamw on {weights} with moments in {moments}", device, exact);
     }
 
-    private static float[] Step(Device device, DType weights, AdamW step, Shape shape)
+    private static float[] Step(Device device, DType weights, DType moments, AdamW step, Shape shape)
     {
         DType state = device.Activations.Statistics();
-        Tensor values = Filled(weights, 1), gradient = Filled(state, 2), m = Filled(state, 3);
-        Tensor v = Filled(state, 4, positive: true);
+        Tensor values = Filled(weights, 1), gradient = Filled(state, 2), m = Filled(moments, 3);
+        Tensor v = Filled(moments, 4, positive: true);
         Tensor master = weights == state ? Tensor.None : Filled(state, 1);
         Tensor norm = device.Allocate(GradientNorm.Spec, "norm");
-        device.GradientNorm([gradient], 1.0, norm);
+        device.GradientNorm([gradient], 1.0, norm, Tensor.None);
         device.Update(step, new AdamWRange(values, master, gradient, m, v), norm);
         return device.ReadFloats(master.Exists ? master : values);
 
