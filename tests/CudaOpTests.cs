@@ -17,7 +17,7 @@ public sealed class CudaOpTests
 
     private CudaUnderTest _cuda = null!;
 
-    private static IEnumerable<TestCaseData> Cases =>
+    internal static IEnumerable<TestCaseData> Cases =>
         from c in OpCases.All
         where c.Op.GetType().GetMethod(nameof(Op.CudaBackward))!.DeclaringType != typeof(Op)
         from type in (DType[])[DType.F32, DType.BF16]
@@ -42,16 +42,7 @@ public sealed class CudaOpTests
     public void ReferenceCasesAgree(object value, object type)
     {
         var c = (OpCase)value;
-        int count = 0;
-        foreach (ReferenceCase reference in ReferenceFile.Open("ops/" + c.Reference).Cases)
-        {
-            if (c.Problem!(reference) is not { } problem) continue;
-            count++;
-            Compare(c, (DType)type, problem.Op, problem.Inputs, problem.OutputGradient,
-                $"{c.Name} {reference}");
-        }
-
-        Assert.That(count, Is.GreaterThan(1), $"cases in {c.Reference}");
+        CompareReference(Device(c, (DType)type), c, (DType)type);
     }
 
     [TestCaseSource(nameof(Cases))]
@@ -59,7 +50,7 @@ public sealed class CudaOpTests
     {
         var c = (OpCase)value;
         foreach (int n in c.Sizes)
-            Compare(c, (DType)type, c.Op, c.Inputs(n), null, $"{c.Name} n={n}");
+            Compare(Device(c, (DType)type), c, (DType)type, c.Op, c.Inputs(n), null, $"{c.Name} n={n}");
     }
 
     [TestCaseSource(nameof(Cases))]
@@ -105,16 +96,7 @@ public sealed class CudaOpTests
         double[][]? first = null;
         for (int round = 0; round < 2; round++)
         {
-            using var run = new OpRun(
-                Device(c, (DType)type), c.Op, Rounded(c.Inputs(65), (DType)type));
-            run.Forward();
-            run.Want(_ => true);
-            run.Backward(Fill.Normal(77, run.Count));
-            double[][] results =
-            [
-                run.Output,
-                .. Enumerable.Range(0, c.Inputs(0).Length).Where(run.HasGradient).Select(run.Gradient),
-            ];
+            double[][] results = Results(Device(c, (DType)type), c, size: 65);
             first ??= results;
             for (int i = 0; i < results.Length; i++)
                 Assert.That(results[i].AsSpan().SequenceEqual(first[i]), $"result {i}");
@@ -168,14 +150,44 @@ public sealed class CudaOpTests
         Assert.That(GC.GetAllocatedBytesForCurrentThread() - before, Is.Zero);
     }
 
-    private void Compare(
-        OpCase c, DType type, Op op, Value[] values, double[]? outputGradient, string what)
+    /// <summary>The output and all gradients of a case.</summary>
+    internal static double[][] Results(CudaDevice device, OpCase c, int size)
+    {
+        using var run = new OpRun(device, c.Op, Rounded(c.Inputs(size), device.Activations));
+        run.Forward();
+        run.Want(_ => true);
+        run.Backward(Fill.Normal(77, run.Count));
+        return
+        [
+            run.Output,
+            .. Enumerable.Range(0, c.Inputs(0).Length).Where(run.HasGradient).Select(run.Gradient),
+        ];
+    }
+
+    /// <summary>Every problem of the operation's reference file.</summary>
+    internal static void CompareReference(CudaDevice device, OpCase c, DType type)
+    {
+        int count = 0;
+        foreach (ReferenceCase reference in ReferenceFile.Open("ops/" + c.Reference).Cases)
+        {
+            if (c.Problem!(reference) is not { } problem) continue;
+            count++;
+            Compare(device, c, type, problem.Op, problem.Inputs, problem.OutputGradient,
+                $"{c.Name} {reference}");
+        }
+
+        Assert.That(count, Is.GreaterThan(1), $"cases in {c.Reference}");
+    }
+
+    /// <summary>Runs a problem on a device and holds it to the rule above.</summary>
+    internal static void Compare(CudaDevice device, OpCase c, DType type, Op op, Value[] values,
+        double[]? outputGradient, string what)
     {
         Value[] inputs = Rounded(values, type);
         using CpuDevice wide = OpTests.Device(c, DType.F64), single = OpTests.Device(c);
         using var exact = new OpRun(wide, op, Rounded(values, type));
         using var plain = new OpRun(single, op, Rounded(values, type));
-        using var run = new OpRun(Device(c, type), op, inputs);
+        using var run = new OpRun(device, op, inputs);
         double[] dy = Storage.Round(outputGradient ?? Fill.Normal(77, run.Count), type);
         foreach (OpRun each in (OpRun[])[exact, plain, run])
         {
@@ -205,12 +217,14 @@ public sealed class CudaOpTests
     private static double Error(double[] values, double[] exact) =>
         values.Zip(exact, (a, b) => Math.Abs(a - b)).DefaultIfEmpty(0).Max();
 
-    private CudaDevice Device(OpCase c, DType type)
+    /// <summary>The device with the random numbers of the case.</summary>
+    internal static CudaDevice Prepare(CudaDevice device, OpCase c)
     {
-        CudaDevice device = _cuda.Device(type);
         device.Random = new(12345, 7, c.Dropout);
         return device;
     }
+
+    private CudaDevice Device(OpCase c, DType type) => Prepare(_cuda.Device(type), c);
 
     // What the device will hold, so that the reference computes with the same numbers.
     private static Value[] Rounded(Value[] values, DType type) => Array.ConvertAll(

@@ -15,10 +15,15 @@ internal sealed class CudaUnderTest : IDisposable
 
     private readonly Dictionary<DType, CudaDevice> _devices = [];
     private readonly ModuleCompiler _compiler;
+    private readonly string _source;
 
-    public CudaUnderTest(
-        EmulatorOptions? options = null, DeviceCompiler compiler = DeviceCompiler.Nvrtc)
+    /// <param name="options">Of the emulator.</param>
+    /// <param name="compiler">Which one turns the kernels into PTX.</param>
+    /// <param name="source">Kernels in place of kernels.cu; null takes that.</param>
+    public CudaUnderTest(EmulatorOptions? options = null,
+        DeviceCompiler compiler = DeviceCompiler.Nvrtc, string? source = null)
     {
+        _source = source ?? CudaDevice.Source;
         CudaApi api;
         if (IsReal)
         {
@@ -31,7 +36,10 @@ internal sealed class CudaUnderTest : IDisposable
         }
 
         Context = new(api);
-        _compiler = new(api.Nvrtc, Path.Combine(Path.GetTempPath(), "cpmx-test-kernels"));
+        // What clang makes depends on a prelude too, which the key of a kept module does not know.
+        _compiler = new(api.Nvrtc, compiler == DeviceCompiler.Clang
+            ? null
+            : Path.Combine(Path.GetTempPath(), "cpmx-test-kernels"));
     }
 
     public static bool IsReal => Environment.GetEnvironmentVariable("CPMX_TEST_GPU") == "1";
@@ -45,8 +53,9 @@ internal sealed class CudaUnderTest : IDisposable
     public CudaDevice Device(DType activations)
     {
         if (_devices.TryGetValue(activations, out CudaDevice? device)) return device;
-        return _devices[activations] = new(
-            Context, _compiler, activations, StepBytes, lineInfo: Emulator is not null);
+        var module = CudaModule.Load(Context, _compiler, _source, "kernels.cu",
+            new(activations, Context.Architecture, LineInfo: Emulator is not null));
+        return _devices[activations] = new(Context, activations, StepBytes, module);
     }
 
     public void Dispose()

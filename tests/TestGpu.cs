@@ -32,6 +32,8 @@ internal static class CudaTools
 
     public static NvrtcApi? Nvrtc => s_nvrtc.Value;
 
+    public static bool HasClang => ClangNvrtc.Clang != null;
+
     private static NvrtcApi? LoadNvrtc()
     {
         try

@@ -1,0 +1,124 @@
+using System.Globalization;
+using System.Text;
+using MiniCpmNative.Kernels;
+using NUnit.Framework;
+
+namespace MiniCpmNative.Tests;
+
+/// <summary>
+/// What each kernel costs a multiprocessor, by NVIDIA's own assembler, is a committed table: a change
+/// of kernels.cu that costs registers, shared memory, occupancy or wide accesses shows as a changed
+/// line. CPMX_UPDATE_BUDGET=1 rewrites it. F16 is only assembled, for one architecture.
+/// </summary>
+[TestFixture]
+public sealed class KernelBudgetTests
+{
+    private static readonly DType[] s_storages = [DType.F32, DType.BF16];
+    private static readonly int[] s_architectures = [80, 86, 89, 90];
+
+    // Bytes of dynamic shared memory that the host asks for, at the head size of production.
+    private static readonly Dictionary<string, int> s_dynamicShared = [];
+
+    // Tensor-core kernels: tiles come by asynchronous copies and leave by ldmatrix.
+    private static readonly string[] s_tensorCores = [];
+
+    // Kernels that move long rows, and so must move 16 bytes at a time.
+    private static readonly string[] s_wide = ["rms_norm_forward", "add_forward", "scale_rows"];
+
+    // Kernels of small or strided work, where an access of an element is right.
+    private static readonly string[] s_narrow =
+    [
+        "cast_to_real", "cast_to_float", "fill_real", "fill_rows", "sum_rows", "sum_parts",
+    ];
+
+    private KernelBuild[] _builds = null!;
+
+    private static string File => Path.Combine(ReferenceFile.Root, "..", "kernel-budget.txt");
+
+    [OneTimeSetUp]
+    public void Build()
+    {
+        if (KernelBuilds.Missing is { } reason)
+            Assert.Ignore($"{reason}: tests/install-cuda-tools.sh unpacks it");
+        _builds = [.. KernelBuilds.Make(s_storages, s_architectures), .. KernelBuilds.Make([DType.F16], [80])];
+    }
+
+    [Test]
+    public void TheTableIsTheCommittedOne()
+    {
+        string table = Table(_builds.Where(b => b.Storage != DType.F16));
+        if (Environment.GetEnvironmentVariable("CPMX_UPDATE_BUDGET") == "1")
+            System.IO.File.WriteAllText(File, table);
+        string[] now = table.Split('\n'), kept = System.IO.File.ReadAllLines(File);
+        if (now[0] != kept[0])
+            Assert.Ignore($"the table is of other tools: \"{kept[0]}\", here \"{now[0]}\"");
+        string[] gone = [.. kept.Except(now).Select(l => "- " + l)];
+        string[] come = [.. now.Where(l => l.Length > 0).Except(kept).Select(l => "+ " + l)];
+        string[] changes = [.. gone.Concat(come).OrderBy(l => l[2..], StringComparer.Ordinal)];
+        Assert.That(changes, Is.Empty,
+            "kernel-budget.txt differs (CPMX_UPDATE_BUDGET=1 rewrites it):\n  " + now[1]
+            + "\n" + string.Join('\n', changes.Take(40)));
+    }
+
+    [Test]
+    public void NothingSpillsNorLivesInLocalMemory() => None(b =>
+        b.StackBytes + b.SpillStores + b.SpillLoads + b.Count("LDL") + b.Count("STL") > 0,
+        b => $"{b.StackBytes} bytes of stack, {b.SpillStores} stored and {b.SpillLoads} loaded by spills");
+
+    [Test]
+    public void TensorCoreKernelsUseThemAndCopyAsynchronously() => None(
+        b => s_tensorCores.Contains(b.Kernel) && b.Storage != DType.F32
+            && (b.Count("HMMA") == 0 || b.Count("LDSM") == 0 || b.Count("LDGSTS") == 0),
+        b => $"{b.Count("HMMA")} HMMA, {b.Count("LDSM")} LDSM, {b.Count("LDGSTS")} LDGSTS");
+
+    [Test]
+    public void MemoryBoundKernelsMoveSixteenBytesAtATime() => None(
+        b => s_wide.Contains(b.Kernel) && (b.Count("LDG", "128") == 0 || b.Count("STG", "128") == 0),
+        b => $"{b.Count("LDG", "128")} of {b.Count("LDG")} loads and {b.Count("STG", "128")} of " +
+            $"{b.Count("STG")} stores are of 16 bytes");
+
+    [Test]
+    public void EveryKernelIsInOneOfTheLists()
+    {
+        string[] listed = [.. s_tensorCores, .. s_wide, .. s_narrow];
+        Assert.That(listed.Order(), Is.EqualTo(_builds.Select(b => b.Kernel).Distinct().Order()));
+    }
+
+    [Test]
+    public void EveryKernelFitsAMultiprocessor() =>
+        None(b => Blocks(b) == 0, b => $"{b.Threads} threads of {b.Registers} registers, {Shared(b)} bytes");
+
+    private void None(Func<KernelBuild, bool> bad, Func<KernelBuild, string> describe) => Assert.That(
+        _builds.Where(bad).Select(b => $"{b.Kernel} {b.Storage} sm_{b.Architecture}: {describe(b)}"),
+        Is.Empty);
+
+    private static int Shared(KernelBuild b) =>
+        b.SharedBytes + s_dynamicShared.GetValueOrDefault(b.Kernel);
+
+    private static int Blocks(KernelBuild b) =>
+        Occupancy.Of(b.Architecture).Blocks(b.Threads, b.Registers, Shared(b));
+
+    private static string Table(IEnumerable<KernelBuild> builds)
+    {
+        var text = new StringBuilder($"# {KernelBuilds.Versions()}; PTX of compute_80\n");
+        text.Append($"# {"kernel",-30} type sm thr reg shared dynamic stack spill+ spill- LDL STL HMMA LDSM " +
+            "LDGSTS LDG128/LDG STG128/STG blocks occupancy\n");
+        foreach (KernelBuild b in builds)
+        {
+            int blocks = Blocks(b);
+            double share = Occupancy.Of(b.Architecture).Share(b.Threads, blocks);
+            text.Append(CultureInfo.InvariantCulture,
+                $"{b.Kernel,-32} {b.Storage,4} {b.Architecture} {b.Threads,3} {b.Registers,3} {b.SharedBytes,6} ")
+                .Append(CultureInfo.InvariantCulture,
+                $"{s_dynamicShared.GetValueOrDefault(b.Kernel),7} {b.StackBytes,5} {b.SpillStores,6} ")
+                .Append(CultureInfo.InvariantCulture,
+                $"{b.SpillLoads,6} {b.Count("LDL"),3} {b.Count("STL"),3} {b.Count("HMMA"),4} {b.Count("LDSM"),4} ")
+                .Append(CultureInfo.InvariantCulture,
+                $"{b.Count("LDGSTS"),6} {Of(b, "LDG"),10} {Of(b, "STG"),10} {blocks,6} {share,8:0%}\n");
+        }
+
+        return text.ToString();
+    }
+
+    private static string Of(KernelBuild b, string name) => $"{b.Count(name, "128")}/{b.Count(name)}";
+}

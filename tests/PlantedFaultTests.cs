@@ -1,0 +1,99 @@
+using MiniCpmNative.GpuEmulator;
+using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Cuda;
+using NUnit.Framework;
+
+namespace MiniCpmNative.Tests;
+
+/// <summary>
+/// Would the tests notice? Small mistakes are made in the kernels themselves, one at a time, and each
+/// must be found by the check that is named for it, in the case that every run of the tests makes.
+/// </summary>
+[TestFixture]
+public sealed partial class PlantedFaultTests
+{
+    private static IEnumerable<TestCaseData> Planted => Plants.All.Select((p, i) =>
+        new TestCaseData(i).SetArgDisplayNames(p.Function, p.Name));
+
+    private static IEnumerable<TestCaseData> Sound => Plants.All
+        .Select((p, i) => (p, i)).DistinctBy(e => (e.p.Case, e.p.Size, e.p.Storage))
+        .Select(e => new TestCaseData(e.i).SetArgDisplayNames(
+            e.p.Case, $"{e.p.Size}", $"{e.p.Storage}"));
+
+    [SetUp]
+    public void OnlyEmulated()
+    {
+        if (CudaUnderTest.IsReal) Assert.Ignore("mistakes are planted on the emulated GPU only");
+    }
+
+    [TestCaseSource(nameof(Planted))]
+    public void IsFound(int index)
+    {
+        Plant plant = Plants.All[index];
+        switch (plant.By)
+        {
+            case Finder.Emulator:
+                FoundByTheEmulator(plant);
+                break;
+            case Finder.Rule:
+                FoundByTheRule(plant);
+                break;
+            default:
+                FoundByAnotherOrder(plant);
+                break;
+        }
+    }
+
+    // Else a finding would prove nothing.
+    [TestCaseSource(nameof(Sound))]
+    public void WithoutAMistakeTheCasePasses(int index)
+    {
+        Plant plant = Plants.All[index];
+        using var cuda = new CudaUnderTest(source: plant.Sound);
+        Compare(cuda, plant);
+        Assert.That(cuda.Emulator!.Fault, Is.Null);
+    }
+
+    private static void FoundByTheEmulator(Plant plant)
+    {
+        using var cuda = new CudaUnderTest(source: plant.Spoilt);
+        Assert.Throws<CudaException>(() => Compare(cuda, plant));
+        Fault fault = cuda.Emulator!.Fault!;
+        TestContext.Out.WriteLine(fault);
+        Assert.That(fault.Check, Is.EqualTo(plant.Check), fault.ToString());
+        Assert.That(fault.Kernel, Is.EqualTo(plant.Kernel ?? plant.Function), fault.ToString());
+        Assert.That(fault.Source.File, Is.EqualTo("kernels.cu"), fault.ToString());
+        Assert.That(fault.Source.Line, Is.GreaterThan(0), fault.ToString());
+    }
+
+    private static void FoundByTheRule(Plant plant)
+    {
+        using var cuda = new CudaUnderTest(source: plant.Spoilt);
+        var error = Assert.Throws<AssertionException>(() => Compare(cuda, plant));
+        TestContext.Out.WriteLine(error!.Message);
+        Assert.That(cuda.Emulator!.Fault, Is.Null);
+        Assert.That(error.Message, Does.Match(@"\[\d+\]: .*, expected .* \+- "));
+    }
+
+    private static void FoundByAnotherOrder(Plant plant)
+    {
+        double[][] first = Results(plant, new() { Seed = 1, Threads = 1 });
+        double[][] second = Results(plant, new() { Seed = 2, Threads = 1 });
+        Assert.That(first.Zip(second).Any(r => !r.First.AsSpan().SequenceEqual(r.Second)));
+    }
+
+    private static double[][] Results(Plant plant, EmulatorOptions options)
+    {
+        using var cuda = new CudaUnderTest(options, source: plant.Spoilt);
+        return CudaOpTests.Results(
+            CudaOpTests.Prepare(cuda.Device(plant.Storage), plant.Problem), plant.Problem, plant.Size);
+    }
+
+    private static void Compare(CudaUnderTest cuda, Plant plant)
+    {
+        OpCase c = plant.Problem;
+        CudaDevice device = CudaOpTests.Prepare(cuda.Device(plant.Storage), c);
+        CudaOpTests.Compare(
+            device, c, plant.Storage, c.Op, c.Inputs(plant.Size), null, plant.Name);
+    }
+}
