@@ -11,6 +11,8 @@ switch (args)
     case ["gemm", .. var rest]:
         GemmBench.Run(rest);
         return 0;
+    case ["kernels", .. var rest]:
+        return KernelBench.Run(rest);
     case ["ops", .. var rest]:
         OpBench.Run(rest);
         return 0;
@@ -21,6 +23,6 @@ switch (args)
         return 0;
     default:
         Console.Error.WriteLine(
-            "bench: expected a benchmark: attention, gemm, ops, pictures, step, tokenizer");
+            "bench: expected a benchmark: attention, gemm, kernels, ops, pictures, step, tokenizer");
         return 2;
 }

@@ -30,9 +30,13 @@ public sealed class CudaModeTests(string mode)
     {
         if (CudaUnderTest.IsReal) Assert.Ignore("the modes are those of the emulated GPU");
         if (mode == "clang" && !CudaTools.HasClang) Assert.Ignore("clang is not installed");
-        if (_cuda is { Emulator.Fault: null }) return;
-        _cuda?.Dispose();
-        _cuda = new(Options(mode), mode == "clang" ? DeviceCompiler.Clang : DeviceCompiler.Nvrtc);
+        if (_cuda is not { Emulator.Fault: null })
+        {
+            _cuda?.Dispose();
+            _cuda = new(Options(mode), mode == "clang" ? DeviceCompiler.Clang : DeviceCompiler.Nvrtc);
+        }
+
+        _cuda.ForgetSteps();
     }
 
     [OneTimeTearDown]

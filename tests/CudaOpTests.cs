@@ -30,9 +30,13 @@ public sealed class CudaOpTests
     public void Make()
     {
         // A fault breaks the emulated GPU, as it does a real context; the next test gets a new one.
-        if (_cuda?.Emulator?.Fault is null && _cuda is not null) return;
-        _cuda?.Dispose();
-        _cuda = new();
+        if (_cuda is null || _cuda.Emulator?.Fault is not null)
+        {
+            _cuda?.Dispose();
+            _cuda = new();
+        }
+
+        _cuda.ForgetSteps();
     }
 
     [OneTimeTearDown]

@@ -37,7 +37,7 @@ internal sealed class CudaUnderTest : IDisposable
 
         Context = new(api);
         // What clang makes depends on a prelude too, which the key of a kept module does not know.
-        _compiler = new(api.Nvrtc, compiler == DeviceCompiler.Clang
+        _compiler = new(api.Nvrtc, compiler == DeviceCompiler.Clang || source is not null
             ? null
             : Path.Combine(Path.GetTempPath(), "cpmx-test-kernels"));
     }
@@ -56,6 +56,23 @@ internal sealed class CudaUnderTest : IDisposable
         var module = CudaModule.Load(Context, _compiler, _source, "kernels.cu",
             new(activations, Context.Architecture, LineInfo: Emulator is not null));
         return _devices[activations] = new(Context, activations, StepBytes, module);
+    }
+
+    /// <summary>
+    /// Makes the emulated memory of steps count as never written, so that a kernel that reads scratch
+    /// nobody wrote is found even where an earlier test wrote there.
+    /// </summary>
+    public void ForgetSteps()
+    {
+        if (Emulator is not { Fault: null }) return;
+        foreach (CudaDevice device in _devices.Values)
+        {
+            device.Stream.Synchronise();
+            ArenaMark mark = device.Step.Mark();
+            Tensor first = device.Step.Push(new Spec(DType.I32, new Shape(1)), "first");
+            device.Step.Pop(mark);
+            Emulator.Forget((ulong)first.Data, StepBytes);
+        }
     }
 
     public void Dispose()

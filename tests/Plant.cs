@@ -15,13 +15,16 @@ internal enum Finder
     /// <summary>The numeric rule of the operation's case.</summary>
     Rule,
 
+    /// <summary>Another test, named by the plant.</summary>
+    Test,
+
     /// <summary>Other bits when blocks run in another order.</summary>
     Order,
 }
 
 /// <summary>
 /// One small mistake made in a function of kernels.cu by replacing a text that occurs there exactly
-/// once, and the check that must find it when an operation's case runs.
+/// once, and the check that must find it when an operation's case, or the test that Case names, runs.
 /// </summary>
 internal sealed record Plant(string Name, string Function, string From, string To, string Case)
 {
@@ -45,6 +48,9 @@ internal sealed record Plant(string Name, string Function, string From, string T
     public static Plant Fault(
         Check check, string name, string function, string from, string to, string @case) =>
         new(name, function, from, to, @case) { By = Finder.Emulator, Check = check };
+
+    /// <summary>What runs in place of an operation's case.</summary>
+    public Action<CudaUnderTest>? Other { get; init; }
 
     public OpCase Problem => OpCases.All.Single(c => c.Name == Case);
 

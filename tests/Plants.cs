@@ -30,5 +30,45 @@ internal static class Plants
         new("half of the tail is skipped", "add_forward", "j < VECTOR && i + j < count",
             "j < VECTOR / 2 && i + j < count", "add"),
         new("the scale is left out", "scale_rows", "p[j] *= scale", "p[j] *= 1", "add") { Size = 64 },
+
+        // 12: optimizer
+        Plant.Fault(Check.SharedRaceWithinWarp, "no barrier between two sums", "gradient_norm_parts",
+            "double sum = block_sum_double(only_count ? 0 : squares, sums);\n    __syncthreads();",
+            "double sum = block_sum_double(only_count ? 0 : squares, sums);",
+            nameof(UpdateTests.TenStepsEqualPyTorch)) with { Other = TenSteps, Storage = DType.F32 },
+        Plant.Fault(Check.SharedRaceWithinWarp, "no barrier in the halves of a sum", "block_sum_double",
+            "shared[threadIdx.x + half];\n        __syncthreads();", "shared[threadIdx.x + half];",
+            nameof(UpdateTests.TenStepsEqualPyTorch)) with
+        {
+            Other = TenSteps, Storage = DType.F32, Kernel = "gradient_norm_parts",
+        },
+        Other("clipped to the norm, not by it", "gradient_norm_finish", "max_norm / (length + 1e-6)",
+            "max_norm", nameof(UpdateTests.TenStepsEqualPyTorch), TenSteps),
+        Other("the fourth of a wide access updated with the third's gradient", "adamw",
+            "gradient.w * factor", "gradient.z * factor",
+            nameof(UpdateTests.ManyElementsEqualTheFormulaOneByOne),
+            cuda => new UpdateTests(cuda).ManyElementsEqualTheFormulaOneByOne(100003, cuda: true)),
+        Other("moments cut off, not rounded", "round_randomly", "(bits + random) >> 16", "bits >> 16",
+            nameof(UpdateTests.MomentsInBf16AreRoundedWithoutBias), Moments) with { Storage = DType.BF16 },
+        Other("the same random numbers in every step", "adamw_bf16_moments",
+            "philox(seed, step,", "philox(seed, 0,",
+            nameof(UpdateTests.MomentsInBf16AreRoundedWithoutBias), Moments) with { Storage = DType.BF16 },
+        Other("random numbers by place in the call", "adamw_bf16_moments",
+            "(u32)((first_element + i) / 4)", "(u32)(i / 4)",
+            nameof(UpdateTests.PiecesOfARangeRoundAsTheWhole),
+            cuda => new UpdateTests(cuda).PiecesOfARangeRoundAsTheWhole(cuda: true)),
     ];
+
+    private static Plant Other(string name, string function, string from, string to, string test,
+        Action<CudaUnderTest> run) =>
+        new(name, function, from, to, test) { By = Finder.Test, Other = run };
+
+    private static void TenSteps(CudaUnderTest cuda)
+    {
+        foreach (ReferenceCase c in ReferenceFile.Open("ops/adamw").Cases)
+            new UpdateTests(cuda).TenStepsEqualPyTorch(c);
+    }
+
+    private static void Moments(CudaUnderTest cuda) =>
+        new UpdateTests(cuda).MomentsInBf16AreRoundedWithoutBias(cuda: true);
 }

@@ -19,6 +19,12 @@ public sealed class UpdateTests
 
     private CudaUnderTest? _cuda;
 
+    public UpdateTests()
+    {
+    }
+
+    internal UpdateTests(CudaUnderTest cuda) => _cuda = cuda;
+
     private static IEnumerable<ReferenceCase> Cases => ReferenceFile.Open("ops/adamw").Cases;
 
     [OneTimeTearDown]
