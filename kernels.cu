@@ -69,7 +69,9 @@ DEVICE float widen(real x) { return widen_f16(x); }
 DEVICE real narrow(float x) { return narrow_f16(x); }
 DEVICE u32 narrow2(float low, float high)
 {
-    return (u32)narrow_f16(low) | (u32)narrow_f16(high) << 16;
+    u32 y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
 }
 #else
 typedef float real;
@@ -392,8 +394,8 @@ extern "C" __global__ void __launch_bounds__(256) scale_rows(
 
 // -- matrix instructions: products of 16-bit values on the tensor cores, sums in float --
 //
-// A warp multiplies A[16, 16] by B[16, 8] and adds D[16, 8]. With g = lane / 4 and t = lane % 4 a lane
-// holds two neighbours per word, the first in the low half:
+// A warp multiplies A[16, 16] by B[16, 8] and adds D[16, 8]. With g = lane / 4 and t = lane % 4 a
+// lane holds two neighbours per word, the first in the low half:
 //
 //   a[0] = A[g    ][2t, 2t + 1]    a[2] = A[g    ][2t + 8, 2t + 9]    b[0] = B[2t, 2t + 1    ][g]
 //   a[1] = A[g + 8][2t, 2t + 1]    a[3] = A[g + 8][2t + 8, 2t + 9]    b[1] = B[2t + 8, 2t + 9][g]
@@ -401,13 +403,14 @@ extern "C" __global__ void __launch_bounds__(256) scale_rows(
 //
 // So the d of two products side by side, narrowed, is the a of the next one (narrow_left).
 //
-// load_matrix_x4 reads four 8x8 matrices M from shared memory: lanes 8m to 8m + 7 give the addresses of
-// the rows of matrix m, r[m] gets M[g][2t, 2t + 1], or M[2t, 2t + 1][g] when transposed. Every operand
-// is two by two of them, two rows of matrices by two columns of them, in one of two orders:
-//   down first:   row lane % 16, chunk lane / 16. A from rows; with transposed B[k, n] from rows k: r[0],
-//                 r[1] are its b for n = 0 to 7, r[2], r[3] for n = 8 to 15.
-//   across first: row lane / 16 * 8 + lane % 8, chunk lane / 8 % 2. B[k, n] from rows n, likewise; with
-//                 transposed A[m, k] from rows k.
+// load_matrix_x4 reads four 8x8 matrices M from shared memory: lanes 8m to 8m + 7 give the
+// addresses of the rows of matrix m, r[m] gets M[g][2t, 2t + 1], or M[2t, 2t + 1][g] when
+// transposed. Every operand is two by two of them, two rows of matrices by two columns of them, in
+// one of two orders:
+//   down first:   row lane % 16, chunk lane / 16. A from rows m; transposed, B from rows k: r[0], r[1]
+//                 are b for n = 0 to 7, r[2], r[3] for n = 8 to 15.
+//   across first: row lane / 16 * 8 + lane % 8, chunk lane / 8 % 2. B from rows n, in the same
+//                 registers; transposed, A from rows k.
 
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -423,8 +426,8 @@ DEVICE void load_matrix_x4_transposed(u32* r, u32 address)
         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 
-// Starts a copy of 16 bytes to shared memory, of zeros when not valid; both addresses are multiples of
-// 16. The copying thread may read them after wait_copies, others after a barrier behind that.
+// Starts a copy of 16 bytes to shared memory, of zeros when not valid; both addresses are multiples
+// of 16. The copying thread may read them after wait_copies, others after a barrier behind that.
 DEVICE void copy_async_16(u32 address, const void* from, bool valid)
 {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
@@ -435,14 +438,25 @@ DEVICE void copy_async_16(u32 address, const void* from, bool valid)
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until no more than the N latest groups are on their way.
-template <int N> DEVICE void wait_copies() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
+template <int N> DEVICE void wait_copies()
+{
+    asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
+}
 
-// A tile of rows of CHUNKS x 16 bytes in shared memory. Chunks change places within a row so that eight
-// rows' same chunk, which one matrix is, lies in 32 different banks. CHUNKS is 8n or 8n + 2.
+// A tile of rows of CHUNKS x 16 bytes in shared memory, at a multiple of 256 bytes. Chunks change
+// places within a row so that eight rows' same chunk, which one matrix is, lies in 32 different
+// banks.
 template <int CHUNKS> DEVICE u32 tile_address(u32 tile, int row, int chunk)
 {
-    static_assert(CHUNKS % 8 == 0 || CHUNKS % 8 == 2, "no conflict-free order for this width");
+    static_assert(CHUNKS == 8 || CHUNKS == 10 || CHUNKS == 16, "no order for this width");
     return tile + (row * CHUNKS + (chunk ^ (CHUNKS % 8 == 0 ? row % 8 : row / 4 % 2))) * 16;
+}
+
+// From the address of a chunk 0 or 1 to that so many rows and chunks further, multiples of 8 and 2:
+// for constants, next to no arithmetic and few registers.
+template <int CHUNKS> DEVICE u32 tile_step(u32 address, int rows, int chunks)
+{
+    return (CHUNKS % 8 == 0 ? address ^ chunks * 16 : address + chunks * 16) + rows * CHUNKS * 16;
 }
 
 #if defined(STORAGE_BF16) || defined(STORAGE_F16)
@@ -473,18 +487,31 @@ DEVICE void narrow_left(u32* a, const float* left, const float* right)
 #define TILE_CHUNKS(DIM) (((DIM) + 15) / 16 * 2)
 
 // Starts the copy of a tile of ROWS rows of DIM elements that lie stride elements apart; rows from
-// `rows` on and columns from DIM on become zeros. For a block of THREADS threads.
+// `rows` on and columns from DIM on become zeros. For a block of THREADS threads: eight of them
+// take 128 bytes of a row, two the 32 that may be left.
 template <int DIM, int ROWS, int THREADS>
 DEVICE void copy_tile(u32 tile, const real* from, int stride, int rows)
 {
-    constexpr int CHUNKS = TILE_CHUNKS(DIM);
-    static_assert(DIM % 8 == 0 && ROWS * CHUNKS % THREADS == 0, "threads take equal shares");
+    constexpr int CHUNKS = TILE_CHUNKS(DIM), REST = CHUNKS % 8, LINES = CHUNKS - REST;
+    static_assert(DIM % 8 == 0 && ROWS % (THREADS / 8) == 0 && (REST == 0 || ROWS * REST == THREADS),
+        "threads take equal shares");
+    int row = threadIdx.x / 8, chunk = threadIdx.x % 8;
+    u32 address = tile_address<CHUNKS>(tile, row, chunk); // 8 rows or chunks on, the same order
+    const real* line = from + row * stride + chunk * 8;
 #pragma unroll
-    for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS)
+    for (int step = 0; step < ROWS; step += THREADS / 8)
     {
-        int row = i / CHUNKS, chunk = i % CHUNKS;
-        copy_async_16(tile_address<CHUNKS>(tile, row, chunk),
-            from + (long long)row * stride + chunk * 8, row < rows && chunk * 8 < DIM);
+#pragma unroll
+        for (int c = 0; c < LINES; c += 8)
+            copy_async_16(address + (step * CHUNKS + c) * 16, line + c * 8, row + step < rows);
+        line += THREADS / 8 * stride;
+    }
+    if (REST > 0)
+    {
+        row = threadIdx.x / 2;
+        chunk = LINES + threadIdx.x % 2;
+        copy_async_16(tile_address<CHUNKS>(tile, row, chunk), from + row * stride + chunk * 8,
+            row < rows && chunk * 8 < DIM);
     }
 }
 
@@ -518,8 +545,9 @@ DEVICE int keys_seen(const AttentionMask& mask, const SequenceTile& at, int quer
     return max(0, min(at.visible, query + 1 + at.keys - at.queries));
 }
 
-// Finds tile number `tile` of `rows` queries (or keys) each, counted over the sequences; false when there
-// are fewer. Every warp looks for itself, a sequence per lane; sequences outside the tokens have none.
+// Finds tile number `tile` of `rows` queries (or keys) each, counted over the sequences; false when
+// there are fewer. Every warp looks for itself, a sequence per lane; sequences outside the tokens
+// have none.
 DEVICE bool find_tile(SequenceTile& at, const AttentionMask& mask, int tile, int rows, bool of_keys)
 {
     int lane = threadIdx.x % WARP;
@@ -571,6 +599,368 @@ DEVICE void check_starts(int* faults, int what, const int* starts, int sequences
     }
 }
 
+DEVICE void check_starts(int* faults, const AttentionMask& mask)
+{
+    check_starts(
+        faults, FAULT_ATTENTION_QUERY_STARTS, mask.starts_q, mask.sequences, mask.tokens);
+    check_starts(
+        faults, FAULT_ATTENTION_KEY_STARTS, mask.starts_k, mask.sequences, mask.key_tokens);
+}
+
+// -- softmax, tile by tile (Milakov and Gimelshein 2018) --
+//
+// s is a raw score q.k, p = 2^(factor s - offset) with factor = scale log2(e) and offset = factor
+// times the row's largest s so far, so that no p is above 1. fmaxf drops a NaN, but its own p keeps
+// it; an infinite score gives one, as infinity - infinity.
+
+#define LOG2_E 1.4426950408889634f
+#define LN_2 0.6931471805599453f
+#define MINUS_INFINITY __int_as_float(0xff800000)
+
+// 2^x, a few units in the last place; 0 for -infinity and where floats have few bits left.
+DEVICE float exp2_approx(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Where no key was seen the maximum is -infinity; 0 in its place gives p = 0.
+DEVICE float softmax_offset(float max, float factor)
+{
+    return max == MINUS_INFINITY ? 0 : __fmul_rn(max, factor);
+}
+
+// What p and sums under the maximum `before` shrink by.
+DEVICE float softmax_keep(float before, float offset, float factor)
+{
+    return exp2_approx(__fmul_rn(before, factor) - offset);
+}
+
+// ln of the sum of exp(scale s) from the sum of p; the rounding of the offset is taken back, since
+// it is large where scores are.
+DEVICE float log_sum_exp(float max, float sum, float scale, float factor)
+{
+    if (sum == 0) return MINUS_INFINITY;
+    float rounding = fmaf(max, factor, -__fmul_rn(max, factor));
+    return fmaf(max, scale, logf(sum) - rounding * LN_2);
+}
+
+#if defined(STORAGE_BF16) || defined(STORAGE_F16)
+
+// o = softmax(scale q k^T + mask) v and lse = ln(sum exp(scale q k^T)) for a tile of 64 queries of
+// one sequence and head; 0 and -infinity for a query that sees no key. q and o [tokens, heads,
+// DIM], k and v [key tokens, kv_heads, DIM], lse [tokens, heads]; Dao et al. 2022, Dao 2023.
+//
+// Grid: 1 dimension, (tokens / 64 + sequences) * heads blocks or more; heads of a tile are
+// neighbours, the last tiles go first, as causal ones have the most keys. Each of the four warps
+// has 16 queries, in registers like their scores and output: DIM / 8 * 4 + 32 floats and DIM / 4
+// words a thread. Keys and values come in tiles of 64 by asynchronous copies, one of them on its
+// way while the other is used: 256 DIM bytes of shared memory (DIM rounded up to 16). 4 DIM FLOP
+// per query and key seen, plus what the mask cuts from the last tiles; q and o move once, k and v
+// once per tile of queries and head, mostly from L2.
+template <int DIM>
+DEVICE void attention_forward_tile(real* o, float* lse, const real* q, const real* k, const real* v,
+    const AttentionMask& mask, int* faults, int heads, int kv_heads, float scale)
+{
+    constexpr int ROWS = 64, KEYS = 64, THREADS = 128, CHUNKS = TILE_CHUNKS(DIM);
+    alignas(256) __shared__ uint4 tiles[2][KEYS * CHUNKS]; // keys, and queries or values
+    __shared__ int kept[3]; // what the end needs again: registers are scarce in between
+    if (blockIdx.x == 0) check_starts(faults, mask);
+    SequenceTile at;
+    int head = blockIdx.x % heads, tile = gridDim.x / heads - 1 - blockIdx.x / heads;
+    if (!find_tile(at, mask, tile, ROWS, false)) return;
+
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    int stride = heads * DIM, kv_stride = kv_heads * DIM, kv_head = head / (heads / kv_heads);
+    long long key_at = ((long long)at.first_key_token * kv_heads + kv_head) * DIM;
+    int token = at.first_token + at.first, queries = min(ROWS, at.queries - at.first);
+    int row = 16 * warp + g; // and row + 8: this lane's queries in the tile
+    int seen[2] = {keys_seen(mask, at, at.first + row), keys_seen(mask, at, at.first + row + 8)};
+    int end = keys_seen(mask, at, at.first + queries - 1);
+
+    if (threadIdx.x == 0)
+    {
+        kept[0] = token;
+        kept[1] = queries;
+        kept[2] = head;
+    }
+    u32 keys = shared_address(tiles[0]), values = shared_address(tiles[1]);
+    q += ((long long)token * heads + head) * DIM;
+    copy_tile<DIM, ROWS, THREADS>(values, q, stride, queries);
+    copy_tile<DIM, KEYS, THREADS>(keys, k + key_at, kv_stride, end);
+    commit_copies();
+    wait_copies<0>();
+    __syncthreads();
+    // This lane's addresses of matrices, down first and across first.
+    u32 value_lane = tile_address<CHUNKS>(values, lane % 16, lane / 16);
+    u32 key_lane = tile_address<CHUNKS>(keys, lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    u32 query[CHUNKS / 2][4];
+#pragma unroll
+    for (int step = 0; step < CHUNKS / 2; step++)
+        load_matrix_x4(query[step], tile_step<CHUNKS>(value_lane, 16 * warp, 2 * step));
+
+    float factor = scale * LOG2_E, max[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {0, 0};
+    float out[DIM / 8][4] = {};
+    for (int first = 0; first < end; first += KEYS)
+    {
+        // Seen as new in every round, so that addresses that follow from it do not fill registers.
+        asm volatile("" : "+r"(key_lane));
+        wait_copies<0>();
+        __syncthreads(); // keys are here, values may be overwritten
+        copy_tile<DIM, KEYS, THREADS>(values, v + key_at, kv_stride, end - first);
+        commit_copies();
+
+        float s[KEYS / 8][4] = {};
+#pragma unroll
+        for (int step = 0; step < CHUNKS / 2; step++)
+        {
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n += 2)
+            {
+                u32 key[4];
+                load_matrix_x4(key, tile_step<CHUNKS>(key_lane, 8 * n, 2 * step));
+                multiply_add_16x8x16(s[n], query[step], key);
+                multiply_add_16x8x16(s[n + 1], query[step], key + 2);
+            }
+        }
+
+        wait_copies<0>();
+        __syncthreads(); // values are here, keys may be overwritten
+        key_at += (long long)KEYS * kv_stride;
+        if (first + KEYS < end)
+        {
+            copy_tile<DIM, KEYS, THREADS>(keys, k + key_at, kv_stride, end - first - KEYS);
+            commit_copies();
+        }
+
+        if (first + KEYS > seen[0])
+        {
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    if (first + 8 * n + 2 * t + i % 2 >= seen[i / 2]) s[n][i] = MINUS_INFINITY;
+        }
+        float offset[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+        {
+            float before = max[i];
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++)
+                max[i] = fmaxf(max[i], fmaxf(s[n][2 * i], s[n][2 * i + 1]));
+            max[i] = fmaxf(max[i], __shfl_xor_sync(ALL_LANES, max[i], 1));
+            max[i] = fmaxf(max[i], __shfl_xor_sync(ALL_LANES, max[i], 2));
+            offset[i] = softmax_offset(max[i], factor);
+            float keep = softmax_keep(before, offset[i], factor);
+            sum[i] *= keep; // this lane's share
+#pragma unroll
+            for (int n = 0; n < DIM / 8; n++)
+            {
+                out[n][2 * i] *= keep;
+                out[n][2 * i + 1] *= keep;
+            }
+        }
+
+#pragma unroll
+        for (int step = 0; step < KEYS / 16; step++)
+        {
+            u32 p[4];
+#pragma unroll
+            for (int n = 2 * step; n < 2 * step + 2; n++)
+            {
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    s[n][i] = exp2_approx(fmaf(s[n][i], factor, -offset[i / 2]));
+                sum[0] += s[n][0] + s[n][1];
+                sum[1] += s[n][2] + s[n][3];
+            }
+            narrow_left(p, s[2 * step], s[2 * step + 1]);
+#pragma unroll
+            for (int n = 0; n < DIM / 8; n += 2)
+            {
+                u32 value[4];
+                load_matrix_x4_transposed(value, tile_step<CHUNKS>(value_lane, 16 * step, n));
+                multiply_add_16x8x16(out[n], p, value);
+                if (n + 1 < DIM / 8) multiply_add_16x8x16(out[n + 1], p, value + 2);
+            }
+        }
+    }
+
+    token = kept[0];
+    queries = kept[1];
+    head = kept[2];
+    // Through shared memory, the warp's own rows of the keys' tile, to stores of 16 bytes.
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+    {
+        sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 1);
+        sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 2);
+        float inverse = 1 / sum[i];
+        int r = row + 8 * i;
+        if (t == 0 && r < queries)
+            lse[(long long)(token + r) * heads + head] = log_sum_exp(max[i], sum[i], scale, factor);
+#pragma unroll
+        for (int n = 0; n < DIM / 8; n++)
+        {
+            u32* pair = (u32*)((char*)tiles[0] + tile_address<CHUNKS>(0, r, n)) + t;
+            *pair = sum[i] == 0 ? 0 : narrow2(out[n][2 * i] * inverse, out[n][2 * i + 1] * inverse);
+        }
+    }
+    __syncwarp();
+    for (int i = lane; i < 16 * (DIM / 8); i += WARP)
+    {
+        int r = 16 * warp + i / (DIM / 8), chunk = i % (DIM / 8);
+        if (r < queries)
+            *(uint4*)(o + ((long long)(token + r) * heads + head) * DIM + 8 * chunk)
+                = tiles[0][tile_address<CHUNKS>(0, r, chunk) / 16];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128, 4) attention_forward_64(
+    real* o, float* lse, const real* q, const real* k, const real* v, const int* starts_q,
+    const int* starts_k, const int* key_lengths, int* faults, int sequences, int tokens,
+    int key_tokens, int heads, int kv_heads, int causal, float scale)
+{
+    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
+    attention_forward_tile<64>(o, lse, q, k, v, mask, faults, heads, kv_heads, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(128, 4) attention_forward_72(
+    real* o, float* lse, const real* q, const real* k, const real* v, const int* starts_q,
+    const int* starts_k, const int* key_lengths, int* faults, int sequences, int tokens,
+    int key_tokens, int heads, int kv_heads, int causal, float scale)
+{
+    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
+    attention_forward_tile<72>(o, lse, q, k, v, mask, faults, heads, kv_heads, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(128, 3) attention_forward_128(
+    real* o, float* lse, const real* q, const real* k, const real* v, const int* starts_q,
+    const int* starts_k, const int* key_lengths, int* faults, int sequences, int tokens,
+    int key_tokens, int heads, int kv_heads, int causal, float scale)
+{
+    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
+    attention_forward_tile<128>(o, lse, q, k, v, mask, faults, heads, kv_heads, scale);
+}
+
+#endif
+
+// The same for any storage and up to 256 columns per head (dim), in float throughout: a tile of 16
+// queries, four per warp; 32 keys at a time, a key per lane for the scores, a column per lane for
+// the output. Shared memory: with w = dim rounded up to 32, floats q[16, w], k[32, w + 1], v[32, w
+// + 1], zeros behind dim and behind the last key; the odd width puts a column's keys into different
+// banks. Grid: (tokens / 16 + sequences) * heads blocks or more. 4 dim FLOP per query and key, no
+// tensor cores: for float, and for the small heads of tests.
+extern "C" __global__ void __launch_bounds__(128) attention_forward_any(
+    real* o, float* lse, const real* q, const real* k, const real* v, const int* starts_q,
+    const int* starts_k, const int* key_lengths, int* faults, int sequences, int tokens,
+    int key_tokens, int heads, int kv_heads, int causal, float scale, int dim)
+{
+    constexpr int WARPS = 4, ROWS = 4 * WARPS, KEYS = WARP, PARTS = 8;
+    extern __shared__ float4 attention_any_shared[];
+    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
+    if (blockIdx.x == 0) check_starts(faults, mask);
+    SequenceTile at;
+    int head = blockIdx.x % heads, tile = gridDim.x / heads - 1 - blockIdx.x / heads;
+    if (!find_tile(at, mask, tile, ROWS, false)) return;
+
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    int width = (dim + WARP - 1) / WARP * WARP, kv_head = head / (heads / kv_heads);
+    float* query = (float*)attention_any_shared;
+    float* key = query + ROWS * width;
+    float* value = key + KEYS * (width + 1);
+    long long first_row = ((long long)(at.first_token + at.first) * heads + head) * dim;
+    long long first_key = ((long long)at.first_key_token * kv_heads + kv_head) * dim;
+    int queries = min(ROWS, at.queries - at.first);
+    for (int r = warp; r < ROWS; r += WARPS)
+        for (int c = lane; c < width; c += WARP)
+            query[r * width + c] = r < queries && c < dim
+                ? widen(q[first_row + (long long)r * heads * dim + c]) : 0;
+
+    float factor = scale * LOG2_E, max[4], sum[4], out[4][PARTS] = {};
+    for (int r = 0; r < 4; r++)
+    {
+        max[r] = MINUS_INFINITY;
+        sum[r] = 0;
+    }
+    int end = keys_seen(mask, at, at.first + queries - 1);
+    for (int first = 0; first < end; first += KEYS)
+    {
+        __syncthreads();
+        for (int r = warp; r < KEYS; r += WARPS)
+            for (int c = lane; c < width; c += WARP)
+            {
+                bool inside = first + r < end && c < dim;
+                long long from = first_key + (long long)(first + r) * kv_heads * dim + c;
+                key[r * (width + 1) + c] = inside ? widen(k[from]) : 0;
+                value[r * (width + 1) + c] = inside ? widen(v[from]) : 0;
+            }
+        __syncthreads();
+
+        float p[4] = {};
+#pragma unroll 1
+        for (int d = 0; d < dim; d += 4)
+        {
+            const float* y = key + lane * (width + 1) + d;
+            float y0 = y[0], y1 = y[1], y2 = y[2], y3 = y[3];
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+            {
+                float4 x = *(const float4*)(query + (4 * warp + r) * width + d);
+                p[r] += x.x * y0 + x.y * y1 + x.z * y2 + x.w * y3;
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 4; r++)
+        {
+            if (first + lane >= keys_seen(mask, at, at.first + 4 * warp + r)) p[r] = MINUS_INFINITY;
+            float before = max[r];
+            max[r] = fmaxf(before, warp_max(p[r]));
+            float offset = softmax_offset(max[r], factor);
+            float keep = softmax_keep(before, offset, factor);
+            p[r] = exp2_approx(fmaf(p[r], factor, -offset));
+            sum[r] = sum[r] * keep + p[r]; // this lane's share
+#pragma unroll
+            for (int i = 0; i < PARTS; i++) out[r][i] *= keep;
+        }
+#pragma unroll 1
+        for (int j = 0; j < KEYS; j++)
+        {
+            float pj[4];
+#pragma unroll
+            for (int r = 0; r < 4; r++) pj[r] = __shfl_sync(ALL_LANES, p[r], j);
+#pragma unroll
+            for (int i = 0; i < PARTS; i++)
+            {
+                if (WARP * i >= dim) continue;
+                float x = value[j * (width + 1) + WARP * i + lane];
+#pragma unroll
+                for (int r = 0; r < 4; r++) out[r][i] += pj[r] * x;
+            }
+        }
+    }
+
+#pragma unroll
+    for (int r = 0; r < 4; r++)
+    {
+        float total = warp_sum(sum[r]), inverse = 1 / total;
+        int row = 4 * warp + r;
+        if (row >= queries) continue;
+        if (lane == 0)
+            lse[(long long)(at.first_token + at.first + row) * heads + head]
+                = log_sum_exp(max[r], total, scale, factor);
+#pragma unroll
+        for (int i = 0; i < PARTS; i++)
+        {
+            int c = WARP * i + lane;
+            if (c < dim)
+                o[first_row + (long long)row * heads * dim + c]
+                    = narrow(total == 0 ? 0 : out[r][i] * inverse);
+        }
+    }
+}
 
 // ---- 11. attention, backward ------------------------------------------------------------------------
 

@@ -51,7 +51,7 @@ public sealed record AttentionProblem(
     {
         int queries = StartsQ[sequence + 1] - StartsQ[sequence];
         int keys = StartsK[sequence + 1] - StartsK[sequence];
-        int limit = KeyLengths is null ? keys : Math.Min(KeyLengths[sequence], keys);
+        int limit = KeyLengths is null ? keys : Math.Clamp(KeyLengths[sequence], 0, keys);
         return Causal ? Math.Clamp(query + 1 + keys - queries, 0, limit) : limit;
     }
 

@@ -1,4 +1,5 @@
 using MiniCpmNative.Kernels.Cpu;
+using MiniCpmNative.Kernels.Cuda;
 
 namespace MiniCpmNative.Kernels.Ops;
 
@@ -36,6 +37,38 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
     public override void CpuForward<T>(in CpuCall<T> call) =>
         FlashAttention.Forward(call.Workers, Arguments(call));
 
+    /// <exception cref="ShapeException">Heads, head dimension or scale make no sense, or are more than
+    /// the kernels take. The device's next read throws where starts do not cover the tokens.</exception>
+    public override void CudaForward(in CudaCall call)
+    {
+        const int Threads = 128, TensorCoreRows = 64, OtherRows = 16, OtherKeys = 32;
+        RequireLaunchable();
+        Tensor q = call.In(0), k = call.In(1), v = call.In(2), o = call.Output;
+        Tensor startsQ = call.Input(3), startsK = call.Input(4), lengths = call.Input(5);
+        int tokens = (int)q.Shape.Rows, keyTokens = (int)k.Shape.Rows;
+        int sequences = (int)startsQ.Shape.Count - 1;
+        if (HeadDim is 64 or 72 or 128 && call.Real != DType.F32
+            && (q.Data | k.Data | v.Data | o.Data) % 16 == 0)
+        {
+            string kernel = HeadDim == 64 ? "attention_forward_64"
+                : HeadDim == 72 ? "attention_forward_72" : "attention_forward_128";
+            call.Launch(kernel, new Grid(Blocks(TensorCoreRows), Threads),
+                o, call.Saved(0), q, k, v, startsQ, startsK, lengths, call.Faults, sequences, tokens,
+                keyTokens, Heads, KvHeads, Causal, Scale);
+            return;
+        }
+
+        int width = (HeadDim + 31) / 32 * 32;
+        int shared = sizeof(float) * ((OtherRows * width) + (2 * OtherKeys * (width + 1)));
+        call.Launch("attention_forward_any", new Grid(Blocks(OtherRows), Threads, shared),
+            o, call.Saved(0), q, k, v, startsQ, startsK, lengths, call.Faults, sequences, tokens,
+            keyTokens, Heads, KvHeads, Causal, Scale, HeadDim);
+
+        // As many tiles as there can be, since only the device knows the lengths; one at least, which
+        // checks the starts.
+        int Blocks(int rows) => checked(Math.Max(1, (tokens / rows) + sequences) * Heads);
+    }
+
     public override void CpuBackward<T>(in CpuCall<T> call) =>
         FlashAttention.Backward(call.Workers, Arguments(call), new AttentionGradients<T>
         {
@@ -45,6 +78,20 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
             DK = Target(call.Gradient(1)),
             DV = Target(call.Gradient(2)),
         });
+
+    // What the CPU's kernels check themselves.
+    private void RequireLaunchable()
+    {
+        const int LargestHeadDim = 256;
+        if (KvHeads < 1 || Heads < 1 || Heads % KvHeads != 0)
+            throw new ShapeException(
+                $"{Name}: {Heads} query heads are not a multiple of {KvHeads} key heads");
+        if (HeadDim is < 1 or > LargestHeadDim)
+            throw new ShapeException(
+                $"{Name}: head dimension is {HeadDim}, expected 1 to {LargestHeadDim} on a GPU");
+        if (!(Scale > 0) || double.IsInfinity(Scale))
+            throw new ShapeException($"{Name}: scale is {Scale}, expected a number above 0");
+    }
 
     private AttentionArguments<T> Arguments<T>(in CpuCall<T> call)
         where T : unmanaged, System.Numerics.IBinaryFloatingPointIeee754<T>
