@@ -17,10 +17,16 @@ public sealed class KernelBudgetTests
     private static readonly int[] s_architectures = [80, 86, 89, 90];
 
     // Bytes of dynamic shared memory that the host asks for, at the head size of production.
-    private static readonly Dictionary<string, int> s_dynamicShared = [];
+    private static readonly Dictionary<string, int> s_dynamicShared = new()
+    {
+        ["attention_forward_any"] = sizeof(float) * ((16 * 128) + (64 * 129)),
+    };
 
     // Tensor-core kernels: tiles come by asynchronous copies and leave by ldmatrix.
-    private static readonly string[] s_tensorCores = [];
+    private static readonly string[] s_tensorCores =
+    [
+        "attention_forward_64", "attention_forward_72", "attention_forward_128",
+    ];
 
     // Kernels that move long rows, and so must move 16 bytes at a time.
     private static readonly string[] s_wide =
@@ -35,7 +41,7 @@ public sealed class KernelBudgetTests
     private static readonly string[] s_narrow =
     [
         "cast_to_real", "cast_to_float", "fill_real", "fill_rows", "sum_rows", "sum_parts",
-        "gradient_norm_finish",
+        "gradient_norm_finish", "attention_forward_any",
     ];
 
     private KernelBuild[] _builds = null!;
