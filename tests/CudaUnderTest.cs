@@ -39,8 +39,11 @@ internal sealed class CudaUnderTest : IDisposable
         // What clang makes depends on a prelude too, which the key of a kept module does not know.
         _compiler = new(api.Nvrtc, compiler == DeviceCompiler.Clang || source is not null
             ? null
-            : Path.Combine(Path.GetTempPath(), "cpmx-test-kernels"));
+            : Cache);
     }
+
+    /// <summary>Where compiled kernels are kept between runs.</summary>
+    public static string Cache { get; } = Path.Combine(Path.GetTempPath(), "cpmx-test-kernels");
 
     public static bool IsReal => Environment.GetEnvironmentVariable("CPMX_TEST_GPU") == "1";
 

@@ -1,5 +1,6 @@
 using MiniCpmNative.Engine;
 using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Cuda;
 
 namespace MiniCpmNative.Cli;
 
@@ -38,7 +39,8 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
         {
             return Fail(problem, problem.Message, 2);
         }
-        catch (Exception failure) when (failure is RunException or DeviceMemoryException)
+        catch (Exception failure) when (failure is RunException or DeviceMemoryException
+            or CudaException)
         {
             return Fail(failure, failure.Message, 1);
         }

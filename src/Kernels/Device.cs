@@ -63,6 +63,12 @@ public abstract class Device : IDisposable
     public abstract void Read<T>(in Tensor tensor, Span<T> values)
         where T : unmanaged;
 
+    /// <summary>Memory for the inputs of forward passes; lives as long as the device.</summary>
+    public abstract InputMemory NewInput();
+
+    /// <summary>Room for results of these bytes at most on the host; lives as long as the device.</summary>
+    public abstract Readback NewReadback(int bytes);
+
     public abstract void Dispose();
 }
 

@@ -1,15 +1,18 @@
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Cpu;
 
 namespace MiniCpmNative.Engine.Model;
 
 /// <summary>
-/// A batch on the device, in the step arena, with what follows from it: position buckets of the patches,
-/// coordinates for the resampler, rotary tables. One instance is loaded again for each batch.
+/// A batch on the device, with what follows from it: position buckets of the patches, coordinates for
+/// the resampler, rotary tables. One instance is loaded again for each batch; while the device computes
+/// on one, the next may come over (<see cref="InputMemory"/>).
 /// </summary>
 public sealed class BatchTensors(
     Device device, VisionSpec vision, ResamplerSpec resampler, DecoderSpec decoder)
 {
+    private readonly InputMemory _input = device.NewInput();
     private readonly Growing<int> _ints = new();
     private readonly int _queries = resampler.Queries;
     private readonly int _patchSize = vision.Channels * vision.PatchSize * vision.PatchSize;
@@ -31,7 +34,7 @@ public sealed class BatchTensors(
     /// <summary>I32[labels].</summary>
     public Tensor Targets { get; private set; }
 
-    /// <summary>F32[patches, channels * p * p].</summary>
+    /// <summary>[patches, channels * p * p], in the activations' type.</summary>
     public Tensor Patches { get; private set; }
 
     /// <summary>I32[patches]: rows of the vision tower's position table.</summary>
@@ -64,10 +67,14 @@ public sealed class BatchTensors(
     /// <summary>F32[positions, headDim / 2].</summary>
     public Tensor RopeSin { get; private set; }
 
-    /// <summary>Uploads a batch; call it when the arena is empty, before the first operation.</summary>
+    /// <summary>
+    /// Brings a batch over, which may change once this returns. Call it when the arena is empty, before
+    /// the first operation.
+    /// </summary>
     public void Load(Batch batch)
     {
         Pictures = batch.Grids.Count / 2;
+        _input.Begin(Bytes(batch));
         Tokens = Upload(batch.Tokens.Span, "tokens");
         Positions = Upload(batch.Positions.Span, "positions");
         SequenceStarts = Upload(batch.SequenceStarts.Span, "sequence starts");
@@ -76,14 +83,30 @@ public sealed class BatchTensors(
         Slots = Upload(batch.Slots.Span, "slots");
         LoadRope(batch);
         if (Pictures > 0) LoadPictures(batch);
+        _input.Send();
     }
 
-    private void LoadPictures(Batch batch)
+    // At most what Load gives room to; a padding for each tensor.
+    private long Bytes(Batch batch)
+    {
+        const int Tensors = 16;
+        long patches = Pictures == 0 ? 0 : batch.PictureStarts[Pictures];
+        long ints = batch.Tokens.Count + batch.Positions.Count + batch.SequenceStarts.Count
+            + batch.LabelRows.Count + batch.Targets.Count + batch.Slots.Count + batch.SlotFeatures.Count
+            + (2L * (Pictures + 1)) + ((long)Pictures * _queries) + (3 * patches);
+        return (4 * ints) + (patches * _patchSize * device.Activations.Size())
+            + (Tensors * InputMemory.Alignment);
+    }
+
+    private unsafe void LoadPictures(Batch batch)
     {
         int patches = batch.PictureStarts[Pictures];
-        Patches = device.Step.Push(
-            new Spec(device.Activations, new Shape(patches, _patchSize)), "patches");
-        device.WriteFloats(Patches, batch.Patches.Span);
+        var spec = new Spec(device.Activations, new Shape(patches, _patchSize));
+        if (batch.Patches.Count != spec.Shape.Count)
+            throw new ShapeException($"{batch.Patches.Count} pixels for patches {spec}");
+        Patches = _input.Push(spec, "patches", out nint pixels);
+        fixed (float* from = batch.Patches.Span)
+            FloatBits.Narrow(from, (void*)pixels, spec.Type, batch.Patches.Count);
         PictureStarts = Upload(batch.PictureStarts.Span, "picture starts");
         LoadGrids(batch);
 
@@ -141,19 +164,18 @@ public sealed class BatchTensors(
         (RopeCos, RopeSin) = (Table(cos, count, "rope cos"), Table(sin, count, "rope sin"));
     }
 
-    /// <summary>Tables grow rarely, by doubling; the smaller one they replace stays allocated.</summary>
+    /// <summary>
+    /// Tables are F32 whatever the activations: sines of large angles need it. They grow rarely, by
+    /// doubling; the smaller one they replace stays allocated.
+    /// </summary>
     private Tensor Table(float[] values, int rows, string name)
     {
         var shape = new Shape(rows, values.Length / rows);
-        Tensor table = device.Allocate(new Spec(device.Activations, shape), name);
+        Tensor table = device.Allocate(new Spec(device.Activations.Statistics(), shape), name);
         device.WriteFloats(table, values);
         return table;
     }
 
-    private Tensor Upload(ReadOnlySpan<int> values, string name)
-    {
-        Tensor tensor = device.Step.Push(new Spec(DType.I32, new Shape(values.Length)), name);
-        device.Write(tensor, values);
-        return tensor;
-    }
+    private Tensor Upload(ReadOnlySpan<int> values, string name) =>
+        _input.Push(DType.I32, new Shape(values.Length), name, values);
 }

@@ -18,14 +18,15 @@ public sealed class ModelWeights(
 {
     private readonly Device _device = graph.Device;
 
-    /// <summary>A bias or a norm's weight; frozen ones are kept in the activations' type.</summary>
+    /// <summary>A bias or a norm's weight; frozen ones are kept in F32, as kernels take them.</summary>
     public Tensor Vector(string name) => Vector(name, 0, checkpoint.Get(name).Shape[0]);
 
     /// <summary>Elements begin..begin+count of a vector.</summary>
     public unsafe Tensor Vector(string name, int begin, int count)
     {
         if (trainables.Contains(name)) return Parameter(name, begin, count);
-        Tensor vector = _device.Allocate(new Spec(_device.Activations, new Shape(count)), name);
+        Tensor vector = _device.Allocate(
+            new Spec(_device.Activations.Statistics(), new Shape(count)), name);
         using var stored = new StorageValues(checkpoint.Get(name), begin, count, storage);
         var values = new float[count];
         fixed (float* to = values) FloatBits.Widen(stored.Data, stored.Type, to, count);

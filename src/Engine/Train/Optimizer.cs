@@ -14,35 +14,40 @@ public sealed class Optimizer
     private readonly Device _device;
     private readonly Trainables _trainables;
     private readonly TrainArguments _arguments;
-    private readonly Tensor _norm;
 
     public Optimizer(Device device, Trainables trainables, TrainArguments arguments)
     {
         (_device, _trainables, _arguments) = (device, trainables, arguments);
-        _norm = device.Allocate(Kernels.Updates.GradientNorm.Spec, "gradient norm");
+        Norm = device.Allocate(GradientNorm.Spec, "gradient norm");
     }
 
-    /// <summary>Updates made; the power of the bias corrections.</summary>
+    /// <summary>
+    /// Updates that changed anything: the power of the bias corrections. Set by whoever learns from the
+    /// device whether the last one did.
+    /// </summary>
     public int Updates { get; set; }
 
-    /// <summary>Global L2 norm of the gradients, before clipping; not finite if any gradient is not.</summary>
-    public double GradientNorm()
-    {
-        _device.GradientNorm([_trainables.Gradients], _arguments.MaxGradNorm, _norm, Tensor.None);
-        Span<double> values = stackalloc double[3];
-        _device.Read(_norm, values);
-        return values[2] > 0 ? double.NaN : values[0];
-    }
+    /// <summary>
+    /// F64[3], a <see cref="GradientNorm"/>: global L2 norm of the gradients before clipping, factor,
+    /// number of elements of gradients and losses that are not finite.
+    /// </summary>
+    public Tensor Norm { get; }
 
-    /// <summary>Changes all trained values by one step, with the gradients measured last.</summary>
+    /// <summary>Queues the measuring of the gradients; losses may be None.</summary>
+    public void Measure(in Tensor losses) =>
+        _device.GradientNorm([_trainables.Gradients], _arguments.MaxGradNorm, Norm, losses);
+
+    /// <summary>
+    /// Queues a change of all trained values by one step, with the gradients measured last. Where these
+    /// are not finite the device changes nothing.
+    /// </summary>
     public void Step(double learningRate)
     {
-        Updates++;
         foreach (Trainables.Run run in _trainables.Runs)
         {
             var step = new AdamW(
                 learningRate, _arguments.AdamBeta1, _arguments.AdamBeta2, _arguments.AdamEpsilon,
-                run.Decays ? _arguments.WeightDecay : 0, Updates,
+                run.Decays ? _arguments.WeightDecay : 0, Updates + 1,
                 (ulong)_arguments.Seed);
             _device.Update(
                 step,
@@ -51,7 +56,7 @@ public sealed class Optimizer
                     Trainables.Stretch(_trainables.Gradients, run),
                     Trainables.Stretch(_trainables.FirstMoments, run),
                     Trainables.Stretch(_trainables.SecondMoments, run), run.Begin),
-                _norm);
+                Norm);
         }
     }
 }

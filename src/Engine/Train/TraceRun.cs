@@ -35,7 +35,8 @@ public static class TraceRun
         }
 
         // Blocks that run again would hide gradients inside them; a trace is small enough without.
-        using var model = TrainingModel.Open(arguments with { GradientCheckpointing = false });
+        using var model = TrainingModel.Open(
+            arguments with { GradientCheckpointing = false }, say: output.WriteLine);
         Trace trace = Trace.Run(model, batch, request.Gradients);
         trace.Save(request.Out);
         output.WriteLine($"{request.Out}: {trace.Floats.Count + trace.Ints.Count} tensors of "

@@ -24,7 +24,8 @@ public sealed class TrainRun : IDisposable
     private readonly Sampler _sampler;
     private readonly int _workers;
 
-    private TrainRun(TrainArguments arguments, ITrainLog log, StopRequest stop)
+    private TrainRun(
+        TrainArguments arguments, ITrainLog log, StopRequest stop, DeviceSource devices)
     {
         (_arguments, _log, _stop) = (arguments, log, stop);
         ModelSpec spec = ModelSpec.Read(arguments.ModelNameOrPath!);
@@ -34,7 +35,7 @@ public sealed class TrainRun : IDisposable
         _plan = new StepPlan(arguments, _rows.Count);
         _schedule = Schedule.Of(arguments, _plan.MaxSteps);
         _sampler = new Sampler(arguments, _rows.Count);
-        _model = TrainingModel.Open(arguments);
+        _model = TrainingModel.Open(arguments, devices, log.Message);
         _trainer = new Trainer(arguments, _model);
         _workers = arguments.DataloaderNumWorkers is > 0 and int workers
             ? workers
@@ -46,9 +47,14 @@ public sealed class TrainRun : IDisposable
     /// <summary>Trains as configured, from the beginning or a checkpoint.</summary>
     /// <exception cref="InputException">What the user gave cannot be used.</exception>
     /// <exception cref="RunException">The run failed.</exception>
-    public static void Run(TrainArguments arguments, ITrainLog log, StopRequest stop)
+    public static void Run(TrainArguments arguments, ITrainLog log, StopRequest stop) =>
+        Run(arguments, log, stop, DeviceSource.Default);
+
+    /// <summary>As above, with devices of one's own.</summary>
+    public static void Run(
+        TrainArguments arguments, ITrainLog log, StopRequest stop, DeviceSource devices)
     {
-        using var run = new TrainRun(arguments, log, stop);
+        using var run = new TrainRun(arguments, log, stop, devices);
         string? resumeFrom = RunFolder.Prepare(arguments, out IDisposable claim);
         using (claim) run.Run(resumeFrom);
     }
@@ -79,17 +85,22 @@ public sealed class TrainRun : IDisposable
 
         var batches = new Batch[_arguments.GradientAccumulationSteps];
         using BatchLoader loader = Loader(first, count - first);
-        while (done < _plan.MaxSteps && !_stop.Requested)
+        bool stop = _stop.Requested;
+        while (done < _plan.MaxSteps && !stop)
         {
             int micro = _plan.Batches(done + 1).Count;
             for (int i = 0; i < micro; i++) batches[i] = loader.Take(out _);
-            StepResult result = _trainer.Step(done, batches.AsSpan(0, micro), _schedule.At(done));
-            done++;
-            Report(done, result);
+            _trainer.Queue(done, batches.AsSpan(0, micro), _schedule.At(done));
             loader.Return(micro);
+            done++;
+            // Steps are reported when the device is done with them, all of them before what needs it.
             StepActions after = _plan.After(done);
-            if (after.HasFlag(StepActions.Evaluate)) Evaluate(done);
-            if (after.HasFlag(StepActions.Save) || _stop.Requested) Save(done);
+            bool evaluate = after.HasFlag(StepActions.Evaluate), save = after.HasFlag(StepActions.Save);
+            Report(all: evaluate || save || done == _plan.MaxSteps);
+            if (evaluate) Evaluate(done);
+            stop = _stop.Requested;
+            if (stop) Report(all: true);
+            if (save || stop) Save(done);
         }
 
         return done;
@@ -112,11 +123,16 @@ public sealed class TrainRun : IDisposable
             });
     }
 
-    private void Report(int step, in StepResult result)
+    private void Report(bool all)
+    {
+        while (_trainer.TryTake(all, out StepResult result)) Report(result);
+    }
+
+    private void Report(in StepResult result)
     {
         var report = new StepReport(
-            step, result.Loss, result.GradientNorm, result.LearningRate, result.Tokens, result.Seconds,
-            Environment.WorkingSet);
+            result.Step, result.Loss, result.GradientNorm, result.LearningRate, result.Tokens,
+            result.Seconds, Environment.WorkingSet);
         if (!result.Skipped)
         {
             _log.Step(report);
@@ -127,7 +143,7 @@ public sealed class TrainRun : IDisposable
         if (_trainer.SkippedInARow >= _arguments.MaxNonfiniteSteps)
             throw new RunException(
                 $"{_trainer.SkippedInARow} steps in a row gave a loss or gradients that are not finite, the "
-                + $"last one step {step}: lower learning_rate, or look at the rows of these steps");
+                + $"last one step {result.Step}: lower learning_rate, or look at the rows of these steps");
     }
 
     private void Evaluate(int step)

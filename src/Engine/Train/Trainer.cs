@@ -1,7 +1,10 @@
 using System.Diagnostics;
+using System.Runtime.CompilerServices;
+using System.Runtime.InteropServices;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Updates;
 
 namespace MiniCpmNative.Engine.Train;
 
@@ -9,6 +12,12 @@ namespace MiniCpmNative.Engine.Train;
 /// The training loop. A step takes its micro-batches from the loader, runs forward and backward on each,
 /// and updates the trained values once. Losses are divided by the supervised tokens of the whole step,
 /// so that accumulating equals a larger batch. Nothing in here knows the device or the model's parts.
+///
+/// A step is queued, and its result taken when it is there: at once on a device that is done when a call
+/// returns, else while the next step is already queued. Whether a step is applied is decided on the
+/// device, by the count of elements that are not finite. The host learns it before it queues the next
+/// step's update, whose bias corrections depend on it, and behind that step's forward and backward, so
+/// that the device is never without work.
 /// A warm step allocates nothing on the managed heap.
 /// </summary>
 public sealed class Trainer
@@ -16,12 +25,19 @@ public sealed class Trainer
     private readonly TrainArguments _arguments;
     private readonly TrainingModel _model;
     private readonly Optimizer _optimizer;
-    private readonly Stopwatch _clock = new();
+    private double[] _weights = [];
+    private Tensor _losses;
+    private Readback? _results;
+    private Queued _queued;
+    private StepResult _settled;
+    private bool _isQueued, _isSettled;
+    private long _lastSettled;
 
     public Trainer(TrainArguments arguments, TrainingModel model)
     {
         (_arguments, _model) = (arguments, model);
         _optimizer = new Optimizer(model.Device, model.Trainables, arguments);
+        Reserve(arguments.GradientAccumulationSteps);
     }
 
     public Optimizer Optimizer => _optimizer;
@@ -29,13 +45,23 @@ public sealed class Trainer
     /// <summary>Steps in a row whose loss or gradient was not finite.</summary>
     public int SkippedInARow { get; set; }
 
-    /// <summary>
-    /// One optimizer step over the first count of the batches. step counts from 0; the masks of dropout
-    /// follow from it.
-    /// </summary>
+    /// <summary>As Queue, then waits for its result.</summary>
     public StepResult Step(int step, ReadOnlySpan<Batch> batches, double learningRate)
     {
-        _clock.Restart();
+        Queue(step, batches, learningRate);
+        StepResult last = default;
+        while (TryTake(wait: true, out StepResult result)) last = result;
+        return last;
+    }
+
+    /// <summary>
+    /// Queues one optimizer step over the batches, which may change once this returns; results are taken
+    /// after each. step counts from 0; the masks of dropout follow from it.
+    /// </summary>
+    public void Queue(int step, ReadOnlySpan<Batch> batches, double learningRate)
+    {
+        long started = Stopwatch.GetTimestamp();
+        if (batches.Length > _weights.Length) Reserve(batches.Length);
         long tokens = 0, supervised = 0;
         foreach (Batch batch in batches)
         {
@@ -43,47 +69,99 @@ public sealed class Trainer
             supervised += batch.LabelRows.Count;
         }
 
-        bool mean = _arguments.LossNormalization == LossNormalization.MicroBatchMean;
+        bool isWeighted = true;
         _model.Graph.ClearGradients();
-        double loss = 0;
         for (int i = 0; i < batches.Length; i++)
         {
-            Batch batch = batches[i];
-            double weight = mean
-                ? 1.0 / batches.Length / batch.LabelRows.Count
-                : 1.0 / supervised;
+            double weight = Weight(batches, i, supervised);
+            isWeighted &= double.IsFinite(weight);
             _model.Device.Random = new Randomness(
                 (ulong)_arguments.Seed,
                 ((ulong)step * (ulong)_arguments.GradientAccumulationSteps) + (ulong)i, Dropout: true);
-            loss += weight * Backward(batch, weight);
+            Backward(batches[i], weight, i);
         }
 
         _model.Graph.ZeroUnreachedGradients();
-        double norm = _optimizer.GradientNorm();
-        bool finite = double.IsFinite(loss) && double.IsFinite(norm);
-        if (finite) _optimizer.Step(learningRate);
-        SkippedInARow = finite ? 0 : SkippedInARow + 1;
-        return new StepResult(
-            loss, norm, learningRate, tokens, supervised, _clock.Elapsed.TotalSeconds, !finite);
+        Tensor losses = _losses.Slice(0, batches.Length);
+        _optimizer.Measure(losses);
+        if (_isQueued) Settle();
+        // Without a supervised token there is no mean, and nothing to learn.
+        if (isWeighted) _optimizer.Step(learningRate);
+        _results!.Start(_optimizer.Norm, losses);
+        for (int i = 0; i < batches.Length; i++) _weights[i] = Weight(batches, i, supervised);
+        _queued = new(step + 1, batches.Length, learningRate, tokens, supervised, isWeighted, started);
+        _isQueued = true;
     }
 
-    private double Backward(Batch batch, double weight)
+    /// <summary>
+    /// The next result, in the order of the steps, if it is there or waited for; false when there is
+    /// none. Call it after each Queue until it is false.
+    /// </summary>
+    public bool TryTake(bool wait, out StepResult result)
+    {
+        if (!_isSettled && _isQueued && (wait || _results!.IsReady)) Settle();
+        result = _settled;
+        bool taken = _isSettled;
+        _isSettled = false;
+        return taken;
+    }
+
+    private double Weight(ReadOnlySpan<Batch> batches, int index, long supervised) =>
+        _arguments.LossNormalization == LossNormalization.MicroBatchMean
+            ? 1.0 / batches.Length / batches[index].LabelRows.Count
+            : 1.0 / supervised;
+
+    private void Backward(Batch batch, double weight, int index)
     {
         Tensor loss = _model.Loss(batch);
-        Span<float> value = stackalloc float[1];
-        _model.Device.Read(loss, value);
+        // The loss outlives its pass: the host reads the losses of all passes at once.
+        _model.Device.Copy(
+            loss with { Variable = 0 }, new Tensor(_losses.Slice(index, 1).Data, loss.Spec));
         // Text alone reaches nothing that is trained when only picture features are: no gradient.
         if (loss.Variable != 0) _model.Graph.Backward(loss, weight);
         _model.Graph.EndStep();
-        return value[0];
     }
+
+    // What the queued step did, once the device has done it.
+    private void Settle()
+    {
+        ReadOnlySpan<byte> bytes = _results!.Wait();
+        long now = Stopwatch.GetTimestamp();
+        var norm = MemoryMarshal.Read<GradientNorm>(bytes);
+        ReadOnlySpan<float> losses = MemoryMarshal.Cast<byte, float>(bytes[Unsafe.SizeOf<GradientNorm>()..]);
+        double loss = 0;
+        for (int i = 0; i < _queued.Passes; i++) loss += _weights[i] * losses[i];
+        bool applied = _queued.IsUpdated && norm.NonFinite == 0;
+        if (applied) _optimizer.Updates++;
+        SkippedInARow = applied ? 0 : SkippedInARow + 1;
+        // Steps overlap: one's time begins when the one before was done.
+        long begin = Math.Max(_queued.Started, _lastSettled);
+        _settled = new StepResult(
+            _queued.Step, loss, double.IsFinite(norm.Norm) ? norm.Norm : double.NaN,
+            _queued.LearningRate, _queued.Tokens, _queued.SupervisedTokens,
+            Stopwatch.GetElapsedTime(begin, now).TotalSeconds, !applied);
+        (_isQueued, _isSettled, _lastSettled) = (false, true, now);
+    }
+
+    private void Reserve(int passes)
+    {
+        if (_isQueued) throw new InvalidOperationException("a larger step while one is under way");
+        _weights = new double[passes];
+        _losses = _model.Device.Allocate(new Spec(DType.F32, new Shape(passes)), "losses");
+        _results = _model.Device.NewReadback(
+            (int)(GradientNorm.Spec.Bytes + _losses.Spec.Bytes));
+    }
+
+    private readonly record struct Queued(
+        int Step, int Passes, double LearningRate, long Tokens, long SupervisedTokens, bool IsUpdated,
+        long Started);
 }
 
 /// <summary>
-/// What one optimizer step did: the loss per supervised token, the global gradient norm before clipping,
-/// the learning rate used, tokens and supervised tokens, seconds, and whether it was skipped because
-/// loss or gradients were not finite.
+/// What one optimizer step did: its number from 1, the loss per supervised token, the global gradient
+/// norm before clipping, the learning rate used, tokens and supervised tokens, seconds, and whether it
+/// was skipped because loss or gradients were not finite.
 /// </summary>
 public readonly record struct StepResult(
-    double Loss, double GradientNorm, double LearningRate, long Tokens, long SupervisedTokens,
+    int Step, double Loss, double GradientNorm, double LearningRate, long Tokens, long SupervisedTokens,
     double Seconds, bool Skipped);

@@ -3,7 +3,6 @@ using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Weights;
 using MiniCpmNative.Kernels;
-using MiniCpmNative.Kernels.Cpu;
 
 namespace MiniCpmNative.Engine.Train;
 
@@ -12,17 +11,19 @@ namespace MiniCpmNative.Engine.Train;
 /// </summary>
 public sealed class TrainingModel : IDisposable
 {
-    private TrainingModel(Device device, Graph graph, ModelSpec spec, TrainedParts parts,
+    private readonly OpenDevice _device;
+
+    private TrainingModel(OpenDevice device, Graph graph, ModelSpec spec, TrainedParts parts,
         Trainables trainables, MiniCpmModel model)
     {
-        (Device, Graph, Spec, Parts, Trainables, Model) = (device, graph, spec, parts, trainables, model);
-        Batch = new BatchTensors(device, spec.Vision, spec.Resampler, spec.Decoder);
+        (_device, Graph, Spec, Parts, Trainables, Model) = (device, graph, spec, parts, trainables, model);
+        Batch = new BatchTensors(Device, spec.Vision, spec.Resampler, spec.Decoder);
     }
 
-    public Device Device { get; }
+    public Device Device => _device.Device;
 
     /// <summary>The device in words.</summary>
-    public string DeviceName { get; } = $"CPU, {Environment.ProcessorCount} processors";
+    public string DeviceName => _device.Name;
 
     public Graph Graph { get; }
 
@@ -49,11 +50,14 @@ public sealed class TrainingModel : IDisposable
     public static DType MomentsOf(TrainArguments arguments) =>
         arguments.Optim == OptimizerKind.AdamwBf16 ? DType.BF16 : DType.F32;
 
-    /// <exception cref="InputException">The model, the adapter or what is to be trained is unusable.</exception>
-    public static TrainingModel Open(TrainArguments arguments)
+    /// <param name="arguments">Say what is loaded where, and what of it is trained.</param>
+    /// <param name="devices">Opens the device; null takes the machine's.</param>
+    /// <param name="say">Takes a line on the choice of the device.</param>
+    /// <exception cref="InputException">The model, the adapter, the device or what is to be trained is
+    /// unusable.</exception>
+    public static TrainingModel Open(
+        TrainArguments arguments, DeviceSource? devices = null, Action<string>? say = null)
     {
-        if (arguments.Device == DeviceChoice.Cuda)
-            throw new InputException("device is cuda, which this version cannot train on; use cpu or auto");
         string folder = arguments.ModelNameOrPath!;
         ModelSpec spec = ModelSpec.Read(folder);
         using Checkpoint checkpoint = Checkpoint.Open(folder);
@@ -66,11 +70,11 @@ public sealed class TrainingModel : IDisposable
         DType storage = StorageOf(arguments);
         TrainedParts parts = TrainedParts.Choose(spec, arguments, adapter, storage);
 
-        Device device = new CpuDevice(arguments.Threads);
+        OpenDevice device = (devices ?? DeviceSource.Default).Open(arguments, say);
         try
         {
-            var graph = new Graph(device);
-            var trainables = new Trainables(device, parts.Tensors, MomentsOf(arguments));
+            var graph = new Graph(device.Device);
+            var trainables = new Trainables(device.Device, parts.Tensors, MomentsOf(arguments));
             var weights = new ModelWeights(graph, checkpoint, trainables, parts.Adapters, storage);
             var model = new TrainingModel(
                 device, graph, spec, parts, trainables,
@@ -109,9 +113,18 @@ public sealed class TrainingModel : IDisposable
     public TensorToSave ToSave(string name, Tensor tensor) =>
         new(name, tensor.Type, tensor.Shape, stream =>
         {
-            var bytes = new byte[tensor.Spec.Bytes];
-            Device.Read<byte>(tensor, bytes);
-            stream.Write(bytes);
+            // In pieces: an array cannot hold the largest tensors.
+            const int Piece = 16 << 20;
+            long all = tensor.Spec.Bytes;
+            var bytes = new byte[Math.Min(Piece, all)];
+            for (long done = 0; done < all; done += Piece)
+            {
+                int count = (int)Math.Min(Piece, all - done);
+                Device.Read(
+                    new Tensor(tensor.Data + (nint)done, new Spec(DType.U8, new Shape(count))),
+                    bytes.AsSpan(0, count));
+                stream.Write(bytes, 0, count);
+            }
         });
 
     /// <summary>
@@ -124,5 +137,5 @@ public sealed class TrainingModel : IDisposable
         return Model.Loss(Graph, Model.Hidden(Graph, Batch), Batch, perRow);
     }
 
-    public void Dispose() => Device.Dispose();
+    public void Dispose() => _device.Dispose();
 }

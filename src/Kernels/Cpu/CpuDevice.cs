@@ -146,6 +146,10 @@ public sealed unsafe class CpuDevice : Device
     public override void Read<T>(in Tensor tensor, Span<T> values) =>
         Elements<T>(tensor, values.Length).CopyTo(values);
 
+    public override InputMemory NewInput() => new CpuInput(this);
+
+    public override Readback NewReadback(int bytes) => new CpuReadback(this, bytes);
+
     public override void Dispose()
     {
         Gemm.Dispose();

@@ -22,6 +22,7 @@ public sealed unsafe class CudaDevice : Device
     private readonly CudaGemm _gemm;
     private readonly Staging _staging;
     private readonly List<DeviceSlab> _slabs = [];
+    private readonly List<IDisposable> _owned = [];
     private readonly (Tensor From, GradientTarget To)[] _casts = new (Tensor, GradientTarget)[16];
     private int _castCount;
     private nint _shared;
@@ -212,8 +213,16 @@ public sealed unsafe class CudaDevice : Device
         ThrowIfFaulty();
     }
 
+    public override InputMemory NewInput() => Own(new CudaInput(Context, Stream));
+
+    public override Readback NewReadback(int bytes) => Own(new CudaReadback(this, bytes));
+
     public override void Dispose()
     {
+        // Queued work may still use what goes now; what it came to no longer matters.
+        Context.Api.Driver.StreamSynchronize(Stream.Handle);
+        foreach (IDisposable owned in _owned) owned.Dispose();
+        _owned.Clear();
         _staging.Dispose();
         _gemm.Dispose();
         foreach (DeviceSlab slab in _slabs) slab.Dispose();
@@ -254,13 +263,26 @@ public sealed unsafe class CudaDevice : Device
     /// <summary>Casts a gradient into where it is wanted when the running operation is done.</summary>
     internal void CastWhenDone(in Tensor from, in GradientTarget to) => _casts[_castCount++] = (from, to);
 
+    /// <exception cref="ShapeException">These words of Faults tell of a wrong index.</exception>
+    internal void ThrowIfFaulty(ReadOnlySpan<int> words)
+    {
+        if (words[0] == 0) return;
+        Fill(Faults, 0);
+        throw KernelFaults.Describe(words);
+    }
+
     private void ThrowIfFaulty()
     {
         Span<int> words = stackalloc int[4];
         fixed (int* to = words) _staging.Download(to, Faults.Data, Faults.Spec.Bytes);
-        if (words[0] == 0) return;
-        Fill(Faults, 0);
-        throw KernelFaults.Describe(words);
+        ThrowIfFaulty(words);
+    }
+
+    private T Own<T>(T owned)
+        where T : IDisposable
+    {
+        _owned.Add(owned);
+        return owned;
     }
 
     private nint Hold(long bytes)

@@ -1,0 +1,95 @@
+using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Cpu;
+using MiniCpmNative.Kernels.Cuda;
+
+namespace MiniCpmNative.Engine.Train;
+
+/// <summary>A device with its name in words, and what must outlive it.</summary>
+public sealed record OpenDevice(Device Device, string Name, IDisposable? Owner = null) : IDisposable
+{
+    public void Dispose()
+    {
+        Device.Dispose();
+        Owner?.Dispose();
+    }
+}
+
+/// <summary>
+/// Opens the device that a configuration asks for. The properties say where CUDA comes from; tests set
+/// them.
+/// </summary>
+public sealed record DeviceSource
+{
+    // cp.async, bf16 and their matrix instructions, which kernels.cu is written with.
+    private const int LeastArchitecture = 80;
+
+    public static DeviceSource Default { get; } = new();
+
+    /// <summary>Opens driver, NVRTC and cuBLAS.</summary>
+    public Func<CudaApi> Cuda { get; init; } = () => CudaApi.Load();
+
+    /// <summary>Where compiled kernels are kept.</summary>
+    public string? Cache { get; init; } = ModuleCompiler.DefaultCache();
+
+    /// <summary>Keeps source lines in compiled kernels.</summary>
+    public bool LineInfo { get; init; }
+
+    /// <param name="arguments">Say device, threads and type.</param>
+    /// <param name="say">Takes a line on what was chosen and why, where that is not plain.</param>
+    /// <exception cref="InputException">CUDA is asked for and cannot be used.</exception>
+    public OpenDevice Open(TrainArguments arguments, Action<string>? say = null)
+    {
+        if (arguments.Device != DeviceChoice.Cpu)
+        {
+            try
+            {
+                return OpenCuda(arguments, say);
+            }
+            catch (Exception problem) when (problem is CudaUnavailableException or CudaException)
+            {
+                string line = problem.Message.ReplaceLineEndings(" ");
+                if (arguments.Device == DeviceChoice.Cuda)
+                    throw new InputException($"device is cuda, which cannot be used: {line}", problem);
+                say?.Invoke($"{line}; computing on the CPU");
+            }
+        }
+
+        var device = new CpuDevice(arguments.Threads);
+        return new OpenDevice(device, $"CPU, {Environment.ProcessorCount} processors");
+    }
+
+    /// <summary>
+    /// Type in which a GPU keeps activations: BF16 for bf16, else F32. For fp16 too: small gradients of
+    /// activations vanish in F16 unless the loss is scaled up, which is not done here.
+    /// </summary>
+    public static DType ActivationsOf(TrainArguments arguments) =>
+        arguments.Bf16 ? DType.BF16 : DType.F32;
+
+    private OpenDevice OpenCuda(TrainArguments arguments, Action<string>? say)
+    {
+        CudaApi api = Cuda();
+        var context = new CudaContext(api);
+        try
+        {
+            int architecture = context.Architecture;
+            string capability = $"compute capability {architecture / 10}.{architecture % 10}";
+            if (architecture < LeastArchitecture)
+                throw new CudaUnavailableException($"cuda: {context.Name} has {capability}, "
+                    + $"{LeastArchitecture / 10}.{LeastArchitecture % 10} or newer is needed");
+            var device = new CudaDevice(
+                context, new ModuleCompiler(api.Nvrtc, Cache), ActivationsOf(arguments), lineInfo: LineInfo);
+            if (arguments.Fp16)
+                say?.Invoke("fp16: weights are float16, the GPU computes in float32; bf16 is faster and "
+                    + "takes half the memory");
+            double gib = context.Memory().Total / (double)(1 << 30);
+            return new OpenDevice(
+                device, FormattableString.Invariant($"{context.Name}, {capability}, {gib:0.0} GiB"), context);
+        }
+        catch
+        {
+            context.Dispose();
+            throw;
+        }
+    }
+}
