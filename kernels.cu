@@ -291,70 +291,326 @@ extern "C" __global__ void sum_parts(float* y, const float* part, int parts, int
 
 // ---- 5. normalisation -------------------------------------------------------------------------------
 
-// y[r, c] = x[r, c] rstd[r] w[c], rstd[r] = 1 / sqrt(mean_c x[r, c]^2 + epsilon). One block per row;
-// the second pass finds the row in cache. Moves 2 R C S + 4 C bytes, 4 R C FLOP.
-extern "C" __global__ void __launch_bounds__(256) rms_norm_forward(
-    real* y, float* rstd, const real* x, const float* w, int cols, float epsilon)
+// How the threads of a block, or the lanes of a warp, share a stretch of a row: 16 bytes each in turn
+// where rows allow it, else one element each in turn. N elements of each are a stretch of N * threads
+// columns; those beyond the row's end read as zeros and are not written.
+template <bool WIDE> struct Share
 {
-    __shared__ float sums[8];
-    const real* row = x + (u64)blockIdx.x * cols;
-    real* out = y + (u64)blockIdx.x * cols;
-    bool wide = aligned16(x, cols, sizeof(real)) && aligned16(w, 4, 4);
-    float squares = 0, v[VECTOR], g[VECTOR];
-    if (wide)
+    int thread, threads, cols;
+
+    // The column of a thread's element i in the stretch that begins at column first.
+    __device__ __forceinline__ int column(int first, int i) const
     {
-        for (int c = threadIdx.x * VECTOR; c < cols; c += blockDim.x * VECTOR)
-        {
-            load_vector(v, row + c);
+        return first + (WIDE ? i / VECTOR * VECTOR * threads + thread * VECTOR + i % VECTOR
+            : i * threads + thread);
+    }
+
+    template <int N>
+    __device__ __forceinline__ void load(float (&v)[N], const real* row, int first) const
+    {
 #pragma unroll
-            for (int i = 0; i < VECTOR; i++) squares += v[i] * v[i];
+        for (int i = 0; i < N; i++) v[i] = 0;
+        if constexpr (WIDE)
+        {
+#pragma unroll
+            for (int i = 0; i < N; i += VECTOR)
+                if (column(first, i) < cols) load_vector(v + i, row + column(first, i));
+        }
+        else
+        {
+#pragma unroll
+            for (int i = 0; i < N; i++)
+                if (column(first, i) < cols) v[i] = widen(row[column(first, i)]);
         }
     }
-    else
+
+    template <int N>
+    __device__ __forceinline__ void load_weight(float (&v)[N], const float* w, int first) const
     {
-        for (int c = threadIdx.x; c < cols; c += blockDim.x)
-            squares += widen(row[c]) * widen(row[c]);
+#pragma unroll
+        for (int i = 0; i < N; i++) v[i] = 0;
+        if constexpr (WIDE)
+        {
+#pragma unroll
+            for (int i = 0; i < N; i += VECTOR)
+                if (column(first, i) < cols) load_floats(v + i, w + column(first, i));
+        }
+        else
+        {
+#pragma unroll
+            for (int i = 0; i < N; i++)
+                if (column(first, i) < cols) v[i] = w[column(first, i)];
+        }
+    }
+
+    template <int N>
+    __device__ __forceinline__ void store(real* row, const float (&v)[N], int first) const
+    {
+        if constexpr (WIDE)
+        {
+#pragma unroll
+            for (int i = 0; i < N; i += VECTOR)
+                if (column(first, i) < cols) store_vector(row + column(first, i), v + i);
+        }
+        else
+        {
+#pragma unroll
+            for (int i = 0; i < N; i++)
+                if (column(first, i) < cols) row[column(first, i)] = narrow(v[i]);
+        }
+    }
+
+    // Whether element i of the thread lies in the row.
+    __device__ __forceinline__ bool has(int first, int i) const
+    {
+        return column(first, WIDE ? i / VECTOR * VECTOR : i) < cols;
+    }
+};
+
+// Elements of a row that each thread of a norm keeps in registers. A row of up to 16 * 256 columns is
+// one stretch and read once; of a longer one every pass reads all stretches again, from cache. Element
+// by element they are fewer, since every one's address takes registers too.
+#define KEPT (WIDE ? 16 : 4)
+
+template <bool WIDE> DEVICE void norm_forward_row(
+    real* y, float* mean, float* rstd, const real* x, const float* w, const float* b, int cols,
+    float epsilon)
+{
+    __shared__ float sums[256 / WARP];
+    Share<WIDE> own = {(int)threadIdx.x, (int)blockDim.x, cols};
+    const real* row = x + (u64)blockIdx.x * cols;
+    int stretch = KEPT * blockDim.x;
+    float v[KEPT], g[KEPT], sum = 0, squares = 0, centre = 0;
+    own.load(v, row, 0);
+    own.load_weight(g, w, 0);
+    if (mean)
+    {
+        for (int first = 0; first < cols; first += stretch)
+        {
+            if (first > 0) own.load(v, row, first);
+#pragma unroll
+            for (int i = 0; i < KEPT; i++) sum += v[i];
+        }
+        centre = block_sum(sum, sums) / cols;
+        if (threadIdx.x == 0) mean[blockIdx.x] = centre;
+    }
+    for (int first = 0; first < cols; first += stretch)
+    {
+        if (cols > stretch) own.load(v, row, first);
+#pragma unroll
+        for (int i = 0; i < KEPT; i++)
+            if (own.has(first, i)) squares += (v[i] - centre) * (v[i] - centre);
     }
     float scale = 1.0f / sqrtf(block_sum(squares, sums) / cols + epsilon);
     if (threadIdx.x == 0) rstd[blockIdx.x] = scale;
-    if (wide)
+    for (int first = 0; first < cols; first += stretch)
     {
-        for (int c = threadIdx.x * VECTOR; c < cols; c += blockDim.x * VECTOR)
+        if (cols > stretch)
         {
-            load_vector(v, row + c);
-            load_floats(g, w + c);
+            own.load(v, row, first);
+            own.load_weight(g, w, first);
+        }
 #pragma unroll
-            for (int i = 0; i < VECTOR; i++) v[i] *= scale * g[i];
-            store_vector(out + c, v);
+        for (int i = 0; i < KEPT; i++) v[i] = (v[i] - centre) * scale * g[i];
+        if (b)
+        {
+            own.load_weight(g, b, first);
+#pragma unroll
+            for (int i = 0; i < KEPT; i++) v[i] += g[i];
+        }
+        own.store(y + (u64)blockIdx.x * cols, v, first);
+    }
+}
+
+// y = (x - mean[r]) rstd[r] w + b, rstd[r] = 1 / sqrt(mean_c (x - mean[r])^2 + epsilon): LayerNorm, and
+// where mean and b are null, with nothing in their place, RMSNorm. A block per row, which has no more
+// warps than the row needs. Moves 2 R C S + 8 R + 8 C bytes, 4 (RMSNorm) to 7 R C FLOP.
+extern "C" __global__ void __launch_bounds__(256) norm_forward(
+    real* y, float* mean, float* rstd, const real* x, const float* w, const float* b, int cols,
+    float epsilon)
+{
+    bool wide = aligned16(x, cols, sizeof(real)) && aligned16(y, cols, sizeof(real))
+        && aligned16(w, 4, 4) && aligned16(b, 4, 4);
+    if (wide) norm_forward_row<true>(y, mean, rstd, x, w, b, cols, epsilon);
+    else norm_forward_row<false>(y, mean, rstd, x, w, b, cols, epsilon);
+}
+
+template <bool WIDE> DEVICE void norm_backward_row(
+    real* dx, const real* dy, const real* x, const float* w, const float* mean, const float* rstd,
+    int cols, int accumulate)
+{
+    __shared__ float sums[256 / WARP];
+    Share<WIDE> own = {(int)threadIdx.x, (int)blockDim.x, cols};
+    u64 row = (u64)blockIdx.x * cols;
+    int stretch = KEPT * blockDim.x;
+    float scale = rstd[blockIdx.x], centre = mean ? mean[blockIdx.x] : 0;
+    float v[KEPT], g[KEPT], other[KEPT], sum = 0, pull = 0;
+    for (int first = 0; first < cols; first += stretch)
+    {
+        own.load(v, x + row, first);
+        own.load(g, dy + row, first);
+        own.load_weight(other, w, first);
+#pragma unroll
+        for (int i = 0; i < KEPT; i++)
+        {
+            g[i] *= other[i];
+            sum += g[i];
+            pull += g[i] * (v[i] - centre);
         }
     }
-    else
+    pull = block_sum(pull, sums) / cols * scale * scale;
+    float average = mean ? block_sum(sum, sums) / cols : 0;
+    for (int first = 0; first < cols; first += stretch)
     {
-        for (int c = threadIdx.x; c < cols; c += blockDim.x)
-            out[c] = narrow(widen(row[c]) * scale * w[c]);
+        if (cols > stretch)
+        {
+            own.load(v, x + row, first);
+            own.load(g, dy + row, first);
+            own.load_weight(other, w, first);
+#pragma unroll
+            for (int i = 0; i < KEPT; i++) g[i] *= other[i];
+        }
+#pragma unroll
+        for (int i = 0; i < KEPT; i++) g[i] = (g[i] - average - (v[i] - centre) * pull) * scale;
+        if (accumulate)
+        {
+            own.load(other, dx + row, first);
+#pragma unroll
+            for (int i = 0; i < KEPT; i++) g[i] += other[i];
+        }
+        own.store(dx + row, g, first);
+    }
+}
+
+// dx = rstd (g - mean_c(g) - n mean_c(g n)) with g = w dy and n = (x - mean) rstd, or adds it; without
+// mean, mean_c(g) is left out too. A block per row. Moves 3 R C S + 8 R + 4 C bytes (4 R C S when
+// adding), 8 R C FLOP.
+extern "C" __global__ void __launch_bounds__(256) norm_backward(
+    real* dx, const real* dy, const real* x, const float* w, const float* mean, const float* rstd,
+    int cols, int accumulate)
+{
+    bool wide = aligned16(x, cols, sizeof(real)) && aligned16(dx, cols, sizeof(real))
+        && aligned16(dy, cols, sizeof(real)) && aligned16(w, 4, 4);
+    if (wide) norm_backward_row<true>(dx, dy, x, w, mean, rstd, cols, accumulate);
+    else norm_backward_row<false>(dx, dy, x, w, mean, rstd, cols, accumulate);
+}
+
+// A lane's columns of dw and db over every eighth row of begin..end, its warp's.
+template <bool WIDE> DEVICE void sum_norm_rows(
+    float (&dw)[VECTOR], float (&db)[VECTOR], const real* dy, const real* x, const float* mean,
+    const float* rstd, int cols, int first, int begin, int end)
+{
+    Share<WIDE> own = {(int)threadIdx.x % WARP, WARP, cols};
+    float v[VECTOR], g[VECTOR];
+#pragma unroll 4
+    for (int r = begin + threadIdx.x / WARP; r < end; r += 256 / WARP)
+    {
+        own.load(v, x + (u64)r * cols, first);
+        own.load(g, dy + (u64)r * cols, first);
+        float scale = rstd[r], centre = mean ? mean[r] : 0;
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++)
+        {
+            dw[i] += g[i] * ((v[i] - centre) * scale);
+            db[i] += g[i];
+        }
+    }
+}
+
+// dw[p, c] = sum of dy (x - mean[r]) rstd[r], db[p, c] = sum of dy, over the rows r of part p; each may
+// be null. A block has 32 * VECTOR columns, of which each lane sums its own; its warps take rows in
+// turn, and their sums are added in order. Reads 2 R C S + 8 R bytes, 5 R C FLOP.
+extern "C" __global__ void __launch_bounds__(256) norm_weight_parts(
+    float* dw, float* db, const real* dy, const real* x, const float* mean, const float* rstd,
+    int rows, int cols, int rows_per_part)
+{
+    // A lane's elements are as far apart as keeps both writers and readers in different banks.
+    const int warps = 256 / WARP, width = WARP * VECTOR, apart = WARP + WARP / VECTOR;
+    __shared__ float tile[warps][VECTOR * apart];
+    bool wide = aligned16(x, cols, sizeof(real)) && aligned16(dy, cols, sizeof(real));
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, first = blockIdx.x * width;
+    float sums[2][VECTOR] = {};
+    int begin = blockIdx.y * rows_per_part, end = min(rows, begin + rows_per_part);
+    if (wide)
+        sum_norm_rows<true>(sums[0], sums[1], dy, x, mean, rstd, cols, first, begin, end);
+    else
+        sum_norm_rows<false>(sums[0], sums[1], dy, x, mean, rstd, cols, first, begin, end);
+
+    // Thread c adds up column first + c, from where its lane left it.
+    int c = threadIdx.x;
+    int at = wide ? c % VECTOR * apart + c / VECTOR : c / WARP * apart + c % WARP;
+#pragma unroll
+    for (int which = 0; which < 2; which++)
+    {
+        float* part = which == 0 ? dw : db;
+        if (!part) continue;
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++) tile[warp][i * apart + lane] = sums[which][i];
+        __syncthreads();
+        if (c < width && first + c < cols)
+        {
+            float sum = 0;
+            for (int w = 0; w < warps; w++) sum += tile[w][at];
+            part[(u64)blockIdx.y * cols + first + c] = sum;
+        }
+        __syncthreads();
     }
 }
 
 // ---- 6. element-wise --------------------------------------------------------------------------------
+
+// A thread has VECTOR consecutive elements of flat tensors, and moves them as one where they are all
+// there and every tensor begins at a multiple of 16 bytes; absent tensors are null.
+DEVICE bool is_whole(long long i, long long count, const void* a, const void* b = 0,
+    const void* c = 0, const void* d = 0, const void* e = 0)
+{
+    return i + VECTOR <= count && (((u64)a | (u64)b | (u64)c | (u64)d | (u64)e) & 15) == 0;
+}
+
+DEVICE void load_run(float* v, const real* x, long long i, long long count, bool whole)
+{
+    if (whole)
+    {
+        load_vector(v, x + i);
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < VECTOR; j++) v[j] = i + j < count ? widen(x[i + j]) : 0;
+}
+
+// Stores, or adds to what is there.
+DEVICE void store_run(
+    real* y, float* v, long long i, long long count, bool whole, int accumulate)
+{
+    if (accumulate)
+    {
+        float before[VECTOR];
+        load_run(before, y, i, count, whole);
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++) v[j] += before[j];
+    }
+    if (whole)
+    {
+        store_vector(y + i, v);
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < VECTOR; j++)
+        if (i + j < count) y[i + j] = narrow(v[j]);
+}
 
 // y = a + scale * b. Moves 3 R C S, 2 FLOP per element.
 extern "C" __global__ void __launch_bounds__(256) add_forward(
     real* y, const real* a, const real* b, float scale, long long count)
 {
     long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * VECTOR;
-    if (i + VECTOR <= count && aligned16(a, VECTOR, sizeof(real)) && aligned16(b, VECTOR, sizeof(real))
-        && aligned16(y, VECTOR, sizeof(real)))
-    {
-        float p[VECTOR], q[VECTOR];
-        load_vector(p, a + i);
-        load_vector(q, b + i);
+    bool whole = is_whole(i, count, y, a, b);
+    float p[VECTOR], q[VECTOR];
+    load_run(p, a, i, count, whole);
+    load_run(q, b, i, count, whole);
 #pragma unroll
-        for (int j = 0; j < VECTOR; j++) p[j] += scale * q[j];
-        store_vector(y + i, p);
-        return;
-    }
-    for (int j = 0; j < VECTOR && i + j < count; j++)
-        y[i + j] = narrow(widen(a[i + j]) + scale * widen(b[i + j]));
+    for (int j = 0; j < VECTOR; j++) p[j] += scale * q[j];
+    store_run(y, p, i, count, whole, 0);
 }
 
 // y = scale * x, or adds it: both gradients of a residual sum. Moves 2 or 3 R C S.
@@ -362,25 +618,196 @@ extern "C" __global__ void __launch_bounds__(256) scale_rows(
     real* y, const real* x, float scale, long long count, int accumulate)
 {
     long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * VECTOR;
-    if (i + VECTOR <= count && aligned16(x, VECTOR, sizeof(real)) && aligned16(y, VECTOR, sizeof(real)))
+    bool whole = is_whole(i, count, y, x);
+    float v[VECTOR];
+    load_run(v, x, i, count, whole);
+#pragma unroll
+    for (int j = 0; j < VECTOR; j++) v[j] *= scale;
+    store_run(y, v, i, count, whole, accumulate);
+}
+
+// e^x by the hardware's 2^x: 0 below -87, infinity above 88, NaN stays. The product with log2 e is
+// rounded, so the relative error is 2 units in the last place + 6e-8 |x|: where that is more, e^x is
+// next to nothing in the sums below.
+DEVICE float approximate_exp(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
+    return y;
+}
+
+// 1 / x to one unit in the last place.
+DEVICE float approximate_reciprocal(float x)
+{
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+DEVICE float sigmoid(float x) { return approximate_reciprocal(1 + approximate_exp(-x)); }
+
+// The normal distribution: its integral up to x, and its density at x. With z = |x| / sqrt 2 and
+// t = 1 / (1 + z / 2), erfc(z) e^(z^2) = t P(2 t - 1): P is the Chebyshev series of
+// Kernels/Cpu/VectorMath.cs up to the tenth power, in powers, to 2e-7 of itself.
+DEVICE float normal_cdf(float x, float& density)
+{
+    const float series[] = {
+        0.510791357f, 0.343580319f, 0.139735734f, 0.0182216694f, -0.0107516262f, -0.00324345192f,
+        0.00152915716f, 0.000430670488f, -0.000299382712f, -3.66018769e-5f, 4.21611972e-5f,
+    };
+    float t = approximate_reciprocal(1 + fabsf(x) * 0.353553391f), s = 2 * t - 1, p = series[10];
+#pragma unroll
+    for (int k = 9; k >= 0; k--) p = p * s + series[k];
+    float bell = approximate_exp(x * x * -0.5f), tail = 0.5f * t * bell * p;
+    density = 0.398942280f * bell;
+    return x < 0 ? tail : 1 - tail;
+}
+
+// GELU's tanh approximation, 0.5 (1 + tanh u) = sigmoid(2 u), 2 u = SLOPE (x + CUBIC x^3).
+#define GELU_SLOPE 1.59576912f
+#define GELU_CUBIC 0.044715f
+
+DEVICE float gelu_gate(float x) { return sigmoid(x * (x * x * GELU_CUBIC + 1) * GELU_SLOPE); }
+
+// y = x Phi(x), or its tanh approximation. Moves 2 R C S, 20 (erf) or 8 FLOP and 2 approximations
+// per element.
+extern "C" __global__ void __launch_bounds__(256) gelu_forward(
+    real* y, const real* x, int erf, long long count)
+{
+    long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * VECTOR;
+    bool whole = is_whole(i, count, y, x);
+    float v[VECTOR], density;
+    load_run(v, x, i, count, whole);
+    if (erf)
     {
-        float p[VECTOR], q[VECTOR];
-        load_vector(p, x + i);
 #pragma unroll
-        for (int j = 0; j < VECTOR; j++) p[j] *= scale;
-        if (accumulate)
-        {
-            load_vector(q, y + i);
-#pragma unroll
-            for (int j = 0; j < VECTOR; j++) p[j] += q[j];
-        }
-        store_vector(y + i, p);
-        return;
+        for (int j = 0; j < VECTOR; j++) v[j] *= normal_cdf(v[j], density);
     }
-    for (int j = 0; j < VECTOR && i + j < count; j++)
+    else
     {
-        float value = scale * widen(x[i + j]);
-        y[i + j] = narrow(accumulate ? widen(y[i + j]) + value : value);
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++) v[j] *= gelu_gate(v[j]);
+    }
+    store_run(y, v, i, count, whole, 0);
+}
+
+// dx = dy (Phi(x) + x Phi'(x)), or for tanh dy (s + x s (1 - s) (2 u)') with s the gate, or adds it.
+// Moves 3 R C S, or 4 when adding, 24 or 16 FLOP and 2 approximations per element.
+extern "C" __global__ void __launch_bounds__(256) gelu_backward(
+    real* dx, const real* dy, const real* x, int erf, long long count, int accumulate)
+{
+    long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * VECTOR;
+    bool whole = is_whole(i, count, dx, dy, x);
+    float v[VECTOR], g[VECTOR], density;
+    load_run(v, x, i, count, whole);
+    load_run(g, dy, i, count, whole);
+    if (erf)
+    {
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++)
+        {
+            float cdf = normal_cdf(v[j], density);
+            g[j] *= cdf + v[j] * density;
+        }
+    }
+    else
+    {
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++)
+        {
+            float s = gelu_gate(v[j]);
+            float slope = v[j] * v[j] * (3 * GELU_CUBIC * GELU_SLOPE) + GELU_SLOPE;
+            g[j] *= s + v[j] * s * (1 - s) * slope;
+        }
+    }
+    store_run(dx, g, i, count, whole, accumulate);
+}
+
+// y = gate sigmoid(gate) up. Moves 3 R C S, 4 FLOP and 2 approximations per element.
+extern "C" __global__ void __launch_bounds__(256) swiglu_forward(
+    real* y, const real* gate, const real* up, long long count)
+{
+    long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * VECTOR;
+    bool whole = is_whole(i, count, y, gate, up);
+    float p[VECTOR], q[VECTOR];
+    load_run(p, gate, i, count, whole);
+    load_run(q, up, i, count, whole);
+#pragma unroll
+    for (int j = 0; j < VECTOR; j++) p[j] *= sigmoid(p[j]) * q[j];
+    store_run(y, p, i, count, whole, 0);
+}
+
+// dup = dy gate s, dgate = dy up (s + gate s (1 - s)) with s = sigmoid(gate), each written, added, or
+// null when not wanted. Moves 5 R C S when both are written, 10 FLOP and 2 approximations per element.
+extern "C" __global__ void __launch_bounds__(256) swiglu_backward(
+    real* dgate, real* dup, const real* dy, const real* gate, const real* up, long long count,
+    int accumulate_gate, int accumulate_up)
+{
+    long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * VECTOR;
+    bool whole = is_whole(i, count, dgate, dup, dy, gate, up);
+    float p[VECTOR], g[VECTOR], s[VECTOR], v[VECTOR];
+    load_run(p, gate, i, count, whole);
+    load_run(g, dy, i, count, whole);
+#pragma unroll
+    for (int j = 0; j < VECTOR; j++) s[j] = sigmoid(p[j]);
+    if (dgate)
+    {
+        load_run(v, up, i, count, whole);
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++) v[j] *= g[j] * (s[j] + p[j] * s[j] * (1 - s[j]));
+        store_run(dgate, v, i, count, whole, accumulate_gate);
+    }
+    if (dup)
+    {
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++) v[j] = g[j] * p[j] * s[j];
+        store_run(dup, v, i, count, whole, accumulate_up);
+    }
+}
+
+#define FAULT_ROPE_POSITIONS 3
+
+// Rotates the halves [a, b] of every head by its token's angles, [a cos - b sin, b cos + a sin], or
+// with direction -1 back; written or added. x and y [rows, cols], positions[rows], tables
+// [limit, half]; a row with a position outside them becomes zeros. A block per row, 16 bytes of both
+// halves per thread where half allows it. Moves 2 R C S, or 3 when adding, + 4 R C bytes of tables, of
+// which heads share each row; 3 R C FLOP.
+extern "C" __global__ void __launch_bounds__(256) rope(
+    real* y, const real* x, const int* positions, const float* cosines, const float* sines,
+    int* faults, int cols, int half, int limit, float direction, int accumulate)
+{
+    int row = blockIdx.x, position = positions[row];
+    bool known = position >= 0 && position < limit;
+    if (!known && threadIdx.x == 0) report(faults, FAULT_ROPE_POSITIONS, row, position, limit);
+    bool wide = aligned16(x, half, sizeof(real)) && aligned16(y, half, sizeof(real))
+        && aligned16(cosines, half, 4) && aligned16(sines, half, 4);
+    int step = wide ? VECTOR : 1;
+    for (int i = threadIdx.x * step; i < cols / 2; i += blockDim.x * step)
+    {
+        int k = i % half;
+        u64 table = (u64)(known ? position : 0) * half + k, at = (u64)row * cols + 2 * i - k;
+        float a[VECTOR], b[VECTOR], c[VECTOR] = {}, s[VECTOR] = {};
+        if (known && wide)
+        {
+            load_floats(c, cosines + table);
+            load_floats(s, sines + table);
+        }
+        else if (known)
+        {
+            c[0] = cosines[table];
+            s[0] = sines[table];
+        }
+        load_run(a, x, at, at + step, wide);
+        load_run(b, x, at + half, at + half + step, wide);
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++)
+        {
+            float turn = s[j] * direction, low = a[j] * c[j] - b[j] * turn;
+            b[j] = b[j] * c[j] + a[j] * turn;
+            a[j] = low;
+        }
+        store_run(y, a, at, at + step, wide, accumulate);
+        store_run(y, b, at + half, at + half + step, wide, accumulate);
     }
 }
 

@@ -11,6 +11,9 @@ internal static class OpCases
 {
     private const int Rows = 512, Width = 3584, Inner = 4736;
 
+    // The last two are more than a kernel keeps in registers: in whole vectors of 16 bytes, and not.
+    private static readonly int[] s_longRows = [0, 1, 7, 1023, 8200, 9001];
+
     public static IEnumerable<OpCase> All { get; } =
     [
         new("rms_norm", new RmsNorm(1e-6),
@@ -19,6 +22,7 @@ internal static class OpCases
         {
             Reference = "rms_norm",
             Problem = c => Keys(c, new RmsNorm(Number(c, "eps")), ["x", "w"], saved: ["rstd"]),
+            Sizes = s_longRows,
         },
         new("layer_norm", new LayerNorm(1e-6),
             n => [X("x", n, 7), X("w", 7), X("b", 7)],
@@ -27,6 +31,12 @@ internal static class OpCases
             Reference = "layer_norm",
             Problem = c => Keys(
                 c, new LayerNorm(Number(c, "eps")), ["x", "w", "b"], saved: ["mean", "rstd"]),
+        },
+        new("layer_norm_few_rows", new LayerNorm(1e-6),
+            n => [X("x", 3, n), X("w", n), X("b", n)],
+            () => [X("x", 64, Width), X("w", Width), X("b", Width)])
+        {
+            Sizes = s_longRows,
         },
         new("gelu_tanh", new Gelu(GeluKind.Tanh), n => [X("x", n)], () => [X("x", 1024, 4304)])
         {

@@ -44,7 +44,7 @@ public readonly struct KernelArgument
 /// <summary>Blocks, threads of a block, and bytes of dynamic shared memory of a launch.</summary>
 public readonly record struct Grid(Dim3 Blocks, Dim3 Threads, int SharedBytes = 0)
 {
-    private const int Threads256 = 256, MaxRowBlocks = 65535;
+    private const int Threads256 = 256, Warp = 32, MaxRowBlocks = 65535;
 
     /// <summary>A thread per element.</summary>
     public static Grid Elements(long count) => new(Blocked(count, Threads256), Threads256);
@@ -56,10 +56,24 @@ public readonly record struct Grid(Dim3 Blocks, Dim3 Threads, int SharedBytes = 
     /// <summary>A block of 256 threads per row.</summary>
     public static Grid Rows(int rows) => new(rows, Threads256);
 
+    /// <summary>
+    /// A block per row of a storage type: a thread per 16 bytes, or, in rows of more than 256 such
+    /// vectors, as few warps as take an equal number of them each.
+    /// </summary>
+    public static Grid Rows(int rows, int cols, DType type)
+    {
+        int vectors = Math.Max(1, Blocked((long)cols * type.Size(), 16));
+        int perThread = Blocked(vectors, Threads256);
+        return new(rows, Blocked(Blocked(vectors, perThread), Warp) * Warp);
+    }
+
+    /// <summary>A block per 32 vectors of 16 bytes of columns, and per part of the rows.</summary>
+    public static Grid Tiles(int cols, int parts, DType type) =>
+        new(new Dim3(Blocked((long)cols * type.Size(), 16 * Warp), parts), Threads256);
+
     /// <summary>A thread per column, blocks over rows in the second axis.</summary>
     public static Grid Columns(int cols, int rows) =>
         new(new Dim3(Blocked(cols, Threads256), Math.Clamp(rows, 1, MaxRowBlocks)), Threads256);
 
-    private static int Blocked(long count, int threads) =>
-        checked((int)((count + threads - 1) / threads));
+    private static int Blocked(long count, int size) => checked((int)((count + size - 1) / size));
 }

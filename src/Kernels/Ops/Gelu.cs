@@ -1,5 +1,6 @@
 using System.Numerics;
 using MiniCpmNative.Kernels.Cpu;
+using MiniCpmNative.Kernels.Cuda;
 
 namespace MiniCpmNative.Kernels.Ops;
 
@@ -46,6 +47,22 @@ public sealed record Gelu(GeluKind Kind) : Op("gelu")
             Elementwise.Map(call.Workers, x, dy, default, dx.Into, dx.Accumulate, default(TanhSlope<T>));
         else
             Elementwise.Map(call.Workers, x, dy, default, dx.Into, dx.Accumulate, default(ErfSlope<T>));
+    }
+
+    public override void CudaForward(in CudaCall call)
+    {
+        Tensor x = call.In(0);
+        call.Launch("gelu_forward", Grid.Vectors(x.Shape.Count, call.Real),
+            call.Output, x, Kind == GeluKind.Erf, x.Shape.Count);
+    }
+
+    public override void CudaBackward(in CudaCall call)
+    {
+        GradientTarget dx = call.Gradient(0);
+        Tensor x = call.In(0);
+        if (dx.Wanted)
+            call.Launch("gelu_backward", Grid.Vectors(x.Shape.Count, call.Real), dx.Buffer,
+                call.OutputGradient, x, Kind == GeluKind.Erf, x.Shape.Count, dx.Accumulate);
     }
 
     private readonly struct TanhValue<T> : IMap<T>

@@ -1,4 +1,5 @@
 using MiniCpmNative.Kernels.Cpu;
+using MiniCpmNative.Kernels.Cuda;
 
 namespace MiniCpmNative.Kernels.Ops;
 
@@ -28,4 +29,10 @@ public sealed record LayerNorm(double Epsilon) : Op("layer_norm")
     public override void CpuBackward<T>(in CpuCall<T> call) =>
         Normalisation.Backward(call, call.In(0), call.In(1), call.Saved(0), call.Saved(1),
             call.Gradient(0), call.Gradient(1), call.Gradient(2));
+
+    public override void CudaForward(in CudaCall call) =>
+        CudaNormalisation.Forward(call, call.Saved(0), call.Saved(1), Epsilon);
+
+    public override void CudaBackward(in CudaCall call) =>
+        CudaNormalisation.Backward(call, call.Saved(0), call.Saved(1));
 }

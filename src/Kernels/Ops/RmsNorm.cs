@@ -28,10 +28,9 @@ public sealed record RmsNorm(double Epsilon) : Op("rms_norm")
         Normalisation.Backward(call, call.In(0), call.In(1), default, call.Saved(0),
             call.Gradient(0), call.Gradient(1), default);
 
-    public override void CudaForward(in CudaCall call)
-    {
-        Tensor x = call.In(0);
-        call.Launch("rms_norm_forward", Grid.Rows((int)x.Shape.Rows),
-            call.Output, call.Saved(0), x, call.Floats(1), x.Shape.Cols, Epsilon);
-    }
+    public override void CudaForward(in CudaCall call) =>
+        CudaNormalisation.Forward(call, Tensor.None, call.Saved(0), Epsilon);
+
+    public override void CudaBackward(in CudaCall call) =>
+        CudaNormalisation.Backward(call, Tensor.None, call.Saved(0));
 }

@@ -1,5 +1,6 @@
 using System.Numerics;
 using MiniCpmNative.Kernels.Cpu;
+using MiniCpmNative.Kernels.Cuda;
 
 namespace MiniCpmNative.Kernels.Ops;
 
@@ -34,6 +35,22 @@ public sealed record Rope(int HeadDim) : Op("rope")
     {
         if (call.Gradient(0).Wanted)
             Rotate(call, call.OutputGradient, call.Gradient(0), T.NegativeOne);
+    }
+
+    public override void CudaForward(in CudaCall call) =>
+        Rotate(call, call.In(0), new GradientTarget(call.Output, Accumulate: false), 1);
+
+    public override void CudaBackward(in CudaCall call)
+    {
+        if (call.Gradient(0) is { Wanted: true } dx) Rotate(call, call.OutputGradient, dx, -1);
+    }
+
+    private void Rotate(in CudaCall call, in Tensor x, GradientTarget y, double direction)
+    {
+        Tensor cos = call.Floats(2);
+        call.Launch("rope", Grid.Rows((int)x.Shape.Rows, x.Shape.Cols / 2, call.Real),
+            y.Buffer, x, call.Input(1), cos, call.Floats(3), call.Faults, x.Shape.Cols, HeadDim / 2,
+            (int)cos.Shape.Rows, direction, y.Accumulate);
     }
 
     private void Rotate<T>(in CpuCall<T> call, Matrix<T> x, Gradient<T> y, T direction)

@@ -1,5 +1,6 @@
 using System.Numerics;
 using MiniCpmNative.Kernels.Cpu;
+using MiniCpmNative.Kernels.Cuda;
 
 namespace MiniCpmNative.Kernels.Ops;
 
@@ -34,6 +35,23 @@ public sealed record SwiGlu() : Op("swiglu")
         if (dUp.Wanted)
             Elementwise.Map(call.Workers, gate, dy, default, dUp.Into, dUp.Accumulate,
                 default(Value<T>));
+    }
+
+    public override void CudaForward(in CudaCall call)
+    {
+        Tensor gate = call.In(0);
+        call.Launch("swiglu_forward", Grid.Vectors(gate.Shape.Count, call.Real),
+            call.Output, gate, call.In(1), gate.Shape.Count);
+    }
+
+    public override void CudaBackward(in CudaCall call)
+    {
+        GradientTarget dGate = call.Gradient(0), dUp = call.Gradient(1);
+        Tensor gate = call.In(0);
+        if (dGate.Wanted || dUp.Wanted)
+            call.Launch("swiglu_backward", Grid.Vectors(gate.Shape.Count, call.Real),
+                dGate.Buffer, dUp.Buffer, call.OutputGradient, gate, call.In(1), gate.Shape.Count,
+                dGate.Accumulate, dUp.Accumulate);
     }
 
     private readonly struct Value<T> : IMap<T>

@@ -1,0 +1,77 @@
+using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Cpu;
+using MiniCpmNative.Kernels.Ops;
+using NUnit.Framework;
+
+namespace MiniCpmNative.Tests;
+
+/// <summary>
+/// Activation functions where the op cases do not look: small values to a small relative error, and
+/// the far ends. In float; the storage types only round the same numbers.
+/// </summary>
+[TestFixture]
+public sealed class CudaElementwiseTests
+{
+    private CudaUnderTest _cuda = null!;
+
+    private static Op[] Ops { get; } = [new Gelu(GeluKind.Tanh), new Gelu(GeluKind.Erf), new SwiGlu()];
+
+    [OneTimeSetUp]
+    public void Make() => _cuda = new();
+
+    [OneTimeTearDown]
+    public void Free() => _cuda?.Dispose();
+
+    // A rounded argument of e^x costs 6e-8 of it, 5e-6 of a result of 1e-35; subnormal ones become 0.
+    [TestCaseSource(nameof(Ops))]
+    public void TailsAreRelativelyExact(Op op)
+    {
+        const int Count = 4001;
+        double[] x = [.. Enumerable.Range(0, Count).Select(i => (double)(float)((i - 2000) * 0.006))];
+        using CpuDevice wide = Cpu(DType.F64);
+        using OpRun exact = Forward(wide, op, x), run = Forward(_cuda.Device(DType.F32), op, x);
+        double[] got = run.Output, expected = exact.Output;
+        for (int i = 0; i < Count; i++)
+            Assert.That(got[i], Is.EqualTo(expected[i]).Within(
+                (1e-5 * Math.Abs(expected[i])) + 1e-36), $"{op} of {x[i]}");
+    }
+
+    [TestCaseSource(nameof(Ops))]
+    public void TheFarEndsAreThoseOfTheCpu(Op op)
+    {
+        double[] x =
+        [
+            0, -0.0, 1e-40, 1e-30, -1e-30, 20, -20, 90, -90, 500, -500, 1e10, -1e10, 1e19, -1e19, 1e30,
+            -1e30, float.MaxValue, float.MinValue, double.PositiveInfinity, double.NegativeInfinity,
+            double.NaN,
+        ];
+        double[] dy = [.. x.Select(_ => 1.5)];
+        using CpuDevice single = Cpu(DType.F32);
+        using OpRun cpu = Forward(single, op, x), gpu = Forward(_cuda.Device(DType.F32), op, x);
+        cpu.Want(_ => true);
+        gpu.Want(_ => true);
+        cpu.Backward(dy);
+        gpu.Backward(dy);
+        Agree(gpu.Output, cpu.Output, "output");
+        Agree(gpu.Gradient(0), cpu.Gradient(0), "gradient");
+
+        void Agree(double[] got, double[] expected, string what)
+        {
+            for (int i = 0; i < x.Length; i++)
+                Assert.That(got[i], Is.EqualTo(expected[i]).Within(1e-3).Percent.Or
+                    .EqualTo(expected[i]).Within(1e-30), $"{op}: {what} of {x[i]}");
+        }
+    }
+
+    private static CpuDevice Cpu(DType type) => new(threads: 1, stepBytes: 1 << 20, type);
+
+    // SwiGLU's other operand is 1.
+    private static OpRun Forward(Device device, Op op, double[] x)
+    {
+        Value[] inputs = [Value.Float("x", [x.Length], x)];
+        if (op is SwiGlu) inputs = [.. inputs, Value.Float("up", [x.Length], [.. x.Select(_ => 1.0)])];
+        var run = new OpRun(device, op, inputs);
+        run.Forward();
+        return run;
+    }
+}

@@ -1,0 +1,102 @@
+using MiniCpmNative.GpuEmulator;
+using MiniCpmNative.Kernels;
+using NUnit.Framework;
+
+namespace MiniCpmNative.Tests;
+
+/// <summary>
+/// Bytes that memory-bound kernels move between DRAM and chip at production sizes, as the emulator
+/// counts them (sectors of 32 bytes, each once per launch), against what the operation cannot do
+/// without: its operands read once, its results written once. What is read again from cache is counted
+/// too, where a row says how much that may be.
+/// </summary>
+[TestFixture]
+public sealed class CudaTrafficTests
+{
+    // Requests of a few bytes take a whole sector, as those of a row's statistics do.
+    private const double Allowed = 1.05, RequestsAllowed = 1.1;
+
+    // Bytes of an activation, and of a weight, a statistic or an index.
+    private const int S = 2, F = 4;
+
+    /// <summary>
+    /// A kernel, the operation that launches it, its bytes for these inputs, and those it reads again
+    /// (null: not looked at).
+    /// </summary>
+    private sealed record Traffic(
+        string Kernel, string Case, Func<Value[], long> Bytes, Func<Value[], long>? Again = null);
+
+    private static Traffic[] Table { get; } =
+    [
+        // A row's weights come from cache; a lane takes its 32 bytes of them in two requests.
+        new("norm_forward", "rms_norm",
+            v => (2 * S * Count(v)) + (F * (Rows(v) + Cols(v))), v => 2 * F * Count(v)),
+        new("norm_backward", "rms_norm",
+            v => (3 * S * Count(v)) + (F * (Rows(v) + Cols(v))), v => 2 * F * Count(v)),
+        new("norm_weight_parts", "rms_norm",
+            v => (2 * S * Count(v)) + (F * (Rows(v) + Cols(v))), Nothing),
+        new("norm_forward", "layer_norm",
+            v => (2 * S * Count(v)) + (F * 2 * (Rows(v) + Cols(v))), v => 4 * F * Count(v)),
+        new("norm_backward", "layer_norm",
+            v => (3 * S * Count(v)) + (F * ((2 * Rows(v)) + Cols(v))), v => 2 * F * Count(v)),
+        new("norm_weight_parts", "layer_norm",
+            v => (2 * S * Count(v)) + (F * 2 * (Rows(v) + Cols(v))), Nothing),
+        new("gelu_forward", "gelu_tanh", v => 2 * S * Count(v), Nothing),
+        new("gelu_backward", "gelu_tanh", v => 3 * S * Count(v), Nothing),
+        new("gelu_forward", "gelu_erf", v => 2 * S * Count(v), Nothing),
+        new("gelu_backward", "gelu_erf", v => 3 * S * Count(v), Nothing),
+        new("swiglu_forward", "swiglu", v => 3 * S * Count(v), Nothing),
+        new("swiglu_backward", "swiglu", v => 5 * S * Count(v), Nothing),
+        new("add_forward", "add", v => 3 * S * Count(v), Nothing),
+        new("scale_rows", "add", v => 2 * S * Count(v), Nothing),
+
+        // Rows of the tables that no token uses are not read; the others are, for every head.
+        new("rope", "rope", v => (2 * S * Count(v)) + (F * Rows(v))
+            + (2 * F * v[1].Data.Distinct().Count() * v[2].Shape[1]), v => F * Count(v)),
+    ];
+
+    private static IEnumerable<string> Cases => Table.Select(t => t.Case).Distinct();
+
+    [TestCaseSource(nameof(Cases))]
+    public void NothingIsMovedInVain(string name)
+    {
+        if (CudaUnderTest.IsReal) Assert.Ignore("counted by the emulator only");
+        using var cuda = new CudaUnderTest(new EmulatorOptions { Footprint = true });
+        OpCase c = OpCases.All.Single(each => each.Name == name);
+        Value[] inputs = c.Production();
+        using var run = new OpRun(cuda.Device(DType.BF16), c.ProductionOp ?? c.Op, inputs);
+        cuda.Emulator!.ClearLaunches();
+        run.Forward();
+        run.Want(_ => true);
+        run.Backward(Fill.Normal(77, run.Count));
+        cuda.Context.Synchronise();
+        foreach (Traffic t in Table.Where(t => t.Case == name))
+        {
+            long needed = t.Bytes(inputs);
+            LaunchCounters[] launches = [.. cuda.Emulator.Launches.Where(l => l.Kernel == t.Kernel)];
+            Assert.That(launches, Is.Not.Empty, t.Kernel);
+            foreach (LaunchCounters launch in launches)
+            {
+                string what = $"{t.Kernel}: {launch.DramBytes} bytes, {needed} needed "
+                    + $"({(double)launch.DramBytes / needed:0.000})";
+                TestContext.Out.WriteLine(what);
+                Assert.That(launch.DramBytes, Is.InRange(needed, (long)(Allowed * needed)), what);
+                if (t.Again is null) continue;
+                long requested = 32 * (launch.GlobalReadSectors + launch.GlobalWriteSectors);
+                long expected = needed + t.Again(inputs);
+                what = $"{t.Kernel}: {requested} bytes requested, {expected} expected "
+                    + $"({(double)requested / expected:0.000})";
+                TestContext.Out.WriteLine(what);
+                Assert.That(requested, Is.LessThan(RequestsAllowed * expected), what);
+            }
+        }
+    }
+
+    private static long Nothing(Value[] values) => 0;
+
+    private static long Count(Value[] values) => new Shape(values[0].Shape).Count;
+
+    private static long Rows(Value[] values) => new Shape(values[0].Shape).Rows;
+
+    private static long Cols(Value[] values) => new Shape(values[0].Shape).Cols;
+}
