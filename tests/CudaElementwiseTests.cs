@@ -22,7 +22,8 @@ public sealed class CudaElementwiseTests
     [OneTimeTearDown]
     public void Free() => _cuda?.Dispose();
 
-    // A rounded argument of e^x costs 6e-8 of it, 5e-6 of a result of 1e-35; subnormal ones become 0.
+    // The argument of e^x, up to 87 here, is the result of five roundings of 6e-8 each: 2.6e-5 of the
+    // smallest results. Subnormal ones become 0.
     [TestCaseSource(nameof(Ops))]
     public void TailsAreRelativelyExact(Op op)
     {
@@ -33,7 +34,7 @@ public sealed class CudaElementwiseTests
         double[] got = run.Output, expected = exact.Output;
         for (int i = 0; i < Count; i++)
             Assert.That(got[i], Is.EqualTo(expected[i]).Within(
-                (1e-5 * Math.Abs(expected[i])) + 1e-36), $"{op} of {x[i]}");
+                (2.6e-5 * Math.Abs(expected[i])) + 1e-36), $"{op} of {x[i]}");
     }
 
     [TestCaseSource(nameof(Ops))]
