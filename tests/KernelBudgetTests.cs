@@ -31,11 +31,12 @@ public sealed class KernelBudgetTests
     // Kernels that move long rows, and so must move 16 bytes at a time.
     private static readonly string[] s_wide =
     [
-        "rms_norm_forward", "add_forward", "scale_rows", "adamw", "adamw_bf16_moments",
+        "norm_forward", "norm_backward", "add_forward", "scale_rows", "gelu_forward", "gelu_backward",
+        "swiglu_forward", "swiglu_backward", "rope", "adamw", "adamw_bf16_moments",
     ];
 
     // Those that only read long rows: sums.
-    private static readonly string[] s_wideReads = ["gradient_norm_parts"];
+    private static readonly string[] s_wideReads = ["norm_weight_parts", "gradient_norm_parts"];
 
     // Kernels of small or strided work, where an access of an element is right.
     private static readonly string[] s_narrow =

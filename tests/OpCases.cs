@@ -69,6 +69,13 @@ internal static class OpCases
             Reference = "rope",
             Problem = FromRope,
         },
+        new("rope_keys", new Rope(16),
+            n => [X("x", n, 32), Value.Int("positions", Fill.Below(5, n, 9)), X("cos", 9, 8), X("sin", 9, 8)],
+            () => [X("x", Rows, 4 * 128), Value.Int("positions", Fill.Below(5, Rows, Rows)),
+                X("cos", Rows, 64), X("sin", Rows, 64)])
+        {
+            ProductionOp = new Rope(128),
+        },
         new("embedding", new Embedding(3),
             n => [X("table", 40, 5), Value.Int("ids", Fill.Below(2, n, 40))],
             () => [X("table", 32000, Width), Value.Int("ids", Fill.Below(2, Rows, 32000))])

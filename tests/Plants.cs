@@ -24,12 +24,32 @@ internal static class Plants
         Plant.Fault(Check.GlobalRace, "every part writes the first", "sum_rows",
             "part[(u64)blockIdx.y * cols + c]", "part[c]", "patch_embed") with { Size = 1023 },
 
+        // 5: normalisation
+        new("what is beyond a row's end counts as zeros", "norm_forward_row", "own.has(first, i)", "true",
+            "layer_norm"),
+        new("a long row is not read again", "norm_forward_row",
+            "if (cols > stretch) own.load(v, row, first);", "", "rms_norm") { Size = 8200 },
+        new("the mean of the gradient is left out", "norm_backward_row", "g[i] - average", "g[i]",
+            "layer_norm"),
+        new("the centre is left out", "sum_norm_rows", "(v[i] - centre)", "v[i]", "layer_norm"),
+        new("the last row of a part is left out", "sum_norm_rows", "r < end", "r < end - 1", "rms_norm"),
+        Plant.Fault(Check.Uninitialised, "no barrier before the sums of warps are added",
+            "norm_weight_parts", "= sums[which][i];\n        __syncthreads();", "= sums[which][i];",
+            "layer_norm"),
+
         // 6: element-wise
-        Plant.Fault(Check.OutOfBounds, "the tail is read as a whole vector", "add_forward",
-            "i + VECTOR <= count", "i < count", "add"),
-        new("half of the tail is skipped", "add_forward", "j < VECTOR && i + j < count",
-            "j < VECTOR / 2 && i + j < count", "add"),
-        new("the scale is left out", "scale_rows", "p[j] *= scale", "p[j] *= 1", "add") { Size = 64 },
+        Plant.Fault(Check.OutOfBounds, "the tail is read as a whole vector", "is_whole",
+            "i + VECTOR <= count", "i < count", "add") with { Kernel = "add_forward" },
+        new("the tail repeats its first element", "store_run", "narrow(v[j])", "narrow(v[0])", "add"),
+        new("the scale is left out", "scale_rows", "v[j] *= scale", "v[j] *= 1", "add") { Size = 64 },
+        new("the upper half of the distribution is the lower", "normal_cdf", "x < 0 ? tail : 1 - tail",
+            "tail", "gelu_erf"),
+        new("the slope of the cubic is that of a line", "gelu_backward", "3 * GELU_CUBIC", "GELU_CUBIC",
+            "gelu_tanh"),
+        new("one target's flag for the other's", "swiglu_backward", "whole, accumulate_up",
+            "whole, !accumulate_up", "swiglu"),
+        new("the wrong half of the head", "rope", "load_run(b, x, at + half,", "load_run(b, x, at,", "rope"),
+        new("forwards in the backward", "rope", "s[j] * direction", "s[j]", "rope"),
 
         // 12: optimizer
         Plant.Fault(Check.SharedRaceWithinWarp, "no barrier between two sums", "gradient_norm_parts",
