@@ -198,7 +198,7 @@ public sealed class CudaAttentionTests
             () => run.Forward(), Throws.TypeOf<ShapeException>().With.Message.Contains(message));
     }
 
-    private static void Compare(AttentionProblem problem, DType type, CudaDevice device)
+    internal static void Compare(AttentionProblem problem, DType type, CudaDevice device)
     {
         using OpRun run = Run(problem, type, device);
         AttentionProblem rounded = Rounded(problem, type);

@@ -51,6 +51,37 @@ internal static class Plants
         new("the wrong half of the head", "rope", "load_run(b, x, at + half,", "load_run(b, x, at,", "rope"),
         new("forwards in the backward", "rope", "s[j] * direction", "s[j]", "rope"),
 
+        // 10: attention, forward
+        Attention("a diagonal too many", "attention_forward_tile", ">= seen[i / 2]", "> seen[i / 2]", 64),
+        Attention("earlier sums are not shrunk", "attention_forward_tile", "sum[i] *= keep",
+            "sum[i] *= 1", 128),
+        Attention("another key head", "attention_forward_tile", "head / (heads / kv_heads)",
+            "head % kv_heads", 72),
+        Attention("left and right half exchanged", "narrow_left", "a[1] = narrow2(left[2], left[3])",
+            "a[1] = narrow2(right[2], right[3])", 64),
+        Attention("counted from the start, not the end", "keys_seen", "+ at.keys - at.queries", "", 64),
+        Attention("earlier output is not shrunk", "attention_forward_any", "out[r][i] *= keep",
+            "out[r][i] *= 1", 8),
+        Attention("rows behind the sequence", "copy_tile", "row + step < rows", "true", 64) with
+        {
+            By = Finder.Emulator, Check = Check.OutOfBounds, Kernel = "attention_forward_64",
+        },
+        Attention("values are not waited for", "attention_forward_tile",
+            "wait_copies<0>();\n        __syncthreads(); // values", "__syncthreads(); // values", 128) with
+        {
+            By = Finder.Emulator, Check = Check.AsyncCopyNotWaitedFor, Kernel = "attention_forward_128",
+        },
+        Attention("no barrier behind the keys' wait", "attention_forward_tile",
+            "__syncthreads(); // keys", "// keys", 72) with
+        {
+            By = Finder.Emulator, Check = Check.SharedRaceWithinWarp, Kernel = "attention_forward_72",
+        },
+        Attention("the tile is read before others have written it", "attention_forward_any",
+            "__syncthreads();\n\n", "\n\n", 8) with
+        {
+            By = Finder.Emulator, Check = Check.Uninitialised,
+        },
+
         // 12: optimizer
         Plant.Fault(Check.SharedRaceWithinWarp, "no barrier between two sums", "gradient_norm_parts",
             "double sum = block_sum_double(only_count ? 0 : squares, sums);\n    __syncthreads();",
@@ -78,6 +109,18 @@ internal static class Plants
             nameof(UpdateTests.PiecesOfARangeRoundAsTheWhole),
             cuda => new UpdateTests(cuda).PiecesOfARangeRoundAsTheWhole(cuda: true)),
     ];
+
+    // Size is the head's columns; with tiles that are whole, cut, and masked in part.
+    private static Plant Attention(
+        string name, string function, string from, string to, int headDim) =>
+        new(name, function, from, to, nameof(CudaAttentionTests.Agrees))
+        {
+            Size = headDim,
+            Other = cuda => CudaAttentionTests.Compare(
+                AttentionProblem.Random(
+                    4, 2, headDim, [130, 70], [150, 70], causal: true, [150, 60]),
+                DType.BF16, cuda.Device(DType.BF16)),
+        };
 
     private static Plant Other(string name, string function, string from, string to, string test,
         Action<CudaUnderTest> run) =>
