@@ -920,7 +920,7 @@ template <int DIM, int ROWS, int THREADS>
 DEVICE void copy_tile(u32 tile, const real* from, int stride, int rows)
 {
     constexpr int CHUNKS = TILE_CHUNKS(DIM), REST = CHUNKS % 8, LINES = CHUNKS - REST;
-    static_assert(DIM % 8 == 0 && ROWS % (THREADS / 8) == 0 && (REST == 0 || ROWS * REST == THREADS),
+    static_assert(DIM % 8 == 0 && ROWS % (THREADS / 8) == 0 && ROWS * REST <= THREADS,
         "threads take equal shares");
     int row = threadIdx.x / 8, chunk = threadIdx.x % 8;
     u32 address = tile_address<CHUNKS>(tile, row, chunk); // 8 rows or chunks on, the same order
@@ -933,7 +933,7 @@ DEVICE void copy_tile(u32 tile, const real* from, int stride, int rows)
             copy_async_16(address + (step * CHUNKS + c) * 16, line + c * 8, row + step < rows);
         line += THREADS / 8 * stride;
     }
-    if (REST > 0)
+    if (REST > 0 && (int)threadIdx.x < ROWS * REST)
     {
         row = threadIdx.x / 2;
         chunk = LINES + threadIdx.x % 2;
@@ -1390,6 +1390,450 @@ extern "C" __global__ void __launch_bounds__(128) attention_forward_any(
 }
 
 // ---- 11. attention, backward ------------------------------------------------------------------------
+
+// With p = exp(scale q . k - lse) and delta = dO . o, over the pairs of a query and a key it sees:
+//   dv = sum p dO,   ds = p (dO . v - delta),   dk = scale sum ds q,   dq = scale sum ds k.
+// Every element has one owner, which adds in a fixed order: blocks of keys go over the queries (dk, dv;
+// the query heads of a key head one after the other), blocks of queries over the keys (dq). Both
+// compute p and ds anew: 7 products instead of 5, but nothing to add up across blocks. They are one
+// algorithm. A block owns rows x, y and goes over rows u, w:
+//   keys:      x = k, y = v,   u = q, w = dO:   dx = scale sum ds u,   dy = sum p w
+//   queries:   x = q, y = dO,  u = k, w = v:    dx = scale sum ds u
+// Per visible pair and query head 8 DIM FLOP for keys (4 when only dv is wanted), 6 DIM for queries.
+
+// statistics[head, token] = (lse, delta): what both kernels need of a query beside its rows. A warp per
+// token and head, 8 tokens per block. Reads 2 T H D S + 4 T H bytes, writes 8 T H; 2 T H D FLOP.
+extern "C" __global__ void __launch_bounds__(256) attention_statistics(
+    float* statistics, const real* output_gradient, const real* output, const float* lse, int tokens,
+    int heads, int head_dim)
+{
+    int token = blockIdx.x * 8 + threadIdx.x / WARP, head = blockIdx.y, lane = threadIdx.x % WARP;
+    if (token >= tokens) return;
+    const real* a = output_gradient + ((u64)token * heads + head) * head_dim;
+    const real* b = output + ((u64)token * heads + head) * head_dim;
+    float delta = 0;
+    if (aligned16(output_gradient, head_dim, sizeof(real)) && aligned16(output, head_dim, sizeof(real)))
+    {
+        for (int c = lane * VECTOR; c < head_dim; c += WARP * VECTOR)
+        {
+            float v[VECTOR], w[VECTOR];
+            load_vector(v, a + c);
+            load_vector(w, b + c);
+#pragma unroll
+            for (int i = 0; i < VECTOR; i++) delta += v[i] * w[i];
+        }
+    }
+    else
+    {
+        for (int c = lane; c < head_dim; c += WARP) delta += widen(a[c]) * widen(b[c]);
+    }
+    delta = warp_sum(delta);
+    if (lane == 0)
+        ((float2*)statistics)[(u64)head * tokens + token] =
+            make_float2(lse[(u64)token * heads + head], delta);
+}
+
+// The arguments of both kernels, as x, y, u, w.
+struct AttentionBackward
+{
+    real *dx, *dy; // null where not wanted
+    const real *x, *y, *u, *w;
+    const float2* statistics; // [heads, tokens]
+    AttentionMask mask;
+    int heads, kv_heads, head_dim;
+    float scale;
+    int accumulate_x, accumulate_y;
+};
+
+// The rows u from low to high, within the sequence, that own row `row` meets.
+struct SeenRange
+{
+    int low, high;
+};
+
+template <bool KEYS>
+DEVICE SeenRange seen_range(const AttentionMask& mask, const SequenceTile& at, int row)
+{
+    if (!KEYS) return {0, row < at.queries ? keys_seen(mask, at, row) : 0};
+    if (row >= at.visible) return {0, 0};
+    return {mask.causal ? max(0, row - (at.keys - at.queries)) : 0, at.queries};
+}
+
+// exp(scale product - lse). The difference is rounded once, so that large logits keep their precision.
+DEVICE float probability(float product, float scale, float lse)
+{
+    return exp2_approx(fmaf(product, scale, -lse) * LOG2_E);
+}
+
+// Wrong starts, noted by one block of the launch.
+DEVICE void check_all_starts(int* faults, const AttentionMask& mask)
+{
+    if (blockIdx.x != 0 || blockIdx.y != 0) return;
+    check_starts(faults, FAULT_ATTENTION_QUERY_STARTS, mask.starts_q, mask.sequences, mask.tokens);
+    check_starts(faults, FAULT_ATTENTION_KEY_STARTS, mask.starts_k, mask.sequences, mask.key_tokens);
+}
+
+// Any head dimension up to 256 and any storage type, in float: a block of 8 warps owns 8 rows, a warp
+// one of them, and takes 32 rows u, w at a time: a lane computes p and ds of one of them, then every
+// lane adds all 32 to its columns lane + 32 i. For F32 and for heads that tensor cores do not take.
+// Reads u and w twice per own row, 4 D S bytes per pair and head, mostly from cache.
+template <bool KEYS> DEVICE void attention_backward_by_rows(const AttentionBackward& a)
+{
+    constexpr int ROWS = 8, MOST = 256 / WARP;
+    SequenceTile at;
+    if (!find_tile(at, a.mask, blockIdx.x, ROWS, KEYS)) return;
+    int lane = threadIdx.x % WARP, row = at.first + threadIdx.x / WARP, dim = a.head_dim;
+    if (row >= (KEYS ? at.keys : at.queries)) return;
+    int group = a.heads / a.kv_heads, own_heads = KEYS ? a.kv_heads : a.heads;
+    int other_heads = KEYS ? a.heads : a.kv_heads, own_head = blockIdx.y;
+    u64 own_token = (KEYS ? at.first_key_token : at.first_token) + row;
+    u64 own = (own_token * own_heads + own_head) * dim, stride = (u64)other_heads * dim;
+    float dx[MOST] = {}, dy[MOST] = {};
+    SeenRange seen = seen_range<KEYS>(a.mask, at, row);
+    for (int j = 0; j < (KEYS ? group : 1); j++)
+    {
+        int query_head = KEYS ? own_head * group + j : own_head;
+        u64 other = (KEYS ? at.first_token : at.first_key_token) * stride
+            + (KEYS ? query_head : own_head / group) * dim;
+        const float2* statistics = a.statistics + (u64)query_head * a.mask.tokens + at.first_token;
+        for (int first = seen.low; first < seen.high; first += WARP)
+        {
+            int rows = min(WARP, seen.high - first);
+            const real *u = a.u + other + first * stride, *w = a.w + other + first * stride;
+            float p = 0, ds = 0;
+            if (lane < rows)
+            {
+                float product = 0, dp = 0;
+                for (int c = 0; c < dim; c++)
+                {
+                    product += widen(a.x[own + c]) * widen(u[lane * stride + c]);
+                    dp += widen(a.y[own + c]) * widen(w[lane * stride + c]);
+                }
+                float2 statistic = statistics[KEYS ? first + lane : row];
+                p = probability(product, a.scale, statistic.x);
+                ds = p * (dp - statistic.y);
+            }
+            for (int r = 0; r < rows; r++)
+            {
+                float p_r = __shfl_sync(ALL_LANES, p, r), ds_r = __shfl_sync(ALL_LANES, ds, r);
+#pragma unroll
+                for (int i = 0; i < MOST; i++)
+                {
+                    int c = lane + i * WARP;
+                    if (c >= dim) continue;
+                    dx[i] += ds_r * widen(u[r * stride + c]);
+                    if (KEYS) dy[i] += p_r * widen(w[r * stride + c]);
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < MOST; i++)
+    {
+        int c = lane + i * WARP;
+        if (c >= dim) continue;
+        u64 to = own + c;
+        if (a.dx) a.dx[to] = narrow(a.scale * dx[i] + (a.accumulate_x ? widen(a.dx[to]) : 0));
+        if (a.dy) a.dy[to] = narrow(dy[i] + (a.accumulate_y ? widen(a.dy[to]) : 0));
+    }
+}
+
+// dk[key tokens, kv_heads, head_dim] and dv, in tiles of keys by key heads.
+extern "C" __global__ void __launch_bounds__(256) attention_keys_backward(
+    real* dk, real* dv, const real* q, const real* k, const real* v, const real* output_gradient,
+    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
+    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
+    int head_dim, float scale, int accumulate_k, int accumulate_v)
+{
+    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
+    AttentionBackward a = {dk, dv, k, v, q, output_gradient, (const float2*)statistics, mask, heads,
+        kv_heads, head_dim, scale, accumulate_k, accumulate_v};
+    check_all_starts(faults, mask);
+    attention_backward_by_rows<true>(a);
+}
+
+// dq[tokens, heads, head_dim], in tiles of queries by heads.
+extern "C" __global__ void __launch_bounds__(256) attention_queries_backward(
+    real* dq, const real* q, const real* k, const real* v, const real* output_gradient,
+    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
+    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
+    int head_dim, float scale, int accumulate)
+{
+    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
+    AttentionBackward a = {dq, 0, q, output_gradient, k, v, (const float2*)statistics, mask, heads,
+        kv_heads, head_dim, scale, accumulate, 0};
+    check_all_starts(faults, mask);
+    attention_backward_by_rows<false>(a);
+}
+
+#if defined(STORAGE_BF16) || defined(STORAGE_F16)
+
+// d[16, ROWS] += a[16, all columns] b[ROWS, all columns]^T, from a lane's addresses down first in a,
+// across first in b.
+template <int CHUNKS, int ROWS> DEVICE void multiply_transposed(float (*d)[4], u32 a_lane, u32 b_lane)
+{
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; chunk += 2)
+    {
+        u32 a[4], b[4];
+        load_matrix_x4(a, tile_step<CHUNKS>(a_lane, 0, chunk));
+#pragma unroll
+        for (int n = 0; n < ROWS / 8; n += 2)
+        {
+            load_matrix_x4(b, tile_step<CHUNKS>(b_lane, n * 8, chunk));
+            multiply_add_16x8x16(d[n], a, b);
+            multiply_add_16x8x16(d[n + 1], a, b + 2);
+        }
+    }
+}
+
+// d[16, DIM] += a[16, 16] b[16, DIM], from a lane's address down first in b.
+template <int DIM> DEVICE void multiply_rows(float (*d)[4], const u32* a, u32 b_lane)
+{
+#pragma unroll
+    for (int n = 0; n < DIM / 8; n += 2)
+    {
+        u32 b[4];
+        load_matrix_x4_transposed(b, tile_step<TILE_CHUNKS(DIM)>(b_lane, 0, n));
+        multiply_add_16x8x16(d[n], a, b);
+        if (n + 1 < DIM / 8) multiply_add_16x8x16(d[n + 1], a, b + 2);
+    }
+}
+
+// A lane's part of 16 rows of a gradient: to[g], to[g + 8] where the row exists.
+template <int DIM>
+DEVICE void store_gradient(
+    real* to, u64 stride, int rows, const float (*d)[4], float scale, int accumulate)
+{
+    int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+    {
+        if (g + half * 8 >= rows) continue;
+        u32* words = (u32*)(to + (g + half * 8) * stride) + t;
+#pragma unroll
+        for (int n = 0; n < DIM / 8; n++)
+        {
+            float low = scale * d[n][half * 2], high = scale * d[n][half * 2 + 1];
+            if (accumulate)
+            {
+                u32 before = words[n * 4];
+                low += widen((real)before);
+                high += widen((real)(before >> 16));
+            }
+            words[n * 4] = narrow2(low, high);
+        }
+    }
+}
+
+// On tensor cores: a block of 4 warps owns 64 rows, a warp 16 of them, and takes STEP rows u, w at a
+// time, copied while it works on those before. A lane's p and ds, rounded to the storage type, are what
+// its next products take from the left, so they stay in registers with dx and dy (DIM / 2 floats each).
+// Shared memory: tiles x, y [64, DIM], then two stages of u, w [STEP, DIM], zeros where masked and in
+// the columns from 72 to 80: 32 KiB for DIM 64 by STEP 32, 40 for 72 by 32, 48 for 128 by 16, so that
+// three, two and two blocks fit a multiprocessor with 100 KiB. Reads x and y once, and 2 DIM S bytes
+// per block and row u that it sees, mostly from L2.
+template <int DIM, int STEP, bool KEYS>
+DEVICE void attention_backward_by_tiles(const AttentionBackward& a)
+{
+    constexpr int ROWS = 64, THREADS = ROWS / 16 * WARP, CHUNKS = TILE_CHUNKS(DIM);
+    constexpr int OWN_BYTES = ROWS * CHUNKS * 16, STEP_BYTES = STEP * CHUNKS * 16;
+    alignas(256) __shared__ uint4 tiles[(2 * ROWS + 4 * STEP) * CHUNKS];
+    u32 x_tile = shared_address(tiles), stages = x_tile + 2 * OWN_BYTES;
+    SequenceTile at;
+    // Under a causal mask the first keys and the last queries have the most work: they start first.
+    int tile = KEYS ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+    if (!find_tile(at, a.mask, tile, ROWS, KEYS)) return;
+
+    int group = a.heads / a.kv_heads, own_head = blockIdx.y;
+    int own_stride = (KEYS ? a.kv_heads : a.heads) * DIM, stride = (KEYS ? a.heads : a.kv_heads) * DIM;
+    int own_end = KEYS ? at.keys : at.queries;
+    u64 own_token = (KEYS ? at.first_key_token : at.first_token) + at.first;
+    u64 own = own_token * own_stride + own_head * DIM;
+    u64 other = (u64)(KEYS ? at.first_token : at.first_key_token) * stride;
+
+    // The rows u that any own row meets, and per lane those that its two own rows meet.
+    SeenRange all = seen_range<KEYS>(a.mask, at, KEYS ? at.first : min(at.first + ROWS, own_end) - 1);
+    int lane = threadIdx.x % WARP, warp_row = threadIdx.x / WARP * 16, g = lane / 4, t = lane % 4;
+    int low[2];
+    u32 count[2];
+    float2 own_statistic[2] = {};
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+    {
+        int row = at.first + warp_row + g + half * 8;
+        SeenRange seen = seen_range<KEYS>(a.mask, at, row);
+        low[half] = seen.low;
+        count[half] = seen.high - seen.low;
+        if (!KEYS && row < own_end)
+            own_statistic[half] = a.statistics[(u64)own_head * a.mask.tokens + at.first_token + row];
+    }
+
+    // Steps go over the rows of one head, then of the next.
+    int steps_of_head = (all.high - all.low + STEP - 1) / STEP;
+    int steps = steps_of_head * (KEYS ? group : 1);
+    auto head_of = [&](int step) { return KEYS ? own_head * group + step / steps_of_head : own_head; };
+    auto first_of = [&](int step) { return all.low + step % steps_of_head * STEP; };
+    auto stage_of = [&](int step) { return stages + step % 2 * 2 * STEP_BYTES; };
+    auto copy_step = [&](int step)
+    {
+        int first = first_of(step), head = KEYS ? head_of(step) : own_head / group;
+        u64 from = other + (u64)first * stride + head * DIM;
+        copy_tile<DIM, STEP, THREADS>(stage_of(step), a.u + from, stride, all.high - first);
+        copy_tile<DIM, STEP, THREADS>(
+            stage_of(step) + STEP_BYTES, a.w + from, stride, all.high - first);
+        commit_copies();
+    };
+
+    // A lane's places in a tile, from which its matrices are constants away.
+    u32 down = tile_address<CHUNKS>(0, lane % 16, lane / 16);
+    u32 across = tile_address<CHUNKS>(0, lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    u32 x_lane = tile_step<CHUNKS>(x_tile + down, warp_row, 0), y_lane = x_lane + OWN_BYTES;
+
+    float dx[DIM / 8][4] = {}, dy[DIM / 8][4] = {};
+    if (steps > 0)
+    {
+        int rows = (KEYS ? at.visible : at.queries) - at.first;
+        copy_tile<DIM, ROWS, THREADS>(x_tile, a.x + own, own_stride, rows);
+        copy_tile<DIM, ROWS, THREADS>(x_tile + OWN_BYTES, a.y + own, own_stride, rows);
+        copy_step(0);
+    }
+    for (int step = 0; step < steps; step++)
+    {
+        wait_copies<0>();
+        __syncthreads(); // this step's rows are there, and nobody reads those of the step before
+        if (step + 1 < steps) copy_step(step + 1);
+
+        int first = first_of(step);
+        u32 u_tile = stage_of(step), w_tile = u_tile + STEP_BYTES;
+        float2 statistic[STEP / 8][2] = {};
+        if (KEYS)
+        {
+            const float2* of_head = a.statistics + (u64)head_of(step) * a.mask.tokens + at.first_token;
+#pragma unroll
+            for (int n = 0; n < STEP / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    statistic[n][i] = of_head[min(first + n * 8 + t * 2 + i, at.queries - 1)];
+        }
+        float p[STEP / 8][4] = {}, ds[STEP / 8][4] = {};
+        multiply_transposed<CHUNKS, STEP>(p, x_lane, u_tile + across);
+        if (a.dx) multiply_transposed<CHUNKS, STEP>(ds, y_lane, w_tile + across);
+#pragma unroll
+        for (int n = 0; n < STEP / 8; n++)
+        {
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+            {
+                float2 query = KEYS ? statistic[n][i % 2] : own_statistic[i / 2];
+                bool seen = (u32)(first + n * 8 + t * 2 + i % 2 - low[i / 2]) < count[i / 2];
+                p[n][i] = seen ? probability(p[n][i], a.scale, query.x) : 0;
+                ds[n][i] = seen ? p[n][i] * (ds[n][i] - query.y) : 0;
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < STEP / 8; n += 2)
+        {
+            u32 left[4];
+            if (a.dx)
+            {
+                narrow_left(left, ds[n], ds[n + 1]);
+                multiply_rows<DIM>(dx, left, tile_step<CHUNKS>(u_tile + down, n * 8, 0));
+            }
+            if (KEYS && a.dy)
+            {
+                narrow_left(left, p[n], p[n + 1]);
+                multiply_rows<DIM>(dy, left, tile_step<CHUNKS>(w_tile + down, n * 8, 0));
+            }
+        }
+    }
+
+    u64 to = own + (u64)warp_row * own_stride;
+    int rows = own_end - at.first - warp_row;
+    if (a.dx) store_gradient<DIM>(a.dx + to, own_stride, rows, dx, a.scale, a.accumulate_x);
+    if (KEYS && a.dy) store_gradient<DIM>(a.dy + to, own_stride, rows, dy, 1, a.accumulate_y);
+}
+
+// The same for the head dimensions of the models; head_dim is that of the name.
+extern "C" __global__ void __launch_bounds__(128) attention_keys_backward_64(
+    real* dk, real* dv, const real* q, const real* k, const real* v, const real* output_gradient,
+    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
+    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
+    int head_dim, float scale, int accumulate_k, int accumulate_v)
+{
+    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
+    AttentionBackward a = {dk, dv, k, v, q, output_gradient, (const float2*)statistics, mask, heads,
+        kv_heads, head_dim, scale, accumulate_k, accumulate_v};
+    check_all_starts(faults, mask);
+    attention_backward_by_tiles<64, 32, true>(a);
+}
+
+extern "C" __global__ void __launch_bounds__(128) attention_queries_backward_64(
+    real* dq, const real* q, const real* k, const real* v, const real* output_gradient,
+    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
+    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
+    int head_dim, float scale, int accumulate)
+{
+    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
+    AttentionBackward a = {dq, 0, q, output_gradient, k, v, (const float2*)statistics, mask, heads,
+        kv_heads, head_dim, scale, accumulate, 0};
+    check_all_starts(faults, mask);
+    attention_backward_by_tiles<64, 32, false>(a);
+}
+
+extern "C" __global__ void __launch_bounds__(128) attention_keys_backward_72(
+    real* dk, real* dv, const real* q, const real* k, const real* v, const real* output_gradient,
+    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
+    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
+    int head_dim, float scale, int accumulate_k, int accumulate_v)
+{
+    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
+    AttentionBackward a = {dk, dv, k, v, q, output_gradient, (const float2*)statistics, mask, heads,
+        kv_heads, head_dim, scale, accumulate_k, accumulate_v};
+    check_all_starts(faults, mask);
+    attention_backward_by_tiles<72, 32, true>(a);
+}
+
+extern "C" __global__ void __launch_bounds__(128) attention_queries_backward_72(
+    real* dq, const real* q, const real* k, const real* v, const real* output_gradient,
+    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
+    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
+    int head_dim, float scale, int accumulate)
+{
+    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
+    AttentionBackward a = {dq, 0, q, output_gradient, k, v, (const float2*)statistics, mask, heads,
+        kv_heads, head_dim, scale, accumulate, 0};
+    check_all_starts(faults, mask);
+    attention_backward_by_tiles<72, 32, false>(a);
+}
+
+extern "C" __global__ void __launch_bounds__(128) attention_keys_backward_128(
+    real* dk, real* dv, const real* q, const real* k, const real* v, const real* output_gradient,
+    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
+    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
+    int head_dim, float scale, int accumulate_k, int accumulate_v)
+{
+    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
+    AttentionBackward a = {dk, dv, k, v, q, output_gradient, (const float2*)statistics, mask, heads,
+        kv_heads, head_dim, scale, accumulate_k, accumulate_v};
+    check_all_starts(faults, mask);
+    attention_backward_by_tiles<128, 16, true>(a);
+}
+
+extern "C" __global__ void __launch_bounds__(128) attention_queries_backward_128(
+    real* dq, const real* q, const real* k, const real* v, const real* output_gradient,
+    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
+    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
+    int head_dim, float scale, int accumulate)
+{
+    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
+    AttentionBackward a = {dq, 0, q, output_gradient, k, v, (const float2*)statistics, mask, heads,
+        kv_heads, head_dim, scale, accumulate, 0};
+    check_all_starts(faults, mask);
+    attention_backward_by_tiles<128, 16, false>(a);
+}
+
+#endif
 
 // ---- 12. optimizer ----------------------------------------------------------------------------------
 

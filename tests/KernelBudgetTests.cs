@@ -26,6 +26,9 @@ public sealed class KernelBudgetTests
     private static readonly string[] s_tensorCores =
     [
         "attention_forward_64", "attention_forward_72", "attention_forward_128",
+        "attention_keys_backward_64", "attention_keys_backward_72", "attention_keys_backward_128",
+        "attention_queries_backward_64", "attention_queries_backward_72",
+        "attention_queries_backward_128",
     ];
 
     // Kernels that move long rows, and so must move 16 bytes at a time.
@@ -36,13 +39,17 @@ public sealed class KernelBudgetTests
     ];
 
     // Those that only read long rows: sums.
-    private static readonly string[] s_wideReads = ["norm_weight_parts", "gradient_norm_parts"];
+    private static readonly string[] s_wideReads =
+    [
+        "norm_weight_parts", "gradient_norm_parts", "attention_statistics",
+    ];
 
     // Kernels of small or strided work, where an access of an element is right.
     private static readonly string[] s_narrow =
     [
         "cast_to_real", "cast_to_float", "fill_real", "fill_rows", "sum_rows", "sum_parts",
-        "gradient_norm_finish", "attention_forward_any",
+        "gradient_norm_finish", "attention_forward_any", "attention_keys_backward",
+        "attention_queries_backward",
     ];
 
     private KernelBuild[] _builds = null!;

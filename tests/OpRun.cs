@@ -101,6 +101,13 @@ internal sealed unsafe class OpRun : IDisposable
         }
     }
 
+    /// <summary>Puts an output and what is saved with it in the place of those of a forward.</summary>
+    public void SetResults(double[] output, params double[][] saved)
+    {
+        Write(_output, output);
+        for (int i = 0; i < saved.Length; i++) Write(_saved[i], saved[i]);
+    }
+
     public void Set(int input, int index, double value)
     {
         _values[input].Data[index] = value;

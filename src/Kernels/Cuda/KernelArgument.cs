@@ -75,5 +75,12 @@ public readonly record struct Grid(Dim3 Blocks, Dim3 Threads, int SharedBytes = 
     public static Grid Columns(int cols, int rows) =>
         new(new Dim3(Blocked(cols, Threads256), Math.Clamp(rows, 1, MaxRowBlocks)), Threads256);
 
+    /// <summary>
+    /// A block per head and tile of rows of packed sequences, whose lengths only the device knows: as
+    /// many tiles as there can be.
+    /// </summary>
+    public static Grid SequenceTiles(int rows, int sequences, int rowsPerTile, int heads, int threads) =>
+        new(new Dim3(Blocked(rows, rowsPerTile) + sequences, heads), threads);
+
     private static int Blocked(long count, int size) => checked((int)((count + size - 1) / size));
 }

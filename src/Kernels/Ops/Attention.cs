@@ -93,6 +93,44 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
             throw new ShapeException($"{Name}: scale is {Scale}, expected a number above 0");
     }
 
+    /// <inheritdoc cref="CudaForward"/>
+    public override void CudaBackward(in CudaCall call)
+    {
+        RequireLaunchable();
+        Tensor q = call.In(0), k = call.In(1), v = call.In(2), dO = call.OutputGradient;
+        Tensor startsQ = call.Input(3), startsK = call.Input(4), lengths = call.Input(5);
+        GradientTarget dq = call.Gradient(0), dk = call.Gradient(1), dv = call.Gradient(2);
+        int tokens = (int)q.Shape.Rows, keyTokens = (int)k.Shape.Rows;
+        int sequences = (int)startsQ.Shape.Count - 1;
+        Tensor statistics = call.Scratch(DType.F32, Heads, tokens, 2);
+        call.Launch("attention_statistics", Grid.SequenceTiles(tokens, 0, 8, Heads, 256),
+            statistics, dO, call.Output, call.Saved(0), tokens, Heads, HeadDim);
+
+        bool tensorCores = HeadDim is 64 or 72 or 128 && call.Real != DType.F32 && (q.Data | k.Data
+            | v.Data | dO.Data | dq.Buffer.Data | dk.Buffer.Data | dv.Buffer.Data) % 16 == 0;
+        var (rows, threads) = tensorCores ? (64, 128) : (8, 256);
+        if (dk.Wanted || dv.Wanted)
+        {
+            string kernel = !tensorCores ? "attention_keys_backward"
+                : HeadDim == 64 ? "attention_keys_backward_64"
+                : HeadDim == 72 ? "attention_keys_backward_72" : "attention_keys_backward_128";
+            call.Launch(kernel, Grid.SequenceTiles(keyTokens, sequences, rows, KvHeads, threads),
+                dk.Buffer, dv.Buffer, q, k, v, dO, statistics, startsQ, startsK, lengths, call.Faults,
+                sequences, tokens, keyTokens, Causal, Heads, KvHeads, HeadDim, Scale, dk.Accumulate,
+                dv.Accumulate);
+        }
+
+        if (dq.Wanted)
+        {
+            string kernel = !tensorCores ? "attention_queries_backward"
+                : HeadDim == 64 ? "attention_queries_backward_64"
+                : HeadDim == 72 ? "attention_queries_backward_72" : "attention_queries_backward_128";
+            call.Launch(kernel, Grid.SequenceTiles(tokens, sequences, rows, Heads, threads),
+                dq.Buffer, q, k, v, dO, statistics, startsQ, startsK, lengths, call.Faults, sequences,
+                tokens, keyTokens, Causal, Heads, KvHeads, HeadDim, Scale, dq.Accumulate);
+        }
+    }
+
     private AttentionArguments<T> Arguments<T>(in CpuCall<T> call)
         where T : unmanaged, System.Numerics.IBinaryFloatingPointIeee754<T>
     {

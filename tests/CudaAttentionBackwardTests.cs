@@ -1,0 +1,308 @@
+using MiniCpmNative.GpuEmulator;
+using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Cuda;
+using MiniCpmNative.Kernels.Ops;
+using NUnit.Framework;
+
+namespace MiniCpmNative.Tests;
+
+/// <summary>
+/// The gradients of attention on CUDA, from the output and lse of the formulas in double, so that no
+/// forward kernel has a part in it. The tolerance is that of <see cref="CudaOpTests"/>; where kernels
+/// multiply on tensor cores the plain path rounds p and dS to the storage type before their products, as
+/// such a product takes no wider ones.
+/// </summary>
+[TestFixture]
+public sealed class CudaAttentionBackwardTests
+{
+    private static readonly DType[] Types = [DType.F32, DType.BF16, DType.F16];
+
+    private CudaUnderTest _cuda = null!;
+
+    private static IEnumerable<TestCaseData> Cases =>
+        from headDim in (int[])[64, 72, 128, 8]
+        from type in Types
+        where type != DType.F16 || headDim == 72
+        from make in (Func<int, AttentionProblem>[])
+        [
+            d => Self(1, 1, d, [0, 1, 7, 63], causal: true),
+            d => Self(4, 1, d, [64, 65], causal: true),
+            d => Self(7, 1, d, [129], causal: false),
+            d => Self(4, 2, d, [200, 0, 1], causal: true),
+            d => AttentionProblem.Random(2, 1, d, [10, 70, 0, 3], [129, 10, 5, 0], causal: true),
+            d => AttentionProblem.Random(4, 4, d, [10, 70, 0, 3], [129, 10, 5, 0], causal: false),
+            d => Self(2, 2, d, [65, 64, 7, 129], causal: false, [33, 100, 0, 70]),
+            d => AttentionProblem.Random(8, 2, d, [30, 30], [150, 30], causal: true, [120, 20]),
+            d => Self(2, 1, d, [], causal: true),
+        ]
+        let problem = make(headDim)
+        select new TestCaseData(problem, type).SetArgDisplayNames(Name(problem), type.ToString());
+
+    // A head dimension with rows of no whole 16 bytes, and the largest.
+    private static IEnumerable<TestCaseData> OtherHeadDims =>
+        from headDim in (int[])[9, 256]
+        from type in Types[..2]
+        let problem = Self(3, 1, headDim, [5, 33], causal: true)
+        select new TestCaseData(problem, type).SetArgDisplayNames(Name(problem), type.ToString());
+
+    private static IEnumerable<TestCaseData> OnTensorCores =>
+        from headDim in (int[])[64, 72, 128]
+        let problem = Self(4, 2, headDim, [130, 7], causal: true, [130, 5])
+        select new TestCaseData(problem).SetArgDisplayNames(Name(problem));
+
+    [SetUp]
+    public void Make()
+    {
+        if (_cuda?.Emulator?.Fault is null && _cuda is not null) return;
+        _cuda?.Dispose();
+        _cuda = new();
+    }
+
+    [OneTimeTearDown]
+    public void Free() => _cuda?.Dispose();
+
+    [TestCaseSource(nameof(Cases))]
+    [TestCaseSource(nameof(OtherHeadDims))]
+    public void GradientsAgree(object value, object type) =>
+        Compare(_cuda, (AttentionProblem)value, (DType)type);
+
+    [TestCaseSource(nameof(OnTensorCores))]
+    public void GradientsAgreeAsClangCompiles(object value) =>
+        CompareOn((AttentionProblem)value, new(), DeviceCompiler.Clang);
+
+    // What hardware is free to choose: the order of warps and blocks, when copies arrive, the last places
+    // of exp2, the order of a product's sums.
+    [TestCaseSource(nameof(OnTensorCores))]
+    public void GradientsAgreeInAnySchedule(object value)
+    {
+        for (int seed = 1; seed < 3; seed++)
+        {
+            CompareOn((AttentionProblem)value, new()
+            {
+                Seed = seed,
+                EarlyAsyncCopies = seed == 1,
+                ApproximateUlps = 2,
+                ReverseMma = true,
+            });
+        }
+    }
+
+    [TestCaseSource(nameof(OnTensorCores))]
+    public void GradientsAccumulateAndMayBeAbsent(object value)
+    {
+        const double Start = 3;
+        AttentionProblem problem = Rounded((AttentionProblem)value, DType.BF16);
+        using OpRun run = Run(_cuda, problem, DType.BF16);
+        run.Want(_ => true);
+        run.Backward(problem.DO);
+        double[][] plain = [run.Gradient(0), run.Gradient(1), run.Gradient(2)];
+        run.Want(_ => true);
+        run.Backward(problem.DO);
+        for (int i = 0; i < 3; i++) Assert.That(run.Gradient(i), Is.EqualTo(plain[i]), $"again {i}");
+        for (int only = 0; only < 3; only++)
+        {
+            run.Want(i => i == only);
+            run.Backward(problem.DO);
+            Assert.That(run.Gradient(only), Is.EqualTo(plain[only]), $"only {only}");
+        }
+
+        run.Want(_ => true, accumulate: true, Start);
+        run.Backward(problem.DO);
+        for (int i = 0; i < 3; i++)
+        {
+            // A sum is rounded once; the gradient by itself, with which it is compared, was too.
+            double half = 1.0 / 256, largest = plain[i].Max(Math.Abs);
+            OpTests.AreClose(run.Gradient(i), [.. plain[i].Select(g => g + Start)],
+                half * (Start + (2 * largest)), $"accumulated {i}");
+        }
+    }
+
+    [TestCaseSource(nameof(OnTensorCores))]
+    public void MatricesAreReadWithoutBankConflicts(object value)
+    {
+        if (_cuda.Emulator is not { } gpu) return;
+        AttentionProblem problem = Rounded((AttentionProblem)value, DType.BF16);
+        using OpRun run = Run(_cuda, problem, DType.BF16);
+        run.Want(_ => true);
+        int before = gpu.Launches.Count;
+        run.Backward(problem.DO);
+        run.Gradient(0); // waits for the launches
+        LaunchCounters[] launches =
+            [.. gpu.Launches.Skip(before).Where(l => l.Kernel.EndsWith($"_backward_{problem.HeadDim}"))];
+        Assert.That(launches, Has.Length.EqualTo(2));
+        foreach (LaunchCounters launch in launches)
+        {
+            Assert.That(launch.TensorFlops, Is.GreaterThan(0));
+            Assert.That(launch.MatrixLoadConflicts, Is.Zero);
+            Assert.That(launch.BankConflicts, Is.Zero);
+        }
+    }
+
+    // Mistakes in the tensor-core kernel that the rule, or the emulated GPU, must find.
+    [TestCase("attention_backward_by_tiles", "__syncthreads();", "")]
+    [TestCase("attention_backward_by_tiles", "wait_copies<0>()", "wait_copies<1>()")]
+    [TestCase("attention_backward_by_tiles", "step % 2 * 2", "0")]
+    [TestCase("attention_backward_by_tiles", "< count[i / 2]", "< count[0]")]
+    [TestCase("attention_backward_by_tiles", "(ds[n][i] - query.y)", "ds[n][i]")]
+    [TestCase("attention_backward_by_tiles", "own_head * group + step / steps_of_head", "own_head * group")]
+    [TestCase("seen_range", "row - (at.keys - at.queries)", "row + 1 - (at.keys - at.queries)")]
+    [TestCase("seen_range", "row >= at.visible", "row >= at.keys")]
+    [TestCase("multiply_transposed", "b + 2", "b")]
+    [TestCase("multiply_rows", "b + 2", "b")]
+    [TestCase("store_gradient", "half * 2 + 1", "half * 2")]
+    [TestCase("attention_statistics", "delta = warp_sum(delta)", "delta = delta")]
+    public void MistakesAreFound(string function, string from, string to)
+    {
+        if (CudaUnderTest.IsReal) Assert.Pass("mistakes are planted on the emulated GPU only");
+        _cuda?.Dispose();
+        _cuda = null!;
+        string source = KernelText.Replace(CudaDevice.Source, function, from, to);
+        using var spoilt = new CudaUnderTest(source: KernelText.Sections(source, [1, 2, 3, 4, 10, 11]));
+        var problem = Self(4, 2, 64, [130, 7], causal: true, [120, 5]);
+        Exception? e = Assert.Catch(() => Compare(spoilt, problem, DType.BF16));
+        Assert.That(e, Is.InstanceOf<AssertionException>().Or.InstanceOf<CudaException>());
+        TestContext.Out.WriteLine(spoilt.Emulator!.Fault?.ToString() ?? e!.Message);
+    }
+
+    [TestCase(3, "cu_seqlens_q[1] is 90, expected to rise from 0 to 20")]
+    [TestCase(4, "cu_seqlens_k[1] is 90, expected to rise from 0 to 20")]
+    public void WrongStartsAreReported(int input, string message)
+    {
+        foreach (int headDim in (int[])[8, 64])
+        {
+            AttentionProblem problem = Rounded(Self(2, 1, headDim, [12, 8], causal: true), DType.BF16);
+            using OpRun run = Run(_cuda, problem, DType.BF16);
+            run.Set(input, 1, 90);
+            run.Want(_ => true);
+            run.Backward(problem.DO);
+            var e = Assert.Throws<ShapeException>(() => run.Gradient(0));
+            Assert.That(e!.Message, Does.Contain(message));
+        }
+    }
+
+    // On another emulated GPU; only one can exist.
+    private void CompareOn(
+        AttentionProblem problem, EmulatorOptions options, DeviceCompiler compiler = DeviceCompiler.Nvrtc)
+    {
+        if (CudaUnderTest.IsReal) Assert.Pass("a real GPU has no such choice");
+        _cuda?.Dispose();
+        _cuda = null!;
+        using var other = new CudaUnderTest(options, compiler);
+        Compare(other, problem, DType.BF16);
+    }
+
+    private static void Compare(CudaUnderTest cuda, AttentionProblem value, DType type)
+    {
+        AttentionProblem problem = Rounded(value, type);
+        AttentionResult exact = problem.Naive();
+        AttentionResult plain = type == DType.F32
+            ? new AttentionRunner<float>().Run(problem)
+            : Plain(problem, exact, type);
+        using OpRun run = Run(cuda, problem, type);
+        run.Want(_ => true);
+        run.Backward(problem.DO);
+        Agree(run.Gradient(0), plain.DQ, exact.DQ, "dq");
+        Agree(run.Gradient(1), plain.DK, exact.DK, "dk");
+        Agree(run.Gradient(2), plain.DV, exact.DV, "dv");
+    }
+
+    private static void Agree(double[] got, double[] plain, double[] exact, string what)
+    {
+        double error = plain.Zip(exact, (a, b) => Math.Abs(a - b)).DefaultIfEmpty(0).Max();
+        double largest = Math.Max(1, exact.Select(Math.Abs).DefaultIfEmpty(0).Max());
+        OpTests.AreClose(got, exact, (2 * error) + (1e-5 * largest), what);
+    }
+
+    // The op on the device, with what a forward would have left.
+    private static OpRun Run(CudaUnderTest cuda, AttentionProblem problem, DType type)
+    {
+        int row = problem.Heads * problem.HeadDim, keyRow = problem.KvHeads * problem.HeadDim;
+        var op = new Attention(
+            problem.Heads, problem.KvHeads, problem.HeadDim, problem.Causal, problem.Scale);
+        AttentionResult exact = problem.Naive();
+        var run = new OpRun(cuda.Device(type), op,
+        [
+            Value.Float("q", [problem.Tokens, row], problem.Q),
+            Value.Float("k", [problem.KeyTokens, keyRow], problem.K),
+            Value.Float("v", [problem.KeyTokens, keyRow], problem.V),
+            Value.Int("cu_seqlens_q", [.. problem.StartsQ]),
+            Value.Int("cu_seqlens_k", [.. problem.StartsK]),
+            problem.KeyLengths is null
+                ? Value.Absent("key_lengths")
+                : Value.Int("key_lengths", problem.KeyLengths),
+        ]);
+        run.SetResults(exact.O, exact.Lse);
+        return run;
+    }
+
+    /// <summary>
+    /// The gradients from o, lse, p and dS rounded to what they are stored in, themselves rounded so.
+    /// </summary>
+    private static AttentionResult Plain(AttentionProblem problem, in AttentionResult exact, DType type)
+    {
+        int dim = problem.HeadDim, group = problem.Heads / problem.KvHeads;
+        bool narrow = dim is 64 or 72 or 128;
+        double[] o = Storage.Round(exact.O, type), lse = Storage.Round(exact.Lse, DType.F32);
+        var (dq, dk, dv) = (new double[o.Length], new double[problem.K.Length], new double[problem.K.Length]);
+        for (int s = 0; s + 1 < problem.StartsQ.Length; s++)
+        {
+            for (int i = 0; i < problem.StartsQ[s + 1] - problem.StartsQ[s]; i++)
+            {
+                for (int head = 0; head < problem.Heads; head++)
+                    AddRow(problem.StartsQ[s] + i, problem.StartsK[s], problem.Seen(s, i), head);
+            }
+        }
+
+        return new(o, lse, Storage.Round(dq, type), Storage.Round(dk, type), Storage.Round(dv, type));
+
+        void AddRow(int token, int firstKey, int seen, int head)
+        {
+            int statistic = (token * problem.Heads) + head, q = statistic * dim;
+            int Key(int j) => (((firstKey + j) * problem.KvHeads) + (head / group)) * dim;
+            double delta = Dot(problem.DO, q, o, q);
+            double[] p = new double[seen], ds = new double[seen];
+            for (int j = 0; j < seen; j++)
+            {
+                p[j] = Math.Exp((problem.Scale * Dot(problem.Q, q, problem.K, Key(j))) - lse[statistic]);
+                ds[j] = p[j] * (Dot(problem.DO, q, problem.V, Key(j)) - delta);
+            }
+
+            if (narrow) (p, ds) = (Storage.Round(p, type), Storage.Round(ds, type));
+            for (int j = 0; j < seen; j++)
+            {
+                for (int d = 0; d < dim; d++)
+                {
+                    dq[q + d] += problem.Scale * ds[j] * problem.K[Key(j) + d];
+                    dk[Key(j) + d] += problem.Scale * ds[j] * problem.Q[q + d];
+                    dv[Key(j) + d] += p[j] * problem.DO[q + d];
+                }
+            }
+        }
+
+        double Dot(double[] x, int xAt, double[] y, int yAt)
+        {
+            double sum = 0;
+            for (int d = 0; d < dim; d++) sum += x[xAt + d] * y[yAt + d];
+            return sum;
+        }
+    }
+
+    private static AttentionProblem Rounded(AttentionProblem problem, DType type) => problem with
+    {
+        Q = Storage.Round(problem.Q, type),
+        K = Storage.Round(problem.K, type),
+        V = Storage.Round(problem.V, type),
+        DO = Storage.Round(problem.DO, type),
+    };
+
+    private static AttentionProblem Self(
+        int heads, int kvHeads, int headDim, int[] lengths, bool causal, int[]? keyLengths = null) =>
+        AttentionProblem.Random(heads, kvHeads, headDim, lengths, lengths, causal, keyLengths);
+
+    private static string Name(AttentionProblem p) =>
+        $"{p.Heads}/{p.KvHeads} heads of {p.HeadDim}, {string.Join('+', Lengths(p.StartsQ))} queries, "
+        + $"{string.Join('+', Lengths(p.StartsK))} keys{(p.Causal ? ", causal" : "")}"
+        + (p.KeyLengths is null ? "" : ", cut");
+
+    private static IEnumerable<int> Lengths(int[] starts) => starts.Skip(1).Zip(starts, (a, b) => a - b);
+}
