@@ -813,9 +813,354 @@ extern "C" __global__ void __launch_bounds__(256) rope(
 
 // ---- 7. lookups -------------------------------------------------------------------------------------
 
+// Numbers of KernelFault.
+#define FAULT_SPLICE_POSITIONS 4
+#define FAULT_SPLICE_REPEATED 5
+
+// to[c] = scale * from[c] over a row of cols, by a whole block, or adds it. Without a row to read from
+// it becomes zero, or stays as it is.
+DEVICE void put_row(real* to, const real* from, float scale, int accumulate, int cols)
+{
+    if (from == 0 && accumulate) return;
+    if (aligned16(to, cols, sizeof(real)) && aligned16(from, cols, sizeof(real)))
+    {
+        for (int c = threadIdx.x * VECTOR; c < cols; c += blockDim.x * VECTOR)
+        {
+            float v[VECTOR] = {}, old[VECTOR];
+            if (from != 0)
+            {
+                load_vector(v, from + c);
+#pragma unroll
+                for (int i = 0; i < VECTOR; i++) v[i] *= scale;
+            }
+            if (accumulate)
+            {
+                load_vector(old, to + c);
+#pragma unroll
+                for (int i = 0; i < VECTOR; i++) v[i] += old[i];
+            }
+            store_vector(to + c, v);
+        }
+        return;
+    }
+    for (int c = threadIdx.x; c < cols; c += blockDim.x)
+    {
+        float value = from == 0 ? 0 : scale * widen(from[c]);
+        to[c] = narrow(accumulate ? widen(to[c]) + value : value);
+    }
+}
+
+// VECTOR elements of any stored type from element `at` of a 16-byte aligned array; at is a multiple of
+// VECTOR.
+DEVICE void load_any_vector(float* x, const void* from, int type, u64 at)
+{
+    if (type == DTYPE_F32)
+    {
+        load_floats(x, (const float*)from + at);
+        return;
+    }
+#if defined(STORAGE_BF16) || defined(STORAGE_F16)
+    uint4 bits = *(const uint4*)((const bf16*)from + at);
+    u32 words[4] = {bits.x, bits.y, bits.z, bits.w};
+#else
+    uint2 bits = *(const uint2*)((const bf16*)from + at);
+    u32 words[2] = {bits.x, bits.y};
+#endif
+#pragma unroll
+    for (int i = 0; i < VECTOR / 2; i++)
+    {
+        bool is_bf16 = type == DTYPE_BF16;
+        x[2 * i] = is_bf16 ? __uint_as_float(words[i] << 16) : widen_f16((f16)words[i]);
+        x[2 * i + 1] =
+            is_bf16 ? __uint_as_float(words[i] & 0xffff0000u) : widen_f16((f16)(words[i] >> 16));
+    }
+}
+
+// y[t] = x[t] + scale * table[ids[t]], the table in any type; without x only the second. One block per
+// token. A token whose id is not in the table gets x or zeros. Moves R C (2 S + bytes of a table's
+// element), S less without x; 2 FLOP per element.
+extern "C" __global__ void __launch_bounds__(256) lookup_rows(
+    real* y, const real* x, const void* table, int type, const int* ids, int limit, int cols,
+    float scale, int* faults, int fault)
+{
+    int token = blockIdx.x, id = ids[token];
+    bool known = (u32)id < (u32)limit;
+    if (!known && threadIdx.x == 0) report(faults, fault, token, id, limit);
+    u64 from = (u64)(known ? id : 0) * cols, to = (u64)token * cols;
+    if (aligned16(y, cols, sizeof(real)) && aligned16(x, cols, sizeof(real))
+        && aligned16(table, VECTOR, sizeof(real)))
+    {
+        for (int c = threadIdx.x * VECTOR; c < cols; c += blockDim.x * VECTOR)
+        {
+            float v[VECTOR] = {}, w[VECTOR] = {};
+            if (x != 0) load_vector(v, x + to + c);
+            if (known) load_any_vector(w, table, type, from + c);
+#pragma unroll
+            for (int i = 0; i < VECTOR; i++) v[i] += scale * w[i];
+            store_vector(y + to + c, v);
+        }
+        return;
+    }
+    for (int c = threadIdx.x; c < cols; c += blockDim.x)
+    {
+        float value = known ? scale * load_any(table, type, from + c) : 0;
+        y[to + c] = narrow(x != 0 ? widen(x[to + c]) + value : value);
+    }
+}
+
+// The tokens ordered by id, those of one id by position, so that each row of a table's gradient has its
+// tokens side by side: order[place] = token, sorted[place] = its id; ids outside the table become
+// `limit` and come last. A token's place is the number of tokens before it, and every thread counts:
+// R^2 comparisons beat a sort with its many launches (10 us for 8192 tokens, 2 ms for 100,000) and know
+// no largest R.
+extern "C" __global__ void __launch_bounds__(256) order_by_id(
+    int* order, int* sorted, const int* ids, int count, int limit, int* faults, int fault)
+{
+    __shared__ u32 tile[256];
+    int token = blockIdx.x * 256 + threadIdx.x, place = 0;
+    u32 id = token < count ? min((u32)ids[token], (u32)limit) : 0;
+    if (token < count && id == limit) report(faults, fault, token, ids[token], limit);
+    for (int first = 0; first < count; first += 256)
+    {
+        int other = first + threadIdx.x, here = min(256, count - first);
+        if (other < count) tile[threadIdx.x] = min((u32)ids[other], (u32)limit);
+        __syncthreads();
+        // An equal id counts when its token stands before.
+        for (int i = 0; i < here; i++) place += tile[i] < id + (first + i < token);
+        __syncthreads();
+    }
+    if (token >= count) return;
+    order[place] = token;
+    sorted[place] = id;
+}
+
+// y[id] = scale * sum of dy over the tokens of id in their order, or adds it. One block per place, which
+// works where an id begins. Reads R C S, writes 4 C per different id (and reads them when it adds).
+extern "C" __global__ void __launch_bounds__(256) sum_by_id(
+    float* y, const real* dy, const int* order, const int* sorted, int count, int limit, int cols,
+    float scale, int accumulate)
+{
+    int first = blockIdx.x, id = sorted[first];
+    if (id >= limit || (first > 0 && sorted[first - 1] == id)) return;
+    int last = first + 1, beyond = count;
+    while (last < beyond)
+    {
+        int middle = (last + beyond) / 2;
+        if (sorted[middle] == id) last = middle + 1;
+        else beyond = middle;
+    }
+    float* row = y + (u64)id * cols;
+    if (aligned16(dy, cols, sizeof(real)) && aligned16(y, 4, 4))
+    {
+        for (int c = threadIdx.x * VECTOR; c < cols; c += blockDim.x * VECTOR)
+        {
+            float sum[VECTOR] = {}, v[VECTOR];
+#pragma unroll 4
+            for (int place = first; place < last; place++)
+            {
+                load_vector(v, dy + (u64)order[place] * cols + c);
+#pragma unroll
+                for (int i = 0; i < VECTOR; i++) sum[i] += v[i];
+            }
+            if (accumulate) load_floats(v, row + c);
+#pragma unroll
+            for (int i = 0; i < VECTOR; i++) sum[i] = scale * sum[i] + (accumulate ? v[i] : 0);
+#pragma unroll
+            for (int i = 0; i < VECTOR; i += 4)
+                *(float4*)(row + c + i) = make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
+        }
+        return;
+    }
+    for (int c = threadIdx.x; c < cols; c += blockDim.x)
+    {
+        float sum = 0;
+        for (int place = first; place < last; place++)
+            sum += widen(dy[(u64)order[place] * cols + c]);
+        row[c] = scale * sum + (accumulate ? row[c] : 0);
+    }
+}
+
+// y[i] = x[rows[i]], or adds it; zeros beyond the used rows and where there is no such row. One block
+// per row of y. Moves 2 R C S.
+extern "C" __global__ void __launch_bounds__(256) gather_rows(
+    real* y, const real* x, const int* rows, int used, int tokens, int cols, int accumulate)
+{
+    int i = blockIdx.x, row = i < used ? rows[i] : -1;
+    const real* from = (u32)row < (u32)tokens ? x + (u64)row * cols : 0;
+    put_row(y + (u64)i * cols, from, 1, accumulate, cols);
+}
+
+// from[positions[i]] = i + 1, where from was 0: which row of the features stands in for a token.
+// Of positions that stand twice the later one is reported, whichever comes first here.
+extern "C" __global__ void splice_invert(
+    int* from, const int* positions, int used, int tokens, int* faults)
+{
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= used) return;
+    int position = positions[i];
+    if ((u32)position >= (u32)tokens)
+    {
+        report(faults, FAULT_SPLICE_POSITIONS, i, position, tokens);
+        return;
+    }
+    int other = atomicCAS(from + position, 0, i + 1);
+    if (other != 0) report(faults, FAULT_SPLICE_REPEATED, max(i, other - 1), position, tokens);
+}
+
+// y[t] = features[from[t] - 1], or x[t] where that is 0. One block per token. Moves 2 R C S.
+extern "C" __global__ void __launch_bounds__(256) splice_forward(
+    real* y, const real* x, const real* features, const int* from, int cols)
+{
+    int token = blockIdx.x, i = from[token];
+    put_row(y + (u64)token * cols, i > 0 ? features + (u64)(i - 1) * cols : x + (u64)token * cols,
+        1, 0, cols);
+}
+
+// dx[t] = dy[t], or adds it; zero where features stand. Moves 2 R C S.
+extern "C" __global__ void __launch_bounds__(256) splice_text_backward(
+    real* dx, const real* dy, const int* from, int cols, int accumulate)
+{
+    int token = blockIdx.x;
+    put_row(dx + (u64)token * cols, from[token] > 0 ? 0 : dy + (u64)token * cols, 1, accumulate, cols);
+}
+
 // ---- 8. low-rank adapters with dropout --------------------------------------------------------------
 
 // ---- 9. cross-entropy -------------------------------------------------------------------------------
+
+// Numbers of KernelFault.
+#define FAULT_CROSS_ENTROPY_ROWS 6
+#define FAULT_CROSS_ENTROPY_TARGETS 7
+
+// Reports rows that do not rise within the tokens and targets outside the vocabulary. A row behind one
+// outside is not held against it, so that one mistake is one report.
+extern "C" __global__ void cross_entropy_check(
+    const int* rows, const int* targets, int labels, int tokens, int vocabulary, int* faults)
+{
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= labels) return;
+    int row = rows[i], before = i > 0 ? rows[i - 1] : -1, target = targets[i];
+    bool rises = (u32)before >= (u32)tokens || row > before;
+    if ((u32)row >= (u32)tokens || !rises) report(faults, FAULT_CROSS_ENTROPY_ROWS, i, row, tokens);
+    if ((u32)target >= (u32)vocabulary)
+        report(faults, FAULT_CROSS_ENTROPY_TARGETS, i, target, vocabulary);
+}
+
+// One step of the sum of exp(x - max) whose max is only known at the end: a larger x rescales the sum.
+// A NaN becomes the max and stays.
+DEVICE void add_exponentials(float& max, float& sum, float4 x)
+{
+    float largest = max_or_nan(max_or_nan(x.x, x.y), max_or_nan(x.z, x.w));
+    if (!(largest <= max))
+    {
+        float raised = max_or_nan(max, largest);
+        sum *= expf(max - raised);
+        max = raised;
+    }
+    sum += (expf(x.x - max) + expf(x.y - max)) + (expf(x.z - max) + expf(x.w - max));
+}
+
+// Whether a logit takes the first place from the target's.
+DEVICE int beats(float x, int c, float own, int target)
+{
+    return x > own || (x == own && c < target);
+}
+
+// Per row of logits: losses = ln sum exp(logits) - logits[target], correct = 1 where the target is the
+// first largest, and gradient = scale * (softmax - one at the target), times *by if given; losses or
+// gradient may be absent. Rows start `stride` elements apart, a multiple of 16 bytes. One block per row;
+// a row of a large vocabulary (600 kB) fits no block's registers, so logits are read twice when there is
+// a gradient: moves R C (8 + S) bytes with it and 4 R C without, one or two exponentials per element:
+// memory-bound.
+extern "C" __global__ void __launch_bounds__(512) cross_entropy_rows(
+    float* losses, float* correct, real* gradient, const float* logits, const int* targets,
+    int vocabulary, int stride, float scale, const float* by)
+{
+    __shared__ float shared[16];
+    const float* row = logits + (u64)blockIdx.x * stride;
+    int target = targets[blockIdx.x], whole = vocabulary / 4 * 4;
+    float own = (u32)target < (u32)vocabulary ? row[target] : 0;
+    // The lowest float, not -infinity: exp(-infinity - max) is then 0 and not NaN.
+    const float lowest = __uint_as_float(0xff7fffffu);
+    float max = lowest, sum = 0;
+    int beaten = 0;
+#pragma unroll 2
+    for (int c = threadIdx.x * 4; c < whole; c += 512 * 4)
+    {
+        float4 x = *(const float4*)(row + c);
+        add_exponentials(max, sum, x);
+        beaten |= beats(x.x, c, own, target) | beats(x.y, c + 1, own, target)
+            | beats(x.z, c + 2, own, target) | beats(x.w, c + 3, own, target);
+    }
+    if (whole + threadIdx.x < vocabulary)
+    {
+        int c = whole + threadIdx.x;
+        add_exponentials(max, sum, make_float4(row[c], lowest, lowest, lowest));
+        beaten |= beats(row[c], c, own, target);
+    }
+    float top = block_max(max, shared);
+    sum = block_sum(sum * expf(max - top), shared);
+    if (losses != 0)
+    {
+        beaten = block_max(beaten, shared) > 0;
+        if (threadIdx.x == 0)
+        {
+            losses[blockIdx.x] = logf(sum) - (own - top);
+            correct[blockIdx.x] = own - top == 0 && !beaten ? 1 : 0;
+        }
+    }
+    if (gradient == 0) return;
+    if (by != 0) scale *= *by;
+    float factor = scale / sum;
+    real* out = gradient + (u64)blockIdx.x * stride;
+    whole = vocabulary / VECTOR * VECTOR;
+    for (int c = threadIdx.x * VECTOR; c < whole; c += 512 * VECTOR)
+    {
+        float v[VECTOR];
+        load_floats(v, row + c);
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++)
+            v[i] = expf(v[i] - top) * factor - (c + i == target ? scale : 0);
+        store_vector(out + c, v);
+    }
+    if (whole + threadIdx.x < vocabulary)
+    {
+        int c = whole + threadIdx.x;
+        out[c] = narrow(expf(row[c] - top) * factor - (c == target ? scale : 0));
+    }
+}
+
+// loss = sum of losses, in double and in a fixed order: 100,000 labels lose nothing. One block.
+extern "C" __global__ void __launch_bounds__(256) cross_entropy_sum(
+    float* loss, const float* losses, int labels)
+{
+    __shared__ double sums[256];
+    double sum = 0;
+    for (int i = threadIdx.x; i < labels; i += 256) sum += losses[i];
+    sums[threadIdx.x] = sum;
+    for (int half = 128; half > 0; half /= 2)
+    {
+        __syncthreads();
+        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    }
+    if (threadIdx.x == 0) loss[0] = (float)sums[0];
+}
+
+// dh[rows[i]] = *by * saved[i], or adds it; zero in rows without a label. One block per token, which
+// looks for itself among the rising rows. Moves (tokens + labels) C S.
+extern "C" __global__ void __launch_bounds__(256) cross_entropy_scatter(
+    real* dh, const real* saved, const int* rows, int labels, const float* by, int cols, int accumulate)
+{
+    int token = blockIdx.x, low = 0, high = labels;
+    while (low < high)
+    {
+        int middle = (low + high) / 2;
+        if (rows[middle] < token) low = middle + 1;
+        else high = middle;
+    }
+    bool labelled = low < labels && rows[low] == token;
+    put_row(dh + (u64)token * cols, labelled ? saved + (u64)low * cols : 0, *by, accumulate, cols);
+}
 
 // ---- 10. attention, forward -------------------------------------------------------------------------
 

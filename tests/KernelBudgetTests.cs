@@ -36,6 +36,8 @@ public sealed class KernelBudgetTests
     [
         "norm_forward", "norm_backward", "add_forward", "scale_rows", "gelu_forward", "gelu_backward",
         "swiglu_forward", "swiglu_backward", "rope", "adamw", "adamw_bf16_moments",
+        "lookup_rows", "sum_by_id", "gather_rows", "splice_forward", "splice_text_backward",
+        "cross_entropy_rows", "cross_entropy_scatter",
     ];
 
     // Those that only read long rows: sums.
@@ -50,6 +52,7 @@ public sealed class KernelBudgetTests
         "cast_to_real", "cast_to_float", "fill_real", "fill_rows", "sum_rows", "sum_parts",
         "gradient_norm_finish", "attention_forward_any", "attention_keys_backward",
         "attention_queries_backward",
+        "order_by_id", "splice_invert", "cross_entropy_check", "cross_entropy_sum",
     ];
 
     private KernelBuild[] _builds = null!;

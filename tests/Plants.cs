@@ -51,6 +51,25 @@ internal static class Plants
         new("the wrong half of the head", "rope", "load_run(b, x, at + half,", "load_run(b, x, at,", "rope"),
         new("forwards in the backward", "rope", "s[j] * direction", "s[j]", "rope"),
 
+        // 7: lookups
+        new("the scale is left out", "lookup_rows", "scale * load_any(", "1 * load_any(", "embedding"),
+        Plant.Fault(Check.GlobalRace, "the second token begins its id again", "sum_by_id",
+            "first > 0 &&", "first > 1 &&", "embedding") with { Size = 1023 },
+        Plant.Fault(Check.SharedRaceWithinWarp, "the next tile comes too early", "order_by_id",
+            "id + (first + i < token);\n        __syncthreads();", "id + (first + i < token);",
+            "embedding") with { Size = 1023 },
+        Plant.Fault(Check.OutOfBounds, "rows beyond the used ones are read", "gather_rows",
+            "i < used ? rows[i] : -1", "rows[i]", "splice"),
+        new("the feature before", "splice_forward", "(i - 1)", "(i > 1 ? i - 2 : 0)", "splice"),
+
+        // 9: cross-entropy
+        new("the tail has no target", "cross_entropy_rows", "(c == target ? scale : 0)", "0",
+            "cross_entropy") { Size = 65, With = [7] },
+        new("the target's logit is not subtracted", "cross_entropy_rows", "(own - top)", "top",
+            "cross_entropy") { With = [7] },
+        new("the last label is not found", "cross_entropy_scatter", "low < labels", "low + 1 < labels",
+            "cross_entropy") { Size = 65, With = [7] },
+
         // 10: attention, forward
         Attention("a diagonal too many", "attention_forward_tile", ">= seen[i / 2]", "> seen[i / 2]", 64),
         Attention("earlier sums are not shrunk", "attention_forward_tile", "sum[i] *= keep",

@@ -54,12 +54,15 @@ public readonly ref struct CudaCall(CudaDevice device, Op op, OpCall call)
     public Tensor Scratch(DType type, params ReadOnlySpan<int> sizes) =>
         device.Step.Push(new Spec(type, new Shape(sizes)), op.Name);
 
+    /// <summary>Queues zeros into a tensor.</summary>
+    public void Clear(in Tensor tensor) => device.Fill(tensor, 0);
+
     /// <summary>Queues a kernel; an empty grid is no launch.</summary>
     public void Launch(string kernel, Grid grid, params ReadOnlySpan<KernelArgument> arguments) =>
         device.Launch(kernel, grid, arguments);
 
     /// <summary>c = alpha a b + beta c; a and b of one type.</summary>
-    public void Multiply(CudaMatrix a, CudaMatrix b, in Tensor c, double alpha = 1, double beta = 0) =>
+    public void Multiply(CudaMatrix a, CudaMatrix b, CudaMatrix c, double alpha = 1, double beta = 0) =>
         device.Multiply(a, b, c, alpha, beta);
 
     /// <summary>gradient = alpha a b, or adds it, if it is wanted.</summary>
@@ -84,6 +87,31 @@ public readonly ref struct CudaCall(CudaDevice device, Op op, OpCall call)
     public void SumParts(in Tensor part, GradientTarget gradient) => Launch(
         "sum_parts", Grid.Elements(part.Shape.Cols), gradient.Buffer, part, (int)part.Shape.Rows,
         part.Shape.Cols, gradient.Accumulate);
+
+    /// <summary>output[n] = x[n] + scale * table[ids[n]]; x may be absent.</summary>
+    public void Lookup(int table, int ids, in Tensor x, double scale, KernelFault fault)
+    {
+        Tensor from = Input(table);
+        Launch("lookup_rows", Grid.Rows((int)Output.Shape.Rows), Output, x, from, (int)from.Type,
+            Input(ids), from.Shape[0], from.Shape.Cols, scale, Faults, (int)fault);
+    }
+
+    /// <summary>
+    /// The gradient of a lookup's table, if it is wanted: scale times the sum of the output gradient over
+    /// the tokens of each row, in their order.
+    /// </summary>
+    public void SumById(int table, int ids, double scale, KernelFault fault)
+    {
+        GradientTarget gradient = FloatGradient(table);
+        if (!gradient.Wanted) return;
+        int tokens = (int)OutputGradient.Shape.Rows, limit = gradient.Buffer.Shape[0];
+        Tensor order = Scratch(DType.I32, tokens), sorted = Scratch(DType.I32, tokens);
+        if (!gradient.Accumulate) Clear(gradient.Buffer);
+        Launch("order_by_id", Grid.Elements(tokens), order, sorted, Input(ids), tokens, limit, Faults,
+            (int)fault);
+        Launch("sum_by_id", Grid.Rows(tokens), gradient.Buffer, OutputGradient, order, sorted, tokens,
+            limit, gradient.Buffer.Shape.Cols, scale, gradient.Accumulate);
+    }
 
     /// <summary>The tensor itself if it has this type, else a copy in scratch.</summary>
     public Tensor As(in Tensor tensor, DType type)

@@ -242,11 +242,11 @@ public sealed unsafe class CudaDevice : Device
     }
 
     /// <summary>c = alpha a b + beta c.</summary>
-    internal void Multiply(CudaMatrix a, CudaMatrix b, in Tensor c, double alpha, double beta)
+    internal void Multiply(CudaMatrix a, CudaMatrix b, CudaMatrix c, double alpha, double beta)
     {
-        if (c.Shape.Count == 0) return;
+        if (c.Rows == 0 || c.Cols == 0) return;
         if (a.Cols > 0) _gemm.Multiply(a, b, c, alpha, beta);
-        else if (beta == 0) Fill(c, 0);
+        else if (beta == 0) Fill(c.Data, 0);
     }
 
     /// <summary>to = from in to's type, or adds it.</summary>

@@ -1,6 +1,9 @@
 namespace MiniCpmNative.Kernels.Cuda;
 
-/// <summary>A row-major matrix on the device as an operand of a product, as it lies or transposed.</summary>
+/// <summary>
+/// A row-major matrix on the device as an operand of a product, as it lies or transposed: the first
+/// columns of Data, all of them but where rows are padded.
+/// </summary>
 public readonly record struct CudaMatrix(Tensor Data, int Rows, int Cols, bool IsTransposed)
 {
     /// <summary>All axes but the last are rows.</summary>
@@ -57,7 +60,7 @@ internal sealed unsafe class CudaGemm : IDisposable
         float scale = (float)alpha, keep = (float)beta;
         int result = _cublas.GemmEx(_handle, Operation(b), Operation(a), c.Cols, c.Rows, a.Cols, &scale,
             (ulong)b.Data.Data, TypeOf(b), Stride(b), (ulong)a.Data.Data, TypeOf(a), Stride(a), &keep,
-            (ulong)c.Data.Data, TypeOf(c), c.Cols, CublasApi.Compute32F, CublasApi.DefaultAlgorithm);
+            (ulong)c.Data.Data, TypeOf(c), Stride(c), CublasApi.Compute32F, CublasApi.DefaultAlgorithm);
         if (result != 0)
             CublasApi.Check(result, "cublasGemmEx", $"{c.Data.Spec} = {a.Data.Spec} {b.Data.Spec}");
     }
@@ -71,7 +74,7 @@ internal sealed unsafe class CudaGemm : IDisposable
     private static int Operation(CudaMatrix m) =>
         m.IsTransposed ? CublasApi.Transposed : CublasApi.AsIs;
 
-    private static int Stride(CudaMatrix m) => m.IsTransposed ? m.Rows : m.Cols;
+    private static int Stride(CudaMatrix m) => m.Data.Shape.Cols;
 
     private static int TypeOf(CudaMatrix m) => m.Data.Type switch
     {

@@ -33,7 +33,8 @@ internal static class KernelFaults
             KernelFault.RopePositions => $"rope: positions[{position}] is {range}",
             KernelFault.SplicePositions => $"splice: positions[{position}] is {range}",
             KernelFault.SpliceRepeated => $"splice: positions[{position}] is {value}, as is another",
-            KernelFault.CrossEntropyRows => $"cross_entropy: rows[{position}] is {range}",
+            KernelFault.CrossEntropyRows =>
+                $"cross_entropy: rows[{position}] is {value}, expected rising rows of h below {limit}",
             KernelFault.CrossEntropyTargets => $"cross_entropy: targets[{position}] is {range}",
             KernelFault.AttentionQueryStarts => Starts("cu_seqlens_q", position, value, limit),
             KernelFault.AttentionKeyStarts => Starts("cu_seqlens_k", position, value, limit),

@@ -1,6 +1,7 @@
 using System.Numerics;
 using System.Numerics.Tensors;
 using MiniCpmNative.Kernels.Cpu;
+using MiniCpmNative.Kernels.Cuda;
 
 namespace MiniCpmNative.Kernels.Ops;
 
@@ -21,6 +22,15 @@ public sealed unsafe record CrossEntropy() : Op("cross_entropy")
     // Elements of a chunk of logits: small vocabularies stay in the cache, large ones still reuse each
     // element of w for MinRows rows.
     private const int ChunkElements = 1 << 21, MinRows = 64, MaxRows = 512;
+
+    // On CUDA: bytes of a chunk of logits, which is a multiple of the rows that a product computes
+    // together (384 rows for a vocabulary of 151,700); small vocabularies are limited by rows.
+    private const long CudaChunkBytes = 256L << 20;
+    private const int CudaTile = 128, CudaMaxRows = 2048;
+
+    // What probabilities are multiplied by before a storage type rounds them, so that F16, which ends at
+    // 6e-8, keeps those of a large vocabulary; a power of two loses nothing.
+    private const double CudaScale = 1 << 14;
 
     // Made once: a span of constants allocates in unoptimised code.
     private static readonly Shape s_one = new(1);
@@ -86,6 +96,62 @@ public sealed unsafe record CrossEntropy() : Op("cross_entropy")
         }
     }
 
+    public override void CudaForward(in CudaCall call)
+    {
+        Tensor losses = call.Saved(0), correct = call.Saved(1), dh = call.Saved(2);
+        int labels = losses.Shape.Cols;
+        CudaCheck(call);
+        if (labels > 0)
+        {
+            var chunks = new CudaChunks(call, gradient: call.Recorded);
+            for (int first = 0; first < labels; first += chunks.Size)
+            {
+                int count = chunks.Logits(call, first);
+                chunks.Softmax(call, first, count, losses.Slice(first, count),
+                    correct.Slice(first, count), CudaScale, Tensor.None);
+                if (call.Recorded)
+                    call.Multiply(chunks.Gradient(count), chunks.Weight, dh.Slice(first, count),
+                        1 / CudaScale);
+            }
+        }
+
+        call.Launch("cross_entropy_sum", Grid.Rows(1), call.Output, losses, labels);
+    }
+
+    public override void CudaBackward(in CudaCall call)
+    {
+        Tensor rows = call.Input(2), dloss = call.OutputGradient;
+        int labels = (int)rows.Shape.Count;
+        GradientTarget dh = call.Gradient(0), dw = call.AnyGradient(1);
+        CudaCheck(call);
+        if (dh.Wanted)
+        {
+            Shape shape = dh.Buffer.Shape;
+            call.Launch("cross_entropy_scatter", Grid.Rows((int)shape.Rows), dh.Buffer, call.Saved(2),
+                rows, labels, dloss, shape.Cols, dh.Accumulate);
+        }
+
+        if (!dw.Wanted) return;
+        if (labels == 0 && !dw.Accumulate) call.Clear(dw.Buffer);
+        if (labels == 0) return;
+        var chunks = new CudaChunks(call, gradient: true);
+        for (int first = 0; first < labels; first += chunks.Size)
+        {
+            int count = chunks.Logits(call, first);
+            chunks.Softmax(call, first, count, Tensor.None, Tensor.None, 1, dloss);
+            call.Multiply(chunks.Gradient(count).T, chunks.Gathered(first, count),
+                new GradientTarget(dw.Buffer, dw.Accumulate || first > 0));
+        }
+    }
+
+    private static void CudaCheck(in CudaCall call)
+    {
+        Tensor rows = call.Input(2);
+        int labels = (int)rows.Shape.Count;
+        call.Launch("cross_entropy_check", Grid.Elements(labels), rows, call.Input(3), labels,
+            (int)call.Input(0).Shape.Rows, call.Input(1).Shape[0], call.Faults);
+    }
+
     private void Check<T>(in CpuCall<T> call, Matrix<int> targets)
         where T : unmanaged, IBinaryFloatingPointIeee754<T>
     {
@@ -133,6 +199,67 @@ public sealed unsafe record CrossEntropy() : Op("cross_entropy")
             call.Gemm.Multiply(gathered.View, call.Weight(1).T, logits.View);
             return logits;
         }
+    }
+
+    /// <summary>
+    /// Scratch for a chunk of labelled rows, their logits in F32 and the gradient of those in the storage
+    /// type. Each chunk reads all of w for each product: with few rows that, not arithmetic, would take
+    /// the time (1 GB for 151,700 x 3584), so chunks are large rather than small enough for the cache.
+    /// </summary>
+    private readonly struct CudaChunks
+    {
+        private readonly Tensor _h, _gathered, _logits, _gradient;
+
+        public CudaChunks(in CudaCall call, bool gradient)
+        {
+            Weight = call.In(1);
+            Tensor h = call.In(0);
+            int labels = (int)call.Input(2).Shape.Count, tokens = (int)h.Shape.Rows;
+            _h = h.Reshape(tokens, h.Shape.Cols);
+            // Padded: products and kernels read rows 16 bytes at a time in either type.
+            int stride = RoundedUp(Weight.Rows, 8);
+            long fit = CudaChunkBytes / ((long)sizeof(float) * Math.Max(1, stride));
+            int most = (int)Math.Clamp(fit / CudaTile * CudaTile, CudaTile, CudaMaxRows);
+            int chunks = (labels + most - 1) / most, share = (labels + chunks - 1) / chunks;
+            Size = Math.Min(labels, RoundedUp(share, CudaTile));
+            // As many labels as tokens: rising rows are all of them.
+            if (labels < tokens) _gathered = call.Scratch(call.Real, Size, h.Shape.Cols);
+            _logits = call.Scratch(DType.F32, Size, stride);
+            if (gradient) _gradient = call.Scratch(call.Real, Size, stride);
+        }
+
+        public CudaMatrix Weight { get; }
+
+        /// <summary>Labels of a chunk; the last may have fewer.</summary>
+        public int Size { get; }
+
+        /// <summary>The labelled rows of h of which logits were computed last.</summary>
+        public CudaMatrix Gathered(int first, int count) =>
+            _gathered.Exists ? _gathered.Slice(0, count) : _h.Slice(first, count);
+
+        /// <summary>scale * *by * (softmax - one at the target) of the logits computed last.</summary>
+        public CudaMatrix Gradient(int count) => new(_gradient.Slice(0, count), count, Weight.Rows, false);
+
+        /// <summary>Computes the logits of the chunk from a label on; how many rows it has.</summary>
+        public int Logits(in CudaCall call, int first)
+        {
+            Tensor rows = call.Input(2);
+            int count = Math.Min(Size, (int)rows.Shape.Count - first), tokens = _h.Shape[0];
+            if (_gathered.Exists)
+                call.Launch("gather_rows", Grid.Rows(count), _gathered, _h, rows.Slice(first, count),
+                    count, tokens, _h.Shape.Cols, false);
+            call.Multiply(Gathered(first, count), Weight.T,
+                new CudaMatrix(_logits.Slice(0, count), count, Weight.Rows, false));
+            return count;
+        }
+
+        public void Softmax(in CudaCall call, int first, int count, in Tensor losses,
+            in Tensor correct, double scale, in Tensor by) =>
+            call.Launch("cross_entropy_rows", Grid.LongRows(count), losses, correct, _gradient, _logits,
+                call.Input(3).Slice(first, count), Weight.Rows, _logits.Shape.Cols, scale, by);
+
+        private static int RoundedUp(int value, int multiple) =>
+            checked((value + multiple - 1) / multiple * multiple);
     }
 
     // Per row: loss and hit, and logits <- scale * (softmax - one at the target).

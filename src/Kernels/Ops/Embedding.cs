@@ -1,5 +1,6 @@
 using System.Numerics;
 using MiniCpmNative.Kernels.Cpu;
+using MiniCpmNative.Kernels.Cuda;
 
 namespace MiniCpmNative.Kernels.Ops;
 
@@ -36,6 +37,12 @@ public sealed record Embedding(double Scale = 1) : Op("embedding")
             Indices.SumById(call, call.Ints(1), call.OutputGradient, Real.Of<T>(Scale),
                 call.Gradient(0));
     }
+
+    public override void CudaForward(in CudaCall call) =>
+        call.Lookup(0, 1, Tensor.None, Scale, KernelFault.EmbeddingIds);
+
+    public override void CudaBackward(in CudaCall call) =>
+        call.SumById(0, 1, Scale, KernelFault.EmbeddingIds);
 
     private readonly unsafe struct Rows<T>(Tensor table, Matrix<int> ids, Matrix<T> y, T scale)
         : IRangeBody

@@ -1,5 +1,6 @@
 using System.Numerics;
 using MiniCpmNative.Kernels.Cpu;
+using MiniCpmNative.Kernels.Cuda;
 
 namespace MiniCpmNative.Kernels.Ops;
 
@@ -33,6 +34,19 @@ public sealed record PositionGather() : Op("position_gather")
         Elementwise.Scale(call.Workers, call.OutputGradient, T.One, call.Gradient(0));
         if (call.Gradient(1).Wanted)
             Indices.SumById(call, call.Ints(2), call.OutputGradient, T.One, call.Gradient(1));
+    }
+
+    public override void CudaForward(in CudaCall call) =>
+        call.Lookup(1, 2, call.In(0), 1, KernelFault.PositionGatherIds);
+
+    public override void CudaBackward(in CudaCall call)
+    {
+        Tensor dy = call.OutputGradient;
+        GradientTarget dx = call.Gradient(0);
+        if (dx.Wanted)
+            call.Launch("scale_rows", Grid.Vectors(dy.Shape.Count, call.Real),
+                dx.Buffer, dy, 1.0, dy.Shape.Count, dx.Accumulate);
+        call.SumById(1, 2, 1, KernelFault.PositionGatherIds);
     }
 
     private readonly unsafe struct Rows<T>(Matrix<T> x, Tensor table, Matrix<int> ids, Matrix<T> y)

@@ -1,5 +1,6 @@
 using System.Numerics;
 using MiniCpmNative.Kernels.Cpu;
+using MiniCpmNative.Kernels.Cuda;
 
 namespace MiniCpmNative.Kernels.Ops;
 
@@ -43,6 +44,37 @@ public sealed record Splice() : Op("splice")
         if (dx.Wanted) call.Workers.For(dy.Rows, new TextRows<T>(dy, from, dx));
         if (dFeatures.Wanted)
             call.Workers.For(dFeatures.Into.Rows, new FeatureRows<T>(dy, positions, dFeatures));
+    }
+
+    public override void CudaForward(in CudaCall call)
+    {
+        Tensor x = call.In(0);
+        call.Launch("splice_forward", Grid.Rows((int)x.Shape.Rows),
+            call.Output, x, call.In(1), CudaInvert(call), x.Shape.Cols);
+    }
+
+    public override void CudaBackward(in CudaCall call)
+    {
+        Tensor dy = call.OutputGradient, positions = call.Input(2), from = CudaInvert(call);
+        int tokens = (int)dy.Shape.Rows, cols = dy.Shape.Cols;
+        GradientTarget dx = call.Gradient(0), dFeatures = call.Gradient(1);
+        if (dx.Wanted)
+            call.Launch("splice_text_backward", Grid.Rows(tokens),
+                dx.Buffer, dy, from, cols, dx.Accumulate);
+        if (dFeatures.Wanted)
+            call.Launch("gather_rows", Grid.Rows((int)dFeatures.Buffer.Shape.Rows), dFeatures.Buffer, dy,
+                positions, (int)positions.Shape.Count, tokens, cols, dFeatures.Accumulate);
+    }
+
+    // For each token, 1 + the row of features that replaces it, or 0.
+    private static Tensor CudaInvert(in CudaCall call)
+    {
+        Tensor positions = call.Input(2);
+        int tokens = (int)call.Input(0).Shape.Rows, used = (int)positions.Shape.Count;
+        Tensor from = call.Scratch(DType.I32, tokens);
+        call.Clear(from);
+        call.Launch("splice_invert", Grid.Elements(used), from, positions, used, tokens, call.Faults);
+        return from;
     }
 
     private readonly struct ForwardRows<T>(

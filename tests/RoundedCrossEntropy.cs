@@ -1,0 +1,81 @@
+using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Ops;
+
+namespace MiniCpmNative.Tests;
+
+/// <summary>
+/// Gradients of cross-entropy with the roundings of a GPU's products, which the plain path does not make;
+/// G = softmax - one at the target.
+/// </summary>
+internal static class RoundedCrossEntropy
+{
+    // Below this the order of a sum of floats makes no difference that the rule could see.
+    private const int LargeVocabulary = 100_000;
+
+    /// <summary>The gradient of an input; null where the plain path rounds as a GPU does.</summary>
+    public static double[]? Gradient(
+        Op op, Value[] inputs, double[] dloss, DType storage, int input) => (op, input) switch
+        {
+            (CrossEntropy, 1) when storage != DType.F32 => OfWeight(inputs, dloss[0], storage),
+            (CrossEntropy, 0) when storage == DType.F32 && inputs[1].Shape[0] >= LargeVocabulary =>
+                OfRowsInOrder(inputs, dloss[0]),
+            _ => null,
+        };
+
+    // dw = (dloss G)^T h with dloss G in the storage type. The CPU keeps it in float. Tensor cores take it
+    // in the type of h, so a GPU rounds it, as PyTorch does whose logits are bf16: each term of dw then
+    // errs by up to 2^-9 of itself, and dw in F32 shows it.
+    private static double[] OfWeight(Value[] inputs, double dloss, DType storage)
+    {
+        int cols = inputs[1].Shape[1];
+        var dw = new double[inputs[1].Data.Length];
+        for (int i = 0; i < inputs[2].Data.Length; i++)
+        {
+            ReadOnlySpan<double> x = Row(inputs, i);
+            double[] g = Storage.Round(
+                Array.ConvertAll(LogitGradient(inputs, i), v => dloss * v), storage);
+            for (int at = 0; at < dw.Length; at++) dw[at] += g[at / cols] * x[at % cols];
+        }
+
+        return dw;
+    }
+
+    // dh = dloss G w summed in float in the order of the vocabulary, as cuBLAS may and its emulation does:
+    // 150,000 terms in one sum lose what the CPU's sums in blocks keep.
+    private static double[] OfRowsInOrder(Value[] inputs, double dloss)
+    {
+        int cols = inputs[1].Shape[1];
+        var dh = new double[inputs[0].Data.Length];
+        for (int i = 0; i < inputs[2].Data.Length; i++)
+        {
+            double[] g = LogitGradient(inputs, i), w = inputs[1].Data;
+            var sum = new float[cols];
+            for (int at = 0; at < w.Length; at++)
+                sum[at % cols] += (float)g[at / cols] * (float)w[at];
+            for (int c = 0; c < cols; c++)
+                dh[((int)inputs[2].Data[i] * cols) + c] = dloss * sum[c];
+        }
+
+        return dh;
+    }
+
+    // Row i with a label.
+    private static ReadOnlySpan<double> Row(Value[] inputs, int i)
+    {
+        int cols = inputs[1].Shape[1];
+        return inputs[0].Data.AsSpan((int)inputs[2].Data[i] * cols, cols);
+    }
+
+    private static double[] LogitGradient(Value[] inputs, int i)
+    {
+        int cols = inputs[1].Shape[1];
+        ReadOnlySpan<double> x = Row(inputs, i);
+        var g = new double[inputs[1].Shape[0]];
+        for (int at = 0; at < inputs[1].Data.Length; at++)
+            g[at / cols] += x[at % cols] * inputs[1].Data[at];
+        double max = g.Max(), sum = g.Sum(logit => Math.Exp(logit - max));
+        for (int v = 0; v < g.Length; v++)
+            g[v] = (Math.Exp(g[v] - max) / sum) - (v == (int)inputs[3].Data[i] ? 1 : 0);
+        return g;
+    }
+}
