@@ -137,6 +137,99 @@ DEVICE void load_floats(float* x, const float* from)
     }
 }
 
+// Two neighbours of a row as they are stored: what matrix instructions multiply.
+#if defined(STORAGE_BF16) || defined(STORAGE_F16)
+typedef u32 real2;
+DEVICE float widen_low(real2 p) { return widen((real)p); }
+DEVICE float widen_high(real2 p) { return widen((real)(p >> 16)); }
+DEVICE real2 narrow_pair(float low, float high) { return narrow2(low, high); }
+DEVICE real2 pair_of(real low, real high) { return (u32)low | (u32)high << 16; }
+DEVICE real2 lows(real2 p, real2 q) { return (p & 0xffff) | q << 16; }
+DEVICE real2 highs(real2 p, real2 q) { return p >> 16 | (q & 0xffff0000u); }
+#else
+typedef float2 real2;
+DEVICE float widen_low(real2 p) { return p.x; }
+DEVICE float widen_high(real2 p) { return p.y; }
+DEVICE real2 narrow_pair(float low, float high) { return make_float2(low, high); }
+DEVICE real2 pair_of(real low, real high) { return make_float2(low, high); }
+DEVICE real2 lows(real2 p, real2 q) { return make_float2(p.x, q.x); }
+DEVICE real2 highs(real2 p, real2 q) { return make_float2(p.y, q.y); }
+#endif
+
+// Words of an array in one access: as many as fit 16 bytes.
+template <int WORDS> DEVICE void load_words(u32* words, const void* from)
+{
+    if constexpr (WORDS == 1) words[0] = *(const u32*)from;
+    else if constexpr (WORDS == 2)
+    {
+        uint2 v = *(const uint2*)from;
+        words[0] = v.x;
+        words[1] = v.y;
+    }
+    else
+    {
+#pragma unroll
+        for (int i = 0; i < WORDS; i += 4)
+        {
+            uint4 v = *(const uint4*)((const u32*)from + i);
+            words[i] = v.x;
+            words[i + 1] = v.y;
+            words[i + 2] = v.z;
+            words[i + 3] = v.w;
+        }
+    }
+}
+
+// Elements col to col + N - 1 (N is 2, 4 or 8, col a multiple of it) of a row that ends at cols; zeros
+// behind its end. wide says that all rows start at multiples of 16 bytes and end at one.
+template <int N> DEVICE void load_pairs(real2* p, const real* row, int col, int cols, bool wide)
+{
+    if (wide && col < cols)
+    {
+        u32 words[N * sizeof(real) / 4];
+        load_words<N * sizeof(real) / 4>(words, row + col);
+#pragma unroll
+        for (int i = 0; i < N / 2; i++)
+        {
+#if defined(STORAGE_BF16) || defined(STORAGE_F16)
+            p[i] = words[i];
+#else
+            p[i] = make_float2(__uint_as_float(words[2 * i]), __uint_as_float(words[2 * i + 1]));
+#endif
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < N / 2; i++)
+    {
+        int c = col + 2 * i;
+        p[i] = pair_of(c < cols ? row[c] : (real)0, c + 1 < cols ? row[c + 1] : (real)0);
+    }
+}
+
+// The reverse, for N = 8; nothing is written behind the end.
+DEVICE void store_pairs(real* row, const real2* p, int col, int cols, bool wide)
+{
+    if (wide && col < cols)
+    {
+#if defined(STORAGE_BF16) || defined(STORAGE_F16)
+        *(uint4*)(row + col) = make_uint4(p[0], p[1], p[2], p[3]);
+#else
+        float v[] = {p[0].x, p[0].y, p[1].x, p[1].y, p[2].x, p[2].y, p[3].x, p[3].y};
+        store_vector(row + col, v);
+        store_vector(row + col + 4, v + 4);
+#endif
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+    {
+        int c = col + 2 * i;
+        if (c < cols) row[c] = narrow(widen_low(p[i]));
+        if (c + 1 < cols) row[c + 1] = narrow(widen_high(p[i]));
+    }
+}
+
 // ---- 2. warps and blocks ----------------------------------------------------------------------------
 
 #define WARP 32
@@ -183,6 +276,64 @@ DEVICE float block_max(float x, float* shared)
     __syncthreads();
     return max;
 }
+
+// -- products on the tensor cores: 16-bit values, sums in float --
+//
+// A warp multiplies A[16, 16] by B[16, 8] and adds D[16, 8]. With g = lane / 4 and t = lane % 4 a lane
+// holds two neighbours per word, the first in the low half:
+//
+//   a[0] = A[g    ][2t, 2t + 1]    a[2] = A[g    ][2t + 8, 2t + 9]    b[0] = B[2t, 2t + 1    ][g]
+//   a[1] = A[g + 8][2t, 2t + 1]    a[3] = A[g + 8][2t + 8, 2t + 9]    b[1] = B[2t + 8, 2t + 9][g]
+//   d[0], d[1] = D[g][2t], D[g][2t + 1]      d[2], d[3] = D[g + 8][2t], D[g + 8][2t + 1]
+
+#if defined(STORAGE_BF16) || defined(STORAGE_F16)
+
+// d += a b
+DEVICE void multiply_add_16x8x16(float* d, const u32* a, const u32* b)
+{
+#if defined(STORAGE_BF16)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+#endif
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+#else
+
+// The same of floats, which have no such instruction that keeps their precision: lanes hand each other
+// their operands, 64 shuffles for 64 products. For products that are small beside others.
+DEVICE void multiply_add_16x8x16(float* d, const float2* a, const float2* b)
+{
+    int lane = threadIdx.x % WARP, g4 = lane / 4 * 4, right = lane % 4 * 8;
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+    {
+#pragma unroll 1
+        for (int t = 0; t < 4; t++)
+        {
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+            {
+                float top = i ? a[2 * half].y : a[2 * half].x;
+                float bottom = i ? a[2 * half + 1].y : a[2 * half + 1].x;
+                float other = i ? b[half].y : b[half].x;
+                top = __shfl_sync(ALL_LANES, top, g4 + t);
+                bottom = __shfl_sync(ALL_LANES, bottom, g4 + t);
+                float even = __shfl_sync(ALL_LANES, other, right + t);
+                float odd = __shfl_sync(ALL_LANES, other, right + 4 + t);
+                d[0] += top * even;
+                d[1] += top * odd;
+                d[2] += bottom * even;
+                d[3] += bottom * odd;
+            }
+        }
+    }
+}
+
+#endif
 
 // An index outside its table, for the host to report: which argument (a KernelFault), where in it,
 // what stood there. The first one found is kept; faults[0] is 0 while all is well.
@@ -231,51 +382,168 @@ DEVICE float load_any(const void* from, int type, long long i)
         : widen_f16(((const f16*)from)[i]);
 }
 
-// y[i] = x[i], or adds it. Reads and writes each element once; for small tensors (biases, adapters),
-// so element by element.
-extern "C" __global__ void cast_to_real(
+// Elements that a thread casts or fills: 16 bytes of the narrow types.
+#define CAST 8
+
+// CAST elements of any type; the address is a multiple of 16.
+DEVICE void load_any_vector(float* x, const void* from, int type, long long i)
+{
+    if (type == DTYPE_F32)
+    {
+        u32 words[CAST];
+        load_words<CAST>(words, (const float*)from + i);
+#pragma unroll
+        for (int j = 0; j < CAST; j++) x[j] = __uint_as_float(words[j]);
+        return;
+    }
+    u32 words[CAST / 2];
+    load_words<CAST / 2>(words, (const bf16*)from + i);
+#pragma unroll
+    for (int j = 0; j < CAST; j++)
+    {
+        u32 bits = words[j / 2] >> (j % 2 * 16);
+        x[j] = type == DTYPE_BF16 ? widen_bf16((bf16)bits) : widen_f16((f16)bits);
+    }
+}
+
+// y[i] = x[i], or adds it. Reads and writes each element once.
+extern "C" __global__ void __launch_bounds__(256) cast_to_real(
     real* y, const void* x, int type, long long count, int accumulate)
 {
-    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= count) return;
-    float value = load_any(x, type, i);
-    y[i] = narrow(accumulate ? widen(y[i]) + value : value);
+    long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * CAST;
+    if (i + CAST <= count && aligned16(x, CAST, sizeof(real)) && aligned16(y, CAST, sizeof(real)))
+    {
+        float v[CAST], old[CAST];
+        load_any_vector(v, x, type, i);
+#pragma unroll
+        for (int j = 0; j < CAST; j += VECTOR)
+        {
+            if (accumulate)
+            {
+                load_vector(old, y + i + j);
+#pragma unroll
+                for (int k = 0; k < VECTOR; k++) v[j + k] += old[k];
+            }
+            store_vector(y + i + j, v + j);
+        }
+        return;
+    }
+    for (int j = 0; j < CAST && i + j < count; j++)
+    {
+        float value = load_any(x, type, i + j);
+        y[i + j] = narrow(accumulate ? widen(y[i + j]) + value : value);
+    }
 }
 
-extern "C" __global__ void cast_to_float(
+extern "C" __global__ void __launch_bounds__(256) cast_to_float(
     float* y, const void* x, int type, long long count, int accumulate)
 {
-    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= count) return;
-    float value = load_any(x, type, i);
-    y[i] = accumulate ? y[i] + value : value;
+    long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * CAST;
+    if (i + CAST <= count && aligned16(x, CAST, 2) && aligned16(y, CAST, 4))
+    {
+        float v[CAST];
+        load_any_vector(v, x, type, i);
+#pragma unroll
+        for (int j = 0; j < CAST; j += 4)
+        {
+            float4 value = make_float4(v[j], v[j + 1], v[j + 2], v[j + 3]);
+            float4* to = (float4*)(y + i + j);
+            if (accumulate)
+            {
+                float4 old = *to;
+                value = make_float4(
+                    old.x + value.x, old.y + value.y, old.z + value.z, old.w + value.w);
+            }
+            *to = value;
+        }
+        return;
+    }
+    for (int j = 0; j < CAST && i + j < count; j++)
+    {
+        float value = load_any(x, type, i + j);
+        y[i + j] = accumulate ? y[i + j] + value : value;
+    }
 }
 
-extern "C" __global__ void fill_real(real* y, float value, long long count)
+extern "C" __global__ void __launch_bounds__(256) fill_real(real* y, float value, long long count)
 {
-    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < count) y[i] = narrow(value);
+    long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * CAST;
+    if (i + CAST <= count && aligned16(y, CAST, sizeof(real)))
+    {
+        float v[CAST];
+#pragma unroll
+        for (int j = 0; j < CAST; j++) v[j] = value;
+#pragma unroll
+        for (int j = 0; j < CAST; j += VECTOR) store_vector(y + i + j, v);
+        return;
+    }
+    for (int j = 0; j < CAST && i + j < count; j++) y[i + j] = narrow(value);
 }
 
-// y[r, c] = b[c]: the bias, before a product adds to it. Writes R C S.
-extern "C" __global__ void fill_rows(real* y, const float* b, int rows, int cols)
+// y[r, c] = b[c]: the bias, before a product adds to it. A thread has 16 bytes of columns and every
+// gridDim.y-th row. Writes R C S.
+extern "C" __global__ void __launch_bounds__(256) fill_rows(real* y, const float* b, int rows, int cols)
 {
-    int c = blockIdx.x * blockDim.x + threadIdx.x;
+    int c = (blockIdx.x * blockDim.x + threadIdx.x) * VECTOR;
     if (c >= cols) return;
-    real value = narrow(b[c]);
-    for (int r = blockIdx.y; r < rows; r += gridDim.y) y[(u64)r * cols + c] = value;
+    float v[VECTOR];
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++) v[i] = c + i < cols ? b[c + i] : 0;
+    bool wide = aligned16(y, cols, sizeof(real));
+    for (int r = blockIdx.y; r < rows; r += gridDim.y)
+    {
+        real* to = y + (u64)r * cols + c;
+        if (wide)
+        {
+            store_vector(to, v);
+            continue;
+        }
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++)
+            if (c + i < cols) to[i] = narrow(v[i]);
+    }
 }
 
-// part[p, c] = sum of x[r, c] over the rows r of part p: the first half of a bias gradient. Each
-// thread adds its own columns' rows in order. Reads R C S, adds R C.
-extern "C" __global__ void sum_rows(float* part, const real* x, int rows, int cols, int rows_per_part)
+// part[p, c] = sum of x[r, c] over the rows r of part p: the first half of a bias gradient. A block has
+// 32 x VECTOR columns, each of its 8 warps every eighth row; their sums are added in order. Reads R C S,
+// writes 4 C for each part, adds R C.
+extern "C" __global__ void __launch_bounds__(256) sum_rows(
+    float* part, const real* x, int rows, int cols, int rows_per_part)
 {
-    int c = blockIdx.x * blockDim.x + threadIdx.x;
-    if (c >= cols) return;
+    __shared__ float sums[8][WARP * VECTOR];
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    int c = (blockIdx.x * WARP + lane) * VECTOR;
     int first = blockIdx.y * rows_per_part, last = min(rows, first + rows_per_part);
-    float sum = 0;
-    for (int r = first; r < last; r++) sum += widen(x[(u64)r * cols + c]);
-    part[(u64)blockIdx.y * cols + c] = sum;
+    bool wide = aligned16(x, cols, sizeof(real));
+    float sum[VECTOR] = {}, v[VECTOR];
+    if (wide && c < cols)
+    {
+#pragma unroll 4
+        for (int r = first + warp; r < last; r += 8)
+        {
+            load_vector(v, x + (u64)r * cols + c);
+#pragma unroll
+            for (int i = 0; i < VECTOR; i++) sum[i] += v[i];
+        }
+    }
+    else if (!wide)
+    {
+        for (int r = first + warp; r < last; r += 8)
+        {
+#pragma unroll
+            for (int i = 0; i < VECTOR; i++)
+                if (c + i < cols) sum[i] += widen(x[(u64)r * cols + c + i]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++) sums[warp][lane * VECTOR + i] = sum[i];
+    __syncthreads();
+    int own = blockIdx.x * WARP * VECTOR + threadIdx.x;
+    if (threadIdx.x >= WARP * VECTOR || own >= cols) return;
+    float total = 0;
+#pragma unroll
+    for (int w = 0; w < 8; w++) total += sums[w][threadIdx.x];
+    part[(u64)blockIdx.y * cols + own] = total;
 }
 
 // y[c] = sum of part[p, c] over p, in order, or adds it: the second half, and that of every gradient
@@ -1026,6 +1294,298 @@ extern "C" __global__ void __launch_bounds__(256) splice_text_backward(
 
 // ---- 8. low-rank adapters with dropout --------------------------------------------------------------
 
+// A mask is drawn where it is used and never stored. One that drops nothing needs none of this: then the
+// products below are plain ones, whose traffic is the same minimum.
+//
+// The kernels multiply on the tensor cores, straight from global memory to registers. Which k, m or n of
+// a product means which column or row is free as long as both sides agree; it is chosen here such that
+// a lane loads neighbours in a row (16 bytes of x, 8 where a transposed operand is made of four rows),
+// and so that the elements of a lane are whole blocks of random numbers: each is drawn once.
+
+struct Dropout
+{
+    u64 seed, step;
+    u32 layer, threshold;
+};
+
+// Bit i says whether element 4 * block + i is kept.
+DEVICE u32 kept_of_block(const Dropout& dropout, u32 block)
+{
+    uint4 words = philox(dropout.seed, dropout.step, dropout.layer, block);
+    u32 limit = dropout.threshold;
+    return (words.x >= limit) | (words.y >= limit) << 1 | (words.z >= limit) << 2
+        | (words.w >= limit) << 3;
+}
+
+// Bit i says whether element + i is kept, for i < N, which is 4 or 8.
+template <int N> DEVICE u32 kept(const Dropout& dropout, u64 element)
+{
+    u32 block = (u32)(element >> 2), shift = (u32)element & 3, bits = 0;
+#pragma unroll
+    for (int i = 0; i < N / 4; i++) bits |= kept_of_block(dropout, block + i) << 4 * i;
+    if (shift != 0) bits |= kept_of_block(dropout, block + N / 4) << N;
+    return bits >> shift;
+}
+
+// A product with 0 or 1: a NaN stays one. The factor 1 / (1 - p) comes when sums are done.
+DEVICE real2 drop(real2 p, u32 kept)
+{
+    return narrow_pair(widen_low(p) * (kept & 1 ? 1.0f : 0.0f), widen_high(p) * (kept & 2 ? 1.0f : 0.0f));
+}
+
+// Four rows of four columns as the b of four products: b[j] is column j.
+DEVICE void columns_of(real2 (*b)[2], real2 (*row)[2])
+{
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+    {
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+        {
+            b[2 * j][i] = lows(row[2 * i][j], row[2 * i + 1][j]);
+            b[2 * j + 1][i] = highs(row[2 * i][j], row[2 * i + 1][j]);
+        }
+    }
+}
+
+// Ranks that a block has sums for; more are done by more blocks, which find x in cache.
+#define LORA_RANKS 64
+
+// Blocks of a multiprocessor that registers must be left for; operands of floats take twice as many.
+#if defined(STORAGE_BF16) || defined(STORAGE_F16)
+#define LORA_BLOCKS 2
+#else
+#define LORA_BLOCKS 1
+#endif
+
+// h[r, k] = scale * sum over c of mask x[r, c] a[k, c], or its sum over the columns of part z in
+// part[z, r, k]. A block has 32 rows and 64 ranks; its 8 warps take 32 columns in turn. Reads R C S of
+// x once from memory (for each 64 ranks), and a from cache; writes h. 2 R C rank FLOP, and one draw for
+// four elements of x, which is what it waits for where memory is not.
+extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_down(
+    real* h, float* part, const real* x, const real* a, int rows, int cols, int rank, int cols_per_part,
+    long long seed, long long step, int layer, int threshold, float scale)
+{
+    __shared__ float sums[8][2][32][8];
+    Dropout dropout = {(u64)seed, (u64)step, (u32)layer, (u32)threshold};
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+    int chunks = (rank + LORA_RANKS - 1) / LORA_RANKS;
+    int first_row = blockIdx.x / chunks * 32, first_rank = blockIdx.x % chunks * LORA_RANKS;
+    int ranks = min(LORA_RANKS, rank - first_rank);
+    int begin = blockIdx.z * cols_per_part, end = min(cols, begin + cols_per_part);
+    bool wide = aligned16(x, cols, sizeof(real)) && aligned16(a, cols, sizeof(real));
+    float d[2][LORA_RANKS / 8][4] = {};
+    const real *own_x = x + (u64)first_row * cols, *own_a = a + (u64)(first_rank + g) * cols;
+    u64 first_element = (u64)first_row * cols;
+#pragma unroll 1
+    for (int base = begin + warp * 32; base < end; base += 8 * 32)
+    {
+        // Of the 32 columns 8t to 8t + 3 are k = 2t, 2t + 1, 2t + 8, 2t + 9 of a first product, 8t + 4 to
+        // 8t + 7 of a second.
+        int c = base + 8 * t;
+        real2 left[2][2][4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+        {
+            int r = g + 8 * i;
+            real2 p[4];
+            load_pairs<8>(p, own_x + r * cols, c, first_row + r < rows ? end : 0, wide);
+            u32 keep = kept<8>(dropout, first_element + r * cols + c);
+#pragma unroll
+            for (int j = 0; j < 4; j++) left[i / 2][j / 2][j % 2 * 2 + i % 2] = drop(p[j], keep >> 2 * j);
+        }
+        const real* row = own_a;
+#pragma unroll
+        for (int n = 0; n < LORA_RANKS / 8; n++)
+        {
+            if (n * 8 >= ranks) break;
+            real2 right[4];
+            load_pairs<8>(right, row, c, n * 8 + g < ranks ? end : 0, wide);
+            // Hidden from the compiler, which would keep all eight addresses and spill.
+            row += 8 * cols;
+            asm("" : "+l"(row));
+#pragma unroll
+            for (int m = 0; m < 2; m++)
+            {
+                multiply_add_16x8x16(d[m][n], left[m][0], right);
+                multiply_add_16x8x16(d[m][n], left[m][1], right + 2);
+            }
+        }
+    }
+    // The warps' sums are added in order, 16 ranks at a time.
+#pragma unroll
+    for (int n = 0; n < LORA_RANKS / 8; n += 2)
+    {
+        if (n * 8 >= ranks) break;
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+        {
+            float* from = d[i / 2][n + i % 2];
+            float(*to)[8] = sums[warp][i % 2] + i / 2 * 16 + g;
+            *(float2*)&to[0][2 * t] = make_float2(from[0], from[1]);
+            *(float2*)&to[8][2 * t] = make_float2(from[2], from[3]);
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < 32 * 16; i += 256)
+        {
+            int r = first_row + i / 16, k = n * 8 + i % 16;
+            float sum = 0;
+#pragma unroll
+            for (int w = 0; w < 8; w++) sum += sums[w][i % 16 / 8][i / 16][i % 8];
+            if (r >= rows || k >= ranks) continue;
+            u64 at = (u64)r * rank + first_rank + k;
+            if (part != nullptr) part[(u64)blockIdx.z * rows * rank + at] = scale * sum;
+            else h[at] = narrow(scale * sum);
+        }
+        __syncthreads();
+    }
+}
+
+// h[i] = sum of part[p, i] over p, in order.
+extern "C" __global__ void __launch_bounds__(256) lora_down_parts(
+    real* h, const float* part, int parts, long long count)
+{
+    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    float sum = 0;
+    for (int p = 0; p < parts; p++) sum += part[p * count + i];
+    h[i] = narrow(sum);
+}
+
+// dx[r, c] = scale * mask * sum over k of t[r, k] a[k, c], or adds it. A warp has 32 rows and 32 columns,
+// a block 2 x 4 of them. Writes (or reads and writes) R C S of dx, the rest from cache. 2 R C rank FLOP,
+// a draw for four elements.
+extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_x(
+    real* dx, const real* t, const real* a, int rows, int cols, int rank, int accumulate,
+    long long seed, long long step, int layer, int threshold, float scale)
+{
+    Dropout dropout = {(u64)seed, (u64)step, (u32)layer, (u32)threshold};
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, q = lane % 4;
+    int first_row = blockIdx.x * 64 + warp / 4 * 32, first_col = blockIdx.y * 128 + warp % 4 * 32;
+    bool wide = aligned16(dx, cols, sizeof(real)) && aligned16(a, cols, sizeof(real));
+    bool wide_t = aligned16(t, rank, sizeof(real));
+    int c = first_col + 8 * q;
+    real2 values[4][4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+    {
+        int r = first_row + g + 8 * i;
+        load_pairs<8>(values[i], dx + (u64)r * cols, c, accumulate && r < rows ? cols : 0, wide);
+    }
+    float d[2][4][4] = {};
+    for (int base = 0; base < rank; base += 16)
+    {
+        // Ranks 4q to 4q + 3 are k = 2q, 2q + 1, 2q + 8, 2q + 9; column 4n + j is n of product j.
+        real2 left[2][4], row[4][2], right[4][2];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+        {
+            int r = first_row + g + 8 * i, k = base + 4 * q + i;
+            real2 p[2];
+            load_pairs<4>(p, t + (u64)r * rank, base + 4 * q, r < rows ? rank : 0, wide_t);
+            left[i / 2][i % 2] = p[0];
+            left[i / 2][2 + i % 2] = p[1];
+            load_pairs<4>(row[i], a + (u64)k * cols, first_col + 4 * g, k < rank ? cols : 0, wide);
+        }
+        columns_of(right, row);
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+        {
+#pragma unroll
+            for (int j = 0; j < 4; j++) multiply_add_16x8x16(d[m][j], left[m], right[j]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+    {
+        int r = first_row + g + 8 * i;
+        if (r >= rows || c >= cols) continue;
+        u32 keep = kept<8>(dropout, (u64)r * cols + c);
+        float v[8];
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            v[j] = d[i / 2][j % 4][i % 2 * 2 + j / 4] * (keep >> j & 1 ? scale : 0.0f);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            values[i][j] = narrow_pair(
+                widen_low(values[i][j]) + v[2 * j], widen_high(values[i][j]) + v[2 * j + 1]);
+        store_pairs(dx + (u64)r * cols, values[i], c, cols, wide);
+    }
+}
+
+// da[y, k, c] = scale * sum of t[r, k] mask x[r, c] over the rows r of part y, or adds it. A block has
+// 32 columns and 64 ranks, each of its 8 warps 16 rows in turn. Reads R C S of x once from memory (for
+// each 64 ranks), t from cache; writes 4 rank C for each part. 2 R C rank FLOP, a draw for four elements
+// of x.
+extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_a(
+    float* da, const real* t, const real* x, int rows, int cols, int rank, int rows_per_part,
+    int accumulate, long long seed, long long step, int layer, int threshold, float scale)
+{
+    __shared__ float sums[8][16][32];
+    Dropout dropout = {(u64)seed, (u64)step, (u32)layer, (u32)threshold};
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, q = lane % 4;
+    int first_col = blockIdx.x * 32, first_rank = blockIdx.z * LORA_RANKS;
+    int ranks = min(LORA_RANKS, rank - first_rank);
+    int begin = blockIdx.y * rows_per_part, end = min(rows, begin + rows_per_part);
+    bool wide = aligned16(x, cols, sizeof(real)), wide_t = aligned16(t, rank, sizeof(real));
+    float d[LORA_RANKS / 16][4][4] = {};
+    for (int base = begin + warp * 16; base < end; base += 8 * 16)
+    {
+        // Rows 4q to 4q + 3 are k = 2q, 2q + 1, 2q + 8, 2q + 9; column 4n + j is n of product j, and
+        // ranks 2g and 2g + 1 are m = g and g + 8.
+        int c = first_col + 4 * g;
+        real2 row[4][2], right[4][2];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+        {
+            int r = base + 4 * q + i;
+            load_pairs<4>(row[i], x + (u64)r * cols, c, r < end ? cols : 0, wide);
+            u32 keep = kept<4>(dropout, (u64)r * cols + c);
+            row[i][0] = drop(row[i][0], keep);
+            row[i][1] = drop(row[i][1], keep >> 2);
+        }
+        columns_of(right, row);
+#pragma unroll
+        for (int m = 0; m < LORA_RANKS / 16; m++)
+        {
+            if (m * 16 >= ranks) break;
+            real2 p[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+            {
+                int r = base + 4 * q + i;
+                const real* from = t + (u64)r * rank + first_rank;
+                load_pairs<2>(p + i, from, m * 16 + 2 * g, r < end ? ranks : 0, wide_t);
+            }
+            real2 left[4] = {lows(p[0], p[1]), highs(p[0], p[1]), lows(p[2], p[3]), highs(p[2], p[3])};
+#pragma unroll
+            for (int j = 0; j < 4; j++) multiply_add_16x8x16(d[m][j], left, right[j]);
+        }
+    }
+    // The warps' sums are added in order, 16 ranks at a time.
+#pragma unroll
+    for (int m = 0; m < LORA_RANKS / 16; m++)
+    {
+        if (m * 16 >= ranks) break;
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            *(float4*)&sums[warp][2 * g + i / 2][8 * q + i % 2 * 4] =
+                make_float4(d[m][0][i], d[m][1][i], d[m][2][i], d[m][3][i]);
+        __syncthreads();
+        for (int i = threadIdx.x; i < 16 * 32; i += 256)
+        {
+            int k = m * 16 + i / 32, c = first_col + i % 32;
+            float sum = 0;
+#pragma unroll
+            for (int w = 0; w < 8; w++) sum += sums[w][i / 32][i % 32];
+            if (k >= ranks || c >= cols) continue;
+            float* to = da + ((u64)blockIdx.y * rank + first_rank + k) * cols + c;
+            *to = accumulate ? *to + scale * sum : scale * sum;
+        }
+        __syncthreads();
+    }
+}
+
 // ---- 9. cross-entropy -------------------------------------------------------------------------------
 
 // Numbers of KernelFault.
@@ -1164,16 +1724,9 @@ extern "C" __global__ void __launch_bounds__(256) cross_entropy_scatter(
 
 // ---- 10. attention, forward -------------------------------------------------------------------------
 
-// -- matrix instructions: products of 16-bit values on the tensor cores, sums in float --
+// -- matrix instructions: operands of multiply_add_16x8x16, in its letters --
 //
-// A warp multiplies A[16, 16] by B[16, 8] and adds D[16, 8]. With g = lane / 4 and t = lane % 4 a
-// lane holds two neighbours per word, the first in the low half:
-//
-//   a[0] = A[g    ][2t, 2t + 1]    a[2] = A[g    ][2t + 8, 2t + 9]    b[0] = B[2t, 2t + 1    ][g]
-//   a[1] = A[g + 8][2t, 2t + 1]    a[3] = A[g + 8][2t + 8, 2t + 9]    b[1] = B[2t + 8, 2t + 9][g]
-//   d[0], d[1] = D[g][2t], D[g][2t + 1]      d[2], d[3] = D[g + 8][2t], D[g + 8][2t + 1]
-//
-// So the d of two products side by side, narrowed, is the a of the next one (narrow_left).
+// The d of two products side by side, narrowed, is the a of the next one (narrow_left).
 //
 // load_matrix_x4 reads four 8x8 matrices M from shared memory: lanes 8m to 8m + 7 give the
 // addresses of the rows of matrix m, r[m] gets M[g][2t, 2t + 1], or M[2t, 2t + 1][g] when
@@ -1232,19 +1785,6 @@ template <int CHUNKS> DEVICE u32 tile_step(u32 address, int rows, int chunks)
 }
 
 #if defined(STORAGE_BF16) || defined(STORAGE_F16)
-
-// d += a b
-DEVICE void multiply_add_16x8x16(float* d, const u32* a, const u32* b)
-{
-#if defined(STORAGE_BF16)
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-#else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-#endif
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
 
 // The d of two products, columns 0 to 7 and 8 to 15, as the a of the next.
 DEVICE void narrow_left(u32* a, const float* left, const float* right)

@@ -31,27 +31,33 @@ public sealed class KernelBudgetTests
         "attention_queries_backward_128",
     ];
 
+    // Tensor-core kernels that load their operands straight into registers.
+    private static readonly string[] s_fragments = ["lora_down", "lora_gradient_x", "lora_gradient_a"];
+
     // Kernels that move long rows, and so must move 16 bytes at a time.
     private static readonly string[] s_wide =
     [
         "norm_forward", "norm_backward", "add_forward", "scale_rows", "gelu_forward", "gelu_backward",
-        "swiglu_forward", "swiglu_backward", "rope", "adamw", "adamw_bf16_moments",
+        "swiglu_forward", "swiglu_backward", "rope", "cast_to_real", "cast_to_float", "lora_gradient_x",
+        "adamw", "adamw_bf16_moments",
         "lookup_rows", "sum_by_id", "gather_rows", "splice_forward", "splice_text_backward",
         "cross_entropy_rows", "cross_entropy_scatter",
     ];
 
-    // Those that only read long rows: sums.
+    // The same, but only what they read, or write, is long.
     private static readonly string[] s_wideReads =
     [
-        "norm_weight_parts", "gradient_norm_parts", "attention_statistics",
+        "norm_weight_parts", "gradient_norm_parts", "sum_rows", "lora_down",
+        "attention_statistics",
     ];
+
+    private static readonly string[] s_wideWrites = ["fill_real", "fill_rows"];
 
     // Kernels of small or strided work, where an access of an element is right.
     private static readonly string[] s_narrow =
     [
-        "cast_to_real", "cast_to_float", "fill_real", "fill_rows", "sum_rows", "sum_parts",
-        "gradient_norm_finish", "attention_forward_any", "attention_keys_backward",
-        "attention_queries_backward",
+        "sum_parts", "gradient_norm_finish", "attention_forward_any", "attention_keys_backward",
+        "attention_queries_backward", "lora_down_parts",
         "order_by_id", "splice_invert", "cross_entropy_check", "cross_entropy_sum",
     ];
 
@@ -96,17 +102,24 @@ public sealed class KernelBudgetTests
         b => $"{b.Count("HMMA")} HMMA, {b.Count("LDSM")} LDSM, {b.Count("LDGSTS")} LDGSTS");
 
     [Test]
+    public void FragmentKernelsUseTensorCores() => None(
+        b => s_fragments.Contains(b.Kernel) && b.Storage != DType.F32 && b.Count("HMMA") == 0, _ => "no HMMA");
+
+    [Test]
     public void MemoryBoundKernelsMoveSixteenBytesAtATime() => None(
-        b => (s_wide.Contains(b.Kernel) && b.Count("STG", "128") == 0)
-            || (s_wide.Concat(s_wideReads).Contains(b.Kernel) && b.Count("LDG", "128") == 0),
+        b => (s_wide.Concat(s_wideReads).Contains(b.Kernel) && b.Count("LDG", "128") == 0)
+            || (s_wide.Concat(s_wideWrites).Contains(b.Kernel) && b.Count("STG", "128") == 0),
         b => $"{b.Count("LDG", "128")} of {b.Count("LDG")} loads and {b.Count("STG", "128")} of " +
             $"{b.Count("STG")} stores are of 16 bytes");
 
     [Test]
     public void EveryKernelIsInOneOfTheLists()
     {
-        string[] listed = [.. s_tensorCores, .. s_wide, .. s_wideReads, .. s_narrow];
-        Assert.That(listed.Order(), Is.EqualTo(_builds.Select(b => b.Kernel).Distinct().Order()));
+        string[] listed =
+        [
+            .. s_tensorCores, .. s_fragments, .. s_wide, .. s_wideReads, .. s_wideWrites, .. s_narrow,
+        ];
+        Assert.That(listed.Distinct().Order(), Is.EqualTo(_builds.Select(b => b.Kernel).Distinct().Order()));
     }
 
     [Test]

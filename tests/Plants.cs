@@ -12,17 +12,21 @@ internal static class Plants
         new("the lower half of a word for the upper", "load_vector", "words[i] & 0xffff0000u",
             "words[i] << 16", "add") { Size = 64, With = [6] },
 
+        Plant.Fault(Check.OutOfBounds, "one element too many of an odd row", "load_pairs", "c + 1 < cols",
+            "c < cols", "lora_linear_dropout") with { Kernel = "lora_down", With = [8] },
+
         // 4: sums
-        new("the last row of a part is left out", "sum_rows", "r < last", "r < last - 1", "linear"),
+        new("the last row of a part is left out", "sum_rows", "first + rows_per_part)",
+            "first + rows_per_part - 1)", "linear"),
         new("the first part is left out", "sum_parts", "int p = 0", "int p = 1", "linear"),
-        new("half of the bias", "fill_rows", "narrow(b[c])", "narrow(b[c / 2])", "patch_embed")
+        new("half of the bias", "fill_rows", "b[c + i]", "b[(c + i) / 2]", "patch_embed")
         {
             Size = 16,
         },
-        Plant.Fault(Check.OutOfBounds, "one column too many", "sum_rows", "c >= cols", "c > cols",
+        Plant.Fault(Check.OutOfBounds, "one column too many", "sum_rows", "c + i < cols", "c + i <= cols",
             "linear"),
         Plant.Fault(Check.GlobalRace, "every part writes the first", "sum_rows",
-            "part[(u64)blockIdx.y * cols + c]", "part[c]", "patch_embed") with { Size = 1023 },
+            "part[(u64)blockIdx.y * cols + own]", "part[own]", "patch_embed") with { Size = 1023 },
 
         // 5: normalisation
         new("what is beyond a row's end counts as zeros", "norm_forward_row", "own.has(first, i)", "true",
@@ -50,6 +54,22 @@ internal static class Plants
             "whole, !accumulate_up", "swiglu"),
         new("the wrong half of the head", "rope", "load_run(b, x, at + half,", "load_run(b, x, at,", "rope"),
         new("forwards in the backward", "rope", "s[j] * direction", "s[j]", "rope"),
+
+        // 8: low-rank adapters
+        new("an element of a block takes its neighbour's word", "kept_of_block", "(words.z", "(words.y",
+            "lora_linear_dropout"),
+        new("rows of odd length start at whole blocks", "kept", "bits >> shift", "bits",
+            "lora_linear_dropout"),
+        new("the last warp's columns are left out", "lora_down", "w < 8", "w < 7", "lora_linear_dropout")
+        {
+            Size = 1023,
+        },
+        new("the first part of the columns is left out", "lora_down_parts", "int p = 0", "int p = 1",
+            "lora_linear_dropout") { Size = 2047 },
+        new("nothing is dropped on the way back", "lora_gradient_x", "keep >> j & 1 ?", "true ?",
+            "lora_linear_dropout"),
+        Plant.Fault(Check.OutOfBounds, "one row too many", "lora_gradient_a", "r < end ? cols", "r <= end ? cols",
+            "lora_linear_dropout"),
 
         // 7: lookups
         new("the scale is left out", "lookup_rows", "scale * load_any(", "1 * load_any(", "embedding"),

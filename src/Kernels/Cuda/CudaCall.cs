@@ -75,12 +75,35 @@ public readonly ref struct CudaCall(CudaDevice device, Op op, OpCall call)
     /// <summary>gradient[c] = sum of x[r, c] over the rows, or adds it, if it is wanted: a bias.</summary>
     public void SumRows(in Tensor x, GradientTarget gradient)
     {
-        const int RowsPerPart = 64;
+        const int FewestRows = 64, BlocksPerMultiprocessor = 2;
         if (!gradient.Wanted) return;
-        int rows = (int)x.Shape.Rows, cols = x.Shape.Cols, parts = (rows + RowsPerPart - 1) / RowsPerPart;
+        int rows = (int)x.Shape.Rows, cols = x.Shape.Cols;
+        int blocks = CeilingOf(cols, 32 * 16 / Real.Size());
+        var (parts, each) = Split(rows, blocks, BlocksPerMultiprocessor, FewestRows, multiple: 1);
         Tensor part = Scratch(DType.F32, parts, cols);
-        if (parts > 0) Launch("sum_rows", Grid.Columns(cols, parts), part, x, rows, cols, RowsPerPart);
+        Launch("sum_rows", Grid.Blocks256(blocks, parts), part, x, rows, cols, each);
         SumParts(part, gradient);
+    }
+
+    /// <summary>y[r, c] = b[c], b as F32: a bias that a product is added to.</summary>
+    public void FillRows(in Tensor y, in Tensor b)
+    {
+        int rows = (int)y.Shape.Rows, cols = y.Shape.Cols;
+        if (rows > 0) Launch("fill_rows", Grid.ColumnVectors(cols, rows, Real), y, b, rows, cols);
+    }
+
+    /// <summary>
+    /// Splits a sum's terms into parts (at least one), where the blocks of one part leave multiprocessors
+    /// idle: so many that there are about perMultiprocessor blocks for each, but no part smaller than
+    /// fewest, and each a multiple of some number.
+    /// </summary>
+    public (int Parts, int Each) Split(
+        int terms, int blocks, int perMultiprocessor, int fewest, int multiple)
+    {
+        int wanted = perMultiprocessor * Multiprocessors / Math.Max(1, blocks);
+        int parts = Math.Max(1, Math.Min(wanted, terms / fewest));
+        int each = CeilingOf(Math.Max(1, CeilingOf(terms, parts)), multiple) * multiple;
+        return (Math.Max(1, CeilingOf(terms, each)), each);
     }
 
     /// <summary>gradient[c] = sum of part[p, c] over p in order, or adds it; part is F32.</summary>
@@ -121,6 +144,8 @@ public readonly ref struct CudaCall(CudaDevice device, Op op, OpCall call)
         device.Cast(tensor, copy, accumulate: false);
         return copy;
     }
+
+    private static int CeilingOf(int value, int divisor) => (value + divisor - 1) / divisor;
 
     private GradientTarget Gradient(int index, DType type)
     {

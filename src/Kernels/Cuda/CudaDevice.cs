@@ -166,7 +166,7 @@ public sealed unsafe class CudaDevice : Device
         else if (tensor.Type == DType.F32)
             Stream.FillWords((ulong)tensor.Data, BitConverter.SingleToUInt32Bits((float)value), count);
         else
-            Launch("fill_real", Grid.Elements(count), [tensor, value, count]);
+            Launch("fill_real", Grid.Eights(count), [tensor, value, count]);
     }
 
     public override void Copy(in Tensor from, in Tensor to)
@@ -256,7 +256,7 @@ public sealed unsafe class CudaDevice : Device
             throw new ShapeException($"cast of {from.Spec} to {to.Spec}");
         // The kernel reads any float type.
         string kernel = to.Type == DType.F32 ? "cast_to_float" : "cast_to_real";
-        Launch(kernel, Grid.Elements(to.Shape.Count),
+        Launch(kernel, Grid.Eights(to.Shape.Count),
             [to, from, (int)from.Type, to.Shape.Count, accumulate]);
     }
 

@@ -53,6 +53,12 @@ public readonly record struct Grid(Dim3 Blocks, Dim3 Threads, int SharedBytes = 
     public static Grid Vectors(long count, DType type) =>
         Elements(((count * type.Size()) + 15) / 16);
 
+    /// <summary>A thread per 8 elements, as kernels that cast or fill take them.</summary>
+    public static Grid Eights(long count) => Elements((count + 7) / 8);
+
+    /// <summary>Blocks of 256 threads.</summary>
+    public static Grid Blocks256(int x, int y = 1, int z = 1) => new(new Dim3(x, y, z), Threads256);
+
     /// <summary>A block of 256 threads per row.</summary>
     public static Grid Rows(int rows) => new(rows, Threads256);
 
@@ -77,6 +83,14 @@ public readonly record struct Grid(Dim3 Blocks, Dim3 Threads, int SharedBytes = 
     /// <summary>A thread per column, blocks over rows in the second axis.</summary>
     public static Grid Columns(int cols, int rows) =>
         new(new Dim3(Blocked(cols, Threads256), Math.Clamp(rows, 1, MaxRowBlocks)), Threads256);
+
+    /// <summary>A thread per 16 bytes of columns, which takes about every eighth row.</summary>
+    public static Grid ColumnVectors(int cols, int rows, DType type)
+    {
+        int vectors = Blocked((long)cols * type.Size(), 16);
+        return new(
+            new Dim3(Blocked(vectors, Threads256), Math.Clamp(Blocked(rows, 8), 1, MaxRowBlocks)), Threads256);
+    }
 
     /// <summary>
     /// A block per head and tile of rows of packed sequences, whose lengths only the device knows: as

@@ -42,8 +42,7 @@ public sealed unsafe record Linear(bool Transposed = false) : Op("linear")
     {
         CudaMatrix x = call.In(0), w = call.In(1);
         Tensor y = call.Output, b = call.Floats(2);
-        if (b.Exists)
-            call.Launch("fill_rows", Grid.Columns(y.Shape.Cols, x.Rows), y, b, x.Rows, y.Shape.Cols);
+        if (b.Exists) call.FillRows(y, b);
         call.Multiply(x, Transposed ? w : w.T, y, beta: b.Exists ? 1 : 0);
     }
 

@@ -1,4 +1,5 @@
 using MiniCpmNative.Kernels.Cpu;
+using MiniCpmNative.Kernels.Cuda;
 
 namespace MiniCpmNative.Kernels.Ops;
 
@@ -115,6 +116,48 @@ public sealed unsafe record LoraLinear : Op
             call.Gemm.Multiply(part.View, call.Weight(3), masked.View);
             dropout.Apply(call.Workers, masked, r, dx.Into.Slice(r, tile), accumulate: true);
         }
+    }
+
+    // Without a mask every product is cuBLAS's: h = x a^T reads x once too. With one, h reads x once and
+    // draws the mask on the way, where a dropped copy of x would be written and read again. The adapter's
+    // part is stored first, in y and in dx, and the frozen weight's added to it: what is rounded twice is
+    // then the smaller part, and nothing while bb is 0.
+    public override void CudaForward(in CudaCall call)
+    {
+        CudaMatrix x = call.In(0);
+        Tensor a = call.In(3), y = call.Output, h = call.Saved(0), b = call.Floats(2);
+        var mask = new CudaDropout(call, Layer, Dropout);
+        if (mask.Active) mask.Down(call, x, a, h);
+        else call.Multiply(x, ((CudaMatrix)a).T, h);
+        if (b.Exists) call.FillRows(y, b);
+        call.Multiply(h, ((CudaMatrix)call.In(4)).T, y, Scale, beta: b.Exists ? 1 : 0);
+        call.Multiply(x, ((CudaMatrix)call.In(1)).T, y, beta: 1);
+    }
+
+    public override void CudaBackward(in CudaCall call)
+    {
+        CudaMatrix x = call.In(0), dy = call.OutputGradient;
+        Tensor h = call.Saved(0);
+        call.Multiply(dy.T, x, call.AnyGradient(1));
+        call.SumRows(call.OutputGradient, call.FloatGradient(2));
+        call.Multiply(dy.T, h, call.AnyGradient(4), Scale);
+        GradientTarget dx = call.Gradient(0), da = call.FloatGradient(3);
+        if (!dx.Wanted && !da.Wanted) return;
+        Tensor t = call.Scratch(call.Real, x.Rows, h.Shape.Cols);
+        call.Multiply(dy, call.In(4), t, Scale);
+        var mask = new CudaDropout(call, Layer, Dropout);
+        if (mask.Active)
+        {
+            if (da.Wanted) mask.GradientA(call, x, t, da);
+            if (dx.Wanted) mask.GradientX(call, t, call.In(3), dx);
+        }
+        else
+        {
+            call.Multiply(((CudaMatrix)t).T, x, da);
+            if (dx.Wanted) call.Multiply(t, call.In(3), dx);
+        }
+
+        if (dx.Wanted) call.Multiply(dy, call.In(1), dx.Buffer, beta: 1);
     }
 
     private static int TileRows<T>(Matrix<T> x)

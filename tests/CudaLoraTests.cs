@@ -1,0 +1,220 @@
+using MiniCpmNative.GpuEmulator;
+using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Cuda;
+using MiniCpmNative.Kernels.Ops;
+using NUnit.Framework;
+
+namespace MiniCpmNative.Tests;
+
+/// <summary>
+/// Adapters with dropout on the CUDA device: sizes around every tile, the mask element for element,
+/// and the bytes that their kernels and those of biases and casts move.
+/// </summary>
+[TestFixture]
+public sealed class CudaLoraTests
+{
+    private const double Scale = 2;
+    private const int Layer = 5, Outputs = 24;
+
+    private static readonly Randomness s_random = new(0xFEDCBA9876543210, 0x1_0000_0007, Dropout: true);
+
+    private static readonly DType[] s_types = [DType.F32, DType.BF16, DType.F16];
+
+    private CudaUnderTest _cuda = null!;
+
+    [SetUp]
+    public void Make()
+    {
+        if (_cuda?.Emulator?.Fault is null && _cuda is not null) return;
+        _cuda?.Dispose();
+        _cuda = new();
+    }
+
+    [OneTimeTearDown]
+    public void Free() => _cuda?.Dispose();
+
+    // Rows of one block and of several, columns with and without 16-byte rows, all ranks' tiles; the last
+    // ones split their sums into parts.
+    [TestCase(0, 16, 8, 0.5)]
+    [TestCase(1, 48, 1, 0.05)]
+    [TestCase(7, 33, 3, 0.5)]
+    [TestCase(65, 48, 16, 0.05)]
+    [TestCase(65, 75, 33, 0.5)]
+    [TestCase(129, 160, 64, 0.05)]
+    [TestCase(129, 37, 5, 0)]
+    [TestCase(33, 272, 256, 0.05)]
+    [TestCase(40, 129, 100, 0.5)]
+    [TestCase(7, 1600, 8, 0.05)]
+    [TestCase(33, 1601, 72, 0.5)]
+    [TestCase(600, 33, 3, 0.5)]
+    [TestCase(600, 48, 16, 0.05)]
+    public void SizesAroundTilesAgree(int rows, int cols, int rank, double dropout)
+    {
+        OpCase c = OpCases.All.Single(each => each.Name == "lora_linear_dropout");
+        foreach (DType type in s_types)
+            CudaOpTests.Compare(
+                Device(type), c, type, new LoraLinear(Layer, Scale, dropout), Inputs(rows, cols, rank), null,
+                $"[{rows}, {cols}] rank {rank} dropout {dropout}");
+    }
+
+    // With x = 1 and a = 1 on its diagonal the mask is h; with dy bb = 1 it is dx, and with one on its
+    // diagonal da.
+    [TestCase(71, 37, 0.5)]
+    [TestCase(71, 48, 0.05)]
+    [TestCase(33, 75, 0.5)]
+    public void MasksAreThoseOfTheCpu(int rows, int cols, double dropout)
+    {
+        var op = new LoraLinear(Layer, 1, dropout);
+        double[] mask = RoundedLora.MaskOf(op, s_random, rows, cols);
+        Assert.That(mask.Distinct().Count(), Is.EqualTo(2));
+        foreach (DType type in s_types)
+        {
+            double[] expected = Storage.Round(mask, type);
+            using (var run = new OpRun(Device(type), op,
+            [
+                Value.Float("x", [rows, cols], Ones(rows * cols)),
+                Value.Float("w", [1, cols], new double[cols]), Value.Absent("b"),
+                Value.Float("a", [cols, cols], Diagonal(cols)), Value.Float("bb", [1, cols], Ones(cols)),
+            ]))
+            {
+                run.Forward();
+                Assert.That(run.Saved(0), Is.EqualTo(expected), $"{type} h");
+                run.Want(i => i == 0);
+                run.Backward(Ones(rows));
+                Assert.That(run.Gradient(0), Is.EqualTo(expected), $"{type} dx");
+            }
+
+            using var back = new OpRun(Device(type), op,
+            [
+                Value.Float("x", [rows, cols], Ones(rows * cols)),
+                Value.Float("w", [rows, cols], new double[rows * cols]), Value.Absent("b"),
+                Value.Float("a", [rows, cols], new double[rows * cols]),
+                Value.Float("bb", [rows, rows], Diagonal(rows)),
+            ]);
+            back.Forward();
+            back.Want(i => i == 3);
+            back.Backward(Diagonal(rows));
+            Assert.That(
+                back.Gradient(3), Is.EqualTo(Storage.Round(mask, DType.F32)), $"{type} da");
+        }
+    }
+
+    [Test]
+    public void EvaluationDrawsNoMask()
+    {
+        CudaDevice device = Device(DType.BF16);
+        Value[] inputs = Inputs(65, 48, 8);
+        double[][] dropped = Results(new(Layer, Scale, 0.5)), plain = Results(new(Layer, Scale, 0));
+        Assert.That(dropped[0], Is.Not.EqualTo(plain[0]));
+        device.Random = s_random with { Dropout = false };
+        _cuda.Emulator?.ClearLaunches();
+        double[][] evaluated = Results(new(Layer, Scale, 0.5));
+        Assert.That(evaluated, Is.EqualTo(plain));
+        _cuda.Context.Synchronise();
+        if (_cuda.Emulator is { } gpu)
+            Assert.That(gpu.Launches.Select(l => l.Kernel), Has.None.StartsWith("lora_"));
+
+        double[][] Results(LoraLinear op)
+        {
+            using var run = new OpRun(device, op, inputs);
+            run.Forward();
+            run.Want(_ => true);
+            run.Backward(Fill.Normal(77, run.Count));
+            return [run.Output, run.Gradient(0), run.Gradient(3), run.Gradient(4)];
+        }
+    }
+
+    [Test]
+    public void NothingIsMovedTwice()
+    {
+        if (CudaUnderTest.IsReal) Assert.Ignore("counted by the emulator only");
+        const int Rows = 512, Cols = 768, Rank = 16, S = 2, F = 4;
+        const long X = (long)Rows * Cols * S, H = (long)Rows * Rank * S, A = (long)Rank * Cols * S;
+        const long Y = (long)Rows * Outputs * S;
+        _cuda.Dispose();
+        _cuda = null!;
+        using var cuda = new CudaUnderTest(new EmulatorOptions { Footprint = true });
+        CudaDevice device = cuda.Device(DType.BF16);
+        device.Random = s_random;
+        using var run = new OpRun(
+            device, new LoraLinear(Layer, Scale, 0.05), Inputs(Rows, Cols, Rank, DType.F32));
+        cuda.Emulator!.ClearLaunches();
+        run.Forward();
+        run.Want(_ => true);
+        run.Backward(Fill.Normal(77, run.Count));
+        cuda.Context.Synchronise();
+        Check("fill_rows", Y + (Outputs * F));
+        Check("lora_down", X + A + H);
+        Check("lora_gradient_x", X + H + A);
+        Check("lora_gradient_a", X + H + (A / S * F));
+        Check("cast_to_real", A / S * (S + F), Outputs * Rank * (S + F));
+
+        // The sum of rows at a size where its parts weigh little.
+        cuda.Emulator.ClearLaunches();
+        using var bias = new OpRun(device, new Linear(),
+        [
+            Value.Float("x", [Rows, 1], Ones(Rows)), Value.Float("w", [Cols, 1], Ones(Cols)),
+            Value.Float("b", [Cols], Ones(Cols)),
+        ]);
+        bias.Forward();
+        bias.Want(i => i == 2);
+        bias.Backward(Fill.Normal(77, bias.Count));
+        cuda.Context.Synchronise();
+        Check("fill_rows", X + (Cols * F));
+        Check("sum_rows", X + (2 * Cols * F));
+
+        void Check(string kernel, params long[] sizes)
+        {
+            LaunchCounters[] launches = [.. cuda.Emulator.Launches.Where(l => l.Kernel == kernel)];
+            Assert.That(launches, Has.Length.GreaterThanOrEqualTo(sizes.Length), kernel);
+            foreach (LaunchCounters launch in launches)
+            {
+                long needed = sizes.MinBy(n => Math.Abs(n - launch.DramBytes));
+                string what = $"{kernel}: {launch.DramBytes} bytes, {needed} needed";
+                TestContext.Out.WriteLine(what);
+                Assert.That(launch.DramBytes, Is.InRange(needed, (long)(1.05 * needed)), what);
+                Assert.That(launch.LocalBytes, Is.Zero, kernel);
+            }
+        }
+    }
+
+    // Warps and blocks in other orders, the other order of a product's sums, the other compiler.
+    [TestCase(DeviceCompiler.Nvrtc)]
+    [TestCase(DeviceCompiler.Clang)]
+    public void AnyOrderAgrees(object compiler)
+    {
+        if (CudaUnderTest.IsReal) Assert.Ignore("a choice of the emulator");
+        _cuda.Dispose();
+        _cuda = new(new EmulatorOptions { Seed = 3, ReverseMma = true }, (DeviceCompiler)compiler);
+        SizesAroundTilesAgree(65, 48, 16, 0.05);
+        SizesAroundTilesAgree(33, 75, 70, 0.5);
+        SizesAroundTilesAgree(600, 48, 3, 0.5);
+        _cuda.Dispose();
+        _cuda = null!;
+    }
+
+    private CudaDevice Device(DType type)
+    {
+        CudaDevice device = _cuda.Device(type);
+        device.Random = s_random;
+        return device;
+    }
+
+    private static Value[] Inputs(int rows, int cols, int rank, DType parameters = DType.F64) =>
+    [
+        Value.Float("x", [rows, cols], Fill.Normal(1, rows * cols)),
+        Value.Float("w", [Outputs, cols], Fill.Normal(2, Outputs * cols)),
+        Value.Float("b", [Outputs], Fill.Normal(3, Outputs)),
+        Value.Float("a", [rank, cols], Fill.Normal(4, rank * cols)) with { Type = parameters },
+        Value.Float("bb", [Outputs, rank], Fill.Normal(5, Outputs * rank)) with { Type = parameters },
+    ];
+
+    private static double[] Ones(int count) => [.. Enumerable.Repeat(1.0, count)];
+
+    private static double[] Diagonal(int n)
+    {
+        var values = new double[n * n];
+        for (int i = 0; i < n; i++) values[(i * n) + i] = 1;
+        return values;
+    }
+}
