@@ -32,11 +32,12 @@ internal static class Runs
 
     /// <summary>Trains; what the run says is returned.</summary>
     public static string Train(
-        TrainArguments arguments, StopRequest? stop = null, StringWriter? screen = null)
+        TrainArguments arguments, StopRequest? stop = null, StringWriter? screen = null,
+        DeviceSource? devices = null)
     {
         screen ??= new StringWriter();
         using var log = new TrainLog(screen, isTerminal: false, () => 80, TimeProvider.System);
-        TrainRun.Run(arguments, log, stop ?? new StopRequest());
+        TrainRun.Run(arguments, log, stop ?? new StopRequest(), devices ?? DeviceSource.Default);
         return screen.ToString();
     }
 
