@@ -207,6 +207,7 @@ public sealed class CudaAttentionTests
         var (o, lse) = Plain(rounded, onTensorCores ? type : DType.F32);
         Agree(run.Output, Storage.Round(o, type), exact.O, "o");
         Agree(run.Saved(0), lse, exact.Lse, "lse");
+        if (type != DType.F32) CudaRoundingTests.HasNoSide(run.Output, exact.O, "o", problem.HeadDim);
     }
 
     private static void Agree(double[] got, double[] plain, double[] exact, string what)

@@ -161,13 +161,15 @@ public sealed class CudaOpTests
         Assert.That(GC.GetAllocatedBytesForCurrentThread() - before, Is.Zero);
     }
 
-    /// <summary>The output and all gradients of a case.</summary>
-    internal static double[][] Results(CudaDevice device, OpCase c, int size)
+    /// <summary>The output and all gradients of a case, its numbers rounded to a type (the
+    /// device's).</summary>
+    internal static double[][] Results(Device device, OpCase c, int size, DType? rounded = null)
     {
-        using var run = new OpRun(device, c.Op, Rounded(c.Inputs(size), device.Activations));
+        DType type = rounded ?? device.Activations;
+        using var run = new OpRun(device, c.Op, Rounded(c.Inputs(size), type));
         run.Forward();
         run.Want(_ => true);
-        run.Backward(Fill.Normal(77, run.Count));
+        run.Backward(Storage.Round(Fill.Normal(77, run.Count), type));
         return
         [
             run.Output,

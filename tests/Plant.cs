@@ -17,9 +17,6 @@ internal enum Finder
 
     /// <summary>Another test, named by the plant.</summary>
     Test,
-
-    /// <summary>Other bits when blocks run in another order.</summary>
-    Order,
 }
 
 /// <summary>

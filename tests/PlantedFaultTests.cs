@@ -38,11 +38,8 @@ public sealed class PlantedFaultTests
             case Finder.Rule:
                 Assert.That(Failure(plant), Does.Match(@"\[\d+\]: .*, expected .* \+- "));
                 break;
-            case Finder.Test:
-                Assert.That(Failure(plant), Is.Not.Empty);
-                break;
             default:
-                FoundByAnotherOrder(plant);
+                Assert.That(Failure(plant), Is.Not.Empty);
                 break;
         }
     }
@@ -76,20 +73,6 @@ public sealed class PlantedFaultTests
         TestContext.Out.WriteLine(error!.Message[..Math.Min(300, error.Message.Length)]);
         Assert.That(cuda.Emulator!.Fault, Is.Null);
         return error.Message;
-    }
-
-    private static void FoundByAnotherOrder(Plant plant)
-    {
-        double[][] first = Results(plant, new() { Seed = 1, Threads = 1 });
-        double[][] second = Results(plant, new() { Seed = 2, Threads = 1 });
-        Assert.That(first.Zip(second).Any(r => !r.First.AsSpan().SequenceEqual(r.Second)));
-    }
-
-    private static double[][] Results(Plant plant, EmulatorOptions options)
-    {
-        using var cuda = new CudaUnderTest(options, source: plant.Spoilt);
-        return CudaOpTests.Results(
-            CudaOpTests.Prepare(cuda.Device(plant.Storage), plant.Problem), plant.Problem, plant.Size);
     }
 
     private static void Compare(CudaUnderTest cuda, Plant plant)

@@ -4,9 +4,12 @@ using MiniCpmNative.Kernels;
 namespace MiniCpmNative.Tests;
 
 /// <summary>The mistakes of <see cref="PlantedFaultTests"/>.</summary>
-internal static class Plants
+internal static partial class Plants
 {
-    public static Plant[] All { get; } =
+    // A list per section, made before this one is.
+    public static Plant[] All => [.. Basics, .. AttentionForward];
+
+    private static Plant[] Basics { get; } =
     [
         // 1: storage types
         new("the lower half of a word for the upper", "load_vector", "words[i] & 0xffff0000u",
@@ -14,6 +17,14 @@ internal static class Plants
 
         Plant.Fault(Check.OutOfBounds, "one element too many of an odd row", "load_pairs", "c + 1 < cols",
             "c < cols", "lora_linear_dropout") with { Kernel = "lora_down", With = [8] },
+        Other("cut off, not rounded", "narrow_bf16x2", "return y;",
+            "return __float_as_uint(low) >> 16 | (__float_as_uint(high) & 0xffff0000u);",
+            nameof(CudaRoundingTests.ErrorsHaveNoSide),
+            cuda => new CudaRoundingTests(cuda).ErrorsHaveNoSide(OpCases.All.Single(c => c.Name == "add")))
+        with
+        {
+            With = [6],
+        },
 
         // 4: sums
         new("the last row of a part is left out", "sum_rows", "first + rows_per_part)",
