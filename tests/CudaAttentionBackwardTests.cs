@@ -191,7 +191,7 @@ public sealed class CudaAttentionBackwardTests
         Compare(other, problem, DType.BF16);
     }
 
-    private static void Compare(CudaUnderTest cuda, AttentionProblem value, DType type)
+    internal static void Compare(CudaUnderTest cuda, AttentionProblem value, DType type)
     {
         AttentionProblem problem = Rounded(value, type);
         AttentionResult exact = problem.Naive();

@@ -11,6 +11,12 @@ public sealed class CudaLookupTests
 {
     private CudaUnderTest _cuda = null!;
 
+    public CudaLookupTests()
+    {
+    }
+
+    internal CudaLookupTests(CudaUnderTest cuda) => _cuda = cuda;
+
     [OneTimeSetUp]
     public void Make() => _cuda = new();
 

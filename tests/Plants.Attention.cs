@@ -8,30 +8,24 @@ internal static partial class Plants
 {
     private static Plant[] AttentionForward { get; } =
     [
-        Forward("queries see one key too few", "keys_seen", "query + 1 + at.keys", "query + at.keys"),
         Forward("a lane's own tiles are not counted", "find_tile", "lane >= step", "lane > step"),
-        ForwardFault(Check.AsyncCopyNotWaitedFor, "one group of copies too few is waited for",
-            "attention_forward_tile", "wait_copies<0>();\n        __syncthreads(); // values",
-            "wait_copies<1>();\n        __syncthreads(); // values"),
-        ForwardFault(Check.SharedRaceWithinWarp, "no barrier behind the values' copy",
-            "attention_forward_tile", "__syncthreads(); // values are here", "// values are here"),
-        ForwardFault(Check.SharedRaceWithinWarp, "no barrier before values are overwritten",
-            "attention_forward_tile", "__syncthreads(); // keys are here", "// keys are here"),
-        ForwardFault(Check.SharedRaceWithinWarp, "lanes store before others have written",
-            "attention_forward_tile", "    __syncwarp();\n", ""),
-        ForwardFault(Check.OutOfBounds, "rows behind the last are copied", "copy_tile",
-            "line + c * 8, row + step < rows", "line + c * 8, true"),
+        Forward("no barrier behind the values' copy", "attention_forward_tile",
+            "__syncthreads(); // values are here", "// values are here") with
+        {
+            By = Finder.Emulator, Check = Check.SharedRaceWithinWarp, Kernel = "attention_forward_64",
+        },
+        Forward("lanes store before others have written", "attention_forward_tile",
+            "    __syncwarp();\n", "") with
+        {
+            By = Finder.Emulator, Check = Check.SharedRaceWithinWarp, Kernel = "attention_forward_64",
+        },
         Forward("the mask is left out where a tile is ragged", "attention_forward_tile",
             "first + KEYS > seen[0]", "first + KEYS > seen[0] + 8"),
-        Forward("the output keeps its scale when the largest rises", "attention_forward_tile",
-            "out[n][2 * i] *= keep;", ""),
         Forward("two lanes' shares of the sum are left out", "attention_forward_tile",
             "sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 2);", ""),
         Forward("lse in powers of two", "log_sum_exp", "fmaf(max, scale,", "fmaf(max, factor,"),
         Forward("values are not transposed", "attention_forward_tile",
             "load_matrix_x4_transposed(value,", "load_matrix_x4(value,"),
-        Forward("the next head's keys", "attention_forward_tile", "head / (heads / kv_heads)",
-            "head % kv_heads"),
         Forward("probabilities are cut off, not rounded", "attention_forward_tile", "narrow_left(p,",
             """
             for (int n = 2 * step; n < 2 * step + 2; n++)
@@ -41,6 +35,25 @@ internal static partial class Plants
             """) with { By = Finder.Test },
     ];
 
+    private static Plant[] AttentionBackward { get; } =
+    [
+        Backward("lse of another head", "attention_statistics", "lse[(u64)token * heads + head]",
+            "lse[(u64)token * heads]"),
+        Backward("delta is left out", "attention_backward_by_tiles", "(ds[n][i] - query.y)", "ds[n][i]"),
+        Backward("probabilities of what is masked", "attention_backward_by_tiles",
+            "seen ? probability(", "true ? probability("),
+        BackwardFault(Check.AsyncCopyNotWaitedFor, "one stage for two steps",
+            "attention_backward_by_tiles", "step % 2 * 2 * STEP_BYTES", "0 * STEP_BYTES"),
+        BackwardFault(Check.AsyncCopyNotWaitedFor, "the step's copies are not waited for",
+            "attention_backward_by_tiles", "wait_copies<0>();", "wait_copies<1>();"),
+        BackwardFault(Check.OutOfBounds, "rows behind the last are written", "store_gradient",
+            "if (g + half * 8 >= rows) continue;", ""),
+        Backward("keys see the queries before them", "seen_range", "row - (at.keys - at.queries)",
+            "row - (at.keys - at.queries) - 1"),
+        Backward("dq without its scale", "attention_backward_by_tiles", "rows, dx, a.scale,",
+            "rows, dx, 1,"),
+    ];
+
     private static Plant Forward(string name, string function, string from, string to) =>
         new(name, function, from, to, nameof(CudaAttentionTests))
         {
@@ -48,10 +61,17 @@ internal static partial class Plants
                 AttentionOfTests, DType.BF16, cuda.Device(DType.BF16)),
         };
 
-    private static Plant ForwardFault(Check check, string name, string function, string from, string to) =>
-        Forward(name, function, from, to) with
+    private static Plant Backward(string name, string function, string from, string to) =>
+        new(name, function, from, to, nameof(CudaAttentionBackwardTests))
         {
-            By = Finder.Emulator, Check = check, Kernel = "attention_forward_64",
+            Other = cuda => CudaAttentionBackwardTests.Compare(cuda, AttentionOfTests, DType.BF16),
+            With = [10],
+        };
+
+    private static Plant BackwardFault(Check check, string name, string function, string from, string to) =>
+        Backward(name, function, from, to) with
+        {
+            By = Finder.Emulator, Check = check, Kernel = "attention_keys_backward_64",
         };
 
     // Two sequences, the first of more than two tiles; grouped heads; some keys masked.

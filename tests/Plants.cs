@@ -7,7 +7,10 @@ namespace MiniCpmNative.Tests;
 internal static partial class Plants
 {
     // A list per section, made before this one is.
-    public static Plant[] All => [.. Basics, .. AttentionForward];
+    public static Plant[] All =>
+    [
+        .. Basics, .. Blocks, .. Operations, .. AttentionForward, .. AttentionBackward,
+    ];
 
     private static Plant[] Basics { get; } =
     [

@@ -1,0 +1,77 @@
+using MiniCpmNative.GpuEmulator;
+using MiniCpmNative.Kernels;
+
+namespace MiniCpmNative.Tests;
+
+/// <summary>Mistakes in the kernels of lookups, adapters and cross-entropy, and in what all use.</summary>
+internal static partial class Plants
+{
+    private static Plant[] Blocks { get; } =
+    [
+        // 2: warps and blocks
+        Plant.Fault(Check.SharedRaceWithinWarp, "no barrier before the next sum", "block_sum",
+            "sum += shared[warp];\n    __syncthreads();", "sum += shared[warp];", "layer_norm") with
+        {
+            Kernel = "norm_forward", With = [5],
+        },
+        Plant.Fault(Check.SharedRaceWithinWarp, "no barrier before the warps' sums are read", "block_sum",
+            "= x;\n    __syncthreads();", "= x;", "layer_norm") with
+        {
+            Kernel = "norm_forward", With = [5],
+        },
+        new("a lane's neighbours are left out", "warp_sum", "lane > 0", "lane > 1", "layer_norm")
+        {
+            With = [5],
+        },
+
+        // 3: random numbers
+        new("a round too few", "philox", "round < 10", "round < 9", "lora_linear_dropout") { With = [8] },
+    ];
+
+    private static Plant[] Operations { get; } =
+    [
+        // 7: lookups
+        Plant.Fault(Check.Uninitialised, "equal ids in no order", "order_by_id",
+            "tile[i] < id + (first + i < token)", "tile[i] < id", "embedding") with
+        {
+            Kernel = "sum_by_id", Size = 64,
+        },
+        Plant.Fault(Check.Endless, "the search for the last token does not move on", "sum_by_id",
+            "last = middle + 1", "last = middle", "embedding") with { Size = 64 },
+        new("gradients of replaced tokens", "splice_text_backward", "from[token] > 0", "from[token] > 1",
+            "splice"),
+        new("the table is not scaled", "lookup_rows", "scale * load_any(", "load_any(", "embedding"),
+
+        // 8: adapters
+        new("the mask of another layer in the backward", "lora_gradient_x",
+            "(u64)step, (u32)layer,", "(u64)step, (u32)layer + 1,", "lora_linear_dropout"),
+        new("the mask of another step in the backward", "lora_gradient_a",
+            "(u64)step, (u32)layer,", "(u64)step + 1, (u32)layer,", "lora_linear_dropout"),
+        new("a block of random numbers is used twice", "kept", "dropout, block + i", "dropout, block",
+            "lora_linear_dropout"),
+        new("a warp's sum is left out", "lora_down", "for (int w = 0; w < 8; w++)",
+            "for (int w = 1; w < 8; w++)", "lora_linear_dropout"),
+        Plant.Fault(Check.SharedRaceBetweenWarps, "no barrier before the warps' sums are added",
+            "lora_gradient_a", "d[m][2][i], d[m][3][i]);\n        __syncthreads();",
+            "d[m][2][i], d[m][3][i]);", "lora_linear_dropout"),
+        Plant.Fault(Check.OutOfBounds, "rows behind the last are read", "lora_gradient_a",
+            "c, r < end ? cols : 0, wide", "c, cols, wide", "lora_linear_dropout"),
+
+        // 9: cross-entropy
+        Other("the sum is not rescaled when the largest rises", "add_exponentials",
+            "sum *= expf(max - raised);", "", nameof(CudaLookupTests.CrossEntropyOfALargeVocabulary),
+            cuda => new CudaLookupTests(cuda).CrossEntropyOfALargeVocabulary(DType.BF16, 151_700)) with
+        {
+            By = Finder.Rule, With = [7],
+        },
+        new("one at the target's neighbour", "cross_entropy_rows", "c + i == target ? scale",
+            "c + i == target + 1 ? scale", "cross_entropy") { Size = 64, With = [7] },
+        Plant.Fault(Check.Uninitialised, "no barrier in the sum of losses", "cross_entropy_sum",
+            "{\n        __syncthreads();", "{", "cross_entropy") with { With = [7] },
+        Plant.Fault(Check.Endless, "the search for a token's row does not move on",
+            "cross_entropy_scatter", "low = middle + 1", "low = middle", "cross_entropy") with
+        {
+            With = [7],
+        },
+    ];
+}
