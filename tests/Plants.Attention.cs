@@ -71,7 +71,9 @@ internal static partial class Plants
     private static Plant BackwardFault(Check check, string name, string function, string from, string to) =>
         Backward(name, function, from, to) with
         {
-            By = Finder.Emulator, Check = check, Kernel = "attention_keys_backward_64",
+            By = Finder.Emulator,
+            Check = check,
+            Kernel = "attention_keys_backward_64",
         };
 
     // Two sequences, the first of more than two tiles; grouped heads; some keys masked.

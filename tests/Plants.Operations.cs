@@ -40,7 +40,6 @@ internal static partial class Plants
             "last = middle + 1", "last = middle", "embedding") with { Size = 64 },
         new("gradients of replaced tokens", "splice_text_backward", "from[token] > 0", "from[token] > 1",
             "splice"),
-        new("the table is not scaled", "lookup_rows", "scale * load_any(", "load_any(", "embedding"),
 
         // 8: adapters
         new("the mask of another layer in the backward", "lora_gradient_x",
@@ -49,13 +48,9 @@ internal static partial class Plants
             "(u64)step, (u32)layer,", "(u64)step + 1, (u32)layer,", "lora_linear_dropout"),
         new("a block of random numbers is used twice", "kept", "dropout, block + i", "dropout, block",
             "lora_linear_dropout"),
-        new("a warp's sum is left out", "lora_down", "for (int w = 0; w < 8; w++)",
-            "for (int w = 1; w < 8; w++)", "lora_linear_dropout"),
-        Plant.Fault(Check.SharedRaceBetweenWarps, "no barrier before the warps' sums are added",
+        Plant.Fault(Check.SharedRaceWithinWarp, "no barrier before the warps' sums are added",
             "lora_gradient_a", "d[m][2][i], d[m][3][i]);\n        __syncthreads();",
             "d[m][2][i], d[m][3][i]);", "lora_linear_dropout"),
-        Plant.Fault(Check.OutOfBounds, "rows behind the last are read", "lora_gradient_a",
-            "c, r < end ? cols : 0, wide", "c, cols, wide", "lora_linear_dropout"),
 
         // 9: cross-entropy
         Other("the sum is not rescaled when the largest rises", "add_exponentials",
