@@ -435,6 +435,8 @@ extern "C" __global__ void __launch_bounds__(256) cast_to_real(
     }
 }
 
+#if defined(STORAGE_BF16) || defined(STORAGE_F16) // with F32 it would be cast_to_real
+
 extern "C" __global__ void __launch_bounds__(256) cast_to_float(
     float* y, const void* x, int type, long long count, int accumulate)
 {
@@ -464,6 +466,8 @@ extern "C" __global__ void __launch_bounds__(256) cast_to_float(
         y[i + j] = accumulate ? y[i + j] + value : value;
     }
 }
+
+#endif
 
 extern "C" __global__ void __launch_bounds__(256) fill_real(real* y, float value, long long count)
 {

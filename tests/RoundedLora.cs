@@ -1,6 +1,7 @@
 using System.Numerics;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Cpu;
+using MiniCpmNative.Kernels.Cuda;
 using MiniCpmNative.Kernels.Ops;
 
 namespace MiniCpmNative.Tests;
@@ -51,6 +52,10 @@ internal sealed record RoundedLora(LoraLinear Inner, DType Storage) : Op("lora_l
             Write(dx.Into, [.. Rounded(adapter).Zip(frozen, (p, q) => p + q)]);
         }
     }
+
+    public override void CudaForward(in CudaCall call) => Inner.CudaForward(call);
+
+    public override void CudaBackward(in CudaCall call) => Inner.CudaBackward(call);
 
     /// <summary>What an adapter multiplies each element of x by.</summary>
     public static unsafe double[] MaskOf(LoraLinear op, Randomness random, int rows, int cols)

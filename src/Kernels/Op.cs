@@ -30,12 +30,10 @@ public abstract record Op(string Name)
         where T : unmanaged, IBinaryFloatingPointIeee754<T>;
 
     /// <summary>Queues the kernels and products that compute the output and what is saved.</summary>
-    public virtual void CudaForward(in CudaCall call) =>
-        throw new NotSupportedException($"{Name} does not run on CUDA");
+    public abstract void CudaForward(in CudaCall call);
 
     /// <summary>Queues what computes the wanted input gradients.</summary>
-    public virtual void CudaBackward(in CudaCall call) =>
-        throw new NotSupportedException($"{Name} does not run on CUDA");
+    public abstract void CudaBackward(in CudaCall call);
 }
 
 /// <summary>The tensors of one run of an operation; the gradients only in a backward.</summary>

@@ -3,16 +3,23 @@ using MiniCpmNative.Kernels.Ops;
 
 namespace MiniCpmNative.Engine.Doctor;
 
-/// <summary>An input of a self-test: numbers of the activations' type, a parameter, or integers.</summary>
-internal sealed record Operand(string Name, int[] Shape, int[]? Ints = null, bool IsParameter = false)
+/// <summary>
+/// An input of a self-test: numbers of the activations' type, a parameter, or integers. A parameter may
+/// be stored in another type than activations.
+/// </summary>
+internal sealed record Operand(
+    string Name, int[] Shape, int[]? Ints = null, bool IsParameter = false, bool IsOtherType = false)
 {
     /// <summary>An optional input that is not given.</summary>
     public static Operand Absent { get; } = new("", []);
 
     public bool Exists => Shape.Length > 0;
 
-    public Spec Spec(DType activations) =>
-        new(Ints is null ? activations : DType.I32, new Shape(Shape));
+    public Spec Spec(DType activations) => new(TypeOf(activations), new Shape(Shape));
+
+    private DType TypeOf(DType activations) => Ints is not null ? DType.I32
+        : !IsOtherType || activations == DType.F64 ? activations
+        : activations == DType.F32 ? DType.BF16 : DType.F32;
 }
 
 /// <summary>An operation and its inputs.</summary>
@@ -53,6 +60,7 @@ internal static class SelfTestCases
         int[] slots = [.. Enumerable.Range(0, 20).Select(i => 3 * i)];
         yield return new(new Splice(), x, X("features", 20, cols), Ints("positions", slots));
         yield return new(new Linear(), x, matrix, bias);
+        yield return new(new Linear(), x, matrix with { IsOtherType = true }, bias);
         yield return new(new Linear(Transposed: true), x, P("w", cols, 24), Operand.Absent);
         foreach (double dropout in (double[])[0, 0.25])
             foreach (int rank in (int[])[8, 5])

@@ -163,7 +163,7 @@ public sealed unsafe class CudaDevice : Device
         if (count == 0) return;
         if (value == 0)
             Stream.Fill((ulong)tensor.Data, 0, tensor.Spec.Bytes);
-        else if (tensor.Type == DType.F32)
+        else if (tensor.Type == DType.F32 && Activations != DType.F32)
             Stream.FillWords((ulong)tensor.Data, BitConverter.SingleToUInt32Bits((float)value), count);
         else
             Launch("fill_real", Grid.Eights(count), [tensor, value, count]);
@@ -255,7 +255,7 @@ public sealed unsafe class CudaDevice : Device
         if (from.Shape.Count != to.Shape.Count || from.Type is not (DType.F32 or DType.BF16 or DType.F16))
             throw new ShapeException($"cast of {from.Spec} to {to.Spec}");
         // The kernel reads any float type.
-        string kernel = to.Type == DType.F32 ? "cast_to_float" : "cast_to_real";
+        string kernel = to.Type == Activations ? "cast_to_real" : "cast_to_float";
         Launch(kernel, Grid.Eights(to.Shape.Count),
             [to, from, (int)from.Type, to.Shape.Count, accumulate]);
     }

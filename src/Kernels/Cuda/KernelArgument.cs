@@ -80,10 +80,6 @@ public readonly record struct Grid(Dim3 Blocks, Dim3 Threads, int SharedBytes = 
     /// <summary>A block of 512 threads per row, for rows that are as long as a vocabulary.</summary>
     public static Grid LongRows(int rows) => new(rows, 512);
 
-    /// <summary>A thread per column, blocks over rows in the second axis.</summary>
-    public static Grid Columns(int cols, int rows) =>
-        new(new Dim3(Blocked(cols, Threads256), Math.Clamp(rows, 1, MaxRowBlocks)), Threads256);
-
     /// <summary>A thread per 16 bytes of columns, which takes about every eighth row.</summary>
     public static Grid ColumnVectors(int cols, int rows, DType type)
     {

@@ -50,7 +50,7 @@ public static partial class KernelSignatures
     /// parameter.</exception>
     public static IReadOnlyDictionary<string, KernelSignature> Parse(string source, DType storage)
     {
-        string text = Comment().Replace(source, " ");
+        string text = Comment().Replace(OfStorage(source, storage), " ");
         var aliases = new Dictionary<string, string>();
         foreach (Match m in Typedef().Matches(text))
             aliases[m.Groups[2].Value] = Words(m.Groups[1].Value);
@@ -66,6 +66,43 @@ public static partial class KernelSignatures
         }
         return found;
     }
+
+    // The source without the lines of other storage types: those between #if (or #elif) conditions of
+    // defined(STORAGE_...) that do not hold. Other conditions keep all their lines.
+    private static string OfStorage(string source, DType storage)
+    {
+        var kept = new StringBuilder(source.Length);
+        // Per open #if: whether its lines count now, and whether one of its branches did before.
+        var open = new Stack<(bool Counts, bool Before)>();
+        foreach (string line in source.Split('\n'))
+        {
+            string trimmed = line.TrimStart();
+            if (trimmed.StartsWith("#if", StringComparison.Ordinal))
+            {
+                bool holds = Holds(trimmed, storage);
+                open.Push((holds, holds));
+            }
+            else if (trimmed.StartsWith("#el", StringComparison.Ordinal) && open.TryPop(out var state))
+            {
+                bool holds = !state.Before && Holds(trimmed, storage);
+                open.Push((holds, state.Before || holds));
+            }
+            else if (trimmed.StartsWith("#endif", StringComparison.Ordinal))
+            {
+                open.TryPop(out _);
+            }
+            else if (open.All(condition => condition.Counts))
+            {
+                kept.Append(line).Append('\n');
+            }
+        }
+
+        return kept.ToString();
+    }
+
+    private static bool Holds(string condition, DType storage) =>
+        !condition.Contains("defined(STORAGE_", StringComparison.Ordinal)
+        || condition.Contains($"defined(STORAGE_{storage})", StringComparison.Ordinal);
 
     private static KernelParameter Parameter(
         string kernel, string text, Dictionary<string, string> aliases, DType storage)
