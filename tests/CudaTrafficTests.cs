@@ -1,5 +1,7 @@
 using MiniCpmNative.GpuEmulator;
 using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Cuda;
+using MiniCpmNative.Kernels.Updates;
 using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;
@@ -50,6 +52,16 @@ public sealed class CudaTrafficTests
         new("add_forward", "add", v => 3 * S * Count(v), Nothing),
         new("scale_rows", "add", v => 2 * S * Count(v), Nothing),
 
+        // Of a table only the rows that are asked for; of its gradient only those.
+        new("lookup_rows", "position_gather",
+            v => (2 * S * Count(v)) + (S * Used(v[2]) * Cols(v)) + Ids(v[2])),
+        new("sum_by_id", "position_gather",
+            v => (S * Count(v)) + (F * Used(v[2]) * Cols(v)) + (2 * Ids(v[2]))),
+        new("splice_forward", "splice", v => (2 * S * Count(v)) + (F * Rows(v))),
+        new("splice_text_backward", "splice",
+            v => (S * ((2 * Count(v)) - (v[2].Data.Length * Cols(v)))) + (F * Rows(v))),
+        new("gather_rows", "splice", v => (2 * S * v[2].Data.Length * Cols(v)) + Ids(v[2])),
+
         // Rows of the tables that no token uses are not read; the others are, for every head.
         new("rope", "rope", v => (2 * S * Count(v)) + (F * Rows(v))
             + (2 * F * v[1].Data.Distinct().Count() * v[2].Shape[1]), v => F * Count(v)),
@@ -91,6 +103,35 @@ public sealed class CudaTrafficTests
             }
         }
     }
+
+    // Bytes per parameter: gradient; p, m and v read and written, the gradient read, the bf16 copy written.
+    [TestCase(DType.F32, "adamw", (6 * F) + F + S)]
+    [TestCase(DType.BF16, "adamw_bf16_moments", (2 * F) + (4 * S) + F + S)]
+    public void AStepOfTheOptimizerMovesItsStateOnce(DType moments, string kernel, int bytes)
+    {
+        const int Count = 1 << 20;
+        if (CudaUnderTest.IsReal) Assert.Ignore("counted by the emulator only");
+        using var cuda = new CudaUnderTest(new EmulatorOptions { Footprint = true });
+        CudaDevice device = cuda.Device(DType.BF16);
+        Tensor New(DType type) => device.Allocate(new(type, new Shape(Count)), "adamw");
+        var range = new AdamWRange(
+            New(DType.BF16), New(DType.F32), New(DType.F32), New(moments), New(moments));
+        Tensor norm = device.Allocate(GradientNorm.Spec, "norm");
+        device.GradientNorm([range.Gradient], 1, norm, Tensor.None);
+        device.Update(new AdamW(1e-3, 0.9, 0.999, 1e-8, 0, 1), range, norm);
+        cuda.Context.Synchronise();
+        Check("gradient_norm_parts", (long)F * Count);
+        Check(kernel, (long)bytes * Count);
+
+        void Check(string name, long needed) => Assert.That(
+            cuda.Emulator!.Launches.Single(l => l.Kernel == name).DramBytes,
+            Is.InRange(needed, (long)(Allowed * needed)), name);
+    }
+
+    // Different ids, and the bytes of all.
+    private static long Used(Value ids) => ids.Data.Distinct().Count();
+
+    private static long Ids(Value ids) => F * ids.Data.Length;
 
     private static long Nothing(Value[] values) => 0;
 

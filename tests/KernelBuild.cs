@@ -9,7 +9,7 @@ namespace MiniCpmNative.Tests;
 
 /// <summary>
 /// What NVIDIA's assembler made of one kernel for one architecture: resources as `ptxas -v` gives
-/// them, instructions as cuobjdump lists them.
+/// them, instructions as nvdisasm lists them.
 /// </summary>
 internal sealed record KernelBuild(string Kernel, DType Storage, int Architecture)
 {
@@ -38,7 +38,7 @@ internal sealed record KernelBuild(string Kernel, DType Storage, int Architectur
 }
 
 /// <summary>
-/// kernels.cu through NVRTC, ptxas and cuobjdump, as a user's driver would see it: PTX of compute_80
+/// kernels.cu through NVRTC, ptxas and nvdisasm, as a user's driver would see it: PTX of compute_80
 /// without source lines, then machine code for each architecture.
 /// </summary>
 internal static partial class KernelBuilds
@@ -49,7 +49,7 @@ internal static partial class KernelBuilds
     public static string? Missing =>
         CudaTools.Nvrtc is null ? "NVRTC is not here"
         : !File.Exists(Tool("ptxas")) ? $"{Tool("ptxas")} is not here"
-        : !File.Exists(Tool("cuobjdump")) ? $"{Tool("cuobjdump")} is not here"
+        : !File.Exists(Tool("nvdisasm")) ? $"{Tool("nvdisasm")} is not here"
         : null;
 
     /// <summary>The compilers' versions, without which numbers mean nothing.</summary>
@@ -118,7 +118,7 @@ internal static partial class KernelBuilds
         }
 
         Dictionary<string, int>? counts = null;
-        foreach (string line in Execute("cuobjdump", "-sass", cubin).Split('\n'))
+        foreach (string line in Execute("nvdisasm", "-c", cubin).Split('\n'))
         {
             if (Function().Match(line) is { Success: true } function)
                 counts = builds[function.Groups[1].Value].Instructions;
@@ -161,7 +161,7 @@ internal static partial class KernelBuilds
     [GeneratedRegex(@"\.entry (\w+)\([^)]*\)\s*(?:\.maxntid (\d+), 1, 1)?")]
     private static partial Regex Bounds();
 
-    [GeneratedRegex(@"^\s*Function : (\w+)")]
+    [GeneratedRegex(@"^\.text\.(\w+):")]
     private static partial Regex Function();
 
     [GeneratedRegex(@"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)")]
