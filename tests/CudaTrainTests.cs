@@ -79,7 +79,7 @@ public sealed class CudaTrainTests
         Batch other = V26.Batch(arguments, bf16 ? "one" : "text1");
         Batch text = V26.Batch(arguments, "text0", "text1");
         StepResult[] cpu = Steps(arguments, null), gpu;
-        using (var emulated = new Gpu()) gpu = Steps(arguments, emulated.Source);
+        using (var emulated = new CudaSource()) gpu = Steps(arguments, emulated.Source);
         for (int i = 0; i < cpu.Length; i++)
         {
             double loss = Math.Abs(gpu[i].Loss - cpu[i].Loss) / cpu[i].Loss;
@@ -146,7 +146,7 @@ public sealed class CudaTrainTests
         Batch good = First(arguments), bad = First(arguments);
         bad.Patches.Clear();
         bad.Patches.Extend(good.Patches.Count).Fill(float.NaN);
-        using var gpu = new Gpu();
+        using var gpu = new CudaSource();
         using var model = TrainingModel.Open(arguments with { Device = DeviceChoice.Cuda }, gpu.Source);
         using var cpu = TrainingModel.Open(arguments with { Device = DeviceChoice.Cpu });
         var trainer = new Trainer(arguments, model);
@@ -273,7 +273,7 @@ public sealed class CudaTrainTests
     private static IReadOnlyList<JsonElement> Log(
         TrainArguments arguments, DeviceChoice device = DeviceChoice.Cuda, int seed = 0)
     {
-        using Gpu? gpu = device == DeviceChoice.Cuda ? new Gpu(seed) : null;
+        using CudaSource? gpu = device == DeviceChoice.Cuda ? new CudaSource(seed) : null;
         Runs.Train(arguments with { Device = device }, devices: gpu?.Source);
         return Runs.History(arguments);
     }
@@ -285,27 +285,5 @@ public sealed class CudaTrainTests
     {
         if (!expected.TryGetProperty(name, out JsonElement value)) return 0;
         return Math.Abs(got.GetProperty(name).GetDouble() - value.GetDouble()) / value.GetDouble();
-    }
-
-    /// <summary>Where runs get their GPU from; after them nothing may have been found.</summary>
-    private sealed class Gpu(int seed = 0) : IDisposable
-    {
-        private readonly EmulatedGpu? _emulator = CudaUnderTest.IsReal
-            ? null
-            : new(new EmulatorOptions { Seed = seed, MemoryBytes = 1L << 28 },
-                CudaTools.Compiler(DeviceCompiler.Nvrtc));
-
-        public DeviceSource Source => _emulator is null ? DeviceSource.Default : new DeviceSource
-        {
-            Cuda = () => _emulator.Api,
-            Cache = CudaUnderTest.Cache,
-            LineInfo = true,
-        };
-
-        public void Dispose()
-        {
-            Assert.That(_emulator?.Fault, Is.Null);
-            _emulator?.Dispose();
-        }
     }
 }

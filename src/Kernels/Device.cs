@@ -14,6 +14,9 @@ public abstract class Device : IDisposable
     /// <summary>Type in which activations are kept.</summary>
     public abstract DType Activations { get; }
 
+    /// <summary>Bytes of the device's memory that the run takes so far.</summary>
+    public abstract long MemoryInUse { get; }
+
     /// <summary>Key of this step's random numbers.</summary>
     public Randomness Random { get; set; } = new(0, 0, Dropout: false);
 

@@ -132,7 +132,7 @@ public sealed class TrainRun : IDisposable
     {
         var report = new StepReport(
             result.Step, result.Loss, result.GradientNorm, result.LearningRate, result.Tokens,
-            result.Seconds, Environment.WorkingSet);
+            result.Seconds, _model.Device.MemoryInUse);
         if (!result.Skipped)
         {
             _log.Step(report);

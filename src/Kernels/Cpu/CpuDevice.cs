@@ -43,6 +43,9 @@ public sealed unsafe class CpuDevice : Device
 
     public override DType Activations { get; }
 
+    /// <summary>The process's: pages that were touched, not the range that is reserved.</summary>
+    public override long MemoryInUse => Environment.WorkingSet;
+
     /// <summary>Bytes of all tensors that live as long as the device.</summary>
     public long AllocatedBytes { get; private set; }
 

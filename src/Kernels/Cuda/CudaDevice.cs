@@ -26,7 +26,7 @@ public sealed unsafe class CudaDevice : Device
     private readonly (Tensor From, GradientTarget To)[] _casts = new (Tensor, GradientTarget)[16];
     private int _castCount;
     private nint _shared;
-    private long _sharedLeft;
+    private long _sharedLeft, _runBytes;
 
     /// <param name="context">The GPU; disposed by its owner.</param>
     /// <param name="compiler">Compiles kernels.cu.</param>
@@ -55,7 +55,9 @@ public sealed unsafe class CudaDevice : Device
             Stream.Synchronise();
             long bytes = stepBytes ?? (long)(Context.Memory().Free * StepShare);
             bytes = Math.Max(Alignment, bytes / Alignment * Alignment);
-            return (Hold(bytes), bytes);
+            nint start = Hold(bytes);
+            _runBytes -= bytes; // of these, MemoryInUse counts what is used
+            return (start, bytes);
         });
     }
 
@@ -73,6 +75,9 @@ public sealed unsafe class CudaDevice : Device
     public override Arena Step { get; }
 
     public override DType Activations { get; }
+
+    /// <summary>What lives as long as the run, and the most that a step needed.</summary>
+    public override long MemoryInUse => _runBytes + Step.Peak + Step.FarPeak;
 
     /// <summary>I32[4]: the first wrong index that a kernel met; see <see cref="KernelFault"/>.</summary>
     internal Tensor Faults { get; }
@@ -287,6 +292,7 @@ public sealed unsafe class CudaDevice : Device
 
     private nint Hold(long bytes)
     {
+        _runBytes += bytes;
         var slab = new DeviceSlab(Context, bytes);
         _slabs.Add(slab);
         return (nint)slab.Address;
