@@ -5,27 +5,35 @@ using NUnit.Framework;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// An index outside its table reads no foreign memory: the host throws, naming it, when it next reads,
-/// and the device goes on. The emulator sees to the first, since it watches every access.
+/// Wrong ids, positions, rows and targets on CUDA: the next read throws and names argument, place and
+/// value, forward and backward; nothing foreign is touched (the emulator watches); afterwards the same
+/// device computes the same bits as before.
 /// </summary>
 [TestFixture]
 public sealed class CudaFaultTests
 {
     private CudaUnderTest _cuda = null!;
 
-    /// <summary>One number of one input of a sound problem is replaced.</summary>
-    internal sealed record FaultCase(
-        Op Op, Value[] Inputs, int Input, int Index, int Wrong, string Message)
-    {
-        public override string ToString() => $"{Op.Name} {Inputs[Input].Name}[{Index}] = {Wrong}";
-    }
-
-    private static FaultCase[] Cases { get; } =
+    private static IEnumerable<TestCaseData> Cases { get; } =
     [
-        Rope(8, index: 2, 9, "rope: positions[2] is 9, expected 0 to 8"),
-        Rope(8, index: 0, -1, "rope: positions[0] is -1, expected 0 to 8"),
-        Rope(32, index: 4, int.MaxValue, "rope: positions[4] is 2147483647, expected 0 to 8"),
-        Rope(32, index: 4, int.MinValue, "rope: positions[4] is -2147483648, expected 0 to 8"),
+        Embedding(2, 40, "ids[2] is 40, expected 0 to 39"),
+        Embedding(0, -1, "ids[0] is -1, expected 0 to 39"),
+        Embedding(5, int.MinValue, "ids[5] is -2147483648, expected 0 to 39"),
+        PositionGather(5, int.MaxValue, "ids[5] is 2147483647, expected 0 to 39"),
+        PositionGather(1, -7, "ids[1] is -7, expected 0 to 39"),
+        Splice(1, 9, "positions[1] is 9, expected 0 to 8"),
+        Splice(2, -1, "positions[2] is -1, expected 0 to 8"),
+        Splice(2, 7, "positions[2] is 7, as is another"),
+        CrossEntropy(2, 1, 9, "rows[1] is 9, expected rising rows of h below 9"),
+        CrossEntropy(2, 0, -1, "rows[0] is -1, expected rising rows of h below 9"),
+        CrossEntropy(2, 2, 3, "rows[2] is 3, expected rising rows of h below 9"),
+        CrossEntropy(2, 3, 4, "rows[3] is 4, expected rising rows of h below 9"),
+        CrossEntropy(3, 0, 21, "targets[0] is 21, expected 0 to 20"),
+        CrossEntropy(3, 3, int.MinValue, "targets[3] is -2147483648, expected 0 to 20"),
+        Rope(8, 2, 9, "positions[2] is 9, expected 0 to 8"),
+        Rope(8, 0, -1, "positions[0] is -1, expected 0 to 8"),
+        Rope(32, 4, int.MaxValue, "positions[4] is 2147483647, expected 0 to 8"),
+        Rope(32, 4, int.MinValue, "positions[4] is -2147483648, expected 0 to 8"),
     ];
 
     [OneTimeSetUp]
@@ -35,44 +43,72 @@ public sealed class CudaFaultTests
     public void Free() => _cuda?.Dispose();
 
     [TestCaseSource(nameof(Cases))]
-    public void AWrongIndexIsNamedAndTheDeviceGoesOn(object value)
+    public void TheNextReadNamesIt(object op, object values, int input, int index, int wrong, string message)
     {
-        var c = (FaultCase)value;
+        var (what, inputs) = ((Op)op, (Value[])values);
         foreach (DType type in (DType[])[DType.F32, DType.BF16])
         {
-            using var run = new OpRun(_cuda.Device(type), c.Op, c.Inputs);
+            using var run = new OpRun(_cuda.Device(type), what, inputs);
             double[] dy = Fill.Normal(77, run.Count);
             run.Want(_ => true);
-            (double[] Output, double[]?[] Gradients) sound = Results();
-            double right = c.Inputs[c.Input].Data[c.Index];
-            run.Set(c.Input, c.Index, c.Wrong);
+            List<double[]> sound = Results();
+            int right = (int)inputs[input].Data[index];
+            run.Set(input, index, wrong);
             run.Forward();
             Assert.That(() => run.Output, Throws.TypeOf<ShapeException>()
-                .With.Message.EqualTo(c.Message), $"forward {type}");
+                .With.Message.EqualTo($"{what.Name}: {message}"), $"forward {type}");
             run.Backward(dy);
             Assert.That(() => run.Output, Throws.TypeOf<ShapeException>()
-                .With.Message.EqualTo(c.Message), $"backward {type}");
-            run.Set(c.Input, c.Index, right);
+                .With.Message.EqualTo($"{what.Name}: {message}"), $"backward {type}");
+            run.Set(input, index, right);
             Assert.That(Results(), Is.EqualTo(sound), $"afterwards {type}");
             Assert.That(_cuda.Emulator?.Fault, Is.Null);
 
-            (double[] Output, double[]?[] Gradients) Results()
+            List<double[]> Results()
             {
                 run.Forward();
                 run.Backward(dy);
-                return (run.Output,
-                    [.. c.Inputs.Select((_, i) => run.HasGradient(i) ? run.Gradient(i) : null)]);
+                return
+                [
+                    run.Output,
+                    .. Enumerable.Range(0, inputs.Length).Where(run.HasGradient).Select(run.Gradient),
+                ];
             }
         }
     }
 
-    private static FaultCase Rope(int headDim, int index, int wrong, string message) => new(
+    private static TestCaseData Embedding(int index, int wrong, string message) => Case(
+        new Embedding(), [X("table", 40, 5), Ids()], 1, index, wrong, message);
+
+    private static TestCaseData PositionGather(int index, int wrong, string message) => Case(
+        new PositionGather(), [X("x", 6, 16), X("table", 40, 16), Ids()], 2, index, wrong, message);
+
+    private static TestCaseData Splice(int index, int wrong, string message) => Case(
+        new Splice(), [X("x", 9, 5), X("features", 4, 5), Value.Int("positions", 7, 2, 5)], 2, index, wrong,
+        message);
+
+    private static TestCaseData CrossEntropy(int input, int index, int wrong, string message) => Case(
+        new CrossEntropy(),
+        [
+            X("h", 9, 5), X("w", 21, 5), Value.Int("rows", 0, 3, 4, 8), Value.Int("targets", 20, 0, 7, 7),
+        ],
+        input, index, wrong, message);
+
+    private static TestCaseData Rope(int headDim, int index, int wrong, string message) => Case(
         new Rope(headDim),
         [
-            Value.Float("x", [5, 3 * headDim], Fill.Normal(1, 15 * headDim)),
-            Value.Int("positions", 3, 8, 0, 0, 5),
-            Value.Float("cos", [9, headDim / 2], Fill.Normal(2, 9 * headDim / 2)),
-            Value.Float("sin", [9, headDim / 2], Fill.Normal(3, 9 * headDim / 2)),
+            X("x", 5, 3 * headDim), Value.Int("positions", 3, 8, 0, 0, 5), X("cos", 9, headDim / 2),
+            X("sin", 9, headDim / 2),
         ],
-        Input: 1, index, wrong, message);
+        1, index, wrong, message);
+
+    private static TestCaseData Case(
+        Op op, Value[] inputs, int input, int index, int wrong, string message) =>
+        new TestCaseData(op, inputs, input, index, wrong, message).SetArgDisplayNames(
+            op.Name, $"{inputs[input].Name}[{index}] = {wrong}");
+
+    private static Value Ids() => Value.Int("ids", 39, 0, 4, 4, 17, 1);
+
+    private static Value X(string name, int rows, int cols) =>
+        Value.Float(name, [rows, cols], Fill.Normal(rows, rows * cols));
 }
