@@ -1,6 +1,7 @@
 using MiniCpmNative.GpuEmulator;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Cuda;
+using MiniCpmNative.Kernels.Ops;
 using MiniCpmNative.Kernels.Updates;
 using NUnit.Framework;
 
@@ -104,6 +105,69 @@ public sealed class CudaTrafficTests
         }
     }
 
+    // What attention cannot do without: its operands once. Tiles of keys and values are read again for
+    // every tile of queries, from L2.
+    [TestCase(64)]
+    [TestCase(72)]
+    [TestCase(128)]
+    public void AttentionMovesItsOperandsOnce(int headDim)
+    {
+        const int Tokens = 300, Heads = 4, KvHeads = 2;
+        if (CudaUnderTest.IsReal) Assert.Ignore("counted by the emulator only");
+        using var cuda = new CudaUnderTest(new EmulatorOptions { Footprint = true });
+        int[] starts = [0, 100, Tokens];
+        using var run = new OpRun(
+            cuda.Device(DType.BF16), new Attention(Heads, KvHeads, headDim, Causal: true, 0.1),
+            [
+                X("q", Heads), X("k", KvHeads), X("v", KvHeads), Value.Int("cu_seqlens_q", starts),
+                Value.Int("cu_seqlens_k", starts), Value.Absent("key_lengths"),
+            ]);
+        cuda.Emulator!.ClearLaunches();
+        run.Forward();
+        run.Want(_ => true);
+        run.Backward(Fill.Normal(77, run.Count));
+        cuda.Context.Synchronise();
+        long query = S * Tokens * Heads * headDim, key = S * Tokens * KvHeads * headDim;
+        long statistic = F * Tokens * Heads;
+        Check(cuda, $"attention_forward_{headDim}", (2 * query) + (2 * key) + statistic);
+        Check(cuda, "attention_statistics", (2 * query) + (3 * statistic));
+        Check(cuda, $"attention_keys_backward_{headDim}", (2 * query) + (4 * key) + (2 * statistic));
+        Check(cuda, $"attention_queries_backward_{headDim}", (3 * query) + (2 * key) + (2 * statistic));
+
+        Value X(string name, int heads) => Value.Float(
+            name, [Tokens, heads * headDim], Fill.Normal(heads, Tokens * heads * headDim));
+    }
+
+    // Logits are read a second time, from L2 where a chunk fits; their gradient is written in BF16.
+    [Test]
+    public void TheLossReadsLogitsAndWritesTheirGradient()
+    {
+        const int Labels = 64, Cols = 64, Vocabulary = 32000;
+        if (CudaUnderTest.IsReal) Assert.Ignore("counted by the emulator only");
+        using var cuda = new CudaUnderTest(new EmulatorOptions { Footprint = true });
+        using var run = new OpRun(cuda.Device(DType.BF16), new CrossEntropy(),
+            [
+                Value.Float("h", [2 * Labels, Cols], Fill.Normal(1, 2 * Labels * Cols)),
+                Value.Float("w", [Vocabulary, Cols], Fill.Normal(2, Vocabulary * Cols)),
+                Value.Int("rows", [.. Enumerable.Range(0, Labels).Select(i => 2 * i)]),
+                Value.Int("targets", Fill.Below(3, Labels, Vocabulary)),
+            ]);
+        cuda.Emulator!.ClearLaunches();
+        run.Forward();
+        run.Want(input => input == 0);
+        run.Backward([1]);
+        cuda.Context.Synchronise();
+        Check(cuda, "cross_entropy_rows", (long)(F + S) * Labels * Vocabulary);
+        Check(cuda, "cross_entropy_scatter", (S * 3 * Labels * Cols) + (F * Labels));
+    }
+
+    private static void Check(CudaUnderTest cuda, string kernel, long needed)
+    {
+        long moved = cuda.Emulator!.Launches.Single(l => l.Kernel == kernel).DramBytes;
+        TestContext.Out.WriteLine($"{kernel}: {moved} of {needed} ({(double)moved / needed:0.000})");
+        Assert.That(moved, Is.InRange(needed, (long)(Allowed * needed)), kernel);
+    }
+
     // Bytes per parameter: gradient; p, m and v read and written, the gradient read, the bf16 copy written.
     [TestCase(DType.F32, "adamw", (6 * F) + F + S)]
     [TestCase(DType.BF16, "adamw_bf16_moments", (2 * F) + (4 * S) + F + S)]
@@ -120,12 +184,8 @@ public sealed class CudaTrafficTests
         device.GradientNorm([range.Gradient], 1, norm, Tensor.None);
         device.Update(new AdamW(1e-3, 0.9, 0.999, 1e-8, 0, 1), range, norm);
         cuda.Context.Synchronise();
-        Check("gradient_norm_parts", (long)F * Count);
-        Check(kernel, (long)bytes * Count);
-
-        void Check(string name, long needed) => Assert.That(
-            cuda.Emulator!.Launches.Single(l => l.Kernel == name).DramBytes,
-            Is.InRange(needed, (long)(Allowed * needed)), name);
+        Check(cuda, "gradient_norm_parts", (long)F * Count);
+        Check(cuda, kernel, (long)bytes * Count);
     }
 
     // Different ids, and the bytes of all.
