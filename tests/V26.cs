@@ -46,6 +46,7 @@ internal static class V26
         OfficialCompat = true,
         PerDeviceTrainBatchSize = 1,
         ReportTo = ReportTo.None,
+        Device = DeviceChoice.Cpu,
     };
 
     /// <summary>Adapters on the decoder's attention, as the reference has them.</summary>
