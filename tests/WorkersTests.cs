@@ -38,7 +38,7 @@ public sealed unsafe class WorkersTests
         for (int i = 0; i < count; i++)
         {
             if (sizes[i] == 0) continue;
-            int share = Math.Max(minChunk, (count - i) / (4 * threads));
+            int share = Math.Max(minChunk, (int)Math.Ceiling((count - i) / (2.0 * threads)));
             Assert.That(sizes[i], Is.EqualTo(Math.Min(share, count - i)), $"chunk at {i}");
             sum += sizes[i];
         }

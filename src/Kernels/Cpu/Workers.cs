@@ -17,7 +17,7 @@ public interface IRangeBody
 
 /// <summary>
 /// The threads of the CPU device. The threads, the caller among them, take chunks of a range in turn
-/// from a counter: each a small share of what is left (guided self-scheduling), so that the last
+/// from a counter: each a share of what is left (guided self-scheduling), so that the last
 /// chunks are the smallest and the threads end at about the same time. Which thread runs a chunk
 /// varies from run to run, so results must not depend on it: a body writes only what its items own,
 /// and sums over items happen in a fixed order afterwards. Nested calls run on the calling thread,
@@ -220,7 +220,9 @@ public sealed unsafe class Workers : IDisposable
         {
             int begin = Volatile.Read(ref _next), left = _count - begin;
             if (left <= 0) return;
-            int end = begin + Math.Min(left, Math.Max(_minChunk, left / (4 * Count)));
+            // Half of an even share: small enough to end together, large enough to call seldom.
+            int share = (left + (2 * Count) - 1) / (2 * Count);
+            int end = begin + Math.Min(left, Math.Max(_minChunk, share));
             if (Interlocked.CompareExchange(ref _next, end, begin) == begin)
                 _run(_body, begin, end, worker);
         }
