@@ -18,6 +18,8 @@ namespace MiniCpmNative.Tests;
 [TestFixture]
 public sealed class CudaTransferTests
 {
+    private static TrainArguments Auto { get; } = V26.Full with { Device = DeviceChoice.Auto };
+
     private static DeviceSource NoGpu { get; } = new()
     {
         Cuda = () => throw new CudaUnavailableException("cuda: driver not found: looked nowhere"),
@@ -86,7 +88,7 @@ public sealed class CudaTransferTests
     public void AutoTakesTheCpuWithoutAGpuAndSaysWhy()
     {
         var said = new List<string>();
-        using OpenDevice device = NoGpu.Open(V26.Full, said.Add);
+        using OpenDevice device = NoGpu.Open(Auto, said.Add);
         Assert.That(device.Name, Does.StartWith("CPU, "));
         Assert.That(said, Is.EqualTo(["cuda: driver not found: looked nowhere; computing on the CPU"]));
     }
@@ -124,7 +126,7 @@ public sealed class CudaTransferTests
             new EmulatorOptions { Architecture = 89 }, CudaTools.Compiler(DeviceCompiler.Nvrtc));
         var source = new DeviceSource { Cuda = () => gpu.Api, Cache = CudaUnderTest.Cache };
         var said = new List<string>();
-        using OpenDevice device = source.Open(V26.Full with { Bf16 = bf16, Fp16 = fp16 }, said.Add);
+        using OpenDevice device = source.Open(Auto with { Bf16 = bf16, Fp16 = fp16 }, said.Add);
         Assert.That(device.Device.Activations, Is.EqualTo(activations));
         Assert.That(device.Name, Does.Match(@"^.+, compute capability 8\.9, 8\.0 GiB$"));
         Assert.That(said, Has.Count.EqualTo(fp16 ? 1 : 0));
@@ -136,7 +138,7 @@ public sealed class CudaTransferTests
         using var gpu = new EmulatedGpu(
             new EmulatorOptions { Architecture = 75 }, CudaTools.Compiler(DeviceCompiler.Nvrtc));
         var said = new List<string>();
-        using OpenDevice device = new DeviceSource { Cuda = () => gpu.Api }.Open(V26.Full, said.Add);
+        using OpenDevice device = new DeviceSource { Cuda = () => gpu.Api }.Open(Auto, said.Add);
         Assert.That(device.Name, Does.StartWith("CPU, "));
         Assert.That(said.Single(), Does.Contain("has compute capability 7.5, 8.0 or newer is needed"));
     }
