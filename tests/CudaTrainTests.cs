@@ -43,21 +43,26 @@ public sealed class CudaTrainTests
             EvalStrategy = When.Epoch,
         };
         IReadOnlyList<JsonElement> cpu = Log(arguments, DeviceChoice.Cpu), gpu = Log(arguments);
+        // This model is sure of wrong answers, which makes some steps' gradients sensitive: how much so,
+        // the CPU tells itself, from parameters that are a millionth of their change off.
+        IReadOnlyList<JsonElement> beside = Log(
+            arguments with { LearningRate = arguments.LearningRate * (1 + 1e-6) }, DeviceChoice.Cpu);
         Assert.That(gpu, Has.Count.EqualTo(cpu.Count).And.Count.EqualTo(10 + 1 + 1));
         double loss = 0, norm = 0, evaluation = 0;
         for (int i = 0; i < cpu.Count; i++)
         {
             loss = Math.Max(loss, Error("loss", cpu[i], gpu[i]));
-            norm = Math.Max(norm, Error("grad_norm", cpu[i], gpu[i]));
+            // In units of what is allowed: 1e-4, or ten such changes where a step is that sensitive.
+            norm = Math.Max(norm, Error("grad_norm", cpu[i], gpu[i])
+                / Math.Max(1e-4, 10 * Error("grad_norm", cpu[i], beside[i])));
             evaluation = Math.Max(evaluation, Error("eval_loss", cpu[i], gpu[i]));
         }
 
         TestContext.Out.WriteLine($"loss {loss:E2}, norm {norm:E2}, evaluation {evaluation:E2}");
         Assert.That(loss, Is.LessThan(bf16 ? BrainStep : 1e-4), "loss");
         Assert.That(evaluation, Is.LessThan(bf16 ? BrainStep : 1e-4), "evaluation");
-        // This model is sure of wrong answers, which makes its gradients sensitive: norms in BF16 are left
-        // to the reference model.
-        if (!bf16) Assert.That(norm, Is.LessThan(1e-4), "norm");
+        // Norms in BF16 are left to the reference model, which is less sensitive.
+        if (!bf16) Assert.That(norm, Is.LessThan(1), "norm");
     }
 
     /// <summary>
@@ -195,7 +200,10 @@ public sealed class CudaTrainTests
         Batch picture = V26.Batch(arguments, "one"), text = V26.Batch(arguments, "text0", "text1");
         Batch[][] steps = [[picture, text], [text], [text, picture], [picture]];
         var bytes = new long[steps.Length];
-        for (int round = 0; round < 3; round++)
+        Array.Fill(bytes, long.MaxValue);
+        // The first round meets every shape. Of the others the best counts: the runtime allocates a little
+        // for itself now and then, on whatever thread, but what a step allocates it allocates every time.
+        for (int round = 0; round < 4; round++)
         {
             for (int i = 0; i < steps.Length; i++)
             {
@@ -205,7 +213,8 @@ public sealed class CudaTrainTests
                 {
                 }
 
-                bytes[i] = GC.GetAllocatedBytesForCurrentThread() - before;
+                before = GC.GetAllocatedBytesForCurrentThread() - before;
+                if (round > 0) bytes[i] = Math.Min(bytes[i], before);
             }
         }
 
