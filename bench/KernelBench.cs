@@ -67,8 +67,8 @@ internal static class KernelBench
             return 1;
         }
 
-        Dictionary<string, (string Kernel, Work Work)[]> counted = Count(subjects, nvrtc);
         Dictionary<string, Dictionary<string, double>> timed = real is null ? [] : Time(subjects, real);
+        Dictionary<string, (string Kernel, Work Work)[]> counted = Count(subjects, nvrtc);
         Print(subjects, counted, timed);
         return 0;
     }
