@@ -7,11 +7,13 @@ namespace MiniCpmNative.Kernels.Cpu;
 /// <summary>
 /// Matrix products on all cores: C = alpha * A B + beta * C + bias.
 ///
-/// The scheme is Goto's (Anatomy of high-performance matrix multiplication, 2008), with A in the
-/// first level cache and B in the second: A is packed once per call into panels of TileRows rows,
-/// on all cores; then every item of work, a block of columns of C, packs its part of B for some 500
-/// k (widening 16-bit weights) and runs all panels of A over it. Operands that gain nothing from
-/// packing are read where they lie: packed F32 weights, activations against a narrow B (LoRA),
+/// The scheme is Goto's (Anatomy of high-performance matrix multiplication, 2008), for some 500 k at
+/// a time: a block of A in panels of TileRows rows lies in the second-level cache, and passes by one
+/// panel of B after the other, which lies in the first. A large B is divided among the threads by
+/// columns: A is packed once per call, on all cores, and every item of work packs its part of B
+/// (widening 16-bit weights). A small B is divided by rows: every item packs its own rows of A, which
+/// then never leave its core, and nobody waits for the others in between. Operands that gain nothing
+/// from packing are read where they lie: packed F32 weights, activations against a narrow B (LoRA),
 /// weights against few rows.
 ///
 /// Threads divide m and n only and every sum over k is taken in one order, in blocks that depend on
@@ -22,12 +24,12 @@ namespace MiniCpmNative.Kernels.Cpu;
 public sealed unsafe class Gemm : IDisposable
 {
     /// <summary>
-    /// Depth of a block along k: a panel of A (12 rows) takes 24 of 32 KiB first-level cache.
+    /// Depth of a block along k: what a tile of C is loaded and stored for.
     /// </summary>
     private const int MaxKBlock = 512;
 
     /// <summary>
-    /// Columns of a block of B: with MaxKBlock 768 of 1024 KiB second-level cache.
+    /// Columns of a block of B, which an item packs: with MaxKBlock 768 KiB.
     /// </summary>
     private const int MaxNBlock = 384;
 
@@ -37,8 +39,16 @@ public sealed unsafe class Gemm : IDisposable
     private const int LeftBudget = 4 << 20;
     private const int MaxMChunk = 4096;
 
-    /// <summary>A smaller B is packed once for all threads.</summary>
-    private const int SharedLimit = 256 << 10;
+    /// <summary>
+    /// Elements of a B that stays in the last-level cache: what must be packed of it is packed once for
+    /// all threads, and these divide the rows of A.
+    /// </summary>
+    private const int SharedLimit = 1 << 20;
+
+    /// <summary>
+    /// Rows of an item that packs them itself: with MaxKBlock 240 KiB of second-level cache.
+    /// </summary>
+    private const int MaxOwnRows = 120;
 
     /// <summary>
     /// A is not packed for fewer columns, B not for fewer rows: each element is used too rarely.
@@ -206,10 +216,13 @@ public sealed unsafe class Gemm : IDisposable
             SwapOperands(ref plan);
         }
 
-        bool packLeft = plan.ACol != 1 || plan.N > NarrowCols;
+        plan.IsLeftPacked = plan.ACol != 1 || plan.N > NarrowCols;
         plan.DirectB = native && (plan.BLayout == RightLayout.Panels
             || (plan.BLayout == RightLayout.Rows && plan.M <= FewRows));
-        bool shareRight = !plan.DirectB && (long)plan.N * plan.K <= SharedLimit;
+        bool smallRight = (long)plan.N * plan.K <= SharedLimit;
+        plan.OwnLeft = plan.IsLeftPacked && smallRight && plan.M > FewRows;
+        bool packLeft = plan.IsLeftPacked && !plan.OwnLeft;
+        bool shareRight = !plan.DirectB && smallRight;
         bool packRight = !plan.DirectB && !shareRight;
 
         int tile = I.TileRows;
@@ -221,10 +234,13 @@ public sealed unsafe class Gemm : IDisposable
             depth = Math.Min(depth, Math.Max(1, LeftBudget / chunk / plan.KBlock) * plan.KBlock);
 
         int panels = (plan.N + PackedMatrix.PanelRows - 1) / PackedMatrix.PanelRows;
-        SplitColumns(ref plan, panels);
+        if (plan.OwnLeft) (plan.ItemsN, plan.Panels) = (1, panels);
+        else SplitColumns(ref plan, panels);
         int leftPanels = (chunk + tile - 1) / tile;
         plan.PanelStride = ((nint)depth * tile) + GemmPlan<T>.LeftPad;
-        plan.ScratchStride = (nint)plan.KBlock * (packRight ? plan.NBlock : PackedMatrix.PanelRows);
+        plan.ScratchStride = plan.OwnLeft
+            ? (OwnRows(plan, tile) / tile) * (((nint)plan.KBlock * tile) + GemmPlan<T>.LeftPad)
+            : (nint)plan.KBlock * (packRight ? plan.NBlock : PackedMatrix.PanelRows);
         int slots = Workers.Current < 0 ? _workers.Count : 1;
         nint left = packLeft ? leftPanels * plan.PanelStride : 0;
         nint right = shareRight ? (nint)panels * PackedMatrix.PanelRows * plan.K : 0;
@@ -261,7 +277,7 @@ public sealed unsafe class Gemm : IDisposable
         {
             var pack = new GemmPackBody<T, V, I> { Plan = shared, LeftPanels = leftPanels };
             For(leftPanels + rightPanels, pack, work);
-            plan.MBlock = SplitRows(plan, packRight, tile);
+            plan.MBlock = plan.OwnLeft ? OwnRows(plan, tile) : SplitRows(plan, packRight, tile);
             int items = plan.ItemsN * ((plan.MCount + plan.MBlock - 1) / plan.MBlock);
             For(items, new GemmBody<T, V, I> { Plan = shared }, work);
         }
@@ -324,6 +340,17 @@ public sealed unsafe class Gemm : IDisposable
         items = Math.Min(Math.Max(1, panels), RoundUp(items, _workers.Count));
         plan.NBlock = (panels + items - 1) / items * PackedMatrix.PanelRows;
         (plan.ItemsN, plan.Panels) = (items, panels);
+    }
+
+    /// <summary>
+    /// Rows of an item that packs them itself: some four items for each thread.
+    /// </summary>
+    private int OwnRows<T>(in GemmPlan<T> plan, int tile)
+        where T : unmanaged
+    {
+        int least = (plan.M + MaxOwnRows - 1) / MaxOwnRows;
+        int items = RoundUp(Math.Max(4 * _workers.Count, least), _workers.Count);
+        return RoundUp(Math.Max(2 * tile, (plan.M + items - 1) / items), tile);
     }
 
     /// <summary>

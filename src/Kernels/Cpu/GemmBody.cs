@@ -26,11 +26,9 @@ internal unsafe struct GemmPackBody<T, V, I> : IRangeBody
     private readonly void Left(int panel)
     {
         int row = panel * I.TileRows;
-        T* a = Plan->A + ((Plan->M0 + row) * Plan->ARow) + (Plan->K0 * Plan->ACol);
         T* to = Plan->PackedA + (panel * Plan->PanelStride);
         int rows = Math.Min(I.TileRows, Plan->MCount - row);
-        bool wide = Plan->MCount - row >= GemmPlan<T>.LeftPad;
-        GemmPack<T, V, I>.Left(a, Plan->ARow, Plan->ACol, rows, Plan->KCount, to, wide);
+        GemmPack<T, V, I>.Left(*Plan, Plan->M0 + row, rows, Plan->K0, Plan->KCount, to);
     }
 
     private readonly void Right(int panel)
@@ -50,6 +48,12 @@ internal unsafe struct GemmBody<T, V, I> : IRangeBody
     where I : ISimd<T, V>
 {
     private const int Panel = PackedMatrix.PanelRows;
+
+    /// <summary>
+    /// Rows of A that pass by each panel of B: they stay in the second-level cache meanwhile. A multiple
+    /// of every tile's rows.
+    /// </summary>
+    private const int CachedRows = 240;
 
     public GemmPlan<T>* Plan;
 
@@ -113,36 +117,57 @@ internal unsafe struct GemmBody<T, V, I> : IRangeBody
             Alpha = Plan->Alpha,
             Beta = first ? Plan->Beta : T.One,
         };
-        int tile = I.TileRows;
-        for (int i = 0; i < rows; i += tile)
+        T* left = Left(m, rows, k, depth, scratch, out nint leftStep);
+        int tile = I.TileRows, width = 2 * I.Width;
+        for (int top = 0; top < rows; top += CachedRows, left += CachedRows / tile * leftStep)
         {
-            int tileRows = Math.Min(tile, rows - i);
-            int row = m + i;
-            for (int j = 0; j < cols; j += Panel)
+            int end = Math.Min(rows, top + CachedRows);
+            for (int j = 0; j < cols; j += width)
             {
-                int col = n + j;
-                T* right = j < whole ? b + (j / Panel * bPanel) : scratch;
+                int col = n + j, some = Math.Min(width, cols - j);
+                T* right = (j < whole ? b + (j / Panel * bPanel) : scratch) + (j % Panel);
                 nint rightStep = j < whole ? bStep : Panel;
-                to.C = Plan->C + (row * Plan->CRow) + (col * Plan->CCol);
                 to.Bias = first && Plan->Bias is not null ? Plan->Bias + col : null;
-                int width = Math.Min(Panel, cols - j);
-                if (Plan->PackedA is null)
+                T* a = left;
+                for (int i = top; i < end; i += tile, a += leftStep)
                 {
-                    T* a = Plan->A + (row * Plan->ARow) + k;
-                    Columns<StridedLeft>(
-                        tileRows, width, depth, a, Plan->ARow, 1, right, rightStep, to);
-                }
-                else
-                {
-                    T* a = Plan->PackedA + ((row - Plan->M0) / tile * Plan->PanelStride)
-                        + ((nint)(k - Plan->K0) * tile);
-                    Columns<PackedLeft>(tileRows, width, depth, a, 1, tile, right, rightStep, to);
+                    int tileRows = Math.Min(tile, end - i);
+                    to.C = Plan->C + ((m + i) * Plan->CRow) + (col * Plan->CCol);
+                    if (Plan->IsLeftPacked)
+                        Columns<PackedLeft>(tileRows, some, depth, a, 1, tile, right, rightStep, to);
+                    else
+                        Columns<StridedLeft>(
+                            tileRows, some, depth, a, Plan->ARow, 1, right, rightStep, to);
                 }
             }
         }
     }
 
-    /// <summary>One panel of B, up to 32 columns, in tiles of two vectors or one.</summary>
+    /// <summary>Rows m.. of A from k on, in panels or where they lie, and how far it is to the next
+    /// tile's.</summary>
+    private readonly T* Left(int m, int rows, int k, int depth, T* scratch, out nint step)
+    {
+        int tile = I.TileRows;
+        if (!Plan->IsLeftPacked)
+        {
+            step = tile * Plan->ARow;
+            return Plan->A + (m * Plan->ARow) + k;
+        }
+
+        if (!Plan->OwnLeft)
+        {
+            step = Plan->PanelStride;
+            return Plan->PackedA + ((m - Plan->M0) / tile * step) + ((nint)(k - Plan->K0) * tile);
+        }
+
+        step = ((nint)depth * tile) + GemmPlan<T>.LeftPad;
+        T* to = scratch;
+        for (int i = 0; i < rows; i += tile, to += step)
+            GemmPack<T, V, I>.Left(*Plan, m + i, Math.Min(tile, rows - i), k, depth, to);
+        return scratch;
+    }
+
+    /// <summary>Columns of one panel of B, in tiles of two vectors or one.</summary>
     private readonly void Columns<L>(
         int rows, int cols, nint k, T* a, nint aRow, nint aStep, T* b, nint bStep, GemmOut<T> to)
         where L : ILeft

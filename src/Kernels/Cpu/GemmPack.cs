@@ -15,12 +15,19 @@ internal static unsafe class GemmPack<T, V, I>
     private const int Panel = PackedMatrix.PanelRows;
 
     /// <summary>
-    /// One panel of A: to[k * TileRows + i] = a[i * row + k * col] for the rows there are; lanes
-    /// beyond them are left undefined. Writes up to a vector beyond the panel; wide says that a
-    /// vector of rows may be read.
+    /// One panel of A, m0.. and k0..: to[k * TileRows + i] = a[i, k] for the rows there are; lanes
+    /// beyond them are left undefined. Writes up to a vector beyond the panel.
     /// </summary>
+    public static void Left(in GemmPlan<T> plan, int m0, int rows, int k0, int k, T* to)
+    {
+        T* a = plan.A + (m0 * plan.ARow) + (k0 * plan.ACol);
+        // Whether a whole vector of rows may be read.
+        bool wide = plan.M - m0 >= GemmPlan<T>.LeftPad;
+        Left(a, plan.ARow, plan.ACol, rows, k, to, wide);
+    }
+
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-    public static void Left(T* a, nint row, nint col, int rows, int k, T* to, bool wide)
+    private static void Left(T* a, nint row, nint col, int rows, int k, T* to, bool wide)
     {
         int p = 0;
         if (col == 1)

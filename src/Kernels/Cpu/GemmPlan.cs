@@ -58,10 +58,14 @@ internal unsafe struct GemmPlan<T>
     /// </summary>
     public T* SharedB;
 
-    /// <summary>
-    /// Panels of TileRows rows of A for M0.., K0.., or null when A is read where it lies.
-    /// </summary>
+    /// <summary>A is read from panels of TileRows rows, not where it lies.</summary>
+    public bool IsLeftPacked;
+
+    /// <summary>Panels of A for M0.., K0.. that are packed before.</summary>
     public T* PackedA;
+
+    /// <summary>Each item packs its own rows of A into its worker's room.</summary>
+    public bool OwnLeft;
     public int M0, MCount, K0, KCount, KBlock;
 
     /// <summary>
@@ -77,7 +81,7 @@ internal unsafe struct GemmPlan<T>
     /// </summary>
     public int NBlock, MBlock, ItemsN, Panels;
 
-    /// <summary>Room of each worker for one block of B.</summary>
+    /// <summary>Room of each worker for one block of B, or of A where items pack their own.</summary>
     public T* Scratch;
     public nint ScratchStride;
 }
