@@ -2332,6 +2332,8 @@ struct AttentionBackward
     int heads, kv_heads, head_dim;
     float scale;
     int accumulate_x, accumulate_y;
+    float *dx_parts, *dy_parts; // of keys, [parts, key tokens, kv_heads, head_dim], when parts > 1
+    int parts;
 };
 
 // The rows u from low to high, within the sequence, that own row `row` meets.
@@ -2515,13 +2517,31 @@ DEVICE void store_gradient(
     }
 }
 
+// The same of a part that is added to others: float, and nothing was there before.
+template <int DIM>
+DEVICE void store_part(float* to, u64 stride, int rows, const float (*d)[4], float scale)
+{
+    int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+    {
+        if (g + half * 8 >= rows) continue;
+        float2* pairs = (float2*)(to + (g + half * 8) * stride) + t;
+#pragma unroll
+        for (int n = 0; n < DIM / 8; n++)
+            pairs[n * 4] = make_float2(scale * d[n][half * 2], scale * d[n][half * 2 + 1]);
+    }
+}
+
 // On tensor cores: a block of 4 warps owns 64 rows, a warp 16 of them, and takes STEP rows u, w at a
 // time, copied while it works on those before. A lane's p and ds, rounded to the storage type, are what
 // its next products take from the left, so they stay in registers with dx and dy (DIM / 2 floats each).
 // Shared memory: tiles x, y [64, DIM], then two stages of u, w [STEP, DIM], zeros where masked and in
 // the columns from 72 to 80: 32 KiB for DIM 64 by STEP 32, 40 for 72 by 32, 48 for 128 by 16, so that
 // three, two and two blocks fit a multiprocessor with 100 KiB. Reads x and y once, and 2 DIM S bytes
-// per block and row u that it sees, mostly from L2.
+// per block and row u that it sees, mostly from L2. Where key heads are too few to keep a GPU busy, the
+// query heads of each are divided among `parts` blocks, which leave what they have as floats; sum_parts
+// adds them in order: another 8 DIM bytes written and read per part and key.
 template <int DIM, int STEP, bool KEYS>
 DEVICE void attention_backward_by_tiles(const AttentionBackward& a)
 {
@@ -2534,7 +2554,12 @@ DEVICE void attention_backward_by_tiles(const AttentionBackward& a)
     int tile = KEYS ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
     if (!find_tile(at, a.mask, tile, ROWS, KEYS)) return;
 
-    int group = a.heads / a.kv_heads, own_head = blockIdx.y;
+    int group = a.heads / a.kv_heads, parts = KEYS ? a.parts : 1;
+    int own_head = blockIdx.y / parts, part = blockIdx.y % parts;
+    int first_head = own_head * group + part * group / parts;
+    int part_heads = (part + 1) * group / parts - part * group / parts;
+    bool wants_x = parts > 1 ? a.dx_parts != 0 : a.dx != 0;
+    bool wants_y = KEYS && (parts > 1 ? a.dy_parts != 0 : a.dy != 0);
     int own_stride = (KEYS ? a.kv_heads : a.heads) * DIM, stride = (KEYS ? a.heads : a.kv_heads) * DIM;
     int own_end = KEYS ? at.keys : at.queries;
     u64 own_token = (KEYS ? at.first_key_token : at.first_token) + at.first;
@@ -2560,8 +2585,8 @@ DEVICE void attention_backward_by_tiles(const AttentionBackward& a)
 
     // Steps go over the rows of one head, then of the next.
     int steps_of_head = (all.high - all.low + STEP - 1) / STEP;
-    int steps = steps_of_head * (KEYS ? group : 1);
-    auto head_of = [&](int step) { return KEYS ? own_head * group + step / steps_of_head : own_head; };
+    int steps = steps_of_head * (KEYS ? part_heads : 1);
+    auto head_of = [&](int step) { return KEYS ? first_head + step / steps_of_head : own_head; };
     auto first_of = [&](int step) { return all.low + step % steps_of_head * STEP; };
     auto stage_of = [&](int step) { return stages + step % 2 * 2 * STEP_BYTES; };
     auto copy_step = [&](int step)
@@ -2607,7 +2632,7 @@ DEVICE void attention_backward_by_tiles(const AttentionBackward& a)
         }
         float p[STEP / 8][4] = {}, ds[STEP / 8][4] = {};
         multiply_transposed<CHUNKS, STEP>(p, x_lane, u_tile + across);
-        if (a.dx) multiply_transposed<CHUNKS, STEP>(ds, y_lane, w_tile + across);
+        if (wants_x) multiply_transposed<CHUNKS, STEP>(ds, y_lane, w_tile + across);
 #pragma unroll
         for (int n = 0; n < STEP / 8; n++)
         {
@@ -2624,12 +2649,12 @@ DEVICE void attention_backward_by_tiles(const AttentionBackward& a)
         for (int n = 0; n < STEP / 8; n += 2)
         {
             u32 left[4];
-            if (a.dx)
+            if (wants_x)
             {
                 narrow_left(left, ds[n], ds[n + 1]);
                 multiply_rows<DIM>(dx, left, tile_step<CHUNKS>(u_tile + down, n * 8, 0));
             }
-            if (KEYS && a.dy)
+            if (wants_y)
             {
                 narrow_left(left, p[n], p[n + 1]);
                 multiply_rows<DIM>(dy, left, tile_step<CHUNKS>(w_tile + down, n * 8, 0));
@@ -2639,8 +2664,15 @@ DEVICE void attention_backward_by_tiles(const AttentionBackward& a)
 
     u64 to = own + (u64)warp_row * own_stride;
     int rows = own_end - at.first - warp_row;
-    if (a.dx) store_gradient<DIM>(a.dx + to, own_stride, rows, dx, a.scale, a.accumulate_x);
-    if (KEYS && a.dy) store_gradient<DIM>(a.dy + to, own_stride, rows, dy, 1, a.accumulate_y);
+    if (KEYS && parts > 1)
+    {
+        to += (u64)part * a.mask.key_tokens * own_stride;
+        if (wants_x) store_part<DIM>(a.dx_parts + to, own_stride, rows, dx, a.scale);
+        if (wants_y) store_part<DIM>(a.dy_parts + to, own_stride, rows, dy, 1);
+        return;
+    }
+    if (wants_x) store_gradient<DIM>(a.dx + to, own_stride, rows, dx, a.scale, a.accumulate_x);
+    if (wants_y) store_gradient<DIM>(a.dy + to, own_stride, rows, dy, 1, a.accumulate_y);
 }
 
 // The same for the head dimensions of the models; head_dim is that of the name.
@@ -2648,11 +2680,12 @@ extern "C" __global__ void __launch_bounds__(128) attention_keys_backward_64(
     real* dk, real* dv, const real* q, const real* k, const real* v, const real* output_gradient,
     const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
     int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
-    int head_dim, float scale, int accumulate_k, int accumulate_v)
+    int head_dim, float scale, int accumulate_k, int accumulate_v, float* dk_parts, float* dv_parts,
+    int parts)
 {
     AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
     AttentionBackward a = {dk, dv, k, v, q, output_gradient, (const float2*)statistics, mask, heads,
-        kv_heads, head_dim, scale, accumulate_k, accumulate_v};
+        kv_heads, head_dim, scale, accumulate_k, accumulate_v, dk_parts, dv_parts, parts};
     check_all_starts(faults, mask);
     attention_backward_by_tiles<64, 32, true>(a);
 }
@@ -2674,11 +2707,12 @@ extern "C" __global__ void __launch_bounds__(128) attention_keys_backward_72(
     real* dk, real* dv, const real* q, const real* k, const real* v, const real* output_gradient,
     const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
     int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
-    int head_dim, float scale, int accumulate_k, int accumulate_v)
+    int head_dim, float scale, int accumulate_k, int accumulate_v, float* dk_parts, float* dv_parts,
+    int parts)
 {
     AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
     AttentionBackward a = {dk, dv, k, v, q, output_gradient, (const float2*)statistics, mask, heads,
-        kv_heads, head_dim, scale, accumulate_k, accumulate_v};
+        kv_heads, head_dim, scale, accumulate_k, accumulate_v, dk_parts, dv_parts, parts};
     check_all_starts(faults, mask);
     attention_backward_by_tiles<72, 32, true>(a);
 }
@@ -2700,11 +2734,12 @@ extern "C" __global__ void __launch_bounds__(128) attention_keys_backward_128(
     real* dk, real* dv, const real* q, const real* k, const real* v, const real* output_gradient,
     const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
     int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
-    int head_dim, float scale, int accumulate_k, int accumulate_v)
+    int head_dim, float scale, int accumulate_k, int accumulate_v, float* dk_parts, float* dv_parts,
+    int parts)
 {
     AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
     AttentionBackward a = {dk, dv, k, v, q, output_gradient, (const float2*)statistics, mask, heads,
-        kv_heads, head_dim, scale, accumulate_k, accumulate_v};
+        kv_heads, head_dim, scale, accumulate_k, accumulate_v, dk_parts, dv_parts, parts};
     check_all_starts(faults, mask);
     attention_backward_by_tiles<128, 16, true>(a);
 }
@@ -2755,6 +2790,7 @@ extern "C" __global__ void __launch_bounds__(256) gradient_norm_parts(
     // per_part is a multiple of 4, so that every part starts as well aligned as g.
     if (aligned16(g, 4, 4))
     {
+#pragma unroll 4
         for (; i + 4 <= last; i += blockDim.x * 4)
         {
             float4 v = *(const float4*)(g + i);

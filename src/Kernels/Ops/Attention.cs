@@ -99,25 +99,41 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         RequireLaunchable();
         Tensor q = call.In(0), k = call.In(1), v = call.In(2), dO = call.OutputGradient;
         Tensor startsQ = call.Input(3), startsK = call.Input(4), lengths = call.Input(5);
-        GradientTarget dq = call.Gradient(0), dk = call.Gradient(1), dv = call.Gradient(2);
         int tokens = (int)q.Shape.Rows, keyTokens = (int)k.Shape.Rows;
         int sequences = (int)startsQ.Shape.Count - 1;
+        bool aligned = (q.Data | k.Data | v.Data | dO.Data | call.AnyGradient(0).Buffer.Data
+            | call.AnyGradient(1).Buffer.Data | call.AnyGradient(2).Buffer.Data) % 16 == 0;
+        bool tensorCores = HeadDim is 64 or 72 or 128 && call.Real != DType.F32 && aligned;
+        var (rows, threads) = tensorCores ? (64, 128) : (8, 256);
+        int parts = tensorCores ? KeyParts(call, (keyTokens + rows - 1) / rows) : 1;
+        GradientTarget dq = call.Gradient(0);
+        GradientTarget dk = parts > 1 ? call.FloatGradient(1) : call.Gradient(1);
+        GradientTarget dv = parts > 1 ? call.FloatGradient(2) : call.Gradient(2);
         Tensor statistics = call.Scratch(DType.F32, Heads, tokens, 2);
         call.Launch("attention_statistics", Grid.SequenceTiles(tokens, 0, 8, Heads, 256),
             statistics, dO, call.Output, call.Saved(0), tokens, Heads, HeadDim);
 
-        bool tensorCores = HeadDim is 64 or 72 or 128 && call.Real != DType.F32 && (q.Data | k.Data
-            | v.Data | dO.Data | dq.Buffer.Data | dk.Buffer.Data | dv.Buffer.Data) % 16 == 0;
-        var (rows, threads) = tensorCores ? (64, 128) : (8, 256);
-        if (dk.Wanted || dv.Wanted)
+        if (!tensorCores && (dk.Wanted || dv.Wanted))
         {
-            string kernel = !tensorCores ? "attention_keys_backward"
-                : HeadDim == 64 ? "attention_keys_backward_64"
-                : HeadDim == 72 ? "attention_keys_backward_72" : "attention_keys_backward_128";
-            call.Launch(kernel, Grid.SequenceTiles(keyTokens, sequences, rows, KvHeads, threads),
+            call.Launch("attention_keys_backward",
+                Grid.SequenceTiles(keyTokens, sequences, rows, KvHeads, threads),
                 dk.Buffer, dv.Buffer, q, k, v, dO, statistics, startsQ, startsK, lengths, call.Faults,
                 sequences, tokens, keyTokens, Causal, Heads, KvHeads, HeadDim, Scale, dk.Accumulate,
                 dv.Accumulate);
+        }
+        else if (dk.Wanted || dv.Wanted)
+        {
+            // The query heads of a key head are divided where that makes use of idle multiprocessors.
+            Tensor dkParts = Parts(call, dk, parts), dvParts = Parts(call, dv, parts);
+            string kernel = HeadDim == 64 ? "attention_keys_backward_64"
+                : HeadDim == 72 ? "attention_keys_backward_72" : "attention_keys_backward_128";
+            call.Launch(kernel,
+                Grid.SequenceTiles(keyTokens, sequences, rows, KvHeads * parts, threads),
+                parts > 1 ? Tensor.None : dk.Buffer, parts > 1 ? Tensor.None : dv.Buffer, q, k, v, dO,
+                statistics, startsQ, startsK, lengths, call.Faults, sequences, tokens, keyTokens, Causal,
+                Heads, KvHeads, HeadDim, Scale, dk.Accumulate, dv.Accumulate, dkParts, dvParts, parts);
+            if (dkParts.Exists) call.SumParts(dkParts, dk);
+            if (dvParts.Exists) call.SumParts(dvParts, dv);
         }
 
         if (dq.Wanted)
@@ -129,6 +145,20 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
                 dq.Buffer, q, k, v, dO, statistics, startsQ, startsK, lengths, call.Faults, sequences,
                 tokens, keyTokens, Causal, Heads, KvHeads, HeadDim, Scale, dq.Accumulate);
         }
+    }
+
+    // Into how many blocks the query heads of a key head are divided: as many as make two blocks for each
+    // multiprocessor.
+    private int KeyParts(in CudaCall call, int tiles) =>
+        Math.Clamp(2 * call.Multiprocessors / Math.Max(1, tiles * KvHeads), 1, Heads / KvHeads);
+
+    // Zeros first: no block writes keys that belong to no sequence, where starts are wrong.
+    private static Tensor Parts(in CudaCall call, GradientTarget gradient, int parts)
+    {
+        if (parts == 1 || !gradient.Wanted) return Tensor.None;
+        Tensor part = call.Scratch(DType.F32, parts, checked((int)gradient.Buffer.Shape.Count));
+        call.Clear(part);
+        return part;
     }
 
     private AttentionArguments<T> Arguments<T>(in CpuCall<T> call)

@@ -106,8 +106,8 @@ internal static unsafe class CpuGradientNorm
 /// </summary>
 internal static class CudaGradientNorm
 {
-    // 64 accesses of 16 bytes per thread.
-    private const long PerPart = 1 << 16;
+    // 16 accesses of 16 bytes per thread.
+    private const long PerPart = 1 << 14;
 
     public static void Run(
         CudaDevice device, ReadOnlySpan<Tensor> gradients, double maxNorm, in Tensor into, in Tensor losses)
