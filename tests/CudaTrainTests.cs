@@ -43,26 +43,21 @@ public sealed class CudaTrainTests
             EvalStrategy = When.Epoch,
         };
         IReadOnlyList<JsonElement> cpu = Log(arguments, DeviceChoice.Cpu), gpu = Log(arguments);
-        // This model is sure of wrong answers, which makes some steps' gradients sensitive: how much so,
-        // the CPU tells itself, from parameters that are a millionth of their change off.
-        IReadOnlyList<JsonElement> beside = Log(
-            arguments with { LearningRate = arguments.LearningRate * (1 + 1e-6) }, DeviceChoice.Cpu);
         Assert.That(gpu, Has.Count.EqualTo(cpu.Count).And.Count.EqualTo(10 + 1 + 1));
-        double loss = 0, norm = 0, evaluation = 0;
+        double loss = 0, norm = Error("grad_norm", cpu[0], gpu[0]), evaluation = 0;
         for (int i = 0; i < cpu.Count; i++)
         {
             loss = Math.Max(loss, Error("loss", cpu[i], gpu[i]));
-            // In units of what is allowed: 1e-4, or ten such changes where a step is that sensitive.
-            norm = Math.Max(norm, Error("grad_norm", cpu[i], gpu[i])
-                / Math.Max(1e-4, 10 * Error("grad_norm", cpu[i], beside[i])));
             evaluation = Math.Max(evaluation, Error("eval_loss", cpu[i], gpu[i]));
         }
 
         TestContext.Out.WriteLine($"loss {loss:E2}, norm {norm:E2}, evaluation {evaluation:E2}");
         Assert.That(loss, Is.LessThan(bf16 ? BrainStep : 1e-4), "loss");
         Assert.That(evaluation, Is.LessThan(bf16 ? BrainStep : 1e-4), "evaluation");
-        // Norms in BF16 are left to the reference model, which is less sensitive.
-        if (!bf16) Assert.That(norm, Is.LessThan(1), "norm");
+        // The first step's parameters are the same. This model is sure of wrong answers, and some later
+        // step's norm changes by 2e-5 of itself when the learning rate does by 1e-6 of itself, so that
+        // roundings show; norms of several steps, and in BF16, are left to the reference model below.
+        if (!bf16) Assert.That(norm, Is.LessThan(1e-4), "norm");
     }
 
     /// <summary>

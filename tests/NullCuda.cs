@@ -64,6 +64,7 @@ internal static unsafe class NullCuda
         GetVersion = &HandleVersion,
         SetStream = &Record,
         SetWorkspace = &Workspace,
+        SetMathMode = &MathMode,
         GemmEx = &Gemm,
     };
 
@@ -206,6 +207,8 @@ internal static unsafe class NullCuda
     private static int Launch(
         nint function, uint gx, uint gy, uint gz, uint bx, uint by, uint bz, uint shared, nint stream,
         void** arguments, void** extra) => 0;
+
+    [UnmanagedCallersOnly] private static int MathMode(nint handle, int mode) => 0;
 
     [UnmanagedCallersOnly]
     private static int Workspace(nint handle, ulong address, nuint bytes) => 0;

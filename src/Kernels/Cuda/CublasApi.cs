@@ -13,6 +13,10 @@ public sealed unsafe class CublasApi
     /// CUBLAS_GEMM_DEFAULT.</summary>
     public const int Compute32F = 68, DefaultAlgorithm = -1;
 
+    /// <summary>cublasMath_t CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION: parts of a sum over k are
+    /// added in the compute type, not in that of the result.</summary>
+    public const int NoReducedPrecision = 16;
+
     public string Path { get; init; } = "";
 
     public delegate* unmanaged<nint*, int> Create;
@@ -20,6 +24,7 @@ public sealed unsafe class CublasApi
     public delegate* unmanaged<nint, int*, int> GetVersion;
     public delegate* unmanaged<nint, nint, int> SetStream;
     public delegate* unmanaged<nint, ulong, nuint, int> SetWorkspace;
+    public delegate* unmanaged<nint, int, int> SetMathMode;
 
     /// <summary>handle, transA, transB, m, n, k, alpha, A, type, lda, B, type, ldb, beta, C, type,
     /// ldc, compute, algo.</summary>
@@ -50,6 +55,7 @@ public sealed unsafe class CublasApi
             GetVersion = (delegate* unmanaged<nint, int*, int>)l["cublasGetVersion_v2"],
             SetStream = (delegate* unmanaged<nint, nint, int>)l["cublasSetStream_v2"],
             SetWorkspace = (delegate* unmanaged<nint, ulong, nuint, int>)l["cublasSetWorkspace_v2"],
+            SetMathMode = (delegate* unmanaged<nint, int, int>)l["cublasSetMathMode"],
             GemmEx = (delegate* unmanaged<
                 nint, int, int, int, int, int, void*, ulong, int, int, ulong, int, int, void*,
                 ulong, int, int, int,

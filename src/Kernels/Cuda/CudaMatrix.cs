@@ -15,7 +15,8 @@ public readonly record struct CudaMatrix(Tensor Data, int Rows, int Cols, bool I
 
 /// <summary>
 /// Products by cuBLAS, which sees row-major matrices as the transposed ones: c = a b is
-/// c^T = b^T a^T there. Sums are float, whatever the storage types (TF32 is not used).
+/// c^T = b^T a^T there. Sums are float, whatever the storage types: TF32 is not used, nor are
+/// parts of a sum added in 16 bits.
 /// </summary>
 internal sealed unsafe class CudaGemm : IDisposable
 {
@@ -33,6 +34,8 @@ internal sealed unsafe class CudaGemm : IDisposable
         CublasApi.Check(_cublas.Create(&handle), "cublasCreate");
         _handle = handle;
         CublasApi.Check(_cublas.SetStream(handle, stream.Handle), "cublasSetStream");
+        CublasApi.Check(
+            _cublas.SetMathMode(handle, CublasApi.NoReducedPrecision), "cublasSetMathMode");
         _workspace = new(context, WorkspaceBytes);
         CublasApi.Check(
             _cublas.SetWorkspace(handle, _workspace.Address, (nuint)WorkspaceBytes), "cublasSetWorkspace");

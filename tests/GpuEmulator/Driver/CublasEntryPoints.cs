@@ -28,6 +28,7 @@ internal static unsafe class CublasEntryPoints
         GetVersion = &GetVersion,
         SetStream = &SetStream,
         SetWorkspace = &SetWorkspace,
+        SetMathMode = &SetMathMode,
         GemmEx = &GemmEx,
         GemmStridedBatchedEx = &GemmStridedBatchedEx,
     };
@@ -70,6 +71,14 @@ internal static unsafe class CublasEntryPoints
             h.Stream = stream;
             return Success;
         }
+    }
+
+    // Sums are float here in any case; other modes would compute what this does not.
+    [UnmanagedCallersOnly]
+    private static int SetMathMode(nint handle, int mode)
+    {
+        if (Gpu.Find<Handle>(handle) == null) return NotInitialised;
+        return mode is 0 or CublasApi.NoReducedPrecision ? Success : InvalidValue;
     }
 
     [UnmanagedCallersOnly]
