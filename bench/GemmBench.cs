@@ -110,7 +110,7 @@ internal static unsafe class GemmBench
     /// </summary>
     private static double Time(Action call, int calls)
     {
-        Thread.Sleep(2);
+        Thread.Sleep(20);
         call();
         var start = Clock();
         for (int i = 0; i < calls; i++) call();

@@ -8,8 +8,8 @@ namespace MiniCpmNative.Kernels.Cpu;
 /// Matrix products on all cores: C = alpha * A B + beta * C + bias.
 ///
 /// The scheme is Goto's (Anatomy of high-performance matrix multiplication, 2008), for some 500 k at
-/// a time: a block of A in panels of TileRows rows lies in the second-level cache, and passes by one
-/// panel of B after the other, which lies in the first. A large B is divided among the threads by
+/// a time: of A in panels of TileRows rows and B in panels of two vectors, one panel lies in the
+/// first-level cache while those of the other operand pass by from the second. A large B is divided among the threads by
 /// columns: A is packed once per call, on all cores, and every item of work packs its part of B
 /// (widening 16-bit weights). A small B is divided by rows: every item packs its own rows of A, which
 /// then never leave its core, and nobody waits for the others in between. Operands that gain nothing

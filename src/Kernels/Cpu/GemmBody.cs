@@ -55,6 +55,8 @@ internal unsafe struct GemmBody<T, V, I> : IRangeBody
     /// </summary>
     private const int CachedRows = 240;
 
+    private const int FirstLevelBytes = 32 << 10;
+
     public GemmPlan<T>* Plan;
 
     public readonly void Run(int begin, int end, int worker)
@@ -119,28 +121,28 @@ internal unsafe struct GemmBody<T, V, I> : IRangeBody
         };
         T* left = Left(m, rows, k, depth, scratch, out nint leftStep);
         int tile = I.TileRows, width = 2 * I.Width;
-        for (int top = 0; top < rows; top += CachedRows, left += CachedRows / tile * leftStep)
-        {
-            int end = Math.Min(rows, top + CachedRows);
-            for (int j = 0; j < cols; j += width)
-            {
-                int col = n + j, some = Math.Min(width, cols - j);
-                T* right = (j < whole ? b + (j / Panel * bPanel) : scratch) + (j % Panel);
-                nint rightStep = j < whole ? bStep : Panel;
-                to.Bias = first && Plan->Bias is not null ? Plan->Bias + col : null;
-                T* a = left;
-                for (int i = top; i < end; i += tile, a += leftStep)
-                {
-                    int tileRows = Math.Min(tile, end - i);
-                    to.C = Plan->C + ((m + i) * Plan->CRow) + (col * Plan->CCol);
-                    if (Plan->IsLeftPacked)
-                        Columns<PackedLeft>(tileRows, some, depth, a, 1, tile, right, rightStep, to);
-                    else
-                        Columns<StridedLeft>(
-                            tileRows, some, depth, a, Plan->ARow, 1, right, rightStep, to);
-                }
-            }
-        }
+        // Of the two panels that a tile multiplies, that of B stays in the first-level cache while A's
+        // pass by; where it is too large, that of A stays.
+        bool keepsRight = (long)width * depth * sizeof(T) <= FirstLevelBytes;
+        int down = keepsRight ? CachedRows : tile, across = keepsRight ? width : cols;
+        for (int top = 0; top < rows; top += down)
+            for (int start = 0; start < cols; start += across)
+                for (int i = top; i < Math.Min(rows, top + down); i += tile)
+                    for (int j = start; j < Math.Min(cols, start + across); j += width)
+                    {
+                        int row = m + i, col = n + j;
+                        int tileRows = Math.Min(tile, rows - i), some = Math.Min(width, cols - j);
+                        T* a = left + (i / tile * leftStep);
+                        T* right = (j < whole ? b + (j / Panel * bPanel) : scratch) + (j % Panel);
+                        nint rightStep = j < whole ? bStep : Panel;
+                        to.C = Plan->C + (row * Plan->CRow) + (col * Plan->CCol);
+                        to.Bias = first && Plan->Bias is not null ? Plan->Bias + col : null;
+                        if (Plan->IsLeftPacked)
+                            Columns<PackedLeft>(tileRows, some, depth, a, 1, tile, right, rightStep, to);
+                        else
+                            Columns<StridedLeft>(
+                                tileRows, some, depth, a, Plan->ARow, 1, right, rightStep, to);
+                    }
     }
 
     /// <summary>Rows m.. of A from k on, in panels or where they lie, and how far it is to the next

@@ -23,14 +23,15 @@ public interface IRangeBody
 /// and sums over items happen in a fixed order afterwards. Nested calls run on the calling thread,
 /// under its worker number.
 ///
-/// A thread without work spins for some tens of microseconds, the time between two operations of a
-/// step, and then sleeps. Posting to a spinning thread costs one atomic exchange. A thread that has
+/// A thread without work spins for a millisecond, longer than one waits within a step, and then sleeps:
+/// waking it takes 50 microseconds and more, on a virtual machine now and then some milliseconds, in
+/// which the others do its work. Posting to a spinning thread costs one atomic exchange. A thread that has
 /// not begun when the caller runs out of chunks is told to stay away, so a slow wake-up delays
 /// nobody.
 /// </summary>
 public sealed unsafe class Workers : IDisposable
 {
-    private static readonly long s_spinTicks = Stopwatch.Frequency / 20_000;
+    private static readonly long s_spinTicks = Stopwatch.Frequency / 1000;
 
     private readonly Slot[] _slots;
     private readonly ManualResetEventSlim _done = new(false);
