@@ -55,7 +55,7 @@ internal unsafe struct GemmBody<T, V, I> : IRangeBody
     /// </summary>
     private const int CachedRows = 240;
 
-    private const int FirstLevelBytes = 32 << 10;
+    private const int FirstLevelBytes = 32 << 10, LeastDepth = 128;
 
     public GemmPlan<T>* Plan;
 
@@ -122,8 +122,9 @@ internal unsafe struct GemmBody<T, V, I> : IRangeBody
         T* left = Left(m, rows, k, depth, scratch, out nint leftStep);
         int tile = I.TileRows, width = 2 * I.Width;
         // Of the two panels that a tile multiplies, that of B stays in the first-level cache while A's
-        // pass by; where it is too large, that of A stays.
-        bool keepsRight = (long)width * depth * sizeof(T) <= FirstLevelBytes;
+        // pass by. Where that is too large, or so shallow that C's memory is the bound and is better
+        // written along its rows, the panel of A stays.
+        bool keepsRight = (long)width * depth * sizeof(T) <= FirstLevelBytes && depth >= LeastDepth;
         int down = keepsRight ? CachedRows : tile, across = keepsRight ? width : cols;
         for (int top = 0; top < rows; top += down)
             for (int start = 0; start < cols; start += across)

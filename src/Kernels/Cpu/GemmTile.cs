@@ -75,6 +75,9 @@ internal static unsafe class GemmTile<T, V, I, R, L>
     where R : IRows
     where L : ILeft
 {
+    /// <summary>Fewer multiply-adds are over before C could arrive.</summary>
+    private const int PrefetchDepth = 64;
+
     /// <summary>
     /// C[R, 2 Width] = alpha * A B + beta * C + bias; A steps by aStep per k and B by bStep,
     /// C is not read when beta is 0, bias may be null.
@@ -97,7 +100,7 @@ internal static unsafe class GemmTile<T, V, I, R, L>
         V c11 = I.Zero, d11 = I.Zero;
         T* c = to.C;
         nint stride = to.Stride;
-        for (int i = 0; i < R.Count; i++)
+        for (int i = 0; i < R.Count && k >= PrefetchDepth; i++)
         {
             I.Prefetch(c + (i * stride));
             I.Prefetch(c + (i * stride) + I.Width);
@@ -297,7 +300,7 @@ internal static unsafe class GemmTile<T, V, I, R, L>
         V c11 = I.Zero;
         T* c = to.C;
         nint stride = to.Stride;
-        for (int i = 0; i < R.Count; i++)
+        for (int i = 0; i < R.Count && k >= PrefetchDepth; i++)
         {
             I.Prefetch(c + (i * stride));
         }
