@@ -2284,8 +2284,8 @@ extern "C" __global__ void __launch_bounds__(128) attention_forward_any(
 //   dv = sum p dO,   ds = p (dO . v - delta),   dk = scale sum ds q,   dq = scale sum ds k.
 // Every element has one owner, which adds in a fixed order: blocks of keys go over the queries (dk, dv;
 // the query heads of a key head one after the other), blocks of queries over the keys (dq). Both
-// compute p and ds anew: 7 products instead of 5, but nothing to add up across blocks. They are one
-// algorithm. A block owns rows x, y and goes over rows u, w:
+// compute p and ds anew: 7 products instead of 5, but nothing to add up across blocks (unless the query
+// heads of a key head are divided among blocks, to keep a GPU busy). They are one algorithm. A block owns rows x, y and goes over rows u, w:
 //   keys:      x = k, y = v,   u = q, w = dO:   dx = scale sum ds u,   dy = sum p w
 //   queries:   x = q, y = dO,  u = k, w = v:    dx = scale sum ds u
 // Per visible pair and query head 8 DIM FLOP for keys (4 when only dv is wanted), 6 DIM for queries.

@@ -151,14 +151,24 @@ public sealed class CudaAttentionBackwardTests
     [TestCase("multiply_rows", "b + 2", "b")]
     [TestCase("store_gradient", "half * 2 + 1", "half * 2")]
     [TestCase("attention_statistics", "delta = warp_sum(delta)", "delta = delta")]
-    public void MistakesAreFound(string function, string from, string to)
+    public void MistakesAreFound(string function, string from, string to) =>
+        IsFound(function, from, to, Self(4, 2, 64, [130, 7], causal: true, [120, 5]));
+
+    // The same where seven query heads of one key head are divided among two blocks.
+    [TestCase("attention_backward_by_tiles", "own_head * group + part * group / parts", "own_head * group")]
+    [TestCase("attention_backward_by_tiles", "(part + 1) * group / parts", "part * group / parts + 1")]
+    [TestCase("attention_backward_by_tiles", "(u64)part * a.mask", "(u64)part * 0 * a.mask")]
+    [TestCase("store_part", "half * 2 + 1", "half * 2")]
+    public void MistakesInPartsAreFound(string function, string from, string to) =>
+        IsFound(function, from, to, Self(7, 1, 64, [129], causal: true));
+
+    private void IsFound(string function, string from, string to, AttentionProblem problem)
     {
         if (CudaUnderTest.IsReal) Assert.Pass("mistakes are planted on the emulated GPU only");
         _cuda?.Dispose();
         _cuda = null!;
         string source = KernelText.Replace(CudaDevice.Source, function, from, to);
         using var spoilt = new CudaUnderTest(source: KernelText.Sections(source, [1, 2, 3, 4, 10, 11]));
-        var problem = Self(4, 2, 64, [130, 7], causal: true, [120, 5]);
         Exception? e = Assert.Catch(() => Compare(spoilt, problem, DType.BF16));
         Assert.That(e, Is.InstanceOf<AssertionException>().Or.InstanceOf<CudaException>());
         TestContext.Out.WriteLine(spoilt.Emulator!.Fault?.ToString() ?? e!.Message);

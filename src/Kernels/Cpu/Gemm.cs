@@ -9,12 +9,12 @@ namespace MiniCpmNative.Kernels.Cpu;
 ///
 /// The scheme is Goto's (Anatomy of high-performance matrix multiplication, 2008), for some 500 k at
 /// a time: of A in panels of TileRows rows and B in panels of two vectors, one panel lies in the
-/// first-level cache while those of the other operand pass by from the second. A large B is divided among the threads by
-/// columns: A is packed once per call, on all cores, and every item of work packs its part of B
-/// (widening 16-bit weights). A small B is divided by rows: every item packs its own rows of A, which
-/// then never leave its core, and nobody waits for the others in between. Operands that gain nothing
-/// from packing are read where they lie: packed F32 weights, activations against a narrow B (LoRA),
-/// weights against few rows.
+/// first-level cache while those of the other operand pass by from the second. With a large B the
+/// threads divide its columns: A is packed once per call, on all cores, and every item of work packs
+/// its part of B (widening 16-bit weights). With a small B they divide the rows: every item packs its
+/// own rows of A, which then never leave its core, and nobody waits for the others in between. Operands
+/// that gain nothing from packing are read where they lie: packed F32 weights, activations against a
+/// narrow B (LoRA), weights against few rows.
 ///
 /// Threads divide m and n only and every sum over k is taken in one order, in blocks that depend on
 /// k alone, so results have the same bits for any number of threads. Buffers live as long as the
