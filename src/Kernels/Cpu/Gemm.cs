@@ -216,12 +216,12 @@ public sealed unsafe class Gemm : IDisposable
             SwapOperands(ref plan);
         }
 
-        plan.IsLeftPacked = plan.ACol != 1 || plan.N > NarrowCols;
+        bool packLeft = plan.ACol != 1 || plan.N > NarrowCols;
         plan.DirectB = native && (plan.BLayout == RightLayout.Panels
             || (plan.BLayout == RightLayout.Rows && plan.M <= FewRows));
         bool smallRight = (long)plan.N * plan.K <= SharedLimit;
-        plan.OwnLeft = plan.IsLeftPacked && smallRight && plan.M > FewRows;
-        bool packLeft = plan.IsLeftPacked && !plan.OwnLeft;
+        plan.OwnLeft = packLeft && smallRight && plan.M > FewRows;
+        packLeft &= !plan.OwnLeft;
         bool shareRight = !plan.DirectB && smallRight;
         bool packRight = !plan.DirectB && !shareRight;
 
@@ -234,12 +234,12 @@ public sealed unsafe class Gemm : IDisposable
             depth = Math.Min(depth, Math.Max(1, LeftBudget / chunk / plan.KBlock) * plan.KBlock);
 
         int panels = (plan.N + PackedMatrix.PanelRows - 1) / PackedMatrix.PanelRows;
-        if (plan.OwnLeft) (plan.ItemsN, plan.Panels) = (1, panels);
+        if (plan.OwnLeft) (plan.MBlock, plan.ItemsN, plan.Panels) = (OwnRows(plan, tile), 1, panels);
         else SplitColumns(ref plan, panels);
         int leftPanels = (chunk + tile - 1) / tile;
         plan.PanelStride = ((nint)depth * tile) + GemmPlan<T>.LeftPad;
         plan.ScratchStride = plan.OwnLeft
-            ? (OwnRows(plan, tile) / tile) * (((nint)plan.KBlock * tile) + GemmPlan<T>.LeftPad)
+            ? plan.MBlock / tile * (((nint)plan.KBlock * tile) + GemmPlan<T>.LeftPad)
             : (nint)plan.KBlock * (packRight ? plan.NBlock : PackedMatrix.PanelRows);
         int slots = Workers.Current < 0 ? _workers.Count : 1;
         nint left = packLeft ? leftPanels * plan.PanelStride : 0;
@@ -277,7 +277,7 @@ public sealed unsafe class Gemm : IDisposable
         {
             var pack = new GemmPackBody<T, V, I> { Plan = shared, LeftPanels = leftPanels };
             For(leftPanels + rightPanels, pack, work);
-            plan.MBlock = plan.OwnLeft ? OwnRows(plan, tile) : SplitRows(plan, packRight, tile);
+            if (!plan.OwnLeft) plan.MBlock = SplitRows(plan, packRight, tile);
             int items = plan.ItemsN * ((plan.MCount + plan.MBlock - 1) / plan.MBlock);
             For(items, new GemmBody<T, V, I> { Plan = shared }, work);
         }

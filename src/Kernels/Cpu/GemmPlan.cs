@@ -58,10 +58,9 @@ internal unsafe struct GemmPlan<T>
     /// </summary>
     public T* SharedB;
 
-    /// <summary>A is read from panels of TileRows rows, not where it lies.</summary>
-    public bool IsLeftPacked;
-
-    /// <summary>Panels of A for M0.., K0.. that are packed before.</summary>
+    /// <summary>
+    /// Panels of TileRows rows of A for M0.., K0.., or null when A is read where it lies, or OwnLeft.
+    /// </summary>
     public T* PackedA;
 
     /// <summary>Each item packs its own rows of A into its worker's room.</summary>
@@ -84,4 +83,7 @@ internal unsafe struct GemmPlan<T>
     /// <summary>Room of each worker for one block of B, or of A where items pack their own.</summary>
     public T* Scratch;
     public nint ScratchStride;
+
+    /// <summary>A is read from panels, not where it lies.</summary>
+    public readonly bool IsLeftPacked => OwnLeft || PackedA is not null;
 }
