@@ -6,7 +6,7 @@ namespace MiniCpmNative.Bench;
 /// <summary>
 /// Attention forward and backward at the family's shapes: `bench attention [threads] [seconds]`.
 /// GFLOP/s count the visible pairs only, 4 * headDim forward and 10 * headDim backward (five
-/// products), although backward works through seven.
+/// products), also where backward works through seven.
 /// </summary>
 internal static unsafe class AttentionBench
 {
@@ -40,8 +40,6 @@ internal static unsafe class AttentionBench
         long q = (long)c.Queries * row, k = (long)c.Keys * keyRow;
         long elements = (4 * q) + (4 * k) + ((long)c.Queries * c.Heads);
         using var memory = new HugeMemory(elements * sizeof(float));
-        using var scratch =
-            new HugeMemory(FlashAttention.ScratchBytes<float>(c.HeadDim, workers.Count));
         var next = (float*)memory.Data;
         float* Take(long count)
         {
@@ -73,8 +71,11 @@ internal static unsafe class AttentionBench
             CuSeqlensK = starts + 2,
             Causal = c.Causal,
             Scale = 1 / MathF.Sqrt(c.HeadDim),
-            Scratch = scratch.Data,
+            Scratch = null,
         };
+        using var scratch =
+            new HugeMemory(FlashAttention.BackwardScratchBytes(arguments, workers.Count));
+        arguments = arguments with { Scratch = scratch.Data };
         var gradients = new AttentionGradients<float>
         {
             DO = dO,

@@ -173,8 +173,6 @@ internal sealed unsafe class AttentionRunner<T>(
         var dk = new Rows(Filled(problem.K.Length), keyRow, gap);
         var dv = new Rows(Filled(problem.K.Length), keyRow, gap);
         using var workers = new Workers(threads);
-        using var scratch =
-            new HugeMemory(FlashAttention.ScratchBytes<T>(problem.HeadDim, threads) + (1 << 12));
         fixed (int* startsQ = problem.StartsQ, startsK = problem.StartsK)
         fixed (int* lengths = problem.KeyLengths)
         {
@@ -198,8 +196,11 @@ internal sealed unsafe class AttentionRunner<T>(
                 KeyLengths = lengths,
                 Causal = problem.Causal,
                 Scale = T.CreateChecked(problem.Scale),
-                Scratch = scratch.Data,
+                Scratch = null,
             };
+            using var scratch =
+                new HugeMemory(FlashAttention.BackwardScratchBytes(arguments, threads) + (1 << 12));
+            arguments = arguments with { Scratch = scratch.Data };
             var gradients = new AttentionGradients<T>
             {
                 DO = dO.Data,

@@ -82,24 +82,33 @@ public sealed class FlashAttentionTests
         return new TestCaseData(problem).SetArgDisplayNames(name);
     }
 
+    // One thread takes whole heads backward, five take blocks of queries and of keys.
     [TestCaseSource(nameof(Shapes))]
     public void Any_shape_equals_the_written_out_formula(AttentionProblem problem)
     {
         AttentionResult expected = problem.Naive();
         foreach (bool narrow in (bool[])[false, true])
         {
-            Compare(new AttentionRunner<double>(narrow: narrow).Run(problem), expected, 1e-13, 0);
-            Compare(new AttentionRunner<float>(narrow: narrow).Run(problem), expected, 2e-6, 0);
+            foreach (int threads in (int[])[1, 5])
+            {
+                var doubles = new AttentionRunner<double>(threads, narrow: narrow);
+                Compare(doubles.Run(problem), expected, 1e-13, 0);
+                var floats = new AttentionRunner<float>(threads, narrow: narrow);
+                Compare(floats.Run(problem), expected, 2e-6, 0);
+            }
         }
     }
 
     [TestCaseSource(nameof(Shapes))]
     public void Rows_may_be_parts_of_longer_ones_and_gradients_add(AttentionProblem problem)
     {
-        var runner = new AttentionRunner<double>(gap: 11);
-        Compare(
-            runner.Run(problem, Ask.All | Ask.Accumulate), problem.Naive(), 1e-13,
-            AttentionRunner<double>.Start);
+        foreach (int threads in (int[])[1, 5])
+        {
+            var runner = new AttentionRunner<double>(threads, gap: 11);
+            Compare(
+                runner.Run(problem, Ask.All | Ask.Accumulate), problem.Naive(), 1e-13,
+                AttentionRunner<double>.Start);
+        }
     }
 
     [Test]
@@ -158,6 +167,15 @@ public sealed class FlashAttentionTests
         }
 
         double Loss() => runner.Run(problem, Ask.None).O.Zip(problem.DO, (o, d) => o * d).Sum();
+    }
+
+    [TestCaseSource(nameof(Shapes))]
+    public void Whole_heads_give_the_bits_of_blocks(AttentionProblem problem)
+    {
+        AttentionResult heads = new AttentionRunner<float>(threads: 1).Run(problem);
+        AttentionResult blocks = new AttentionRunner<float>(threads: 9).Run(problem);
+        foreach (var (a, b) in heads.All().Zip(blocks.All()))
+            Assert.That(b.Values, Is.EqualTo(a.Values), a.Name);
     }
 
     [Test]

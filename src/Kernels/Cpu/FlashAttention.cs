@@ -8,22 +8,32 @@ namespace MiniCpmNative.Kernels.Cpu;
 /// running maximum and sum (Milakov and Gimelshein 2018; Dao et al. 2022), and its gradients from
 /// lse. A query that sees no key gets o = 0, lse = -infinity and no gradient.
 ///
-/// Forward and dq work on blocks of queries, dk and dv on blocks of keys, so every output element
-/// has one owner that sums in a fixed order: the result does not depend on the number of threads.
-/// The price is that backward recomputes q k^T and dO v^T twice: 7 products instead of 5, without
-/// partial sums in memory. A block's lanes are (query, head of the group) pairs, so that grouped
-/// heads share key reads. Causal attention visits only the tiles below the diagonal.
+/// Forward works on blocks of queries. Backward works on whole heads where there are enough of them for
+/// the threads, in five products for each tile; else on blocks of queries for dq and on blocks of keys
+/// for dk and dv, recomputing q k^T and dO v^T: seven products. Every output element has one owner that
+/// sums in a fixed order, the same in either way: the result does not depend on the number of threads.
+/// A block's lanes are (query, head of the group) pairs, so that grouped heads share key reads. Causal
+/// attention visits only the tiles below the diagonal.
 /// </summary>
 public static unsafe class FlashAttention
 {
-    /// <summary>Bytes of scratch that a call on this many threads needs.</summary>
+    /// <summary>Bytes of scratch that forward needs on this many threads.</summary>
     public static long ScratchBytes<T>(int headDim, int threads)
+        where T : unmanaged, IBinaryFloatingPointIeee754<T> =>
+        AttentionScratch<T>.Bytes(headDim, Lanes<T>()) * threads;
+
+    /// <summary>Bytes of scratch that backward needs on this many threads.</summary>
+    /// <exception cref="ShapeException">As for <see cref="Backward"/>.</exception>
+    public static long BackwardScratchBytes<T>(in AttentionArguments<T> a, int threads)
         where T : unmanaged, IBinaryFloatingPointIeee754<T>
     {
-        int width = Vector512.IsHardwareAccelerated
-            ? FlashAttention<Lanes512<T>, Vector512<T>, T>.Width
-            : FlashAttention<Lanes256<T>, Vector256<T>, T>.Width;
-        return AttentionScratch<T>.Bytes(headDim, width) * threads;
+        Check(a);
+        var (queries, kept) = LongestSequence(a);
+        return Math.Max(
+            ScratchBytes<T>(a.HeadDim, threads),
+            HasEnoughHeads(a, threads)
+                ? AttentionHeadScratch<T>.Bytes(a.HeadDim, Lanes<T>(), queries, kept) * threads
+                : 0);
     }
 
     /// <summary>Computes o and lse.</summary>
@@ -74,23 +84,81 @@ public static unsafe class FlashAttention
         long row = (long)a.Heads * a.HeadDim, keyRow = (long)a.KvHeads * a.HeadDim;
         RequireRow("o", a.OStride, row);
         RequireRow("do", g.DOStride, row);
+        if (g.DQ.Data is not null) RequireRow("dq", g.DQ.Stride, row);
+        if (g.DK.Data is not null) RequireRow("dk", g.DK.Stride, keyRow);
+        if (g.DV.Data is not null) RequireRow("dv", g.DV.Stride, keyRow);
+        bool keys = g.DK.Data is not null || g.DV.Data is not null;
+        if (keys && g.DQ.Data is not null && HasEnoughHeads(a, workers.Count))
+        {
+            var (queries, kept) = LongestSequence(a);
+            workers.For(
+                a.Sequences * a.KvHeads,
+                new FlashAttention<TLanes, TVector, T>.HeadGradients
+                {
+                    Arguments = a,
+                    Gradients = g,
+                    MostQueries = queries,
+                    KeptKeys = kept,
+                });
+            return;
+        }
+
         int width = FlashAttention<TLanes, TVector, T>.Width;
         if (g.DQ.Data is not null)
         {
-            RequireRow("dq", g.DQ.Stride, row);
             workers.For(
                 QueryBlocks(a, width),
                 new FlashAttention<TLanes, TVector, T>.QueryGradients { Arguments = a, Gradients = g });
         }
 
-        if (g.DK.Data is not null) RequireRow("dk", g.DK.Stride, keyRow);
-        if (g.DV.Data is not null) RequireRow("dv", g.DV.Stride, keyRow);
-        if (g.DK.Data is not null || g.DV.Data is not null)
+        if (keys)
         {
             workers.For(
                 KeyBlocks(a, width),
                 new FlashAttention<TLanes, TVector, T>.KeyGradients { Arguments = a, Gradients = g });
         }
+    }
+
+    private static int Lanes<T>()
+        where T : unmanaged, IBinaryFloatingPointIeee754<T> =>
+        Vector512.IsHardwareAccelerated
+            ? FlashAttention<Lanes512<T>, Vector512<T>, T>.Width
+            : FlashAttention<Lanes256<T>, Vector256<T>, T>.Width;
+
+    /// <summary>
+    /// Whether five products over whole heads end before seven over blocks. Threads that take the next
+    /// head when they are done are done with all of them after total / threads + (1 - 1 / threads) *
+    /// largest at most (Graham 1969); blocks are many and small.
+    /// </summary>
+    private static bool HasEnoughHeads<T>(in AttentionArguments<T> a, int threads)
+        where T : unmanaged, IBinaryFloatingPointIeee754<T>
+    {
+        double total = 0, largest = 0;
+        for (int s = 0; s < a.Sequences; s++)
+        {
+            double pairs = (double)(a.CuSeqlensQ[s + 1] - a.CuSeqlensQ[s])
+                * (a.CuSeqlensK[s + 1] - a.CuSeqlensK[s]);
+            total += pairs * a.KvHeads;
+            largest = Math.Max(largest, pairs);
+        }
+
+        return 5 * (total + ((threads - 1) * largest)) <= 7 * total;
+    }
+
+    /// <summary>
+    /// Most queries of a sequence, and most keys where groups of heads share them, else 0.
+    /// </summary>
+    private static (int Queries, int KeptKeys) LongestSequence<T>(in AttentionArguments<T> a)
+        where T : unmanaged, IBinaryFloatingPointIeee754<T>
+    {
+        int queries = 0, keys = 0;
+        for (int s = 0; s < a.Sequences; s++)
+        {
+            queries = Math.Max(queries, a.CuSeqlensQ[s + 1] - a.CuSeqlensQ[s]);
+            keys = Math.Max(keys, a.CuSeqlensK[s + 1] - a.CuSeqlensK[s]);
+        }
+
+        return (queries, a.Heads > a.KvHeads ? keys : 0);
     }
 
     /// <summary>

@@ -41,21 +41,39 @@ internal unsafe struct AttentionBlock
             sequence++;
         }
 
-        int queries = a.CuSeqlensQ[sequence + 1] - a.CuSeqlensQ[sequence];
+        int kvHead = item / blocks, first = item % blocks * width;
+        AttentionBlock block = OfKeys(a, sequence, kvHead, first, width);
+        if (!lanesAreKeys)
+            block.Lanes = Math.Min(width, (block.Queries * (a.Heads / a.KvHeads)) - first);
+        return block;
+    }
+
+    /// <summary>Up to width keys of a sequence, from first on.</summary>
+    public static AttentionBlock OfKeys<T>(
+        in AttentionArguments<T> a, int sequence, int kvHead, int first, int width)
+        where T : unmanaged, IBinaryFloatingPointIeee754<T>
+    {
         int keys = a.CuSeqlensK[sequence + 1] - a.CuSeqlensK[sequence];
-        int lanes = lanesAreKeys ? keys : queries * (a.Heads / a.KvHeads);
-        int first = item % blocks * width;
         return new AttentionBlock
         {
-            Queries = queries,
+            Queries = a.CuSeqlensQ[sequence + 1] - a.CuSeqlensQ[sequence],
             Keys = keys,
             QueryStart = a.CuSeqlensQ[sequence],
             KeyStart = a.CuSeqlensK[sequence],
-            KvHead = item / blocks,
+            KvHead = kvHead,
             VisibleKeys = a.KeyLengths is null ? keys : Math.Clamp(a.KeyLengths[sequence], 0, keys),
             First = first,
-            Lanes = Math.Min(width, lanes - first),
+            Lanes = Math.Min(width, keys - first),
         };
+    }
+
+    /// <summary>
+    /// How many of the block's keys, the first ones, some query sees, and the first query that does.
+    /// </summary>
+    public readonly int SeenLanes(bool causal, out int from)
+    {
+        from = causal ? Math.Clamp(First - (Keys - Queries), 0, Queries) : 0;
+        return from == Queries ? 0 : Math.Clamp(VisibleKeys - First, 0, Lanes);
     }
 
     /// <summary>How many keys query token (within the sequence) sees.</summary>

@@ -88,9 +88,9 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
     }
 
     /// <summary>s[lane] becomes exp(scale * s - lse); one query, keys as lanes.</summary>
-    private static void Probabilities(T* s, T factor, (T High, T Low) offset)
+    private static void Probabilities(T* s, T factor, in AttentionQuery<T> query)
     {
-        TVector high = TLanes.Broadcast(offset.High), low = TLanes.Broadcast(offset.Low);
+        TVector high = TLanes.Broadcast(query.OffsetHigh), low = TLanes.Broadcast(query.OffsetLow);
         for (int v = 0; v < Width; v += TLanes.Count)
         {
             TVector x = TLanes.Add(TLanes.Add(TLanes.Load(s + v), high), low);

@@ -35,7 +35,7 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
     public override bool Differentiates(int input) => input < 3;
 
     public override void CpuForward<T>(in CpuCall<T> call) =>
-        FlashAttention.Forward(call.Workers, Arguments(call));
+        FlashAttention.Forward(call.Workers, Arguments(call, backward: false));
 
     /// <exception cref="ShapeException">Heads, head dimension or scale make no sense, or are more than
     /// the kernels take. The device's next read throws where starts do not cover the tokens.</exception>
@@ -70,7 +70,7 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
     }
 
     public override void CpuBackward<T>(in CpuCall<T> call) =>
-        FlashAttention.Backward(call.Workers, Arguments(call), new AttentionGradients<T>
+        FlashAttention.Backward(call.Workers, Arguments(call, backward: true), new AttentionGradients<T>
         {
             DO = call.OutputGradient.Data,
             DOStride = call.OutputGradient.Cols,
@@ -161,15 +161,14 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         return part;
     }
 
-    private AttentionArguments<T> Arguments<T>(in CpuCall<T> call)
+    private AttentionArguments<T> Arguments<T>(in CpuCall<T> call, bool backward)
         where T : unmanaged, System.Numerics.IBinaryFloatingPointIeee754<T>
     {
         Matrix<T> q = call.In(0), k = call.In(1), v = call.In(2), lse = call.Saved(0);
         Matrix<int> startsQ = call.Ints(3), startsK = call.Ints(4);
         Cover("cu_seqlens_q", startsQ, q.Rows);
         Cover("cu_seqlens_k", startsK, k.Rows);
-        long scratch = FlashAttention.ScratchBytes<T>(HeadDim, call.Workers.Count) / sizeof(T);
-        return new AttentionArguments<T>
+        var arguments = new AttentionArguments<T>
         {
             Q = q.Data,
             K = k.Data,
@@ -189,7 +188,14 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
             KeyLengths = call.Input(5).Exists ? call.Ints(5).Data : null,
             Causal = Causal,
             Scale = Real.Of<T>(Scale),
-            Scratch = (byte*)call.Scratch(new Shape(checked((int)scratch))).Data,
+            Scratch = null,
+        };
+        long bytes = backward
+            ? FlashAttention.BackwardScratchBytes(arguments, call.Workers.Count)
+            : FlashAttention.ScratchBytes<T>(HeadDim, call.Workers.Count);
+        return arguments with
+        {
+            Scratch = (byte*)call.Scratch(new Shape(checked((int)(bytes / sizeof(T))))).Data,
         };
     }
 
