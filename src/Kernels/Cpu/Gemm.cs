@@ -41,7 +41,8 @@ public sealed unsafe class Gemm : IDisposable
 
     /// <summary>
     /// Elements of a B that stays in the last-level cache: what must be packed of it is packed once for
-    /// all threads, and these divide the rows of A.
+    /// all threads, and these divide the rows of A. Not where packing transposes panels, which is dearer
+    /// than reading all of A: every thread does that for its own columns.
     /// </summary>
     private const int SharedLimit = 1 << 20;
 
@@ -219,7 +220,8 @@ public sealed unsafe class Gemm : IDisposable
         bool packLeft = plan.ACol != 1 || plan.N > NarrowCols;
         plan.DirectB = native && (plan.BLayout == RightLayout.Panels
             || (plan.BLayout == RightLayout.Rows && plan.M <= FewRows));
-        bool smallRight = (long)plan.N * plan.K <= SharedLimit;
+        bool smallRight = (long)plan.N * plan.K <= SharedLimit
+            && plan.BLayout is not RightLayout.TransposedPanels;
         plan.OwnLeft = packLeft && smallRight && plan.M > FewRows;
         packLeft &= !plan.OwnLeft;
         bool shareRight = !plan.DirectB && smallRight;

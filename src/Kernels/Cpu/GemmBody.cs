@@ -47,13 +47,13 @@ internal unsafe struct GemmBody<T, V, I> : IRangeBody
     where V : unmanaged
     where I : ISimd<T, V>
 {
-    private const int Panel = PackedMatrix.PanelRows;
+    private static int Panel => PackedMatrix.PanelRows;
 
     /// <summary>
     /// Rows of A that pass by each panel of B: they stay in the second-level cache meanwhile. A multiple
     /// of every tile's rows.
     /// </summary>
-    private const int CachedRows = 240;
+    private const int CachedRows = 120;
 
     private const int FirstLevelBytes = 32 << 10, LeastDepth = 128;
 
@@ -71,16 +71,32 @@ internal unsafe struct GemmBody<T, V, I> : IRangeBody
             int n = Share(block), cols = Math.Min(Share(block + 1), Plan->N) - n;
             for (int k = Plan->K0; k < Plan->K0 + Plan->KCount; k += Plan->KBlock)
             {
-                int depth = Math.Min(Plan->KBlock, Plan->K0 + Plan->KCount - k);
-                Block(m, rows, n, cols, k, depth, scratch);
+                int tiles = Tiles(rows, I.TileRows) * Tiles(cols, 2 * I.Width);
+                GemmAhead ahead = k + Plan->KBlock < Plan->K0 + Plan->KCount
+                    ? Ahead(block, k + Plan->KBlock, tiles)
+                    : item + 1 < end ? Ahead((item + 1) % Plan->ItemsN, Plan->K0, tiles) : default;
+                Block(m, rows, n, cols, k, Depth(k), scratch, ref ahead);
             }
         }
     }
 
+    private static int Tiles(int count, int size) => (count + size - 1) / size;
+
     private readonly int Share(int block) =>
         (int)((long)block * Plan->Panels / Plan->ItemsN) * Panel;
 
-    private readonly void Block(int m, int rows, int n, int cols, int k, int depth, T* scratch)
+    private readonly int Depth(int k) => Math.Min(Plan->KBlock, Plan->K0 + Plan->KCount - k);
+
+    /// <summary>What is packed next, if anything.</summary>
+    private readonly GemmAhead Ahead(int block, int k, int tiles)
+    {
+        if (Plan->SharedB is not null || Plan->DirectB) return default;
+        int n = Share(block), cols = Math.Min(Share(block + 1), Plan->N) - n;
+        return GemmAhead.Of(*Plan, n, cols, k, Depth(k), tiles);
+    }
+
+    private readonly void Block(
+        int m, int rows, int n, int cols, int k, int depth, T* scratch, ref GemmAhead ahead)
     {
         T* b;
         nint bStep = Panel, bPanel;
@@ -131,6 +147,7 @@ internal unsafe struct GemmBody<T, V, I> : IRangeBody
                 for (int i = top; i < Math.Min(rows, top + down); i += tile)
                     for (int j = start; j < Math.Min(cols, start + across); j += width)
                     {
+                        ahead.Fetch<T, V, I>();
                         int row = m + i, col = n + j;
                         int tileRows = Math.Min(tile, rows - i), some = Math.Min(width, cols - j);
                         T* a = left + (i / tile * leftStep);

@@ -5,14 +5,14 @@ namespace MiniCpmNative.Kernels.Cpu;
 
 /// <summary>
 /// Brings operands into the order in which the tile kernel reads them: A in panels [k][TileRows],
-/// B in panels [k][32], both contiguous along k, so that the inner loop touches few pages.
+/// B in panels [k][P], both contiguous along k, so that the inner loop touches few pages.
 /// </summary>
 internal static unsafe class GemmPack<T, V, I>
     where T : unmanaged, IBinaryFloatingPointIeee754<T>
     where V : unmanaged
     where I : ISimd<T, V>
 {
-    private const int Panel = PackedMatrix.PanelRows;
+    private static int Panel => PackedMatrix.PanelRows;
 
     /// <summary>
     /// One panel of A, m0.. and k0..: to[k * TileRows + i] = a[i, k] for the rows there are; lanes
@@ -57,7 +57,7 @@ internal static unsafe class GemmPack<T, V, I>
     }
 
     /// <summary>
-    /// Columns n0 .. n0 + cols and k0 .. k0 + k of B as panels [cols / 32][k][32].
+    /// Columns n0 .. n0 + cols and k0 .. k0 + k of B as panels [cols / P][k][P].
     /// </summary>
     public static void Right(in GemmPlan<T> plan, int n0, int cols, int k0, int k, T* to)
     {
@@ -103,7 +103,7 @@ internal static unsafe class GemmPack<T, V, I>
         }
     }
 
-    /// <summary>to[p * 32 + j] = from[p * stride + j], j below width.</summary>
+    /// <summary>to[p * P + j] = from[p * stride + j], j below width.</summary>
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
     private static void Copy<S>(byte* from, nint stride, int k, int width, T* to)
         where S : IStorage
@@ -119,7 +119,7 @@ internal static unsafe class GemmPack<T, V, I>
     }
 
     /// <summary>
-    /// to[p * 32 + j] = from[j * stride + p], j below width. Two blocks along p at a time, so that
+    /// to[p * P + j] = from[j * stride + p], j below width. Two blocks along p at a time, so that
     /// a cache line of 16-bit storage is used up before long strides evict it.
     /// </summary>
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]

@@ -20,10 +20,10 @@ internal enum RightLayout
     /// <summary>Rows of n: k is contiguous; packing transposes.</summary>
     Transposed,
 
-    /// <summary>Panels of 32 n: [n / 32][k][32], see <see cref="PackedMatrix"/>.</summary>
+    /// <summary>Panels of P n: [n / P][k][P], see <see cref="PackedMatrix"/>.</summary>
     Panels,
 
-    /// <summary>Panels of 32 k: [k / 32][n][32]; packing transposes.</summary>
+    /// <summary>Panels of P k: [k / P][n][P]; packing transposes.</summary>
     TransposedPanels,
 }
 

@@ -1,8 +1,8 @@
 namespace MiniCpmNative.Kernels.Cpu;
 
 /// <summary>
-/// A frozen weight W[rows, cols] in the order in which products read it: panels of 32 rows, [rows /
-/// 32][cols][32], in the weight's own type, the last panel filled up with zeros. One copy serves y
+/// A frozen weight W[rows, cols] in the order in which products read it: panels of P rows, [rows /
+/// P][cols][P], in the weight's own type, the last panel filled up with zeros. One copy serves y
 /// = x W^T, which streams a panel as it lies (F32 without any packing, 16-bit types widened into a
 /// block that stays in the cache), and dx = dy W, which transposes 16 x 16 elements in registers on
 /// the way: one shuffle per four weights, against as many multiply-adds per weight as x has rows.
@@ -11,8 +11,11 @@ namespace MiniCpmNative.Kernels.Cpu;
 /// </summary>
 public readonly unsafe struct PackedMatrix
 {
-    /// <summary>Rows of a panel.</summary>
-    public const int PanelRows = 32;
+    /// <summary>
+    /// Rows of a panel: two vectors of the widest instructions there are, so that a tile's part of it has
+    /// no gaps, which would leave half of the first-level cache's lines unused.
+    /// </summary>
+    public static readonly int PanelRows = Gemm.Best is InstructionSet.Avx512 ? 32 : 16;
 
     /// <summary>
     /// A matrix packed before, at memory of <see cref="Bytes"/> bytes, 64-byte aligned.
