@@ -145,22 +145,38 @@ internal unsafe struct GemmBody<T, V, I> : IRangeBody
         for (int top = 0; top < rows; top += down)
             for (int start = 0; start < cols; start += across)
                 for (int i = top; i < Math.Min(rows, top + down); i += tile)
-                    for (int j = start; j < Math.Min(cols, start + across); j += width)
+                {
+                    T* a = left + (i / tile * leftStep);
+                    T* c = Plan->C + ((m + i) * Plan->CRow) + (n * Plan->CCol);
+                    int tileRows = Math.Min(tile, rows - i), stop = Math.Min(cols, start + across);
+                    for (int j = start; j < stop; j += width)
                     {
                         ahead.Fetch<T, V, I>();
-                        int row = m + i, col = n + j;
-                        int tileRows = Math.Min(tile, rows - i), some = Math.Min(width, cols - j);
-                        T* a = left + (i / tile * leftStep);
                         T* right = (j < whole ? b + (j / Panel * bPanel) : scratch) + (j % Panel);
                         nint rightStep = j < whole ? bStep : Panel;
-                        to.C = Plan->C + (row * Plan->CRow) + (col * Plan->CCol);
-                        to.Bias = first && Plan->Bias is not null ? Plan->Bias + col : null;
+                        to.C = c + (j * Plan->CCol);
+                        to.Bias = first && Plan->Bias is not null ? Plan->Bias + n + j : null;
                         if (Plan->IsLeftPacked)
-                            Columns<PackedLeft>(tileRows, some, depth, a, 1, tile, right, rightStep, to);
+                            Tile<PackedLeft>(tileRows, cols - j, depth, a, 1, tile, right, rightStep, to);
                         else
-                            Columns<StridedLeft>(
-                                tileRows, some, depth, a, Plan->ARow, 1, right, rightStep, to);
+                            Tile<StridedLeft>(
+                                tileRows, cols - j, depth, a, Plan->ARow, 1, right, rightStep, to);
                     }
+                }
+    }
+
+    /// <summary>Up to two vectors of columns: a whole tile, or what there is of one.</summary>
+    private readonly void Tile<L>(
+        int rows, int cols, nint k, T* a, nint aRow, nint aStep, T* b, nint bStep, in GemmOut<T> to)
+        where L : ILeft
+    {
+        int width = 2 * I.Width;
+        if (rows < I.TileRows || cols < width || Plan->CCol != 1)
+            Columns<L>(rows, Math.Min(width, cols), k, a, aRow, aStep, b, bStep, to);
+        else if (I.TileRows == 12)
+            GemmTile<T, V, I, Rows12, L>.Two(k, a, aRow, aStep, b, bStep, to);
+        else
+            GemmTile<T, V, I, Rows6, L>.Two(k, a, aRow, aStep, b, bStep, to);
     }
 
     /// <summary>Rows m.. of A from k on, in panels or where they lie, and how far it is to the next
