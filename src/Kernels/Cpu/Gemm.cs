@@ -29,11 +29,6 @@ public sealed unsafe class Gemm : IDisposable
     private const int MaxKBlock = 512;
 
     /// <summary>
-    /// Columns of a block of B, which an item packs: with MaxKBlock 768 KiB.
-    /// </summary>
-    private const int MaxNBlock = 384;
-
-    /// <summary>
     /// Elements of A packed at a time, which should stay in the last-level cache.
     /// </summary>
     private const int LeftBudget = 4 << 20;
@@ -45,11 +40,6 @@ public sealed unsafe class Gemm : IDisposable
     /// than reading all of A: every thread does that for its own columns.
     /// </summary>
     private const int SharedLimit = 1 << 20;
-
-    /// <summary>
-    /// Rows of an item that packs them itself: with MaxKBlock 240 KiB of second-level cache.
-    /// </summary>
-    private const int MaxOwnRows = 120;
 
     /// <summary>
     /// A is not packed for fewer columns, B not for fewer rows: each element is used too rarely.
@@ -335,7 +325,7 @@ public sealed unsafe class Gemm : IDisposable
     private void SplitColumns<T>(ref GemmPlan<T> plan, int panels)
         where T : unmanaged
     {
-        int most = MaxNBlock / PackedMatrix.PanelRows;
+        int most = GemmPlan<T>.CachedCols / PackedMatrix.PanelRows;
         int enough = Math.Min(4 * _workers.Count, (panels + 3) / 4);
         int items = Math.Max((panels + most - 1) / most, enough);
         // The same number for each thread, as far as there are panels.
@@ -350,7 +340,8 @@ public sealed unsafe class Gemm : IDisposable
     private int OwnRows<T>(in GemmPlan<T> plan, int tile)
         where T : unmanaged
     {
-        int least = (plan.M + MaxOwnRows - 1) / MaxOwnRows;
+        const int Most = GemmPlan<T>.CachedRows;
+        int least = (plan.M + Most - 1) / Most;
         int items = RoundUp(Math.Max(4 * _workers.Count, least), _workers.Count);
         return RoundUp(Math.Max(2 * tile, (plan.M + items - 1) / items), tile);
     }

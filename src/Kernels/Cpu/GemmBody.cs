@@ -49,12 +49,6 @@ internal unsafe struct GemmBody<T, V, I> : IRangeBody
 {
     private static int Panel => PackedMatrix.PanelRows;
 
-    /// <summary>
-    /// Rows of A that pass by each panel of B: they stay in the second-level cache meanwhile. A multiple
-    /// of every tile's rows.
-    /// </summary>
-    private const int CachedRows = 120;
-
     private const int FirstLevelBytes = 32 << 10, LeastDepth = 128;
 
     public GemmPlan<T>* Plan;
@@ -137,11 +131,7 @@ internal unsafe struct GemmBody<T, V, I> : IRangeBody
         };
         T* left = Left(m, rows, k, depth, scratch, out nint leftStep);
         int tile = I.TileRows, width = 2 * I.Width;
-        // Of the two panels that a tile multiplies, that of B stays in the first-level cache while A's
-        // pass by. Where that is too large, or so shallow that C's memory is the bound and is better
-        // written along its rows, the panel of A stays.
-        bool keepsRight = (long)width * depth * sizeof(T) <= FirstLevelBytes && depth >= LeastDepth;
-        int down = keepsRight ? CachedRows : tile, across = keepsRight ? width : cols;
+        var (down, across) = Reach(depth, cols);
         for (int top = 0; top < rows; top += down)
             for (int start = 0; start < cols; start += across)
                 for (int i = top; i < Math.Min(rows, top + down); i += tile)
@@ -163,6 +153,20 @@ internal unsafe struct GemmBody<T, V, I> : IRangeBody
                                 tileRows, cols - j, depth, a, Plan->ARow, 1, right, rightStep, to);
                     }
                 }
+    }
+
+    /// <summary>
+    /// Rows and columns of a round of tiles. Of the two panels that a tile multiplies, that of B stays in
+    /// the first-level cache while A's pass by, or A's, which is smaller, where B's is too large for it;
+    /// what passes by stays in the second-level cache. Where a sum is so shallow that C's memory is the
+    /// bound, C is written along its rows.
+    /// </summary>
+    private static (int Down, int Across) Reach(int depth, int cols)
+    {
+        int width = 2 * I.Width;
+        if (depth < LeastDepth) return (I.TileRows, cols);
+        bool fits = (long)width * depth * sizeof(T) <= FirstLevelBytes;
+        return (GemmPlan<T>.CachedRows, fits ? width : GemmPlan<T>.CachedCols);
     }
 
     /// <summary>Up to two vectors of columns: a whole tile, or what there is of one.</summary>

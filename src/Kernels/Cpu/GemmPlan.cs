@@ -36,6 +36,12 @@ internal unsafe struct GemmPlan<T>
     /// <summary>Elements behind each panel of A, at least a vector.</summary>
     public const int LeftPad = 16;
 
+    /// <summary>
+    /// Rows of A and columns of B that stay in the second-level cache, one or the other: with 512 of k
+    /// 240 KiB and 768 KiB of F32. Whole tiles and panels of every size.
+    /// </summary>
+    public const int CachedRows = 120, CachedCols = 384;
+
     public int M, N, K;
 
     /// <summary>A[i, k] at A + i * ARow + k * ACol; one of the two is 1.</summary>
