@@ -1,3 +1,4 @@
+using System.Text.Json;
 using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Data.Text;
@@ -16,26 +17,43 @@ public class ChatTests
 
     [TestCase("qwen2-chatml", 108)]
     [TestCase("chatml", 108)]
-    [TestCase("o-4_5", 324)]
+    [TestCase("o-4_5", 383)]
     public void TextsAreThoseOfApplyChatTemplate(string family, int least)
     {
         var format = Format(family);
         int seen = 0;
         foreach (var line in ReferenceText.Lines("templates/chat.jsonl"))
         {
-            // Tool calls and speech are no part of fine-tuning on pictures and text.
             var options = line.GetProperty("kwargs");
-            if (line.GetProperty("family").GetString() != family
-                || line.GetProperty("label").GetString() == "tools"
-                || options.TryGetProperty("use_tts_template", out _)) continue;
+            if (line.GetProperty("family").GetString() != family) continue;
             seen++;
-            var turns = line.GetProperty("messages").EnumerateArray().Select(m => new ChatTurn(
-                m.GetProperty("role").GetString()!, m.GetProperty("content").GetString()!)).ToArray();
+            var turns = line.GetProperty("messages").EnumerateArray().Select(Turn).ToArray();
             string text = format.Render(turns, options.GetProperty("add_generation_prompt").GetBoolean(),
-                options.TryGetProperty("enable_thinking", out var thinking) ? thinking.GetBoolean() : null);
+                options.TryGetProperty("enable_thinking", out var thinking) ? thinking.GetBoolean() : null,
+                options.TryGetProperty("use_tts_template", out var speech) && speech.GetBoolean());
             Assert.That(text, Is.EqualTo(line.GetProperty("text").GetString()));
         }
         Assert.That(seen, Is.GreaterThanOrEqualTo(least));
+    }
+
+    private static ChatTurn Turn(JsonElement message) => new(
+        message.GetProperty("role").GetString()!, message.GetProperty("content").GetString()!,
+        message.TryGetProperty("reasoning_content", out var thought) ? thought.GetString() : null,
+        message.TryGetProperty("tool_calls", out var calls)
+            ? [.. calls.EnumerateArray().Select(ToolCall.Read)] : null);
+
+    // Expected: what Python's json.dumps(json.loads(text), ensure_ascii=False) prints.
+    [TestCase("""{"a" :[1,-0,-0.0,1.0,100000.0] , "b":{}}""", """{"a": [1, 0, -0.0, 1.0, 100000.0], "b": {}}""")]
+    [TestCase("[1e5,1E22,1e15,1e16,123456789012345680,1e-4,0.00001,1e400]",
+        "[100000.0, 1e+22, 1000000000000000.0, 1e+16, 123456789012345680, 0.0001, 1e-05, Infinity]")]
+    [TestCase("[0.1,2.50,1.7976931348623157e308,5e-324,123456.789e-7,-1e-7,9007199254740993.0]",
+        "[0.1, 2.5, 1.7976931348623157e+308, 5e-324, 0.0123456789, -1e-07, 9007199254740992.0]")]
+    [TestCase("""["\u00e9\"\\/\/\u0001\u007f\n\b",null,true,[]]""",
+        "[\"é\\\"\\\\//\\u0001\u007f\\n\\b\", null, true, []]")]
+    public void ArgumentsAreWrittenAsPythonWritesThem(string json, string expected)
+    {
+        using var document = JsonDocument.Parse($"{{\"name\": \"f\", \"arguments\": {json}}}");
+        Assert.That(ToolCall.Read(document.RootElement).Arguments, Is.EqualTo(expected));
     }
 
     [TestCase("v26")]

@@ -4,14 +4,18 @@ using MiniCpmNative.Engine.Config;
 
 namespace MiniCpmNative.Engine.Data.Text;
 
-/// <summary>What one side says: role user, assistant or system.</summary>
-public sealed record ChatTurn(string Role, string Content);
+/// <summary>What one side says: role user, assistant or system; or tool, a function's result.</summary>
+/// <param name="Thought">What an answer thought first, where its content does not hold it.</param>
+/// <param name="Calls">Functions that an answer calls.</param>
+public sealed record ChatTurn(
+    string Role, string Content, string? Thought = null, IReadOnlyList<ToolCall>? Calls = null);
 
 /// <summary>
 /// How a conversation becomes text: ChatML, &lt;|im_start|&gt;role\ncontent&lt;|im_end|&gt;\n for each
 /// turn. Families differ by data: a system prompt put in front where the conversation has none
 /// (Qwen2), or think blocks (Qwen3): every answer behind the last question gets one, an empty one if
-/// it has none, and earlier answers lose theirs.
+/// it has none, and earlier answers lose theirs; functions called stand behind the answer, and their
+/// results in a user's turn.
 ///
 /// A checkpoint says what it wants as a Jinja template. It is recognised, not run: by its markers, its
 /// system prompt and its handling of thoughts. One that does anything else is refused, because
@@ -21,6 +25,7 @@ public sealed partial class ChatFormat
 {
     internal const string TurnStart = "<|im_start|>", TurnEnd = "<|im_end|>";
     internal const string NoThought = "<think>\n\n</think>\n\n";
+    private const string Speech = "<|tts_bos|>";
 
     private ChatFormat(string? defaultSystem, bool thinks) =>
         (DefaultSystem, Thinks) = (defaultSystem, thinks);
@@ -82,15 +87,17 @@ public sealed partial class ChatFormat
     /// <param name="turns">Turns in order; a system turn may come first.</param>
     /// <param name="addGenerationPrompt">Ends with the head of an answer.</param>
     /// <param name="enableThinking">Qwen3: false closes the thoughts of that answer.</param>
+    /// <param name="speech">That answer is to be spoken (use_tts_template of o-4_5).</param>
     public string Render(
-        IReadOnlyList<ChatTurn> turns, bool addGenerationPrompt = false, bool? enableThinking = null)
+        IReadOnlyList<ChatTurn> turns, bool addGenerationPrompt = false, bool? enableThinking = null,
+        bool speech = false)
     {
         var text = new StringBuilder();
         foreach (var turn in Turns(turns))
             text.Append(TurnStart).Append(turn.Role).Append('\n').Append(turn.Content)
                 .Append(TurnEnd).Append('\n');
         if (addGenerationPrompt)
-            text.Append(TurnStart).Append(AnswerHead(enableThinking));
+            text.Append(TurnStart).Append(AnswerHead(enableThinking)).Append(speech ? Speech : "");
         return text.ToString();
     }
 
@@ -106,10 +113,20 @@ public sealed partial class ChatFormat
             written.Add(new ChatTurn("system", DefaultSystem));
         int question = Thinks ? LastQuestion(turns) : 0;
         for (int i = 0; i < turns.Count; i++)
-            written.Add(Thinks && turns[i].Role == "assistant"
-                ? Answer(turns[i], behind: i > question, last: i == turns.Count - 1) : turns[i]);
+        {
+            if (!Thinks || turns[i].Role is not ("assistant" or "tool")) written.Add(turns[i]);
+            else if (turns[i].Role == "assistant")
+                written.Add(Answer(turns[i], behind: i > question, last: i == turns.Count - 1));
+            else if (i == 0 || turns[i - 1].Role != "tool")
+                written.Add(new ChatTurn("user", Results(turns.Skip(i))));
+        }
         return written;
     }
+
+    // Results that follow each other stand in one turn.
+    private static string Results(IEnumerable<ChatTurn> turns) => string.Join('\n', turns
+        .TakeWhile(turn => turn.Role == "tool")
+        .Select(turn => $"<tool_response>\n{turn.Content}\n</tool_response>"));
 
     private static int LastQuestion(IReadOnlyList<ChatTurn> turns)
     {
@@ -124,9 +141,9 @@ public sealed partial class ChatFormat
     private static ChatTurn Answer(ChatTurn turn, bool behind, bool last)
     {
         const string Open = "<think>", Close = "</think>";
-        string content = turn.Content, thought = "";
+        string content = turn.Content, thought = turn.Thought ?? "";
         int close = content.IndexOf(Close, StringComparison.Ordinal);
-        if (close >= 0)
+        if (close >= 0 && turn.Thought is null)
         {
             thought = content[..close].TrimEnd('\n');
             int open = thought.LastIndexOf(Open, StringComparison.Ordinal);
@@ -134,9 +151,12 @@ public sealed partial class ChatFormat
             content = content[(content.LastIndexOf(Close, StringComparison.Ordinal) + Close.Length)..]
                 .TrimStart('\n');
         }
+        string calls = string.Join('\n', (turn.Calls ?? []).Select(call =>
+            $"<tool_call>\n{{\"name\": \"{call.Name}\", \"arguments\": {call.Arguments}}}\n</tool_call>"));
+        if (content.Length > 0 && calls.Length > 0) calls = "\n" + calls;
         if (behind && (last || thought.Length > 0))
             content = $"{Open}\n{thought.Trim('\n')}\n{Close}\n\n{content.TrimStart('\n')}";
-        return turn with { Content = content };
+        return turn with { Content = content + calls };
     }
 
     // A literal of the template: <|im_start|>system, a line end (real or escaped), the prompt.
