@@ -29,6 +29,11 @@ public sealed unsafe class Gemm : IDisposable
     private const int MaxKBlock = 512;
 
     /// <summary>
+    /// Columns of a block of B, which an item packs: with MaxKBlock 768 KiB.
+    /// </summary>
+    private const int MaxNBlock = 384;
+
+    /// <summary>
     /// Elements of A packed at a time, which should stay in the last-level cache.
     /// </summary>
     private const int LeftBudget = 4 << 20;
@@ -325,7 +330,7 @@ public sealed unsafe class Gemm : IDisposable
     private void SplitColumns<T>(ref GemmPlan<T> plan, int panels)
         where T : unmanaged
     {
-        int most = GemmPlan<T>.CachedCols / PackedMatrix.PanelRows;
+        int most = MaxNBlock / PackedMatrix.PanelRows;
         int enough = Math.Min(4 * _workers.Count, (panels + 3) / 4);
         int items = Math.Max((panels + most - 1) / most, enough);
         // The same number for each thread, as far as there are panels.

@@ -37,10 +37,10 @@ internal unsafe struct GemmPlan<T>
     public const int LeftPad = 16;
 
     /// <summary>
-    /// Rows of A and columns of B that stay in the second-level cache, one or the other: with 512 of k
-    /// 240 KiB and 768 KiB of F32. Whole tiles and panels of every size.
+    /// Rows of A and columns of B that stay in the second-level cache: with 512 of k 240 KiB and, where
+    /// B's panels do not stay in the first, 384 KiB of F32. Whole tiles and panels of every size.
     /// </summary>
-    public const int CachedRows = 120, CachedCols = 384;
+    public const int CachedRows = 120, CachedCols = 192;
 
     public int M, N, K;
 
