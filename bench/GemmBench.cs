@@ -216,14 +216,16 @@ internal static unsafe class GemmBench
 
         private readonly delegate* unmanaged<int, void> _setThreads;
         private readonly delegate* unmanaged<
-            int, int, int, int, int, int, float, void*, int, void*, int, float, void*, int, void> _gemm;
+            int, int, int, int, int, int, float, void*, int, void*, int, float, void*, int,
+            void> _gemm;
 
         private OpenBlas(nint library)
         {
             _setThreads = (delegate* unmanaged<int, void>)
                 NativeLibrary.GetExport(library, "openblas_set_num_threads");
             _gemm = (delegate* unmanaged<
-                int, int, int, int, int, int, float, void*, int, void*, int, float, void*, int, void>)
+                int, int, int, int, int, int, float, void*, int, void*, int, float, void*,
+                int, void>)
                 NativeLibrary.GetExport(library, "cblas_sgemm");
         }
 

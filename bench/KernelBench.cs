@@ -8,10 +8,11 @@ using MiniCpmNative.Tests;
 namespace MiniCpmNative.Bench;
 
 /// <summary>
-/// bench kernels [operation ...]: what each kernel of kernels.cu moves and computes, forward and backward
-/// of every operation at the production shapes of tests/OpCases.cs in bf16, and one optimizer step of 4
-/// million parameters, counted by the emulated GPU while it runs them, and the time below which no GPU of a kind can be: the longest of bytes, float and
-/// matrix work at the datasheet's peaks. Where a GPU is, each launch is timed on it as well.
+/// bench kernels [operation ...]: what each kernel of kernels.cu moves and computes, forward and
+/// backward of every operation at the production shapes of tests/OpCases.cs in bf16, and one
+/// optimizer step of 4 million parameters, counted by the emulated GPU while it runs them, and the
+/// time below which no GPU of a kind can be: the longest of bytes, float and matrix work at the
+/// datasheet's peaks. Where a GPU is, each launch is timed on it as well.
 /// </summary>
 internal static class KernelBench
 {
@@ -25,11 +26,13 @@ internal static class KernelBench
     ];
 
     // Something to run: what it needs is made once, and given back with how to run it again.
-    private sealed record Subject(string Name, Func<CudaDevice, (Action Again, IDisposable? Owner)> Prepare);
+    private sealed record Subject(string Name,
+        Func<CudaDevice, (Action Again, IDisposable? Owner)> Prepare);
 
     private static IEnumerable<Subject> Subjects =>
     [
-        .. OpCases.All.Where(HasKernels).Select(c => new Subject(c.Name, device => Operation(device, c))),
+        .. OpCases.All.Where(HasKernels)
+        .Select(c => new Subject(c.Name, device => Operation(device, c))),
         new("adamw", device => Optimizer(device, DType.F32)),
         new("adamw_bf16", device => Optimizer(device, DType.BF16)),
     ];
@@ -40,7 +43,8 @@ internal static class KernelBench
         public (double Time, char Limit) Bound(double memory, double @float, double tensor) =>
             new[]
             {
-                (Bytes / memory / 1e3, 'm'), (Flops / @float / 1e6, 'f'), (TensorFlops / tensor / 1e6, 't'),
+                (Bytes / memory / 1e3, 'm'), (Flops / @float / 1e6, 'f'),
+                (TensorFlops / tensor / 1e6, 't'),
             }.Max();
     }
 
@@ -67,7 +71,8 @@ internal static class KernelBench
             return 1;
         }
 
-        Dictionary<string, Dictionary<string, double>> timed = real is null ? [] : Time(subjects, real);
+        Dictionary<string, Dictionary<string, double>> timed = real is null
+            ? [] : Time(subjects, real);
         Dictionary<string, (string Kernel, Work Work)[]> counted = Count(subjects, nvrtc);
         Print(subjects, counted, timed);
         return 0;
@@ -92,7 +97,8 @@ internal static class KernelBench
     // Where no driver is, any NVRTC will do, also the one of tests/install-cuda-tools.sh.
     private static NvrtcApi Nvrtc()
     {
-        var search = new CudaSearch(name => Environment.GetEnvironmentVariable(name) is { Length: > 0 } set
+        var search =
+            new CudaSearch(name => Environment.GetEnvironmentVariable(name) is { Length: > 0 } set
             ? set
             : name == CudaSearch.OverrideVariable ? "/opt/cpmx-cuda/lib" : null);
         return NvrtcApi.Load(search, major: 0);
@@ -120,7 +126,8 @@ internal static class KernelBench
     }
 
     // The shortest of several rounds, in microseconds by kernel.
-    private static Dictionary<string, Dictionary<string, double>> Time(Subject[] subjects, CudaApi api)
+    private static Dictionary<string, Dictionary<string, double>> Time(Subject[] subjects,
+        CudaApi api)
     {
         var timed = new Dictionary<string, Dictionary<string, double>>();
         LaunchClock.Attach(api.Driver);
@@ -143,12 +150,14 @@ internal static class KernelBench
             owner?.Dispose();
         }
 
-        Console.WriteLine($"timed on {context.Name} by events around each launch, best of {Rounds} rounds");
+        Console.WriteLine(
+            $"timed on {context.Name} by events around each launch, best of {Rounds} rounds");
         return timed;
     }
 
     private static CudaDevice Device(CudaContext context) =>
-        new(context, new ModuleCompiler(context.Api.Nvrtc, cache: null), DType.BF16, stepBytes: 1L << 30);
+        new(context, new ModuleCompiler(context.Api.Nvrtc, cache: null), DType.BF16,
+            stepBytes: 1L << 30);
 
     // Forward and backward have run once.
     private static (Action, IDisposable?) Operation(CudaDevice device, OpCase c)
@@ -167,8 +176,8 @@ internal static class KernelBench
         }
     }
 
-    // The norm of the gradient and a step with bf16 weights over float masters. All zeros: no kernel's
-    // work depends on the numbers.
+    // The norm of the gradient and a step with bf16 weights over float masters. All zeros: no
+    // kernel's work depends on the numbers.
     private static (Action, IDisposable?) Optimizer(CudaDevice device, DType moments)
     {
         Tensor New(DType type) => device.Allocate(new(type, new Shape(Parameters)), "adamw");
@@ -185,23 +194,28 @@ internal static class KernelBench
         }
     }
 
-    private static void Print(Subject[] subjects, Dictionary<string, (string Kernel, Work Work)[]> counted,
+    private static void Print(Subject[] subjects,
+        Dictionary<string, (string Kernel, Work Work)[]> counted,
         Dictionary<string, Dictionary<string, double>> timed)
     {
         CultureInfo.CurrentCulture = CultureInfo.InvariantCulture;
-        Console.WriteLine("bytes (distinct 32-byte sectors) and FLOPs of forward and backward together,");
-        Console.WriteLine("counted by the emulated GPU; times are LOWER BOUNDS in us at datasheet peaks,");
+        Console.WriteLine(
+            "bytes (distinct 32-byte sectors) and FLOPs of forward and backward together,");
+        Console.WriteLine(
+            "counted by the emulated GPU; times are LOWER BOUNDS in us at datasheet peaks,");
         Console.WriteLine("not measurements: m(emory), f(loat) or t(ensor cores) is what limits");
         foreach (var gpu in s_gpus)
             Console.WriteLine($"  {gpu.Name}: {gpu.Memory} GB/s, {gpu.Float} TFLOP/s float, "
                 + $"{gpu.Tensor} TFLOP/s bf16");
-        Console.Write($"{"operation",-20} {"kernel",-30} {"n",3} {"MB",9} {"MFLOP",9} {"tensor",9}");
+        Console.Write(
+            $"{"operation",-20} {"kernel",-30} {"n",3} {"MB",9} {"MFLOP",9} {"tensor",9}");
         foreach (var gpu in s_gpus) Console.Write($" {gpu.Name,10}");
         Console.WriteLine(timed.Count > 0 ? $" {"measured",10}" : "");
         foreach (Subject c in subjects)
             foreach ((string kernel, Work work) in counted[c.Name])
             {
-                Console.Write($"{c.Name,-20} {kernel,-30} {work.Launches,3} {work.Bytes / 1e6,9:F2} "
+                Console.Write(
+                    $"{c.Name,-20} {kernel,-30} {work.Launches,3} {work.Bytes / 1e6,9:F2} "
                     + $"{work.Flops / 1e6,9:F1} {work.TensorFlops / 1e6,9:F1}");
                 foreach (var gpu in s_gpus)
                 {

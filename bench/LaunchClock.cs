@@ -4,8 +4,8 @@ using MiniCpmNative.Kernels.Cuda;
 namespace MiniCpmNative.Bench;
 
 /// <summary>
-/// Times every kernel launch of a driver table by events before and after it on its stream, under the
-/// kernel's name. It takes the place of two entries of the table; one table at a time.
+/// Times every kernel launch of a driver table by events before and after it on its stream, under
+/// the kernel's name. It takes the place of two entries of the table; one table at a time.
 /// </summary>
 internal static unsafe class LaunchClock
 {
@@ -34,7 +34,8 @@ internal static unsafe class LaunchClock
         foreach ((string kernel, nint start, nint end) in s_launches)
         {
             float milliseconds = 0;
-            s_driver.Check(s_driver.EventElapsedTime(&milliseconds, start, end), "cuEventElapsedTime");
+            s_driver.Check(s_driver.EventElapsedTime(&milliseconds, start, end),
+                "cuEventElapsedTime");
             sums[kernel] = sums.GetValueOrDefault(kernel) + milliseconds;
             s_driver.EventDestroy(start);
             s_driver.EventDestroy(end);
@@ -53,7 +54,8 @@ internal static unsafe class LaunchClock
     }
 
     [UnmanagedCallersOnly]
-    private static int Launch(nint function, uint gridX, uint gridY, uint gridZ, uint blockX, uint blockY,
+    private static int Launch(nint function, uint gridX, uint gridY, uint gridZ, uint blockX,
+        uint blockY,
         uint blockZ, uint shared, nint stream, void** arguments, void** extra)
     {
         nint start = 0, end = 0;

@@ -12,8 +12,8 @@ using MiniCpmNative.Tests;
 namespace MiniCpmNative.Bench;
 
 /// <summary>
-/// Forward and backward of every operation at the production shapes of tests/OpCases.cs, float, on all
-/// cores. `bench ops [name ...]`: the operations named, or all.
+/// Forward and backward of every operation at the production shapes of tests/OpCases.cs, float, on
+/// all cores. `bench ops [name ...]`: the operations named, or all.
 /// </summary>
 public class OpBench
 {
@@ -32,7 +32,8 @@ public class OpBench
         string[] all = [.. OpCases.All.Select(c => c.Name)];
         foreach (string name in args.Except(all))
         {
-            Console.Error.WriteLine($"bench ops: no operation {name}; there are {string.Join(" ", all)}");
+            Console.Error.WriteLine(
+                $"bench ops: no operation {name}; there are {string.Join(" ", all)}");
             return;
         }
 

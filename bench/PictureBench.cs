@@ -82,7 +82,8 @@ public static class PictureBench
         {
             TimeSpan decoding = TimeSpan.MaxValue, cutting = decoding, all = decoding;
             long allocated = GC.GetAllocatedBytesForCurrentThread();
-            long end = Stopwatch.GetTimestamp() + (long)(Stopwatch.Frequency * seconds / files.Count);
+            long end = Stopwatch.GetTimestamp()
+                + (long)(Stopwatch.Frequency * seconds / files.Count);
             int n = 0;
             for (; n == 0 || Stopwatch.GetTimestamp() < end; n++)
             {
@@ -105,7 +106,8 @@ public static class PictureBench
 
     private static TimeSpan Least(TimeSpan a, TimeSpan b) => a < b ? a : b;
 
-    private static void Patches(PatchStrips strips, Picture picture, int slices, ref float[] patches)
+    private static void Patches(PatchStrips strips, Picture picture, int slices,
+        ref float[] patches)
     {
         var plan = Slicer.Plan(picture.Size, slices);
         long length = strips.Patches(plan) * strips.PatchLength;

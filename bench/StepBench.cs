@@ -12,9 +12,10 @@ using MiniCpmNative.Kernels.Ops;
 namespace MiniCpmNative.Bench;
 
 /// <summary>
-/// bench step: one LoRA training step of a small decoder in F32: forward, backward and AdamW, adapters on
-/// q, k, v, o, everything else frozen, every position supervised. The shapes are those of a plain
-/// PyTorch program, so that both can be timed in turn; prints the best and the median of the steps.
+/// bench step: one LoRA training step of a small decoder in F32: forward, backward and AdamW,
+/// adapters on q, k, v, o, everything else frozen, every position supervised. The shapes are those
+/// of a plain PyTorch program, so that both can be timed in turn;
+/// prints the best and the median of the steps.
 /// </summary>
 internal static class StepBench
 {
@@ -42,11 +43,12 @@ internal static class StepBench
             + $"{Flops() / 1e9:F1} GF/step -> {Flops() / seconds[0] / 1e9:F1} GF/s");
     }
 
-    // As the peer counts them: dense layers forward and dX, adapters with dA and dB too, attention over
-    // the whole square.
+    // As the peer counts them: dense layers forward and dX, adapters with dA and dB too, attention
+    // over the whole square.
     private static double Flops()
     {
-        double dense = (Layers * ((4.0 * Width * Width) + (3.0 * Width * Intermediate))) + (Vocabulary * Width);
+        double dense = (Layers * ((4.0 * Width * Width) + (3.0 * Width * Intermediate)))
+            + (Vocabulary * Width);
         double adapters = Layers * 4.0 * 2 * Rank * Width;
         return (2.0 * Tokens * ((dense * 2) + (adapters * 3)))
             + (Layers * 6.0 * 2 * Tokens * Tokens * Width);
@@ -74,7 +76,8 @@ internal static class StepBench
         public Step(int threads)
         {
             var decoder = new DecoderSpec(
-                Vocabulary, Width, Intermediate, Layers, Heads, Heads, Width / Heads, 1e-6f, QkvBias: false,
+                Vocabulary, Width, Intermediate, Layers, Heads, Heads, Width / Heads, 1e-6f,
+                QkvBias: false,
                 TiedHead: false, 10000, ImmutableArray<double>.Empty, Tokens);
             _device = new CpuDevice(threads);
             _graph = new Graph(_device);
@@ -84,7 +87,8 @@ internal static class StepBench
                 Adapters adapters = WriteModel(folder);
                 using var checkpoint = Checkpoint.Open(folder);
                 _trainables = new Trainables(_device, adapters.List.SelectMany(Parts));
-                var weights = new ModelWeights(_graph, checkpoint, _trainables, adapters, DType.F32);
+                var weights =
+                    new ModelWeights(_graph, checkpoint, _trainables, adapters, DType.F32);
                 _embedding = weights.Table("llm.model.embed_tokens.weight");
                 _head = weights.Matrix("llm.lm_head.weight");
                 _decoder = new Decoder(decoder, weights, checkpoint: false);
@@ -106,7 +110,8 @@ internal static class StepBench
             _device.Random = new Randomness(1, (ulong)step, Dropout: true);
             _graph.ClearGradients();
             _batch.Load(_rows);
-            Tensor hidden = _decoder.Forward(_graph, _graph.Run(_embed, _embedding, _batch.Tokens), _batch, null);
+            Tensor hidden = _decoder.Forward(_graph, _graph.Run(_embed, _embedding, _batch.Tokens),
+                _batch, null);
             Tensor loss = _graph.Run(_loss, hidden, _head, _batch.LabelRows, _batch.Targets);
             Span<float> value = stackalloc float[1];
             _device.Read(loss, value);
@@ -123,9 +128,11 @@ internal static class StepBench
         private static IEnumerable<Trainable> Parts(Adapter adapter)
         {
             yield return new(
-                Adapters.NameOfA(adapter.Module), new Shape(adapter.Rank, adapter.Inputs), DType.F32, true);
+                Adapters.NameOfA(adapter.Module), new Shape(adapter.Rank, adapter.Inputs),
+                DType.F32, true);
             yield return new(
-                Adapters.NameOfB(adapter.Module), new Shape(adapter.Outputs, adapter.Rank), DType.F32, true);
+                Adapters.NameOfB(adapter.Module), new Shape(adapter.Outputs, adapter.Rank),
+                DType.F32, true);
         }
 
         private void Fill()
@@ -157,7 +164,8 @@ internal static class StepBench
                 string layer = $"llm.model.layers.{i}.";
                 Ones(layer + "input_layernorm.weight");
                 Ones(layer + "post_attention_layernorm.weight");
-                foreach (string name in (ReadOnlySpan<string>)["q_proj", "k_proj", "v_proj", "o_proj"])
+                foreach (string name
+                    in (ReadOnlySpan<string>)["q_proj", "k_proj", "v_proj", "o_proj"])
                 {
                     Matrix($"{layer}self_attn.{name}.weight", Width, Width);
                     adapters.Add(new Adapter(

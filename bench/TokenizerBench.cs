@@ -26,7 +26,8 @@ public static class TokenizerBench
         byte[] json = File.Exists(plain) ? File.ReadAllBytes(plain) : Unpacked(plain + ".gz");
         var watch = Stopwatch.StartNew();
         var tokenizer = Tokenizer.Parse(json, null, plain);
-        Console.WriteLine($"load                {watch.ElapsedMilliseconds,7} ms  {json.Length:N0} bytes");
+        Console.WriteLine(
+            $"load                {watch.ElapsedMilliseconds,7} ms  {json.Length:N0} bytes");
         if (args.Length < 2)
         {
             Measure("english", English(tokenizer), tokenizer);
@@ -88,7 +89,8 @@ public static class TokenizerBench
         var text = new StringBuilder();
         while (text.Length < Chars)
         {
-            for (int n = random.Next(4, 20); n > 0; n--) text.Append(signs[Zipf(random, signs.Length)]);
+            for (int n = random.Next(4, 20); n > 0; n--)
+                text.Append(signs[Zipf(random, signs.Length)]);
             text.Append("，，。；：！？"[random.Next(7)]);
         }
         return text.ToString();

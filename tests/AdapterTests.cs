@@ -11,7 +11,8 @@ namespace MiniCpmNative.Tests;
 [TestFixture]
 public sealed class AdapterTests
 {
-    private static readonly string s_committed = Path.Combine(ReferenceFile.Root, "v26", "adapters");
+    private static readonly string s_committed =
+        Path.Combine(ReferenceFile.Root, "v26", "adapters");
 
     private static readonly ParameterTable s_table =
         ModelSpec.Read(Path.Combine(ReferenceFile.Root, "v26", "model")).Parameters;
@@ -37,9 +38,11 @@ public sealed class AdapterTests
         var stored = adapter.Match(s_table);
         Assert.That(stored, Has.Count.EqualTo(tensors));
         using var file = SafetensorsFile.Open(Path.Combine(Adapter(name), AdapterFile.WeightsName));
-        Assert.That(stored.Values.Select(t => t.Name), Is.EquivalentTo(file.Tensors.Select(t => t.Name)));
+        Assert.That(stored.Values.Select(t => t.Name),
+            Is.EquivalentTo(file.Tensors.Select(t => t.Name)));
         foreach (var (key, tensor) in stored)
-            Assert.That(tensor.Name.Replace(".base_layer.", "."), Is.EqualTo("base_model.model." + key));
+            Assert.That(tensor.Name.Replace(".base_layer.", "."),
+                Is.EqualTo("base_model.model." + key));
     }
 
     [Test]
@@ -48,12 +51,16 @@ public sealed class AdapterTests
         var config = AdapterConfig.Read(ConfigOf("trained_lora_official"));
         var layout = AdapterLayout.Create(s_table, config, "x");
         using var json = JsonDocument.Parse(
-            File.ReadAllBytes(Path.Combine(s_committed, "peft021_official", "adapter_model_tensors.json")));
-        Assert.That(layout.Tensors.Select(t => $"{t.FileName} {t.Shape}").Order(StringComparer.Ordinal),
+            File.ReadAllBytes(
+                Path.Combine(s_committed, "peft021_official", "adapter_model_tensors.json")));
+        Assert.That(layout.Tensors.Select(t => $"{t.FileName} {t.Shape}")
+            .Order(StringComparer.Ordinal),
             Is.EqualTo(json.RootElement.EnumerateObject().Select(p => p.Name + " ["
-                + string.Join(", ", p.Value.GetProperty("shape").EnumerateArray().Select(e => e.GetInt32())) + "]")
+                + string.Join(", ",
+                    p.Value.GetProperty("shape").EnumerateArray().Select(e => e.GetInt32())) + "]")
                 .Order(StringComparer.Ordinal)));
-        Assert.That(layout.Saved.Sum(t => t.Shape.Count) + layout.Targets.Sum(t => 8L * (t.Inputs + t.Outputs)),
+        Assert.That(layout.Saved.Sum(t => t.Shape.Count)
+            + layout.Targets.Sum(t => 8L * (t.Inputs + t.Outputs)),
             Is.EqualTo(1852736), "trainable parameters that PEFT counts");
     }
 
@@ -65,10 +72,12 @@ public sealed class AdapterTests
     {
         var config = AdapterConfig.Read(ConfigOf("variant_" + variant));
         var layout = AdapterLayout.Create(s_table, config, "x");
-        using var json = JsonDocument.Parse(File.ReadAllBytes(Path.Combine(s_committed, "modules.json")));
+        using var json =
+            JsonDocument.Parse(File.ReadAllBytes(Path.Combine(s_committed, "modules.json")));
         var expected = json.RootElement.GetProperty(variant).EnumerateObject()
             .Select(p => $"{p.Name} {p.Value[0]} {p.Value[1]} {p.Value[2].GetDouble()}").ToList();
-        Assert.That(layout.Targets.Select(t => $"{t.Name} {config.Rank} {config.Alpha} {config.Scale}"),
+        Assert.That(
+            layout.Targets.Select(t => $"{t.Name} {config.Rank} {config.Alpha} {config.Scale}"),
             Is.EquivalentTo(expected));
     }
 
@@ -79,7 +88,8 @@ public sealed class AdapterTests
         var layout = AdapterLayout.Create(s_table, config, "x");
         string[] expected = [.. from layer in new[] { 0, 1 } from part in new[] { "q", "k", "v" }
             select $"llm.model.layers.{layer}.self_attn.{part}_proj"];
-        Assert.That(layout.Biases.Select(b => b.Name), Is.EqualTo(expected.Select(m => m + ".bias")));
+        Assert.That(layout.Biases.Select(b => b.Name),
+            Is.EqualTo(expected.Select(m => m + ".bias")));
         AdapterFile.Write(At("a"), config, layout, layout.Tensors.Select(Zeros));
         using var written = AdapterFile.Open(At("a"));
         var stored = written.Match(s_table);
@@ -135,7 +145,8 @@ public sealed class AdapterTests
     [TestCase("target_modules", "[]", "key \"target_modules\" names no module")]
     [TestCase("target_modules", "[\"\"]", "key \"target_modules\" names no module")]
     [TestCase("target_modules", "\"(\"", "target_modules: \"(\" is not a regular expression")]
-    [TestCase("layers_to_transform", "1", "key \"layers_to_transform\" cannot go with a regular expression")]
+    [TestCase("layers_to_transform", "1",
+        "key \"layers_to_transform\" cannot go with a regular expression")]
     [TestCase("layers_to_transform", "[-1]", "key \"layers_to_transform[0]\" is -1")]
     [TestCase("modules_to_save", "[1]", "key \"modules_to_save[0]\" is 1, expected text")]
     public void WrongValuesAreRefused(string key, string value, string expected) =>
@@ -160,14 +171,18 @@ public sealed class AdapterTests
     [TestCase("variant_bias_all")]
     [TestCase("variant_bias_lora_only")]
     public void ConfigurationsAreWrittenAsPeftWritesThem(string name) =>
-        Assert.That(AdapterConfig.Read(ConfigOf(name)).ToJson(), Is.EqualTo(File.ReadAllText(ConfigOf(name))));
+        Assert.That(AdapterConfig.Read(ConfigOf(name)).ToJson(),
+            Is.EqualTo(File.ReadAllText(ConfigOf(name))));
 
     [Test]
     public void FractionsAreWrittenAsPythonDoes()
     {
-        var config = AdapterConfig.Read(ConfigOf("trained_lora_only")) with { Dropout = 0.05, Alpha = 2.5 };
-        Assert.That(config.ToJson(), Does.Contain("\"lora_dropout\": 0.05,").And.Contain("\"lora_alpha\": 2.5,"));
-        Assert.That((config with { Dropout = 1e-5 }).ToJson(), Does.Contain("\"lora_dropout\": 1e-05,"));
+        var config =
+            AdapterConfig.Read(ConfigOf("trained_lora_only")) with { Dropout = 0.05, Alpha = 2.5 };
+        Assert.That(config.ToJson(),
+            Does.Contain("\"lora_dropout\": 0.05,").And.Contain("\"lora_alpha\": 2.5,"));
+        Assert.That((config with { Dropout = 1e-5 }).ToJson(),
+            Does.Contain("\"lora_dropout\": 1e-05,"));
     }
 
     [Test]
@@ -180,8 +195,10 @@ public sealed class AdapterTests
             TensorToSave.Raw(t.Name, DType.F32, t.Shape, stored[t.Name].Data)));
         foreach (string file in new[] { AdapterFile.WeightsName, AdapterConfig.FileName })
             Assert.That(File.ReadAllBytes(Path.Combine(At("copy"), file)),
-                Is.EqualTo(File.ReadAllBytes(Path.Combine(s_committed, "trained_lora_only", file))));
-        Assert.That(() => AdapterFile.Write(At("copy"), adapter.Config, layout, []), Throws.ArgumentException);
+                Is.EqualTo(File.ReadAllBytes(
+                    Path.Combine(s_committed, "trained_lora_only", file))));
+        Assert.That(() =>
+            AdapterFile.Write(At("copy"), adapter.Config, layout, []), Throws.ArgumentException);
         Assert.That(() => AdapterFile.Write(At("copy"), adapter.Config, layout,
             layout.Tensors.Select(Zeros).Append(Zeros(new AdapterTensor("x", "x", new Shape(1))))),
             Throws.ArgumentException);
@@ -194,31 +211,43 @@ public sealed class AdapterTests
         var layout = AdapterLayout.Create(s_table, config, "x");
         AdapterFile.Write(At("a"), config, layout, layout.Tensors.Select(Zeros));
         var tensors = layout.Tensors.Select(t => Zeros(t) with { Name = t.FileName }).ToList();
-        tensors[0] = tensors[0] with { Name = "base_model.model.llm.model.layers.7.self_attn.q_proj.lora_A.weight" };
+        tensors[0] = tensors[0] with
+        {
+            Name =
+            "base_model.model.llm.model.layers.7.self_attn.q_proj.lora_A.weight"
+        };
         tensors[1] = Zeros(new AdapterTensor(tensors[1].Name, "", new Shape(256, 7)));
-        tensors.Add(Zeros(new AdapterTensor("base_model.model.resampler.query", "", new Shape(64, 256))));
+        tensors.Add(
+            Zeros(new AdapterTensor("base_model.model.resampler.query", "", new Shape(64, 256))));
         SafetensorsWriter.Write(Path.Combine(At("a"), AdapterFile.WeightsName), tensors);
         using var adapter = AdapterFile.Open(At("a"));
-        Assert.That(() => adapter.Match(s_table), Refuses("adapter_model.safetensors: the tensors do not fit:"
+        Assert.That(() =>
+            adapter.Match(s_table), Refuses("adapter_model.safetensors: the tensors do not fit:"
             + " 1 missing: base_model.model.llm.model.layers.0.self_attn.q_proj.lora_A.weight; 2 unmatched:"
             + " base_model.model.llm.model.layers.7.self_attn.q_proj.lora_A.weight (not among target_modules),"
             + " base_model.model.resampler.query (not among modules_to_save); 1 misshaped:"
             + " base_model.model.llm.model.layers.0.self_attn.q_proj.lora_B.weight [256, 7] (expected [256, 8])"));
     }
 
-    // What PEFT does with each is in the comments of the layout; the names are the official model's.
-    [TestCase("""["q_porj"]""", "target_modules \"q_porj\" is no module of the model (did you mean \"q_proj\"?)")]
+    // What PEFT does with each is in the comments of the layout;
+    // the names are the official model's.
+    [TestCase("""["q_porj"]""",
+        "target_modules \"q_porj\" is no module of the model (did you mean \"q_proj\"?)")]
     [TestCase("""["proj"]""", "target_modules \"proj\" is no module")]
-    [TestCase("""["self_attn"]""", "matches what is no linear layer: llm.model.layers.0.self_attn, ")]
-    [TestCase("""["out_proj"]""", "matches resampler.attn.out_proj, whose attention reads the weight directly")]
+    [TestCase("""["self_attn"]""",
+        "matches what is no linear layer: llm.model.layers.0.self_attn, ")]
+    [TestCase("""["out_proj"]""",
+        "matches resampler.attn.out_proj, whose attention reads the weight directly")]
     [TestCase("""["embed_tokens"]""", "matches what is no linear layer: llm.model.embed_tokens")]
     [TestCase("\"all-linear\"", "target_modules \"all-linear\" is not supported")]
     [TestCase("\"llm.model\"", "matches what is no linear layer: llm.model")]
     [TestCase("\".*mlp\\\\..*\"", "matches what is no linear layer: llm.model.layers.0.mlp.act_fn")]
-    [TestCase("\"q_proj\"", "target_modules \"q_proj\" matches no linear layer; there are llm.model.layers.N.self_attn.q_proj")]
+    [TestCase("\"q_proj\"",
+        "target_modules \"q_proj\" matches no linear layer; there are llm.model.layers.N.self_attn.q_proj")]
     [TestCase("\"llm.*q_proj.x\"", "matches no linear layer")]
     public void TargetsThatPeftCouldNotUseAreRefused(string targets, string expected) =>
-        Assert.That(() => Layout(c => c["target_modules"] = JsonNode.Parse(targets)), Refuses(expected));
+        Assert.That(() =>
+            Layout(c => c["target_modules"] = JsonNode.Parse(targets)), Refuses(expected));
 
     [Test]
     public void ModulesAreTakenByPeftsRules()
@@ -227,11 +256,13 @@ public sealed class AdapterTests
             .Select(t => t.Name), Is.EqualTo(new[] { "llm.lm_head", "resampler.kv_proj" }));
         var both = Layout(c =>
         {
-            c["target_modules"] = new JsonArray("up_proj", "llm.model.layers.0.mlp.gate_proj", "lm_head");
+            c["target_modules"] =
+                new JsonArray("up_proj", "llm.model.layers.0.mlp.gate_proj", "lm_head");
             c["layers_to_transform"] = 1;
         });
         Assert.That(both.Targets.Select(t => t.Name), Is.EqualTo(new[]
-            { "llm.model.layers.0.mlp.gate_proj", "llm.model.layers.1.mlp.up_proj" }), "full names skip the layers");
+            { "llm.model.layers.0.mlp.gate_proj", "llm.model.layers.1.mlp.up_proj" }),
+            "full names skip the layers");
         Assert.That(() => Layout(c =>
         {
             c["target_modules"] = new JsonArray("up_proj");
@@ -249,7 +280,8 @@ public sealed class AdapterTests
         {
             c["target_modules"] = new JsonArray("v_proj");
             c["modules_to_save"] = new JsonArray("vpm");
-        }), Refuses("layers of modules_to_save, which are trained whole: vpm.encoder.layers.0.self_attn.v_proj"));
+        }), Refuses(
+            "layers of modules_to_save, which are trained whole: vpm.encoder.layers.0.self_attn.v_proj"));
     }
 
     [TestCase(@"(?P<part>q|k)_proj", "q_proj", true)]
@@ -279,16 +311,20 @@ public sealed class AdapterTests
 
     [Test]
     public void SlowExpressionsAreStopped() =>
-        Assert.That(() => new TargetModules("(.*.*)*\\.(.*.*)*\\.x{9}").Matches("llm.model.layers.11.self_attn.q_proj"),
+        Assert.That(() => new TargetModules("(.*.*)*\\.(.*.*)*\\.x{9}")
+            .Matches("llm.model.layers.11.self_attn.q_proj"),
             Refuses("takes too long"));
 
     [Test]
     public void IncompleteDirectoriesAreNamed()
     {
-        Assert.That(() => AdapterFile.Open(At("none")), Refuses($"{At("none")}: there is no such directory"));
-        Assert.That(() => AdapterFile.Open(_folder), Refuses("adapter_config.json: there is no such file"));
+        Assert.That(() =>
+            AdapterFile.Open(At("none")), Refuses($"{At("none")}: there is no such directory"));
+        Assert.That(() =>
+            AdapterFile.Open(_folder), Refuses("adapter_config.json: there is no such file"));
         File.Copy(ConfigOf("random_lora_only"), At(AdapterConfig.FileName));
-        Assert.That(() => AdapterFile.Open(_folder), Refuses("adapter_model.safetensors: there is no such file"));
+        Assert.That(() =>
+            AdapterFile.Open(_folder), Refuses("adapter_model.safetensors: there is no such file"));
         File.WriteAllText(At("adapter_model.bin"), "");
         Assert.That(() => AdapterFile.Open(_folder), Refuses("has adapter_model.bin only"));
     }
@@ -308,7 +344,8 @@ public sealed class AdapterTests
         return folder;
     }
 
-    private static string ConfigOf(string name) => Path.Combine(s_committed, name, AdapterConfig.FileName);
+    private static string ConfigOf(string name) =>
+        Path.Combine(s_committed, name, AdapterConfig.FileName);
 
     private AdapterConfig ReadEdited(Action<JsonObject> change)
     {
@@ -323,7 +360,8 @@ public sealed class AdapterTests
         AdapterLayout.Create(s_table, ReadEdited(change), "lora.json");
 
     private static TensorToSave Zeros(AdapterTensor tensor) => new(
-        tensor.Name, DType.F32, tensor.Shape, stream => stream.Write(new byte[tensor.Shape.Count * 4]));
+        tensor.Name, DType.F32, tensor.Shape, stream =>
+            stream.Write(new byte[tensor.Shape.Count * 4]));
 
     private string At(string name) => Path.Combine(_folder, name);
 }

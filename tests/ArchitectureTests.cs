@@ -4,7 +4,9 @@ using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;
 
-/// <summary>The projects form one chain, so that each can be read without the ones above it.</summary>
+/// <summary>
+/// The projects form one chain, so that each can be read without the ones above it.
+/// </summary>
 public sealed class ArchitectureTests
 {
     private static readonly string s_root = FindRoot();
@@ -34,7 +36,8 @@ public sealed class ArchitectureTests
     [Test]
     public void The_tape_names_no_operation()
     {
-        foreach (string file in Directory.EnumerateFiles(Path.Combine(s_root, "src/Autograd"), "*.cs"))
+        foreach (string file
+            in Directory.EnumerateFiles(Path.Combine(s_root, "src/Autograd"), "*.cs"))
             Assert.That(File.ReadAllText(file), Does.Not.Contain("Kernels.Ops"), file);
     }
 
@@ -43,6 +46,7 @@ public sealed class ArchitectureTests
         string? folder = TestContext.CurrentContext.TestDirectory;
         while (folder is not null && !File.Exists(Path.Combine(folder, "MiniCpmNative.sln")))
             folder = Path.GetDirectoryName(folder);
-        return folder ?? throw new InvalidOperationException("the tests run outside the repository");
+        return folder
+            ?? throw new InvalidOperationException("the tests run outside the repository");
     }
 }

@@ -5,7 +5,9 @@ using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;
 
-/// <summary>Batches made ahead by several threads: their order, their failures, their end.</summary>
+/// <summary>
+/// Batches made ahead by several threads: their order, their failures, their end.
+/// </summary>
 [TestFixture]
 public sealed class BatchLoaderTests
 {

@@ -6,7 +6,9 @@ using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;
 
-/// <summary>Chat texts against apply_chat_template, placeholders against the official processors.</summary>
+/// <summary>
+/// Chat texts against apply_chat_template, placeholders against the official processors.
+/// </summary>
 [TestFixture]
 public class ChatTests
 {
@@ -28,8 +30,10 @@ public class ChatTests
             if (line.GetProperty("family").GetString() != family) continue;
             seen++;
             var turns = line.GetProperty("messages").EnumerateArray().Select(Turn).ToArray();
-            string text = format.Render(turns, options.GetProperty("add_generation_prompt").GetBoolean(),
-                options.TryGetProperty("enable_thinking", out var thinking) ? thinking.GetBoolean() : null,
+            string text =
+                format.Render(turns, options.GetProperty("add_generation_prompt").GetBoolean(),
+                options.TryGetProperty("enable_thinking", out var thinking)
+                    ? thinking.GetBoolean() : null,
                 options.TryGetProperty("use_tts_template", out var speech) && speech.GetBoolean());
             Assert.That(text, Is.EqualTo(line.GetProperty("text").GetString()));
         }
@@ -43,7 +47,8 @@ public class ChatTests
             ? [.. calls.EnumerateArray().Select(ToolCall.Read)] : null);
 
     // Expected: what Python's json.dumps(json.loads(text), ensure_ascii=False) prints.
-    [TestCase("""{"a" :[1,-0,-0.0,1.0,100000.0] , "b":{}}""", """{"a": [1, 0, -0.0, 1.0, 100000.0], "b": {}}""")]
+    [TestCase("""{"a" :[1,-0,-0.0,1.0,100000.0] , "b":{}}""",
+        """{"a": [1, 0, -0.0, 1.0, 100000.0], "b": {}}""")]
     [TestCase("[1e5,1E22,1e15,1e16,123456789012345680,1e-4,0.00001,1e400]",
         "[100000.0, 1e+22, 1000000000000000.0, 1e+16, 123456789012345680, 0.0001, 1e-05, Infinity]")]
     [TestCase("[0.1,2.50,1.7976931348623157e308,5e-324,123456.789e-7,-1e-7,9007199254740993.0]",
@@ -91,7 +96,8 @@ public class ChatTests
     [Test]
     public void ThinkingIsRecognised()
     {
-        const string Template = "{%- set ns = namespace(multi_step_tool=true, last_query_index=3) %}"
+        const string Template =
+            "{%- set ns = namespace(multi_step_tool=true, last_query_index=3) %}"
             + "<|im_start|>{%- if message.reasoning_content is string %}</think><|im_end|>";
         Assert.That(ChatFormat.Recognize(Template, "x").Thinks);
     }
@@ -119,7 +125,8 @@ public class ChatTests
             var e = Assert.Throws<InputException>(
                 () => ChatFormat.Load(folder, TokenizerTests.Load("tiny-qwen3")));
             Assert.That(e!.Message, Does.Contain("has no chat_template"));
-            File.WriteAllText(Path.Combine(folder, "chat_template.jinja"), "<|im_start|><|im_end|>");
+            File.WriteAllText(Path.Combine(folder, "chat_template.jinja"),
+                "<|im_start|><|im_end|>");
             Assert.That(ChatFormat.Load(folder, tokenizer).DefaultSystem, Is.Null);
         }
         finally

@@ -32,17 +32,20 @@ public sealed unsafe class CheckpointTests
         Assert.That(Directory.GetFiles(_folder), Has.Length.EqualTo(1));
     }
 
-    // Committed files of the original library, or all of the full set; BOOL and I8 are never written.
+    // Committed files of the original library, or all of the full set;
+    // BOOL and I8 are never written.
     private static IEnumerable<string> ReferenceFiles()
     {
         string? full = Environment.GetEnvironmentVariable("CPMX_REFERENCE");
         string[] folders = string.IsNullOrEmpty(full)
-            ? [Path.Combine(ReferenceFile.Root, "safetensors"), Path.Combine(ReferenceFile.Root, "v26")] : [full];
+            ? [Path.Combine(ReferenceFile.Root, "safetensors"),
+                Path.Combine(ReferenceFile.Root, "v26")] : [full];
         foreach (string path in folders.SelectMany(folder =>
             Directory.EnumerateFiles(folder, "*.safetensors", SearchOption.AllDirectories)))
         {
             using var file = SafetensorsFile.Open(path);
-            if (file.Tensors.All(t => t.StoredType.Kernel is not null && t.StoredType.Name != "BOOL"))
+            if (file.Tensors.All(t =>
+                t.StoredType.Kernel is not null && t.StoredType.Name != "BOOL"))
                 yield return path;
         }
     }
@@ -64,7 +67,8 @@ public sealed unsafe class CheckpointTests
         }
 
         using var file = SafetensorsFile.Open(At("f.safetensors"));
-        Assert.That(file.Tensors.Select(t => t.Name), Is.EqualTo(new[] { "one", "float", "brain", "half" }));
+        Assert.That(file.Tensors.Select(t => t.Name),
+            Is.EqualTo(new[] { "one", "float", "brain", "half" }));
         Assert.That(file.Get("float").ToFloats(), Is.EqualTo(values));
         Assert.That(file.Get("half").ToFloats(), Is.EqualTo(values.Select(v => (float)(Half)v)));
         Assert.That(file.Get("brain").ToFloats(), Is.EqualTo(new[] { 0.125f, 0.25f }));
@@ -77,9 +81,11 @@ public sealed unsafe class CheckpointTests
     public void AFailedWriteLeavesTheOldFile()
     {
         File.WriteAllText(At("a.safetensors"), "old");
-        var failing = new TensorToSave("a", DType.U8, new Shape(4), _ => throw new IOException("disk full"));
+        var failing =
+            new TensorToSave("a", DType.U8, new Shape(4), _ => throw new IOException("disk full"));
         Assert.That(() => SafetensorsWriter.Write(At("a.safetensors"), [failing]),
-            Throws.TypeOf<RunException>().With.Message.EqualTo($"{At("a.safetensors")}: cannot write: disk full"));
+            Throws.TypeOf<RunException>().With.Message.EqualTo(
+                $"{At("a.safetensors")}: cannot write: disk full"));
         var tooLittle = failing with { Write = stream => stream.Write([1, 2, 3]) };
         Assert.That(() => SafetensorsWriter.Write(At("a.safetensors"), [tooLittle]),
             Throws.InvalidOperationException.With.Message.EqualTo("a: wrote 3 bytes, expected 4"));
@@ -88,11 +94,12 @@ public sealed unsafe class CheckpointTests
         Assert.That(File.ReadAllText(At("a.safetensors")), Is.EqualTo("old"));
         Assert.That(Directory.GetFiles(_folder), Has.Length.EqualTo(1));
         Assert.That(() => SafetensorsWriter.Write(At("no/such/a.safetensors"), []),
-            Throws.TypeOf<RunException>().With.Message.StartWith($"{At("no/such/a.safetensors")}: cannot write"));
+            Throws.TypeOf<RunException>().With.Message.StartWith(
+                $"{At("no/such/a.safetensors")}: cannot write"));
     }
 
-    // Sizes 8, 8, 40, 8, 8 with shards of 20: the third is larger than a shard and gets its own, the
-    // fourth starts a new one (huggingface_hub's split_state_dict_into_shards).
+    // Sizes 8, 8, 40, 8, 8 with shards of 20: the third is larger than a shard and gets its own,
+    // the fourth starts a new one (huggingface_hub's split_state_dict_into_shards).
     [Test]
     public void ShardsFollowTheOrderAndTheirIndexLeadsBack()
     {
@@ -101,10 +108,12 @@ public sealed unsafe class CheckpointTests
         CheckpointWriter.Write(_folder, tensors);
         Assert.That(Names(), Is.EqualTo(new[] { "model.safetensors" }));
         using (var single = Checkpoint.Open(_folder))
-            Assert.That(single.Tensors.Select(t => t.Name), Is.EqualTo(tensors.Select(t => t.Name)));
+            Assert.That(single.Tensors.Select(t => t.Name),
+                Is.EqualTo(tensors.Select(t => t.Name)));
 
         var written = CheckpointWriter.Write(_folder, tensors, 20);
-        string[] expected = [.. Enumerable.Range(1, 3).Select(i => $"model-0000{i}-of-00003.safetensors"),
+        string[] expected =
+            [.. Enumerable.Range(1, 3).Select(i => $"model-0000{i}-of-00003.safetensors"),
             "model.safetensors.index.json"];
         Assert.That(written, Is.EqualTo(expected));
         Assert.That(Names(), Is.EqualTo(expected));
@@ -117,19 +126,23 @@ public sealed unsafe class CheckpointTests
 
         using var checkpoint = Checkpoint.Open(_folder);
         for (int i = 0; i < counts.Length; i++)
-            Assert.That(checkpoint.Get($"t{i}").ToFloats(), Is.EqualTo(Enumerable.Repeat((float)counts[i], counts[i])));
+            Assert.That(checkpoint.Get($"t{i}").ToFloats(),
+                Is.EqualTo(Enumerable.Repeat((float)counts[i], counts[i])));
         Assert.That(() => checkpoint.Get("t5"), Refuses("there is no tensor \"t5\""));
     }
 
     [TestCase("""{"weight_map": {"t0": "../model-00001-of-00002.safetensors"}}""",
         "key \"weight_map.t0\" is \"../model-00001-of-00002.safetensors\", expected a file name in the same")]
-    [TestCase("""{"weight_map": {"t0": "/etc/x.safetensors"}}""", "expected a file name in the same directory")]
-    [TestCase("""{"weight_map": {"t0": "..\\x.safetensors"}}""", "expected a file name in the same directory")]
+    [TestCase("""{"weight_map": {"t0": "/etc/x.safetensors"}}""",
+        "expected a file name in the same directory")]
+    [TestCase("""{"weight_map": {"t0": "..\\x.safetensors"}}""",
+        "expected a file name in the same directory")]
     [TestCase("""{"weight_map": {"t0": "passwd"}}""", "expected a file name in the same directory")]
     [TestCase("""{"weight_map": {"t0": 1}}""", "key \"weight_map.t0\" is 1, expected text")]
     [TestCase("""{"weight_map": []}""", "key \"weight_map\" is an array, expected an object")]
     [TestCase("""{}""", "key \"weight_map\" is missing")]
-    [TestCase("""{"weight_map": {"t0": "absent.safetensors"}}""", "absent.safetensors: there is no such file")]
+    [TestCase("""{"weight_map": {"t0": "absent.safetensors"}}""",
+        "absent.safetensors: there is no such file")]
     [TestCase("""{"weight_map": {"t0": "model-00001-of-00002.safetensors", "t1": "model-00001-of-00002.safetensors"}}""",
         "1 tensors are not in their shards: t1 (expected in model-00001-of-00002.safetensors)")]
     [TestCase("""{"weight_map": {"t1": "model-00002-of-00002.safetensors", "t0": "model-00001-of-00002.safetensors", "t0": "x"}}""",
@@ -156,7 +169,8 @@ public sealed unsafe class CheckpointTests
         File.WriteAllText(At("model.safetensors.index.json"), """
             {"weight_map": {"t0": "model-00001-of-00002.safetensors", "t2": "model-00002-of-00002.safetensors"}}
             """);
-        Assert.That(() => Checkpoint.Open(_folder), Refuses("1 tensors of the shards are not listed for them: t1"));
+        Assert.That(() => Checkpoint.Open(_folder),
+            Refuses("1 tensors of the shards are not listed for them: t1"));
     }
 
     [Test]
@@ -165,20 +179,24 @@ public sealed unsafe class CheckpointTests
         Assert.That(() => Checkpoint.Open(At("none")), Refuses("there is no such directory"));
         Assert.That(() => Checkpoint.Open(_folder), Refuses("has neither model.safetensors nor"));
         File.WriteAllText(At("pytorch_model.bin"), "");
-        Assert.That(() => Checkpoint.Open(_folder), Refuses("convert its PyTorch .bin files to safetensors"));
+        Assert.That(() =>
+            Checkpoint.Open(_folder), Refuses("convert its PyTorch .bin files to safetensors"));
     }
 
     [Test]
     public void AllDifferencesAreListedInOneError()
     {
-        CheckpointWriter.Write(_folder, [Tensor("a", 2), Tensor("b", 3), Tensor("apm.x", 1), Tensor("y\u0001", 1),
+        CheckpointWriter.Write(_folder,
+            [Tensor("a", 2), Tensor("b", 3), Tensor("apm.x", 1), Tensor("y\u0001", 1),
             new TensorToSave("c", DType.I32, new Shape(1), s => s.Write(new byte[4]))]);
         using var checkpoint = Checkpoint.Open(_folder);
-        ExpectedTensor[] expected = [new("a", new Shape(2)), new("b", new Shape(3, 1)), new("c", new Shape(1)),
+        ExpectedTensor[] expected =
+            [new("a", new Shape(2)), new("b", new Shape(3, 1)), new("c", new Shape(1)),
             .. Enumerable.Range(0, 12).Select(i => new ExpectedTensor($"m{i}", new Shape(1)))];
         Assert.That(() => TensorMatch.Require(
                 _folder, checkpoint.Tensors, expected, name => name == "apm.x" ? "audio" : null),
-            Throws.TypeOf<InputException>().With.Message.EqualTo($"{_folder}: the tensors do not fit:"
+            Throws.TypeOf<InputException>().With.Message.EqualTo(
+                $"{_folder}: the tensors do not fit:"
                 + " 12 missing: m0, m1, m2, m3, m4, m5, m6, m7, m8, m9 and 2 more;"
                 + " 2 unmatched: apm.x (audio), y\\u0001;"
                 + " 1 misshaped: b [3] (expected [3, 1]);"
@@ -195,12 +213,14 @@ public sealed unsafe class CheckpointTests
         Assert.That(matched.Select(t => t.Name), Is.EqualTo(new[] { "b", "a" }));
     }
 
-    private static TensorToSave Tensor(string name, int count) => new(name, DType.F32, new Shape(count), stream =>
+    private static TensorToSave Tensor(string name, int count) =>
+        new(name, DType.F32, new Shape(count), stream =>
     {
         for (int i = 0; i < count; i++) stream.Write(BitConverter.GetBytes((float)count));
     });
 
     private string At(string name) => Path.Combine(_folder, name);
 
-    private string[] Names() => [.. Directory.GetFiles(_folder).Select(p => Path.GetFileName(p)).Order()];
+    private string[] Names() =>
+        [.. Directory.GetFiles(_folder).Select(p => Path.GetFileName(p)).Order()];
 }

@@ -26,7 +26,8 @@ public sealed partial class CommandLineTests
         Assert.That(error, code == 0 ? Is.Empty : Does.StartWith("usage"));
     }
 
-    [TestCase("trian", "cpmx: unknown command \"trian\" (did you mean \"train\"?); see cpmx --help")]
+    [TestCase("trian",
+        "cpmx: unknown command \"trian\" (did you mean \"train\"?); see cpmx --help")]
     [TestCase("data", "cpmx: data: expected the command data check CONFIG.json")]
     [TestCase("train --lora_rank 3", "cpmx: unknown key \"lora_rank\" (did you mean \"lora_r\"?)")]
     [TestCase("train none.json", "there is no such file")]
@@ -100,7 +101,8 @@ public sealed partial class CommandLineTests
             },
         };
         var (result, _, error) = Run(runners,
-            ["trace", "--rows", "a, 7", "--seed", "3", "--gradients", "--out=f.safetensors", .. s_least]);
+            ["trace", "--rows", "a, 7", "--seed", "3", "--gradients", "--out=f.safetensors",
+                .. s_least]);
         Assert.That((result, error), Is.EqualTo((0, "")));
         Assert.That(seen!.Rows, Is.EqualTo(["a", "7"]));
         Assert.That(seen.Out, Is.EqualTo(Path.GetFullPath("f.safetensors")));

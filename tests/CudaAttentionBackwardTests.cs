@@ -7,10 +7,10 @@ using NUnit.Framework;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// The gradients of attention on CUDA, from the output and lse of the formulas in double, so that no
-/// forward kernel has a part in it. The tolerance is that of <see cref="CudaOpTests"/>; where kernels
-/// multiply on tensor cores the plain path rounds p and dS to the storage type before their products, as
-/// such a product takes no wider ones.
+/// The gradients of attention on CUDA, from the output and lse of the formulas in double, so that
+/// no forward kernel has a part in it. The tolerance is that of <see cref="CudaOpTests"/>; where
+/// kernels multiply on tensor cores the plain path rounds p and dS to the storage type before their
+/// products, as such a product takes no wider ones.
 /// </summary>
 [TestFixture]
 public sealed class CudaAttentionBackwardTests
@@ -70,8 +70,8 @@ public sealed class CudaAttentionBackwardTests
     public void GradientsAgreeAsClangCompiles(object value) =>
         CompareOn((AttentionProblem)value, new(), DeviceCompiler.Clang);
 
-    // What hardware is free to choose: the order of warps and blocks, when copies arrive, the last places
-    // of exp2, the order of a product's sums.
+    // What hardware is free to choose: the order of warps and blocks, when copies arrive, the last
+    // places of exp2, the order of a product's sums.
     [TestCaseSource(nameof(OnTensorCores))]
     public void GradientsAgreeInAnySchedule(object value)
     {
@@ -98,7 +98,8 @@ public sealed class CudaAttentionBackwardTests
         double[][] plain = [run.Gradient(0), run.Gradient(1), run.Gradient(2)];
         run.Want(_ => true);
         run.Backward(problem.DO);
-        for (int i = 0; i < 3; i++) Assert.That(run.Gradient(i), Is.EqualTo(plain[i]), $"again {i}");
+        for (int i = 0; i < 3; i++)
+            Assert.That(run.Gradient(i), Is.EqualTo(plain[i]), $"again {i}");
         for (int only = 0; only < 3; only++)
         {
             run.Want(i => i == only);
@@ -128,7 +129,8 @@ public sealed class CudaAttentionBackwardTests
         run.Backward(problem.DO);
         run.Gradient(0); // waits for the launches
         LaunchCounters[] launches =
-            [.. gpu.Launches.Skip(before).Where(l => l.Kernel.EndsWith($"_backward_{problem.HeadDim}"))];
+            [.. gpu.Launches.Skip(before)
+                .Where(l => l.Kernel.EndsWith($"_backward_{problem.HeadDim}"))];
         Assert.That(launches, Has.Length.EqualTo(2));
         foreach (LaunchCounters launch in launches)
         {
@@ -155,8 +157,10 @@ public sealed class CudaAttentionBackwardTests
         IsFound(function, from, to, Self(4, 2, 64, [130, 7], causal: true, [120, 5]));
 
     // The same where seven query heads of one key head are divided among two blocks.
-    [TestCase("attention_backward_by_tiles", "own_head * group + part * group / parts", "own_head * group")]
-    [TestCase("attention_backward_by_tiles", "(part + 1) * group / parts", "part * group / parts + 1")]
+    [TestCase("attention_backward_by_tiles", "own_head * group + part * group / parts",
+        "own_head * group")]
+    [TestCase("attention_backward_by_tiles", "(part + 1) * group / parts",
+        "part * group / parts + 1")]
     [TestCase("attention_backward_by_tiles", "(u64)part * a.mask", "(u64)part * 0 * a.mask")]
     [TestCase("store_part", "half * 2 + 1", "half * 2")]
     public void MistakesInPartsAreFound(string function, string from, string to) =>
@@ -168,7 +172,8 @@ public sealed class CudaAttentionBackwardTests
         _cuda?.Dispose();
         _cuda = null!;
         string source = KernelText.Replace(CudaDevice.Source, function, from, to);
-        using var spoilt = new CudaUnderTest(source: KernelText.Sections(source, [1, 2, 3, 4, 10, 11]));
+        using var spoilt =
+            new CudaUnderTest(source: KernelText.Sections(source, [1, 2, 3, 4, 10, 11]));
         Exception? e = Assert.Catch(() => Compare(spoilt, problem, DType.BF16));
         Assert.That(e, Is.InstanceOf<AssertionException>().Or.InstanceOf<CudaException>());
         TestContext.Out.WriteLine(spoilt.Emulator!.Fault?.ToString() ?? e!.Message);
@@ -180,7 +185,8 @@ public sealed class CudaAttentionBackwardTests
     {
         foreach (int headDim in (int[])[8, 64])
         {
-            AttentionProblem problem = Rounded(Self(2, 1, headDim, [12, 8], causal: true), DType.BF16);
+            AttentionProblem problem =
+                Rounded(Self(2, 1, headDim, [12, 8], causal: true), DType.BF16);
             using OpRun run = Run(_cuda, problem, DType.BF16);
             run.Set(input, 1, 90);
             run.Want(_ => true);
@@ -192,7 +198,8 @@ public sealed class CudaAttentionBackwardTests
 
     // On another emulated GPU; only one can exist.
     private void CompareOn(
-        AttentionProblem problem, EmulatorOptions options, DeviceCompiler compiler = DeviceCompiler.Nvrtc)
+        AttentionProblem problem, EmulatorOptions options,
+        DeviceCompiler compiler = DeviceCompiler.Nvrtc)
     {
         if (CudaUnderTest.IsReal) Assert.Pass("a real GPU has no such choice");
         _cuda?.Dispose();
@@ -246,14 +253,17 @@ public sealed class CudaAttentionBackwardTests
     }
 
     /// <summary>
-    /// The gradients from o, lse, p and dS rounded to what they are stored in, themselves rounded so.
+    /// The gradients from o, lse, p and dS rounded to what they are stored in,
+    /// themselves rounded so.
     /// </summary>
-    private static AttentionResult Plain(AttentionProblem problem, in AttentionResult exact, DType type)
+    private static AttentionResult Plain(AttentionProblem problem, in AttentionResult exact,
+        DType type)
     {
         int dim = problem.HeadDim, group = problem.Heads / problem.KvHeads;
         bool narrow = dim is 64 or 72 or 128;
         double[] o = Storage.Round(exact.O, type), lse = Storage.Round(exact.Lse, DType.F32);
-        var (dq, dk, dv) = (new double[o.Length], new double[problem.K.Length], new double[problem.K.Length]);
+        var (dq, dk, dv) =
+            (new double[o.Length], new double[problem.K.Length], new double[problem.K.Length]);
         for (int s = 0; s + 1 < problem.StartsQ.Length; s++)
         {
             for (int i = 0; i < problem.StartsQ[s + 1] - problem.StartsQ[s]; i++)
@@ -263,7 +273,8 @@ public sealed class CudaAttentionBackwardTests
             }
         }
 
-        return new(o, lse, Storage.Round(dq, type), Storage.Round(dk, type), Storage.Round(dv, type));
+        return new(o, lse, Storage.Round(dq, type), Storage.Round(dk, type),
+            Storage.Round(dv, type));
 
         void AddRow(int token, int firstKey, int seen, int head)
         {
@@ -273,7 +284,8 @@ public sealed class CudaAttentionBackwardTests
             double[] p = new double[seen], ds = new double[seen];
             for (int j = 0; j < seen; j++)
             {
-                p[j] = Math.Exp((problem.Scale * Dot(problem.Q, q, problem.K, Key(j))) - lse[statistic]);
+                p[j] = Math.Exp((problem.Scale * Dot(problem.Q, q, problem.K, Key(j)))
+                    - lse[statistic]);
                 ds[j] = p[j] * (Dot(problem.DO, q, problem.V, Key(j)) - delta);
             }
 
@@ -306,7 +318,8 @@ public sealed class CudaAttentionBackwardTests
     };
 
     private static AttentionProblem Self(
-        int heads, int kvHeads, int headDim, int[] lengths, bool causal, int[]? keyLengths = null) =>
+        int heads, int kvHeads, int headDim, int[] lengths, bool causal,
+        int[]? keyLengths = null) =>
         AttentionProblem.Random(heads, kvHeads, headDim, lengths, lengths, causal, keyLengths);
 
     private static string Name(AttentionProblem p) =>
@@ -314,5 +327,6 @@ public sealed class CudaAttentionBackwardTests
         + $"{string.Join('+', Lengths(p.StartsK))} keys{(p.Causal ? ", causal" : "")}"
         + (p.KeyLengths is null ? "" : ", cut");
 
-    private static IEnumerable<int> Lengths(int[] starts) => starts.Skip(1).Zip(starts, (a, b) => a - b);
+    private static IEnumerable<int> Lengths(int[] starts) =>
+        starts.Skip(1).Zip(starts, (a, b) => a - b);
 }

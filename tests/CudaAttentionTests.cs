@@ -8,9 +8,9 @@ using NUnit.Framework;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// Attention's forward on CUDA, o and lse, with the tolerance of <see cref="CudaOpTests"/>. The plain
-/// computation is the formula in float; where the kernel multiplies on tensor cores it rounds p to the
-/// storage type before the product with v, as such a product takes no wider one.
+/// Attention's forward on CUDA, o and lse, with the tolerance of <see cref="CudaOpTests"/>. The
+/// plain computation is the formula in float; where the kernel multiplies on tensor cores it rounds
+/// p to the storage type before the product with v, as such a product takes no wider one.
 /// </summary>
 [TestFixture]
 public sealed class CudaAttentionTests
@@ -158,7 +158,8 @@ public sealed class CudaAttentionTests
                         bool sees = input == 0 ? token == Bad : token is >= Bad and < FirstEnd;
                         string what = $"{bad} in input {input}, token {token}, {type}";
                         if (sees) Assert.That(double.IsFinite(o[token * row]), Is.False, what);
-                        else if (token >= FirstEnd) Assert.That(double.IsFinite(o[token * row]), what);
+                        else if (token >= FirstEnd)
+                            Assert.That(double.IsFinite(o[token * row]), what);
                     }
                 }
     }
@@ -192,7 +193,8 @@ public sealed class CudaAttentionTests
     public void WhatKernelsDoNotTakeIsRefused(
         int heads, int kvHeads, int headDim, double scale, string message)
     {
-        AttentionProblem p = Self(heads, kvHeads, headDim, [5], causal: true) with { Scale = scale };
+        AttentionProblem p =
+            Self(heads, kvHeads, headDim, [5], causal: true) with { Scale = scale };
         using var run = new OpRun(_cuda.Device(DType.F32), OpOf(p), Inputs(p));
         Assert.That(
             () => run.Forward(), Throws.TypeOf<ShapeException>().With.Message.Contains(message));
@@ -207,13 +209,15 @@ public sealed class CudaAttentionTests
         var (o, lse) = Plain(rounded, onTensorCores ? type : DType.F32);
         Agree(run.Output, Storage.Round(o, type), exact.O, "o");
         Agree(run.Saved(0), lse, exact.Lse, "lse");
-        if (type != DType.F32) CudaRoundingTests.HasNoSide(run.Output, exact.O, "o", problem.HeadDim);
+        if (type != DType.F32)
+            CudaRoundingTests.HasNoSide(run.Output, exact.O, "o", problem.HeadDim);
     }
 
     private static void Agree(double[] got, double[] plain, double[] exact, string what)
     {
         double[] finite = [.. exact.Where(double.IsFinite)];
-        double error = plain.Zip(exact, (a, b) => a == b ? 0 : Math.Abs(a - b)).DefaultIfEmpty(0).Max();
+        double error = plain.Zip(exact, (a, b) => a == b ? 0 : Math.Abs(a - b))
+            .DefaultIfEmpty(0).Max();
         double allowed = (2 * error) + (1e-5 * finite.Append(1).Max(Math.Abs));
         Assert.That(got, Has.Length.EqualTo(exact.Length), what);
         for (int i = 0; i < got.Length; i++)
@@ -232,7 +236,8 @@ public sealed class CudaAttentionTests
                     int row = ((x.StartsQ[s] + i) * x.Heads) + h, seen = Math.Max(0, x.Seen(s, i));
                     var scores = new float[seen];
                     int Key(int j) =>
-                        (((x.StartsK[s] + j) * x.KvHeads) + (h / (x.Heads / x.KvHeads))) * x.HeadDim;
+                        (((x.StartsK[s] + j) * x.KvHeads) + (h / (x.Heads / x.KvHeads)))
+                            * x.HeadDim;
                     for (int j = 0; j < seen; j++)
                         for (int d = 0; d < x.HeadDim; d++)
                             scores[j] += (float)x.Q[(row * x.HeadDim) + d] * (float)x.K[Key(j) + d];
@@ -245,7 +250,8 @@ public sealed class CudaAttentionTests
                     for (int d = 0; d < x.HeadDim && seen > 0; d++)
                     {
                         float y = 0;
-                        for (int j = 0; j < seen; j++) y += (float)rounded[j] * (float)x.V[Key(j) + d];
+                        for (int j = 0; j < seen; j++)
+                            y += (float)rounded[j] * (float)x.V[Key(j) + d];
                         o[(row * x.HeadDim) + d] = y / sum;
                     }
                 }
@@ -294,7 +300,8 @@ public sealed class CudaAttentionTests
     }
 
     private static AttentionProblem Self(
-        int heads, int kvHeads, int headDim, int[] lengths, bool causal, int[]? keyLengths = null) =>
+        int heads, int kvHeads, int headDim, int[] lengths, bool causal,
+        int[]? keyLengths = null) =>
         AttentionProblem.Random(heads, kvHeads, headDim, lengths, lengths, causal, keyLengths);
 
     private static string Name(AttentionProblem p) =>

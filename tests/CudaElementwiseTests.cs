@@ -14,7 +14,8 @@ public sealed class CudaElementwiseTests
 {
     private CudaUnderTest _cuda = null!;
 
-    private static Op[] Ops { get; } = [new Gelu(GeluKind.Tanh), new Gelu(GeluKind.Erf), new SwiGlu()];
+    private static Op[] Ops { get; } =
+        [new Gelu(GeluKind.Tanh), new Gelu(GeluKind.Erf), new SwiGlu()];
 
     [OneTimeSetUp]
     public void Make() => _cuda = new();
@@ -22,13 +23,14 @@ public sealed class CudaElementwiseTests
     [OneTimeTearDown]
     public void Free() => _cuda?.Dispose();
 
-    // The argument of e^x, up to 87 here, is the result of five roundings of 6e-8 each: 2.6e-5 of the
-    // smallest results. Subnormal ones become 0.
+    // The argument of e^x, up to 87 here, is the result of five roundings of 6e-8 each: 2.6e-5 of
+    // the smallest results. Subnormal ones become 0.
     [TestCaseSource(nameof(Ops))]
     public void TailsAreRelativelyExact(Op op)
     {
         const int Count = 4001;
-        double[] x = [.. Enumerable.Range(0, Count).Select(i => (double)(float)((i - 2000) * 0.006))];
+        double[] x =
+            [.. Enumerable.Range(0, Count).Select(i => (double)(float)((i - 2000) * 0.006))];
         using CpuDevice wide = Cpu(DType.F64);
         using OpRun exact = Forward(wide, op, x), run = Forward(_cuda.Device(DType.F32), op, x);
         double[] got = run.Output, expected = exact.Output;
@@ -42,7 +44,8 @@ public sealed class CudaElementwiseTests
     {
         double[] x =
         [
-            0, -0.0, 1e-40, 1e-30, -1e-30, 20, -20, 90, -90, 500, -500, 1e10, -1e10, 1e19, -1e19, 1e30,
+            0, -0.0, 1e-40, 1e-30, -1e-30, 20, -20, 90, -90, 500, -500, 1e10, -1e10, 1e19,
+            -1e19, 1e30,
             -1e30, float.MaxValue, float.MinValue, double.PositiveInfinity, double.NegativeInfinity,
             double.NaN,
         ];
@@ -70,7 +73,8 @@ public sealed class CudaElementwiseTests
     private static OpRun Forward(Device device, Op op, double[] x)
     {
         Value[] inputs = [Value.Float("x", [x.Length], x)];
-        if (op is SwiGlu) inputs = [.. inputs, Value.Float("up", [x.Length], [.. x.Select(_ => 1.0)])];
+        if (op is SwiGlu)
+            inputs = [.. inputs, Value.Float("up", [x.Length], [.. x.Select(_ => 1.0)])];
         var run = new OpRun(device, op, inputs);
         run.Forward();
         return run;

@@ -5,9 +5,9 @@ using NUnit.Framework;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// Wrong ids, positions, rows and targets on CUDA: the next read throws and names argument, place and
-/// value, forward and backward; nothing foreign is touched (the emulator watches); afterwards the same
-/// device computes the same bits as before.
+/// Wrong ids, positions, rows and targets on CUDA: the next read throws and names argument, place
+/// and value, forward and backward; nothing foreign is touched (the emulator watches); afterwards
+/// the same device computes the same bits as before.
 /// </summary>
 [TestFixture]
 public sealed class CudaFaultTests
@@ -43,7 +43,8 @@ public sealed class CudaFaultTests
     public void Free() => _cuda?.Dispose();
 
     [TestCaseSource(nameof(Cases))]
-    public void TheNextReadNamesIt(object op, object values, int input, int index, int wrong, string message)
+    public void TheNextReadNamesIt(object op, object values, int input, int index, int wrong,
+        string message)
     {
         var (what, inputs) = ((Op)op, (Value[])values);
         foreach (DType type in (DType[])[DType.F32, DType.BF16])
@@ -71,7 +72,8 @@ public sealed class CudaFaultTests
                 return
                 [
                     run.Output,
-                    .. Enumerable.Range(0, inputs.Length).Where(run.HasGradient).Select(run.Gradient),
+                    .. Enumerable.Range(0, inputs.Length).Where(run.HasGradient)
+                    .Select(run.Gradient),
                 ];
             }
         }
@@ -84,13 +86,16 @@ public sealed class CudaFaultTests
         new PositionGather(), [X("x", 6, 16), X("table", 40, 16), Ids()], 2, index, wrong, message);
 
     private static TestCaseData Splice(int index, int wrong, string message) => Case(
-        new Splice(), [X("x", 9, 5), X("features", 4, 5), Value.Int("positions", 7, 2, 5)], 2, index, wrong,
+        new Splice(), [X("x", 9, 5), X("features", 4, 5), Value.Int("positions", 7, 2, 5)], 2,
+        index, wrong,
         message);
 
-    private static TestCaseData CrossEntropy(int input, int index, int wrong, string message) => Case(
+    private static TestCaseData CrossEntropy(int input, int index, int wrong,
+        string message) => Case(
         new CrossEntropy(),
         [
-            X("h", 9, 5), X("w", 21, 5), Value.Int("rows", 0, 3, 4, 8), Value.Int("targets", 20, 0, 7, 7),
+            X("h", 9, 5), X("w", 21, 5), Value.Int("rows", 0, 3, 4, 8),
+            Value.Int("targets", 20, 0, 7, 7),
         ],
         input, index, wrong, message);
 

@@ -5,7 +5,9 @@ using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;
 
-/// <summary>Lookups and cross-entropy on CUDA at the sizes and types that the op cases leave out.</summary>
+/// <summary>
+/// Lookups and cross-entropy on CUDA at the sizes and types that the op cases leave out.
+/// </summary>
 [TestFixture]
 public sealed class CudaLookupTests
 {
@@ -30,7 +32,8 @@ public sealed class CudaLookupTests
         Compare(Case("cross_entropy"), type, new CrossEntropy(),
             Head(tokens: 6, cols: 16, labels: 3, vocabulary));
 
-    // More labels than a chunk has rows, as gathered rows and, where all tokens have one, as they lie.
+    // More labels than a chunk has rows, as gathered rows and,
+    // where all tokens have one, as they lie.
     [Test]
     public void CrossEntropyInChunks(
         [Values(DType.F32, DType.BF16)] DType type, [Values(2300, 2500)] int labels) =>

@@ -16,7 +16,8 @@ public sealed class CudaLoraTests
     private const double Scale = 2;
     private const int Layer = 5, Outputs = 24;
 
-    private static readonly Randomness s_random = new(0xFEDCBA9876543210, 0x1_0000_0007, Dropout: true);
+    private static readonly Randomness s_random =
+        new(0xFEDCBA9876543210, 0x1_0000_0007, Dropout: true);
 
     private static readonly DType[] s_types = [DType.F32, DType.BF16, DType.F16];
 
@@ -33,8 +34,8 @@ public sealed class CudaLoraTests
     [OneTimeTearDown]
     public void Free() => _cuda?.Dispose();
 
-    // Rows of one block and of several, columns with and without 16-byte rows, all ranks' tiles; the last
-    // ones split their sums into parts.
+    // Rows of one block and of several, columns with and without 16-byte rows, all ranks' tiles;
+    // the last ones split their sums into parts.
     [TestCase(0, 16, 8, 0.5)]
     [TestCase(1, 48, 1, 0.05)]
     [TestCase(7, 33, 3, 0.5)]
@@ -53,12 +54,13 @@ public sealed class CudaLoraTests
         OpCase c = OpCases.All.Single(each => each.Name == "lora_linear_dropout");
         foreach (DType type in s_types)
             CudaOpTests.Compare(
-                Device(type), c, type, new LoraLinear(Layer, Scale, dropout), Inputs(rows, cols, rank), null,
+                Device(type), c, type, new LoraLinear(Layer, Scale, dropout),
+                Inputs(rows, cols, rank), null,
                 $"[{rows}, {cols}] rank {rank} dropout {dropout}");
     }
 
-    // With x = 1 and a = 1 on its diagonal the mask is h; with dy bb = 1 it is dx, and with one on its
-    // diagonal da.
+    // With x = 1 and a = 1 on its diagonal the mask is h; with dy bb = 1 it is dx, and with one on
+    // its diagonal da.
     [TestCase(71, 37, 0.5)]
     [TestCase(71, 48, 0.05)]
     [TestCase(33, 75, 0.5)]
@@ -74,7 +76,8 @@ public sealed class CudaLoraTests
             [
                 Value.Float("x", [rows, cols], Ones(rows * cols)),
                 Value.Float("w", [1, cols], new double[cols]), Value.Absent("b"),
-                Value.Float("a", [cols, cols], Diagonal(cols)), Value.Float("bb", [1, cols], Ones(cols)),
+                Value.Float("a", [cols, cols], Diagonal(cols)),
+                Value.Float("bb", [1, cols], Ones(cols)),
             ]))
             {
                 run.Forward();
@@ -206,7 +209,8 @@ public sealed class CudaLoraTests
         Value.Float("w", [Outputs, cols], Fill.Normal(2, Outputs * cols)),
         Value.Float("b", [Outputs], Fill.Normal(3, Outputs)),
         Value.Float("a", [rank, cols], Fill.Normal(4, rank * cols)) with { Type = parameters },
-        Value.Float("bb", [Outputs, rank], Fill.Normal(5, Outputs * rank)) with { Type = parameters },
+        Value.Float("bb", [Outputs, rank],
+            Fill.Normal(5, Outputs * rank)) with { Type = parameters },
     ];
 
     private static double[] Ones(int count) => [.. Enumerable.Repeat(1.0, count)];

@@ -7,9 +7,9 @@ namespace MiniCpmNative.Tests;
 
 /// <summary>
 /// The rule of <see cref="CudaOpTests"/> where hardware and compilers may do otherwise: the PTX of
-/// another compiler, other orders of warps, blocks and streams, and the worst of what the instruction
-/// set allows (copies that arrive at once, approximate functions 2 units off, sums of mma the other way
-/// round).
+/// another compiler, other orders of warps, blocks and streams, and the worst of what the
+/// instruction set allows (copies that arrive at once, approximate functions 2 units off, sums of
+/// mma the other way round).
 /// </summary>
 [TestFixtureSource(nameof(Modes))]
 public sealed class CudaModeTests(string mode)
@@ -33,7 +33,8 @@ public sealed class CudaModeTests(string mode)
         if (_cuda is not { Emulator.Fault: null })
         {
             _cuda?.Dispose();
-            _cuda = new(Options(mode), mode == "clang" ? DeviceCompiler.Clang : DeviceCompiler.Nvrtc);
+            _cuda = new(Options(mode),
+                mode == "clang" ? DeviceCompiler.Clang : DeviceCompiler.Nvrtc);
         }
 
         _cuda.ForgetSteps();

@@ -14,8 +14,8 @@ public sealed class CudaModelTests
 
     /// <summary>
     /// The loss may differ from PyTorch's in F32 by twice what PyTorch's own differs in BF16,
-    /// an activation by four steps of a BF16 number, 2^-8 each, of its norm, and a gradient, with twice
-    /// as many operations behind it, by eight.
+    /// an activation by four steps of a BF16 number, 2^-8 each, of its norm, and a gradient, with
+    /// twice as many operations behind it, by eight.
     /// </summary>
     [Test]
     public void ReferenceTensorsAreReached()
@@ -48,7 +48,8 @@ public sealed class CudaModelTests
             string name = V26.Name(tensor.Name);
             var wanted = Fingerprint.Read(tensor.Value);
             if (V26.IsKeyBias(name) || wanted.Norm == 0) continue;
-            double error = Fingerprint.Of(V26.Gradient(model, name), wanted.Shape).NormError(wanted);
+            double error = Fingerprint.Of(V26.Gradient(model, name), wanted.Shape)
+                .NormError(wanted);
             worst = Math.Max(worst, error);
             Assert.That(error, Is.LessThan(2 * Allowed), name);
         }

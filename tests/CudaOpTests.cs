@@ -54,7 +54,8 @@ public sealed class CudaOpTests
     {
         var c = (OpCase)value;
         foreach (int n in c.Sizes)
-            Compare(Device(c, (DType)type), c, (DType)type, c.Op, c.Inputs(n), null, $"{c.Name} n={n}");
+            Compare(Device(c, (DType)type), c, (DType)type, c.Op, c.Inputs(n), null,
+                $"{c.Name} n={n}");
     }
 
     [TestCaseSource(nameof(Cases))]
@@ -75,7 +76,8 @@ public sealed class CudaOpTests
         run.Forward();
         run.Want(_ => true);
         run.Backward(dy);
-        double[]?[] plain = [.. inputs.Select((_, i) => run.HasGradient(i) ? run.Gradient(i) : null)];
+        double[]?[] plain =
+            [.. inputs.Select((_, i) => run.HasGradient(i) ? run.Gradient(i) : null)];
         run.Want(_ => true, accumulate: true, Start);
         run.Backward(dy);
         for (int i = 0; i < inputs.Length; i++)
@@ -219,12 +221,13 @@ public sealed class CudaOpTests
             double[] stored = inputs[i].Name is "w" or "b" or "a" or "bb" or "table"
                 ? gradient
                 : Storage.Round(gradient, type);
-            Agree(run.Gradient(i), stored, exact.Gradient(i), $"{what} {type} gradient of {inputs[i].Name}");
+            Agree(run.Gradient(i), stored, exact.Gradient(i),
+                $"{what} {type} gradient of {inputs[i].Name}");
         }
     }
 
-    // The operation of the plain path where a kernel must round what the CPU keeps in float between two
-    // products.
+    // The operation of the plain path where a kernel must round what the CPU keeps in float between
+    // two products.
     private static Op Plain(Op op, DType type) => op switch
     {
         LoraLinear lora when type != DType.F32 => new RoundedLora(lora, type),

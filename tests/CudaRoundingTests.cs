@@ -24,7 +24,8 @@ public sealed class CudaRoundingTests
 
     private static IEnumerable<TestCaseData> Cases =>
         CudaOpTests.Cases.Where(c => (DType)c.Arguments[1]! == DType.BF16)
-            .Select(c => new TestCaseData(c.Arguments[0]).SetArgDisplayNames(c.Arguments[0]!.ToString()!));
+            .Select(c =>
+                new TestCaseData(c.Arguments[0]).SetArgDisplayNames(c.Arguments[0]!.ToString()!));
 
     [OneTimeTearDown]
     public void Free() => _cuda?.Dispose();
@@ -38,7 +39,8 @@ public sealed class CudaRoundingTests
         double[][] got = CudaOpTests.Results(device, c, Size);
         using CpuDevice cpu = OpTests.Device(c, DType.F64);
         double[][] exact = CudaOpTests.Results(cpu, c, Size, DType.BF16);
-        // Gradients of weights are F32; what is rounded on the way to them is shared by many elements.
+        // Gradients of weights are F32; what is rounded on the way
+        // to them is shared by many elements.
         for (int i = 0; i < got.Length; i++)
             if (Storage.Round(got[i], DType.BF16).AsSpan().SequenceEqual(got[i]))
                 HasNoSide(got[i], exact[i], $"{c.Name} {(i == 0 ? "output" : $"gradient {i}")}");
@@ -46,8 +48,8 @@ public sealed class CudaRoundingTests
 
     /// <summary>
     /// The mean of errors away from zero is within five standard deviations of none, as that of
-    /// independent roundings is. Values that occur several times are rounded alike and count once; so
-    /// do rows that share a rounding (that of attention's probabilities), each by its sum.
+    /// independent roundings is. Values that occur several times are rounded alike and count once;
+    /// so do rows that share a rounding (that of attention's probabilities), each by its sum.
     /// </summary>
     internal static void HasNoSide(double[] got, double[] exact, string what, int row = 1)
     {
@@ -58,7 +60,8 @@ public sealed class CudaRoundingTests
         if (errors.Length < Fewest) return;
         double mean = errors.Average();
         double deviation = Math.Sqrt(errors.Average(e => (e - mean) * (e - mean)));
-        double allowed = (5 * deviation / Math.Sqrt(errors.Length)) + (1e-6 * row * exact.Average(Math.Abs));
+        double allowed = (5 * deviation / Math.Sqrt(errors.Length))
+            + (1e-6 * row * exact.Average(Math.Abs));
         Assert.That(Math.Abs(mean), Is.LessThanOrEqualTo(allowed),
             $"{what}: the mean of {errors.Length} errors, which are {deviation:E1} off");
     }

@@ -10,8 +10,8 @@ namespace MiniCpmNative.Tests;
 /// <summary>
 /// Bytes that memory-bound kernels move between DRAM and chip at production sizes, as the emulator
 /// counts them (sectors of 32 bytes, each once per launch), against what the operation cannot do
-/// without: its operands read once, its results written once. What is read again from cache is counted
-/// too, where a row says how much that may be.
+/// without: its operands read once, its results written once. What is read again from cache is
+/// counted too, where a row says how much that may be.
 /// </summary>
 [TestFixture]
 public sealed class CudaTrafficTests
@@ -23,8 +23,8 @@ public sealed class CudaTrafficTests
     private const int S = 2, F = 4;
 
     /// <summary>
-    /// A kernel, the operation that launches it, its bytes for these inputs, and those it reads again
-    /// (null: not looked at).
+    /// A kernel, the operation that launches it, its bytes for these inputs, and those it reads
+    /// again (null: not looked at).
     /// </summary>
     private sealed record Traffic(
         string Kernel, string Case, Func<Value[], long> Bytes, Func<Value[], long>? Again = null);
@@ -86,7 +86,8 @@ public sealed class CudaTrafficTests
         foreach (Traffic t in Table.Where(t => t.Case == name))
         {
             long needed = t.Bytes(inputs);
-            LaunchCounters[] launches = [.. cuda.Emulator.Launches.Where(l => l.Kernel == t.Kernel)];
+            LaunchCounters[] launches =
+                [.. cuda.Emulator.Launches.Where(l => l.Kernel == t.Kernel)];
             Assert.That(launches, Is.Not.Empty, t.Kernel);
             foreach (LaunchCounters launch in launches)
             {
@@ -105,8 +106,8 @@ public sealed class CudaTrafficTests
         }
     }
 
-    // What attention cannot do without: its operands once. Tiles of keys and values are read again for
-    // every tile of queries, from L2.
+    // What attention cannot do without: its operands once. Tiles of keys and values are read again
+    // for every tile of queries, from L2.
     [TestCase(64)]
     [TestCase(72)]
     [TestCase(128)]
@@ -131,8 +132,10 @@ public sealed class CudaTrafficTests
         long statistic = F * Tokens * Heads;
         Check(cuda, $"attention_forward_{headDim}", (2 * query) + (2 * key) + statistic);
         Check(cuda, "attention_statistics", (2 * query) + (3 * statistic));
-        Check(cuda, $"attention_keys_backward_{headDim}", (2 * query) + (4 * key) + (2 * statistic));
-        Check(cuda, $"attention_queries_backward_{headDim}", (3 * query) + (2 * key) + (2 * statistic));
+        Check(cuda, $"attention_keys_backward_{headDim}",
+            (2 * query) + (4 * key) + (2 * statistic));
+        Check(cuda, $"attention_queries_backward_{headDim}",
+            (3 * query) + (2 * key) + (2 * statistic));
 
         Value X(string name, int heads) => Value.Float(
             name, [Tokens, heads * headDim], Fill.Normal(heads, Tokens * heads * headDim));
@@ -164,11 +167,13 @@ public sealed class CudaTrafficTests
     private static void Check(CudaUnderTest cuda, string kernel, long needed)
     {
         long moved = cuda.Emulator!.Launches.Single(l => l.Kernel == kernel).DramBytes;
-        TestContext.Out.WriteLine($"{kernel}: {moved} of {needed} ({(double)moved / needed:0.000})");
+        TestContext.Out.WriteLine(
+            $"{kernel}: {moved} of {needed} ({(double)moved / needed:0.000})");
         Assert.That(moved, Is.InRange(needed, (long)(Allowed * needed)), kernel);
     }
 
-    // Bytes per parameter: gradient; p, m and v read and written, the gradient read, the bf16 copy written.
+    // Bytes per parameter: gradient; p, m and v read and written,
+    // the gradient read, the bf16 copy written.
     [TestCase(DType.F32, "adamw", (6 * F) + F + S)]
     [TestCase(DType.BF16, "adamw_bf16_moments", (2 * F) + (4 * S) + F + S)]
     public void AStepOfTheOptimizerMovesItsStateOnce(DType moments, string kernel, int bytes)

@@ -11,11 +11,11 @@ using NUnit.Framework;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// Whole training runs on the GPU, the emulated one or a real one (CPMX_TEST_GPU=1), against the same
-/// runs on the CPU, which are held to PyTorch elsewhere. In F32 losses and norms may differ by 1e-4, as
-/// the CPU's may from PyTorch's. In BF16 the GPU keeps activations in it and the CPU does not: a loss may
-/// differ by 2^-7 of itself, one step of a BF16 number, the most that PyTorch, whose loss is one, could
-/// tell apart.
+/// Whole training runs on the GPU, the emulated one or a real one (CPMX_TEST_GPU=1), against the
+/// same runs on the CPU, which are held to PyTorch elsewhere. In F32 losses and norms may differ by
+/// 1e-4, as the CPU's may from PyTorch's. In BF16 the GPU keeps activations in it and the CPU does
+/// not: a loss may differ by 2^-7 of itself, one step of a BF16 number, the most that PyTorch,
+/// whose loss is one, could tell apart.
 /// </summary>
 [TestFixture]
 public sealed class CudaTrainTests
@@ -54,15 +54,16 @@ public sealed class CudaTrainTests
         TestContext.Out.WriteLine($"loss {loss:E2}, norm {norm:E2}, evaluation {evaluation:E2}");
         Assert.That(loss, Is.LessThan(bf16 ? BrainStep : 1e-4), "loss");
         Assert.That(evaluation, Is.LessThan(bf16 ? BrainStep : 1e-4), "evaluation");
-        // The first step's parameters are the same. This model is sure of wrong answers, and some later
-        // step's norm changes by 2e-5 of itself when the learning rate does by 1e-6 of itself, so that
-        // roundings show; norms of several steps, and in BF16, are left to the reference model below.
+        // The first step's parameters are the same. This model is sure of wrong answers, and some
+        // later step's norm changes by 2e-5 of itself when the learning rate does by 1e-6 of
+        // itself, so that roundings show; norms of several steps, and in BF16,
+        // are left to the reference model below.
         if (!bf16) Assert.That(norm, Is.LessThan(1e-4), "norm");
     }
 
     /// <summary>
-    /// The model that PyTorch's numbers are of. Its pictures have a thousand patches, which in F32, without
-    /// matrix instructions, take the emulator minutes: those are in BF16 only.
+    /// The model that PyTorch's numbers are of. Its pictures have a thousand patches, which in F32,
+    /// without matrix instructions, take the emulator minutes: those are in BF16 only.
     /// </summary>
     [TestCase(true, false)]
     [TestCase(true, true)]
@@ -84,7 +85,8 @@ public sealed class CudaTrainTests
         {
             double loss = Math.Abs(gpu[i].Loss - cpu[i].Loss) / cpu[i].Loss;
             double norm = Math.Abs(gpu[i].GradientNorm - cpu[i].GradientNorm) / cpu[i].GradientNorm;
-            TestContext.Out.WriteLine($"step {i + 1}: {cpu[i].Loss:F4}, loss {loss:E2}, norm {norm:E2}");
+            TestContext.Out.WriteLine(
+                $"step {i + 1}: {cpu[i].Loss:F4}, loss {loss:E2}, norm {norm:E2}");
             Assert.That(loss, Is.LessThan(bf16 ? BrainStep : 1e-4), "loss");
             Assert.That(norm, Is.LessThan(bf16 ? BrainStep : 1e-4), "norm");
         }
@@ -92,7 +94,8 @@ public sealed class CudaTrainTests
         StepResult[] Steps(TrainArguments of, DeviceSource? devices)
         {
             using var model = TrainingModel.Open(
-                of with { Device = devices is null ? DeviceChoice.Cpu : DeviceChoice.Cuda }, devices);
+                of with { Device = devices is null ? DeviceChoice.Cpu : DeviceChoice.Cuda },
+                devices);
             var trainer = new Trainer(of, model);
             Batch[][] order = [[text], [other, text], [text]];
             return [.. order.Select((batches, i) => trainer.Step(i, batches, 1e-3))];
@@ -136,8 +139,8 @@ public sealed class CudaTrainTests
     }
 
     /// <summary>
-    /// The device decides about a step before the host knows; the host learns it in time for the next
-    /// one's bias corrections.
+    /// The device decides about a step before the host knows; the host learns it in time for the
+    /// next one's bias corrections.
     /// </summary>
     [Test]
     public void AStepThatIsNotFiniteIsSkippedOnTheDevice()
@@ -147,7 +150,8 @@ public sealed class CudaTrainTests
         bad.Patches.Clear();
         bad.Patches.Extend(good.Patches.Count).Fill(float.NaN);
         using var gpu = new CudaSource();
-        using var model = TrainingModel.Open(arguments with { Device = DeviceChoice.Cuda }, gpu.Source);
+        using var model =
+            TrainingModel.Open(arguments with { Device = DeviceChoice.Cuda }, gpu.Source);
         using var cpu = TrainingModel.Open(arguments with { Device = DeviceChoice.Cpu });
         var trainer = new Trainer(arguments, model);
         var reference = new Trainer(arguments, cpu);
@@ -156,7 +160,8 @@ public sealed class CudaTrainTests
         for (int i = 0; i < order.Length; i++)
         {
             trainer.Queue(i, [order[i]], 1e-2);
-            while (trainer.TryTake(wait: i == order.Length - 1, out StepResult result)) results.Add(result);
+            while (trainer.TryTake(wait: i == order.Length - 1, out StepResult result))
+                results.Add(result);
         }
 
         for (int i = 0; i < order.Length; i++)
@@ -165,7 +170,8 @@ public sealed class CudaTrainTests
             Assert.That(results[i].Step, Is.EqualTo(i + 1));
             Assert.That(results[i].Skipped, Is.EqualTo(order[i] == bad));
             if (order[i] == bad) Assert.That(results[i].Loss, Is.NaN);
-            else Assert.That(results[i].Loss, Is.EqualTo(expected.Loss).Within(1e-4 * expected.Loss));
+            else Assert.That(results[i].Loss,
+                Is.EqualTo(expected.Loss).Within(1e-4 * expected.Loss));
         }
 
         Assert.That(results[2].Loss, Is.Not.EqualTo(results[0].Loss));
@@ -187,7 +193,8 @@ public sealed class CudaTrainTests
         CudaApi nothing = NullCuda.Api();
         var devices = new DeviceSource
         {
-            Cuda = () => new(nothing.Driver, CudaTools.Compiler(DeviceCompiler.Nvrtc), nothing.Cublas),
+            Cuda = () =>
+                new(nothing.Driver, CudaTools.Compiler(DeviceCompiler.Nvrtc), nothing.Cublas),
             Cache = CudaUnderTest.Cache,
         };
         using var model = TrainingModel.Open(arguments, devices);
@@ -196,8 +203,9 @@ public sealed class CudaTrainTests
         Batch[][] steps = [[picture, text], [text], [text, picture], [picture]];
         var bytes = new long[steps.Length];
         Array.Fill(bytes, long.MaxValue);
-        // The first round meets every shape. Of the others the best counts: the runtime allocates a little
-        // for itself now and then, on whatever thread, but what a step allocates it allocates every time.
+        // The first round meets every shape. Of the others the best counts: the runtime allocates a
+        // little for itself now and then, on whatever thread,
+        // but what a step allocates it allocates every time.
         for (int round = 0; round < 4; round++)
         {
             for (int i = 0; i < steps.Length; i++)
@@ -216,7 +224,8 @@ public sealed class CudaTrainTests
         Assert.That(bytes, Is.All.Zero);
     }
 
-    // The bundled example: a decoder of four layers, a vision tower of three, pictures of few patches.
+    // The bundled example: a decoder of four layers, a vision tower of three,
+    // pictures of few patches.
     private TrainArguments Example(string name) => new()
     {
         ModelNameOrPath = Path.Combine(Examples, "model"),
@@ -241,12 +250,14 @@ public sealed class CudaTrainTests
         ReportTo = ReportTo.None,
     };
 
-    private static string Examples { get; } = Path.Combine(ReferenceFile.Root, "..", "..", "examples");
+    private static string Examples { get; } =
+        Path.Combine(ReferenceFile.Root, "..", "..", "examples");
 
     /// <summary>Some of the example's rows, with the full paths of their pictures.</summary>
     private string Rows(string name, int first, int count)
     {
-        JsonArray all = JsonNode.Parse(File.ReadAllBytes(Path.Combine(Examples, "train.json")))!.AsArray();
+        JsonArray all =
+            JsonNode.Parse(File.ReadAllBytes(Path.Combine(Examples, "train.json")))!.AsArray();
         var rows = new JsonArray();
         foreach (JsonNode? row in all.Skip(first).Take(count))
         {
@@ -283,7 +294,8 @@ public sealed class CudaTrainTests
     }
 
     private static double[] Losses(IReadOnlyList<JsonElement> log) =>
-        [.. log.Where(e => e.TryGetProperty("loss", out _)).Select(e => e.GetProperty("loss").GetDouble())];
+        [.. log.Where(e => e.TryGetProperty("loss", out _))
+            .Select(e => e.GetProperty("loss").GetDouble())];
 
     private static double Error(string name, JsonElement expected, JsonElement got)
     {

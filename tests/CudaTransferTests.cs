@@ -12,8 +12,8 @@ using NUnit.Framework;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// What goes to a GPU and comes back while it computes, on the emulated one, whose streams run in an
-/// order of their own wherever no event forbids it; and which device a configuration gets.
+/// What goes to a GPU and comes back while it computes, on the emulated one, whose streams run in
+/// an order of their own wherever no event forbids it; and which device a configuration gets.
 /// </summary>
 [TestFixture]
 public sealed class CudaTransferTests
@@ -27,8 +27,8 @@ public sealed class CudaTransferTests
 
     /// <summary>
     /// A sum of inputs: each is filled while the ones before are still queued, and some
-    /// partial sums are taken when the next one is queued. The others are not, so that nothing but the
-    /// memory itself keeps an input from being overwritten.
+    /// partial sums are taken when the next one is queued. The others are not, so that nothing but
+    /// the memory itself keeps an input from being overwritten.
     /// </summary>
     [TestCase(0)]
     [TestCase(1)]
@@ -70,7 +70,8 @@ public sealed class CudaTransferTests
         Assert.That(cuda.Emulator?.Fault, Is.Null);
 
         static void AssertSums(Readback results, double sum) => Assert.That(
-            MemoryMarshal.Cast<byte, float>(results.Wait()).ToArray(), Is.EqualTo([2 * sum, 2 * sum]));
+            MemoryMarshal.Cast<byte, float>(results.Wait()).ToArray(),
+            Is.EqualTo([2 * sum, 2 * sum]));
     }
 
     [Test]
@@ -81,7 +82,8 @@ public sealed class CudaTransferTests
         input.Begin(1000);
         Assert.That(
             () => input.Push<float>(DType.F32, new Shape(1 << 20), "patches", new float[1 << 20]),
-            Throws.InvalidOperationException.With.Message.Contain("patches F32[1048576] does not fit"));
+            Throws.InvalidOperationException.With.Message.Contain(
+                "patches F32[1048576] does not fit"));
     }
 
     [Test]
@@ -90,7 +92,8 @@ public sealed class CudaTransferTests
         var said = new List<string>();
         using OpenDevice device = NoGpu.Open(Auto, said.Add);
         Assert.That(device.Name, Does.StartWith("CPU, "));
-        Assert.That(said, Is.EqualTo(["cuda: driver not found: looked nowhere; computing on the CPU"]));
+        Assert.That(said,
+            Is.EqualTo(["cuda: driver not found: looked nowhere; computing on the CPU"]));
     }
 
     [Test]
@@ -105,16 +108,19 @@ public sealed class CudaTransferTests
     public void CudaWithoutAGpuIsAWrongConfiguration()
     {
         TrainArguments arguments = V26.Full with { Device = DeviceChoice.Cuda };
-        Assert.That(() => NoGpu.Open(arguments), Throws.TypeOf<InputException>().With.Message.EqualTo(
+        Assert.That(() =>
+            NoGpu.Open(arguments), Throws.TypeOf<InputException>().With.Message.EqualTo(
             "device is cuda, which cannot be used: cuda: driver not found: looked nowhere"));
         var (output, error) = (new StringWriter(), new StringWriter());
         var runners = new Runners { Train = (a, log, stop) => TrainRun.Run(a, log, stop, NoGpu) };
         int code = new CommandLine(output, error, runners).Run(
-            ["train", "--model_name_or_path", V26.Model, "--data_path", V26.Rows, "--device", "cuda",
+            ["train", "--model_name_or_path", V26.Model, "--data_path", V26.Rows,
+                "--device", "cuda",
                 "--on_bad_row", "skip"]);
         Assert.That(code, Is.EqualTo(2));
         Assert.That(error.ToString().Trim().Split('\n'), Has.Length.EqualTo(1));
-        Assert.That(error.ToString(), Does.StartWith("cpmx: device is cuda, which cannot be used: cuda: "));
+        Assert.That(error.ToString(),
+            Does.StartWith("cpmx: device is cuda, which cannot be used: cuda: "));
     }
 
     [TestCase(false, false, DType.F32)]
@@ -140,6 +146,7 @@ public sealed class CudaTransferTests
         var said = new List<string>();
         using OpenDevice device = new DeviceSource { Cuda = () => gpu.Api }.Open(Auto, said.Add);
         Assert.That(device.Name, Does.StartWith("CPU, "));
-        Assert.That(said.Single(), Does.Contain("has compute capability 7.5, 8.0 or newer is needed"));
+        Assert.That(said.Single(),
+            Does.Contain("has compute capability 7.5, 8.0 or newer is needed"));
     }
 }

@@ -6,8 +6,8 @@ namespace MiniCpmNative.Tests;
 
 /// <summary>
 /// The CUDA device that tests run on: production code on the emulator, or on a real GPU when
-/// CPMX_TEST_GPU=1. One exists at a time; a fixture makes it and disposes of it. Compiled kernels are
-/// kept on disk between runs, by the hash of their source.
+/// CPMX_TEST_GPU=1. One exists at a time; a fixture makes it and disposes of it. Compiled kernels
+/// are kept on disk between runs, by the hash of their source.
 /// </summary>
 internal sealed class CudaUnderTest : IDisposable
 {
@@ -52,7 +52,9 @@ internal sealed class CudaUnderTest : IDisposable
 
     public CudaContext Context { get; }
 
-    /// <summary>The device for a type of activations; compiled and loaded when first asked for.</summary>
+    /// <summary>
+    /// The device for a type of activations; compiled and loaded when first asked for.
+    /// </summary>
     public CudaDevice Device(DType activations)
     {
         if (_devices.TryGetValue(activations, out CudaDevice? device)) return device;
@@ -62,8 +64,8 @@ internal sealed class CudaUnderTest : IDisposable
     }
 
     /// <summary>
-    /// Makes the emulated memory of steps count as never written, so that a kernel that reads scratch
-    /// nobody wrote is found even where an earlier test wrote there.
+    /// Makes the emulated memory of steps count as never written, so that a kernel that reads
+    /// scratch nobody wrote is found even where an earlier test wrote there.
     /// </summary>
     public void ForgetSteps()
     {

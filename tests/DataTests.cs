@@ -9,8 +9,8 @@ using NUnit.Framework;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// From a data file to the batch that the model takes: ids, labels, bounds, grids and pixels against the
-/// official data set; what `cpmx data check` says; and rows that cannot be used.
+/// From a data file to the batch that the model takes: ids, labels, bounds, grids and pixels
+/// against the official data set; what `cpmx data check` says; and rows that cannot be used.
 /// </summary>
 [TestFixture]
 public sealed class DataTests
@@ -72,7 +72,8 @@ public sealed class DataTests
     [Test]
     public void ACheckShowsWhatTrainingSees()
     {
-        string report = Check(0, "--data_path", Runs.Data(_folder, "two-small", "sliced-jpeg", "words"));
+        string report =
+            Check(0, "--data_path", Runs.Data(_folder, "two-small", "sliced-jpeg", "words"));
         string[] lines = report.Split('\n');
         Assert.That(lines[0], Does.EndWith("rows.json: 3 rows, 0 bad"));
         // Image numbers on all pictures, no line ends around them: the shipped processor's scheme.
@@ -113,7 +114,8 @@ public sealed class DataTests
         var said = new List<string>();
         var refused = Assert.Throws<InputException>(
             () => TrainingRows.Open(data, arguments, V26.Spec, said.Add))!;
-        Assert.That(refused.Message, Does.Contain("of 10 rows are bad: ").And.Contain("on_bad_row=skip"));
+        Assert.That(refused.Message,
+            Does.Contain("of 10 rows are bad: ").And.Contain("on_bad_row=skip"));
         Assert.That(refused.Message, Does.Not.Contain("\n"));
         var rows = TrainingRows.Open(
             data, arguments with { OnBadRow = BadRows.Skip }, V26.Spec, said.Add);
@@ -150,7 +152,8 @@ public sealed class DataTests
     {
         var failure = Assert.Throws<InputException>(() => TrainingRows.Read(
             V26.Rows, V26.Full with { LlmType = "llama3" }, V26.Spec))!;
-        Assert.That(failure.Message, Does.StartWith("llm_type is \"llama3\"").And.Contain("\"qwen\""));
+        Assert.That(failure.Message,
+            Does.StartWith("llm_type is \"llama3\"").And.Contain("\"qwen\""));
         TrainingRows.Read(V26.Rows, V26.Full with { LlmType = "qwen" }, V26.Spec);
     }
 
@@ -160,7 +163,8 @@ public sealed class DataTests
         batch.Clear();
         rows.Append(row, batch);
         int[] labels = [.. Enumerable.Repeat(-100, batch.Tokens.Count)];
-        for (int i = 0; i < batch.LabelRows.Count; i++) labels[batch.LabelRows[i]] = batch.Targets[i];
+        for (int i = 0; i < batch.LabelRows.Count; i++)
+            labels[batch.LabelRows[i]] = batch.Targets[i];
         Assert.That(batch.Tokens.Span.ToArray(),
             Is.EqualTo(ReferenceText.Ints(expected.GetProperty("input_ids"))), id);
         Assert.That(labels, Is.EqualTo(ReferenceText.Ints(expected.GetProperty("labels"))), id);

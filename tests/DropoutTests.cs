@@ -5,7 +5,9 @@ using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;
 
-/// <summary>Random numbers against their published vectors, and the dropout of LoRA made of them.</summary>
+/// <summary>
+/// Random numbers against their published vectors, and the dropout of LoRA made of them.
+/// </summary>
 [TestFixture]
 public sealed unsafe class DropoutTests
 {
@@ -64,7 +66,8 @@ public sealed unsafe class DropoutTests
                 Philox.Mask(new(1, 2, true), 3, Philox.Threshold(p), 0, Count, keep);
             // Four standard deviations.
             double deviation = Math.Sqrt(p * (1 - p) / Count);
-            Assert.That(1 - (mask.Sum(b => (double)b) / Count), Is.EqualTo(p).Within(4 * deviation));
+            Assert.That(1 - (mask.Sum(b => (double)b) / Count),
+                Is.EqualTo(p).Within(4 * deviation));
         }
     }
 
@@ -72,10 +75,12 @@ public sealed unsafe class DropoutTests
     public void ProbabilitiesOutsideTheRangeAreRefused()
     {
         foreach (double p in (double[])[1, -0.1, double.NaN])
-            Assert.That(() => new LoraLinear(0, 1, p), Throws.TypeOf<ArgumentOutOfRangeException>());
+            Assert.That(() =>
+                new LoraLinear(0, 1, p), Throws.TypeOf<ArgumentOutOfRangeException>());
     }
 
-    // A row of 37 columns starts at every offset of a block; a tall matrix has several tiles of rows.
+    // A row of 37 columns starts at every offset of a block;
+    // a tall matrix has several tiles of rows.
     [TestCase(5, 37)]
     [TestCase(1, 1)]
     [TestCase(75, 9000)]
@@ -93,8 +98,8 @@ public sealed unsafe class DropoutTests
         Check(run, inputs, mask, Scale, dy);
     }
 
-    // The recorded masks of PyTorch's dropout, through the definition of the mask as a factor of x: the
-    // adapter alone sees the masked x, the frozen weight the whole.
+    // The recorded masks of PyTorch's dropout, through the definition of the mask as a factor of x:
+    // the adapter alone sees the masked x, the frozen weight the whole.
     [Test]
     public void WithPyTorchsMasksTheResultIsPeftS()
     {
@@ -104,14 +109,16 @@ public sealed unsafe class DropoutTests
         {
             double keepScale = c.Params.GetProperty("keep_scale").GetDouble();
             double scale = c.Params.GetProperty("scale").GetDouble();
-            double[] mask = Array.ConvertAll(c.Doubles("keep"), k => k * keepScale), x = c.Doubles("x");
+            double[] mask = Array.ConvertAll(c.Doubles("keep"), k => k * keepScale),
+                x = c.Doubles("x");
             Value In(string key) => c.Has(key)
                 ? Value.Float(key, c.Shape(key), c.Doubles(key)) : Value.Absent(key);
             Value w = In("w");
             Value masked = Value.Float("x", c.Shape("x"), [.. x.Zip(mask, (a, b) => a * b)]);
             using var frozen = new OpRun(device, new Linear(), [In("x"), w, In("b")]);
             using var adapter = new OpRun(device, new LoraLinear(0, scale, 0),
-                [masked, w with { Data = new double[w.Data.Length] }, Value.Absent("b"), In("a"), In("bb")]);
+                [masked, w with { Data = new double[w.Data.Length] }, Value.Absent("b"), In("a"),
+                    In("bb")]);
             foreach (OpRun run in (OpRun[])[frozen, adapter])
             {
                 run.Forward();
@@ -127,7 +134,8 @@ public sealed unsafe class DropoutTests
             count++;
 
             void Close(string key, double[] got) => OpTests.AreClose(got, c.Doubles(key),
-                (c.Small ? 1e-7 : 1e-9) * Math.Max(1, c.Doubles(key).Max(Math.Abs)), $"{c.Name} {key}");
+                (c.Small ? 1e-7 : 1e-9) * Math.Max(1, c.Doubles(key).Max(Math.Abs)),
+                $"{c.Name} {key}");
         }
 
         Assert.That(count, Is.GreaterThanOrEqualTo(4));

@@ -3,10 +3,11 @@ using System.Text.Json;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// What the reference keeps of a tensor that is too large to keep whole: norm, sum, largest magnitude
-/// and eight projections p_k = sum_i v_i s_ki / sqrt(n) on signs s_ki from splitmix64. For a difference
-/// e of two tensors the projections differ by e's, and the mean of their squares over random signs is
-/// |e|^2 / n: eight of them tell the size of a difference that the two norms alone would hide.
+/// What the reference keeps of a tensor that is too large to keep whole: norm, sum, largest
+/// magnitude and eight projections p_k = sum_i v_i s_ki / sqrt(n) on signs s_ki from splitmix64.
+/// For a difference e of two tensors the projections differ by e's, and the mean of their squares
+/// over random signs is |e|^2 / n: eight of them tell the size of a
+/// difference that the two norms alone would hide.
 /// </summary>
 internal sealed record Fingerprint(
     int[] Shape, double Norm, double Sum, double Max, double[] Projections)
@@ -56,7 +57,9 @@ internal sealed record Fingerprint(
         return Math.Max(Distance(expected), Math.Max(sum, norm)) / expected.Norm;
     }
 
-    /// <summary>Root mean square and largest element's difference, as parts of a magnitude.</summary>
+    /// <summary>
+    /// Root mean square and largest element's difference, as parts of a magnitude.
+    /// </summary>
     public double ElementError(Fingerprint expected, double magnitude) =>
         Math.Max(Distance(expected) / Math.Sqrt(Count), Math.Abs(Max - expected.Max)) / magnitude;
 }

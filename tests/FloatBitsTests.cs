@@ -10,7 +10,8 @@ public sealed unsafe class FloatBitsTests
 {
     private static readonly float[] s_special =
     [
-        0f, -0f, float.Epsilon, -float.Epsilon, float.MaxValue, float.MinValue, 1f, -1f, 65504f, 65519.996f,
+        0f, -0f, float.Epsilon, -float.Epsilon, float.MaxValue, float.MinValue, 1f, -1f, 65504f,
+        65519.996f,
         65520f, 1e-8f, 5.9604645e-8f, 2.9802322e-8f, 2.9802326e-8f, float.PositiveInfinity,
         float.NegativeInfinity, float.NaN,
     ];
@@ -22,7 +23,8 @@ public sealed unsafe class FloatBitsTests
         float[] values = Array.ConvertAll(reference.Ints("f32"), BitConverter.Int32BitsToSingle);
         Assert.That(Narrowed(values, DType.BF16), Is.EqualTo(reference.Ints("bf16")));
         Assert.That(Narrowed(values, DType.F16), Is.EqualTo(reference.Ints("f16")));
-        Assert.That(values.Select(v => (int)FloatBits.ToBF16(v)), Is.EqualTo(reference.Ints("bf16")));
+        Assert.That(values.Select(v => (int)FloatBits.ToBF16(v)),
+            Is.EqualTo(reference.Ints("bf16")));
         Assert.That(values.Select(v => (int)FloatBits.ToF16(v)), Is.EqualTo(reference.Ints("f16")));
 
         ushort[] halves = Array.ConvertAll(reference.Ints("half"), v => (ushort)v);
@@ -46,7 +48,8 @@ public sealed unsafe class FloatBitsTests
             {
                 var values = new float[40];
                 values[place] = nan;
-                int bf16 = Narrowed(values, DType.BF16)[place], f16 = Narrowed(values, DType.F16)[place];
+                int bf16 = Narrowed(values, DType.BF16)[place],
+                    f16 = Narrowed(values, DType.F16)[place];
                 Assert.That(float.IsNaN(FloatBits.FromBF16((ushort)bf16)));
                 Assert.That(float.IsNaN(FloatBits.FromF16((ushort)f16)));
                 Assert.That(bf16 >> 15, Is.EqualTo(float.IsNegative(nan) ? 1 : 0));
@@ -133,7 +136,8 @@ public sealed unsafe class FloatBitsTests
     [Test]
     public void IntegersAreNotConverted()
     {
-        Assert.Throws<ArgumentOutOfRangeException>(() => FloatBits.Narrow(null, null, DType.I32, 0));
+        Assert.Throws<ArgumentOutOfRangeException>(() =>
+            FloatBits.Narrow(null, null, DType.I32, 0));
         Assert.Throws<ArgumentOutOfRangeException>(() => FloatBits.Widen(null, DType.U8, null, 0));
     }
 
@@ -151,7 +155,8 @@ public sealed unsafe class FloatBitsTests
         if (value == 0) return value;
         int exponent = Math.Max(Math.ILogB(value), minExponent);
         double rounded = Math.ScaleB(
-            Math.Round(Math.ScaleB(value, fraction - exponent), MidpointRounding.ToEven), exponent - fraction);
+            Math.Round(Math.ScaleB(value, fraction - exponent), MidpointRounding.ToEven),
+            exponent - fraction);
         return Math.Abs(rounded) < Math.ScaleB(1, maxExponent + 1)
             ? rounded : value < 0 ? double.NegativeInfinity : double.PositiveInfinity;
     }

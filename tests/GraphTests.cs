@@ -79,7 +79,8 @@ public sealed class GraphTests
             long before = GC.GetAllocatedBytesForCurrentThread();
             network.Run(0, clear: true, seed: 1);
             Assert.That(
-                GC.GetAllocatedBytesForCurrentThread() - before, Is.Zero, $"checkpoint {checkpoint}");
+                GC.GetAllocatedBytesForCurrentThread() - before, Is.Zero,
+                $"checkpoint {checkpoint}");
             Assert.That(network.Graph.Device.Step.IsEmpty);
         }
     }
@@ -126,7 +127,8 @@ public sealed class GraphTests
         Assert.That(after, Is.EqualTo(before));
         Assert.That(device.Step.Used, Is.LessThan(used));
         Assert.That(() => graph.Run(new Linear(), second, w),
-            Throws.TypeOf<StaleTensorException>().With.Message.Contain("kept").Or.Message.Contain("linear"));
+            Throws.TypeOf<StaleTensorException>().With.Message.Contain("kept").Or.Message.Contain(
+                "linear"));
     }
 
     [Test]
@@ -153,7 +155,8 @@ public sealed class GraphTests
         x = graph.Parameter(x, dx);
         cos = graph.Parameter(cos, dCos);
         Assert.That(() => graph.Run(new Add(), x, x),
-            Throws.TypeOf<ShapeException>().With.Message.Contain("add: inputs 0 and 1 are the same"));
+            Throws.TypeOf<ShapeException>().With.Message.Contain(
+                "add: inputs 0 and 1 are the same"));
         Assert.That(() => graph.Run(new Rope(4), x, positions, cos, sin),
             Throws.TypeOf<ShapeException>().With.Message.Contain("rope: input 2 has no gradient"));
         Assert.That(() => graph.Backward(x, 1), Throws.InvalidOperationException);
@@ -328,7 +331,8 @@ public sealed class GraphTests
             }
 
             private static Tensor Parameter(Network network, int first) => network.Graph.Parameter(
-                network._weights.Slice(first, Rank * Cols), network._gradients.Slice(first, Rank * Cols));
+                network._weights.Slice(first, Rank * Cols),
+                network._gradients.Slice(first, Rank * Cols));
         }
     }
 }

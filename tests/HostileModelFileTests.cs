@@ -8,8 +8,8 @@ using NUnit.Framework;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// Damaged headers and configurations: each is read or refused with one line. A crash would take the
-/// test run down; what a case may allocate and how long all may take is bounded.
+/// Damaged headers and configurations: each is read or refused with one line. A crash would take
+/// the test run down; what a case may allocate and how long all may take is bounded.
 /// </summary>
 [TestFixture]
 public sealed class HostileModelFileTests
@@ -33,7 +33,8 @@ public sealed class HostileModelFileTests
             Path.Combine(ReferenceFile.Root, "safetensors", "bnb_linear4bit.safetensors"));
         int length = (int)BinaryPrimitives.ReadInt64LittleEndian(good);
         byte[] header = good[8..(8 + length)], data = good[(8 + length)..];
-        string text = Encoding.UTF8.GetString(header), path = Path.Combine(_folder, "a.safetensors");
+        string text = Encoding.UTF8.GetString(header),
+            path = Path.Combine(_folder, "a.safetensors");
         RunAll(seed: 11, path, most: 2 << 20, (mutations, number) => (number % 4) switch
         {
             0 => mutations.Bytes(good[..Math.Min(good.Length, 8 + length + 64)]),
@@ -53,12 +54,14 @@ public sealed class HostileModelFileTests
             ("generation_config.json", Cases / 10),
         })
         {
-            string path = Path.Combine(_folder, name), good = File.ReadAllText(Path.Combine(s_model, name));
+            string path = Path.Combine(_folder, name),
+                good = File.ReadAllText(Path.Combine(s_model, name));
             if (name != "config.json") File.Copy(Path.Combine(s_model, "config.json"),
                 Path.Combine(_folder, "config.json"), overwrite: true);
             RunAll(seed: 12, path, most: 64 << 20, (mutations, number) => number % 2 == 0
                 ? mutations.Bytes(Encoding.UTF8.GetBytes(good))
-                : Encoding.UTF8.GetBytes(mutations.Json(good)), _ => ModelSpec.Read(_folder), cases);
+                : Encoding.UTF8.GetBytes(mutations.Json(good)), _ =>
+                    ModelSpec.Read(_folder), cases);
             File.WriteAllText(path, good);
         }
     }
@@ -67,13 +70,17 @@ public sealed class HostileModelFileTests
     public void AdapterConfigurations()
     {
         var table = ModelSpec.Read(s_model).Parameters;
-        string[] goods = [.. new[] { "peft021_official", "variant_suffixes", "variant_layer_1" }.Select(name =>
-            File.ReadAllText(Path.Combine(ReferenceFile.Root, "v26", "adapters", name, "adapter_config.json")))];
-        RunAll(seed: 13, Path.Combine(_folder, AdapterConfig.FileName), most: 8 << 20, (mutations, number) =>
+        string[] goods =
+            [.. new[] { "peft021_official", "variant_suffixes", "variant_layer_1" }.Select(name =>
+            File.ReadAllText(
+                Path.Combine(ReferenceFile.Root, "v26", "adapters", name, "adapter_config.json")))];
+        RunAll(seed: 13, Path.Combine(_folder, AdapterConfig.FileName), most: 8 << 20,
+            (mutations, number) =>
         {
             string good = goods[number % goods.Length];
             return number % 2 == 0
-                ? mutations.Bytes(Encoding.UTF8.GetBytes(good)) : Encoding.UTF8.GetBytes(mutations.Json(good));
+                ? mutations.Bytes(Encoding.UTF8.GetBytes(good))
+                : Encoding.UTF8.GetBytes(mutations.Json(good));
         }, path => AdapterLayout.Create(table, AdapterConfig.Read(path), path));
     }
 

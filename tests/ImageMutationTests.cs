@@ -24,7 +24,8 @@ public class ImageMutationTests
         byte[][] seeds =
         [
             .. new[] { "decode", "broken" }
-                .SelectMany(f => Directory.GetFiles(Path.Combine(ReferenceFile.Root, "images", f), s_kinds[kind]))
+                .SelectMany(f => Directory.GetFiles(Path.Combine(ReferenceFile.Root, "images", f),
+                    s_kinds[kind]))
                 .Order(StringComparer.Ordinal)
                 .Select(File.ReadAllBytes)
                 .Where(b => b.Length is > 8 and < LargestFile),
@@ -45,7 +46,8 @@ public class ImageMutationTests
             }
             catch (InputException e)
             {
-                Assert.That(e.Message, Does.StartWith("mutated: ").And.Not.Contains("\n"), $"number {i}");
+                Assert.That(e.Message, Does.StartWith("mutated: ").And.Not.Contains("\n"),
+                    $"number {i}");
                 refused++;
             }
 
@@ -53,12 +55,16 @@ public class ImageMutationTests
 
             // A lossless WebP of one colour needs no data per pixel: only the pixel limit holds
             // there.
-            long most = kind == 2 ? 3 * PictureDecoder.MaxPixels : 4_000_000 + (4_096L * file.Length);
-            Assert.That(allocated, Is.LessThan(most), $"number {i}, {file.Length} bytes, {pixels} pixels");
-            Assert.That(Stopwatch.GetElapsedTime(start).TotalSeconds, Is.LessThan(10), $"number {i}");
+            long most = kind == 2
+                ? 3 * PictureDecoder.MaxPixels : 4_000_000 + (4_096L * file.Length);
+            Assert.That(allocated, Is.LessThan(most),
+                $"number {i}, {file.Length} bytes, {pixels} pixels");
+            Assert.That(Stopwatch.GetElapsedTime(start).TotalSeconds, Is.LessThan(10),
+                $"number {i}");
             if (kind == 0)
                 Assert.That(PngTests.Outcome(file, streamed: true),
-                    Is.EqualTo(PngTests.Outcome(file, streamed: false)), $"number {i}, without libdeflate");
+                    Is.EqualTo(PngTests.Outcome(file, streamed: false)),
+                    $"number {i}, without libdeflate");
         }
 
         Assert.That(decoded, Is.GreaterThan(100), "some survive");
@@ -82,8 +88,10 @@ public class ImageMutationTests
                 case 4: file = [.. file[..at], .. file.AsSpan(at, length), .. file[at..]]; break;
                 case 5: random.NextBytes(file.AsSpan(at, length)); break;
                 case 6 when at + 4 <= file.Length:
-                    uint[] extremes = [0, 1, 0x7fffffff, 0x80000000, uint.MaxValue, (uint)file.Length];
-                    BinaryPrimitives.WriteUInt32BigEndian(file.AsSpan(at), extremes[random.Next(6)]);
+                    uint[] extremes =
+                        [0, 1, 0x7fffffff, 0x80000000, uint.MaxValue, (uint)file.Length];
+                    BinaryPrimitives.WriteUInt32BigEndian(file.AsSpan(at),
+                        extremes[random.Next(6)]);
                     break;
                 default: file = Reorder(file, random); break;
             }
@@ -98,7 +106,8 @@ public class ImageMutationTests
     {
         int[] cuts = [random.Next(file.Length), random.Next(file.Length), random.Next(file.Length)];
         Array.Sort(cuts);
-        return [.. file[..cuts[0]], .. file[cuts[1]..cuts[2]], .. file[cuts[0]..cuts[1]], .. file[cuts[2]..]];
+        return [.. file[..cuts[0]], .. file[cuts[1]..cuts[2]], .. file[cuts[0]..cuts[1]],
+            .. file[cuts[2]..]];
     }
 
     private static void RepairChecksums(byte[] file)

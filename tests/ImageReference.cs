@@ -31,7 +31,8 @@ internal static class ImageReference
         return text.ReadToEnd().Split('\n', StringSplitOptions.RemoveEmptyEntries);
     }
 
-    public static string Hash(ReadOnlySpan<byte> bytes) => Convert.ToHexStringLower(SHA256.HashData(bytes));
+    public static string Hash(ReadOnlySpan<byte> bytes) =>
+        Convert.ToHexStringLower(SHA256.HashData(bytes));
 
     /// <summary>The reference's picture number k, which needs no file.</summary>
     public static Picture Formula(int width, int height, int k)

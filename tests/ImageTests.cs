@@ -24,7 +24,8 @@ public class ImageTests
         (e.GetProperty("width").GetInt32(), e.GetProperty("height").GetInt32(),
             e.GetProperty("sha256").GetString()!);
 
-    private static (int, int, string) Facts(Picture p) => (p.Width, p.Height, ImageReference.Hash(p.Rgb));
+    private static (int, int, string) Facts(Picture p) =>
+        (p.Width, p.Height, ImageReference.Hash(p.Rgb));
 
     [TestCaseSource(nameof(Decoded))]
     public void DecodesAsPillow(JsonElement e)
@@ -34,7 +35,8 @@ public class ImageTests
         {
             var refused = Assert.Throws<InputException>(() => PictureDecoder.Decode(path))!;
             string kind = format == "PPM" ? "PBM, PGM, PPM" : format;
-            Assert.That(refused.Message, Does.StartWith(path).And.Contains(kind).And.Contains("convert"));
+            Assert.That(refused.Message,
+                Does.StartWith(path).And.Contains(kind).And.Contains("convert"));
             return;
         }
 
@@ -45,7 +47,8 @@ public class ImageTests
         Assert.That(info.Size, Is.EqualTo(picture.Size));
         Assert.That(info.Format.ToString(), Is.EqualTo(format).IgnoreCase);
         using var turned = picture.Oriented(info.Orientation);
-        Assert.That(Facts(turned), Is.EqualTo(Facts(e.TryGetProperty("exif", out var exif) ? exif : e)));
+        Assert.That(Facts(turned),
+            Is.EqualTo(Facts(e.TryGetProperty("exif", out var exif) ? exif : e)));
     }
 
     [TestCaseSource(nameof(Broken))]
@@ -75,7 +78,8 @@ public class ImageTests
         string path = Path.Combine(ImageReference.Folder, "broken", name);
         long before = GC.GetAllocatedBytesForCurrentThread();
         Assert.Throws<InputException>(() => PictureDecoder.Decode(path));
-        Assert.That(GC.GetAllocatedBytesForCurrentThread() - before, Is.LessThan(400_000_000 / 100));
+        Assert.That(GC.GetAllocatedBytesForCurrentThread() - before,
+            Is.LessThan(400_000_000 / 100));
     }
 
     [Test]
@@ -96,18 +100,20 @@ public class ImageTests
     public void ForeignFormatsAreNamed(string expected, string content)
     {
         byte[] bytes = System.Text.Encoding.Latin1.GetBytes(content);
-        var error = Assert.Throws<InputException>(() => PictureDecoder.Decode(bytes, bytes.Length, "a.bin"))!;
+        var error = Assert.Throws<InputException>(() =>
+            PictureDecoder.Decode(bytes, bytes.Length, "a.bin"))!;
         Assert.That(error.Message, Does.StartWith("a.bin: " + expected));
     }
 
     /// <summary>
-    /// A warning (junk in front of a segment) alone is passed over; followed by an error (a Huffman table
-    /// of 4080 codes) the file is refused. libturbojpeg reports both as warnings.
+    /// A warning (junk in front of a segment) alone is passed over; followed by an error (a Huffman
+    /// table of 4080 codes) the file is refused. libturbojpeg reports both as warnings.
     /// </summary>
     [Test]
     public void JpegErrorsBehindWarningsAreSeen()
     {
-        byte[] whole = File.ReadAllBytes(Path.Combine(ReferenceFile.Root, "images/decode/jpeg-444-q75.jpg"));
+        byte[] whole =
+            File.ReadAllBytes(Path.Combine(ReferenceFile.Root, "images/decode/jpeg-444-q75.jpg"));
         int tables = whole.AsSpan().IndexOf((ReadOnlySpan<byte>)[0xff, 0xdb]);
         byte[] junk = [.. whole[..tables], 1, 2, 3, .. whole[tables..]];
         using var expected = PictureDecoder.Decode(whole, whole.Length, "whole");
@@ -115,7 +121,8 @@ public class ImageTests
         Assert.That(Facts(picture), Is.EqualTo(Facts(expected)));
 
         junk.AsSpan(junk.AsSpan().IndexOf((ReadOnlySpan<byte>)[0xff, 0xc4]) + 5, 16).Fill(255);
-        var error = Assert.Throws<InputException>(() => PictureDecoder.Decode(junk, junk.Length, "junk"))!;
+        var error = Assert.Throws<InputException>(() =>
+            PictureDecoder.Decode(junk, junk.Length, "junk"))!;
         Assert.That(error.Message, Does.StartWith("junk: damaged JPEG: "));
     }
 
@@ -123,7 +130,8 @@ public class ImageTests
     public void OrientationsComposeToTheIdentity()
     {
         using var picture = ImageReference.Formula(5, 3, 1);
-        foreach (var (turn, back) in new[] { (1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 8), (7, 7), (8, 6) })
+        foreach (var (turn, back)
+            in new[] { (1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 8), (7, 7), (8, 6) })
         {
             using var turned = picture.Oriented(turn);
             using var restored = turned.Oriented(back);
@@ -138,7 +146,8 @@ public class ImageTests
         string data = Path.Combine(ReferenceText.Root, "v26", "data");
         foreach (var e in ReferenceText.Json("v26/data/images.json").EnumerateArray())
         {
-            using var picture = PictureDecoder.Decode(Path.Combine(data, e.GetProperty("file").GetString()!));
+            using var picture =
+                PictureDecoder.Decode(Path.Combine(data, e.GetProperty("file").GetString()!));
             string expected = e.GetProperty("rgb_sha256").GetString()!;
             Assert.That(ImageReference.Hash(picture.Rgb), Is.EqualTo(expected));
         }

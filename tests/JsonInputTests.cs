@@ -25,27 +25,33 @@ public sealed class JsonInputTests
         var inner = root["o"]["a"].Items().Last();
         Assert.That(inner["k"].Text(), Is.EqualTo("v"));
         Assert.That(inner["k"].Path, Is.EqualTo("o.a[1].k"));
-        Assert.That(root.Members().Select(m => m.Name), Is.EqualTo(new[] { "i", "l", "n", "b", "t", "z", "o" }));
+        Assert.That(root.Members().Select(m => m.Name),
+            Is.EqualTo(new[] { "i", "l", "n", "b", "t", "z", "o" }));
     }
 
     [Test]
-    public void AByteOrderMarkIsSkipped() => Assert.That(Parse("\uFEFF{\"a\": 1}")["a"].Int(), Is.EqualTo(1));
+    public void AByteOrderMarkIsSkipped() =>
+        Assert.That(Parse("\uFEFF{\"a\": 1}")["a"].Int(), Is.EqualTo(1));
 
     [Test]
     public void WrongValuesAreNamedWithTheirPath()
     {
-        var root = Parse("""{"o": {"i": 2.5, "t": 7, "z": null, "big": 1e999, "a": [{}]}, "s": "xyz"}""");
+        var root = Parse(
+            """{"o": {"i": 2.5, "t": 7, "z": null, "big": 1e999, "a": [{}]}, "s": "xyz"}""");
         var o = root["o"];
         Refused(() => o["i"].Int(), "f.json: key \"o.i\" is 2.5, expected a whole number");
-        Refused(() => o["t"].Int(8, 9), "f.json: key \"o.t\" is 7, expected a whole number from 8 to 9");
+        Refused(() =>
+            o["t"].Int(8, 9), "f.json: key \"o.t\" is 7, expected a whole number from 8 to 9");
         Refused(() => o["t"].Int(8), "f.json: key \"o.t\" is 7, expected a whole number from 8");
         Refused(() => o["t"].Text(), "f.json: key \"o.t\" is 7, expected text");
-        Refused(() => o["t"].Number(7.5, 8), "f.json: key \"o.t\" is 7, expected a number from 7.5 to 8");
+        Refused(() =>
+            o["t"].Number(7.5, 8), "f.json: key \"o.t\" is 7, expected a number from 7.5 to 8");
         Refused(() => o["t"].Number(8), "f.json: key \"o.t\" is 7, expected a number from 8");
         Refused(() => o["big"].Number(), "f.json: key \"o.big\" is 1e999, expected a number");
         Refused(() => o["z"].Bool(), "f.json: key \"o.z\" is missing");
         Refused(() => o["a"].Bool(), "f.json: key \"o.a\" is an array, expected true or false");
-        Refused(() => o["a"].Items().First().Items().ToList(), "f.json: key \"o.a[0]\" is an object, expected an array");
+        Refused(() => o["a"].Items().First().Items().ToList(),
+            "f.json: key \"o.a[0]\" is an object, expected an array");
         Refused(() => root["s"].Find("x"), "f.json: key \"s\" is \"xyz\", expected an object");
         Refused(() => root["s"].Bool(), "f.json: key \"s\" is \"xyz\", expected true or false");
     }
@@ -67,7 +73,8 @@ public sealed class JsonInputTests
         string deep = string.Concat(Enumerable.Repeat("[", 5000));
         Assert.That(() => Parse(deep), SafetensorsTests.Refuses("f.json: is not valid JSON"));
         byte[] latin = [.. "{\"a\": \""u8, 0xE9, .. "\"}"u8];
-        Assert.That(() => JsonInput.Parse("f.json", latin), SafetensorsTests.Refuses("f.json: is not UTF-8"));
+        Assert.That(() =>
+            JsonInput.Parse("f.json", latin), SafetensorsTests.Refuses("f.json: is not UTF-8"));
     }
 
     [Test]
@@ -87,8 +94,10 @@ public sealed class JsonInputTests
         Directory.Delete(folder, recursive: true);
     }
 
-    private static JsonValue Parse(string json) => JsonInput.Parse("f.json", Encoding.UTF8.GetBytes(json));
+    private static JsonValue Parse(string json) =>
+        JsonInput.Parse("f.json", Encoding.UTF8.GetBytes(json));
 
     private static void Refused(Action read, string message) =>
-        Assert.That(Assert.Throws<MiniCpmNative.Engine.InputException>(read)!.Message, Is.EqualTo(message));
+        Assert.That(Assert.Throws<MiniCpmNative.Engine.InputException>(read)!.Message,
+            Is.EqualTo(message));
 }

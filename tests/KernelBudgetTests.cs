@@ -6,9 +6,9 @@ using NUnit.Framework;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// What each kernel costs a multiprocessor, by NVIDIA's own assembler, is a committed table: a change
-/// of kernels.cu that costs registers, shared memory, occupancy or wide accesses shows as a changed
-/// line. CPMX_UPDATE_BUDGET=1 rewrites it. F16 is only assembled, for one architecture.
+/// What each kernel costs a multiprocessor, by NVIDIA's own assembler, is a committed table: a
+/// change of kernels.cu that costs registers, shared memory, occupancy or wide accesses shows as a
+/// changed line. CPMX_UPDATE_BUDGET=1 rewrites it. F16 is only assembled, for one architecture.
 /// </summary>
 [TestFixture]
 public sealed class KernelBudgetTests
@@ -32,13 +32,16 @@ public sealed class KernelBudgetTests
     ];
 
     // Tensor-core kernels that load their operands straight into registers.
-    private static readonly string[] s_fragments = ["lora_down", "lora_gradient_x", "lora_gradient_a"];
+    private static readonly string[] s_fragments =
+        ["lora_down", "lora_gradient_x", "lora_gradient_a"];
 
     // Kernels that move long rows, and so must move 16 bytes at a time.
     private static readonly string[] s_wide =
     [
-        "norm_forward", "norm_backward", "add_forward", "scale_rows", "gelu_forward", "gelu_backward",
-        "swiglu_forward", "swiglu_backward", "rope", "cast_to_real", "cast_to_float", "lora_gradient_x",
+        "norm_forward", "norm_backward", "add_forward", "scale_rows", "gelu_forward",
+        "gelu_backward",
+        "swiglu_forward", "swiglu_backward", "rope", "cast_to_real", "cast_to_float",
+        "lora_gradient_x",
         "adamw", "adamw_bf16_moments",
         "lookup_rows", "sum_by_id", "gather_rows", "splice_forward", "splice_text_backward",
         "cross_entropy_rows", "cross_entropy_scatter",
@@ -70,7 +73,8 @@ public sealed class KernelBudgetTests
     {
         if (KernelBuilds.Missing is { } reason)
             Assert.Ignore($"{reason}: tests/install-cuda-tools.sh unpacks it");
-        _builds = [.. KernelBuilds.Make(s_storages, s_architectures), .. KernelBuilds.Make([DType.F16], [80])];
+        _builds = [.. KernelBuilds.Make(s_storages, s_architectures),
+            .. KernelBuilds.Make([DType.F16], [80])];
     }
 
     [Test]
@@ -103,7 +107,8 @@ public sealed class KernelBudgetTests
 
     [Test]
     public void FragmentKernelsUseTensorCores() => None(
-        b => s_fragments.Contains(b.Kernel) && b.Storage != DType.F32 && b.Count("HMMA") == 0, _ => "no HMMA");
+        b => s_fragments.Contains(b.Kernel) && b.Storage != DType.F32 && b.Count("HMMA") == 0, _ =>
+            "no HMMA");
 
     [Test]
     public void MemoryBoundKernelsMoveSixteenBytesAtATime() => None(
@@ -117,17 +122,22 @@ public sealed class KernelBudgetTests
     {
         string[] listed =
         [
-            .. s_tensorCores, .. s_fragments, .. s_wide, .. s_wideReads, .. s_wideWrites, .. s_narrow,
+            .. s_tensorCores, .. s_fragments, .. s_wide, .. s_wideReads, .. s_wideWrites,
+                .. s_narrow,
         ];
-        Assert.That(listed.Distinct().Order(), Is.EqualTo(_builds.Select(b => b.Kernel).Distinct().Order()));
+        Assert.That(listed.Distinct().Order(),
+            Is.EqualTo(_builds.Select(b => b.Kernel).Distinct().Order()));
     }
 
     [Test]
     public void EveryKernelFitsAMultiprocessor() =>
-        None(b => Blocks(b) == 0, b => $"{b.Threads} threads of {b.Registers} registers, {Shared(b)} bytes");
+        None(b => Blocks(b) == 0, b =>
+            $"{b.Threads} threads of {b.Registers} registers, {Shared(b)} bytes");
 
-    private void None(Func<KernelBuild, bool> bad, Func<KernelBuild, string> describe) => Assert.That(
-        _builds.Where(bad).Select(b => $"{b.Kernel} {b.Storage} sm_{b.Architecture}: {describe(b)}"),
+    private void None(Func<KernelBuild, bool> bad, Func<KernelBuild, string> describe) =>
+        Assert.That(
+        _builds.Where(bad)
+            .Select(b => $"{b.Kernel} {b.Storage} sm_{b.Architecture}: {describe(b)}"),
         Is.Empty);
 
     private static int Shared(KernelBuild b) =>
@@ -139,7 +149,8 @@ public sealed class KernelBudgetTests
     private static string Table(IEnumerable<KernelBuild> builds)
     {
         var text = new StringBuilder($"# {KernelBuilds.Versions()}; PTX of compute_80\n");
-        text.Append($"# {"kernel",-30} type sm thr reg shared dynamic stack spill+ spill- LDL STL HMMA LDSM " +
+        text.Append(
+            $"# {"kernel",-30} type sm thr reg shared dynamic stack spill+ spill- LDL STL HMMA LDSM " +
             "LDGSTS LDG128/LDG STG128/STG blocks occupancy\n");
         foreach (KernelBuild b in builds)
         {
@@ -158,5 +169,6 @@ public sealed class KernelBudgetTests
         return text.ToString();
     }
 
-    private static string Of(KernelBuild b, string name) => $"{b.Count(name, "128")}/{b.Count(name)}";
+    private static string Of(KernelBuild b, string name) =>
+        $"{b.Count(name, "128")}/{b.Count(name)}";
 }

@@ -29,7 +29,9 @@ internal sealed record KernelBuild(string Kernel, DType Storage, int Architectur
     /// <summary>Instructions by name, with their modifiers.</summary>
     public Dictionary<string, int> Instructions { get; } = [];
 
-    /// <summary>Instructions of this name, whatever their modifiers; all of those given must be there.</summary>
+    /// <summary>
+    /// Instructions of this name, whatever their modifiers; all of those given must be there.
+    /// </summary>
     public int Count(string name, params string[] modifiers) => Instructions
         .Where(i => Split(i.Key) is var parts && parts[0] == name && modifiers.All(parts.Contains))
         .Sum(i => i.Value);
@@ -60,7 +62,9 @@ internal static partial class KernelBuilds
         return $"NVRTC {major}.{minor}, ptxas {ptxas.Groups[1].Value}";
     }
 
-    /// <summary>All kernels of each storage type on each architecture, in the order of their names.</summary>
+    /// <summary>
+    /// All kernels of each storage type on each architecture, in the order of their names.
+    /// </summary>
     public static KernelBuild[] Make(DType[] storages, int[] architectures)
     {
         string folder = Directory.CreateTempSubdirectory("cpmx-budget").FullName;
@@ -99,7 +103,8 @@ internal static partial class KernelBuilds
         var builds = new Dictionary<string, KernelBuild>();
         foreach (Match m in Usage().Matches(usage))
         {
-            int Number(string group) => m.Groups[group] is { Success: true } g ? int.Parse(g.Value) : 0;
+            int Number(string group) =>
+                m.Groups[group] is { Success: true } g ? int.Parse(g.Value) : 0;
             builds[m.Groups["name"].Value] = new(m.Groups["name"].Value, storage, architecture)
             {
                 StackBytes = Number("stack"),
@@ -146,7 +151,8 @@ internal static partial class KernelBuilds
         string output = process.StandardOutput.ReadToEnd();
         process.WaitForExit();
         return process.ExitCode == 0 ? output + errors
-            : throw new AssertionException($"{tool} {string.Join(' ', arguments)}: {output}{errors}");
+            : throw new AssertionException(
+                $"{tool} {string.Join(' ', arguments)}: {output}{errors}");
     }
 
     [GeneratedRegex(@"release [\d.]+, (V[\d.]+)")]

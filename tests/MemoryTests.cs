@@ -7,7 +7,9 @@ using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;
 
-/// <summary>What a training step leaves behind: nothing, on the managed heap and on the device.</summary>
+/// <summary>
+/// What a training step leaves behind: nothing, on the managed heap and on the device.
+/// </summary>
 [TestFixture]
 public sealed class MemoryTests
 {

@@ -18,7 +18,8 @@ public sealed class ModelSpecTests
     public void CreateFolder()
     {
         _folder = Directory.CreateTempSubdirectory("cpmx-test-").FullName;
-        foreach (string name in new[] { "config.json", "preprocessor_config.json", "generation_config.json" })
+        foreach (string name
+            in new[] { "config.json", "preprocessor_config.json", "generation_config.json" })
             File.WriteAllBytes(At(name), File.ReadAllBytes(Path.Combine(s_model, name)));
     }
 
@@ -31,7 +32,8 @@ public sealed class ModelSpecTests
     {
         var spec = ModelSpec.Read(s_model);
         Assert.That(spec.Family, Is.EqualTo("MiniCPM-V-2_6"));
-        Assert.That(spec.Vision, Is.EqualTo(new VisionSpec(144, 288, 3, 2, 3, 14, 70, 1e-6f, false, 16)));
+        Assert.That(spec.Vision,
+            Is.EqualTo(new VisionSpec(144, 288, 3, 2, 3, 14, 70, 1e-6f, false, 16)));
         Assert.That(spec.Vision.HeadDim, Is.EqualTo(72));
         Assert.That(spec.Resampler, Is.EqualTo(new ResamplerSpec(256, 144, 64)));
         Assert.That((spec.Resampler.Heads, spec.Resampler.HeadDim), Is.EqualTo((2, 128)));
@@ -40,7 +42,8 @@ public sealed class ModelSpecTests
         Assert.That(spec.Slicing, Is.EqualTo(new SlicingSpec(9, 448, 14)));
         Assert.That((spec.UseImageId, spec.SliceMode), Is.EqualTo((true, true)));
         Assert.That(spec.Processor.Slicing, Is.EqualTo(new SlicingSpec(9, 448, 14)));
-        Assert.That((spec.Processor.UseImageId, spec.Processor.SliceMode), Is.EqualTo((true, true)));
+        Assert.That((spec.Processor.UseImageId, spec.Processor.SliceMode),
+            Is.EqualTo((true, true)));
         Assert.That(spec.Processor.Mean, Is.EqualTo(new[] { 0.5, 0.5, 0.5 }));
         Assert.That(spec.Processor.Std, Is.EqualTo(new[] { 0.5, 0.5, 0.5 }));
         Assert.That(spec.Processor.Tokens, Is.EqualTo(new PlaceholderTokens(
@@ -62,7 +65,8 @@ public sealed class ModelSpecTests
         {
             Assert.That(checkpoint.Get(linear.Name + ".weight").Shape,
                 Is.EqualTo(new Shape(linear.Outputs, linear.Inputs)));
-            Assert.That(checkpoint.Find(linear.Name + ".bias") is not null, Is.EqualTo(linear.HasBias));
+            Assert.That(checkpoint.Find(linear.Name + ".bias") is not null,
+                Is.EqualTo(linear.HasBias));
         }
     }
 
@@ -106,7 +110,8 @@ public sealed class ModelSpecTests
     {
         string[] absent =
         [
-            "drop_vision_last_layer", "query_num", "use_image_id", "vision_batch_size", "slice_config",
+            "drop_vision_last_layer", "query_num", "use_image_id", "vision_batch_size",
+            "slice_config",
             "slice_mode", "tie_word_embeddings", "rms_norm_eps", "rope_theta", "version",
         ];
         foreach (string key in absent)
@@ -121,9 +126,12 @@ public sealed class ModelSpecTests
         Assert.That(spec.Vision.BatchSize, Is.EqualTo(16));
         Assert.That(spec.Resampler.Queries, Is.EqualTo(64));
         Assert.That(spec.Slicing, Is.EqualTo(new SlicingSpec(1, 448, 14)));
-        Assert.That((spec.UseImageId, spec.SliceMode, spec.Decoder.TiedHead), Is.EqualTo((true, true, false)));
-        Assert.That((spec.Decoder.RmsNormEpsilon, spec.Decoder.RopeTheta), Is.EqualTo((1e-6f, 1e4)));
-        Assert.That(spec.Processor.UseImageId, "config.json decides without a preprocessor_config.json");
+        Assert.That((spec.UseImageId, spec.SliceMode, spec.Decoder.TiedHead),
+            Is.EqualTo((true, true, false)));
+        Assert.That((spec.Decoder.RmsNormEpsilon, spec.Decoder.RopeTheta),
+            Is.EqualTo((1e-6f, 1e4)));
+        Assert.That(spec.Processor.UseImageId,
+            "config.json decides without a preprocessor_config.json");
         Assert.That(spec.Generation.EosTokenIds, Is.EqualTo(new[] { 502 }), "from config.json");
 
         File.WriteAllText(At("preprocessor_config.json"), "{}");
@@ -176,12 +184,14 @@ public sealed class ModelSpecTests
     [TestCase("v46", "MiniCPM-V-4_6")]
     public void OtherFamiliesAreRefusedByName(string file, string name)
     {
-        File.Copy(Path.Combine(ReferenceFile.Root, "families", file + ".json"), At("config.json"), true);
+        File.Copy(Path.Combine(ReferenceFile.Root, "families", file + ".json"),
+            At("config.json"), true);
         Assert.That(() => ModelSpec.Read(_folder),
             Refuses($"config.json: {name} is not supported yet; supported: MiniCPM-V-2_6"));
     }
 
-    [TestCase("""{"model_type": "minicpmo", "version": "2.6"}""", "MiniCPM-o-2_6 is not supported yet")]
+    [TestCase("""{"model_type": "minicpmo", "version": "2.6"}""",
+        "MiniCPM-o-2_6 is not supported yet")]
     [TestCase("""{"model_type": "minicpmo"}""", "MiniCPM-o-2_6 is not supported yet")]
     [TestCase("""{"model_type": "minicpmv", "version": 9}""", "MiniCPM-V-9 is not supported yet")]
     [TestCase("""{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}""",
@@ -194,11 +204,13 @@ public sealed class ModelSpecTests
     }
 
     [TestCase("hidden_size", "null", "key \"hidden_size\" is missing")]
-    [TestCase("hidden_size", "0", "key \"hidden_size\" is 0, expected a whole number from 1 to 131,072")]
+    [TestCase("hidden_size", "0",
+        "key \"hidden_size\" is 0, expected a whole number from 1 to 131,072")]
     [TestCase("hidden_size", "9999999999", "expected a whole number from 1 to 131,072")]
     [TestCase("hidden_size", "255", "expected a multiple of num_attention_heads (2)")]
     [TestCase("hidden_size", "388", "is 388, expected a multiple of 4")]
-    [TestCase("hidden_size", "4096", "an even number up to 1024 for each of the num_attention_heads")]
+    [TestCase("hidden_size", "4096",
+        "an even number up to 1024 for each of the num_attention_heads")]
     [TestCase("hidden_size", "\"256\"", "key \"hidden_size\" is \"256\", expected a whole number")]
     [TestCase("head_dim", "127", "an even number up to 1024")]
     [TestCase("num_key_value_heads", "3", "expected a multiple of num_key_value_heads (3)")]
@@ -210,16 +222,21 @@ public sealed class ModelSpecTests
     [TestCase("rope_theta", "0", "key \"rope_theta\" is 0")]
     [TestCase("rope_scaling", """{"type": "yarn", "factor": 4}""",
         "key \"rope_scaling.type\" is \"yarn\", which is not supported")]
-    [TestCase("rope_parameters", """{"rope_type": "longrope"}""", "\"longrope\", which is not supported")]
+    [TestCase("rope_parameters", """{"rope_type": "longrope"}""",
+        "\"longrope\", which is not supported")]
     [TestCase("quantization_config", """{"load_in_4bit": true}""", "the weights are quantised")]
     [TestCase("vision_config", "[]", "key \"vision_config\" is an array, expected an object")]
     [TestCase("vision_config.hidden_size", "145", "expected a multiple of num_attention_heads (2)")]
     [TestCase("vision_config.image_size", "13", "expected at least patch_size (14)")]
-    [TestCase("vision_config.num_channels", "4", "key \"vision_config.num_channels\" is 4, expected 3")]
-    [TestCase("vision_config.hidden_act", "\"quick_gelu\"", "is \"quick_gelu\", expected \"gelu_pytorch_tanh\"")]
+    [TestCase("vision_config.num_channels", "4",
+        "key \"vision_config.num_channels\" is 4, expected 3")]
+    [TestCase("vision_config.hidden_act", "\"quick_gelu\"",
+        "is \"quick_gelu\", expected \"gelu_pytorch_tanh\"")]
     [TestCase("vision_config.patch_size", "16", "slice_config.patch_size is 14, expected 16")]
-    [TestCase("drop_vision_last_layer", "1", "key \"drop_vision_last_layer\" is 1, expected true or false")]
-    [TestCase("query_num", "32", "image_feature_size is 64, expected 32 as config.json's query_num")]
+    [TestCase("drop_vision_last_layer", "1",
+        "key \"drop_vision_last_layer\" is 1, expected true or false")]
+    [TestCase("query_num", "32",
+        "image_feature_size is 64, expected 32 as config.json's query_num")]
     [TestCase("slice_config", "3", "key \"slice_config\" is 3, expected an object")]
     public void ImpossibleNumbersAreRefused(string path, string value, string expected)
     {
@@ -238,15 +255,18 @@ public sealed class ModelSpecTests
         Edit("config.json", c => c["use_sliding_window"] = true);
         ModelSpec.Read(_folder);
         Edit("config.json", c => c["max_window_layers"] = 1);
-        Assert.That(() => ModelSpec.Read(_folder), Refuses("key \"use_sliding_window\" is true for layers 1 to 1"));
+        Assert.That(() => ModelSpec.Read(_folder),
+            Refuses("key \"use_sliding_window\" is true for layers 1 to 1"));
     }
 
     [Test]
     public void MissingFilesAreNamed()
     {
-        Assert.That(() => ModelSpec.Read(At("none")), Refuses($"{At("none")}: there is no such directory"));
+        Assert.That(() =>
+            ModelSpec.Read(At("none")), Refuses($"{At("none")}: there is no such directory"));
         File.Delete(At("config.json"));
-        Assert.That(() => ModelSpec.Read(_folder), Refuses($"{At("config.json")}: there is no such file"));
+        Assert.That(() =>
+            ModelSpec.Read(_folder), Refuses($"{At("config.json")}: there is no such file"));
     }
 
     [TestCase("apm.layers.0.fc1.weight", "audio of a MiniCPM-o model")]
@@ -254,7 +274,8 @@ public sealed class ModelSpecTests
     [TestCase("tts.x", "speech output of a MiniCPM-o model")]
     [TestCase("llm.model.layers.0.self_attn.q_norm.weight", "decoder of MiniCPM-V-4_5")]
     [TestCase("vpm.blocks.0.norm1.weight", "vision tower of MiniCPM-V-2")]
-    [TestCase("vpm.encoder.layers.99.mlp.fc1.bias", "vision layer that config.json does not have or drops")]
+    [TestCase("vpm.encoder.layers.99.mlp.fc1.bias",
+        "vision layer that config.json does not have or drops")]
     [TestCase("resampler.pos_embed", "buffer that is not stored")]
     public void TensorsOfRelativesAreExplained(string name, string what)
     {

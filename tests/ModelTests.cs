@@ -53,7 +53,8 @@ public sealed class ModelTests
         {
             MaxSliceNums = trains ? expected.GetProperty("max_slice_nums").GetInt32() : 9,
         };
-        string[] ids = [.. expected.GetProperty("samples").EnumerateArray().Select(s => s.GetString()!)];
+        string[] ids =
+            [.. expected.GetProperty("samples").EnumerateArray().Select(s => s.GetString()!)];
         Batch batch = V26.Batch(arguments, ids);
         int[] lengths = ReferenceText.Ints(expected.GetProperty("lengths"));
         Assert.That(batch.SequenceStarts.Span.ToArray(), Is.EqualTo(
@@ -75,7 +76,8 @@ public sealed class ModelTests
         using var model = TrainingModel.Open(arguments);
         Batch text = V26.Batch(arguments, "text0", "text1");
         Trace trace = Trace.Run(model, text, gradients: true);
-        var expected = ReferenceText.Json("v26/forward/case_b.json").GetProperty("text_only_batch_eval");
+        var expected = ReferenceText.Json("v26/forward/case_b.json")
+            .GetProperty("text_only_batch_eval");
         AssertLoss(trace.Floats["loss"].Values[0], expected.GetProperty("loss"));
         StepResult result = V26.Gradients(model, arguments, text);
         AssertLoss(result.Loss, expected.GetProperty("loss"));
@@ -145,7 +147,8 @@ public sealed class ModelTests
         Assert.That(model.TotalParameters,
             Is.EqualTo(expected.GetProperty("total").GetInt64() - (trainable - adapters)));
         AssertCase(model, expected);
-        if (name == "lora_only" || V26.IsFull) AssertGradientsWhole(model, $"v26/lora/{name}_gradients");
+        if (name == "lora_only" || V26.IsFull)
+            AssertGradientsWhole(model, $"v26/lora/{name}_gradients");
     }
 
     [TestCase("bias_all", 53)]
@@ -183,7 +186,8 @@ public sealed class ModelTests
 
         Assert.That(results[1].Result.Loss, Is.EqualTo(results[0].Result.Loss));
         Assert.That(results[1].Gradients.AsSpan().SequenceEqual(results[0].Gradients), Is.True);
-        // With adapters the frozen vision tower is the peak, which keeps nothing for backward anyway.
+        // With adapters the frozen vision tower is the peak,
+        // which keeps nothing for backward anyway.
         if (!lora) Assert.That(results[1].Peak, Is.LessThan(results[0].Peak), "bytes");
     }
 
@@ -210,7 +214,8 @@ public sealed class ModelTests
     }
 
     private static void AssertLoss(double loss, JsonElement expected) =>
-        Assert.That(loss, Is.EqualTo(expected.GetDouble()).Within(1e-5 * expected.GetDouble()), "loss");
+        Assert.That(loss, Is.EqualTo(expected.GetDouble()).Within(1e-5 * expected.GetDouble()),
+            "loss");
 
     private static void AssertLastLogits(string name, Trace trace, int[] lengths)
     {
@@ -230,7 +235,8 @@ public sealed class ModelTests
     private static void AssertCaseAWhole(TrainingModel model, Trace trace)
     {
         var file = ReferenceFile.Open("v26/forward/case_a");
-        Assert.That(trace.Ints["vision.position_ids"].Values, Is.EqualTo(file.Ints("vision.position_ids")));
+        Assert.That(trace.Ints["vision.position_ids"].Values,
+            Is.EqualTo(file.Ints("vision.position_ids")));
         foreach (string name in file.Names.Where(n => n != "vision.position_ids"))
         {
             double error = V26.LargestError(trace.Floats[name].Values, file.Doubles(name));

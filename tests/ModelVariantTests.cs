@@ -10,8 +10,8 @@ using NUnit.Framework;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// Models that the reference does not have, held to what must be equal: other files of the same model,
-/// other types, other sizes, other numbers of threads.
+/// Models that the reference does not have, held to what must be equal: other files of the same
+/// model, other types, other sizes, other numbers of threads.
 /// </summary>
 [TestFixture]
 public sealed class ModelVariantTests
@@ -36,7 +36,8 @@ public sealed class ModelVariantTests
             },
             V26.Spec, name => original.Get(name).ToFloats(), DType.F32, shardBytes: 2_000_000);
         Assert.That(
-            Directory.GetFiles(arguments.ModelNameOrPath!, "*.safetensors"), Has.Length.GreaterThan(4));
+            Directory.GetFiles(arguments.ModelNameOrPath!, "*.safetensors"),
+            Has.Length.GreaterThan(4));
         Batch batch = V26.Batch(V26.Full, "two-small");
         Assert.That(Logits(arguments, batch), Is.EqualTo(Logits(V26.Full, batch)));
     }
@@ -58,7 +59,8 @@ public sealed class ModelVariantTests
         var tied = arguments with
         {
             ModelNameOrPath = Variant(
-                config => config["tie_word_embeddings"] = true, spec, Value, DType.BF16).ModelNameOrPath,
+                config => config["tie_word_embeddings"] = true, spec, Value,
+                DType.BF16).ModelNameOrPath,
         };
         Batch batch = V26.Batch(V26.Full, "one", "text1");
         double[] logits = Array.ConvertAll(Logits(untied, batch), v => (double)v);
@@ -69,18 +71,20 @@ public sealed class ModelVariantTests
         if (!trained) return;
         float[] both = V26.Gradient(one, "llm.model.embed_tokens.weight");
         float[] input = V26.Gradient(two, "llm.model.embed_tokens.weight");
-        double[] sum = [.. V26.Gradient(two, "llm.lm_head.weight").Zip(input, (a, b) => (double)a + b)];
+        double[] sum =
+            [.. V26.Gradient(two, "llm.lm_head.weight").Zip(input, (a, b) => (double)a + b)];
         Assert.That(V26.NormError(both, sum), Is.LessThan(1e-5));
     }
 
     [Test]
     public void BesideAdaptersATiedHeadKeepsTheOriginalEmbedding()
     {
-        // PEFT trains a copy of embed_tokens; the head goes on with the weight it shared. The same as
-        // an untied model of equal numbers whose head is frozen.
+        // PEFT trains a copy of embed_tokens; the head goes on with the weight it shared. The same
+        // as an untied model of equal numbers whose head is frozen.
         using var original = Checkpoint.Open(V26.Model);
         float[] Value(string name) =>
-            original.Get(name.Replace("lm_head", "model.embed_tokens", StringComparison.Ordinal)).ToFloats();
+            original.Get(name.Replace("lm_head", "model.embed_tokens", StringComparison.Ordinal))
+                .ToFloats();
         TrainArguments arguments = V26.Lora with { ModulesToSave = ["embed_tokens"] };
         static void Tie(JsonNode config) => config["tie_word_embeddings"] = true;
         using TrainingModel tied = TrainingModel.Open(arguments with
@@ -107,7 +111,8 @@ public sealed class ModelVariantTests
     public void AnAdapterOrACopyOfTheHeadThatCouldNotBeTrainedIsRefused()
     {
         Assert.That(
-            () => TrainingModel.Open(V26.Lora with { LoraTargetModules = new(["q_proj", "lm_head"]) }),
+            () => TrainingModel.Open(
+                V26.Lora with { LoraTargetModules = new(["q_proj", "lm_head"]) }),
             Throws.TypeOf<InputException>().With.Message.StartsWith(
                 "lora_target_modules matches llm.lm_head: "));
         using var original = Checkpoint.Open(V26.Model);
@@ -117,7 +122,8 @@ public sealed class ModelVariantTests
         Assert.That(
             () => TrainingModel.Open(
                 V26.Lora with { ModelNameOrPath = folder, ModulesToSave = ["lm_head"] }),
-            Throws.TypeOf<InputException>().With.Message.StartsWith("modules_to_save \"lm_head\": "));
+            Throws.TypeOf<InputException>().With.Message.StartsWith(
+                "modules_to_save \"lm_head\": "));
     }
 
     [Test]
@@ -137,15 +143,18 @@ public sealed class ModelVariantTests
             // The picture's number is written with the tokens 516 and 517.
             OfficialCompat = false,
         };
-        Assert.That(() => Runs.Train(arguments), Throws.TypeOf<InputException>().With.Message.Contains(
-            "row 1 (id \"one\")").And.Message.Contains("the model has 512 (vocab_size in config.json)"));
+        Assert.That(() =>
+            Runs.Train(arguments), Throws.TypeOf<InputException>().With.Message.Contains(
+            "row 1 (id \"one\")").And.Message.Contains(
+                "the model has 512 (vocab_size in config.json)"));
     }
 
     [Test]
     public void OtherSizesHaveTheGradientsOfTheirLoss()
     {
-        // Heads of 64, three query heads per key head, 16 queries, a tied head, a dropped vision layer,
-        // a position table of 32 x 32, no size a multiple of the vectors' lengths where that may be.
+        // Heads of 64, three query heads per key head, 16 queries, a tied head, a dropped vision
+        // layer, a position table of 32 x 32, no size a multiple of the
+        // vectors' lengths where that may be.
         void Edit(JsonNode config)
         {
             foreach (var (key, value) in new Dictionary<string, JsonNode>
@@ -162,7 +171,8 @@ public sealed class ModelVariantTests
             })
                 config[key] = value;
             var vision = config["vision_config"]!;
-            (vision["hidden_size"], vision["intermediate_size"], vision["image_size"]) = (128, 201, 448);
+            (vision["hidden_size"], vision["intermediate_size"], vision["image_size"]) =
+                (128, 201, 448);
         }
 
         var random = new Random(3);
@@ -212,18 +222,23 @@ public sealed class ModelVariantTests
             OutputDir = Path.Combine(_folder, "out"),
             MaxSteps = 2,
         };
-        double exact = ReferenceText.Json("v26/forward/case_a.json").GetProperty("loss").GetDouble();
+        double exact = ReferenceText.Json("v26/forward/case_a.json").GetProperty("loss")
+            .GetDouble();
         using (var model = TrainingModel.Open(arguments))
         {
-            double loss = V26.Gradients(model, arguments, V26.Batch(V26.Full, "one", "two-small")).Loss;
-            // Values of bf16 between 6e-5 and 65504 are values of f16 too; only small ones are rounded.
+            double loss =
+                V26.Gradients(model, arguments, V26.Batch(V26.Full, "one", "two-small")).Loss;
+            // Values of bf16 between 6e-5 and 65504 are values of f16 too;
+            // only small ones are rounded.
             Assert.That(loss, Is.EqualTo(exact).Within(1e-4 * exact));
         }
 
         Runs.Train(arguments);
         using var saved = Checkpoint.Open(arguments.OutputDir);
-        Assert.That(V26.Spec.Parameters.All.Select(p => saved.Get(p.Name).Type), Is.All.EqualTo(DType.F16));
-        using var again = TrainingModel.Open(arguments with { ModelNameOrPath = arguments.OutputDir });
+        Assert.That(V26.Spec.Parameters.All.Select(p => saved.Get(p.Name).Type),
+            Is.All.EqualTo(DType.F16));
+        using var again =
+            TrainingModel.Open(arguments with { ModelNameOrPath = arguments.OutputDir });
         Assert.That(again.TotalParameters, Is.EqualTo(3153472));
     }
 
@@ -285,14 +300,17 @@ public sealed class ModelVariantTests
 
     private ModelSpec Spec(Action<JsonNode> edit) => ModelSpec.Read(Files(edit));
 
-    /// <summary>A folder with the reference's files, its configuration edited, and weights.</summary>
+    /// <summary>
+    /// A folder with the reference's files, its configuration edited, and weights.
+    /// </summary>
     private TrainArguments Variant(
         Action<JsonNode> edit, ModelSpec spec, Func<string, float[]> value, DType type,
         long shardBytes = CheckpointWriter.DefaultShardBytes)
     {
         string folder = Files(edit);
         CheckpointWriter.Write(
-            folder, [.. spec.Parameters.All.Select(p => Tensor(p, value(p.Name), type))], shardBytes);
+            folder, [.. spec.Parameters.All.Select(p => Tensor(p, value(p.Name), type))],
+            shardBytes);
         return V26.Full with { ModelNameOrPath = folder };
     }
 
@@ -302,16 +320,19 @@ public sealed class ModelVariantTests
             unsafe
             {
                 fixed (float* data = values)
-                    TensorToSave.Floats(parameter.Name, type, parameter.Shape, (nint)data).Write(stream);
+                    TensorToSave.Floats(parameter.Name, type, parameter.Shape, (nint)data)
+                        .Write(stream);
             }
         });
 
     private string Files(Action<JsonNode> edit)
     {
-        string folder = Directory.CreateDirectory(Path.Combine(_folder, Path.GetRandomFileName())).FullName;
+        string folder =
+            Directory.CreateDirectory(Path.Combine(_folder, Path.GetRandomFileName())).FullName;
         foreach (string file in Directory.GetFiles(V26.Model, "*.json"))
             File.Copy(file, Path.Combine(folder, Path.GetFileName(file)));
-        JsonNode config = JsonNode.Parse(File.ReadAllBytes(Path.Combine(V26.Model, "config.json")))!;
+        JsonNode config =
+            JsonNode.Parse(File.ReadAllBytes(Path.Combine(V26.Model, "config.json")))!;
         edit(config);
         Write("config.json", config);
         JsonNode processor = JsonNode.Parse(

@@ -4,8 +4,8 @@ using MiniCpmNative.Kernels.Cuda;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// CUDA tables whose calls succeed and do nothing: what is left is the host's own work, whose managed
-/// allocations can then be counted.
+/// CUDA tables whose calls succeed and do nothing: what is left is the host's own work, whose
+/// managed allocations can then be counted.
 /// </summary>
 internal static unsafe class NullCuda
 {
@@ -205,7 +205,8 @@ internal static unsafe class NullCuda
 
     [UnmanagedCallersOnly]
     private static int Launch(
-        nint function, uint gx, uint gy, uint gz, uint bx, uint by, uint bz, uint shared, nint stream,
+        nint function, uint gx, uint gy, uint gz, uint bx, uint by, uint bz, uint shared,
+        nint stream,
         void** arguments, void** extra) => 0;
 
     [UnmanagedCallersOnly] private static int MathMode(nint handle, int mode) => 0;

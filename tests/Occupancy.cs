@@ -1,10 +1,10 @@
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// Blocks that one multiprocessor holds at a time, from NVIDIA's tables of compute capabilities: the
-/// least of what registers, shared memory, threads and the number of blocks allow. Registers are given
-/// to warps in units of 256 within each of four partitions, shared memory in units of 128 bytes with
-/// 1 KiB per block for the system.
+/// Blocks that one multiprocessor holds at a time, from NVIDIA's tables of compute capabilities:
+/// the least of what registers, shared memory, threads and the number of blocks allow. Registers
+/// are given to warps in units of 256 within each of four partitions, shared memory in units of 128
+/// bytes with 1 KiB per block for the system.
 /// </summary>
 internal sealed record Occupancy(int SharedKib, int MaxBlocks, int MaxThreads)
 {

@@ -3,7 +3,8 @@ using MiniCpmNative.Kernels;
 namespace MiniCpmNative.Tests;
 
 /// <summary>One tensor of a problem; its numbers are doubles, whatever it is stored as.</summary>
-/// <param name="Type">F64 stands for the type of activations, F32 or F64; others are stored as such.</param>
+/// <param name="Type">F64 stands for the type of activations, F32 or F64; others are stored as
+/// such.</param>
 internal sealed record Value(string Name, DType Type, int[] Shape, double[] Data)
 {
     public bool IsInteger => Type == DType.I32;
@@ -24,7 +25,9 @@ internal sealed record Value(string Name, DType Type, int[] Shape, double[] Data
     public static Value Absent(string name) => new(name, DType.U8, [0], []);
 }
 
-/// <summary>Which result an expectation is about: the output, a saved tensor, an input's gradient.</summary>
+/// <summary>
+/// Which result an expectation is about: the output, a saved tensor, an input's gradient.
+/// </summary>
 internal enum Slot
 {
     Output,
@@ -33,22 +36,28 @@ internal enum Slot
 }
 
 internal sealed record Expected(
-    Slot Slot, int Index, string Name, double[] Values, double F32Error, bool Rounded, double Relative = 0);
+    Slot Slot, int Index, string Name, double[] Values, double F32Error, bool Rounded,
+    double Relative = 0);
 
-/// <summary>An operation, its inputs, the gradient of its output, and results that PyTorch computed.</summary>
+/// <summary>
+/// An operation, its inputs, the gradient of its output, and results that PyTorch computed.
+/// </summary>
 internal sealed record Problem(
     Op Op, Value[] Inputs, double[] OutputGradient, Expected[] Expected);
 
 /// <summary>
-/// The declaration of an operation for tests and benchmarks: inputs of any size (so that 0, 1, 7 and 1023
-/// cost one line), shapes of production, and how a reference case becomes a problem.
+/// The declaration of an operation for tests and benchmarks: inputs of any size (so that 0, 1, 7
+/// and 1023 cost one line), shapes of production, and how a reference case becomes a problem.
 /// </summary>
-internal sealed record OpCase(string Name, Op Op, Func<int, Value[]> Inputs, Func<Value[]> Production)
+internal sealed record OpCase(string Name, Op Op, Func<int, Value[]> Inputs,
+    Func<Value[]> Production)
 {
     /// <summary>Reference file under ops/; null where PyTorch has none.</summary>
     public string? Reference { get; init; }
 
-    /// <summary>Turns a case of the file into a problem; null skips one that another test covers.</summary>
+    /// <summary>
+    /// Turns a case of the file into a problem; null skips one that another test covers.
+    /// </summary>
     public Func<ReferenceCase, Problem?>? Problem { get; init; }
 
     /// <summary>Inputs whose number of columns is free, so that no wrong one exists.</summary>
@@ -66,7 +75,9 @@ internal sealed record OpCase(string Name, Op Op, Func<int, Value[]> Inputs, Fun
     public override string ToString() => Name;
 }
 
-/// <summary>Random inputs, the same in every run; floats are such that bf16 holds them exactly.</summary>
+/// <summary>
+/// Random inputs, the same in every run; floats are such that bf16 holds them exactly.
+/// </summary>
 internal static class Fill
 {
     public static double[] Normal(int seed, long count, double scale = 1)

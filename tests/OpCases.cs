@@ -4,14 +4,15 @@ using MiniCpmNative.Kernels.Ops;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// Every operation once: inputs at size n, inputs in production, and the tensors of its reference file.
-/// OpTests runs each through all its checks, and `bench ops` times the production shapes.
+/// Every operation once: inputs at size n, inputs in production, and the tensors of its reference
+/// file. OpTests runs each through all its checks, and `bench ops` times the production shapes.
 /// </summary>
 internal static class OpCases
 {
     private const int Rows = 512, Width = 3584, Inner = 4736;
 
-    // The last two are more than a kernel keeps in registers: in whole vectors of 16 bytes, and not.
+    // The last two are more than a kernel keeps in registers:
+    // in whole vectors of 16 bytes, and not.
     private static readonly int[] s_longRows = [0, 1, 7, 1023, 8200, 9001];
 
     public static IEnumerable<OpCase> All { get; } =
@@ -61,7 +62,8 @@ internal static class OpCases
             n => [X("a", 2, n), X("b", 2, n)],
             () => [X("a", Rows, Width), X("b", Rows, Width)]),
         new("rope", new Rope(6),
-            n => [X("x", n, 12), Value.Int("positions", Fill.Below(5, n, 9)), X("cos", 9, 3), X("sin", 9, 3)],
+            n => [X("x", n, 12), Value.Int("positions", Fill.Below(5, n, 9)), X("cos", 9, 3),
+                X("sin", 9, 3)],
             () => [X("x", Rows, 28 * 128), Value.Int("positions", Fill.Below(5, Rows, Rows)),
                 X("cos", Rows, 64), X("sin", Rows, 64)])
         {
@@ -70,7 +72,8 @@ internal static class OpCases
             Problem = FromRope,
         },
         new("rope_keys", new Rope(16),
-            n => [X("x", n, 32), Value.Int("positions", Fill.Below(5, n, 9)), X("cos", 9, 8), X("sin", 9, 8)],
+            n => [X("x", n, 32), Value.Int("positions", Fill.Below(5, n, 9)), X("cos", 9, 8),
+                X("sin", 9, 8)],
             () => [X("x", Rows, 4 * 128), Value.Int("positions", Fill.Below(5, Rows, Rows)),
                 X("cos", Rows, 64), X("sin", Rows, 64)])
         {
@@ -86,13 +89,15 @@ internal static class OpCases
         },
         new("position_gather", new PositionGather(),
             n => [X("x", n, 5), X("table", 40, 5), Value.Int("ids", Fill.Below(2, n, 40))],
-            () => [X("x", 1024, 1152), X("table", 4900, 1152), Value.Int("ids", Fill.Below(2, 1024, 4900))])
+            () => [X("x", 1024, 1152), X("table", 4900, 1152),
+                Value.Int("ids", Fill.Below(2, 1024, 4900))])
         {
             Reference = "position_gather",
             Problem = c => Keys(c, new PositionGather(), ["x", "table", "ids"]),
         },
         new("splice", new Splice(),
-            n => [X("x", n + 3, 5), X("features", n + 1, 5), Value.Int("positions", Fill.Distinct(2, n, n + 3))],
+            n => [X("x", n + 3, 5), X("features", n + 1, 5),
+                Value.Int("positions", Fill.Distinct(2, n, n + 3))],
             () => [X("x", 1024, Width), X("features", 640, Width),
                 Value.Int("positions", Fill.Distinct(2, 640, 1024))])
         {
@@ -183,9 +188,12 @@ internal static class OpCases
         Value.Int("targets", Fill.Below(4, labels, vocabulary)),
     ];
 
-    private static double Number(ReferenceCase c, string name) => c.Params.GetProperty(name).GetDouble();
+    private static double Number(ReferenceCase c, string name) =>
+        c.Params.GetProperty(name).GetDouble();
 
-    /// <summary>The usual mapping: y and dy, the gradient of x is dx, absent tensors are absent inputs.</summary>
+    /// <summary>
+    /// The usual mapping: y and dy, the gradient of x is dx, absent tensors are absent inputs.
+    /// </summary>
     private static Problem Keys(ReferenceCase c, Op op, string[] inputs, string[]? saved = null)
     {
         var expected = new List<Expected> { Expect(c, Slot.Output, 0, "y") };
@@ -201,7 +209,8 @@ internal static class OpCases
     }
 
     private static Expected Expect(
-        ReferenceCase c, Slot slot, int index, string key, double factor = 1, double relative = 0) =>
+        ReferenceCase c, Slot slot, int index, string key, double factor = 1,
+        double relative = 0) =>
         new(slot, index, key, Array.ConvertAll(c.Doubles(key), v => v * factor),
             c.F32Error(key) * factor, c.Small, relative);
 
@@ -281,7 +290,8 @@ internal static class OpCases
             : c.Ints(key));
         Value[] inputs =
         [
-            Rows("q", q), Rows("k", k), Rows("v", k), Starts("cu_seqlens_q", q), Starts("cu_seqlens_k", k),
+            Rows("q", q), Rows("k", k), Rows("v", k), Starts("cu_seqlens_q", q),
+            Starts("cu_seqlens_k", k),
             padded ? Value.Int("key_lengths", c.Ints("key_lengths")) : Value.Absent("key_lengths"),
         ];
         // The rounding of logits near 1000 is amplified by exp: the reference's own advice.
@@ -291,7 +301,8 @@ internal static class OpCases
                 Number(c, "scale")),
             inputs, c.Doubles("do"),
             [
-                Expect(c, Slot.Output, 0, "o", 1, relative), Expect(c, Slot.Saved, 0, "lse", 1, relative),
+                Expect(c, Slot.Output, 0, "o", 1, relative),
+                Expect(c, Slot.Saved, 0, "lse", 1, relative),
                 Expect(c, Slot.Gradient, 0, "dq", 1, relative),
                 Expect(c, Slot.Gradient, 1, "dk", 1, relative),
                 Expect(c, Slot.Gradient, 2, "dv", 1, relative),
@@ -304,10 +315,12 @@ internal static class OpCases
         int[] all = c.Ints("targets");
         int[] rows = [.. Enumerable.Range(0, all.Length).Where(r => all[r] >= 0)];
         string dh = c.Has("dh") ? "dh" : "dh_sum", dw = c.Has("dw") ? "dw" : "dw_sum";
-        double factor = Math.Max(1, rows.Length), relative = Number(c, "max_abs_logit") > 400 ? 1e-4 : 0;
+        double factor = Math.Max(1, rows.Length),
+            relative = Number(c, "max_abs_logit") > 400 ? 1e-4 : 0;
         Value[] inputs =
         [
-            Value.Float("h", c.Shape("h"), c.Doubles("h")), Value.Float("w", c.Shape("w"), c.Doubles("w")),
+            Value.Float("h", c.Shape("h"), c.Doubles("h")),
+            Value.Float("w", c.Shape("w"), c.Doubles("w")),
             Value.Int("rows", rows), Value.Int("targets", [.. rows.Select(r => all[r])]),
         ];
         return new(new CrossEntropy(), inputs, [1],

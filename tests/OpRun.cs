@@ -7,8 +7,8 @@ using MiniCpmNative.Kernels.Cuda;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// One operation on a device, with every tensor in memory of its own between canaries. Results start as
-/// NaN, so that an element that was not written shows; inputs must not change.
+/// One operation on a device, with every tensor in memory of its own between canaries. Results
+/// start as NaN, so that an element that was not written shows; inputs must not change.
 /// </summary>
 internal sealed unsafe class OpRun : IDisposable
 {
@@ -53,11 +53,12 @@ internal sealed unsafe class OpRun : IDisposable
     }
 
     /// <summary>
-    /// Chooses the gradients; start is what an accumulating one adds to. Those of activations have the
-    /// device's type, or other; those of parameters are F32, as they are in training.
+    /// Chooses the gradients; start is what an accumulating one adds to. Those of activations have
+    /// the device's type, or other; those of parameters are F32, as they are in training.
     /// </summary>
     public void Want(
-        Predicate<int> wanted, bool accumulate = false, double start = double.NaN, DType? other = null)
+        Predicate<int> wanted, bool accumulate = false, double start = double.NaN,
+        DType? other = null)
     {
         DType type = _device.Activations, parameters = type.Statistics();
         for (int i = 0; i < _values.Length; i++)
@@ -101,7 +102,9 @@ internal sealed unsafe class OpRun : IDisposable
         }
     }
 
-    /// <summary>Puts an output and what is saved with it in the place of those of a forward.</summary>
+    /// <summary>
+    /// Puts an output and what is saved with it in the place of those of a forward.
+    /// </summary>
     public void SetResults(double[] output, params double[][] saved)
     {
         Write(_output, output);

@@ -5,7 +5,9 @@ using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;
 
-/// <summary>Every case of <see cref="OpCases"/> through every check an operation must pass.</summary>
+/// <summary>
+/// Every case of <see cref="OpCases"/> through every check an operation must pass.
+/// </summary>
 [TestFixture]
 public sealed class OpTests
 {
@@ -45,7 +47,8 @@ public sealed class OpTests
                 {
                     double[] got = e.Slot == Slot.Output ? run.Output
                         : e.Slot == Slot.Saved ? run.Saved(e.Index) : run.Gradient(e.Index);
-                    double largest = Math.Max(e.Values.Length > 0 ? e.Values.Max(Math.Abs) : 0, 1e-30);
+                    double largest =
+                        Math.Max(e.Values.Length > 0 ? e.Values.Max(Math.Abs) : 0, 1e-30);
                     double tolerance = device == single
                         ? Math.Max((4 * e.F32Error) + (2e-6 * largest), e.Relative * largest)
                         : (e.Rounded ? 1e-7 : 1e-9) * Math.Max(1, largest);
@@ -76,13 +79,15 @@ public sealed class OpTests
             checkedInputs++;
             double[] gradient = run.Gradient(i);
             double largest = gradient.Max(Math.Abs);
-            Assert.That(largest, Is.GreaterThan(1e-3), $"the gradient of {inputs[i].Name} is tested");
+            Assert.That(largest, Is.GreaterThan(1e-3),
+                $"the gradient of {inputs[i].Name} is tested");
             int stride = Math.Max(1, gradient.Length / CheckedElements);
             for (int e = 0; e < gradient.Length; e += stride)
             {
                 double x = inputs[i].Data[e], up = Loss(x + Step), down = Loss(x - Step);
                 run.Set(i, e, x);
-                worst = Math.Max(worst, Math.Abs(((up - down) / (2 * Step)) - gradient[e]) / largest);
+                worst = Math.Max(worst,
+                    Math.Abs(((up - down) / (2 * Step)) - gradient[e]) / largest);
 
                 double Loss(double moved)
                 {
@@ -136,7 +141,8 @@ public sealed class OpTests
         run.Want(_ => true);
         run.Backward(dy);
         Value[] inputs = c.Inputs(GradientSize);
-        double[]?[] plain = [.. inputs.Select((_, i) => run.HasGradient(i) ? run.Gradient(i) : null)];
+        double[]?[] plain =
+            [.. inputs.Select((_, i) => run.HasGradient(i) ? run.Gradient(i) : null)];
         run.Want(_ => true, accumulate: true, Start);
         run.Backward(dy);
         for (int i = 0; i < inputs.Length; i++)
@@ -167,11 +173,13 @@ public sealed class OpTests
             double[][] results =
             [
                 run.Output,
-                .. Enumerable.Range(0, c.Inputs(0).Length).Where(run.HasGradient).Select(run.Gradient),
+                .. Enumerable.Range(0, c.Inputs(0).Length).Where(run.HasGradient)
+                .Select(run.Gradient),
             ];
             first ??= results;
             for (int i = 0; i < results.Length; i++)
-                Assert.That(results[i].AsSpan().SequenceEqual(first[i]), $"{threads} threads, result {i}");
+                Assert.That(results[i].AsSpan().SequenceEqual(first[i]),
+                    $"{threads} threads, result {i}");
         }
     }
 
@@ -198,7 +206,8 @@ public sealed class OpTests
         {
             Spec[] specs = Array.ConvertAll(inputs, v => v.Spec(DType.F32));
             specs[index] = wrong;
-            var error = Assert.Throws<ShapeException>(() => c.Op.Infer(specs, DType.F32), $"{wrong}")!;
+            var error = Assert.Throws<ShapeException>(() =>
+                c.Op.Infer(specs, DType.F32), $"{wrong}")!;
             Assert.That(error.Message, Does.StartWith(c.Op.Name + ": "));
             Assert.That(named.Any(n => error.Message.Contains($": {n} ")), error.Message);
         }
@@ -280,7 +289,8 @@ public sealed class OpTests
             run.Backward(Fill.Normal(77, run.Count));
             return
             [
-                run.Output, .. Enumerable.Range(0, values.Length).Where(run.HasGradient).Select(run.Gradient),
+                run.Output, .. Enumerable.Range(0, values.Length).Where(run.HasGradient)
+                    .Select(run.Gradient),
             ];
         }
     }

@@ -15,7 +15,8 @@ public class PatchStripTests
 
     private static IEnumerable<TestCaseData> Resizes() =>
         from e in ImageReference.Load("resize.json")
-        select new TestCaseData(e).SetName($"Resizes {e.GetProperty("size")} to {e.GetProperty("to")}");
+        select new TestCaseData(e)
+            .SetName($"Resizes {e.GetProperty("size")} to {e.GetProperty("to")}");
 
     private static IEnumerable<TestCaseData> Pieces() =>
         from e in ImageReference.Load("pixels.json")
@@ -35,7 +36,8 @@ public class PatchStripTests
             if (plain && (long)size.Width * size.Height > 1_000_000) continue;
             using var result = new Picture(to.Width, to.Height);
             new Bicubic { Plain = plain }.Resize(picture, result);
-            Assert.That(ImageReference.Hash(result.Rgb), Is.EqualTo(expected), $"plain kernels: {plain}");
+            Assert.That(ImageReference.Hash(result.Rgb), Is.EqualTo(expected),
+                $"plain kernels: {plain}");
         }
     }
 
@@ -77,7 +79,8 @@ public class PatchStripTests
         {
             using var json = JsonDocument.Parse(line);
             var e = json.RootElement;
-            var (scale, patch) = e.GetArrayLength() > 6 ? (e[6].GetInt32(), e[7].GetInt32()) : (448, 14);
+            var (scale, patch) = e.GetArrayLength() > 6
+                ? (e[6].GetInt32(), e[7].GetInt32()) : (448, 14);
             var plan = Slicer.Plan(
                 new(e[0].GetInt32(), e[1].GetInt32()), e[2].GetInt32(), scale, patch);
             var expected = e[4].ValueKind == JsonValueKind.Null
@@ -94,7 +97,8 @@ public class PatchStripTests
     public void PatchesAsTheOfficialProcessor(JsonElement e)
     {
         var size = Size(e.GetProperty("size"));
-        using var picture = ImageReference.Formula(size.Width, size.Height, e.GetProperty("formula").GetInt32());
+        using var picture =
+            ImageReference.Formula(size.Width, size.Height, e.GetProperty("formula").GetInt32());
         var plan = Slicer.Plan(size, e.GetProperty("max_slice_nums").GetInt32());
         var pieces = e.GetProperty("pieces").EnumerateArray().ToArray();
         Assert.That(plan.Views, Is.EqualTo(pieces.Length));
@@ -111,10 +115,12 @@ public class PatchStripTests
             Assert.That(ImageReference.Hash(views[v].Rgb),
                 Is.EqualTo(pieces[v].GetProperty("rgb_sha256").GetString()), $"pixels of view {v}");
             Assert.That(new[] { grid.Rows, grid.Columns },
-                Is.EqualTo(pieces[v].GetProperty("tgt_size").EnumerateArray().Select(n => n.GetInt32())));
+                Is.EqualTo(pieces[v].GetProperty("tgt_size").EnumerateArray()
+                    .Select(n => n.GetInt32())));
             var rows = patches.AsSpan(at, grid.Patches * strips.PatchLength);
             Assert.That(HashOfStrip(rows, grid.Patches),
-                Is.EqualTo(pieces[v].GetProperty("strip_sha256").GetString()), $"patches of view {v}");
+                Is.EqualTo(pieces[v].GetProperty("strip_sha256").GetString()),
+                $"patches of view {v}");
             at += rows.Length;
             views[v].Dispose();
         }
@@ -141,7 +147,8 @@ public class PatchStripTests
             float unit = row[i] / 255f, centred = unit - (c == 1 ? 0.5f : mean);
             float expected = centred / (c switch { 0 => std, 1 => 0.5f, _ => 2 * std });
             float got = patches[(pixel / 14 * 588) + (c * 196) + (pixel % 14)];
-            Assert.That(BitConverter.SingleToInt32Bits(got), Is.EqualTo(BitConverter.SingleToInt32Bits(expected)));
+            Assert.That(BitConverter.SingleToInt32Bits(got),
+                Is.EqualTo(BitConverter.SingleToInt32Bits(expected)));
         }
     }
 
@@ -158,7 +165,8 @@ public class PatchStripTests
             var (row, column) = Math.DivRem(i, plan.Columns);
             var view = new Picture(tile.Width, tile.Height);
             for (int y = 0; y < tile.Height; y++)
-                refined.Row((row * tile.Height) + y).Slice(column * view.Stride, view.Stride).CopyTo(view.Row(y));
+                refined.Row((row * tile.Height) + y).Slice(column * view.Stride, view.Stride)
+                    .CopyTo(view.Row(y));
             yield return view;
         }
     }
@@ -169,7 +177,8 @@ public class PatchStripTests
         float[] strip = new float[patches.Length];
         for (int n = 0; n < count; n++)
             for (int cy = 0; cy < 42; cy++)
-                patches.Slice((n * 588) + (cy * 14), 14).CopyTo(strip.AsSpan((((cy * count) + n) * 14)));
+                patches.Slice((n * 588) + (cy * 14), 14)
+                    .CopyTo(strip.AsSpan((((cy * count) + n) * 14)));
         return ImageReference.Hash(MemoryMarshal.AsBytes<float>(strip));
     }
 }

@@ -21,7 +21,8 @@ internal enum Finder
 
 /// <summary>
 /// One small mistake made in a function of kernels.cu by replacing a text that occurs there exactly
-/// once, and the check that must find it when an operation's case, or the test that Case names, runs.
+/// once, and the check that must find it when an operation's case,
+/// or the test that Case names, runs.
 /// </summary>
 internal sealed record Plant(string Name, string Function, string From, string To, string Case)
 {
@@ -38,7 +39,9 @@ internal sealed record Plant(string Name, string Function, string From, string T
 
     public DType Storage { get; init; } = DType.BF16;
 
-    /// <summary>Sections of kernels.cu needed beside the first four and the function's own.</summary>
+    /// <summary>
+    /// Sections of kernels.cu needed beside the first four and the function's own.
+    /// </summary>
     public int[] With { get; init; } = [];
 
     /// <summary>A mistake that the emulator's check finds.</summary>
@@ -69,10 +72,12 @@ internal static partial class KernelText
     public static (int Start, int End) Find(string source, string function)
     {
         Match[] found = Regex.Matches(source,
-            $@"^(?:extern|DEVICE|template|static)[^;{{}}]*?\b{function}\(", RegexOptions.Multiline).ToArray();
+            $@"^(?:extern|DEVICE|template|static)[^;{{}}]*?\b{function}\(", RegexOptions.Multiline)
+                .ToArray();
         Assert.That(found, Has.Length.EqualTo(1), $"functions {function} in kernels.cu");
         int start = found[0].Index, brace = source.IndexOf('{', start);
-        int line = source.IndexOf('\n', brace), end = source.IndexOf("\n}", brace, StringComparison.Ordinal);
+        int line = source.IndexOf('\n', brace),
+            end = source.IndexOf("\n}", brace, StringComparison.Ordinal);
         // A function of one line ends with it.
         return source[brace..line].Contains('}') ? (start, line) : (start, end + 2);
     }
@@ -92,7 +97,9 @@ internal static partial class KernelText
         return int.Parse(Header().Matches(source).Last(m => m.Index < start).Groups[1].Value);
     }
 
-    /// <summary>Only these sections; the rest becomes empty lines, so that lines keep their numbers.</summary>
+    /// <summary>
+    /// Only these sections; the rest becomes empty lines, so that lines keep their numbers.
+    /// </summary>
     public static string Sections(string source, int[] kept)
     {
         Match[] headers = Header().Matches(source).ToArray();

@@ -6,8 +6,9 @@ using NUnit.Framework;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// Would the tests notice? Small mistakes are made in the kernels themselves, one at a time, and each
-/// must be found by the check that is named for it, in the case that every run of the tests makes.
+/// Would the tests notice? Small mistakes are made in the kernels themselves, one at a time, and
+/// each must be found by the check that is named for it,
+/// in the case that every run of the tests makes.
 /// </summary>
 [TestFixture]
 public sealed class PlantedFaultTests
@@ -57,7 +58,8 @@ public sealed class PlantedFaultTests
     private static void FoundByTheEmulator(Plant plant)
     {
         // One thread, so that the first block with a finding is always the same.
-        using var cuda = new CudaUnderTest(new() { Threads = 1, WarpSteps = 1 << 20 }, source: plant.Spoilt);
+        using var cuda =
+            new CudaUnderTest(new() { Threads = 1, WarpSteps = 1 << 20 }, source: plant.Spoilt);
         Assert.Throws<CudaException>(() => Compare(cuda, plant));
         Fault fault = cuda.Emulator!.Fault!;
         TestContext.Out.WriteLine(fault);

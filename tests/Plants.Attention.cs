@@ -3,7 +3,9 @@ using MiniCpmNative.Kernels;
 
 namespace MiniCpmNative.Tests;
 
-/// <summary>Mistakes in the kernels of attention, found by its own tests on heads of 64 columns.</summary>
+/// <summary>
+/// Mistakes in the kernels of attention, found by its own tests on heads of 64 columns.
+/// </summary>
 internal static partial class Plants
 {
     private static Plant[] AttentionForward { get; } =
@@ -12,12 +14,14 @@ internal static partial class Plants
         Forward("no barrier behind the values' copy", "attention_forward_tile",
             "__syncthreads(); // values are here", "// values are here") with
         {
-            By = Finder.Emulator, Check = Check.SharedRaceWithinWarp, Kernel = "attention_forward_64",
+            By = Finder.Emulator, Check = Check.SharedRaceWithinWarp,
+            Kernel = "attention_forward_64",
         },
         Forward("lanes store before others have written", "attention_forward_tile",
             "    __syncwarp();\n", "") with
         {
-            By = Finder.Emulator, Check = Check.SharedRaceWithinWarp, Kernel = "attention_forward_64",
+            By = Finder.Emulator, Check = Check.SharedRaceWithinWarp,
+            Kernel = "attention_forward_64",
         },
         Forward("the mask is left out where a tile is ragged", "attention_forward_tile",
             "first + KEYS > seen[0]", "first + KEYS > seen[0] + 8"),
@@ -26,7 +30,8 @@ internal static partial class Plants
         Forward("lse in powers of two", "log_sum_exp", "fmaf(max, scale,", "fmaf(max, factor,"),
         Forward("values are not transposed", "attention_forward_tile",
             "load_matrix_x4_transposed(value,", "load_matrix_x4(value,"),
-        Forward("probabilities are cut off, not rounded", "attention_forward_tile", "narrow_left(p,",
+        Forward("probabilities are cut off, not rounded", "attention_forward_tile",
+            "narrow_left(p,",
             """
             for (int n = 2 * step; n < 2 * step + 2; n++)
                 for (int i = 0; i < 4; i++)
@@ -39,7 +44,8 @@ internal static partial class Plants
     [
         Backward("lse of another head", "attention_statistics", "lse[(u64)token * heads + head]",
             "lse[(u64)token * heads]"),
-        Backward("delta is left out", "attention_backward_by_tiles", "(ds[n][i] - query.y)", "ds[n][i]"),
+        Backward("delta is left out", "attention_backward_by_tiles", "(ds[n][i] - query.y)",
+            "ds[n][i]"),
         Backward("probabilities of what is masked", "attention_backward_by_tiles",
             "seen ? probability(", "true ? probability("),
         BackwardFault(Check.AsyncCopyNotWaitedFor, "one stage for two steps",
@@ -68,7 +74,8 @@ internal static partial class Plants
             With = [10],
         };
 
-    private static Plant BackwardFault(Check check, string name, string function, string from, string to) =>
+    private static Plant BackwardFault(Check check, string name, string function, string from,
+        string to) =>
         Backward(name, function, from, to) with
         {
             By = Finder.Emulator,

@@ -3,7 +3,9 @@ using MiniCpmNative.Kernels;
 
 namespace MiniCpmNative.Tests;
 
-/// <summary>Mistakes in the kernels of lookups, adapters and cross-entropy, and in what all use.</summary>
+/// <summary>
+/// Mistakes in the kernels of lookups, adapters and cross-entropy, and in what all use.
+/// </summary>
 internal static partial class Plants
 {
     private static Plant[] Blocks { get; } =
@@ -14,7 +16,8 @@ internal static partial class Plants
         {
             Kernel = "norm_forward", With = [5],
         },
-        Plant.Fault(Check.SharedRaceWithinWarp, "no barrier before the warps' sums are read", "block_sum",
+        Plant.Fault(Check.SharedRaceWithinWarp, "no barrier before the warps' sums are read",
+            "block_sum",
             "= x;\n    __syncthreads();", "= x;", "layer_norm") with
         {
             Kernel = "norm_forward", With = [5],
@@ -25,7 +28,8 @@ internal static partial class Plants
         },
 
         // 3: random numbers
-        new("a round too few", "philox", "round < 10", "round < 9", "lora_linear_dropout") { With = [8] },
+        new("a round too few", "philox", "round < 10", "round < 9",
+            "lora_linear_dropout") { With = [8] },
     ];
 
     private static Plant[] Operations { get; } =
@@ -38,7 +42,8 @@ internal static partial class Plants
         },
         Plant.Fault(Check.Endless, "the search for the last token does not move on", "sum_by_id",
             "last = middle + 1", "last = middle", "embedding") with { Size = 64 },
-        new("gradients of replaced tokens", "splice_text_backward", "from[token] > 0", "from[token] > 1",
+        new("gradients of replaced tokens", "splice_text_backward", "from[token] > 0",
+            "from[token] > 1",
             "splice"),
 
         // 8: adapters
@@ -46,7 +51,8 @@ internal static partial class Plants
             "(u64)step, (u32)layer,", "(u64)step, (u32)layer + 1,", "lora_linear_dropout"),
         new("the mask of another step in the backward", "lora_gradient_a",
             "(u64)step, (u32)layer,", "(u64)step + 1, (u32)layer,", "lora_linear_dropout"),
-        new("a block of random numbers is used twice", "kept", "dropout, block + i", "dropout, block",
+        new("a block of random numbers is used twice", "kept", "dropout, block + i",
+            "dropout, block",
             "lora_linear_dropout"),
         Plant.Fault(Check.SharedRaceWithinWarp, "no barrier before the warps' sums are added",
             "lora_gradient_a", "d[m][2][i], d[m][3][i]);\n        __syncthreads();",
@@ -54,8 +60,10 @@ internal static partial class Plants
 
         // 9: cross-entropy
         Other("the sum is not rescaled when the largest rises", "add_exponentials",
-            "sum *= expf(max - raised);", "", nameof(CudaLookupTests.CrossEntropyOfALargeVocabulary),
-            cuda => new CudaLookupTests(cuda).CrossEntropyOfALargeVocabulary(DType.BF16, 151_700)) with
+            "sum *= expf(max - raised);", "",
+            nameof(CudaLookupTests.CrossEntropyOfALargeVocabulary),
+            cuda => new CudaLookupTests(cuda)
+                .CrossEntropyOfALargeVocabulary(DType.BF16, 151_700)) with
         {
             By = Finder.Rule, With = [7],
         },

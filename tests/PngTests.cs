@@ -55,7 +55,8 @@ public class PngTests
             string outcome = Outcome(file, streamed: true);
             Assert.That(Outcome(file, streamed: false), Is.EqualTo(outcome), path);
             bool decoded = !outcome.StartsWith("x: ");
-            if (decoded && file.AsSpan().StartsWith(PngHeader.Signature) && InflatesWhole(file)) whole++;
+            if (decoded && file.AsSpan().StartsWith(PngHeader.Signature) && InflatesWhole(file))
+                whole++;
         }
 
         Assert.That(whole, Is.GreaterThan(50));
@@ -94,7 +95,8 @@ public class PngTests
         {
             string outcome = Outcome(file, streamed: true);
             Assert.That(Outcome(file, streamed: false), Is.EqualTo(outcome), name);
-            Assert.That(outcome.StartsWith("x: damaged PNG"), Is.EqualTo(refused), $"{name}: {outcome}");
+            Assert.That(outcome.StartsWith("x: damaged PNG"), Is.EqualTo(refused),
+                $"{name}: {outcome}");
             Assert.That(InflatesWhole(file), Is.EqualTo(whole), name);
         }
     }
@@ -107,9 +109,12 @@ public class PngTests
         byte[] into = new byte[plain.Length];
         Assert.That(LibDeflate.Inflate([.. data, 1, 2], into), Is.EqualTo(data.Length));
         Assert.That(into, Is.EqualTo(plain));
-        Assert.That(LibDeflate.Inflate(data, new byte[plain.Length + 1]), Is.EqualTo(-1), "too few");
-        Assert.That(LibDeflate.Inflate(data, new byte[plain.Length - 1]), Is.EqualTo(-1), "too many");
-        Assert.That(LibDeflate.Inflate(data.AsSpan(0, data.Length - 1), into), Is.EqualTo(-1), "cut");
+        Assert.That(LibDeflate.Inflate(data, new byte[plain.Length + 1]), Is.EqualTo(-1),
+            "too few");
+        Assert.That(LibDeflate.Inflate(data, new byte[plain.Length - 1]), Is.EqualTo(-1),
+            "too many");
+        Assert.That(LibDeflate.Inflate(data.AsSpan(0, data.Length - 1), into),
+            Is.EqualTo(-1), "cut");
         Assert.That(LibDeflate.Inflate([], into), Is.EqualTo(-1), "empty");
     }
 
@@ -130,9 +135,11 @@ public class PngTests
             {
                 int a = i < bytesPerPixel ? 0 : expected[i - bytesPerPixel], b = above[i];
                 int c = i < bytesPerPixel ? 0 : above[i - bytesPerPixel];
-                int p = a + b - c, toA = Math.Abs(p - a), toB = Math.Abs(p - b), toC = Math.Abs(p - c);
+                int p = a + b - c, toA = Math.Abs(p - a), toB = Math.Abs(p - b),
+                    toC = Math.Abs(p - c);
                 int paeth = toA <= toB && toA <= toC ? a : toB <= toC ? b : c;
-                int predicted = filter switch { 1 => a, 2 => b, 3 => (a + b) / 2, 4 => paeth, _ => 0 };
+                int predicted =
+                    filter switch { 1 => a, 2 => b, 3 => (a + b) / 2, 4 => paeth, _ => 0 };
                 expected[i] = (byte)(x[i + 1] + predicted);
             }
 

@@ -34,7 +34,8 @@ public sealed class PositionTableTests
     {
         var reference = ReferenceFile.Open("ops/position_buckets");
         int count = 0;
-        foreach (string name in reference.Names.Where(n => n.StartsWith("avx2/n", StringComparison.Ordinal)))
+        foreach (string name
+            in reference.Names.Where(n => n.StartsWith("avx2/n", StringComparison.Ordinal)))
         {
             int n = int.Parse(name["avx2/n".Length..]);
             var row = new int[n];
@@ -94,7 +95,8 @@ public sealed class PositionTableTests
         var reference = ReferenceFile.Open("ops/rope");
         bool scaled = name.StartsWith("longrope", StringComparison.Ordinal);
         var decoder = new DecoderSpec(
-            1, headDim, 1, 1, 1, 1, headDim, 1e-6f, false, false, theta, scaled ? [.. s_factorsOfV4] : [], 4096);
+            1, headDim, 1, 1, 1, 1, headDim, 1e-6f, false, false, theta,
+            scaled ? [.. s_factorsOfV4] : [], 4096);
         var (cos, sin) = decoder.RopeTable(4096);
         double[] frequencies = reference.Doubles($"table/{name}/inv_freq");
         double[] cosRows = reference.Doubles($"table/{name}/cos_rows");

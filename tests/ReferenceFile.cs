@@ -58,7 +58,8 @@ internal sealed class ReferenceFile
 
     public int[] Shape(string name) =>
     [
-        .. _header.GetProperty(name).GetProperty("shape").EnumerateArray().Select(e => e.GetInt32()),
+        .. _header.GetProperty(name).GetProperty("shape").EnumerateArray()
+        .Select(e => e.GetInt32()),
     ];
 
     /// <summary>All elements, row-major, widened to double.</summary>

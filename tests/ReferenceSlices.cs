@@ -3,7 +3,9 @@ using MiniCpmNative.Engine.Data;
 
 namespace MiniCpmNative.Tests;
 
-/// <summary>Slice plans for the text tests, worked out from the description of the official slicer.</summary>
+/// <summary>
+/// Slice plans for the text tests, worked out from the description of the official slicer.
+/// </summary>
 internal static class ReferenceSlices
 {
     private const int Patch = 14, Side = 448;
@@ -14,7 +16,8 @@ internal static class ReferenceSlices
 
     public static SlicePlan Of(int width, int height, int maxSlices)
     {
-        int multiple = Math.Min((int)Math.Ceiling((double)width * height / (Side * Side)), maxSlices);
+        int multiple =
+            Math.Min((int)Math.Ceiling((double)width * height / (Side * Side)), maxSlices);
         if (multiple <= 1) return new SlicePlan(Best(width, height, true), 0, 0, default);
         (int Columns, int Rows) best = (1, 1);
         double smallest = double.PositiveInfinity, ratio = Math.Log((double)width / height);

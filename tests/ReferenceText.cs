@@ -4,8 +4,8 @@ using System.Text.Json;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// Text files of tests/reference, or of the folder CPMX_REFERENCE names, which may hold the full set;
-/// plain or with .gz behind the name.
+/// Text files of tests/reference, or of the folder CPMX_REFERENCE names, which may hold the full
+/// set; plain or with .gz behind the name.
 /// </summary>
 internal static class ReferenceText
 {

@@ -54,7 +54,8 @@ public sealed class ResumeTests
             TrainArguments resumed = arguments with
             {
                 OutputDir = Path.Combine(_folder, $"from-{step}"),
-                ResumeFromCheckpoint = new ResumePoint(RunFolder.Checkpoint(arguments.OutputDir, step)),
+                ResumeFromCheckpoint =
+                    new ResumePoint(RunFolder.Checkpoint(arguments.OutputDir, step)),
                 DataloaderNumWorkers = 3,
                 Threads = 2,
             };
@@ -116,7 +117,8 @@ public sealed class ResumeTests
         };
         string said = Runs.Train(arguments, stop, new StopAt("step 2/5", stop));
         Assert.That(said, Does.Contain("stopped after step 2 of 5; go on with"));
-        Assert.That(RunFolder.Checkpoints(arguments.OutputDir).Select(c => c.Step), Is.EqualTo([2]));
+        Assert.That(RunFolder.Checkpoints(arguments.OutputDir).Select(c => c.Step),
+            Is.EqualTo([2]));
     }
 
     /// <summary>A screen that asks for a stop when a text appears on it.</summary>
@@ -124,7 +126,8 @@ public sealed class ResumeTests
     {
         public override void Flush()
         {
-            if (ToString().Contains(text, StringComparison.Ordinal)) stop.TryRequest(StopReason.Interrupt);
+            if (ToString().Contains(text, StringComparison.Ordinal))
+                stop.TryRequest(StopReason.Interrupt);
         }
     }
 
@@ -145,15 +148,17 @@ public sealed class ResumeTests
         Assert.That(Runs.Losses(busy), Is.EqualTo(Runs.Losses(plain)));
         AssertSameFiles(
             RunFolder.Checkpoint(busy.OutputDir, 6), plain.OutputDir, "adapter_model.safetensors");
-        var evaluations = Runs.History(busy).Where(e => e.TryGetProperty("eval_loss", out _)).ToList();
-        Assert.That(evaluations.Select(e => e.GetProperty("step").GetInt32()), Is.EqualTo([0, 2, 4, 6]));
+        var evaluations = Runs.History(busy).Where(e => e.TryGetProperty("eval_loss", out _))
+            .ToList();
+        Assert.That(evaluations.Select(e => e.GetProperty("step").GetInt32()),
+            Is.EqualTo([0, 2, 4, 6]));
         double[] losses = [.. evaluations.Select(e => e.GetProperty("eval_loss").GetDouble())];
         Assert.That(losses, Is.Ordered.Descending, "the rows it is trained on");
     }
 
     /// <summary>
-    /// Fifty moments (CPMX_KILLS sets another number): while starting, in steps, while checkpoints are
-    /// written, renamed and removed.
+    /// Fifty moments (CPMX_KILLS sets another number): while starting, in steps, while checkpoints
+    /// are written, renamed and removed.
     /// </summary>
     [Test]
     public void ARunThatIsKilledLeavesWholeCheckpoints()
@@ -185,16 +190,20 @@ public sealed class ResumeTests
             else Assert.That(process.ExitCode, Is.EqualTo(128 + Kill));
         }
 
-        TestContext.Out.WriteLine($"{kills} kills, {seen} checkpoints found, {unfinished} unfinished");
+        TestContext.Out.WriteLine(
+            $"{kills} kills, {seen} checkpoints found, {unfinished} unfinished");
         Assert.That(seen, Is.GreaterThan(kills));
         using Process last = Start(killed);
         last.StandardOutput.ReadToEnd();
         last.WaitForExit();
         Assert.That(last.ExitCode, Is.Zero);
-        Assert.That(RunFolder.Checkpoints(killed.OutputDir).Select(c => c.Step), Is.EqualTo([58, 59, 60]));
-        Assert.That(Directory.GetDirectories(killed.OutputDir, "*" + RunFolder.Unfinished), Is.Empty);
+        Assert.That(RunFolder.Checkpoints(killed.OutputDir).Select(c => c.Step),
+            Is.EqualTo([58, 59, 60]));
+        Assert.That(Directory.GetDirectories(killed.OutputDir, "*" + RunFolder.Unfinished),
+            Is.Empty);
         AssertSameFiles(
-            RunFolder.Checkpoint(killed.OutputDir, 60), RunFolder.Checkpoint(whole.OutputDir, 60), least: 5);
+            RunFolder.Checkpoint(killed.OutputDir, 60), RunFolder.Checkpoint(whole.OutputDir, 60),
+            least: 5);
         AssertSameFiles(
             killed.OutputDir, whole.OutputDir, "adapter_model.safetensors", "adapter_config.json");
     }
@@ -222,13 +231,16 @@ public sealed class ResumeTests
 
         var saved = RunFolder.Checkpoints(stopped.OutputDir);
         Assert.That(saved, Has.Count.EqualTo(1));
-        Assert.That(File.Exists(Path.Combine(stopped.OutputDir, "adapter_model.safetensors")), Is.False);
+        Assert.That(File.Exists(Path.Combine(stopped.OutputDir, "adapter_model.safetensors")),
+            Is.False);
         int end = saved[0].Step + 3;
-        TrainArguments whole = stopped with { OutputDir = Path.Combine(_folder, "whole"), MaxSteps = end };
+        TrainArguments whole =
+            stopped with { OutputDir = Path.Combine(_folder, "whole"), MaxSteps = end };
         Runs.Train(whole);
         Runs.Train(stopped with { MaxSteps = end, ResumeFromCheckpoint = new ResumePoint(null) });
         AssertSameFiles(
-            RunFolder.Checkpoint(stopped.OutputDir, end), RunFolder.Checkpoint(whole.OutputDir, end), least: 5);
+            RunFolder.Checkpoint(stopped.OutputDir, end),
+            RunFolder.Checkpoint(whole.OutputDir, end), least: 5);
     }
 
     [Test]
@@ -274,11 +286,13 @@ public sealed class ResumeTests
         using var log = new TrainLog(screen, isTerminal: false, () => 80, TimeProvider.System);
         var failure = Assert.Throws<RunException>(() => TrainRun.Run(
             arguments with { LoraWeightPath = adapter }, log, new StopRequest()))!;
-        Assert.That(failure.Message, Does.StartWith("3 steps in a row gave a loss or gradients that are not "
+        Assert.That(failure.Message,
+            Does.StartWith("3 steps in a row gave a loss or gradients that are not "
             + "finite, the last one step 3"));
         for (int step = 1; step <= 3; step++)
             Assert.That(screen.ToString(), Does.Contain($"step {step} skipped: loss (loss NaN"));
-        Assert.That(File.Exists(Path.Combine(arguments.OutputDir, "adapter_model.safetensors")), Is.False);
+        Assert.That(File.Exists(Path.Combine(arguments.OutputDir, "adapter_model.safetensors")),
+            Is.False);
     }
 
     // Text alone, so that a step takes milliseconds; a checkpoint after each.
@@ -339,9 +353,11 @@ public sealed class ResumeTests
 
     private static void AssertSameFiles(string folder, string expected, int least)
     {
-        string[] names = [.. Directory.GetFiles(expected).Select(f => Path.GetFileName(f)!).Order()];
+        string[] names =
+            [.. Directory.GetFiles(expected).Select(f => Path.GetFileName(f)!).Order()];
         Assert.That(names, Has.Length.GreaterThanOrEqualTo(least));
-        Assert.That(Directory.GetFiles(folder).Select(f => Path.GetFileName(f)!).Order(), Is.EqualTo(names));
+        Assert.That(Directory.GetFiles(folder).Select(f => Path.GetFileName(f)!).Order(),
+            Is.EqualTo(names));
         AssertSameFiles(folder, expected, names);
     }
 
@@ -351,7 +367,8 @@ public sealed class ResumeTests
         var bytes = new List<byte>();
         foreach (Trainable tensor in model.Trainables.List)
             foreach (var part in (Kernels.Tensor[])[model.Trainables.Value(tensor.Name),
-                model.Trainables.FirstMoment(tensor.Name), model.Trainables.SecondMoment(tensor.Name)])
+                model.Trainables.FirstMoment(tensor.Name),
+                model.Trainables.SecondMoment(tensor.Name)])
                 bytes.AddRange(MemoryMarshal.AsBytes<float>(model.Device.ReadFloats(part)));
         return Convert.ToHexString(System.Security.Cryptography.SHA256.HashData(bytes.ToArray()));
     }

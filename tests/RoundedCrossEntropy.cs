@@ -4,8 +4,8 @@ using MiniCpmNative.Kernels.Ops;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// Gradients of cross-entropy with the roundings of a GPU's products, which the plain path does not make;
-/// G = softmax - one at the target.
+/// Gradients of cross-entropy with the roundings of a GPU's products, which the plain path does not
+/// make; G = softmax - one at the target.
 /// </summary>
 internal static class RoundedCrossEntropy
 {
@@ -22,9 +22,9 @@ internal static class RoundedCrossEntropy
             _ => null,
         };
 
-    // dw = (dloss G)^T h with dloss G in the storage type. The CPU keeps it in float. Tensor cores take it
-    // in the type of h, so a GPU rounds it, as PyTorch does whose logits are bf16: each term of dw then
-    // errs by up to 2^-9 of itself, and dw in F32 shows it.
+    // dw = (dloss G)^T h with dloss G in the storage type. The CPU keeps it in float. Tensor cores
+    // take it in the type of h, so a GPU rounds it, as PyTorch does whose logits are bf16: each
+    // term of dw then errs by up to 2^-9 of itself, and dw in F32 shows it.
     private static double[] OfWeight(Value[] inputs, double dloss, DType storage)
     {
         int cols = inputs[1].Shape[1];
@@ -40,8 +40,8 @@ internal static class RoundedCrossEntropy
         return dw;
     }
 
-    // dh = dloss G w summed in float in the order of the vocabulary, as cuBLAS may and its emulation does:
-    // 150,000 terms in one sum lose what the CPU's sums in blocks keep.
+    // dh = dloss G w summed in float in the order of the vocabulary, as cuBLAS may and its
+    // emulation does: 150,000 terms in one sum lose what the CPU's sums in blocks keep.
     private static double[] OfRowsInOrder(Value[] inputs, double dloss)
     {
         int cols = inputs[1].Shape[1];

@@ -7,11 +7,11 @@ using MiniCpmNative.Kernels.Ops;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// <see cref="LoraLinear"/> that rounds to a storage type what is stored in it between two products on
-/// a GPU, and in PyTorch, while the CPU keeps float: h, t = Scale * dy bb, and the adapter's part of y
-/// and dx before the frozen weight's is added. The real cuBLAS, unlike the emulated one, also rounds a
-/// product before it adds what is there (seen on an H100 with cuBLAS 13.1, 600 x 24 of depth 16).
-/// Loops in double.
+/// <see cref="LoraLinear"/> that rounds to a storage type what is stored in it between two products
+/// on a GPU, and in PyTorch, while the CPU keeps float: h, t = Scale * dy bb, and the adapter's
+/// part of y and dx before the frozen weight's is added. The real cuBLAS, unlike the emulated one,
+/// also rounds a product before it adds what is there (seen on an H100 with cuBLAS 13.1, 600 x 24
+/// of depth 16). Loops in double.
 /// </summary>
 internal sealed record RoundedLora(LoraLinear Inner, DType Storage) : Op("lora_linear")
 {
@@ -31,7 +31,8 @@ internal sealed record RoundedLora(LoraLinear Inner, DType Storage) : Op("lora_l
         adapter = Added(adapter);
         for (int i = 0; i < adapter.Length && bias.Exists; i++)
             adapter[i] += double.CreateChecked(bias[i % y.Cols]);
-        double[] frozen = Added(Product(Doubles(call.In(0)), Transposed(call.In(1)), y.Rows, y.Cols));
+        double[] frozen =
+            Added(Product(Doubles(call.In(0)), Transposed(call.In(1)), y.Rows, y.Cols));
         Write(y, [.. Rounded(adapter).Zip(frozen, (p, q) => p + q)]);
     }
 
@@ -51,7 +52,8 @@ internal sealed record RoundedLora(LoraLinear Inner, DType Storage) : Op("lora_l
 
         if (call.Gradient(0) is { Wanted: true } dx)
         {
-            double[] adapter = [.. Product(t, Doubles(call.In(3)), rows, cols).Zip(mask, (v, m) => v * m)];
+            double[] adapter =
+                [.. Product(t, Doubles(call.In(3)), rows, cols).Zip(mask, (v, m) => v * m)];
             double[] frozen = Added(Product(dy, Doubles(call.In(1)), rows, cols));
             Write(dx.Into, [.. Rounded(adapter).Zip(frozen, (p, q) => p + q)]);
         }

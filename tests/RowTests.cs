@@ -17,10 +17,12 @@ public class RowTests
     private static readonly SlicePlan s_sliced =
         new(new PictureSize(448, 448), 2, 1, new PictureSize(322, 630));
 
-    private static RowSet Parse(string json) => RowFile.Parse("train.json", Encoding.UTF8.GetBytes(json));
+    private static RowSet Parse(string json) =>
+        RowFile.Parse("train.json", Encoding.UTF8.GetBytes(json));
 
     private static string Turns(params string[] contents) => "[" + string.Join(",", contents.Select(
-        (content, i) => $$"""{"role":"{{(i % 2 == 0 ? "user" : "assistant")}}","content":"{{content}}"}"""))
+        (content, i) =>
+            $$"""{"role":"{{(i % 2 == 0 ? "user" : "assistant")}}","content":"{{content}}"}"""))
         + "]";
 
     private static SampleBuilder Builder(int maxLength = 4096, bool official = false) => new(
@@ -87,22 +89,26 @@ public class RowTests
     [TestCase("{\"conversations\":[1,2]}", "turn 1: is a number")]
     [TestCase("{\"conversations\":[{\"from\":\"human\"},{}]}", "turn 1: \"role\" is missing")]
     [TestCase("{\"conversations\":[{\"role\":\"user\"},{}]}", "turn 1: \"content\" is missing")]
-    [TestCase("{\"conversations\":[{\"role\":\"user\",\"content\":5},{}]}", "turn 1: \"content\" is a number")]
-    [TestCase("{\"conversations\":[{\"role\":\"system\",\"content\":\"x\"},{}]}", "turn 1: role is \"system\"")]
+    [TestCase("{\"conversations\":[{\"role\":\"user\",\"content\":5},{}]}",
+        "turn 1: \"content\" is a number")]
+    [TestCase("{\"conversations\":[{\"role\":\"system\",\"content\":\"x\"},{}]}",
+        "turn 1: role is \"system\"")]
     [TestCase("{\"conversations\":[{\"role\":\"assistant\",\"content\":\"x\"},{}]}", "first turn")]
     [TestCase("{\"conversations\":[{\"role\":\"user\",\"content\":\"x\"},{\"role\":\"user\",\"content\":\"y\"}]}",
         "no turn has role \"assistant\"")]
     [TestCase("{\"image\":3,\"conversations\":TALK}", "\"image\" is a number")]
     [TestCase("{\"image\":\"\",\"conversations\":TALK}", "a picture's path is empty")]
     [TestCase("{\"image\":[null],\"conversations\":TALK}", "a picture's path is null")]
-    [TestCase("{\"image\":{\"<image_00>\":\"a\",\"<image_00>\":\"b\"},\"conversations\":TALK}", "twice")]
+    [TestCase("{\"image\":{\"<image_00>\":\"a\",\"<image_00>\":\"b\"},\"conversations\":TALK}",
+        "twice")]
     [TestCase("{\"images\":[\"a\"],\"conversations\":TALK}", "key \"images\" is not used here")]
     [TestCase("{\"conversations\":[{\"role\":\"user\",\"content\":\"\\ud800\"},{}]}", "surrogate")]
     public void FaultyRowsAreNamed(string row, string reason)
     {
         var set = Parse($"[{row.Replace("TALK", Talk)},{{\"conversations\":{Talk}}}]");
         Assert.That(set.Rows, Has.Count.EqualTo(1));
-        Assert.That(set.Bad.Single().ToString(), Does.StartWith("train.json row 1").And.Contain(reason)
+        Assert.That(set.Bad.Single().ToString(),
+            Does.StartWith("train.json row 1").And.Contain(reason)
             .And.Not.Contain("\n"));
     }
 
@@ -124,10 +130,12 @@ public class RowTests
     [Test]
     public void TextThatIsNotUtf8IsRefusedWithItsLine()
     {
-        byte[] bytes = Encoding.UTF8.GetBytes("[\n" + string.Concat(Enumerable.Repeat("\"äöü\",\n", 999))
+        byte[] bytes =
+            Encoding.UTF8.GetBytes("[\n" + string.Concat(Enumerable.Repeat("\"äöü\",\n", 999))
             + "\"x\"]");
         bytes[^3] = 0xFF;
-        Assert.That(Assert.Throws<InputException>(() => RowFile.Parse("train.json", bytes))!.Message,
+        Assert.That(
+            Assert.Throws<InputException>(() => RowFile.Parse("train.json", bytes))!.Message,
             Does.Contain("is not UTF-8 at about line 1001"));
     }
 
@@ -151,7 +159,8 @@ public class RowTests
                 var set = RowFile.Parse("x.json", broken);
                 refused += set.Bad.Count > 0 ? 1 : 0;
                 Assert.That(set.Bad.All(bad => !bad.ToString().Contains('\n')));
-                foreach (var row in set.Rows) builder.Build(row, [.. row.Pictures.Select(_ => s_small)]);
+                foreach (var row in set.Rows)
+                    builder.Build(row, [.. row.Pictures.Select(_ => s_small)]);
             }
             catch (Exception e) when (e is InputException or BadRowException)
             {
@@ -171,7 +180,8 @@ public class RowTests
     [TestCase("{\"<image_00>\":\"a\",\"<image_01>\":\"b\"}", "<image_01> then <image_00>",
         "<image_id>0</image_id><image>U</image> then <image_id>1</image_id><image>U</image>")]
     public void PicturesStandWhereTheirTagsAre(string image, string question, string text) =>
-        Assert.That(Text(image, Turns(question, "Yes.")), Does.Contain("user\n" + text + "<|im_end|>"));
+        Assert.That(Text(image, Turns(question, "Yes.")),
+            Does.Contain("user\n" + text + "<|im_end|>"));
 
     [Test]
     public void PicturesComeInTheOrderOfTheText()
@@ -194,7 +204,8 @@ public class RowTests
     [TestCase("[\"a\",\"b\"]", "<image>", "B", "turn 1: 1 <image> tags for 2 picture(s)")]
     [TestCase("null", "<image>", "B", "turn 1: tag <image>, but the row has no \"image\"")]
     [TestCase("null", "<image_03>", "B", "turn 1: tag <image_03>, but the row has no \"image\"")]
-    [TestCase("{\"<image_00>\":\"a\"}", "<image_00><image_00>", "B", "tag <image_00> is there twice")]
+    [TestCase("{\"<image_00>\":\"a\"}", "<image_00><image_00>", "B",
+        "tag <image_00> is there twice")]
     [TestCase("{\"<image_00>\":\"a\"}", "<image_07>", "B", "tag <image_07> names no picture")]
     [TestCase("{\"<image_00>\":\"a\"}", "A", "B", "picture \"<image_00>\" is shown nowhere")]
     [TestCase("null", "A </slice>", "B", "turn 1: the text holds the special token </slice>")]
@@ -202,7 +213,8 @@ public class RowTests
     [TestCase("null", "A <unk>", "B", "turn 1: the text holds the special token <unk>")]
     [TestCase("null", "A", "", "turn 2: the answer is empty")]
     [TestCase("null", "A", " \\n", "turn 2: the answer is empty")]
-    public void TextsAndPicturesThatDoNotFitAreNamed(string image, string ask, string say, string reason) =>
+    public void TextsAndPicturesThatDoNotFitAreNamed(string image, string ask, string say,
+        string reason) =>
         Assert.That(Refused(image, Turns(ask, say)),
             Does.StartWith("train.json row 1 (id \"a\")").And.Contain(reason));
 
@@ -212,7 +224,8 @@ public class RowTests
         var sample = Build("null", Talk);
         Assert.That(sample.Bounds, Is.Empty);
         Assert.That(sample.Supervised, Is.GreaterThan(1));
-        Assert.That(Refused("null", Talk, Builder(official: true)), Does.Contain("has no \"image\""));
+        Assert.That(Refused("null", Talk, Builder(official: true)),
+            Does.Contain("has no \"image\""));
     }
 
     [Test]
@@ -233,7 +246,8 @@ public class RowTests
         // One token more holds the picture's end, and only the answer is missing.
         Assert.That(Refused("\"a\"", Turns("What?", "One."), Builder(end + 1)),
             Does.Contain("no answer is left"));
-        Assert.That(Refused("[\"a\",\"b\"]", Turns("<image>", "One.", "<image>", "Two."), Builder(end + 12)),
+        Assert.That(Refused("[\"a\",\"b\"]", Turns("<image>", "One.", "<image>", "Two."),
+            Builder(end + 12)),
             Does.Contain("picture 2 of 2 would be cut"));
     }
 
@@ -254,9 +268,11 @@ public class RowTests
     public void ManyTagsAndTurnsTakeNoSquareOfTime(CancellationToken cancel)
     {
         const int Count = 20_000;
-        var pictures = Enumerable.Range(0, Count).Select(k => new RowPicture($"<image_{k}>", "x")).ToArray();
+        var pictures = Enumerable.Range(0, Count).Select(k => new RowPicture($"<image_{k}>", "x"))
+            .ToArray();
         string content = string.Concat(pictures.Select(picture => picture.Tag));
-        var turns = Enumerable.Range(0, Count).Select(k => new ChatTurn(k % 2 == 0 ? "user" : "assistant",
+        var turns = Enumerable.Range(0, Count)
+            .Select(k => new ChatTurn(k % 2 == 0 ? "user" : "assistant",
             k == 0 ? content : "x")).ToArray();
         var row = new Row("x", 1, null, PictureNames.Tagged, pictures, turns);
         var plans = Enumerable.Repeat(s_small, Count).ToArray();
@@ -273,10 +289,13 @@ public class RowTests
         try
         {
             File.WriteAllText(Path.Combine(folder, "p.png"), "");
-            var row = new Row(Path.Combine(folder, "train.json"), 3, "x", PictureNames.Single, [], []);
-            Assert.That(row.Locate(new RowPicture("", "p.png")), Is.EqualTo(Path.Combine(folder, "p.png")));
+            var row = new Row(Path.Combine(folder, "train.json"), 3, "x", PictureNames.Single,
+                [], []);
+            Assert.That(row.Locate(new RowPicture("", "p.png")),
+                Is.EqualTo(Path.Combine(folder, "p.png")));
             Assert.That(
-                Assert.Throws<BadRowException>(() => row.Locate(new RowPicture("", "q.png")))!.Message,
+                Assert.Throws<BadRowException>(() =>
+                    row.Locate(new RowPicture("", "q.png")))!.Message,
                 Does.Contain("row 3 (id \"x\"): picture \"q.png\""));
         }
         finally

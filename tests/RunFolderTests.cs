@@ -105,7 +105,8 @@ public sealed class RunFolderTests
         using (claim)
         {
             Assert.That(() => Prepare(_arguments with { OverwriteOutputDir = true }),
-                Throws.TypeOf<InputException>().With.Message.Contains("another run is writing to it"));
+                Throws.TypeOf<InputException>().With.Message.Contains(
+                    "another run is writing to it"));
             Assert.That(RunFolder.Checkpoints(Folder), Has.Count.EqualTo(1));
         }
 

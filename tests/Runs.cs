@@ -8,7 +8,9 @@ namespace MiniCpmNative.Tests;
 /// <summary>Whole training runs on rows of the reference, in this process.</summary>
 internal static class Runs
 {
-    /// <summary>A data file with these reference rows in this order; it finds their pictures.</summary>
+    /// <summary>
+    /// A data file with these reference rows in this order; it finds their pictures.
+    /// </summary>
     public static string Data(string folder, params string[] ids)
     {
         JsonArray all = JsonNode.Parse(File.ReadAllBytes(V26.Rows))!.AsArray();
@@ -46,7 +48,8 @@ internal static class Runs
     {
         using var state = JsonDocument.Parse(
             File.ReadAllBytes(Path.Combine(arguments.OutputDir, "trainer_state.json")));
-        return [.. state.RootElement.GetProperty("log_history").EnumerateArray().Select(e => e.Clone())];
+        return [.. state.RootElement.GetProperty("log_history").EnumerateArray()
+            .Select(e => e.Clone())];
     }
 
     /// <summary>The logged losses of a run that has ended.</summary>

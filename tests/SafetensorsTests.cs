@@ -24,7 +24,8 @@ public sealed class SafetensorsTests
         string path = Path.Combine(ReferenceFile.Root, "ops", "float_bits.safetensors");
         var reference = ReferenceFile.Open("ops/float_bits");
         using var file = SafetensorsFile.Open(path);
-        Assert.That(file.Metadata, Is.EqualTo(new Dictionary<string, string> { ["format"] = "pt" }));
+        Assert.That(file.Metadata,
+            Is.EqualTo(new Dictionary<string, string> { ["format"] = "pt" }));
         Assert.That(file.Tensors.Select(t => t.Name), Is.EqualTo(reference.Names));
         foreach (var tensor in file.Tensors)
         {
@@ -64,7 +65,8 @@ public sealed class SafetensorsTests
         Assert.That(file.Get("none").ToFloats(), Is.Empty);
         Assert.That(file.Get("t").Type, Is.EqualTo(DType.U8));
         Assert.That(BinaryPrimitives.ReadInt64LittleEndian(file.Get("l").Span), Is.EqualTo(-9));
-        Assert.That(() => file.Get("u").ToFloats(), Refuses("tensor \"u\" has type U8, expected floats"));
+        Assert.That(() =>
+            file.Get("u").ToFloats(), Refuses("tensor \"u\" has type U8, expected floats"));
         Assert.That(() => file.Get("c").Type, Refuses("has type I8, expected one of F32"));
         Assert.That(() => file.Get("x"), Refuses("there is no tensor \"x\""));
     }
@@ -85,25 +87,39 @@ public sealed class SafetensorsTests
 
     // Each breaks one rule of the format; the data is eight bytes.
     [TestCase("""{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[0],"data_offsets":[8,8]}}""", "tensor \"a\" twice")]
-    [TestCase("""{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}""", "the tensors take 4 bytes, the file has 8")]
-    [TestCase("""{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}""", "leaves 4 unused bytes between the start of the data and \"a\"")]
+    [TestCase("""{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}""",
+        "the tensors take 4 bytes, the file has 8")]
+    [TestCase("""{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}""",
+        "leaves 4 unused bytes between the start of the data and \"a\"")]
     [TestCase("""{"a":{"dtype":"U8","shape":[6],"data_offsets":[0,6]},"b":{"dtype":"U8","shape":[4],"data_offsets":[4,8]}}""", "\"a\" and \"b\" overlap")]
-    [TestCase("""{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,12]}}""", "lies at bytes 0 to 12, the file has 8")]
+    [TestCase("""{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,12]}}""",
+        "lies at bytes 0 to 12, the file has 8")]
     [TestCase("""{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}""", "lies at bytes 8 to 0")]
-    [TestCase("""{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}""", "is F32 [3] = 12 bytes, its data_offsets give 8")]
-    [TestCase("""{"a":{"dtype":"F32","shape":[4611686018427387905,2],"data_offsets":[0,8]}}""", "more than 2^63 bytes")]
-    [TestCase("""{"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}}""", "\"shape\" entry that is not a whole number")]
-    [TestCase("""{"a":{"dtype":"F32","shape":[2.5],"data_offsets":[0,8]}}""", "\"shape\" entry that is not a whole number")]
-    [TestCase("""{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,18446744073709551615]}}""", "\"data_offsets\" entry")]
-    [TestCase("""{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8,8]}}""", "more than 2 numbers in \"data_offsets\"")]
+    [TestCase("""{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}""",
+        "is F32 [3] = 12 bytes, its data_offsets give 8")]
+    [TestCase("""{"a":{"dtype":"F32","shape":[4611686018427387905,2],"data_offsets":[0,8]}}""",
+        "more than 2^63 bytes")]
+    [TestCase("""{"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}}""",
+        "\"shape\" entry that is not a whole number")]
+    [TestCase("""{"a":{"dtype":"F32","shape":[2.5],"data_offsets":[0,8]}}""",
+        "\"shape\" entry that is not a whole number")]
+    [TestCase("""{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,18446744073709551615]}}""",
+        "\"data_offsets\" entry")]
+    [TestCase("""{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8,8]}}""",
+        "more than 2 numbers in \"data_offsets\"")]
     [TestCase("""{"a":{"dtype":"F32","shape":[2],"data_offsets":[8]}}""", "lacks \"data_offsets\"")]
-    [TestCase("""{"a":{"dtype":"F33","shape":[2],"data_offsets":[0,8]}}""", "unknown dtype \"F33\"")]
-    [TestCase("""{"a":{"dtype":7,"shape":[2],"data_offsets":[0,8]}}""", "\"dtype\" that is not text")]
+    [TestCase("""{"a":{"dtype":"F33","shape":[2],"data_offsets":[0,8]}}""",
+        "unknown dtype \"F33\"")]
+    [TestCase("""{"a":{"dtype":7,"shape":[2],"data_offsets":[0,8]}}""",
+        "\"dtype\" that is not text")]
     [TestCase("""{"a":{"shape":[2],"data_offsets":[0,8]}}""", "lacks \"dtype\"")]
     [TestCase("""{"a":{"dtype":"F32","data_offsets":[0,8]}}""", "lacks \"shape\"")]
-    [TestCase("""{"a":{"dtype":"F32","shape":[2],"shape":[2],"data_offsets":[0,8]}}""", "has \"shape\" twice")]
-    [TestCase("""{"a":{"dtype":"F32","shape":2,"data_offsets":[0,8]}}""", "\"shape\" that is not an array")]
-    [TestCase("""{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8],"x":1}}""", "unknown key \"x\"")]
+    [TestCase("""{"a":{"dtype":"F32","shape":[2],"shape":[2],"data_offsets":[0,8]}}""",
+        "has \"shape\" twice")]
+    [TestCase("""{"a":{"dtype":"F32","shape":2,"data_offsets":[0,8]}}""",
+        "\"shape\" that is not an array")]
+    [TestCase("""{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8],"x":1}}""",
+        "unknown key \"x\"")]
     [TestCase("""{"a":[1]}""", "is not described by an object")]
     [TestCase("""{"__metadata__":{"format":1}}""", "metadata \"format\" that is not text")]
     [TestCase("""{"__metadata__":3}""", "\"__metadata__\" that is not an object")]
@@ -112,7 +128,8 @@ public sealed class SafetensorsTests
     [TestCase("""{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}} x""", "not valid JSON")]
     [TestCase("""{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}""", "not valid JSON")]
     [TestCase(""" {}""", "does not start with \"{\"")]
-    [TestCase("""{"a\n\u001b[31m":{"dtype":"F33"}}""", "tensor \"a\\u000a\\u001b[31m\" has unknown dtype")]
+    [TestCase("""{"a\n\u001b[31m":{"dtype":"F33"}}""",
+        "tensor \"a\\u000a\\u001b[31m\" has unknown dtype")]
     [TestCase("""{"\ud800":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}""", "not valid UTF-8")]
     public void BrokenHeadersAreRefused(string header, string expected) =>
         Assert.That(() => SafetensorsFile.Open(Save(header, new byte[8])), Refuses(expected));
@@ -133,7 +150,8 @@ public sealed class SafetensorsTests
     [Test]
     public void InvalidUtf8IsRefused()
     {
-        byte[] header = Encoding.UTF8.GetBytes("""{"a?":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}""");
+        byte[] header =
+            Encoding.UTF8.GetBytes("""{"a?":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}""");
         header[3] = 0xFF;
         string path = Path.Combine(_folder, "utf8.safetensors");
         File.WriteAllBytes(path, Bytes(header, []));
@@ -145,9 +163,11 @@ public sealed class SafetensorsTests
     {
         string shortFile = Path.Combine(_folder, "short.safetensors");
         File.WriteAllBytes(shortFile, new byte[7]);
-        Assert.That(() => SafetensorsFile.Open(shortFile), Refuses("has 7 bytes, expected at least 8"));
+        Assert.That(() =>
+            SafetensorsFile.Open(shortFile), Refuses("has 7 bytes, expected at least 8"));
         Assert.That(() => SafetensorsFile.Open(_folder), Refuses("is a directory"));
-        Assert.That(() => SafetensorsFile.Open(Path.Combine(_folder, "x")), Refuses("there is no such file"));
+        Assert.That(() =>
+            SafetensorsFile.Open(Path.Combine(_folder, "x")), Refuses("there is no such file"));
         Assert.That(() => SafetensorsFile.Open(shortFile + "/x"), Refuses(shortFile + "/x: "));
         Assert.That(() => SafetensorsFile.Open("a\0b"), Throws.TypeOf<InputException>());
     }
@@ -155,7 +175,8 @@ public sealed class SafetensorsTests
     [Test]
     public void AClosedFileGivesNoAddresses()
     {
-        var file = SafetensorsFile.Open(Save("""{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}""", [9]));
+        var file = SafetensorsFile.Open(
+            Save("""{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}""", [9]));
         var tensor = file.Get("a");
         Assert.That(tensor.Span[0], Is.EqualTo(9));
         file.Dispose();

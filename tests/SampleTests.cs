@@ -94,7 +94,8 @@ public class SampleTests
         {
             var row = rows.Rows.Single(item => item.Id == line.GetProperty("id").GetString());
             if (line.TryGetProperty("error", out _))
-                Assert.Throws<BadRowException>(() => builder.Build(row, Plans(row, slices)), row.Id!);
+                Assert.Throws<BadRowException>(() =>
+                    builder.Build(row, Plans(row, slices)), row.Id!);
             else
                 AssertEqual(builder.Build(row, Plans(row, slices)), line, "labels", row.Id!);
             seen++;
@@ -159,8 +160,10 @@ public class SampleTests
         // Without numbers and with the tags of one picture or of none, both write the same text.
         string[] same =
         [
-            "small", "three-small", "tag-start", "tag-middle", "tag-end", "no-image", "no-image-three",
-            "empty-question", "spaces", "think", "two-users", "ends-with-user", "long-answer", "max-1",
+            "small", "three-small", "tag-start", "tag-middle", "tag-end", "no-image",
+            "no-image-three",
+            "empty-question", "spaces", "think", "two-users", "ends-with-user", "long-answer",
+            "max-1",
             "query-64", "query-96", "not-batched", "cut-answer", "cut-second-turn", "multi-one",
         ];
         int seen = 0;
@@ -181,7 +184,8 @@ public class SampleTests
         string[] texts = [.. ReferenceText.Lines("tokenizers/strings.jsonl")
             .Select(line => line.GetProperty("t").GetString()!).Where(text => text.Length < 300)];
         var (format, builder) = (FormatOf(tokenizer),
-            new SampleBuilder(TokenizerTests.Load(tokenizer), FormatOf(tokenizer), new(1, 100_000)));
+            new SampleBuilder(TokenizerTests.Load(tokenizer), FormatOf(tokenizer),
+                new(1, 100_000)));
         int seen = 0;
         for (int i = 0; i + 3 < texts.Length; i += 4)
         {
@@ -232,8 +236,10 @@ public class SampleTests
         foreach (var line in ReferenceText.Json("v26/data/inference.json").EnumerateArray())
         {
             var arguments = line.GetProperty("case");
-            int slices = arguments.TryGetProperty("max_slice_nums", out var most) ? most.GetInt32() : 9;
-            bool numbered = !arguments.TryGetProperty("use_image_id", out var id) || id.GetBoolean();
+            int slices = arguments.TryGetProperty("max_slice_nums", out var most)
+                ? most.GetInt32() : 9;
+            bool numbered = !arguments.TryGetProperty("use_image_id", out var id)
+                || id.GetBoolean();
             var builder = new SampleBuilder(V26, ChatFormat.Recognize(V26.ChatTemplate!, "v26"),
                 new SampleOptions(64, 8192, numbered));
             var messages = arguments.GetProperty("msgs");
@@ -245,13 +251,15 @@ public class SampleTests
                 var turns = Turns(batch[i], arguments.TryGetProperty("image", out var image)
                     ? image : default, number => Added(plans, SizePlan(sizes, number, slices)));
                 var prompt = builder.BuildPrompt(turns, plans,
-                    arguments.TryGetProperty("system_prompt", out var system) ? system.GetString() : null);
+                    arguments.TryGetProperty("system_prompt", out var system)
+                        ? system.GetString() : null);
                 // Batches are padded on the left with id 0.
                 int[] ids = ReferenceText.Ints(line.GetProperty("input_ids")[i]);
                 int pad = ids.Length - prompt.InputIds.Length;
                 Assert.That(ids[pad..], Is.EqualTo(prompt.InputIds));
                 Assert.That(ids[..pad], Is.All.Zero);
-                AssertBounds([.. prompt.Bounds.Select(b => new ImageBound(b.Start + pad, b.End + pad))],
+                AssertBounds(
+                    [.. prompt.Bounds.Select(b => new ImageBound(b.Start + pad, b.End + pad))],
                     line.GetProperty("image_bound")[i], line.GetProperty("name").GetString()!);
             }
         }
@@ -267,10 +275,12 @@ public class SampleTests
             if (item.Rows.Rows is not [var row]) continue;
             int answer = row.Turns.ToList().FindLastIndex(turn => turn.Role == "assistant");
             string content = row.Turns[answer].Content;
-            // White space at the start of an answer joins the line end in front of it into one token.
-            // An earlier answer of a thinking model has no think block, its prompt an empty one.
+            // White space at the start of an answer joins the line end in front of it into one
+            // token. An earlier answer of a thinking model has no think block,
+            // its prompt an empty one.
             if (answer < row.Turns.Count - 1) continue;
-            if (content.Length == 0 || char.IsWhiteSpace(content[0]) || content.StartsWith('<')) continue;
+            if (content.Length == 0 || char.IsWhiteSpace(content[0]) || content.StartsWith('<'))
+                continue;
             Sample sample;
             try
             {
@@ -309,7 +319,8 @@ public class SampleTests
         var picture = sizes.EnumerateArray().Single(item => item.GetProperty("file").GetString()!
             .Contains("/" + file, StringComparison.Ordinal));
         return ReferenceSlices.Of(
-            picture.GetProperty("width").GetInt32(), picture.GetProperty("height").GetInt32(), slices);
+            picture.GetProperty("width").GetInt32(), picture.GetProperty("height").GetInt32(),
+            slices);
     }
 
     private static int Added(List<SlicePlan> plans, SlicePlan plan)
@@ -329,7 +340,8 @@ public class SampleTests
                 parts.Add(picture(image));
             foreach (var part in content.ValueKind == JsonValueKind.Array
                 ? content.EnumerateArray().ToArray() : [content])
-                parts.Add(part.ValueKind == JsonValueKind.String ? part.GetString()! : picture(part));
+                parts.Add(part.ValueKind == JsonValueKind.String
+                    ? part.GetString()! : picture(part));
             return new PromptTurn(message.GetProperty("role").GetString()!, parts);
         })];
 
@@ -337,7 +349,8 @@ public class SampleTests
     {
         Assert.That(sample.InputIds,
             Is.EqualTo(ReferenceText.Ints(expected.GetProperty("input_ids"))), name);
-        Assert.That(sample.Labels, Is.EqualTo(ReferenceText.Ints(expected.GetProperty(labels))), name);
+        Assert.That(sample.Labels,
+            Is.EqualTo(ReferenceText.Ints(expected.GetProperty(labels))), name);
         AssertBounds(sample.Bounds, expected.GetProperty("image_bound"), name);
     }
 

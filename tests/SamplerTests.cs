@@ -28,7 +28,8 @@ public sealed class SamplerTests
         {
             // A random pair of permutations agrees in one place on average.
             for (int j = 0; j < i; j++)
-                Assert.That(orders[i].Zip(orders[j]).Count(p => p.First == p.Second), Is.LessThan(12));
+                Assert.That(orders[i].Zip(orders[j]).Count(p => p.First == p.Second),
+                    Is.LessThan(12));
         }
     }
 
@@ -101,7 +102,8 @@ public sealed class SamplerTests
     [Test]
     public void DropLastLeavesTheRestOut()
     {
-        var arguments = new TrainArguments { PerDeviceTrainBatchSize = 3, DataloaderDropLast = true };
+        var arguments =
+            new TrainArguments { PerDeviceTrainBatchSize = 3, DataloaderDropLast = true };
         Assert.That(new StepPlan(arguments, 11).MicroBatches, Is.EqualTo(3));
         Assert.That(
             () => new StepPlan(arguments with { DataPath = "t.json" }, 2),
@@ -126,7 +128,8 @@ public sealed class SamplerTests
             [.. Enumerable.Range(1, 10).Where(s => done[s - 1].HasFlag(action))];
         Assert.That(Steps(StepActions.Log), Is.EqualTo([1, 4, 8]));
         Assert.That(Steps(StepActions.Evaluate), Is.EqualTo([5, 10]));
-        Assert.That(Steps(StepActions.Save), Is.EqualTo([3, 6, 9, 10]), "ceil(0.25 * 10), and the last");
+        Assert.That(Steps(StepActions.Save), Is.EqualTo([3, 6, 9, 10]),
+            "ceil(0.25 * 10), and the last");
         Assert.That(plan.Every, Is.EqualTo((4, 4, 3)));
     }
 

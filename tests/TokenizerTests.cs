@@ -19,7 +19,9 @@ public class TokenizerTests
 
     private static readonly Dictionary<string, Tokenizer> s_loaded = [];
 
-    /// <summary>A tokenizer of tests/reference/tokenizers; NAME.raw is its tokenizer.json alone.</summary>
+    /// <summary>
+    /// A tokenizer of tests/reference/tokenizers; NAME.raw is its tokenizer.json alone.
+    /// </summary>
     internal static Tokenizer Load(string name)
     {
         if (s_loaded.TryGetValue(name, out var loaded)) return loaded;
@@ -72,7 +74,8 @@ public class TokenizerTests
         var tokenizer = Load(name);
         var info = ReferenceText.Json("tokenizers/info.json").GetProperty(name);
         Assert.That(tokenizer.Size, Is.EqualTo(info.GetProperty("size").GetInt32()));
-        Assert.That(tokenizer.Prefix, Is.EqualTo(ReferenceText.Ints(info.GetProperty("encode_adds"))));
+        Assert.That(tokenizer.Prefix,
+            Is.EqualTo(ReferenceText.Ints(info.GetProperty("encode_adds"))));
         Assert.That(tokenizer.CleansUp,
             Is.EqualTo(info.GetProperty("clean_up_tokenization_spaces").GetBoolean()));
         Assert.That(tokenizer.BosId, Is.EqualTo(Id("bos")));
@@ -121,7 +124,8 @@ public class TokenizerTests
             if (text.Any(char.IsSurrogate)) continue;
             var ends = new List<int>();
             new Gpt2Splitter().Cut(text, ends);
-            Assert.That(ends, Is.EqualTo(regex.Matches(text).Select(m => m.Index + m.Length)), text);
+            Assert.That(ends,
+                Is.EqualTo(regex.Matches(text).Select(m => m.Index + m.Length)), text);
         }
     }
 
@@ -227,7 +231,8 @@ public class TokenizerTests
     [TestCase("\"type\": \"BPE\"", "\"type\": \"Unigram\"", "Unigram")]
     [TestCase("\"byte_fallback\": false", "\"byte_fallback\": true", "SentencePiece")]
     [TestCase("\"dropout\": null", "\"dropout\": 0.1", "dropout")]
-    [TestCase("\"end_of_word_suffix\": null", "\"end_of_word_suffix\": \"</w>\"", "end_of_word_suffix")]
+    [TestCase("\"end_of_word_suffix\": null", "\"end_of_word_suffix\": \"</w>\"",
+        "end_of_word_suffix")]
     [TestCase("\"type\": \"NFC\"", "\"type\": \"Lowercase\"", "Lowercase")]
     [TestCase("\"behavior\": \"Isolated\"", "\"behavior\": \"Removed\"", "Removed")]
     [TestCase("\"Regex\": \"(", "\"Regex\": \"((", "pattern")]
@@ -258,7 +263,8 @@ public class TokenizerTests
             Encoding.UTF8.GetBytes(config));
         int next = Load("tiny-qwen").Size;
         Assert.That(tokenizer.PadId, Is.EqualTo(next));
-        Assert.That(tokenizer.Encode("a[PAD]"), Is.EqualTo((int[])[.. tokenizer.Encode("a"), next]));
+        Assert.That(tokenizer.Encode("a[PAD]"),
+            Is.EqualTo((int[])[.. tokenizer.Encode("a"), next]));
         Assert.That(tokenizer.Decode([next]), Is.EqualTo("[PAD]"));
     }
 
@@ -299,5 +305,6 @@ public class TokenizerTests
 
     private static string Text(string name) => Encoding.UTF8.GetString(ReferenceText.Bytes(name));
 
-    private static Tokenizer Parse(string json) => Tokenizer.Parse(Encoding.UTF8.GetBytes(json), null);
+    private static Tokenizer Parse(string json) =>
+        Tokenizer.Parse(Encoding.UTF8.GetBytes(json), null);
 }

@@ -8,7 +8,9 @@ using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;
 
-/// <summary>`cpmx trace` and evaluation: what they say about a batch, and what they refuse.</summary>
+/// <summary>
+/// `cpmx trace` and evaluation: what they say about a batch, and what they refuse.
+/// </summary>
 [TestFixture]
 public sealed class TraceTests
 {
@@ -41,9 +43,11 @@ public sealed class TraceTests
         Assert.That(file.Shape("loss"), Is.Empty);
         // The activations' names are the reference file's, and every parameter has its gradient.
         var wanted = ReferenceText.Json("v26/forward/case_a.json").GetProperty("gradients");
-        Assert.That(file.Names, Is.SupersetOf(wanted.EnumerateObject().Select(p => "grad." + p.Name)));
+        Assert.That(file.Names,
+            Is.SupersetOf(wanted.EnumerateObject().Select(p => "grad." + p.Name)));
         Assert.That(file.Names, Is.SupersetOf((string[])["vision.position_ids", "vision.embeddings",
-            "vision.layer.0", "vision.layer.1", "vision.layer.2", "vision.post_layernorm", "resampler",
+            "vision.layer.0", "vision.layer.1", "vision.layer.2", "vision.post_layernorm",
+            "resampler",
             "inputs_embeds", "llm.layer.0", "llm.layer.1", "llm.norm", "logits", "grad.resampler",
             "grad.inputs_embeds"]));
         V26.AssertClose("grad", (new(576, 256), file.Floats("grad.llm.model.embed_tokens.weight")),
@@ -74,7 +78,8 @@ public sealed class TraceTests
     public void ABadRowIsNamedWithItsReason()
     {
         string rows = Path.Combine(V26.Folder, "data", "rows_bad.json");
-        var (code, error) = Fails(["trace", "--rows", "one-turn", "--out", Out, .. Arguments(rows)]);
+        var (code, error) =
+            Fails(["trace", "--rows", "one-turn", "--out", Out, .. Arguments(rows)]);
         Assert.That(code, Is.EqualTo(2));
         Assert.That(error, Does.Match("row 3 \\(id \"one-turn\"\\).*: .+\n$"));
     }
@@ -114,13 +119,15 @@ public sealed class TraceTests
             Assert.That((found.Rows, found.Tokens, found.Answers),
                 Is.EqualTo((rows.Count, expected.Tokens, expected.Answers)));
             Assert.That(found.TokenAccuracy, Is.EqualTo((double)expected.Hits / expected.Tokens));
-            Assert.That(found.AnswerAccuracy, Is.EqualTo((double)expected.Right / expected.Answers));
+            Assert.That(found.AnswerAccuracy,
+                Is.EqualTo((double)expected.Right / expected.Answers));
             Assert.That(found.Loss, Is.EqualTo(expected.Loss).Within(1e-5 * expected.Loss));
             Assert.That(model.Graph.Recording, Is.True);
             Assert.That(model.Device.Step.IsEmpty, Is.True);
         }
 
-        Assert.That(expected.Right, Is.InRange(1, expected.Answers - 1), "else this test tells nothing");
+        Assert.That(expected.Right, Is.InRange(1, expected.Answers - 1),
+            "else this test tells nothing");
     }
 
     // Row by row from all logits: the answers are the runs of labels.

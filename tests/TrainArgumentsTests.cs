@@ -63,7 +63,8 @@ public sealed class TrainArgumentsTests
             Assert.That(a.EvalSteps, Is.EqualTo(new Interval(1000)));
             Assert.That((a.LoraR, a.LoraAlpha, a.LoraDropout), Is.EqualTo((64, 64.0, 0.05)));
             Assert.That(a.LoraTargetModules.Matches("llm.model.layers.3.self_attn.o_proj"));
-            Assert.That(a.LoraTargetModules.Matches("llm.model.layers.3.self_attn.o_proj.x"), Is.False);
+            Assert.That(a.LoraTargetModules.Matches("llm.model.layers.3.self_attn.o_proj.x"),
+                Is.False);
             Assert.That(a.TrainedWhole, Is.Empty);
             Assert.That((a with { OfficialCompat = true }).TrainedWhole,
                 Is.EqualTo(["embed_tokens", "resampler", "vpm"]));
@@ -79,7 +80,8 @@ public sealed class TrainArgumentsTests
     public void OfficialFullCommandLineMovesOverUnchanged()
     {
         var a = Read(OfficialFull, []);
-        Assert.That((a.Bf16, a.UseLora, a.TuneLlm, a.TuneVision), Is.EqualTo((true, false, false, true)));
+        Assert.That((a.Bf16, a.UseLora, a.TuneLlm, a.TuneVision),
+            Is.EqualTo((true, false, false, true)));
         Assert.That(a.EvalStrategy, Is.EqualTo(When.Steps));
         Assert.That(a.SaveTotalLimit, Is.EqualTo(10));
     }
@@ -91,7 +93,8 @@ public sealed class TrainArgumentsTests
         File.WriteAllText(
             Path.Combine(_folder, "sub/c.json"),
             """{"model_name_or_path": "m", "data_path": "../d.json", "seed": 1, "bf16": true}""");
-        var a = Read("sub/c.json --seed=7 --eval-data-path e.json --gradient_checkpointing --seed 8", []);
+        var a = Read(
+            "sub/c.json --seed=7 --eval-data-path e.json --gradient_checkpointing --seed 8", []);
         Assert.Multiple(() =>
         {
             Assert.That(a.ModelNameOrPath, Is.EqualTo(Path.Combine(_folder, "sub/m")));
@@ -114,7 +117,8 @@ public sealed class TrainArgumentsTests
     [TestCase("--seed 1 2", "seed is \"1 2\", expected one value")]
     [TestCase("--seed 1.5", "seed is \"1.5\", expected a whole number at least 0")]
     [TestCase("--max_steps 99999999999", "at least -1 and at most 2147483647")]
-    [TestCase("--lora_dropout 1", "lora_dropout is \"1\", expected a number at least 0 and below 1")]
+    [TestCase("--lora_dropout 1",
+        "lora_dropout is \"1\", expected a number at least 0 and below 1")]
     [TestCase("--adam_beta2 1", "adam_beta2 is \"1\", expected a number at least 0 and below 1")]
     [TestCase("--save_steps 0", "save_steps is \"0\", expected a number above 0")]
     [TestCase("--save_steps 1.5", "save_steps is \"1.5\", expected a whole number of steps")]
@@ -124,11 +128,14 @@ public sealed class TrainArgumentsTests
     [TestCase("--eval_strategy steps", "evaluation needs eval_data_path")]
     [TestCase("--modules_to_save resampler", "modules_to_save needs use_lora")]
     [TestCase("--lr_scheduler_type wave", "expected linear, cosine, cosine_with_restarts")]
-    [TestCase("--lr_scheduler_kwargs {\"power\":2}", "power means nothing to lr_scheduler_type linear")]
-    [TestCase("--lr_scheduler_kwargs {\"powr\":2}", "unknown key \"powr\" (did you mean \"power\"?)")]
+    [TestCase("--lr_scheduler_kwargs {\"power\":2}",
+        "power means nothing to lr_scheduler_type linear")]
+    [TestCase("--lr_scheduler_kwargs {\"powr\":2}",
+        "unknown key \"powr\" (did you mean \"power\"?)")]
     [TestCase("--lora_target_modules (", "lora_target_modules: \"(\" is not a regular expression")]
     [TestCase("--lora_target_modules all-linear", "a regular expression or a list of names")]
-    [TestCase("--use_lora --tune_llm false --lora_layers_to_transform 1", "needs lora_target_modules")]
+    [TestCase("--use_lora --tune_llm false --lora_layers_to_transform 1",
+        "needs lora_target_modules")]
     [TestCase("--q_lora true", "q_lora = \"true\" is not supported")]
     [TestCase("--optim adamw_8bit", "optim is \"adamw_8bit\", expected adamw_torch")]
     [TestCase("--report_to wandb", "report_to is \"wandb\", expected tensorboard")]
@@ -170,7 +177,8 @@ public sealed class TrainArgumentsTests
     public void ListsComeAsWordsOrJson()
     {
         const string lora = Least + "--use_lora --tune_llm false --lora_layers_to_transform ";
-        var words = Read(lora + "1 2 --lora_target_modules q_proj v_proj --modules_to_save resampler", []);
+        var words = Read(lora
+            + "1 2 --lora_target_modules q_proj v_proj --modules_to_save resampler", []);
         var json = Read(lora + "[1,2] --lora_target_modules [\"q_proj\",\"v_proj\"] "
             + "--modules_to_save [\"resampler\"]", []);
         foreach (var a in new[] { words, json })
@@ -238,8 +246,10 @@ public sealed class TrainArgumentsTests
         string path = Path.Combine(_folder, "c.json");
         byte[] whole = TrainWriter.ToJson(Read(OfficialLora, []));
         string[] words = OfficialLora.Split(' ');
-        string[] odd = ["", "--", "-1", "NaN", "1e400", "[", "{}", "\0", "\ud800", "a\nb", "null", "=",
-            "--=", "--x", "9223372036854775808", "[\"", "{\"a\":1}", "(?", "true", "--seed=", "../.."];
+        string[] odd =
+            ["", "--", "-1", "NaN", "1e400", "[", "{}", "\0", "\ud800", "a\nb", "null", "=",
+            "--=", "--x", "9223372036854775808", "[\"", "{\"a\":1}", "(?", "true", "--seed=",
+            "../.."];
         int accepted = 0;
         for (int i = 0; i < 12_000; i++)
         {
@@ -256,7 +266,8 @@ public sealed class TrainArgumentsTests
                 {
                     int at = random.Next(arguments.Length);
                     arguments[at] = random.Next(3) == 0
-                        ? Encoding.UTF8.GetString(Mutate(Encoding.UTF8.GetBytes(arguments[at]), random))
+                        ? Encoding.UTF8.GetString(
+                            Mutate(Encoding.UTF8.GetBytes(arguments[at]), random))
                         : odd[random.Next(odd.Length)];
                 }
             }
@@ -268,11 +279,13 @@ public sealed class TrainArgumentsTests
             }
             catch (InputException problem)
             {
-                Assert.That(problem.Message, Is.Not.Empty.And.Not.Contain("\n").And.Not.Contain("\r"));
+                Assert.That(problem.Message,
+                    Is.Not.Empty.And.Not.Contain("\n").And.Not.Contain("\r"));
             }
         }
 
-        Assert.That(accepted, Is.InRange(1, 11_000), "mutations are neither all harmless nor all fatal");
+        Assert.That(accepted, Is.InRange(1, 11_000),
+            "mutations are neither all harmless nor all fatal");
     }
 
     private static byte[] Mutate(byte[] original, Random random)
@@ -284,8 +297,12 @@ public sealed class TrainArgumentsTests
             switch (random.Next(5))
             {
                 case 0: bytes[at] = (byte)random.Next(256); break;
-                case 1: bytes.RemoveRange(at, random.Next(Math.Min(20, bytes.Count - at)) + 1); break;
-                case 2: bytes.InsertRange(at, bytes.GetRange(at, random.Next(Math.Min(40, bytes.Count - at)))); break;
+                case 1:
+                    bytes.RemoveRange(at,
+                    random.Next(Math.Min(20, bytes.Count - at)) + 1); break;
+                case 2:
+                    bytes.InsertRange(at,
+                    bytes.GetRange(at, random.Next(Math.Min(40, bytes.Count - at)))); break;
                 case 3: bytes.Insert(at, (byte)"{}[]\",:0-e.tnf"[random.Next(14)]); break;
                 default: if (random.Next(20) == 0) bytes.RemoveRange(at, bytes.Count - at); break;
             }

@@ -22,12 +22,15 @@ public sealed class TrainLogTests
     public void TrainerStateHasTheTrainersKeysAndUnroundedNumbers()
     {
         RunSteps(1, 4, save: 4);
-        using var json = JsonDocument.Parse(File.ReadAllBytes(Path.Combine(_folder, "trainer_state.json")));
+        using var json =
+            JsonDocument.Parse(File.ReadAllBytes(Path.Combine(_folder, "trainer_state.json")));
         var root = json.RootElement;
         Assert.That(root.EnumerateObject().Select(p => p.Name), Is.EqualTo((string[])[
             "best_global_step", "best_metric", "best_model_checkpoint", "epoch", "eval_steps",
-            "global_step", "is_hyper_param_search", "is_local_process_zero", "is_world_process_zero",
-            "log_history", "logging_steps", "max_steps", "num_input_tokens_seen", "num_train_epochs",
+            "global_step", "is_hyper_param_search", "is_local_process_zero",
+            "is_world_process_zero",
+            "log_history", "logging_steps", "max_steps", "num_input_tokens_seen",
+            "num_train_epochs",
             "save_steps", "stateful_callbacks", "total_flos", "train_batch_size", "trial_name",
             "trial_params"]));
         var entry = root.GetProperty("log_history")[0];
@@ -49,11 +52,14 @@ public sealed class TrainLogTests
         string[] lines = Lines();
         // Saved in the middle of a logging interval, then killed five steps later.
         RunSteps(1, 5, save: 5);
-        string checkpoint = Directory.CreateDirectory(Path.Combine(_folder, "checkpoint-5")).FullName;
-        File.Copy(Path.Combine(_folder, "trainer_state.json"), Path.Combine(checkpoint, "trainer_state.json"));
+        string checkpoint =
+            Directory.CreateDirectory(Path.Combine(_folder, "checkpoint-5")).FullName;
+        File.Copy(Path.Combine(_folder, "trainer_state.json"),
+            Path.Combine(checkpoint, "trainer_state.json"));
         RunSteps(1, 10, save: 0);
         File.AppendAllText(Path.Combine(_folder, "train_log.jsonl"), "{\"step\": 1");
-        Assert.That(Lines(), Has.Length.EqualTo(7), "entries of 2, 4, 6, 8, 10, the evaluation, a torn line");
+        Assert.That(Lines(), Has.Length.EqualTo(7),
+            "entries of 2, 4, 6, 8, 10, the evaluation, a torn line");
         RunSteps(6, 12, save: 12, checkpoint);
         Assert.That(State(_folder), Is.EqualTo(whole));
         Assert.That(Lines(), Is.EqualTo(lines));
@@ -67,11 +73,13 @@ public sealed class TrainLogTests
         {
             log.Start(Report(null));
             log.Step(Step(1));
-            log.Skipped(Step(2) with { Loss = double.NaN, GradNorm = double.PositiveInfinity }, "loss is NaN");
+            log.Skipped(Step(2) with { Loss = double.NaN, GradNorm = double.PositiveInfinity },
+                "loss is NaN");
             log.SaveState(_folder, 2);
         }
 
-        Assert.That(screen.ToString(), Does.Contain("step 2 skipped: loss is NaN (loss NaN, grad_norm "));
+        Assert.That(screen.ToString(),
+            Does.Contain("step 2 skipped: loss is NaN (loss NaN, grad_norm "));
         Assert.That(Lines()[0], Does.Contain($"\"grad_norm\":null").And.Contain("\"loss\":1,"));
     }
 
@@ -79,7 +87,8 @@ public sealed class TrainLogTests
     public void TensorBoardFilesHoldChecksummedScalars()
     {
         RunSteps(1, 4, save: 4);
-        string file = Directory.GetFiles(Path.Combine(_folder, "runs"), "events.out.tfevents.*").Single();
+        string file = Directory.GetFiles(Path.Combine(_folder, "runs"), "events.out.tfevents.*")
+            .Single();
         var events = ReadEvents(File.ReadAllBytes(file));
         Assert.That(events[0].Text, Is.EqualTo("brain.Event:2"));
         Assert.That(events[1].Step, Is.EqualTo(2));
@@ -102,11 +111,13 @@ public sealed class TrainLogTests
     [Test]
     public void StepsThatPrintNothingAllocateNothing([Values] bool terminal)
     {
-        var arguments = new TrainArguments { OutputDir = _folder, LoggingSteps = new Interval(100_000) };
+        var arguments =
+            new TrainArguments { OutputDir = _folder, LoggingSteps = new Interval(100_000) };
         var clock = new ManualClock();
         using var log = new TrainLog(TextWriter.Null, terminal, () => 80, clock);
         log.Start(new RunReport(
-            arguments, new StepPlan(arguments with { MaxSteps = 50_000 }, 64), "cpu", 1000, 10, null));
+            arguments, new StepPlan(arguments with { MaxSteps = 50_000 }, 64), "cpu", 1000,
+            10, null));
         for (int step = 1; step <= 100; step++) log.Step(Step(step));
         long before = GC.GetAllocatedBytesForCurrentThread();
         for (int step = 101; step <= 1100; step++) log.Step(Step(step));
@@ -189,7 +200,8 @@ public sealed class TrainLogTests
         var random = new Random(3);
         for (int i = 0; i < 300; i++)
         {
-            byte[] damaged = whole[..(random.Next(2) == 0 ? whole.Length : random.Next(whole.Length))];
+            byte[] damaged =
+                whole[..(random.Next(2) == 0 ? whole.Length : random.Next(whole.Length))];
             if (damaged.Length > 0) damaged[random.Next(damaged.Length)] = (byte)random.Next(256);
             File.WriteAllBytes(Path.Combine(checkpoint, "trainer_state.json"), damaged);
             try
@@ -198,7 +210,8 @@ public sealed class TrainLogTests
             }
             catch (InputException problem)
             {
-                Assert.That(problem.Message, Does.Contain("trainer_state.json").And.Not.Contain("\n"));
+                Assert.That(problem.Message,
+                    Does.Contain("trainer_state.json").And.Not.Contain("\n"));
             }
         }
     }
@@ -208,7 +221,8 @@ public sealed class TrainLogTests
     private static StepReport Step(int step) =>
         new(step, Loss(step), Loss(step) / 3, 1e-4 / (step + 4), 100, 0.1, 2L << 30);
 
-    private static TrainLog NewLog(TextWriter screen) => new(screen, false, () => 80, new ManualClock());
+    private static TrainLog NewLog(TextWriter screen) =>
+        new(screen, false, () => 80, new ManualClock());
 
     private RunReport Report(string? resumedFrom)
     {

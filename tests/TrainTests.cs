@@ -10,8 +10,8 @@ using NUnit.Framework;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// Whole runs of `cpmx train`, from rows and pictures to the files they leave, against PyTorch with the
-/// official loss, the Hugging Face Trainer's parameter groups and PEFT's files.
+/// Whole runs of `cpmx train`, from rows and pictures to the files they leave, against PyTorch with
+/// the official loss, the Hugging Face Trainer's parameter groups and PEFT's files.
 /// </summary>
 [TestFixture]
 public sealed class TrainTests
@@ -37,7 +37,8 @@ public sealed class TrainTests
         Runs.Train(arguments);
 
         JsonElement[] steps = [.. expected.GetProperty("steps").EnumerateArray()];
-        JsonElement[] log = [.. Runs.History(arguments).Where(e => e.TryGetProperty("loss", out _))];
+        JsonElement[] log =
+            [.. Runs.History(arguments).Where(e => e.TryGetProperty("loss", out _))];
         Assert.That(log, Has.Length.EqualTo(steps.Length));
         double worst = 0;
         for (int i = 0; i < steps.Length; i++)
@@ -45,7 +46,8 @@ public sealed class TrainTests
             foreach (string value in (string[])["loss", "grad_norm"])
                 worst = Math.Max(worst, Error(log[i], steps[i], value));
             double rate = steps[i].GetProperty("lr").GetDouble();
-            Assert.That(log[i].GetProperty("learning_rate").GetDouble(), Is.EqualTo(rate).Within(1e-12));
+            Assert.That(log[i].GetProperty("learning_rate").GetDouble(),
+                Is.EqualTo(rate).Within(1e-12));
         }
 
         TestContext.Out.WriteLine($"worst loss or norm {worst:E2}");
@@ -60,17 +62,21 @@ public sealed class TrainTests
     {
         TrainArguments arguments = TenSteps(name) with { MaxSteps = 1 };
         Runs.Train(arguments);
-        JsonElement wanted = Json(Path.Combine(V26.Adapter("trained_" + name), AdapterConfig.FileName));
+        JsonElement wanted =
+            Json(Path.Combine(V26.Adapter("trained_" + name), AdapterConfig.FileName));
         JsonElement config = Json(Path.Combine(arguments.OutputDir, AdapterConfig.FileName));
         Assert.That(config.EnumerateObject().Select(p => p.Name),
             Is.SupersetOf(wanted.EnumerateObject().Select(p => p.Name)));
-        foreach (string key in (string[])["r", "lora_alpha", "lora_dropout", "target_modules", "bias",
+        foreach (string key
+            in (string[])["r", "lora_alpha", "lora_dropout", "target_modules", "bias",
             "modules_to_save", "peft_type", "task_type", "inference_mode"])
-            Assert.That(JsonElement.DeepEquals(config.GetProperty(key), wanted.GetProperty(key)), key);
+            Assert.That(
+                JsonElement.DeepEquals(config.GetProperty(key), wanted.GetProperty(key)), key);
 
         using var written = SafetensorsFile.Open(
             Path.Combine(arguments.OutputDir, AdapterFile.WeightsName));
-        var tensors = Json(Path.Combine(V26.Adapter("peft021_official"), "adapter_model_tensors.json"))
+        var tensors =
+            Json(Path.Combine(V26.Adapter("peft021_official"), "adapter_model_tensors.json"))
             .EnumerateObject().Where(p => name == "lora_official" || p.Name.Contains(".lora_"));
         Assert.That(written.Metadata["format"], Is.EqualTo("pt"));
         Assert.That(written.Tensors.Select(t => $"{t.Name} {t.StoredType.Name} {t.Shape}"),
@@ -82,12 +88,14 @@ public sealed class TrainTests
     public void RunsInBf16KeepMastersAndSaveTheirType()
     {
         TrainArguments arguments = TenSteps("full") with { Bf16 = true };
-        double bf16 = ReferenceText.Json("v26/forward/case_a.json").GetProperty("loss_bf16").GetDouble();
+        double bf16 = ReferenceText.Json("v26/forward/case_a.json").GetProperty("loss_bf16")
+            .GetDouble();
         using (var model = TrainingModel.Open(arguments))
         {
             Batch batch = V26.Batch(V26.Full, "one", "two-small");
             // The reference keeps activations in bf16 too, whose step near 6.6 is 1/32.
-            Assert.That(V26.Gradients(model, arguments, batch).Loss, Is.EqualTo(bf16).Within(1.0 / 32));
+            Assert.That(V26.Gradients(model, arguments, batch).Loss,
+                Is.EqualTo(bf16).Within(1.0 / 32));
         }
 
         Runs.Train(arguments);
@@ -103,7 +111,8 @@ public sealed class TrainTests
         foreach (string name in (string[])["llm.model.norm.weight", "vpm.post_layernorm.weight",
             "vpm.embeddings.position_embedding.weight"])
         {
-            float[] masters = state.Get("master." + name).ToFloats(), values = saved.Get(name).ToFloats();
+            float[] masters = state.Get("master." + name).ToFloats(),
+                values = saved.Get(name).ToFloats();
             for (int i = 0; i < values.Length; i++)
             {
                 Assert.That(values[i], Is.EqualTo(Rounded(masters[i])));
@@ -133,7 +142,8 @@ public sealed class TrainTests
         {
             StoredTensor stored = after.Get(parameter.Name);
             Assert.That(stored.Type, Is.EqualTo(bf16 ? DType.BF16 : DType.F32), parameter.Name);
-            bool same = stored.ToFloats().AsSpan().SequenceEqual(before.Get(parameter.Name).ToFloats());
+            bool same = stored.ToFloats().AsSpan()
+                .SequenceEqual(before.Get(parameter.Name).ToFloats());
             if (!same) changed++;
             Assert.That(same || parameter.Name.StartsWith("resampler.", StringComparison.Ordinal),
                 parameter.Name);
@@ -141,7 +151,8 @@ public sealed class TrainTests
 
         // Weights of norms are near 1, where one small step is lost to bf16 (masters keep it).
         Assert.That(changed, bf16 ? Is.InRange(10, 13) : Is.EqualTo(13));
-        foreach (string file in (string[])["tokenizer.json", "preprocessor_config.json", "merges.txt"])
+        foreach (string file
+            in (string[])["tokenizer.json", "preprocessor_config.json", "merges.txt"])
             Assert.That(File.ReadAllBytes(Path.Combine(arguments.OutputDir, file)),
                 Is.EqualTo(File.ReadAllBytes(Path.Combine(V26.Model, file))));
     }
@@ -185,7 +196,8 @@ public sealed class TrainTests
         string folder = Path.Combine(_folder, "initial");
         using var model = TrainingModel.Open(arguments);
         var file = ReferenceFile.Open("v26/train/lora_initial");
-        foreach (string name in file.Names) model.Trainables.Write(V26.Name(name), file.Floats(name));
+        foreach (string name in file.Names)
+            model.Trainables.Write(V26.Name(name), file.Floats(name));
         ModelFiles.Save(folder, model, arguments);
         return folder;
     }
@@ -193,7 +205,8 @@ public sealed class TrainTests
     private static void AssertFinal(TrainArguments arguments, JsonElement expected)
     {
         using var files = SafetensorsFile.Open(Path.Combine(
-            arguments.OutputDir, arguments.UseLora ? AdapterFile.WeightsName : "model.safetensors"));
+            arguments.OutputDir,
+            arguments.UseLora ? AdapterFile.WeightsName : "model.safetensors"));
         var final = expected.GetProperty("final");
         Assert.That(final.EnumerateObject().Count(),
             Is.EqualTo(expected.GetProperty("parameters").GetInt32()));

@@ -9,8 +9,8 @@ using NUnit.Framework;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// AdamW, the gradient norm and clipping, against ten steps of torch.optim.AdamW, on both devices; and
-/// moments in BF16.
+/// AdamW, the gradient norm and clipping, against ten steps of torch.optim.AdamW, on both devices;
+/// and moments in BF16.
 /// </summary>
 [TestFixture]
 public sealed class UpdateTests
@@ -78,16 +78,19 @@ public sealed class UpdateTests
         Tensor norm = device.Allocate(GradientNorm.Spec, "norm");
         for (int step = 0; step < rates.Length; step++)
         {
-            for (int i = 0; i < ranges.Length; i++) Write(device, ranges[i].Gradient, At($"g{i}", step));
+            for (int i = 0; i < ranges.Length; i++)
+                Write(device, ranges[i].Gradient, At($"g{i}", step));
             device.GradientNorm([.. ranges.Select(r => r.Gradient)], maxNorm, norm, Tensor.None);
             double[] statistics = new double[3];
             device.Read<double>(norm, statistics);
             double expectedNorm = c.Doubles("norm")[step];
-            Assert.That(statistics[0], Is.EqualTo(expectedNorm).Within((single ? 1e-7 : 1e-12) * expectedNorm));
+            Assert.That(statistics[0],
+                Is.EqualTo(expectedNorm).Within((single ? 1e-7 : 1e-12) * expectedNorm));
             Assert.That(statistics[2], Is.Zero);
             for (int i = 0; i < ranges.Length; i++)
             {
-                device.Update(new(rates[step], betas[0], betas[1], epsilon, decay[i], step + 1), ranges[i], norm);
+                device.Update(new(rates[step], betas[0], betas[1], epsilon, decay[i], step + 1),
+                    ranges[i], norm);
                 Tensor p = ranges[i].Master.Exists ? ranges[i].Master : ranges[i].Weights;
                 Close("p", i, Read(device, p));
                 Close("m", i, Read(device, ranges[i].M));
@@ -158,7 +161,8 @@ public sealed class UpdateTests
             double update = first / (1 - Math.Pow(0.9, 3))
                 / (Math.Sqrt(second / (1 - Math.Pow(0.99, 3))) + 1e-8);
             double expected = (p[i] * (1 - (0.01 * 0.1))) - (0.01 * update);
-            Assert.That(got[i], Is.EqualTo(expected).Within(2e-6 * Math.Max(1, Math.Abs(update))), $"[{i}]");
+            Assert.That(got[i], Is.EqualTo(expected).Within(2e-6 * Math.Max(1, Math.Abs(update))),
+                $"[{i}]");
         }
     }
 
@@ -179,7 +183,8 @@ public sealed class UpdateTests
         device.Read<double>(norm, statistics);
         Assert.That(statistics[2], Is.EqualTo(3));
         Assert.That(double.IsFinite(statistics[0]), Is.False);
-        device.Update(new(1, 0.9, 0.99, 1e-8, 0.1, 1), new(t[0], Tensor.None, t[1], t[2], t[3]), norm);
+        device.Update(new(1, 0.9, 0.99, 1e-8, 0.1, 1),
+            new(t[0], Tensor.None, t[1], t[2], t[3]), norm);
         foreach (int i in (int[])[0, 2, 3])
             Assert.That(Read(device, t[i]), Is.All.Zero);
     }
@@ -249,9 +254,9 @@ public sealed class UpdateTests
         }
     }
 
-    // Each moment stands between two neighbours in BF16, and what it is on average is the exact value: the
-    // mean of n differences of at most one step u is within 5 u / (2 sqrt(n)) of 0, five standard
-    // deviations (a value in an interval of length u has at most u / 2).
+    // Each moment stands between two neighbours in BF16, and what it is on average is the exact
+    // value: the mean of n differences of at most one step u is within 5 u / (2 sqrt(n)) of 0, five
+    // standard deviations (a value in an interval of length u has at most u / 2).
     [TestCase(false)]
     [TestCase(true)]
     public void MomentsInBf16AreRoundedWithoutBias(bool cuda)
@@ -260,9 +265,12 @@ public sealed class UpdateTests
         using var cpu = new CpuDevice(2, StepBytes);
         Device device = cuda ? Cuda(DType.BF16) : cpu;
         double[] p = Fill.Normal(1, Count), g = Fill.Normal(2, Count);
-        // Moments between 1 and 2, where the step is 1/128 for all; the small changes are far below it.
-        double[] m = [.. Fill.Normal(3, Count).Select(x => Brain(1.5 + Math.Clamp(x / 8, -0.4, 0.4)))];
-        double[] v = [.. Fill.Normal(4, Count).Select(x => Brain(1.5 + Math.Clamp(x / 8, -0.4, 0.4)))];
+        // Moments between 1 and 2, where the step is 1/128 for all;
+        // the small changes are far below it.
+        double[] m =
+            [.. Fill.Normal(3, Count).Select(x => Brain(1.5 + Math.Clamp(x / 8, -0.4, 0.4)))];
+        double[] v =
+            [.. Fill.Normal(4, Count).Select(x => Brain(1.5 + Math.Clamp(x / 8, -0.4, 0.4)))];
         var bits = new List<ushort[]>();
         for (int run = 0; run < 2; run++)
         {
@@ -275,7 +283,8 @@ public sealed class UpdateTests
             {
                 double mean = (0.999 * m[i]) + (0.001 * g[i]);
                 double square = (0.9999 * v[i]) + (0.0001 * g[i] * g[i]);
-                double gotMean = FloatBits.FromBF16(means[i]), gotSquare = FloatBits.FromBF16(squares[i]);
+                double gotMean = FloatBits.FromBF16(means[i]),
+                    gotSquare = FloatBits.FromBF16(squares[i]);
                 Assert.That(Math.Abs(gotMean - mean), Is.LessThan(1.0 / 128 + 1e-6), $"m[{i}]");
                 Assert.That(Math.Abs(gotSquare - square), Is.LessThan(1.0 / 128 + 1e-6), $"v[{i}]");
                 meanError += gotMean - mean;
@@ -284,7 +293,8 @@ public sealed class UpdateTests
             }
 
             double bound = 5.0 / (2 * 128) / Math.Sqrt(Count);
-            TestContext.Out.WriteLine($"{meanError / Count:E2} {squareError / Count:E2} of {bound:E2}");
+            TestContext.Out.WriteLine(
+                $"{meanError / Count:E2} {squareError / Count:E2} of {bound:E2}");
             Assert.That(Math.Abs(meanError / Count), Is.LessThan(bound));
             Assert.That(Math.Abs(squareError / Count), Is.LessThan(bound));
             Assert.That(up, Is.InRange(Count / 10, 9 * Count / 10));
@@ -296,10 +306,13 @@ public sealed class UpdateTests
         Assert.That(bits[3], Is.EqualTo(bits[1]));
         AdamWRange other = New(device, DType.BF16, p, g, m, v, first: 8);
         device.Update(new(1e-3, 0.999, 0.9999, 1e-8, 0, 6, Seed: 7), other, Tensor.None);
-        Assert.That(Bits(device, other.M), Is.Not.EqualTo(bits[0]), "another step rounds another way");
+        Assert.That(Bits(device, other.M), Is.Not.EqualTo(bits[0]),
+            "another step rounds another way");
     }
 
-    /// <summary>A range in pieces rounds as in one: the numbers belong to elements, not to calls.</summary>
+    /// <summary>
+    /// A range in pieces rounds as in one: the numbers belong to elements, not to calls.
+    /// </summary>
     [TestCase(false)]
     [TestCase(true)]
     public void PiecesOfARangeRoundAsTheWhole(bool cuda)
@@ -314,14 +327,17 @@ public sealed class UpdateTests
         device.Update(step, whole, Tensor.None);
         ushort[] found = Bits(device, whole.M);
         AdamWRange left = New(device, DType.BF16, p[..Cut], g[..Cut], m[..Cut], v[..Cut], first: 0);
-        AdamWRange right = New(device, DType.BF16, p[Cut..], g[Cut..], m[Cut..], v[Cut..], first: Cut);
+        AdamWRange right =
+            New(device, DType.BF16, p[Cut..], g[Cut..], m[Cut..], v[Cut..], first: Cut);
         device.Update(step, left, Tensor.None);
         device.Update(step, right, Tensor.None);
-        Assert.That((ushort[])[.. Bits(device, left.M), .. Bits(device, right.M)], Is.EqualTo(found));
+        Assert.That((ushort[])[.. Bits(device, left.M), .. Bits(device, right.M)],
+            Is.EqualTo(found));
         double[] got = Read(device, whole.Weights);
         for (int i = 0; i < Count; i++)
         {
-            double mean = (0.9 * m[i]) + (0.1 * g[i]), square = (0.99 * v[i]) + (0.01 * g[i] * g[i]);
+            double mean = (0.9 * m[i]) + (0.1 * g[i]),
+                square = (0.99 * v[i]) + (0.01 * g[i] * g[i]);
             double update = mean / (1 - Math.Pow(0.9, 3))
                 / (Math.Sqrt(square / (1 - Math.Pow(0.99, 3))) + 1e-8);
             // The weights take the moments before they are rounded.
@@ -348,7 +364,8 @@ public sealed class UpdateTests
             Throws.TypeOf<ShapeException>().With.Message.Contain(expected));
     }
 
-    private static double[] Numbers(JsonElement array) => [.. array.EnumerateArray().Select(e => e.GetDouble())];
+    private static double[] Numbers(JsonElement array) =>
+        [.. array.EnumerateArray().Select(e => e.GetDouble())];
 
     private static void Write(Device device, Tensor tensor, double[] data)
     {
@@ -390,7 +407,8 @@ public sealed class UpdateTests
             return tensor;
         }
 
-        return new(Of(DType.F32, p), Tensor.None, Of(DType.F32, g), Of(moments, m), Of(moments, v), first);
+        return new(Of(DType.F32, p), Tensor.None, Of(DType.F32, g), Of(moments, m),
+            Of(moments, v), first);
     }
 
     private CudaDevice Cuda(DType activations) => (_cuda ??= new()).Device(activations);

@@ -9,14 +9,15 @@ using NUnit.Framework;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// The reference model of tests/reference/v26 (README there), its rows, and comparison with what PyTorch
-/// computed from them.
+/// The reference model of tests/reference/v26 (README there), its rows, and comparison with what
+/// PyTorch computed from them.
 /// </summary>
 internal static class V26
 {
     private const string Targets = @"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)";
 
-    // Two conversations without a picture, as the reference has them; the official data set has none.
+    // Two conversations without a picture, as the reference has them;
+    // the official data set has none.
     private const string TextRows = """
         [{"id": "text0", "conversations": [
           {"role": "user", "content": "How many is 12 * 34?"},
@@ -35,7 +36,9 @@ internal static class V26
 
     public static ModelSpec Spec { get; } = ModelSpec.Read(Model);
 
-    /// <summary>Whether CPMX_REFERENCE names the full set, whose tensors are compared whole.</summary>
+    /// <summary>
+    /// Whether CPMX_REFERENCE names the full set, whose tensors are compared whole.
+    /// </summary>
     public static bool IsFull { get; } = ReferenceText.Root != ReferenceFile.Root;
 
     /// <summary>Everything is trained, on rows as the official script makes them.</summary>
@@ -67,7 +70,8 @@ internal static class V26
     public static Batch Batch(TrainArguments arguments, params string[] ids)
     {
         var rows = TrainingRows.Read(arguments.DataPath!, arguments, Spec);
-        var text = ids.Any(id => id.StartsWith("text", StringComparison.Ordinal)) ? Text(arguments) : null;
+        var text = ids.Any(id => id.StartsWith("text", StringComparison.Ordinal))
+            ? Text(arguments) : null;
         var batch = new Batch();
         batch.Clear();
         foreach (string id in ids)
@@ -80,7 +84,9 @@ internal static class V26
         return batch;
     }
 
-    /// <summary>Loss and gradients of a batch as one optimizer step has them, nothing changed.</summary>
+    /// <summary>
+    /// Loss and gradients of a batch as one optimizer step has them, nothing changed.
+    /// </summary>
     public static StepResult Gradients(
         TrainingModel model, TrainArguments arguments, params Batch[] batches) =>
         new Trainer(arguments, model).Step(0, batches, learningRate: 0);
@@ -94,12 +100,13 @@ internal static class V26
         .Replace(".base_layer.", ".", StringComparison.Ordinal);
 
     /// <summary>
-    /// Gradients against the reference's, all of them, by relative norm. Softmax ignores what all keys
-    /// share, so the gradient of a bias of keys is zero without rotary positions: PyTorch has noise
-    /// there, which is only held to be small. In the resampler's in_proj_bias such noise is a third of
-    /// the elements and far below the tolerance.
+    /// Gradients against the reference's, all of them, by relative norm. Softmax ignores what all
+    /// keys share, so the gradient of a bias of keys is zero without rotary positions: PyTorch has
+    /// noise there, which is only held to be small. In the resampler's in_proj_bias such noise is a
+    /// third of the elements and far below the tolerance.
     /// </summary>
-    public static void AssertGradients(TrainingModel model, JsonElement expected, double tolerance = 1e-4)
+    public static void AssertGradients(TrainingModel model, JsonElement expected,
+        double tolerance = 1e-4)
     {
         Assert.That(expected.EnumerateObject().Select(p => Name(p.Name)),
             Is.EquivalentTo(model.Trainables.List.Select(t => t.Name)), "what is trained");
@@ -129,9 +136,12 @@ internal static class V26
         name.StartsWith("vpm.", StringComparison.Ordinal)
         && name.EndsWith("k_proj.bias", StringComparison.Ordinal);
 
-    /// <summary>A tensor against the reference's fingerprint, relative to its largest magnitude.</summary>
+    /// <summary>
+    /// A tensor against the reference's fingerprint, relative to its largest magnitude.
+    /// </summary>
     public static void AssertClose(
-        string name, (Shape Shape, float[] Values) got, JsonElement expected, double tolerance = 1e-5)
+        string name, (Shape Shape, float[] Values) got, JsonElement expected,
+        double tolerance = 1e-5)
     {
         var wanted = Fingerprint.Read(expected);
         Assert.That($"{got.Shape}", Is.EqualTo($"[{string.Join(", ", wanted.Shape)}]"), name);
@@ -140,7 +150,9 @@ internal static class V26
         Assert.That(error, Is.LessThan(tolerance), name);
     }
 
-    /// <summary>Largest difference of two tensors as part of the largest expected magnitude.</summary>
+    /// <summary>
+    /// Largest difference of two tensors as part of the largest expected magnitude.
+    /// </summary>
     public static double LargestError(ReadOnlySpan<float> got, ReadOnlySpan<double> expected)
     {
         Assert.That(got.Length, Is.EqualTo(expected.Length));

@@ -23,8 +23,8 @@ public sealed unsafe class WorkersTests
     }
 
     /// <summary>
-    /// Items that take long, as the blocks of a product do, must not pile up on one thread: no chunk
-    /// is above its share of what is left, and the last ones are single items.
+    /// Items that take long, as the blocks of a product do, must not pile up on one thread: no
+    /// chunk is above its share of what is left, and the last ones are single items.
     /// </summary>
     [Test]
     public void ChunksAreSharesOfWhatIsLeft(

@@ -4,8 +4,8 @@ namespace MiniCpmNative.Autograd;
 
 /// <summary>
 /// Memory for gradients of activations. They are born and die out of stack order, so they come from
-/// free lists of exact sizes over the far end of the step arena; a step needs few sizes, and the end of
-/// the step throws the lists away, so that changing batch shapes cannot fragment it.
+/// free lists of exact sizes over the far end of the step arena; a step needs few sizes, and the
+/// end of the step throws the lists away, so that changing batch shapes cannot fragment it.
 /// </summary>
 internal sealed class GradientPool(Device device)
 {

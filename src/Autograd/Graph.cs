@@ -3,18 +3,19 @@ using MiniCpmNative.Kernels;
 namespace MiniCpmNative.Autograd;
 
 /// <summary>
-/// Reverse-mode differentiation over one device: a tape of what ran. It knows order, never operations.
+/// Reverse-mode differentiation over one device: a tape of what ran.
+/// It knows order, never operations.
 ///
-/// A tensor with a variable number needs a gradient: parameters have one for good, and the output of an
-/// operation gets one when any input has. Only such operations are recorded; a frozen part of a model
-/// therefore leaves nothing on the tape, and <see cref="Keep"/> drops its activations at once. The tape
-/// and the step arena are stacks that fall together: backward takes the last node, hands its output
-/// gradient to the operation, gives that gradient back to the pool and pops the arena to where it stood
-/// before the node ran.
+/// A tensor with a variable number needs a gradient: parameters have one for good, and the output
+/// of an operation gets one when any input has. Only such operations are recorded; a frozen part of
+/// a model therefore leaves nothing on the tape, and <see cref="Keep"/> drops its activations at
+/// once. The tape and the step arena are stacks that fall together: backward takes the last node,
+/// hands its output gradient to the operation, gives that gradient back to the pool and pops the
+/// arena to where it stood before the node ran.
 ///
-/// A checkpointed block runs unrecorded and leaves only its output; backward runs it again, recorded,
-/// above the tape's top, and unwinds that piece before going on. Random masks are keyed by position, not
-/// drawn from a stream, so that the second run draws the same.
+/// A checkpointed block runs unrecorded and leaves only its output; backward runs it again,
+/// recorded, above the tape's top, and unwinds that piece before going on. Random masks are keyed
+/// by position, not drawn from a stream, so that the second run draws the same.
 ///
 /// Left out: views with gradients, several outputs of an operation, second derivatives, threads.
 /// Nothing here allocates once a step of the largest shape has run.
@@ -51,15 +52,17 @@ public sealed class Graph
         set => _recording = value;
     }
 
-    /// <summary>Sees, in backward, the finished gradient of each recorded output by its variable.</summary>
+    /// <summary>
+    /// Sees, in backward, the finished gradient of each recorded output by its variable.
+    /// </summary>
     public Action<int, Tensor>? GradientVisitor { get; set; }
 
     /// <summary>Nodes on the tape.</summary>
     public int Length => _nodeCount;
 
     /// <summary>
-    /// Makes a tensor trainable: gradients of a run are written to, or added into, the given buffer of
-    /// the same shape. All parameters are made before the first operation runs.
+    /// Makes a tensor trainable: gradients of a run are written to, or added into, the given buffer
+    /// of the same shape. All parameters are made before the first operation runs.
     /// </summary>
     public Tensor Parameter(Tensor value, Tensor gradient)
     {
@@ -93,9 +96,12 @@ public sealed class Graph
     /// The inputs do not fit, a gradient is needed that the operation cannot give, or one trainable
     /// tensor stands in two places.
     /// </exception>
-    public Tensor Run(Op op, params ReadOnlySpan<Tensor> inputs) => Run(op, keepSaved: false, inputs);
+    public Tensor Run(Op op, params ReadOnlySpan<Tensor> inputs) =>
+        Run(op, keepSaved: false, inputs);
 
-    /// <summary>As Run; what the operation saves stays readable through the spans until the scope ends.</summary>
+    /// <summary>
+    /// As Run; what the operation saves stays readable through the spans until the scope ends.
+    /// </summary>
     public Tensor Run(Op op, Span<Tensor> saved, params ReadOnlySpan<Tensor> inputs)
     {
         Tensor output = Run(op, keepSaved: true, inputs);
@@ -104,9 +110,10 @@ public sealed class Graph
     }
 
     /// <summary>
-    /// Runs a block on x. Where nothing in it needs a gradient, or nothing is recorded, its activations
-    /// go at once. With checkpoint, only x is kept for backward, which runs the block again; the block
-    /// must then give the same result each time, from x and from tensors that outlive the backward.
+    /// Runs a block on x. Where nothing in it needs a gradient, or nothing is recorded, its
+    /// activations go at once. With checkpoint, only x is kept for backward, which runs the block
+    /// again; the block must then give the same result each time,
+    /// from x and from tensors that outlive the backward.
     /// </summary>
     public Tensor Run(IBlock block, Tensor x, bool checkpoint)
     {
@@ -132,8 +139,8 @@ public sealed class Graph
     }
 
     /// <summary>
-    /// Ends the life of everything made since the mark except this tensor, which moves down to the mark.
-    /// Only for unrecorded work: throws if the tape grew.
+    /// Ends the life of everything made since the mark except this tensor, which moves down to the
+    /// mark. Only for unrecorded work: throws if the tape grew.
     /// </summary>
     public Tensor Keep(ArenaMark mark, Tensor tensor)
     {
@@ -143,14 +150,15 @@ public sealed class Graph
         Device.Step.Check(tensor);
         Device.Step.Pop(mark);
         Tensor kept = Device.Step.Push(tensor.Spec, "kept");
-        // Lower or equal in the same memory, so the copy may overlap but never runs out of the arena.
+        // Lower or equal in the same memory, so the copy may overlap
+        // but never runs out of the arena.
         if (kept.Data != tensor.Data) Device.Copy(tensor with { Slot = 0 }, kept);
         return kept;
     }
 
     /// <summary>
-    /// Adds the gradient of seed * sum(output) to the parameters' gradients, and takes the tape down to
-    /// empty. Tensors made since the first recorded operation end their life.
+    /// Adds the gradient of seed * sum(output) to the parameters' gradients, and takes the tape
+    /// down to empty. Tensors made since the first recorded operation end their life.
     /// </summary>
     public void Backward(Tensor output, double seed)
     {
@@ -160,7 +168,9 @@ public sealed class Graph
         Unwind(0);
     }
 
-    /// <summary>Drops the tape and everything in the arena; the end of a step or of an evaluation.</summary>
+    /// <summary>
+    /// Drops the tape and everything in the arena; the end of a step or of an evaluation.
+    /// </summary>
     public void EndStep()
     {
         _nodeCount = _tensorCount = 0;
@@ -268,7 +278,9 @@ public sealed class Graph
         Unwind(bottom);
     }
 
-    /// <summary>The gradient buffer of a variable, taken from the pool when first asked for.</summary>
+    /// <summary>
+    /// The gradient buffer of a variable, taken from the pool when first asked for.
+    /// </summary>
     private GradientTarget Wanted(in Tensor tensor)
     {
         ref Variable variable = ref _variables[tensor.Variable];
@@ -296,9 +308,12 @@ public sealed class Graph
         public bool Written;
     }
 
-    /// <summary>An operation or a checkpointed block on the tape; its tensors lie in a row from FirstTensor.</summary>
+    /// <summary>
+    /// An operation or a checkpointed block on the tape; its tensors lie in a row from FirstTensor.
+    /// </summary>
     private readonly record struct Node(
-        Op? Op, IBlock? Block, ArenaMark Mark, int FirstTensor, int Inputs, int Saved, Tensor Output);
+        Op? Op, IBlock? Block, ArenaMark Mark, int FirstTensor, int Inputs, int Saved,
+        Tensor Output);
 
     private static class Limits
     {
@@ -306,7 +321,9 @@ public sealed class Graph
     }
 }
 
-/// <summary>A piece of a model with one activation in and one out, which can be run again.</summary>
+/// <summary>
+/// A piece of a model with one activation in and one out, which can be run again.
+/// </summary>
 public interface IBlock
 {
     /// <summary>Whether it has parameters that need gradients.</summary>

@@ -5,7 +5,9 @@ using MiniCpmNative.Engine.Train;
 
 namespace MiniCpmNative.Cli;
 
-/// <summary>The engine's entry points behind the commands; tests put others in their place.</summary>
+/// <summary>
+/// The engine's entry points behind the commands; tests put others in their place.
+/// </summary>
 internal sealed record Runners
 {
     public Action<TrainArguments, ITrainLog, StopRequest> Train { get; init; } = TrainRun.Run;

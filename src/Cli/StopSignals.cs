@@ -18,7 +18,8 @@ internal sealed class StopSignals : IDisposable
         void Handle(PosixSignalContext context, StopReason reason, string name)
         {
             context.Cancel = stop.TryRequest(reason);
-            if (context.Cancel) said($"{name}: finishing this step, then saving (once more ends at once)");
+            if (context.Cancel)
+                said($"{name}: finishing this step, then saving (once more ends at once)");
         }
 
         _interrupt = PosixSignalRegistration.Create(

@@ -24,7 +24,8 @@ internal static class Terminal
         }
 
         return int.TryParse(
-            Environment.GetEnvironmentVariable("COLUMNS"), CultureInfo.InvariantCulture, out int told)
+            Environment.GetEnvironmentVariable("COLUMNS"), CultureInfo.InvariantCulture,
+            out int told)
             && told > 0 ? told : UsualColumns;
     }
 }

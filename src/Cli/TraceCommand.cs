@@ -61,7 +61,8 @@ internal static class TraceCommand
 
         string[] ids = (rows ?? "").Split(
             ',', StringSplitOptions.RemoveEmptyEntries | StringSplitOptions.TrimEntries);
-        if (ids.Length == 0) throw new InputException("--rows is missing: the rows to run, as ID,ID");
+        if (ids.Length == 0)
+            throw new InputException("--rows is missing: the rows to run, as ID,ID");
         if (string.IsNullOrEmpty(file) || file.Any(char.IsControl))
             throw new InputException("--out is missing: the safetensors file to write");
         return (new TraceRequest(ids, Path.GetFullPath(file), gradients), [.. rest]);

@@ -2,13 +2,16 @@ namespace MiniCpmNative.Engine;
 
 /// <summary>
 /// Files that are there whole or not at all: written under a temporary name in the same directory,
-/// flushed to the disk, then renamed over the old one. A failed write leaves the old file as it was.
+/// flushed to the disk, then renamed over the old one.
+/// A failed write leaves the old file as it was.
 /// </summary>
 public static class AtomicFile
 {
     private const int BufferBytes = 1 << 20;
 
-    /// <exception cref="RunException">The file cannot be written; names it and the system's reason.</exception>
+    /// <exception cref="RunException">
+    /// The file cannot be written; names it and the system's reason.
+    /// </exception>
     public static void Write(string path, Action<Stream> content)
     {
         string temporary = $"{path}.{Environment.ProcessId}.tmp";
@@ -35,7 +38,8 @@ public static class AtomicFile
             }
 
             if (failure is IOException or UnauthorizedAccessException)
-                throw new RunException($"{path}: cannot write: {Messages.OneLine(failure.Message)}", failure);
+                throw new RunException($"{path}: cannot write: {Messages.OneLine(failure.Message)}",
+                    failure);
             throw;
         }
     }

@@ -4,7 +4,9 @@ namespace MiniCpmNative.Engine;
 public static class InputFile
 {
     /// <summary>Opens a file for reading.</summary>
-    /// <exception cref="InputException">Missing, a directory, unreadable, or not of that size.</exception>
+    /// <exception cref="InputException">
+    /// Missing, a directory, unreadable, or not of that size.
+    /// </exception>
     public static FileStream Open(
         string path, long leastBytes = 0, long mostBytes = long.MaxValue, int buffer = 4096)
     {
@@ -14,7 +16,8 @@ public static class InputFile
         {
             // Asked before opening: opening a pipe, whose length is 0, would wait for its writer.
             Check(path, new FileInfo(path).Length, leastBytes, mostBytes);
-            var stream = new FileStream(path, FileMode.Open, FileAccess.Read, FileShare.Read, buffer);
+            var stream =
+                new FileStream(path, FileMode.Open, FileAccess.Read, FileShare.Read, buffer);
             try
             {
                 Check(path, stream.Length, leastBytes, mostBytes);

@@ -3,7 +3,9 @@ using System.Text;
 
 namespace MiniCpmNative.Engine;
 
-/// <summary>Pieces of one-line messages; what comes from a file must not break the line or fill the screen.</summary>
+/// <summary>
+/// Pieces of one-line messages; what comes from a file must not break the line or fill the screen.
+/// </summary>
 public static class Messages
 {
     private const int QuotedLength = 160;

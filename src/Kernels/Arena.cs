@@ -1,13 +1,14 @@
 namespace MiniCpmNative.Kernels;
 
 /// <summary>
-/// Memory of one training step as a stack: forward pushes tensors, backward pops back to the mark that
-/// stood before them. A slot with a serial number per tensor lets a read after a pop be noticed. The
-/// arena hands out addresses only; whose memory they are (host, GPU, none in a dry run) is the device's
-/// affair. From the far end grows what does not die in stack order; both ends share the room between.
+/// Memory of one training step as a stack: forward pushes tensors, backward pops back to the mark
+/// that stood before them. A slot with a serial number per tensor lets a read after a pop be
+/// noticed. The arena hands out addresses only; whose memory they are (host, GPU, none in a dry
+/// run) is the device's affair. From the far end grows what does not die in stack order;
+/// both ends share the room between.
 /// </summary>
-/// <param name="reserve">Called when the first tensor is pushed, once the model has its memory: where
-/// the arena starts and its bytes.</param>
+/// <param name="reserve">Called when the first tensor is pushed, once the model has its memory:
+/// where the arena starts and its bytes.</param>
 public sealed class Arena(Func<(nint Start, long Capacity)> reserve)
 {
     private const long Alignment = 256;
@@ -95,7 +96,8 @@ public sealed class Arena(Func<(nint Start, long Capacity)> reserve)
             + "try gradient_checkpointing=true or a smaller per_device_train_batch_size");
     }
 
-    private readonly record struct Slot(long Offset, long Bytes, int Serial, string Name, Spec Spec);
+    private readonly record struct Slot(long Offset, long Bytes, int Serial, string Name,
+        Spec Spec);
 }
 
 /// <summary>A height of the arena's stack.</summary>

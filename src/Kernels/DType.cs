@@ -1,8 +1,9 @@
 namespace MiniCpmNative.Kernels;
 
 /// <summary>
-/// Element types of stored tensors. BF16 and F16 are storage types: the CPU computes in F32 (F64 only
-/// in gradient checks). Statistics saved for backward are always F32, or F64 in a gradient check.
+/// Element types of stored tensors. BF16 and F16 are storage types: the CPU computes in F32 (F64
+/// only in gradient checks). Statistics saved for backward are always F32,
+/// or F64 in a gradient check.
 /// </summary>
 public enum DType : byte
 {
@@ -27,7 +28,9 @@ public static class DTypes
         _ => throw new ArgumentOutOfRangeException(nameof(type), type, "not a dtype"),
     };
 
-    /// <summary>Type of statistics saved for backward, and of losses, beside activations of a type.</summary>
+    /// <summary>
+    /// Type of statistics saved for backward, and of losses, beside activations of a type.
+    /// </summary>
     public static DType Statistics(this DType activations) =>
         activations == DType.F64 ? DType.F64 : DType.F32;
 

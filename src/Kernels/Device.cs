@@ -3,8 +3,9 @@ using MiniCpmNative.Kernels.Updates;
 namespace MiniCpmNative.Kernels;
 
 /// <summary>
-/// Where tensors live and operations run. Three lifetimes of memory: run (allocated once), step (the
-/// arena), and between (gradients of activations, kept by the tape). All calls come from one thread.
+/// Where tensors live and operations run. Three lifetimes of memory: run (allocated once), step
+/// (the arena), and between (gradients of activations, kept by the tape).
+/// All calls come from one thread.
 /// </summary>
 public abstract class Device : IDisposable
 {
@@ -23,7 +24,9 @@ public abstract class Device : IDisposable
     /// <summary>Zeroed memory that lives as long as the device.</summary>
     public abstract Tensor Allocate(Spec spec, string name);
 
-    /// <summary>Room of the given size that lives as long as the device, for the tape's gradients.</summary>
+    /// <summary>
+    /// Room of the given size that lives as long as the device, for the tape's gradients.
+    /// </summary>
     public abstract nint Reserve(long bytes);
 
     /// <summary>Bytes that a matrix takes in the device's own packed form.</summary>
@@ -45,14 +48,16 @@ public abstract class Device : IDisposable
         ReadOnlySpan<Tensor> gradients, double maxNorm, in Tensor into, in Tensor losses);
 
     /// <summary>
-    /// One optimizer step over a range, with gradients times the factor in norm (None: 1). Where norm
-    /// counts non-finite gradients, nothing changes.
+    /// One optimizer step over a range, with gradients times the factor in norm (None: 1). Where
+    /// norm counts non-finite gradients, nothing changes.
     /// </summary>
     public abstract void Update(in AdamW step, in AdamWRange range, in Tensor norm);
 
     public abstract void Fill(in Tensor tensor, double value);
 
-    /// <summary>Copies bytes between tensors of the same spec on this device; they may overlap.</summary>
+    /// <summary>
+    /// Copies bytes between tensors of the same spec on this device; they may overlap.
+    /// </summary>
     public abstract void Copy(in Tensor from, in Tensor to);
 
     /// <summary>Copies host elements in; their number and type must be the tensor's.</summary>
@@ -69,14 +74,16 @@ public abstract class Device : IDisposable
     /// <summary>Memory for the inputs of forward passes; lives as long as the device.</summary>
     public abstract InputMemory NewInput();
 
-    /// <summary>Room for results of these bytes at most on the host; lives as long as the device.</summary>
+    /// <summary>
+    /// Room for results of these bytes at most on the host; lives as long as the device.
+    /// </summary>
     public abstract Readback NewReadback(int bytes);
 
     public abstract void Dispose();
 }
 
 /// <summary>
-/// Key of counter-based random numbers: the same seed, step, layer and element give the same number on
-/// every device and in every recomputation. Dropout is off in evaluation.
+/// Key of counter-based random numbers: the same seed, step, layer and element give the same number
+/// on every device and in every recomputation. Dropout is off in evaluation.
 /// </summary>
 public readonly record struct Randomness(ulong Seed, ulong Step, bool Dropout);

@@ -1,6 +1,8 @@
 namespace MiniCpmNative.Kernels;
 
-/// <summary>An operation was given tensors it cannot take; names op, argument, expected and got.</summary>
+/// <summary>
+/// An operation was given tensors it cannot take; names op, argument, expected and got.
+/// </summary>
 public sealed class ShapeException(string message) : Exception(message);
 
 /// <summary>A tensor was read after the scope that owned its memory had ended.</summary>

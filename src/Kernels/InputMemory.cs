@@ -1,9 +1,9 @@
 namespace MiniCpmNative.Kernels;
 
 /// <summary>
-/// Memory for the input of one forward pass, which the host fills while the device may still compute on
-/// the input before: Begin, then room for each tensor, then Send. What Begin started before the last time
-/// is gone then.
+/// Memory for the input of one forward pass, which the host fills while the device may still
+/// compute on the input before: Begin, then room for each tensor, then Send. What Begin started
+/// before the last time is gone then.
 /// </summary>
 public abstract unsafe class InputMemory
 {
@@ -16,7 +16,9 @@ public abstract unsafe class InputMemory
     /// <summary>Room for a tensor; host is where its elements are written before Send.</summary>
     public abstract Tensor Push(Spec spec, string name, out nint host);
 
-    /// <summary>Brings what was written to the device, before whatever is called from now on.</summary>
+    /// <summary>
+    /// Brings what was written to the device, before whatever is called from now on.
+    /// </summary>
     public abstract void Send();
 
     /// <summary>Bytes to which a tensor's size is rounded up.</summary>
@@ -28,7 +30,8 @@ public abstract unsafe class InputMemory
     {
         Tensor tensor = Push(new Spec(type, shape), name, out nint host);
         if ((long)values.Length * sizeof(T) != tensor.Spec.Bytes)
-            throw new ShapeException($"{values.Length} elements of {sizeof(T)} bytes for {tensor.Spec}");
+            throw new ShapeException(
+                $"{values.Length} elements of {sizeof(T)} bytes for {tensor.Spec}");
         values.CopyTo(new Span<T>((void*)host, values.Length));
         return tensor;
     }

@@ -5,31 +5,41 @@ using MiniCpmNative.Kernels.Cuda;
 namespace MiniCpmNative.Kernels;
 
 /// <summary>
-/// An operation, declared once: its fields are its hyper-parameters, so that it prints itself in errors
-/// and benchmark rows; models make each instance once and run it every step. It has one differentiable
-/// output. The shape rule, forward and backward stand together in one file.
+/// An operation, declared once: its fields are its hyper-parameters, so that it prints itself in
+/// errors and benchmark rows; models make each instance once and run it every step. It has one
+/// differentiable output. The shape rule, forward and backward stand together in one file.
 /// </summary>
 public abstract record Op(string Name)
 {
     /// <summary>
-    /// The shape rule: what comes out of these inputs (absent ones do not exist), and what is saved for
-    /// backward. activations is the type in which the device keeps activations.
+    /// The shape rule: what comes out of these inputs (absent ones do not exist), and what is saved
+    /// for backward. activations is the type in which the device keeps activations.
     /// </summary>
-    /// <exception cref="ShapeException">An input does not fit; names op, argument, expected, got.</exception>
+    /// <exception cref="ShapeException">
+    /// An input does not fit; names op, argument, expected, got.
+    /// </exception>
     public abstract Outputs Infer(ReadOnlySpan<Spec> inputs, DType activations);
 
-    /// <summary>Whether a gradient exists for this input; asking for one that does not exist throws.</summary>
+    /// <summary>
+    /// Whether a gradient exists for this input; asking for one that does not exist throws.
+    /// </summary>
     public abstract bool Differentiates(int input);
 
-    /// <summary>Computes the output and what is saved, in float, or double in gradient checks.</summary>
+    /// <summary>
+    /// Computes the output and what is saved, in float, or double in gradient checks.
+    /// </summary>
     public abstract void CpuForward<T>(in CpuCall<T> call)
         where T : unmanaged, IBinaryFloatingPointIeee754<T>;
 
-    /// <summary>Computes the wanted input gradients from inputs, output, saved and output gradient.</summary>
+    /// <summary>
+    /// Computes the wanted input gradients from inputs, output, saved and output gradient.
+    /// </summary>
     public abstract void CpuBackward<T>(in CpuCall<T> call)
         where T : unmanaged, IBinaryFloatingPointIeee754<T>;
 
-    /// <summary>Queues the kernels and products that compute the output and what is saved.</summary>
+    /// <summary>
+    /// Queues the kernels and products that compute the output and what is saved.
+    /// </summary>
     public abstract void CudaForward(in CudaCall call);
 
     /// <summary>Queues what computes the wanted input gradients.</summary>

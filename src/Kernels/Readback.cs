@@ -1,14 +1,14 @@
 namespace MiniCpmNative.Kernels;
 
 /// <summary>
-/// Small results on their way from a device to the host. Start queues copies behind the device's work and
-/// returns; Wait gives them when they are there. One set is under way at a time.
+/// Small results on their way from a device to the host. Start queues copies behind the device's
+/// work and returns; Wait gives them when they are there. One set is under way at a time.
 /// </summary>
 public abstract class Readback
 {
     /// <summary>
-    /// Queues copies of these tensors as they are when all work queued before is done; they come to lie
-    /// one behind the other.
+    /// Queues copies of these tensors as they are when all work queued before is done; they come to
+    /// lie one behind the other.
     /// </summary>
     public abstract void Start(params ReadOnlySpan<Tensor> tensors);
 

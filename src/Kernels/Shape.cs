@@ -52,5 +52,6 @@ public readonly record struct Shape
         return "[" + string.Join(", ", sizes[..Rank].ToArray()) + "]";
     }
 
-    private int Size(int axis) => axis >= Rank ? 1 : axis switch { 0 => _d0, 1 => _d1, 2 => _d2, _ => _d3 };
+    private int Size(int axis) =>
+        axis >= Rank ? 1 : axis switch { 0 => _d0, 1 => _d1, 2 => _d2, _ => _d3 };
 }

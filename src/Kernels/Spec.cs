@@ -1,8 +1,8 @@
 namespace MiniCpmNative.Kernels;
 
 /// <summary>
-/// How elements lie in memory. Packed is the device's own form of a frozen matrix, made once when the
-/// model is loaded; only matrix products read it.
+/// How elements lie in memory. Packed is the device's own form of a frozen matrix, made once when
+/// the model is loaded; only matrix products read it.
 /// </summary>
 public enum Layout : byte
 {
@@ -10,7 +10,9 @@ public enum Layout : byte
     Packed,
 }
 
-/// <summary>Type, shape and layout of a tensor; the default value stands for an absent tensor.</summary>
+/// <summary>
+/// Type, shape and layout of a tensor; the default value stands for an absent tensor.
+/// </summary>
 public readonly record struct Spec
 {
     public Spec(DType type, Shape shape, Layout layout = Layout.RowMajor)
@@ -50,7 +52,9 @@ public readonly record struct Outputs(
     public Spec Saved(int index) => index switch { 0 => Saved0, 1 => Saved1, _ => Saved2 };
 }
 
-/// <summary>The checks of which shape rules are made; each failure names op, argument, expected, got.</summary>
+/// <summary>
+/// The checks of which shape rules are made; each failure names op, argument, expected, got.
+/// </summary>
 public static class SpecChecks
 {
     /// <summary>A row-major float tensor.</summary>

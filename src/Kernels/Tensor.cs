@@ -1,11 +1,12 @@
 namespace MiniCpmNative.Kernels;
 
 /// <summary>
-/// Where a contiguous tensor lies: address, spec and, if it lives in the step arena, the slot and serial
-/// number by which a read after its scope ended is caught. A plain value: nothing to dispose, no
-/// reference count. Variable is the autograd tape's number for it, 0 for a constant.
+/// Where a contiguous tensor lies: address, spec and, if it lives in the step arena, the slot and
+/// serial number by which a read after its scope ended is caught. A plain value: nothing to
+/// dispose, no reference count. Variable is the autograd tape's number for it, 0 for a constant.
 /// </summary>
-public readonly record struct Tensor(nint Data, Spec Spec, int Slot = 0, int Serial = 0, int Variable = 0)
+public readonly record struct Tensor(nint Data, Spec Spec, int Slot = 0, int Serial = 0,
+    int Variable = 0)
 {
     /// <summary>An optional input that is not given.</summary>
     public static Tensor None => default;
@@ -16,7 +17,9 @@ public readonly record struct Tensor(nint Data, Spec Spec, int Slot = 0, int Ser
 
     public DType Type => Spec.Type;
 
-    /// <summary>Rows begin..begin+count of a row-major matrix, as a constant: the tape does not know it.</summary>
+    /// <summary>
+    /// Rows begin..begin+count of a row-major matrix, as a constant: the tape does not know it.
+    /// </summary>
     public Tensor Slice(int begin, int count)
     {
         if (Spec.Layout != Layout.RowMajor || begin < 0 || count < 0 || begin + count > Shape[0])
@@ -42,7 +45,9 @@ public readonly record struct Tensor(nint Data, Spec Spec, int Slot = 0, int Ser
     }
 }
 
-/// <summary>Where a backward writes one input's gradient, and whether it adds to what is there.</summary>
+/// <summary>
+/// Where a backward writes one input's gradient, and whether it adds to what is there.
+/// </summary>
 public readonly record struct GradientTarget(Tensor Buffer, bool Accumulate)
 {
     /// <summary>Nobody asked for this gradient.</summary>

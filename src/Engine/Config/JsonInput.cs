@@ -4,9 +4,9 @@ using System.Text.Unicode;
 namespace MiniCpmNative.Engine.Config;
 
 /// <summary>
-/// Strict reading of JSON files the user gives: bounded size and depth, UTF-8, no duplicate keys, and
-/// typed access whose errors name file, key path, what was expected and what is there. Null counts as
-/// absent, as it does in Hugging Face's files.
+/// Strict reading of JSON files the user gives: bounded size and depth, UTF-8, no duplicate keys,
+/// and typed access whose errors name file, key path, what was expected and what is there. Null
+/// counts as absent, as it does in Hugging Face's files.
 /// </summary>
 public static class JsonInput
 {
@@ -14,7 +14,9 @@ public static class JsonInput
     private const int MaxDepth = 64;
 
     /// <summary>The root object of a file.</summary>
-    /// <exception cref="InputException">Missing, unreadable, too large, or not a JSON object.</exception>
+    /// <exception cref="InputException">
+    /// Missing, unreadable, too large, or not a JSON object.
+    /// </exception>
     public static JsonValue ReadObject(string path, long maxBytes = DefaultMaxBytes)
     {
         var root = Parse(path, InputFile.ReadAll(path, maxBytes));
@@ -22,7 +24,9 @@ public static class JsonInput
     }
 
     /// <summary>Parses text that came from the named place (a file, or "file line 3").</summary>
-    /// <exception cref="InputException">Not UTF-8, not JSON, nested too deeply, or duplicate keys.</exception>
+    /// <exception cref="InputException">
+    /// Not UTF-8, not JSON, nested too deeply, or duplicate keys.
+    /// </exception>
     public static JsonValue Parse(string place, ReadOnlyMemory<byte> utf8)
     {
         if (utf8.Span.StartsWith("\uFEFF"u8)) utf8 = utf8[3..];
@@ -30,7 +34,8 @@ public static class JsonInput
         if (!Utf8.IsValid(utf8.Span)) throw new InputException($"{place}: is not UTF-8");
         try
         {
-            var document = JsonDocument.Parse(utf8, new JsonDocumentOptions { MaxDepth = MaxDepth });
+            var document =
+                JsonDocument.Parse(utf8, new JsonDocumentOptions { MaxDepth = MaxDepth });
             var root = new JsonValue(place, "", document.RootElement);
             CheckText(root);
             return root;
@@ -43,7 +48,8 @@ public static class JsonInput
         }
     }
 
-    // JsonDocument keeps duplicate keys and decodes text only when asked; both are settled here once.
+    // JsonDocument keeps duplicate keys and decodes text only when asked;
+    // both are settled here once.
     private static void CheckText(JsonValue value)
     {
         if (value.Element.ValueKind == JsonValueKind.String) _ = value.Text();
@@ -66,7 +72,9 @@ public static class JsonInput
     }
 }
 
-/// <summary>A value of a JSON file together with its file and key path, for typed reading.</summary>
+/// <summary>
+/// A value of a JSON file together with its file and key path, for typed reading.
+/// </summary>
 public readonly struct JsonValue
 {
     internal JsonValue(string file, string path, JsonElement element) =>
@@ -91,7 +99,9 @@ public readonly struct JsonValue
     public bool IsBool => Element.ValueKind is JsonValueKind.True or JsonValueKind.False;
 
     /// <summary>A member that must be there and not null.</summary>
-    /// <exception cref="InputException">This is no object, or the member is absent or null.</exception>
+    /// <exception cref="InputException">
+    /// This is no object, or the member is absent or null.
+    /// </exception>
     public JsonValue this[string key] => Find(key)
         ?? throw new InputException($"{File}: key {Messages.Quote(Join(key))} is missing");
 
@@ -106,7 +116,9 @@ public readonly struct JsonValue
     }
 
     /// <summary>Members in the order of the file, nulls included.</summary>
-    /// <exception cref="InputException">This is no object, or a name is not valid Unicode.</exception>
+    /// <exception cref="InputException">
+    /// This is no object, or a name is not valid Unicode.
+    /// </exception>
     public IEnumerable<(string Name, JsonValue Value)> Members()
     {
         if (!IsObject) throw Expected("an object");
@@ -126,7 +138,9 @@ public readonly struct JsonValue
             yield return new JsonValue(File, $"{Path}[{index++}]", item);
     }
 
-    /// <exception cref="InputException">Not text, or an escape that is no valid Unicode.</exception>
+    /// <exception cref="InputException">
+    /// Not text, or an escape that is no valid Unicode.
+    /// </exception>
     public string Text()
     {
         if (!IsText) throw Expected("text");
@@ -180,7 +194,8 @@ public readonly struct JsonValue
         : $"{File}: key {Messages.Quote(Path)} {problem}");
 
     /// <summary>An error that says what was expected and what is there.</summary>
-    public InputException Expected(string expected) => Error($"is {Description}, expected {expected}");
+    public InputException Expected(string expected) =>
+        Error($"is {Description}, expected {expected}");
 
     // Files hold vocabularies and long arrays: only short values are shown.
     private string Description => Element.ValueKind switch

@@ -1,8 +1,8 @@
 namespace MiniCpmNative.Engine.Config;
 
 /// <summary>
-/// Tells from config.json which member of the family a model is. Told apart are all that exist, so that
-/// one that is not supported yet is refused by its name and never run as another.
+/// Tells from config.json which member of the family a model is. Told apart are all that exist, so
+/// that one that is not supported yet is refused by its name and never run as another.
 /// </summary>
 public static class ModelFamily
 {
@@ -10,13 +10,17 @@ public static class ModelFamily
 
     public static IReadOnlyList<string> Supported { get; } = [V26];
 
-    /// <summary>The family's name, or "model type ... (architecture ...)" of a foreign model.</summary>
+    /// <summary>
+    /// The family's name, or "model type ... (architecture ...)" of a foreign model.
+    /// </summary>
     public static string Detect(JsonValue config)
     {
         string type = config.Find("model_type")?.Text() ?? "";
-        string architecture = config.Find("architectures")?.Items().FirstOrDefault() is { IsText: true } first
+        string architecture = config.Find("architectures")?.Items()
+            .FirstOrDefault() is { IsText: true } first
             ? first.Text() : "";
-        if (type == "minicpmv4_6" || architecture.StartsWith("MiniCPMV4_6", StringComparison.Ordinal))
+        if (type == "minicpmv4_6"
+            || architecture.StartsWith("MiniCPMV4_6", StringComparison.Ordinal))
             return "MiniCPM-V-4_6";
         string version = Version(config);
         if (type == "minicpmo" || architecture == "MiniCPMO")
@@ -26,7 +30,9 @@ public static class ModelFamily
         return $"model type {Messages.Quote(type)} (architecture {Messages.Quote(architecture)})";
     }
 
-    /// <exception cref="InputException">The model is not one of <see cref="Supported"/>.</exception>
+    /// <exception cref="InputException">
+    /// The model is not one of <see cref="Supported"/>.
+    /// </exception>
     public static string Require(JsonValue config)
     {
         string family = Detect(config);
@@ -34,7 +40,9 @@ public static class ModelFamily
             $"{config.File}: {family} is not supported yet; supported: {string.Join(", ", Supported)}");
     }
 
-    /// <summary>Checks the prompt family that a configuration names against the model's own.</summary>
+    /// <summary>
+    /// Checks the prompt family that a configuration names against the model's own.
+    /// </summary>
     /// <exception cref="InputException">They differ.</exception>
     public static void RequirePrompts(string family, string? llmType)
     {
@@ -54,17 +62,20 @@ public static class ModelFamily
         return Messages.OneLine(text);
     }
 
-    // Version 2 has no version key and a timm tower; later classes without one are told by their tower.
+    // Version 2 has no version key and a timm tower;
+    // later classes without one are told by their tower.
     private static string GuessVersion(JsonValue config)
     {
         string? tower = config.Find("vision_config")?.Find("model_type")?.Text();
-        if (config.Find("vision_encoder") is not null || config.Find("scale_emb") is not null) return "2.0";
+        if (config.Find("vision_encoder") is not null || config.Find("scale_emb") is not null)
+            return "2.0";
         return tower == "idefics2" ? "2.5" : "2.6";
     }
 
     // The two differ in how many audio frames are pooled.
     private static string GuessAudioVersion(JsonValue config) =>
-        config.Find("audio_pool_step") is { IsNumber: true } step && step.Number() == 5 ? "4.5" : "2.6";
+        config.Find("audio_pool_step") is { IsNumber: true } step && step.Number() == 5
+            ? "4.5" : "2.6";
 
     private static string Member(string line, string version) => (line, version) switch
     {

@@ -3,14 +3,16 @@ using System.Collections.Immutable;
 namespace MiniCpmNative.Engine.Config;
 
 /// <summary>
-/// Everything a model's own files say about its shape, so that families differ by data. Numbers come
-/// from config.json, picture processing from preprocessor_config.json, stop ids from
+/// Everything a model's own files say about its shape, so that families differ by data. Numbers
+/// come from config.json, picture processing from preprocessor_config.json, stop ids from
 /// generation_config.json; what a file leaves out has the default of the official classes.
 /// </summary>
 /// <param name="Family">Name of the family, for instance MiniCPM-V-2_6.</param>
-/// <param name="UseImageId">config.json's use_image_id (true when absent); training reads it.</param>
+/// <param name="UseImageId">config.json's use_image_id (true when absent); training reads
+/// it.</param>
 /// <param name="SliceMode">config.json's slice_mode.</param>
-/// <param name="ModelClass">Class and module of the model's code, as PEFT's auto_mapping names them.</param>
+/// <param name="ModelClass">Class and module of the model's code, as PEFT's auto_mapping names
+/// them.</param>
 public sealed record ModelSpec(
     string Family,
     VisionSpec Vision,
@@ -27,15 +29,18 @@ public sealed record ModelSpec(
     public ParameterTable Parameters { get; } = new(Vision, Resampler, Decoder);
 
     /// <summary>Reads a Hugging Face model directory.</summary>
-    /// <exception cref="InputException">A file is missing or wrong, or the model is not supported.</exception>
+    /// <exception cref="InputException">
+    /// A file is missing or wrong, or the model is not supported.
+    /// </exception>
     public static ModelSpec Read(string directory) => ModelSpecReader.Read(directory);
 }
 
 /// <summary>
-/// The SigLIP vision tower: patches of PatchSize^2 pixels, position table of PositionsPerSide^2 rows,
-/// pre-norm layers with tanh GELU.
+/// The SigLIP vision tower: patches of PatchSize^2 pixels, position table of PositionsPerSide^2
+/// rows, pre-norm layers with tanh GELU.
 /// </summary>
-/// <param name="Layers">Layers that exist: the last is left out under drop_vision_last_layer.</param>
+/// <param name="Layers">Layers that exist: the last is left out under
+/// drop_vision_last_layer.</param>
 /// <param name="DropsLastLayer">config.json's drop_vision_last_layer.</param>
 /// <param name="BatchSize">Pictures per encoder call (vision_batch_size).</param>
 public sealed record VisionSpec(
@@ -45,7 +50,9 @@ public sealed record VisionSpec(
     public int HeadDim => HiddenSize / Heads;
 }
 
-/// <summary>Cross-attention of learned queries on the patches; HiddenSize is the decoder's.</summary>
+/// <summary>
+/// Cross-attention of learned queries on the patches; HiddenSize is the decoder's.
+/// </summary>
 public sealed record ResamplerSpec(int HiddenSize, int VisionSize, int Queries)
 {
     // Fixed in the official code: heads of 128, LayerNorm of 1e-6.
@@ -56,17 +63,21 @@ public sealed record ResamplerSpec(int HiddenSize, int VisionSize, int Queries)
     public float LayerNormEpsilon => 1e-6f;
 }
 
-/// <summary>The decoder: pre-norm attention with grouped queries and rotary positions, SwiGLU.</summary>
+/// <summary>
+/// The decoder: pre-norm attention with grouped queries and rotary positions, SwiGLU.
+/// </summary>
 /// <param name="TiedHead">lm_head is embed_tokens; no tensor of its own is stored.</param>
-/// <param name="RopeFactors">Divisors of the rotary frequencies, HeadDim / 2 of them, or none.</param>
+/// <param name="RopeFactors">Divisors of the rotary frequencies, HeadDim / 2 of them, or
+/// none.</param>
 public sealed record DecoderSpec(
-    int VocabSize, int HiddenSize, int IntermediateSize, int Layers, int Heads, int KvHeads, int HeadDim,
+    int VocabSize, int HiddenSize, int IntermediateSize, int Layers, int Heads, int KvHeads,
+    int HeadDim,
     float RmsNormEpsilon, bool QkvBias, bool TiedHead, double RopeTheta,
     ImmutableArray<double> RopeFactors, int MaxPositions)
 {
     /// <summary>
-    /// cos and sin [positions, HeadDim/2] of position * theta^(-2k/HeadDim) / factor_k; frequencies and
-    /// angles are rounded to float as transformers has them.
+    /// cos and sin [positions, HeadDim/2] of position * theta^(-2k/HeadDim) / factor_k; frequencies
+    /// and angles are rounded to float as transformers has them.
     /// </summary>
     public (float[] Cos, float[] Sin) RopeTable(int positions)
     {
@@ -94,9 +105,12 @@ public sealed record DecoderSpec(
 /// <summary>How a picture is cut (slice_config of config.json).</summary>
 public sealed record SlicingSpec(int MaxSliceNums, int ScaleResolution, int PatchSize);
 
-/// <summary>The shipped image processor: its own slicing, normalisation and placeholder tokens.</summary>
+/// <summary>
+/// The shipped image processor: its own slicing, normalisation and placeholder tokens.
+/// </summary>
 /// <param name="UseImageId">
-/// Writes the image id on every picture; when the file is there and lacks the key, false, as its class.
+/// Writes the image id on every picture; when the file is there and lacks the key,
+/// false, as its class.
 /// </param>
 public sealed record ProcessorSpec(
     SlicingSpec Slicing, bool SliceMode, bool UseImageId, ImmutableArray<double> Mean,
@@ -108,7 +122,8 @@ public sealed record PlaceholderTokens(
     string ImageIdStart, string ImageIdEnd);
 
 /// <summary>Token ids that begin and end a generated text.</summary>
-public sealed record GenerationSpec(int? BosTokenId, ImmutableArray<int> EosTokenIds, int? PadTokenId);
+public sealed record GenerationSpec(int? BosTokenId, ImmutableArray<int> EosTokenIds,
+    int? PadTokenId);
 
 /// <summary>Where the model's own code lives: MiniCPMV in modeling_minicpmv.</summary>
 public sealed record ModelClass(string Name, string Module);

@@ -3,8 +3,9 @@ using System.Collections.Immutable;
 namespace MiniCpmNative.Engine.Config;
 
 /// <summary>
-/// Reads and checks a model directory's JSON files. Keys it does not know are left alone: the official
-/// classes add many when they save. Sizes must be stated; what is only a switch may be absent.
+/// Reads and checks a model directory's JSON files. Keys it does not know are left alone: the
+/// official classes add many when they save. Sizes must be stated;
+/// what is only a switch may be absent.
 /// </summary>
 internal static class ModelSpecReader
 {
@@ -20,7 +21,8 @@ internal static class ModelSpecReader
         JsonValue config = JsonInput.ReadObject(Path.Combine(directory, "config.json"));
         string family = ModelFamily.Require(config);
         if (config.Find("quantization_config") is { } quantised)
-            throw quantised.Error("says the weights are quantised, which is not supported; use the bf16 model");
+            throw quantised.Error(
+                "says the weights are quantised, which is not supported; use the bf16 model");
         DecoderSpec decoder = Decoder(config);
         VisionSpec vision = Vision(config);
         var resampler = new ResamplerSpec(
@@ -28,7 +30,8 @@ internal static class ModelSpecReader
         JsonValue hidden = config["hidden_size"];
         if (decoder.HiddenSize < 128 || decoder.HiddenSize % resampler.Heads != 0
             || decoder.HiddenSize % 4 != 0)
-            throw hidden.Expected("a multiple of 4 that hidden_size / 128 (rounded down) heads can share");
+            throw hidden.Expected(
+                "a multiple of 4 that hidden_size / 128 (rounded down) heads can share");
 
         bool useImageId = Flag(config, "use_image_id", true);
         return new ModelSpec(
@@ -43,7 +46,8 @@ internal static class ModelSpecReader
         int heads = Size(config, "num_attention_heads", 1 << 12);
         int kvHeads = Size(config, "num_key_value_heads", 1 << 12, heads);
         if (heads % kvHeads != 0)
-            throw config["num_attention_heads"].Expected($"a multiple of num_key_value_heads ({kvHeads})");
+            throw config["num_attention_heads"]
+                .Expected($"a multiple of num_key_value_heads ({kvHeads})");
         if (config.Find("head_dim") is null && hidden % heads != 0)
             throw config["hidden_size"].Expected($"a multiple of num_attention_heads ({heads})");
         int headDim = Size(config, "head_dim", 1 << 10, Math.Min(hidden / heads, 1 << 10));
@@ -55,7 +59,8 @@ internal static class ModelSpecReader
         RequireText(config, "hidden_act", "silu");
         RequireZero(config, "attention_dropout");
         return new DecoderSpec(
-            Size(config, "vocab_size", MaxVocabulary), hidden, Size(config, "intermediate_size", 1 << 20),
+            Size(config, "vocab_size", MaxVocabulary), hidden,
+            Size(config, "intermediate_size", 1 << 20),
             layers, heads, kvHeads, headDim,
             (float)(config.Find("rms_norm_eps")?.Number(1e-12, 1) ?? 1e-6), QkvBias: true,
             Flag(config, "tie_word_embeddings", false), RopeTheta(config), [],
@@ -68,12 +73,14 @@ internal static class ModelSpecReader
         foreach (string key in new[] { "rope_scaling", "rope_parameters" })
         {
             if (config.Find(key) is not { } scaling) continue;
-            if ((scaling.Find("rope_type") ?? scaling.Find("type")) is { } type && type.Text() != "default")
+            if ((scaling.Find("rope_type") ?? scaling.Find("type")) is { } type
+                && type.Text() != "default")
                 throw type.Error($"is {Messages.Quote(type.Text())}, which is not supported for"
                     + $" {ModelFamily.V26}; expected \"default\" or no {key}");
         }
 
-        JsonValue? theta = config.Find("rope_theta") ?? config.Find("rope_parameters")?.Find("rope_theta");
+        JsonValue? theta = config.Find("rope_theta")
+            ?? config.Find("rope_parameters")?.Find("rope_theta");
         return theta?.Number(1, 1e12) ?? 10000;
     }
 
@@ -83,7 +90,8 @@ internal static class ModelSpecReader
         if (config.Find("sliding_window") is null) return;
         int first = config.Find("max_window_layers")?.Int(0) ?? 28;
         if (first < layers)
-            throw use.Error($"is true for layers {first} to {layers - 1}: sliding window attention is not"
+            throw use.Error(
+                $"is true for layers {first} to {layers - 1}: sliding window attention is not"
                 + " supported");
     }
 
@@ -102,14 +110,17 @@ internal static class ModelSpecReader
         if (side < patch) throw vision["image_size"].Expected($"at least patch_size ({patch})");
         int layers = Size(vision, "num_hidden_layers", MaxLayers);
         if (drops && layers == 1)
-            throw vision["num_hidden_layers"].Expected("at least 2, as drop_vision_last_layer drops one");
+            throw vision["num_hidden_layers"]
+                .Expected("at least 2, as drop_vision_last_layer drops one");
         if ((vision.Find("num_channels")?.Int() ?? 3) != 3)
             throw vision["num_channels"].Expected("3");
         RequireText(vision, "hidden_act", "gelu_pytorch_tanh");
         RequireZero(vision, "attention_dropout");
         return new VisionSpec(
-            hidden, Size(vision, "intermediate_size", 1 << 20), drops ? layers - 1 : layers, heads, 3, patch,
-            side / patch, (float)(vision.Find("layer_norm_eps")?.Number(1e-12, 1) ?? 1e-6), drops, batch);
+            hidden, Size(vision, "intermediate_size", 1 << 20), drops ? layers - 1 : layers, heads,
+            3, patch,
+            side / patch, (float)(vision.Find("layer_norm_eps")?.Number(1e-12, 1) ?? 1e-6),
+            drops, batch);
     }
 
     // The class cuts nothing without a slice_config; with one its own defaults hold.
@@ -119,7 +130,8 @@ internal static class ModelSpecReader
             return new SlicingSpec(1, 448, vision.PatchSize);
         SlicingSpec slicing = SlicingOf(slice);
         return slicing.PatchSize == vision.PatchSize
-            ? slicing : throw Disagrees(slice, "patch_size", slicing.PatchSize, "vision_config.patch_size", vision.PatchSize);
+            ? slicing : throw Disagrees(slice, "patch_size", slicing.PatchSize,
+                "vision_config.patch_size", vision.PatchSize);
     }
 
     private static SlicingSpec SlicingOf(JsonValue json) => new(
@@ -137,10 +149,12 @@ internal static class ModelSpecReader
                 + $" \"image_feature_size\": {resampler.Queries}}}"));
         SlicingSpec slicing = SlicingOf(json);
         if (slicing.PatchSize != vision.PatchSize)
-            throw Disagrees(json, "patch_size", slicing.PatchSize, "the vision tower's patch_size", vision.PatchSize);
+            throw Disagrees(json, "patch_size", slicing.PatchSize, "the vision tower's patch_size",
+                vision.PatchSize);
         int features = Size(json, "image_feature_size", 1 << 12, 64);
         if (features != resampler.Queries)
-            throw Disagrees(json, "image_feature_size", features, "config.json's query_num", resampler.Queries);
+            throw Disagrees(json, "image_feature_size", features, "config.json's query_num",
+                resampler.Queries);
         var tokens = new PlaceholderTokens(
             Text(json, "im_start", "<image>"), Text(json, "im_end", "</image>"),
             Text(json, "slice_start", "<slice>"), Text(json, "slice_end", "</slice>"),
@@ -165,33 +179,40 @@ internal static class ModelSpecReader
         JsonValue? eos = json.Find("eos_token_id") ?? config.Find("eos_token_id");
         return new GenerationSpec(
             (json.Find("bos_token_id") ?? config.Find("bos_token_id"))?.Int(0),
-            eos is not { } ids ? [] : ids.IsArray ? [.. ids.Items().Select(id => id.Int(0))] : [ids.Int(0)],
+            eos is not { } ids ? [] : ids.IsArray
+                ? [.. ids.Items().Select(id => id.Int(0))] : [ids.Int(0)],
             (json.Find("pad_token_id") ?? config.Find("pad_token_id"))?.Int());
     }
 
     // "modeling_minicpmv.MiniCPMV", possibly behind "owner/repository--".
     private static ModelClass ModelClass(JsonValue config)
     {
-        string code = config.Find("auto_map")?.Find("AutoModel")?.Text() ?? "modeling_minicpmv.MiniCPMV";
-        string local = code[(code.LastIndexOf("--", StringComparison.Ordinal) is var at and >= 0 ? at + 2 : 0)..];
+        string code = config.Find("auto_map")?.Find("AutoModel")?.Text()
+            ?? "modeling_minicpmv.MiniCPMV";
+        string local = code[(code.LastIndexOf("--", StringComparison.Ordinal) is var at and >= 0
+            ? at + 2 : 0)..];
         int dot = local.LastIndexOf('.');
-        return dot < 0 ? new ModelClass(local, "modeling_minicpmv") : new ModelClass(local[(dot + 1)..], local[..dot]);
+        return dot < 0 ? new ModelClass(local, "modeling_minicpmv")
+            : new ModelClass(local[(dot + 1)..], local[..dot]);
     }
 
-    private static InputException Disagrees(JsonValue json, string key, int value, string other, int expected) =>
+    private static InputException Disagrees(JsonValue json, string key, int value, string other,
+        int expected) =>
         new($"{json.File}: {(json.Path.Length > 0 ? json.Path + "." : "")}{key} is {value}, expected {expected}"
             + $" as {other}");
 
     private static int Size(JsonValue json, string key, int most, int? otherwise = null) =>
         otherwise is { } value && json.Find(key) is null ? value : json[key].Int(1, most);
 
-    private static bool Flag(JsonValue json, string key, bool otherwise) => json.Find(key)?.Bool() ?? otherwise;
+    private static bool Flag(JsonValue json, string key, bool otherwise) =>
+        json.Find(key)?.Bool() ?? otherwise;
 
     private static string Text(JsonValue json, string key, string otherwise)
     {
         if (json.Find(key) is not { } value) return otherwise;
         string text = value.Text();
-        return text.Length is > 0 and <= 256 ? text : throw value.Expected("a text of 1 to 256 characters");
+        return text.Length is > 0 and <= 256
+            ? text : throw value.Expected("a text of 1 to 256 characters");
     }
 
     private static void RequireText(JsonValue json, string key, string expected)

@@ -4,7 +4,9 @@ using MiniCpmNative.Kernels;
 
 namespace MiniCpmNative.Engine.Config;
 
-/// <summary>A linear layer y = x W^T (+ b) with W[Outputs, Inputs], by its official module name.</summary>
+/// <summary>
+/// A linear layer y = x W^T (+ b) with W[Outputs, Inputs], by its official module name.
+/// </summary>
 public sealed record LinearModule(string Name, int Inputs, int Outputs, bool HasBias);
 
 /// <summary>
@@ -32,7 +34,9 @@ public sealed class ParameterTable
 
     public IEnumerable<string> Names => _tensors.Select(tensor => tensor.Name);
 
-    /// <summary>Layers an adapter can be put on. The resampler's attention is not among them.</summary>
+    /// <summary>
+    /// Layers an adapter can be put on. The resampler's attention is not among them.
+    /// </summary>
     public IReadOnlyList<LinearModule> Linears => _linears;
 
     /// <summary>Every named module of the official model, in no particular order.</summary>
@@ -41,19 +45,23 @@ public sealed class ParameterTable
     public ExpectedTensor? Find(string name) => _byName.GetValueOrDefault(name);
 
     /// <summary>
-    /// What an unmatched tensor is, where that is known: parts of relatives, layers that were dropped,
-    /// recomputed buffers, quantisation data.
+    /// What an unmatched tensor is, where that is known: parts of relatives, layers that were
+    /// dropped, recomputed buffers, quantisation data.
     /// </summary>
     public static string? Explain(string name)
     {
-        if (StartsWith("apm.") || StartsWith("audio_projection_layer.")) return "audio of a MiniCPM-o model";
+        if (StartsWith("apm.") || StartsWith("audio_projection_layer."))
+            return "audio of a MiniCPM-o model";
         if (StartsWith("tts.")) return "speech output of a MiniCPM-o model";
-        if (StartsWith("vpm.blocks.") || StartsWith("vpm.pos_embed") || StartsWith("vpm.patch_embed."))
+        if (StartsWith("vpm.blocks.") || StartsWith("vpm.pos_embed")
+            || StartsWith("vpm.patch_embed."))
             return "vision tower of MiniCPM-V-2";
-        if (StartsWith("vpm.encoder.layers.")) return "vision layer that config.json does not have or drops";
+        if (StartsWith("vpm.encoder.layers."))
+            return "vision layer that config.json does not have or drops";
         if (StartsWith("model.")) return "MiniCPM-V-4_6, or a model of another kind";
         if (StartsWith("base_model.")) return "a PEFT adapter";
-        if (EndsWith(".q_norm.weight") || EndsWith(".k_norm.weight")) return "decoder of MiniCPM-V-4_5";
+        if (EndsWith(".q_norm.weight") || EndsWith(".k_norm.weight"))
+            return "decoder of MiniCPM-V-4_5";
         if (EndsWith("inv_freq") || EndsWith("position_ids") || name == "resampler.pos_embed")
             return "buffer that is not stored";
         if (name == "llm.lm_head.weight") return "config.json ties it to embed_tokens";
@@ -87,9 +95,11 @@ public sealed class ParameterTable
 
     private void AddVision(VisionSpec v)
     {
-        Add("vpm.embeddings.patch_embedding.weight", v.HiddenSize, v.Channels, v.PatchSize, v.PatchSize);
+        Add("vpm.embeddings.patch_embedding.weight", v.HiddenSize, v.Channels, v.PatchSize,
+            v.PatchSize);
         Add("vpm.embeddings.patch_embedding.bias", v.HiddenSize);
-        Add("vpm.embeddings.position_embedding.weight", v.PositionsPerSide * v.PositionsPerSide, v.HiddenSize);
+        Add("vpm.embeddings.position_embedding.weight", v.PositionsPerSide * v.PositionsPerSide,
+            v.HiddenSize);
         for (int i = 0; i < v.Layers; i++)
         {
             string layer = $"vpm.encoder.layers.{i}.";
@@ -113,10 +123,12 @@ public sealed class ParameterTable
         Add("resampler.attn.in_proj_bias", 3 * r.HiddenSize);
         Add("resampler.attn.out_proj.weight", r.HiddenSize, r.HiddenSize);
         Add("resampler.attn.out_proj.bias", r.HiddenSize);
-        foreach (string norm in new[] { "ln_q", "ln_kv", "ln_post" }) AddNorm("resampler." + norm, r.HiddenSize);
+        foreach (string norm in new[] { "ln_q", "ln_kv", "ln_post" })
+            AddNorm("resampler." + norm, r.HiddenSize);
     }
 
-    private void Add(string name, params ReadOnlySpan<int> sizes) => _tensors.Add(new(name, new Shape(sizes)));
+    private void Add(string name, params ReadOnlySpan<int> sizes) =>
+        _tensors.Add(new(name, new Shape(sizes)));
 
     private void AddNorm(string module, int size)
     {
@@ -132,13 +144,17 @@ public sealed class ParameterTable
     }
 
     // Modules without parameters count too: a pattern that hits one stops PEFT.
-    private static List<string> ModulesOf(List<ExpectedTensor> tensors, int decoderLayers, int visionLayers)
+    private static List<string> ModulesOf(List<ExpectedTensor> tensors, int decoderLayers,
+        int visionLayers)
     {
-        var modules = new HashSet<string>(StringComparer.Ordinal) { "llm.model.rotary_emb", "llm.lm_head" };
+        var modules =
+            new HashSet<string>(StringComparer.Ordinal) { "llm.model.rotary_emb", "llm.lm_head" };
         for (int i = 0; i < decoderLayers; i++) modules.Add($"llm.model.layers.{i}.mlp.act_fn");
-        for (int i = 0; i < visionLayers; i++) modules.Add($"vpm.encoder.layers.{i}.mlp.activation_fn");
+        for (int i = 0; i < visionLayers; i++)
+            modules.Add($"vpm.encoder.layers.{i}.mlp.activation_fn");
         foreach (var tensor in tensors)
-            for (int dot = tensor.Name.LastIndexOf('.'); dot > 0; dot = tensor.Name.LastIndexOf('.', dot - 1))
+            for (int dot = tensor.Name.LastIndexOf('.'); dot > 0;
+                dot = tensor.Name.LastIndexOf('.', dot - 1))
                 if (!modules.Add(tensor.Name[..dot])) break;
         return [.. modules];
     }

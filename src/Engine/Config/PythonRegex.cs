@@ -4,9 +4,9 @@ using System.Text.RegularExpressions;
 namespace MiniCpmNative.Engine.Config;
 
 /// <summary>
-/// Python's regular expressions as .NET's, for patterns that PEFT runs through re.fullmatch. The two
-/// agree on what such patterns use; named groups and {,n} are rewritten, and what only .NET knows is
-/// refused, because PEFT could not load an adapter saved with it.
+/// Python's regular expressions as .NET's, for patterns that PEFT runs through re.fullmatch. The
+/// two agree on what such patterns use; named groups and {,n} are rewritten, and what only .NET
+/// knows is refused, because PEFT could not load an adapter saved with it.
 /// </summary>
 public static class PythonRegex
 {
@@ -14,11 +14,14 @@ public static class PythonRegex
     private static readonly TimeSpan s_matchLimit = TimeSpan.FromSeconds(1);
 
     /// <summary>A regex that matches whole names only, within a time limit.</summary>
-    /// <exception cref="InputException">Not a regular expression that Python and .NET share.</exception>
+    /// <exception cref="InputException">
+    /// Not a regular expression that Python and .NET share.
+    /// </exception>
     public static Regex FullMatch(string pattern)
     {
         if (pattern.Length > MaxLength)
-            throw new InputException($"the pattern has {pattern.Length:N0} characters, expected at most"
+            throw new InputException(
+                $"the pattern has {pattern.Length:N0} characters, expected at most"
                 + $" {MaxLength:N0}");
         try
         {
@@ -42,7 +45,8 @@ public static class PythonRegex
             if (pattern[i] == '\\' && i + 1 < pattern.Length)
             {
                 if ("pPGkK".Contains(pattern[i + 1])) throw Foreign(pattern, rest[..2]);
-                result.Append(pattern[i] is var slash && pattern[i + 1] == 'Z' ? "\\z" : $"{slash}{pattern[i + 1]}");
+                result.Append(pattern[i] is var slash && pattern[i + 1] == 'Z'
+                    ? "\\z" : $"{slash}{pattern[i + 1]}");
                 i++;
             }
             else if (inClass)
@@ -69,7 +73,8 @@ public static class PythonRegex
                 i = end;
             }
             else if (rest.StartsWith("(?'", StringComparison.Ordinal)
-                || (rest.StartsWith("(?<", StringComparison.Ordinal) && !rest.EndsWith('=') && !rest.EndsWith('!')))
+                || (rest.StartsWith("(?<", StringComparison.Ordinal) && !rest.EndsWith('=')
+                    && !rest.EndsWith('!')))
             {
                 throw Foreign(pattern, rest[..3]);
             }
@@ -87,7 +92,8 @@ public static class PythonRegex
     {
         result.Append('[');
         if (at + 1 < pattern.Length && pattern[at + 1] == '^') result.Append(pattern[++at]);
-        if (at + 1 < pattern.Length && pattern[at + 1] is ']' or '[') result.Append('\\').Append(pattern[++at]);
+        if (at + 1 < pattern.Length && pattern[at + 1] is ']' or '[')
+            result.Append('\\').Append(pattern[++at]);
         return at;
     }
 

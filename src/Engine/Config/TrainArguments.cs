@@ -120,7 +120,8 @@ public sealed partial record TrainArguments
         + "constant_with_warmup, inverse_sqrt, warmup_lr (DeepSpeed's)")]
     public LrSchedule LrSchedulerType { get; init; }
 
-    [Key("Optimisation", "object: num_cycles, power, lr_end, timescale, warmup_min_lr, warmup_type")]
+    [Key("Optimisation",
+        "object: num_cycles, power, lr_end, timescale, warmup_min_lr, warmup_type")]
     public ScheduleOptions LrSchedulerKwargs { get; init; } = new();
 
     [Key("Optimisation", "steps of warm-up; below 1 a share of all steps", Max = int.MaxValue)]
@@ -157,7 +158,8 @@ public sealed partial record TrainArguments
     [Key("Optimisation", "seed of the order of the rows; seed when not given", Max = uint.MaxValue)]
     public long? DataSeed { get; init; }
 
-    [Key("Optimisation", "steps with NaN or Inf are skipped; this many in a row stop the run", Min = 1)]
+    [Key("Optimisation", "steps with NaN or Inf are skipped; this many in a row stop the run",
+        Min = 1)]
     public int MaxNonfiniteSteps { get; init; } = 5;
 
     [Key("Evaluation", "no, steps or epoch")]

@@ -85,7 +85,8 @@ internal static class TrainChecks
 
         if (type == LrSchedule.WarmupLr && options.WarmupMinLr > a.LearningRate)
         {
-            problems.Add($"lr_scheduler_kwargs: warmup_min_lr {options.WarmupMinLr} must not be above "
+            problems.Add(
+                $"lr_scheduler_kwargs: warmup_min_lr {options.WarmupMinLr} must not be above "
                 + $"learning_rate {a.LearningRate}");
         }
     }

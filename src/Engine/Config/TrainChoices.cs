@@ -42,8 +42,9 @@ public enum DecayScope { Hf, All }
 public enum LossNormalization { Tokens, MicroBatchMean }
 
 /// <summary>
-/// The optimizer, under Hugging Face's names. AdamwTorch and AdamwTorchFused are the same here: AdamW
-/// with moments in F32. AdamwBf16 keeps them in BF16, rounded at random, which halves their memory.
+/// The optimizer, under Hugging Face's names. AdamwTorch and AdamwTorchFused are the same here:
+/// AdamW with moments in F32. AdamwBf16 keeps them in BF16,
+/// rounded at random, which halves their memory.
 /// </summary>
 public enum OptimizerKind { AdamwTorch, AdamwTorchFused, AdamwBf16 }
 
@@ -126,7 +127,8 @@ public sealed class TargetModules
         }
 
         foreach (string suffix in Suffixes)
-            if (module == suffix || module.EndsWith("." + suffix, StringComparison.Ordinal)) return true;
+            if (module == suffix || module.EndsWith("." + suffix, StringComparison.Ordinal))
+                return true;
         return false;
     }
 }

@@ -39,15 +39,18 @@ internal static class TrainForeignKeys
             ["auto_find_batch_size"] = ([], "is not supported: set per_device_train_batch_size"),
             ["eval_delay"] = (["0"], "is not supported: set eval_steps"),
             ["greater_is_better"] = ([], "is not supported: the metric is the loss"),
-            ["group_by_length"] = ([], "is not supported: train_sampling_strategy is random or sequential"),
+            ["group_by_length"] =
+                ([], "is not supported: train_sampling_strategy is random or sequential"),
             ["ignore_data_skip"] = ([], "is not supported: a resumed run goes on at its row"),
             ["init_lora_weights"] = (["true"], "is not supported: B starts at zero"),
             ["label_smoothing_factor"] = (["0"], "is not supported"),
             ["load_best_model_at_end"] = ([],
                 "is not supported: trainer_state.json has the evaluation loss of every checkpoint"),
             ["lora_layer_replication"] = ([], "is not supported"),
-            ["lora_layers_pattern"] = ([], "is not supported: name the layers in lora_target_modules"),
-            ["metric_for_best_model"] = (["loss", "eval_loss"], "is not supported: the metric is the loss"),
+            ["lora_layers_pattern"] =
+                ([], "is not supported: name the layers in lora_target_modules"),
+            ["metric_for_best_model"] =
+                (["loss", "eval_loss"], "is not supported: the metric is the loss"),
             ["neftune_noise_alpha"] = (["0"], "is not supported"),
             ["no_cuda"] = ([], "is spelt device=cpu here"),
             ["optim_args"] = ([], "is not supported: set adam_beta1, adam_beta2, adam_epsilon"),
@@ -56,7 +59,8 @@ internal static class TrainForeignKeys
             ["past_index"] = (["-1"], "is not supported"),
             ["push_to_hub"] = ([], "is not supported: nothing is uploaded"),
             ["q_lora"] = ([], "is not supported: use_lora with bf16 is the nearest"),
-            ["save_safetensors"] = (["true"], "is not supported: everything is saved as safetensors"),
+            ["save_safetensors"] =
+                (["true"], "is not supported: everything is saved as safetensors"),
             ["use_cpu"] = ([], "is spelt device=cpu here"),
             ["use_dora"] = ([], "is not supported: plain LoRA is"),
             ["use_mps_device"] = ([], "is not supported: device is auto, cpu or cuda"),

@@ -74,7 +74,8 @@ internal static class TrainKeys
             ["train_data_path"] = "data_path",
         };
 
-    public static string SnakeCase(string name) => JsonNamingPolicy.SnakeCaseLower.ConvertName(name);
+    public static string SnakeCase(string name) =>
+        JsonNamingPolicy.SnakeCaseLower.ConvertName(name);
 
     /// <summary>The known name with the smallest edit distance.</summary>
     public static string Nearest(string name, IEnumerable<string> known)

@@ -43,7 +43,8 @@ public sealed class TrainReader
     private void TakeFile(string name)
     {
         if (name.Length == 0 || name.Any(char.IsControl))
-            throw new InputException($"{Messages.Quote(name)} is not the name of a configuration file");
+            throw new InputException(
+                $"{Messages.Quote(name)} is not the name of a configuration file");
         string path = Path.GetFullPath(name, _workingDirectory);
         var found = new Dictionary<string, Given>();
         var problems = new List<string>();
@@ -62,7 +63,8 @@ public sealed class TrainReader
             string argument = arguments[i];
             if (!argument.StartsWith("--", StringComparison.Ordinal) || argument.Length == 2)
             {
-                problems.Add($"unexpected argument {Messages.Quote(argument)}, expected --name value");
+                problems.Add(
+                    $"unexpected argument {Messages.Quote(argument)}, expected --name value");
                 continue;
             }
 
@@ -126,7 +128,8 @@ public sealed class TrainReader
             }
         }
 
-        if (problems.Count > 0) throw new InputException(source + string.Join("; ", problems.Take(20)));
+        if (problems.Count > 0)
+            throw new InputException(source + string.Join("; ", problems.Take(20)));
     }
 
     private TrainArguments Build()

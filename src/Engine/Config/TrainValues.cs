@@ -58,12 +58,13 @@ internal static class TrainValues
             ? new($"{key.Name} has no value, expected {expected}")
             : new($"{key.Name} is {Messages.Quote(given.Plain())}, expected {expected}");
 
-    private static bool Boolean(TrainKey key, Given given) => given.Plain().ToLowerInvariant() switch
-    {
-        "true" or "1" or "yes" or "y" or "t" => true,
-        "false" or "0" or "no" or "n" or "f" => false,
-        _ => throw Wrong(key, given, "true or false"),
-    };
+    private static bool Boolean(TrainKey key, Given given) =>
+        given.Plain().ToLowerInvariant() switch
+        {
+            "true" or "1" or "yes" or "y" or "t" => true,
+            "false" or "0" or "no" or "n" or "f" => false,
+            _ => throw Wrong(key, given, "true or false"),
+        };
 
     private static double Number(TrainKey key, Given given)
     {
@@ -119,9 +120,11 @@ internal static class TrainValues
     private static object Choice(TrainKey key, Given given, Type type)
     {
         // Case and separators vary between the names of the field (WarmupLR, warmup_lr).
-        static string Letters(string text) => text.Replace("_", "").Replace("-", "").ToLowerInvariant();
+        static string Letters(string text) =>
+            text.Replace("_", "").Replace("-", "").ToLowerInvariant();
 
-        string text = given.Json is { ValueKind: JsonValueKind.Array } array && array.GetArrayLength() == 1
+        string text = given.Json is { ValueKind: JsonValueKind.Array } array
+            && array.GetArrayLength() == 1
             ? array[0].ToString()
             : given.Plain();
         foreach (string name in Enum.GetNames(type))
@@ -157,7 +160,8 @@ internal static class TrainValues
         var names = new List<string>();
         foreach (var item in Items(key, given))
         {
-            if (item.ValueKind != JsonValueKind.String || item.GetString() is not { Length: > 0 } name)
+            if (item.ValueKind != JsonValueKind.String
+                || item.GetString() is not { Length: > 0 } name)
             {
                 if (item.ValueKind == JsonValueKind.String && key.Optional) return null;
                 throw Wrong(key, given, "a list of names");
@@ -196,7 +200,8 @@ internal static class TrainValues
             return given.Words.Select(text => JsonSerializer.SerializeToElement(text));
         }
 
-        return json is { ValueKind: JsonValueKind.Array } array ? array.EnumerateArray() : [json.Value];
+        return json is { ValueKind: JsonValueKind.Array } array
+            ? array.EnumerateArray() : [json.Value];
     }
 
     private static ScheduleOptions Options(TrainKey key, Given given)
@@ -208,7 +213,8 @@ internal static class TrainValues
         foreach (var member in json.EnumerateObject())
         {
             var known = TrainKeys.Schedule.FirstOrDefault(k => k.Name == member.Name)
-                ?? throw new InputException($"{key.Name}: unknown key {Messages.Quote(member.Name)} (did you mean "
+                ?? throw new InputException(
+                    $"{key.Name}: unknown key {Messages.Quote(member.Name)} (did you mean "
                     + $"\"{TrainKeys.Nearest(member.Name, TrainKeys.Schedule.Select(k => k.Name))}\"?)");
             object? value = Convert(known, new Given(member.Value, null, given.Folder));
             known.Property.SetValue(options, value);

@@ -77,7 +77,8 @@ public static class TrainWriter
         return text.ToString();
     }
 
-    private static void WriteRecord(Utf8JsonWriter json, IReadOnlyList<TrainKey> keys, object record)
+    private static void WriteRecord(Utf8JsonWriter json, IReadOnlyList<TrainKey> keys,
+        object record)
     {
         json.WriteStartObject();
         foreach (var key in keys)

@@ -11,10 +11,11 @@ public interface IRowLoader
 }
 
 /// <summary>
-/// Micro-batches in a fixed order, decoded, sliced and tokenised ahead of their use by worker threads.
-/// A ring of batches: worker threads fill the next ones in turn, the training thread takes them strictly
-/// in order and gives them back, so any number of workers yields the same sequence. What a worker throws
-/// is thrown again when its batch is taken: no row is ever skipped or replaced here.
+/// Micro-batches in a fixed order, decoded, sliced and tokenised ahead of their use by worker
+/// threads. A ring of batches: worker threads fill the next ones in turn, the training thread takes
+/// them strictly in order and gives them back, so any number of workers yields the same sequence.
+/// What a worker throws is thrown again when its batch is taken:
+/// no row is ever skipped or replaced here.
 /// </summary>
 public sealed class BatchLoader : IDisposable
 {
@@ -33,10 +34,11 @@ public sealed class BatchLoader : IDisposable
     /// <param name="batchSize">Rows of a micro-batch at most.</param>
     /// <param name="count">Micro-batches in all.</param>
     /// <param name="workers">Threads, at least 1.</param>
-    /// <param name="ahead">Micro-batches kept ready or in use; at least the accumulation steps.</param>
+    /// <param name="ahead">Micro-batches kept ready or in use; at least the accumulation
+    /// steps.</param>
     /// <param name="order">
-    /// Writes the row numbers of a micro-batch, counted from 0, and returns how many; called under a lock
-    /// in ascending order.
+    /// Writes the row numbers of a micro-batch, counted from 0, and returns how many; called under
+    /// a lock in ascending order.
     /// </param>
     public BatchLoader(IRowLoader rows, int batchSize, long count, int workers, int ahead,
         Func<long, int[], int> order)
@@ -54,8 +56,8 @@ public sealed class BatchLoader : IDisposable
     }
 
     /// <summary>
-    /// The next micro-batch, and its row numbers in the batch; waits for it. It stays filled until it is
-    /// given back: batches are given back in the order they were taken.
+    /// The next micro-batch, and its row numbers in the batch; waits for it. It stays filled until
+    /// it is given back: batches are given back in the order they were taken.
     /// </summary>
     public Batch Take(out ReadOnlySpan<int> rows)
     {

@@ -5,8 +5,8 @@ using MiniCpmNative.Engine.Data.Text;
 namespace MiniCpmNative.Engine.Data;
 
 /// <summary>
-/// `cpmx data check`: reads every row of the training and evaluation data and decodes its pictures, names
-/// each bad row, and shows what training would see.
+/// `cpmx data check`: reads every row of the training and evaluation data and decodes its pictures,
+/// names each bad row, and shows what training would see.
 /// </summary>
 public static class DataCheck
 {
@@ -21,7 +21,8 @@ public static class DataCheck
         return good;
     }
 
-    private static bool Run(string path, TrainArguments arguments, ModelSpec spec, TextWriter output)
+    private static bool Run(string path, TrainArguments arguments, ModelSpec spec,
+        TextWriter output)
     {
         TrainingRows rows = TrainingRows.Read(path, arguments, spec);
         RowCheck[] checks = rows.Check(decode: true);
@@ -38,10 +39,12 @@ public static class DataCheck
             + $"{Number(lengths[(int)(0.95 * (lengths.Length - 1))])}, most {Number(lengths[^1])}; "
             + $"all {Number(usable.Sum(c => (long)c.Tokens))}");
         output.WriteLine($"  supervised tokens: {Number(usable.Sum(c => (long)c.Supervised))}");
-        output.WriteLine($"  longer than model_max_length {Number(arguments.ModelMaxLength)}, would be cut: "
+        output.WriteLine(
+            $"  longer than model_max_length {Number(arguments.ModelMaxLength)}, would be cut: "
             + Number(usable.Count(c => c.Cut)));
         int turned = usable.Sum(c => c.Turned);
-        output.WriteLine($"  pictures: {Number(usable.Sum(c => c.Pictures))}, {Number(turned)} with an EXIF "
+        output.WriteLine(
+            $"  pictures: {Number(usable.Sum(c => c.Pictures))}, {Number(turned)} with an EXIF "
             + "orientation, which is " + (arguments.ApplyExifOrientation
                 ? "applied"
                 : "not applied (apply_exif_orientation=true does)"));
@@ -49,12 +52,16 @@ public static class DataCheck
         return bad.Count == 0;
     }
 
-    /// <summary>One row as the model sees it: the text, and under it what is to be predicted.</summary>
+    /// <summary>
+    /// One row as the model sees it: the text, and under it what is to be predicted.
+    /// </summary>
     private static void Show(TrainingRows rows, int index, TextWriter output)
     {
         Sample sample = rows.Sample(index);
-        output.WriteLine($"  row {rows[index].Number} as the model sees it, supervised text in [[ ]]:");
-        int unknown = rows.Tokenizer.UnknownToken is { } token ? rows.Tokenizer.IdOf(token) ?? -1 : -1;
+        output.WriteLine(
+            $"  row {rows[index].Number} as the model sees it, supervised text in [[ ]]:");
+        int unknown = rows.Tokenizer.UnknownToken is { } token
+            ? rows.Tokenizer.IdOf(token) ?? -1 : -1;
         var text = new System.Text.StringBuilder();
         var run = new List<int>();
         bool supervised = false;
@@ -75,7 +82,8 @@ public static class DataCheck
 
         void Flush()
         {
-            if (folded > 0) text.Append(CultureInfo.InvariantCulture, $"({folded} picture features)");
+            if (folded > 0)
+                text.Append(CultureInfo.InvariantCulture, $"({folded} picture features)");
             if (run.Count > 0)
             {
                 string decoded = rows.Tokenizer.Decode(run.ToArray());

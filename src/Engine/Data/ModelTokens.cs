@@ -12,10 +12,14 @@ internal sealed class ModelTokens
     public int SliceStart { get; }
     public int SliceEnd { get; }
 
-    /// <summary>The word "assistant", by which the official script finds answers; -1 if several tokens.</summary>
+    /// <summary>
+    /// The word "assistant", by which the official script finds answers; -1 if several tokens.
+    /// </summary>
     public int Assistant { get; }
 
-    /// <summary>What the last token of an answer's turn is to predict, besides being predicted.</summary>
+    /// <summary>
+    /// What the last token of an answer's turn is to predict, besides being predicted.
+    /// </summary>
     public int EndOfAnswer { get; }
 
     /// <summary>The token that holds a feature row's place.</summary>
@@ -46,7 +50,8 @@ internal sealed class ModelTokens
         Structural =
         [
             ChatFormat.TurnStart, ChatFormat.TurnEnd, Placeholder.ImageStart, Placeholder.ImageEnd,
-            Placeholder.SliceStart, Placeholder.SliceEnd, Placeholder.IdStart, Placeholder.IdEnd, Unknown,
+            Placeholder.SliceStart, Placeholder.SliceEnd, Placeholder.IdStart, Placeholder.IdEnd,
+            Unknown,
         ];
 
         int Id(string token) => tokenizer.IdOfAdded(token)
@@ -67,8 +72,8 @@ internal sealed class ModelTokens
     }
 
     /// <summary>
-    /// Shifted labels of ids: where answer[i] holds, position i-1 predicts ids[i]; behind an answer's
-    /// last token that token predicts the end once more, as the official script has it.
+    /// Shifted labels of ids: where answer[i] holds, position i-1 predicts ids[i]; behind an
+    /// answer's last token that token predicts the end once more, as the official script has it.
     /// </summary>
     public int[] Labels(ReadOnlySpan<int> ids, ReadOnlySpan<bool> answer)
     {

@@ -5,13 +5,15 @@ namespace MiniCpmNative.Engine.Data;
 
 /// <summary>
 /// A row's turns as the official finetune/dataset.py writes them, for official_compat:
-/// image numbers only for sliced pictures and counting only those, line ends around every tag of a row
-/// with several pictures, features in the order of the "image" object whether shown or not. Answers are
-/// found in the tokens, wherever the word "assistant" follows a turn's marker.
+/// image numbers only for sliced pictures and counting only those, line ends around every tag of a
+/// row with several pictures, features in the order of the "image" object whether shown or not.
+/// Answers are found in the tokens, wherever the word "assistant" follows a turn's marker.
 /// </summary>
 internal static partial class OfficialText
 {
-    /// <exception cref="BadRowException">The official script raises an error on the row.</exception>
+    /// <exception cref="BadRowException">
+    /// The official script raises an error on the row.
+    /// </exception>
     public static ChatTurn[] Compose(Row row, Func<int, int?, string> placeholder, bool[] sliced)
     {
         if (row.Names == PictureNames.None)
@@ -22,7 +24,8 @@ internal static partial class OfficialText
                 + "{\"<image_00>\": path, ...} or leave official_compat out");
         int numbered = 0;
         var texts = new string[sliced.Length];
-        for (int k = 0; k < texts.Length; k++) texts[k] = placeholder(k, sliced[k] ? numbered++ : null);
+        for (int k = 0; k < texts.Length; k++)
+            texts[k] = placeholder(k, sliced[k] ? numbered++ : null);
         return row.Names == PictureNames.Single ? Single(row, texts[0]) : Several(row, texts);
     }
 

@@ -4,8 +4,9 @@ using System.Text;
 namespace MiniCpmNative.Engine.Data;
 
 /// <summary>
-/// The text that stands for a picture: [&lt;image_id&gt;k&lt;/image_id&gt;]&lt;image&gt;unk*Q&lt;/image&gt;,
-/// then for a sliced one a line of &lt;slice&gt;unk*Q&lt;/slice&gt; per row of tiles; Q query tokens per view.
+/// The text that stands for a picture:
+/// [&lt;image_id&gt;k&lt;/image_id&gt;]&lt;image&gt;unk*Q&lt;/image&gt;, then for a sliced one a
+/// line of &lt;slice&gt;unk*Q&lt;/slice&gt; per row of tiles; Q query tokens per view.
 /// </summary>
 internal static class Placeholder
 {

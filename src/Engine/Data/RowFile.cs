@@ -5,9 +5,9 @@ using MiniCpmNative.Engine.Data.Text;
 namespace MiniCpmNative.Engine.Data;
 
 /// <summary>
-/// Reads training data in the official format: a JSON list of {id, image, conversations}, or the same
-/// objects one to a line (.jsonl). Every row is looked at; a faulty one is listed with its reason and
-/// does not stop the others. Only what makes the file itself unreadable throws.
+/// Reads training data in the official format: a JSON list of {id, image, conversations}, or the
+/// same objects one to a line (.jsonl). Every row is looked at; a faulty one is listed with its
+/// reason and does not stop the others. Only what makes the file itself unreadable throws.
 /// </summary>
 public static class RowFile
 {
@@ -15,7 +15,9 @@ public static class RowFile
     private static readonly string[] s_otherKeys =
         ["images", "picture", "pictures", "video", "videos", "audio", "audios"];
 
-    /// <exception cref="InputException">Missing, not UTF-8, not JSON, not rows, or empty.</exception>
+    /// <exception cref="InputException">
+    /// Missing, not UTF-8, not JSON, not rows, or empty.
+    /// </exception>
     public static RowSet Read(string path) => Parse(path, InputFile.ReadAll(path, Array.MaxLength));
 
     internal static RowSet Parse(string path, ReadOnlyMemory<byte> bytes)
@@ -28,7 +30,8 @@ public static class RowFile
         if (first.IsEmpty) throw new InputException($"{path}: is empty, expected a list of rows");
         if (first[0] == '[') ReadList(path, bytes, rows, bad);
         else if (first[0] == '{') ReadLines(path, bytes, rows, bad);
-        else throw new InputException($"{path}: is neither a JSON list of rows nor one row per line");
+        else throw new InputException(
+            $"{path}: is neither a JSON list of rows nor one row per line");
         if (rows.Count + bad.Count == 0) throw new InputException($"{path}: has no rows");
         return new RowSet(rows, bad);
     }
@@ -52,7 +55,8 @@ public static class RowFile
         }
         catch (JsonException e)
         {
-            throw new InputException($"{path}: is not valid JSON at line {(e.LineNumber ?? 0) + 1}, byte "
+            throw new InputException(
+                $"{path}: is not valid JSON at line {(e.LineNumber ?? 0) + 1}, byte "
                 + $"{(e.BytePositionInLine ?? 0) + 1}, behind row {number} ({Short(e)})", e);
         }
     }
@@ -83,7 +87,8 @@ public static class RowFile
             id = Id(row.Member("id"));
             foreach (string key in s_otherKeys)
                 if (!row.Member(key).IsNull())
-                    throw new FormatException($"key \"{key}\" is not used here; pictures belong in \"image\"");
+                    throw new FormatException(
+                        $"key \"{key}\" is not used here; pictures belong in \"image\"");
             var (names, pictures) = Pictures(row.Member("image"));
             var turns = Turns(row.Member("conversations"), ref turn);
             rows.Add(new Row(path, number, id, names, pictures, turns));
@@ -125,23 +130,28 @@ public static class RowFile
             case JsonValueKind.Object:
                 var tagged = image.EnumerateObject()
                     .Select(item => new RowPicture(item.Name, PicturePath(item.Value))).ToArray();
-                if (tagged.GroupBy(item => item.Tag).FirstOrDefault(g => g.Count() > 1) is { } twice)
+                if (tagged.GroupBy(item => item.Tag)
+                    .FirstOrDefault(g => g.Count() > 1) is { } twice)
                     throw new FormatException($"\"image\" has {Messages.Quote(twice.Key)} twice");
-                return (tagged is [{ Tag: "<image>" }] ? PictureNames.Single : PictureNames.Tagged, tagged);
+                return (tagged is [{ Tag: "<image>" }] ? PictureNames.Single : PictureNames.Tagged,
+                    tagged);
             default:
-                throw new FormatException($"\"image\" is {Kind(image)}, expected a path, a list of paths "
+                throw new FormatException(
+                    $"\"image\" is {Kind(image)}, expected a path, a list of paths "
                     + "or {\"<image_00>\": path, ...}");
         }
     }
 
-    private static string PicturePath(JsonElement path) => path.Text() is { Length: > 0 } text ? text
+    private static string PicturePath(JsonElement path) =>
+        path.Text() is { Length: > 0 } text ? text
         : throw new FormatException($"a picture's path is {Kind(path)}, expected text");
 
     private static ChatTurn[] Turns(JsonElement list, ref int? turn)
     {
         if (list.IsNull()) throw new FormatException("\"conversations\" is missing");
         if (list.ValueKind != JsonValueKind.Array)
-            throw new FormatException($"\"conversations\" is {Kind(list)}, expected a list of turns");
+            throw new FormatException(
+                $"\"conversations\" is {Kind(list)}, expected a list of turns");
         if (list.GetArrayLength() < 2)
             throw new FormatException(
                 $"\"conversations\" has {list.GetArrayLength()} turn(s), expected at least 2");
@@ -155,7 +165,8 @@ public static class RowFile
                 throw new FormatException(
                     $"role is {Messages.Quote(role)}, expected \"user\" or \"assistant\"");
             if (i == 0 && role != "user")
-                throw new FormatException("role is \"assistant\", the first turn must be the user's");
+                throw new FormatException(
+                    "role is \"assistant\", the first turn must be the user's");
             turns[i] = new ChatTurn(role, Text(item, "content"));
         }
         turn = null;
@@ -168,8 +179,10 @@ public static class RowFile
         if (turn.ValueKind != JsonValueKind.Object)
             throw new FormatException($"is {Kind(turn)}, expected {{\"role\", \"content\"}}");
         var value = turn.Member(key);
-        if (value.ValueKind == JsonValueKind.Undefined) throw new FormatException($"\"{key}\" is missing");
-        return value.Text() ?? throw new FormatException($"\"{key}\" is {Kind(value)}, expected text");
+        if (value.ValueKind == JsonValueKind.Undefined)
+            throw new FormatException($"\"{key}\" is missing");
+        return value.Text()
+            ?? throw new FormatException($"\"{key}\" is {Kind(value)}, expected text");
     }
 
     private static string Kind(JsonElement value) => value.ValueKind switch
@@ -188,7 +201,8 @@ public static class RowFile
 
     private static string NotUtf8(ReadOnlySpan<byte> bytes)
     {
-        // The longest valid start, by halving: validity of starts is monotonous up to a cut character.
+        // The longest valid start, by halving: validity of starts is
+        // monotonous up to a cut character.
         int valid = 0, end = bytes.Length;
         while (end - valid > 4)
         {

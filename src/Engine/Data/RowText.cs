@@ -5,10 +5,10 @@ using MiniCpmNative.Engine.Data.Text;
 namespace MiniCpmNative.Engine.Data;
 
 /// <summary>
-/// A row's turns with a placeholder at each picture's place, and the pictures in the order they stand
-/// there. Strict: every picture is shown exactly once, in a user turn, and no text holds a token that
-/// would be taken for structure. No line ends are added beyond the one behind a picture that has no
-/// tag and goes to the front, as the inference processors write it.
+/// A row's turns with a placeholder at each picture's place, and the pictures in the order they
+/// stand there. Strict: every picture is shown exactly once, in a user turn, and no text holds a
+/// token that would be taken for structure. No line ends are added beyond the one behind a picture
+/// that has no tag and goes to the front, as the inference processors write it.
 /// </summary>
 internal static partial class RowText
 {
@@ -46,7 +46,8 @@ internal static partial class RowText
         {
             foreach (string token in structural)
                 if (text.Contains(token, StringComparison.Ordinal))
-                    throw row.Bad($"the text holds the special token {token}, which would be taken for "
+                    throw row.Bad(
+                        $"the text holds the special token {token}, which would be taken for "
                         + "the model's own; take it out or write it in another way", turn + 1);
             return text;
         }
@@ -60,14 +61,16 @@ internal static partial class RowText
             if (Content(row, tag) is var text and not "<image>")
                 throw row.Bad(row.Names == PictureNames.None
                     ? $"tag {text}, but the row has no \"image\""
-                    : $"tag {text} names no picture: \"image\" is not {{\"{text}\": path}}", tag.Turn + 1);
+                    : $"tag {text} names no picture: \"image\" is not {{\"{text}\": path}}",
+                        tag.Turn + 1);
         int pictures = row.Pictures.Count;
         if (tags.Count == 0)
             return [.. Enumerable.Range(0, pictures).Select(k => new Place(0, 0, 0, k))];
         if (pictures == 0)
             throw row.Bad("tag <image>, but the row has no \"image\"", tags[0].Turn + 1);
         if (tags.Count != pictures)
-            throw row.Bad($"{tags.Count} <image> tags for {pictures} picture(s): each picture is shown "
+            throw row.Bad(
+                $"{tags.Count} <image> tags for {pictures} picture(s): each picture is shown "
                 + "once", tags[Math.Min(pictures, tags.Count - 1)].Turn + 1);
         return [.. tags.Select((tag, k) => tag with { Picture = k })];
     }
@@ -84,13 +87,15 @@ internal static partial class RowText
             if (!pictures.TryGetValue(text, out int picture))
                 throw row.Bad($"tag {text} names no picture of \"image\"", tag.Turn + 1);
             if (shown[picture])
-                throw row.Bad($"tag {text} is there twice: each picture is shown once", tag.Turn + 1);
+                throw row.Bad($"tag {text} is there twice: each picture is shown once",
+                    tag.Turn + 1);
             shown[picture] = true;
             places.Add(tag with { Picture = picture });
         }
         int missing = Array.IndexOf(shown, false);
         return missing < 0 ? places
-            : throw row.Bad($"picture {Messages.Quote(row.Pictures[missing].Tag)} is shown nowhere: "
+            : throw row.Bad(
+                $"picture {Messages.Quote(row.Pictures[missing].Tag)} is shown nowhere: "
                 + "write its tag into a user turn");
     }
 
@@ -101,7 +106,8 @@ internal static partial class RowText
             foreach (var match in Tag().EnumerateMatches(row.Turns[turn].Content))
             {
                 if (row.Turns[turn].Role != "user")
-                    throw row.Bad("an image tag stands in an answer; pictures are shown in user turns",
+                    throw row.Bad(
+                        "an image tag stands in an answer; pictures are shown in user turns",
                         turn + 1);
                 tags.Add(new Place(turn, match.Index, match.Length, -1));
             }

@@ -8,30 +8,39 @@ public enum PictureNames
     /// <summary>No "image": a text-only row.</summary>
     None,
 
-    /// <summary>"image": "a.png", shown at &lt;image&gt; or in front of the first question.</summary>
+    /// <summary>
+    /// "image": "a.png", shown at &lt;image&gt; or in front of the first question.
+    /// </summary>
     Single,
 
     /// <summary>"image": {"&lt;image_00&gt;": "a.png", ...}, shown at their tags.</summary>
     Tagged,
 
-    /// <summary>"image": ["a.png", ...], shown at the &lt;image&gt; tags in order, or all in front.</summary>
+    /// <summary>
+    /// "image": ["a.png", ...], shown at the &lt;image&gt; tags in order, or all in front.
+    /// </summary>
     Listed,
 }
 
 /// <summary>One picture of a row; the path as the row has it.</summary>
 public sealed record RowPicture(string Tag, string Path);
 
-/// <summary>One row of a data file. Number counts from 1: the row, or the line of a .jsonl file.</summary>
+/// <summary>
+/// One row of a data file. Number counts from 1: the row, or the line of a .jsonl file.
+/// </summary>
 public sealed record Row(
     string File, int Number, string? Id, PictureNames Names, IReadOnlyList<RowPicture> Pictures,
     IReadOnlyList<ChatTurn> Turns)
 {
-    /// <summary>What makes the row unusable, as an exception to throw; turn counts from 1.</summary>
+    /// <summary>
+    /// What makes the row unusable, as an exception to throw; turn counts from 1.
+    /// </summary>
     public BadRowException Bad(string reason, int? turn = null) =>
         new(new BadRow(File, Number, Id, turn, reason));
 
     /// <summary>
-    /// The file of a picture path: relative to the data file's folder, else to the working directory.
+    /// The file of a picture path: relative to the data file's folder,
+    /// else to the working directory.
     /// </summary>
     /// <exception cref="BadRowException">Neither exists.</exception>
     public string Locate(RowPicture picture)
@@ -40,7 +49,8 @@ public sealed record Row(
             System.IO.Path.GetDirectoryName(System.IO.Path.GetFullPath(File)) ?? "", picture.Path);
         return System.IO.File.Exists(beside) ? beside
             : System.IO.File.Exists(picture.Path) ? picture.Path
-            : throw Bad($"picture {Messages.Quote(picture.Path)} is neither in the data file's folder "
+            : throw Bad(
+                $"picture {Messages.Quote(picture.Path)} is neither in the data file's folder "
                 + "nor in the working directory");
     }
 }
@@ -60,5 +70,7 @@ public sealed class BadRowException(BadRow row) : Exception(row.ToString())
     public BadRow Row { get; } = row;
 }
 
-/// <summary>The rows of a data file: those that can be used, and the others with their reasons.</summary>
+/// <summary>
+/// The rows of a data file: those that can be used, and the others with their reasons.
+/// </summary>
 public sealed record RowSet(IReadOnlyList<Row> Rows, IReadOnlyList<BadRow> Bad);

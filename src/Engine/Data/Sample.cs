@@ -12,14 +12,15 @@ public sealed record SampleOptions(
     int Queries, int MaxLength, bool UseImageId = true, bool OfficialCompat = false);
 
 /// <summary>
-/// One row as the model takes it: input_ids[T]; labels[T], already shifted (position t is to predict
-/// labels[t]) and -100 where nothing is learned; the bounds of the views in order; and which of the
-/// row's pictures they show, in the order of their features.
+/// One row as the model takes it: input_ids[T]; labels[T], already shifted (position t is to
+/// predict labels[t]) and -100 where nothing is learned; the bounds of the views in order; and
+/// which of the row's pictures they show, in the order of their features.
 /// </summary>
 /// <param name="FullLength">Tokens before the cut to model_max_length.</param>
 /// <param name="Views">
-/// Views of all pictures listed: as many as bounds, except with official_compat, which lets a picture be
-/// shown twice (more bounds than features: the official model then fails) or never (features left over).
+/// Views of all pictures listed: as many as bounds, except with official_compat, which lets a
+/// picture be shown twice (more bounds than features: the official model
+/// then fails) or never (features left over).
 /// </param>
 public sealed record Sample(
     int[] InputIds, int[] Labels, ImageBound[] Bounds, int[] Pictures, int FullLength, int Views)

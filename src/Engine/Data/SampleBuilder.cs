@@ -7,9 +7,9 @@ namespace MiniCpmNative.Engine.Data;
 /// Turns rows into samples: text with placeholders, tokens, shifted labels, bounds of the views.
 /// A turn is encoded between its markers, which are special tokens and cut every text: the ids are
 /// those of the whole text, and where an answer lies is known and not searched for. Labels begin
-/// behind "assistant\n" (and an empty think block that the format itself adds) and take in the turn's
-/// end. Samples longer than model_max_length lose their last tokens, but never a part of a picture.
-/// Any number of threads may use one builder.
+/// behind "assistant\n" (and an empty think block that the format itself adds) and take in the
+/// turn's end. Samples longer than model_max_length lose their last tokens, but never a part of a
+/// picture. Any number of threads may use one builder.
 /// </summary>
 public sealed class SampleBuilder
 {
@@ -56,8 +56,8 @@ public sealed class SampleBuilder
     }
 
     /// <summary>
-    /// The prompt of a conversation, as the official chat() hands it to generation: the parts of a turn
-    /// joined by line ends, a number on every picture, an open answer at the end.
+    /// The prompt of a conversation, as the official chat() hands it to generation: the parts of a
+    /// turn joined by line ends, a number on every picture, an open answer at the end.
     /// </summary>
     /// <param name="turns">The conversation; pictures are indices into plans.</param>
     /// <param name="plans">How each picture is cut.</param>
@@ -87,7 +87,8 @@ public sealed class SampleBuilder
     {
         int[] ids = _tokenizer.Encode(
             _format.Render(turns, addGenerationPrompt: true, enableThinking));
-        return new Prompt(ids, _tokens.Bounds(ids) ?? throw new InputException("the prompt holds image "
+        return new Prompt(ids,
+            _tokens.Bounds(ids) ?? throw new InputException("the prompt holds image "
             + "tokens as text; take them out, pictures are given beside the text"), pictures);
     }
 
@@ -113,7 +114,8 @@ public sealed class SampleBuilder
             ids.AddRange(_newLine);
             if (turn.Role != "assistant") continue;
             int start = marker + 1 + _answerHead;
-            if (_format.Thinks && turn.Content.StartsWith(ChatFormat.NoThought, StringComparison.Ordinal))
+            if (_format.Thinks
+                && turn.Content.StartsWith(ChatFormat.NoThought, StringComparison.Ordinal))
                 start += _noThought.Length;
             answers.Add((Math.Min(start, end), end + 1));
         }
@@ -139,7 +141,8 @@ public sealed class SampleBuilder
 
     private Sample BuildOfficial(Row row, IReadOnlyList<SlicePlan> plans)
     {
-        var turns = OfficialText.Compose(row, (picture, number) => PictureText(plans[picture], number),
+        var turns = OfficialText.Compose(row, (picture, number) =>
+            PictureText(plans[picture], number),
             [.. plans.Select(plan => plan.Sliced)]);
         string text = _format.Render(turns);
         var ids = new List<int>(256);
@@ -159,7 +162,8 @@ public sealed class SampleBuilder
                     + $"model_max_length {Messages.Number(_options.MaxLength)}"
                 : "no token is supervised: no answer was found");
         bounds ??= _tokens.Bounds(ids)
-            ?? throw row.Bad("image starts and ends do not pair up: a tag in a later turn or special "
+            ?? throw row.Bad(
+                "image starts and ends do not pair up: a tag in a later turn or special "
                 + "tokens in the text" + (ids.Length < tokens.Count ? ", or a picture cut by "
                 + $"model_max_length {Messages.Number(_options.MaxLength)}" : ""));
         var labels = _tokens.Labels(ids, answer.AsSpan(0, ids.Length));

@@ -4,8 +4,8 @@ namespace MiniCpmNative.Engine.Data;
 public readonly record struct PictureSize(int Width, int Height);
 
 /// <summary>
-/// How one picture becomes model input: the size of its overview, and for a sliced picture the grid and
-/// the size of each tile. Columns and Rows are 0 when there are no tiles.
+/// How one picture becomes model input: the size of its overview, and for a sliced picture the grid
+/// and the size of each tile. Columns and Rows are 0 when there are no tiles.
 /// </summary>
 public sealed record SlicePlan(PictureSize Overview, int Columns, int Rows, PictureSize Tile)
 {

@@ -37,7 +37,8 @@ public sealed class TrainingRows : IRowLoader
         _orient = arguments.ApplyExifOrientation;
         float[] mean = [.. spec.Processor.Mean.Select(v => (float)v)];
         float[] std = [.. spec.Processor.Std.Select(v => (float)v)];
-        _strips = new ThreadLocal<PatchStrips>(() => new PatchStrips(mean, std, _slicing.PatchSize));
+        _strips = new ThreadLocal<PatchStrips>(() =>
+            new PatchStrips(mean, std, _slicing.PatchSize));
     }
 
     private TrainingRows(TrainingRows all, IReadOnlyList<Row> rows)
@@ -67,13 +68,15 @@ public sealed class TrainingRows : IRowLoader
     public IReadOnlyList<BadRow> Unreadable => _set.Bad;
 
     /// <summary>Reads a data file without checking its rows.</summary>
-    /// <exception cref="InputException">The file, or the model's tokenizer, cannot be used.</exception>
+    /// <exception cref="InputException">
+    /// The file, or the model's tokenizer, cannot be used.
+    /// </exception>
     public static TrainingRows Read(string path, TrainArguments arguments, ModelSpec spec) =>
         new(path, arguments, spec);
 
     /// <summary>
-    /// Reads a data file and checks each row's text and its pictures' headers. Bad rows are refused, or,
-    /// with on_bad_row=skip, listed and left out.
+    /// Reads a data file and checks each row's text and its pictures' headers. Bad rows are
+    /// refused, or, with on_bad_row=skip, listed and left out.
     /// </summary>
     /// <exception cref="InputException">The file cannot be used, or has bad rows.</exception>
     public static TrainingRows Open(
@@ -81,7 +84,8 @@ public sealed class TrainingRows : IRowLoader
     {
         var all = new TrainingRows(path, arguments, spec);
         bool skip = arguments.OnBadRow == BadRows.Skip;
-        // What is left out must be known before the first step; whole pictures tell more than headers.
+        // What is left out must be known before the first step;
+        // whole pictures tell more than headers.
         var checks = all.Check(decode: skip);
         var bad = all.Bad(checks);
         if (bad.Count == 0) return all;
@@ -89,7 +93,8 @@ public sealed class TrainingRows : IRowLoader
         {
             const int most = 10;
             string more = bad.Count > most ? $"; and {bad.Count - most} more" : "";
-            throw new InputException($"{bad.Count} of {all.Count + all.Unreadable.Count} rows are bad: "
+            throw new InputException(
+                $"{bad.Count} of {all.Count + all.Unreadable.Count} rows are bad: "
                 + string.Join("; ", bad.Take(most)) + more
                 + " (cpmx data check lists them all, on_bad_row=skip leaves them out)");
         }
@@ -100,9 +105,12 @@ public sealed class TrainingRows : IRowLoader
         return new TrainingRows(all, good);
     }
 
-    /// <summary>The unreadable rows and those that failed their check, in the file's order.</summary>
+    /// <summary>
+    /// The unreadable rows and those that failed their check, in the file's order.
+    /// </summary>
     public List<BadRow> Bad(RowCheck[] checks) =>
-        [.. Unreadable.Concat(checks.Select(c => c.Bad).OfType<BadRow>()).OrderBy(row => row.Number)];
+        [.. Unreadable.Concat(checks.Select(c => c.Bad).OfType<BadRow>())
+            .OrderBy(row => row.Number)];
 
     /// <summary>Looks at every row, on all processors; see <see cref="RowCheck"/>.</summary>
     public RowCheck[] Check(bool decode)
@@ -112,7 +120,9 @@ public sealed class TrainingRows : IRowLoader
         return checks;
     }
 
-    /// <summary>The row with this id, or else with this number (counted from 1); -1 if there is none.</summary>
+    /// <summary>
+    /// The row with this id, or else with this number (counted from 1); -1 if there is none.
+    /// </summary>
     public int Find(string id)
     {
         for (int i = 0; i < Count; i++)
@@ -197,7 +207,8 @@ public sealed class TrainingRows : IRowLoader
             PatchGrid grid = strips.Grid(plan, view);
             batch.Grids.Add(grid.Rows);
             batch.Grids.Add(grid.Columns);
-            batch.PictureStarts.Add(batch.PictureStarts[batch.PictureStarts.Count - 1] + grid.Patches);
+            batch.PictureStarts.Add(batch.PictureStarts[batch.PictureStarts.Count - 1]
+                + grid.Patches);
         }
 
         long floats = strips.Patches(plan) * strips.PatchLength;

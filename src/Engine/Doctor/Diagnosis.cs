@@ -8,9 +8,9 @@ using MiniCpmNative.Kernels.Cuda;
 namespace MiniCpmNative.Engine.Doctor;
 
 /// <summary>
-/// What this machine gives cpmx: processor, picture libraries, CUDA's libraries and GPU, and whether
-/// each device computes rightly. A machine without a GPU is well; a device that computes wrongly, or
-/// that is there and cannot be used, is not.
+/// What this machine gives cpmx: processor, picture libraries, CUDA's libraries and GPU, and
+/// whether each device computes rightly. A machine without a GPU is well; a device that computes
+/// wrongly, or that is there and cannot be used, is not.
 /// </summary>
 public static class Diagnosis
 {
@@ -22,7 +22,8 @@ public static class Diagnosis
         double gib = GC.GetGCMemoryInfo().TotalAvailableMemoryBytes / (double)(1 << 30);
         output.WriteLine($"system   {RuntimeInformation.OSDescription.Trim()}, "
             + $"{RuntimeInformation.ProcessArchitecture}, {RuntimeInformation.FrameworkDescription}");
-        output.WriteLine($"cpu      {Environment.ProcessorCount} processors, {Vectors()}, {gib:F1} GiB memory");
+        output.WriteLine(
+            $"cpu      {Environment.ProcessorCount} processors, {Vectors()}, {gib:F1} GiB memory");
         bool well = Processor(output);
         output.WriteLine($"pictures {JpegDecoder.Describe()}");
         output.WriteLine($"pictures {WebPDecoder.Describe()}");
@@ -45,13 +46,15 @@ public static class Diagnosis
             using var context = new CudaContext(api);
             var compiler = new ModuleCompiler(api.Nvrtc, ModuleCompiler.DefaultCache());
             var (free, total) = context.Memory();
-            output.WriteLine($"cuda     driver {api.Driver.Path}, CUDA {Version(context.DriverVersion)}");
+            output.WriteLine(
+                $"cuda     driver {api.Driver.Path}, CUDA {Version(context.DriverVersion)}");
             output.WriteLine($"cuda     NVRTC {compiler.Version.Major}.{compiler.Version.Minor}, "
                 + api.Nvrtc.Path);
             bool well = true, first = true;
             foreach (DType storage in (DType[])[DType.BF16, DType.F32])
             {
-                using var device = new CudaDevice(context, compiler, storage, stepBytes: 256L << 20);
+                using var device =
+                    new CudaDevice(context, compiler, storage, stepBytes: 256L << 20);
                 if (first)
                 {
                     output.WriteLine($"cuda     cuBLAS {device.CublasVersion}, {api.Cublas.Path}");
@@ -65,7 +68,8 @@ public static class Diagnosis
                 well &= Test(output, "gpu     ", device, $"kernels for {storage}");
                 string[] idle = [.. device.Module.Names.Except(device.Module.Used).Order()];
                 if (idle.Length == 0) continue;
-                output.WriteLine($"gpu      not reached by the self-test: {string.Join(", ", idle)}");
+                output.WriteLine(
+                    $"gpu      not reached by the self-test: {string.Join(", ", idle)}");
             }
 
             return well;

@@ -5,14 +5,16 @@ using MiniCpmNative.Kernels.Updates;
 
 namespace MiniCpmNative.Engine.Doctor;
 
-/// <summary>What went wrong: which result of which operation, its largest error, and what is allowed.</summary>
+/// <summary>
+/// What went wrong: which result of which operation, its largest error, and what is allowed.
+/// </summary>
 public sealed record SelfTestFailure(string What, double Error, double Allowed);
 
 /// <summary>
 /// Runs every operation and update of a device, forward and backward, on small made-up inputs and
 /// compares with the CPU in double. It finds a broken installation (a driver, library or card that
-/// computes wrongly), not a rounding error too many: 8 units of the storage type's last place, of each
-/// result's largest number, are allowed.
+/// computes wrongly), not a rounding error too many: 8 units of the storage type's last place, of
+/// each result's largest number, are allowed.
 /// </summary>
 public sealed class SelfTest : IDisposable
 {
@@ -21,7 +23,8 @@ public sealed class SelfTest : IDisposable
     private readonly List<SelfTestFailure> _failures = [];
     private readonly double _allowed;
 
-    /// <param name="device">The device to test; what it allocates stays until it is disposed.</param>
+    /// <param name="device">The device to test; what it allocates stays until it is
+    /// disposed.</param>
     public SelfTest(Device device)
     {
         _device = device;
@@ -63,13 +66,14 @@ public sealed class SelfTest : IDisposable
 
     private void Fill()
     {
-        Tensor tensor = _device.Allocate(new Spec(_device.Activations, new Shape(1003)), "self-test");
+        Tensor tensor =
+            _device.Allocate(new Spec(_device.Activations, new Shape(1003)), "self-test");
         _device.Fill(tensor, 0.5);
         Compare("fill", _device.ReadFloats(tensor), [.. Enumerable.Repeat(0.5f, 1003)]);
     }
 
-    // A step of AdamW on clipped gradients, with what precedes it; weights take the moments before these
-    // are rounded, so that their type makes no difference.
+    // A step of AdamW on clipped gradients, with what precedes it; weights take the moments before
+    // these are rounded, so that their type makes no difference.
     private void Update(DType weights, DType moments)
     {
         const int Rows = 5, Cols = 1000;
@@ -80,7 +84,8 @@ public sealed class SelfTest : IDisposable
         Compare($"adamw on {weights} with moments in {moments}", device, exact);
     }
 
-    private static float[] Step(Device device, DType weights, DType moments, AdamW step, Shape shape)
+    private static float[] Step(Device device, DType weights, DType moments, AdamW step,
+        Shape shape)
     {
         DType state = device.Activations.Statistics();
         Tensor values = Filled(weights, 1), gradient = Filled(state, 2), m = Filled(moments, 3);
@@ -108,7 +113,8 @@ public sealed class SelfTest : IDisposable
         {
             double difference = Math.Abs((double)got[i] - exact[i]);
             // A NaN is larger than any error.
-            if (!(difference <= error)) error = double.IsNaN(difference) ? double.MaxValue : difference;
+            if (!(difference <= error))
+                error = double.IsNaN(difference) ? double.MaxValue : difference;
             largest = Math.Max(largest, Math.Abs(exact[i]));
         }
 
@@ -164,13 +170,16 @@ public sealed class SelfTest : IDisposable
             for (int i = 0; i < inputs.Length; i++)
             {
                 Operand operand = each.Inputs[i];
-                if (!operand.Exists || operand.Ints is not null || !each.Op.Differentiates(i)) continue;
+                if (!operand.Exists || operand.Ints is not null || !each.Op.Differentiates(i))
+                    continue;
                 DType kind = operand.IsParameter ? type.Statistics() : type;
-                _targets[i] = new GradientTarget(New(new Spec(kind, inputs[i].Shape)), Accumulate: false);
+                _targets[i] =
+                    new GradientTarget(New(new Spec(kind, inputs[i].Shape)), Accumulate: false);
             }
 
             device.Backward(
-                each.Op, new OpCall(inputs, _output, saved, recorded: true, outputGradient, _targets));
+                each.Op, new OpCall(inputs, _output, saved, recorded: true, outputGradient,
+                    _targets));
         }
 
         public float[] Output => _device.ReadFloats(_output);

@@ -4,11 +4,12 @@ using MiniCpmNative.Kernels.Ops;
 namespace MiniCpmNative.Engine.Doctor;
 
 /// <summary>
-/// An input of a self-test: numbers of the activations' type, a parameter, or integers. A parameter may
-/// be stored in another type than activations.
+/// An input of a self-test: numbers of the activations' type, a parameter, or integers. A parameter
+/// may be stored in another type than activations.
 /// </summary>
 internal sealed record Operand(
-    string Name, int[] Shape, int[]? Ints = null, bool IsParameter = false, bool IsOtherType = false)
+    string Name, int[] Shape, int[]? Ints = null, bool IsParameter = false,
+    bool IsOtherType = false)
 {
     /// <summary>An optional input that is not given.</summary>
     public static Operand Absent { get; } = new("", []);
@@ -26,9 +27,9 @@ internal sealed record Operand(
 internal sealed record SelfTestCase(Op Op, params Operand[] Inputs);
 
 /// <summary>
-/// The self-test's operations: each at a size whose rows are multiples of 16 bytes and at one whose rows
-/// are not, since devices run different code for the two; attention at every head dimension that has
-/// code of its own, and at one that has none.
+/// The self-test's operations: each at a size whose rows are multiples of 16 bytes and at one whose
+/// rows are not, since devices run different code for the two; attention at every head dimension
+/// that has code of its own, and at one that has none.
 /// </summary>
 internal static class SelfTestCases
 {
@@ -65,7 +66,8 @@ internal static class SelfTestCases
         foreach (double dropout in (double[])[0, 0.25])
             foreach (int rank in (int[])[8, 5])
                 yield return new(
-                    new LoraLinear(1, 2, dropout), x, matrix, bias, P("a", rank, cols), P("bb", 24, rank));
+                    new LoraLinear(1, 2, dropout), x, matrix, bias, P("a", rank, cols),
+                    P("bb", 24, rank));
         int[] rows = [.. Enumerable.Range(0, 33).Select(i => 2 * i)];
         yield return new(
             new CrossEntropy(), x, P("w", Vocabulary, cols), Ints("rows", rows),
@@ -85,9 +87,11 @@ internal static class SelfTestCases
 
     private static Operand X(string name, params int[] shape) => new(name, shape);
 
-    private static Operand P(string name, params int[] shape) => new(name, shape, IsParameter: true);
+    private static Operand P(string name, params int[] shape) =>
+        new(name, shape, IsParameter: true);
 
-    private static Operand Ints(string name, params int[] values) => new(name, [values.Length], values);
+    private static Operand Ints(string name, params int[] values) =>
+        new(name, [values.Length], values);
 
     private static Operand Ids(string name, int count, int limit) =>
         Ints(name, [.. Enumerable.Range(0, count).Select(i => i * 37 % limit)]);

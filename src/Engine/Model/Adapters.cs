@@ -6,9 +6,12 @@ namespace MiniCpmNative.Engine.Model;
 /// A low-rank adapter on one linear module: y += Scale * drop(x) A^T B^T with A[Rank, Inputs],
 /// B[Outputs, Rank]. Index keys its dropout masks.
 /// </summary>
-public sealed record Adapter(string Module, int Index, int Rank, double Scale, int Inputs, int Outputs);
+public sealed record Adapter(string Module, int Index, int Rank, double Scale, int Inputs,
+    int Outputs);
 
-/// <summary>All adapters of a run, by the name of their module; Hu et al. 2021, as PEFT has them.</summary>
+/// <summary>
+/// All adapters of a run, by the name of their module; Hu et al. 2021, as PEFT has them.
+/// </summary>
 public sealed class Adapters(IReadOnlyList<Adapter> list, double dropout)
 {
     private readonly Dictionary<string, Adapter> _byModule = list.ToDictionary(a => a.Module);
@@ -27,8 +30,8 @@ public sealed class Adapters(IReadOnlyList<Adapter> list, double dropout)
     public static string NameOfB(string module) => module + ".lora_B.weight";
 
     /// <summary>
-    /// PEFT's start: A uniform in +-1/sqrt(Inputs) (Kaiming with a = sqrt 5), B zero. The numbers depend
-    /// on the seed and on each element's place only.
+    /// PEFT's start: A uniform in +-1/sqrt(Inputs) (Kaiming with a = sqrt 5), B zero. The numbers
+    /// depend on the seed and on each element's place only.
     /// </summary>
     public void Initialise(Trainables trainables, ulong seed)
     {

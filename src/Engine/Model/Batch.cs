@@ -1,9 +1,9 @@
 namespace MiniCpmNative.Engine.Model;
 
 /// <summary>
-/// Rows of one forward pass on the host, packed: no padding anywhere. Text rows follow each other in
-/// Tokens, pictures follow each other in Patches, in the order of their rows. Its buffers are reused,
-/// so that filling one again allocates only when something is larger than ever before.
+/// Rows of one forward pass on the host, packed: no padding anywhere. Text rows follow each other
+/// in Tokens, pictures follow each other in Patches, in the order of their rows. Its buffers are
+/// reused, so that filling one again allocates only when something is larger than ever before.
 /// </summary>
 public sealed class Batch
 {
@@ -25,7 +25,9 @@ public sealed class Batch
     /// <summary>The token that each of LabelRows should predict.</summary>
     public Growing<int> Targets { get; } = new();
 
-    /// <summary>Pixels, one row of channels * p * p values per patch, in (channel, y, x) order.</summary>
+    /// <summary>
+    /// Pixels, one row of channels * p * p values per patch, in (channel, y, x) order.
+    /// </summary>
     public Growing<float> Patches { get; } = new();
 
     /// <summary>Rows and columns of patches of each picture, two numbers each.</summary>
@@ -34,10 +36,14 @@ public sealed class Batch
     /// <summary>Where each picture starts in Patches, in patches, and the end.</summary>
     public Growing<int> PictureStarts { get; } = new();
 
-    /// <summary>First token and end of each picture's place in its row, counted in the row.</summary>
+    /// <summary>
+    /// First token and end of each picture's place in its row, counted in the row.
+    /// </summary>
     public Growing<int> ImageBounds { get; } = new();
 
-    /// <summary>Tokens whose embedding is replaced by a picture feature, as indices into Tokens.</summary>
+    /// <summary>
+    /// Tokens whose embedding is replaced by a picture feature, as indices into Tokens.
+    /// </summary>
     public Growing<int> Slots { get; } = new();
 
     /// <summary>The picture feature of each slot: picture * queries + query.</summary>
@@ -46,7 +52,8 @@ public sealed class Batch
     public void Clear()
     {
         Samples = 0;
-        foreach (var buffer in (ReadOnlySpan<Growing<int>>)[Tokens, Positions, SequenceStarts, LabelRows,
+        foreach (var buffer
+            in (ReadOnlySpan<Growing<int>>)[Tokens, Positions, SequenceStarts, LabelRows,
             Targets, Grids, PictureStarts, ImageBounds, Slots, SlotFeatures])
             buffer.Clear();
         Patches.Clear();
@@ -78,7 +85,8 @@ public sealed class Growing<T>
     {
         int end = checked(Count + count);
         if (end > _items.Length)
-            Array.Resize(ref _items, Math.Max(end, (int)Math.Min(Array.MaxLength, 2L * _items.Length)));
+            Array.Resize(ref _items,
+                Math.Max(end, (int)Math.Min(Array.MaxLength, 2L * _items.Length)));
         var room = _items.AsSpan(Count, count);
         Count = end;
         return room;

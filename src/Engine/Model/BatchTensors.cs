@@ -5,9 +5,9 @@ using MiniCpmNative.Kernels.Cpu;
 namespace MiniCpmNative.Engine.Model;
 
 /// <summary>
-/// A batch on the device, with what follows from it: position buckets of the patches, coordinates for
-/// the resampler, rotary tables. One instance is loaded again for each batch; while the device computes
-/// on one, the next may come over (<see cref="InputMemory"/>).
+/// A batch on the device, with what follows from it: position buckets of the patches, coordinates
+/// for the resampler, rotary tables. One instance is loaded again for each batch; while the device
+/// computes on one, the next may come over (<see cref="InputMemory"/>).
 /// </summary>
 public sealed class BatchTensors(
     Device device, VisionSpec vision, ResamplerSpec resampler, DecoderSpec decoder)
@@ -68,8 +68,8 @@ public sealed class BatchTensors(
     public Tensor RopeSin { get; private set; }
 
     /// <summary>
-    /// Brings a batch over, which may change once this returns. Call it when the arena is empty, before
-    /// the first operation.
+    /// Brings a batch over, which may change once this returns. Call it when the arena is empty,
+    /// before the first operation.
     /// </summary>
     public void Load(Batch batch)
     {
@@ -92,7 +92,8 @@ public sealed class BatchTensors(
         const int Tensors = 16;
         long patches = Pictures == 0 ? 0 : batch.PictureStarts[Pictures];
         long ints = batch.Tokens.Count + batch.Positions.Count + batch.SequenceStarts.Count
-            + batch.LabelRows.Count + batch.Targets.Count + batch.Slots.Count + batch.SlotFeatures.Count
+            + batch.LabelRows.Count + batch.Targets.Count + batch.Slots.Count
+            + batch.SlotFeatures.Count
             + (2L * (Pictures + 1)) + ((long)Pictures * _queries) + (3 * patches);
         return (4 * ints) + (patches * _patchSize * device.Activations.Size())
             + (Tensors * InputMemory.Alignment);
@@ -150,7 +151,8 @@ public sealed class BatchTensors(
         CoordinateIds = Upload(_ints.Span, "coordinates");
         if (Coordinates.Exists && Coordinates.Shape[0] >= largest) return;
         int count = Math.Max(largest, Coordinates.Exists ? 2 * Coordinates.Shape[0] : side);
-        Coordinates = Table(SinCos2D.Coordinates(count, resampler.HiddenSize), count, "coordinates");
+        Coordinates =
+            Table(SinCos2D.Coordinates(count, resampler.HiddenSize), count, "coordinates");
     }
 
     private void LoadRope(Batch batch)

@@ -7,8 +7,8 @@ namespace MiniCpmNative.Engine.Model;
 
 /// <summary>
 /// Llama-style decoder over packed sequences, as Qwen2 has it: RMS norms, rotary positions, grouped
-/// queries, causal attention inside each sequence, SwiGLU. x[tokens, width] -> h[tokens, width], after
-/// the final norm; the vocabulary projection belongs to the loss.
+/// queries, causal attention inside each sequence, SwiGLU. x[tokens, width] -> h[tokens, width],
+/// after the final norm; the vocabulary projection belongs to the loss.
 /// </summary>
 public sealed class Decoder
 {

@@ -3,11 +3,16 @@ using MiniCpmNative.Kernels.Cpu;
 
 namespace MiniCpmNative.Engine.Model;
 
-/// <summary>Floats in and out of device tensors of any float type; for loading and saving.</summary>
+/// <summary>
+/// Floats in and out of device tensors of any float type; for loading and saving.
+/// </summary>
 public static class DeviceFloats
 {
-    /// <summary>Copies values in, rounded to nearest even where the tensor's type is narrower.</summary>
-    public static unsafe void WriteFloats(this Device device, in Tensor tensor, ReadOnlySpan<float> values)
+    /// <summary>
+    /// Copies values in, rounded to nearest even where the tensor's type is narrower.
+    /// </summary>
+    public static unsafe void WriteFloats(this Device device, in Tensor tensor,
+        ReadOnlySpan<float> values)
     {
         if (tensor.Type == DType.F32)
         {

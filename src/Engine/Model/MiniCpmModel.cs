@@ -36,7 +36,9 @@ public sealed class MiniCpmModel
 
     public ModelSpec Spec { get; }
 
-    /// <summary>Token and picture input -> h[tokens, width] after the decoder's final norm.</summary>
+    /// <summary>
+    /// Token and picture input -> h[tokens, width] after the decoder's final norm.
+    /// </summary>
     public Tensor Hidden(Graph graph, BatchTensors batch, ITensorProbe? probe = null)
     {
         Tensor features = batch.Pictures > 0 ? Features(graph, batch, probe) : Tensor.None;
@@ -56,7 +58,9 @@ public sealed class MiniCpmModel
             ? graph.Run(_loss, hidden, _vocabulary, batch.LabelRows, batch.Targets)
             : graph.Run(_loss, perRow, hidden, _vocabulary, batch.LabelRows, batch.Targets);
 
-    /// <summary>h[rows, width] -> logits[rows, vocabulary], for inspection: training never has them.</summary>
+    /// <summary>
+    /// h[rows, width] -> logits[rows, vocabulary], for inspection: training never has them.
+    /// </summary>
     public Tensor Logits(Graph graph, Tensor hidden) => graph.Run(_head, hidden, _vocabulary);
 
     private Tensor Features(Graph graph, BatchTensors batch, ITensorProbe? probe)
@@ -66,7 +70,8 @@ public sealed class MiniCpmModel
         Tensor features = _resampler.Forward(
             graph, _vision.Forward(graph, batch, probe), batch, probe);
         if (graph.Length == before) features = graph.Keep(mark, features);
-        // A sample may have pictures without a place in its text; the first features fill the places.
+        // A sample may have pictures without a place in its text;
+        // the first features fill the places.
         return batch.FeatureIds.Exists ? graph.Run(_select, features, batch.FeatureIds) : features;
     }
 }

@@ -8,17 +8,20 @@ using MiniCpmNative.Kernels.Ops;
 namespace MiniCpmNative.Engine.Model;
 
 /// <summary>
-/// Hands the model its tensors by official name while it is built: trained ones from the flat ranges, as
-/// parameters of the tape, frozen ones copied from the files once, matrices packed in the type they are
-/// stored in, so that no second copy exists. Frozen values are rounded to the run's storage type as
-/// PyTorch's loader does; where that would only widen them they stay as they are.
+/// Hands the model its tensors by official name while it is built: trained ones from the flat
+/// ranges, as parameters of the tape, frozen ones copied from the files once, matrices packed in
+/// the type they are stored in, so that no second copy exists. Frozen values are rounded to the
+/// run's storage type as PyTorch's loader does; where that would
+/// only widen them they stay as they are.
 /// </summary>
 public sealed class ModelWeights(
     Graph graph, Checkpoint checkpoint, Trainables trainables, Adapters adapters, DType storage)
 {
     private readonly Device _device = graph.Device;
 
-    /// <summary>A bias or a norm's weight; frozen ones are kept in F32, as kernels take them.</summary>
+    /// <summary>
+    /// A bias or a norm's weight; frozen ones are kept in F32, as kernels take them.
+    /// </summary>
     public Tensor Vector(string name) => Vector(name, 0, checkpoint.Get(name).Shape[0]);
 
     /// <summary>Elements begin..begin+count of a vector.</summary>
@@ -38,8 +41,8 @@ public sealed class ModelWeights(
     public Tensor Matrix(string name) => MatrixRows(name, 0, checkpoint.Get(name).Shape[0]);
 
     /// <summary>
-    /// Whether a tensor is trained beside adapters: PEFT then trains a copy of its module, and whatever
-    /// else uses the tensor keeps the original.
+    /// Whether a tensor is trained beside adapters: PEFT then trains a copy of its module, and
+    /// whatever else uses the tensor keeps the original.
     /// </summary>
     public bool IsCopied(string name) => adapters.List.Count > 0 && trainables.Contains(name);
 
@@ -55,7 +58,8 @@ public sealed class ModelWeights(
     {
         if (!trainables.Contains(name)) return Packed(name, 0, rows, cols);
         return graph.Parameter(
-            trainables.Value(name).Reshape(rows, cols), trainables.Gradient(name).Reshape(rows, cols));
+            trainables.Value(name).Reshape(rows, cols),
+            trainables.Gradient(name).Reshape(rows, cols));
     }
 
     /// <summary>A matrix whose rows are looked up: row-major also when frozen.</summary>
@@ -69,7 +73,9 @@ public sealed class ModelWeights(
         return table;
     }
 
-    /// <summary>A linear layer, with its bias if it has one and its adapter if it was given one.</summary>
+    /// <summary>
+    /// A linear layer, with its bias if it has one and its adapter if it was given one.
+    /// </summary>
     public Projection Projection(string module)
     {
         Tensor weight = Matrix(module + ".weight");
@@ -83,7 +89,9 @@ public sealed class ModelWeights(
             Parameter(Adapters.NameOfB(module), 0, adapter.Outputs));
     }
 
-    /// <summary>Rows of a fused projection (in_proj_weight, in_proj_bias) as a layer of its own.</summary>
+    /// <summary>
+    /// Rows of a fused projection (in_proj_weight, in_proj_bias) as a layer of its own.
+    /// </summary>
     public Projection Projection(string module, int begin, int count) => new(
         MatrixRows(module + "_weight", begin, count), Vector(module + "_bias", begin, count));
 
@@ -108,8 +116,8 @@ public sealed class ModelWeights(
     }
 
     /// <summary>
-    /// Elements of a stored tensor in the run's storage type: the file's own memory when nothing needs
-    /// rounding, else a rounded copy.
+    /// Elements of a stored tensor in the run's storage type: the file's own memory when nothing
+    /// needs rounding, else a rounded copy.
     /// </summary>
     private sealed unsafe class StorageValues : IDisposable
     {
@@ -124,7 +132,8 @@ public sealed class ModelWeights(
             Data = source;
             if (exact) return;
             _copy = Data = NativeMemory.Alloc((nuint)(count * storage.Size()));
-            var wide = storage == DType.F32 ? (float*)_copy : (float*)NativeMemory.Alloc((nuint)count * 4);
+            var wide = storage == DType.F32
+                ? (float*)_copy : (float*)NativeMemory.Alloc((nuint)count * 4);
             FloatBits.Widen(source, file.Type, wide, (nint)count);
             if (storage == DType.F32) return;
             FloatBits.Narrow(wide, _copy, storage, (nint)count);

@@ -1,18 +1,21 @@
 namespace MiniCpmNative.Engine.Model;
 
 /// <summary>
-/// Rows of the vision tower's position table for the patches of a picture with any grid: each axis is
-/// cut into as many buckets as the table has rows or columns, id = bucket(row) * side + bucket(column).
-/// Mathematically bucket(i, n) = floor(side * i / n), but the official code compares float32 values of
-/// torch.arange, whose rounding puts exact ties of some n one bucket lower; a model trained with these
-/// ids needs the same, so torch's arithmetic is followed step by step.
+/// Rows of the vision tower's position table for the patches of a picture with any grid: each axis
+/// is cut into as many buckets as the table has rows or columns, id = bucket(row) * side +
+/// bucket(column). Mathematically bucket(i, n) = floor(side * i / n), but the official code
+/// compares float32 values of torch.arange, whose rounding puts exact ties of some n one bucket
+/// lower; a model trained with these ids needs the same,
+/// so torch's arithmetic is followed step by step.
 /// </summary>
 public static class PositionBuckets
 {
     // torch.arange fills 16 floats at a time: two vectors of 8 that start from a float32 base.
     private const int Block = 16, Lanes = 8;
 
-    /// <summary>ids[r * cols + c] of a grid of rows x cols patches; side is the table's rows or columns.</summary>
+    /// <summary>
+    /// ids[r * cols + c] of a grid of rows x cols patches; side is the table's rows or columns.
+    /// </summary>
     public static void Write(int rows, int cols, int side, Span<int> ids)
     {
         Span<int> column = cols <= 256 ? stackalloc int[cols] : new int[cols];
@@ -24,7 +27,9 @@ public static class PositionBuckets
         }
     }
 
-    /// <summary>Number of boundaries j / side, j = 1..side-1, that are at most i / count, in float32.</summary>
+    /// <summary>
+    /// Number of boundaries j / side, j = 1..side-1, that are at most i / count, in float32.
+    /// </summary>
     public static int Bucket(int i, int count, int side)
     {
         float place = Arange(i, count, 0, 1f / count);

@@ -5,8 +5,8 @@ using MiniCpmNative.Kernels.Ops;
 namespace MiniCpmNative.Engine.Model;
 
 /// <summary>
-/// A linear layer of the model, y = x W^T + b, with or without a low-rank adapter. Which operation runs
-/// was decided when the model was built; the model itself only calls it.
+/// A linear layer of the model, y = x W^T + b, with or without a low-rank adapter. Which operation
+/// runs was decided when the model was built; the model itself only calls it.
 /// </summary>
 public sealed class Projection
 {

@@ -6,10 +6,10 @@ using MiniCpmNative.Kernels.Ops;
 namespace MiniCpmNative.Engine.Model;
 
 /// <summary>
-/// One layer of cross-attention that turns the patches of each picture into a fixed number of features
-/// of the decoder's width (Qwen-VL's resampler, as in MiniCPM-V 2.5 and later): kv = LN(kv_proj(x)),
-/// keys get the 2-D sine-cosine position and values do not, the learned queries get none;
-/// y = LN(out_proj(attention)) proj, with proj multiplied from the right.
+/// One layer of cross-attention that turns the patches of each picture into a fixed number of
+/// features of the decoder's width (Qwen-VL's resampler, as in MiniCPM-V 2.5 and later): kv =
+/// LN(kv_proj(x)), keys get the 2-D sine-cosine position and values do not, the learned queries get
+/// none; y = LN(out_proj(attention)) proj, with proj multiplied from the right.
 /// </summary>
 public sealed class Resampler
 {
@@ -43,11 +43,12 @@ public sealed class Resampler
     public Tensor Forward(Graph graph, Tensor features, BatchTensors batch, ITensorProbe? probe)
     {
         Tensor values = _keyNorm.Run(graph, _keysAndValues.Run(graph, features));
-        // The position of a patch is its column's sines and cosines, then its row's: two rows of half
-        // the width from one table.
+        // The position of a patch is its column's sines and cosines, then its row's: two rows of
+        // half the width from one table.
         int patches = values.Shape[0];
         Tensor keys = graph.Run(
-            _gather, values.Reshape(2 * patches, _width / 2), batch.Coordinates, batch.CoordinateIds);
+            _gather, values.Reshape(2 * patches, _width / 2), batch.Coordinates,
+            batch.CoordinateIds);
         Tensor k = _key.Run(graph, keys.Reshape(patches, _width));
         Tensor v = _value.Run(graph, values);
         // The queries are the same for all pictures: computed once, then repeated.

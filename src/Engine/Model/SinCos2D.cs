@@ -2,8 +2,8 @@ namespace MiniCpmNative.Engine.Model;
 
 /// <summary>
 /// Positions of the resampler's keys: PE(y, x) = [sin(x w), cos(x w), sin(y w), cos(y w)] with
-/// w_k = 10000^(-k / (width / 4)), k = 0 .. width/4 - 1; the column comes first. Both halves are rows of
-/// one table over a single coordinate.
+/// w_k = 10000^(-k / (width / 4)), k = 0 .. width/4 - 1; the column comes first. Both halves are
+/// rows of one table over a single coordinate.
 /// </summary>
 public static class SinCos2D
 {

@@ -9,10 +9,10 @@ namespace MiniCpmNative.Engine.Model;
 public sealed record Trainable(string Name, Shape Shape, DType Type, bool Decays);
 
 /// <summary>
-/// The trained tensors as flat ranges on the device: values in their storage type, gradients in F32, both
-/// moments in F32 or BF16, and an F32 master copy of values that are stored in 16 bits. Clipping, AdamW and sharding
-/// become loops over a few ranges. F32 tensors come first, then the 16-bit ones; within a type, those
-/// that decay come first, so that a range is four runs at most.
+/// The trained tensors as flat ranges on the device: values in their storage type, gradients in
+/// F32, both moments in F32 or BF16, and an F32 master copy of values that are stored in 16 bits.
+/// Clipping, AdamW and sharding become loops over a few ranges. F32 tensors come first, then the
+/// 16-bit ones; within a type, those that decay come first, so that a range is four runs at most.
 /// </summary>
 public sealed class Trainables
 {
@@ -96,7 +96,9 @@ public sealed class Trainables
 
     public Tensor SecondMoment(string name) => Part(SecondMoments, name);
 
-    /// <summary>The F32 values that the optimizer changes: the masters, or the values themselves.</summary>
+    /// <summary>
+    /// The F32 values that the optimizer changes: the masters, or the values themselves.
+    /// </summary>
     public Tensor Master(string name)
     {
         (Trainable tensor, long offset) = _places[name];

@@ -8,8 +8,8 @@ namespace MiniCpmNative.Engine.Model;
 /// <summary>
 /// SigLIP/NaViT vision transformer over packed pictures of any grid: patches[P, channels*p*p] ->
 /// features[P, width]. Pre-norm layers, full attention inside each picture, tanh GELU; the position
-/// table is read at the buckets of <see cref="PositionBuckets"/>. The official code pads pictures to a
-/// batch and masks; packing gives the same numbers without the padding.
+/// table is read at the buckets of <see cref="PositionBuckets"/>. The official code pads pictures
+/// to a batch and masks; packing gives the same numbers without the padding.
 /// </summary>
 public sealed class VisionTower
 {
@@ -24,7 +24,8 @@ public sealed class VisionTower
     {
         _checkpoint = checkpoint;
         int patch = spec.Channels * spec.PatchSize * spec.PatchSize;
-        _patchWeight = weights.Matrix("vpm.embeddings.patch_embedding.weight", spec.HiddenSize, patch);
+        _patchWeight =
+            weights.Matrix("vpm.embeddings.patch_embedding.weight", spec.HiddenSize, patch);
         _patchBias = weights.Vector("vpm.embeddings.patch_embedding.bias");
         _positions = weights.Table("vpm.embeddings.position_embedding.weight");
         _layers = new Layer[spec.Layers];

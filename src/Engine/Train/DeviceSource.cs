@@ -16,8 +16,8 @@ public sealed record OpenDevice(Device Device, string Name, IDisposable? Owner =
 }
 
 /// <summary>
-/// Opens the device that a configuration asks for. The properties say where CUDA comes from; tests set
-/// them.
+/// Opens the device that a configuration asks for. The properties say where CUDA comes from; tests
+/// set them.
 /// </summary>
 public sealed record DeviceSource
 {
@@ -50,7 +50,8 @@ public sealed record DeviceSource
             {
                 string line = problem.Message.ReplaceLineEndings(" ");
                 if (arguments.Device == DeviceChoice.Cuda)
-                    throw new InputException($"device is cuda, which cannot be used: {line}", problem);
+                    throw new InputException($"device is cuda, which cannot be used: {line}",
+                        problem);
                 say?.Invoke($"{line}; computing on the CPU");
             }
         }
@@ -60,8 +61,8 @@ public sealed record DeviceSource
     }
 
     /// <summary>
-    /// Type in which a GPU keeps activations: BF16 for bf16, else F32. For fp16 too: small gradients of
-    /// activations vanish in F16 unless the loss is scaled up, which is not done here.
+    /// Type in which a GPU keeps activations: BF16 for bf16, else F32. For fp16 too: small
+    /// gradients of activations vanish in F16 unless the loss is scaled up, which is not done here.
     /// </summary>
     public static DType ActivationsOf(TrainArguments arguments) =>
         arguments.Bf16 ? DType.BF16 : DType.F32;
@@ -78,13 +79,16 @@ public sealed record DeviceSource
                 throw new CudaUnavailableException($"cuda: {context.Name} has {capability}, "
                     + $"{LeastArchitecture / 10}.{LeastArchitecture % 10} or newer is needed");
             var device = new CudaDevice(
-                context, new ModuleCompiler(api.Nvrtc, Cache), ActivationsOf(arguments), lineInfo: LineInfo);
+                context, new ModuleCompiler(api.Nvrtc, Cache), ActivationsOf(arguments),
+                lineInfo: LineInfo);
             if (arguments.Fp16)
-                say?.Invoke("fp16: weights are float16, the GPU computes in float32; bf16 is faster and "
+                say?.Invoke(
+                    "fp16: weights are float16, the GPU computes in float32; bf16 is faster and "
                     + "takes half the memory");
             double gib = context.Memory().Total / (double)(1 << 30);
             return new OpenDevice(
-                device, FormattableString.Invariant($"{context.Name}, {capability}, {gib:0.0} GiB"), context);
+                device, FormattableString.Invariant($"{context.Name}, {capability}, {gib:0.0} GiB"),
+                context);
         }
         catch
         {

@@ -77,4 +77,5 @@ public interface ITrainLog : IDisposable
 /// <param name="Timing">Speed and memory; not part of trainer_state.json, which can be
 /// compared.</param>
 internal sealed record LogEntry(
-    int Step, double Epoch, (string Name, double Value)[] Values, (string Name, double Value)[] Timing);
+    int Step, double Epoch, (string Name, double Value)[] Values,
+    (string Name, double Value)[] Timing);

@@ -8,12 +8,14 @@ using MiniCpmNative.Kernels;
 namespace MiniCpmNative.Engine.Train;
 
 /// <summary>
-/// What a run produces, in the form others read: with use_lora a PEFT adapter, else the whole model in
-/// Hugging Face's layout, with the tokenizer and configuration files of the model it started from.
+/// What a run produces, in the form others read: with use_lora a PEFT adapter, else the whole model
+/// in Hugging Face's layout, with the tokenizer and configuration
+/// files of the model it started from.
 /// </summary>
 public static class ModelFiles
 {
-    // Anything else in a model's folder (optimizer states, pictures, other weights) is not the model.
+    // Anything else in a model's folder (optimizer states, pictures,
+    // other weights) is not the model.
     private static readonly string[] s_copied = [".json", ".txt", ".model", ".jinja", ".py"];
 
     private static readonly JsonSerializerOptions s_json = new()
@@ -45,7 +47,8 @@ public static class ModelFiles
         foreach (string file in Directory.EnumerateFiles(source))
         {
             string name = Path.GetFileName(file);
-            if (!s_copied.Contains(Path.GetExtension(name)) || name == Checkpoint.IndexFile) continue;
+            if (!s_copied.Contains(Path.GetExtension(name)) || name == Checkpoint.IndexFile)
+                continue;
             byte[] content = File.ReadAllBytes(file);
             if (name == "config.json") content = WithType(content, type);
             AtomicFile.Write(Path.Combine(folder, name), stream => stream.Write(content));
@@ -72,7 +75,8 @@ public static class ModelFiles
     // Frozen values leave rounded to the run's type, as they took part in it.
     private static TensorToSave Frozen(StoredTensor stored, DType type)
     {
-        if (stored.Type == type) return TensorToSave.Raw(stored.Name, type, stored.Shape, stored.Data);
+        if (stored.Type == type)
+            return TensorToSave.Raw(stored.Name, type, stored.Shape, stored.Data);
         return new TensorToSave(stored.Name, type, stored.Shape, stream =>
         {
             float[] values = stored.ToFloats();

@@ -22,14 +22,14 @@ public sealed class Optimizer
     }
 
     /// <summary>
-    /// Updates that changed anything: the power of the bias corrections. Set by whoever learns from the
-    /// device whether the last one did.
+    /// Updates that changed anything: the power of the bias corrections. Set by whoever learns from
+    /// the device whether the last one did.
     /// </summary>
     public int Updates { get; set; }
 
     /// <summary>
-    /// F64[3], a <see cref="GradientNorm"/>: global L2 norm of the gradients before clipping, factor,
-    /// number of elements of gradients and losses that are not finite.
+    /// F64[3], a <see cref="GradientNorm"/>: global L2 norm of the gradients before clipping,
+    /// factor, number of elements of gradients and losses that are not finite.
     /// </summary>
     public Tensor Norm { get; }
 
@@ -38,8 +38,8 @@ public sealed class Optimizer
         _device.GradientNorm([_trainables.Gradients], _arguments.MaxGradNorm, Norm, losses);
 
     /// <summary>
-    /// Queues a change of all trained values by one step, with the gradients measured last. Where these
-    /// are not finite the device changes nothing.
+    /// Queues a change of all trained values by one step, with the gradients measured last. Where
+    /// these are not finite the device changes nothing.
     /// </summary>
     public void Step(double learningRate)
     {

@@ -94,7 +94,8 @@ internal sealed class Progress
         }
     }
 
-    // What matters most stands first: a narrow terminal cuts the end off, a wide one gets a bar too.
+    // What matters most stands first: a narrow terminal cuts the end off,
+    // a wide one gets a bar too.
     private void Draw(in StepReport report)
     {
         double share = _total == 0 ? 1 : (double)report.Step / _total;
@@ -168,7 +169,8 @@ internal sealed class Progress
         if (whole >= 3600)
         {
             _line.Append(
-                CultureInfo.InvariantCulture, $"{whole / 3600}:{whole / 60 % 60:00}:{whole % 60:00}");
+                CultureInfo.InvariantCulture,
+                $"{whole / 3600}:{whole / 60 % 60:00}:{whole % 60:00}");
         }
         else
         {

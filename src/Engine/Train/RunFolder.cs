@@ -17,7 +17,8 @@ public static class RunFolder
     // Locked while a run writes here; a killed run leaves the file, but not the lock.
     private const string ClaimName = "running" + Unfinished;
 
-    // "Would block" of Linux and of macOS, what an IOException says of a file that another has locked.
+    // "Would block" of Linux and of macOS, what an IOException says
+    // of a file that another has locked.
     private const int LinuxWouldBlock = 11, MacWouldBlock = 35;
 
     /// <summary>
@@ -41,7 +42,8 @@ public static class RunFolder
             string? resume = ResumeFolder(arguments);
             if (resume is null && !arguments.OverwriteOutputDir && FirstResult(folder) is { } name)
             {
-                throw new InputException($"output_dir {folder} is not empty (it has {name}): choose another, "
+                throw new InputException(
+                    $"output_dir {folder} is not empty (it has {name}): choose another, "
                     + "set resume_from_checkpoint to true, or overwrite_output_dir to true");
             }
 
@@ -62,7 +64,8 @@ public static class RunFolder
         {
             claimed?.Dispose();
             throw new InputException(
-                $"output_dir {folder} cannot be used: {Messages.OneLine(failure.Message)}", failure);
+                $"output_dir {folder} cannot be used: {Messages.OneLine(failure.Message)}",
+                failure);
         }
     }
 
@@ -83,7 +86,8 @@ public static class RunFolder
     }
 
     /// <summary>The final path of the checkpoint after a step.</summary>
-    public static string Checkpoint(string folder, int step) => Path.Combine(folder, $"{Prefix}{step}");
+    public static string Checkpoint(string folder, int step) =>
+        Path.Combine(folder, $"{Prefix}{step}");
 
     /// <summary>Keeps the newest checkpoints and removes the others; null keeps all.</summary>
     public static void Rotate(string folder, int? keep)
@@ -92,7 +96,9 @@ public static class RunFolder
         for (int i = 0; i < all.Count - (keep ?? all.Count); i++) Remove(all[i].Path);
     }
 
-    /// <summary>Removes a checkpoint that could not be finished, so that it takes no space.</summary>
+    /// <summary>
+    /// Removes a checkpoint that could not be finished, so that it takes no space.
+    /// </summary>
     public static void RemoveUnfinished(string checkpoint)
     {
         try
@@ -139,7 +145,8 @@ public static class RunFolder
                 throw new InputException($"resume_from_checkpoint {path}: there is no such folder");
             // The run would meet later checkpoints again, and take them for its own.
             if (all.Count > 0 && FullPath(all[^1].Path) != FullPath(path))
-                throw new InputException($"resume_from_checkpoint {path}: output_dir {arguments.OutputDir} "
+                throw new InputException(
+                    $"resume_from_checkpoint {path}: output_dir {arguments.OutputDir} "
                     + $"has {Path.GetFileName(all[^1].Path)}; remove what is not to be gone on from, or "
                     + "choose another output_dir");
             return path;

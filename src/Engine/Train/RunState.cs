@@ -7,9 +7,10 @@ using MiniCpmNative.Kernels;
 namespace MiniCpmNative.Engine.Train;
 
 /// <summary>
-/// What a run needs beyond its weights to go on bit for bit: the numbers here, and AdamW's moments and
-/// 16-bit weights' masters in optimizer.safetensors. Random numbers are keyed by seed and step and the
-/// order of rows by seed and epoch, so that a step number is the whole random state and data position.
+/// What a run needs beyond its weights to go on bit for bit: the numbers here, and AdamW's moments
+/// and 16-bit weights' masters in optimizer.safetensors. Random numbers are keyed by seed and step
+/// and the order of rows by seed and epoch, so that a step number is
+/// the whole random state and data position.
 /// </summary>
 public sealed record RunState(
     int Step, int Updates, int SkippedInARow, long Seed, long DataSeed, int Rows, string DataDigest)
@@ -23,10 +24,13 @@ public sealed record RunState(
         var tensors = new List<TensorToSave>();
         foreach (Trainable tensor in model.Trainables.List)
         {
-            tensors.Add(model.ToSave(First + tensor.Name, model.Trainables.FirstMoment(tensor.Name)));
-            tensors.Add(model.ToSave(Second + tensor.Name, model.Trainables.SecondMoment(tensor.Name)));
+            tensors.Add(
+                model.ToSave(First + tensor.Name, model.Trainables.FirstMoment(tensor.Name)));
+            tensors.Add(
+                model.ToSave(Second + tensor.Name, model.Trainables.SecondMoment(tensor.Name)));
             if (tensor.Type != DType.F32)
-                tensors.Add(model.ToSave(Master + tensor.Name, model.Trainables.Master(tensor.Name)));
+                tensors.Add(
+                    model.ToSave(Master + tensor.Name, model.Trainables.Master(tensor.Name)));
         }
 
         SafetensorsWriter.Write(Path.Combine(folder, OptimizerFile), tensors);
@@ -62,7 +66,8 @@ public sealed record RunState(
         {
             StoredTensor stored = file.Get(prefix + name);
             if (stored.Type != to.Type)
-                throw new InputException($"{file.Path}: {stored.Name} is {stored.Type}, this run keeps "
+                throw new InputException(
+                    $"{file.Path}: {stored.Name} is {stored.Type}, this run keeps "
                     + $"{to.Type} (optim): a run goes on only with the optimizer it was started with");
             model.Device.WriteFloats(to, stored.ToFloats());
         }

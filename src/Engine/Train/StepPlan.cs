@@ -28,10 +28,12 @@ public sealed class StepPlan
         _arguments = arguments;
         Rows = rows;
         int size = arguments.PerDeviceTrainBatchSize;
-        MicroBatches = arguments.DataloaderDropLast ? rows / size : (int)(((long)rows + size - 1) / size);
+        MicroBatches = arguments.DataloaderDropLast
+            ? rows / size : (int)(((long)rows + size - 1) / size);
         if (MicroBatches == 0)
         {
-            throw new InputException($"{arguments.DataPath}: {rows} rows, too few for one batch of {size}; "
+            throw new InputException(
+                $"{arguments.DataPath}: {rows} rows, too few for one batch of {size}; "
                 + "lower per_device_train_batch_size or set dataloader_drop_last to false");
         }
 
@@ -41,7 +43,8 @@ public sealed class StepPlan
             ? arguments.MaxSteps
             : Math.Ceiling(arguments.NumTrainEpochs * StepsPerEpoch);
         if (steps > int.MaxValue)
-            throw new InputException($"num_train_epochs {arguments.NumTrainEpochs} gives {steps:N0} steps, "
+            throw new InputException(
+                $"num_train_epochs {arguments.NumTrainEpochs} gives {steps:N0} steps, "
                 + $"more than {int.MaxValue:N0}");
         MaxSteps = (int)steps;
         Epochs = arguments.MaxSteps > 0

@@ -26,7 +26,8 @@ internal sealed class TensorBoardWriter : IDisposable
     {
         _clock = clock;
         long seconds = clock.GetUtcNow().ToUnixTimeSeconds();
-        string name = $"events.out.tfevents.{seconds}.{Environment.MachineName}.{Environment.ProcessId}";
+        string name =
+            $"events.out.tfevents.{seconds}.{Environment.MachineName}.{Environment.ProcessId}";
         string path = Path.Combine(folder, name);
         try
         {
@@ -53,7 +54,8 @@ internal sealed class TensorBoardWriter : IDisposable
     public void Write(LogEntry entry)
     {
         var summary = new MemoryStream();
-        foreach (var (name, value) in entry.Values.Concat(entry.Timing)) Scalar(summary, name, value);
+        foreach (var (name, value) in entry.Values.Concat(entry.Timing))
+            Scalar(summary, name, value);
         Scalar(summary, "epoch", entry.Epoch);
         var record = Event(entry.Step);
         Bytes(record, 5, summary.ToArray());

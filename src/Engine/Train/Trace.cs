@@ -6,15 +6,18 @@ using MiniCpmNative.Kernels;
 namespace MiniCpmNative.Engine.Train;
 
 /// <summary>
-/// Runs one batch and keeps its named intermediate tensors, for comparing with other implementations.
-/// Text tensors are packed: the rows' tokens follow each other without padding, and so do the pictures'
-/// patches. Gradients are those of the mean loss over all supervised tokens.
+/// Runs one batch and keeps its named intermediate tensors, for comparing with other
+/// implementations. Text tensors are packed: the rows' tokens follow each other without padding,
+/// and so do the pictures' patches. Gradients are those of the
+/// mean loss over all supervised tokens.
 /// </summary>
 public sealed class Trace : ITensorProbe
 {
     private readonly TrainingModel _model;
-    private readonly SortedDictionary<string, (Shape Shape, float[] Values)> _floats = new(StringComparer.Ordinal);
-    private readonly SortedDictionary<string, (Shape Shape, int[] Values)> _ints = new(StringComparer.Ordinal);
+    private readonly SortedDictionary<string, (Shape Shape, float[] Values)> _floats =
+        new(StringComparer.Ordinal);
+    private readonly SortedDictionary<string, (Shape Shape, int[] Values)> _ints =
+        new(StringComparer.Ordinal);
     private readonly Dictionary<int, string> _watched = [];
 
     private Trace(TrainingModel model) => _model = model;
@@ -75,7 +78,8 @@ public sealed class Trace : ITensorProbe
     {
         var labels = new int[batch.Tokens.Count];
         Array.Fill(labels, -100);
-        for (int i = 0; i < batch.LabelRows.Count; i++) labels[batch.LabelRows[i]] = batch.Targets[i];
+        for (int i = 0; i < batch.LabelRows.Count; i++)
+            labels[batch.LabelRows[i]] = batch.Targets[i];
         Add("input_ids", batch.Tokens.Span, batch.Tokens.Count);
         Add("labels", labels, labels.Length);
         Add("position_ids", batch.Positions.Span, batch.Positions.Count);
@@ -88,7 +92,8 @@ public sealed class Trace : ITensorProbe
         Add("vision.position_ids", positions, positions.Length);
     }
 
-    // Logits of all tokens at once would be the largest tensor by far; they leave in pieces of rows.
+    // Logits of all tokens at once would be the largest tensor by far;
+    // they leave in pieces of rows.
     private void AddLogits(Tensor hidden)
     {
         const int rows = 256;

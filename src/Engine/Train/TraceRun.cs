@@ -26,7 +26,8 @@ public static class TraceRun
             int row = rows.Find(id);
             if (row < 0)
             {
-                BadRow? bad = rows.Unreadable.FirstOrDefault(b => b.Id == id || $"{b.Number}" == id);
+                BadRow? bad =
+                    rows.Unreadable.FirstOrDefault(b => b.Id == id || $"{b.Number}" == id);
                 throw new InputException(bad?.ToString()
                     ?? $"{arguments.DataPath}: no row has the id or number \"{id}\"");
             }

@@ -53,7 +53,8 @@ public sealed class TrainLog : ITrainLog
             $"{run.Parameters:N0} parameters, {run.Trainable:N0} trained ({percent:0.00} %), on {run.Device}"));
         _progress.Message(FormattableString.Invariant(
             $"{run.Plan.Rows:N0} rows, {run.Plan.MaxSteps:N0} steps, {run.Plan.StepsPerEpoch:N0} per epoch"));
-        if (resumed is { } step) _progress.Message($"resumed after step {step} from {run.ResumedFrom}");
+        if (resumed is { } step)
+            _progress.Message($"resumed after step {step} from {run.ResumedFrom}");
         _progress.Start(_firstStep, run.Plan.MaxSteps);
     }
 
@@ -82,7 +83,8 @@ public sealed class TrainLog : ITrainLog
             r.Step, Run.Plan.EpochAfter(r.Step),
             [("eval_loss", r.Loss), ("eval_token_accuracy", r.TokenAccuracy),
                 ("eval_answer_accuracy", r.AnswerAccuracy)],
-            [("eval_runtime", r.Seconds), ("eval_samples_per_second", r.Rows / Math.Max(1e-9, r.Seconds))]));
+            [("eval_runtime", r.Seconds),
+                ("eval_samples_per_second", r.Rows / Math.Max(1e-9, r.Seconds))]));
         _progress.Message(FormattableString.Invariant(
             $"evaluation after step {r.Step}: loss {r.Loss:0.0000}, {100 * r.TokenAccuracy:0.00} % of ")
             + FormattableString.Invariant(
@@ -105,7 +107,8 @@ public sealed class TrainLog : ITrainLog
             double elapsed = Math.Max(1e-9, _progress.Elapsed);
             double rows = (double)done * Run.Arguments.PerDeviceTrainBatchSize
                 * Run.Arguments.GradientAccumulationSteps;
-            double loss = _state.Total.Count == 0 ? double.NaN : _state.Total.Sum / _state.Total.Count;
+            double loss = _state.Total.Count == 0
+                ? double.NaN : _state.Total.Sum / _state.Total.Count;
             Add(new LogEntry(
                 step, Run.Plan.EpochAfter(step),
                 [
@@ -120,7 +123,8 @@ public sealed class TrainLog : ITrainLog
                 _progress.Message(FormattableString.Invariant(
                     $"evaluation rows answered right, every token: {100 * first.AnswerAccuracy:0.0} % ")
                     + FormattableString.Invariant($"after step {first.Step}, ")
-                    + FormattableString.Invariant($"{100 * _lastEvaluation.AnswerAccuracy:0.0} % now"));
+                    + FormattableString.Invariant(
+                        $"{100 * _lastEvaluation.AnswerAccuracy:0.0} % now"));
         }
         else
         {

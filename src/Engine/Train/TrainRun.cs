@@ -6,9 +6,9 @@ using MiniCpmNative.Engine.Weights;
 namespace MiniCpmNative.Engine.Train;
 
 /// <summary>
-/// `cpmx train`: one run from its configuration to the saved result. Everything the user gave is read and
-/// checked before the first step; a stop request ends the run after the step it came in, with a
-/// checkpoint.
+/// `cpmx train`: one run from its configuration to the saved result. Everything the user gave is
+/// read and checked before the first step; a stop request ends the run after the step it came in,
+/// with a checkpoint.
 /// </summary>
 public sealed class TrainRun : IDisposable
 {
@@ -70,7 +70,8 @@ public sealed class TrainRun : IDisposable
             resumeFrom));
         if (_arguments.EvalOnStart && done == 0) Evaluate(0);
         done = Steps(done);
-        if (_stop.Reason == StopReason.None) ModelFiles.Save(_arguments.OutputDir, _model, _arguments);
+        if (_stop.Reason == StopReason.None)
+            ModelFiles.Save(_arguments.OutputDir, _model, _arguments);
         _log.End(done, _stop.Reason);
     }
 
@@ -93,9 +94,11 @@ public sealed class TrainRun : IDisposable
             _trainer.Queue(done, batches.AsSpan(0, micro), _schedule.At(done));
             loader.Return(micro);
             done++;
-            // Steps are reported when the device is done with them, all of them before what needs it.
+            // Steps are reported when the device is done with them,
+            // all of them before what needs it.
             StepActions after = _plan.After(done);
-            bool evaluate = after.HasFlag(StepActions.Evaluate), save = after.HasFlag(StepActions.Save);
+            bool evaluate = after.HasFlag(StepActions.Evaluate),
+                save = after.HasFlag(StepActions.Save);
             Report(all: evaluate || save || done == _plan.MaxSteps);
             if (evaluate) Evaluate(done);
             stop = _stop.Requested;
@@ -151,7 +154,8 @@ public sealed class TrainRun : IDisposable
         TrainingRows rows = _evaluationRows!;
         int size = _arguments.PerDeviceEvalBatchSize;
         long batches = (rows.Count + size - 1) / size;
-        using var loader = new BatchLoader(rows, size, batches, _workers, ahead: 2, (batch, numbers) =>
+        using var loader =
+            new BatchLoader(rows, size, batches, _workers, ahead: 2, (batch, numbers) =>
         {
             int begin = (int)(batch * size), count = Math.Min(size, rows.Count - begin);
             for (int i = 0; i < count; i++) numbers[i] = begin + i;
@@ -159,7 +163,8 @@ public sealed class TrainRun : IDisposable
         });
         Evaluation found = Evaluation.Run(_model, loader, batches);
         _log.Evaluation(new EvaluationReport(
-            step, found.Loss, found.TokenAccuracy, found.AnswerAccuracy, found.Rows, found.Seconds));
+            step, found.Loss, found.TokenAccuracy, found.AnswerAccuracy, found.Rows,
+            found.Seconds));
     }
 
     private void Save(int step)

@@ -6,15 +6,17 @@ using MiniCpmNative.Kernels;
 namespace MiniCpmNative.Engine.Train;
 
 /// <summary>
-/// Which tensors a configuration trains. Without adapters: the resampler always, the vision tower and
-/// the language model as tune_vision and tune_llm say, as the official script does. With adapters: their
-/// A and B (kept in F32, as PEFT keeps them), the modules trained whole beside them, and biases.
+/// Which tensors a configuration trains. Without adapters: the resampler always, the vision tower
+/// and the language model as tune_vision and tune_llm say, as the official script does. With
+/// adapters: their A and B (kept in F32, as PEFT keeps them),
+/// the modules trained whole beside them, and biases.
 /// </summary>
 public sealed record TrainedParts(
-    Adapters Adapters, AdapterConfig? Config, AdapterLayout? Layout, IReadOnlyList<Trainable> Tensors)
+    Adapters Adapters, AdapterConfig? Config, AdapterLayout? Layout,
+    IReadOnlyList<Trainable> Tensors)
 {
-    // Modules of type nn.LayerNorm, which the Hugging Face Trainer exempts from weight decay; RMS norms
-    // are exempt only where their name contains layernorm, so the decoder's last norm decays.
+    // Modules of type nn.LayerNorm, which the Hugging Face Trainer exempts from weight decay; RMS
+    // norms are exempt only where their name contains layernorm, so the decoder's last norm decays.
     private static readonly string[] s_layerNorms =
         ["layer_norm1", "layer_norm2", "post_layernorm", "ln_q", "ln_kv", "ln_post"];
 
@@ -24,7 +26,9 @@ public sealed record TrainedParts(
     /// <param name="arguments">The configuration.</param>
     /// <param name="adapter">The adapter to make or to start from; null without use_lora.</param>
     /// <param name="storage">Type of weights that are trained whole.</param>
-    /// <exception cref="InputException">Nothing is trained, or a named module does not exist.</exception>
+    /// <exception cref="InputException">
+    /// Nothing is trained, or a named module does not exist.
+    /// </exception>
     public static TrainedParts Choose(
         ModelSpec spec, TrainArguments arguments, AdapterConfig? adapter, DType storage)
     {
@@ -41,8 +45,10 @@ public sealed record TrainedParts(
             [.. layout.Targets.Select((m, i) => new Adapter(
                 m.Name, i, adapter.Rank, adapter.Scale, m.Inputs, m.Outputs))], adapter.Dropout);
         var whole = layout.Saved.Concat(layout.Biases).Select(p => p.Name).ToHashSet();
-        return new TrainedParts(adapters, adapter, layout, [.. layout.Tensors.Select(t => new Trainable(
-            t.Name, t.Shape, whole.Contains(t.Name) ? storage : DType.F32, Decays(t.Name, arguments)))]);
+        return new TrainedParts(adapters, adapter, layout,
+            [.. layout.Tensors.Select(t => new Trainable(
+            t.Name, t.Shape, whole.Contains(t.Name) ? storage : DType.F32,
+            Decays(t.Name, arguments)))]);
     }
 
     /// <summary>The adapter that a configuration asks for, or null without use_lora.</summary>
@@ -71,18 +77,20 @@ public sealed record TrainedParts(
         return true;
     }
 
-    // The loss is fused with the head's product, which has no place for an adapter; a tied head has no
-    // weight of its own to train.
+    // The loss is fused with the head's product, which has no place for an adapter; a tied head has
+    // no weight of its own to train.
     private static void RefuseHead(ModelSpec spec, AdapterConfig adapter, AdapterLayout layout)
     {
         const string head = "llm.lm_head";
         if (layout.Targets.Any(target => target.Name == head))
-            throw new InputException($"lora_target_modules matches {head}: an adapter on the output head is "
+            throw new InputException(
+                $"lora_target_modules matches {head}: an adapter on the output head is "
                 + "not supported; leave it out, or name lm_head in modules_to_save to train it whole");
         if (!spec.Decoder.TiedHead) return;
         foreach (string name in adapter.ModulesToSave)
             if (head.EndsWith(name, StringComparison.Ordinal))
-                throw new InputException($"modules_to_save {Messages.Quote(name)}: this model's {head} is "
+                throw new InputException(
+                    $"modules_to_save {Messages.Quote(name)}: this model's {head} is "
                     + "embed_tokens (tie_word_embeddings) and has no weight of its own; leave it out");
     }
 

@@ -9,15 +9,16 @@ using MiniCpmNative.Kernels.Updates;
 namespace MiniCpmNative.Engine.Train;
 
 /// <summary>
-/// The training loop. A step takes its micro-batches from the loader, runs forward and backward on each,
-/// and updates the trained values once. Losses are divided by the supervised tokens of the whole step,
-/// so that accumulating equals a larger batch. Nothing in here knows the device or the model's parts.
+/// The training loop. A step takes its micro-batches from the loader, runs forward and backward on
+/// each, and updates the trained values once. Losses are divided by the supervised tokens of the
+/// whole step, so that accumulating equals a larger batch.
+/// Nothing in here knows the device or the model's parts.
 ///
-/// A step is queued, and its result taken when it is there: at once on a device that is done when a call
-/// returns, else while the next step is already queued. Whether a step is applied is decided on the
-/// device, by the count of elements that are not finite. The host learns it before it queues the next
-/// step's update, whose bias corrections depend on it, and behind that step's forward and backward, so
-/// that the device is never without work.
+/// A step is queued, and its result taken when it is there: at once on a device that is done when a
+/// call returns, else while the next step is already queued. Whether a step is applied is decided
+/// on the device, by the count of elements that are not finite. The host learns it before it queues
+/// the next step's update, whose bias corrections depend on it, and behind that step's forward and
+/// backward, so that the device is never without work.
 /// A warm step allocates nothing on the managed heap.
 /// </summary>
 public sealed class Trainer
@@ -55,8 +56,8 @@ public sealed class Trainer
     }
 
     /// <summary>
-    /// Queues one optimizer step over the batches, which may change once this returns; results are taken
-    /// after each. step counts from 0; the masks of dropout follow from it.
+    /// Queues one optimizer step over the batches, which may change once this returns; results are
+    /// taken after each. step counts from 0; the masks of dropout follow from it.
     /// </summary>
     public void Queue(int step, ReadOnlySpan<Batch> batches, double learningRate)
     {
@@ -77,7 +78,8 @@ public sealed class Trainer
             isWeighted &= double.IsFinite(weight);
             _model.Device.Random = new Randomness(
                 (ulong)_arguments.Seed,
-                ((ulong)step * (ulong)_arguments.GradientAccumulationSteps) + (ulong)i, Dropout: true);
+                ((ulong)step * (ulong)_arguments.GradientAccumulationSteps) + (ulong)i,
+                Dropout: true);
             Backward(batches[i], weight, i);
         }
 
@@ -89,13 +91,14 @@ public sealed class Trainer
         if (isWeighted) _optimizer.Step(learningRate);
         _results!.Start(_optimizer.Norm, losses);
         for (int i = 0; i < batches.Length; i++) _weights[i] = Weight(batches, i, supervised);
-        _queued = new(step + 1, batches.Length, learningRate, tokens, supervised, isWeighted, started);
+        _queued = new(step + 1, batches.Length, learningRate, tokens, supervised, isWeighted,
+            started);
         _isQueued = true;
     }
 
     /// <summary>
-    /// The next result, in the order of the steps, if it is there or waited for; false when there is
-    /// none. Call it after each Queue until it is false.
+    /// The next result, in the order of the steps, if it is there or waited for; false when there
+    /// is none. Call it after each Queue until it is false.
     /// </summary>
     public bool TryTake(bool wait, out StepResult result)
     {
@@ -128,7 +131,8 @@ public sealed class Trainer
         ReadOnlySpan<byte> bytes = _results!.Wait();
         long now = Stopwatch.GetTimestamp();
         var norm = MemoryMarshal.Read<GradientNorm>(bytes);
-        ReadOnlySpan<float> losses = MemoryMarshal.Cast<byte, float>(bytes[Unsafe.SizeOf<GradientNorm>()..]);
+        ReadOnlySpan<float> losses =
+            MemoryMarshal.Cast<byte, float>(bytes[Unsafe.SizeOf<GradientNorm>()..]);
         double loss = 0;
         for (int i = 0; i < _queued.Passes; i++) loss += _weights[i] * losses[i];
         bool applied = _queued.IsUpdated && norm.NonFinite == 0;
@@ -153,15 +157,17 @@ public sealed class Trainer
     }
 
     private readonly record struct Queued(
-        int Step, int Passes, double LearningRate, long Tokens, long SupervisedTokens, bool IsUpdated,
+        int Step, int Passes, double LearningRate, long Tokens, long SupervisedTokens,
+        bool IsUpdated,
         long Started);
 }
 
 /// <summary>
-/// What one optimizer step did: its number from 1, the loss per supervised token, the global gradient
-/// norm before clipping, the learning rate used, tokens and supervised tokens, seconds, and whether it
-/// was skipped because loss or gradients were not finite.
+/// What one optimizer step did: its number from 1, the loss per supervised token, the global
+/// gradient norm before clipping, the learning rate used, tokens and supervised tokens, seconds,
+/// and whether it was skipped because loss or gradients were not finite.
 /// </summary>
 public readonly record struct StepResult(
-    int Step, double Loss, double GradientNorm, double LearningRate, long Tokens, long SupervisedTokens,
+    int Step, double Loss, double GradientNorm, double LearningRate, long Tokens,
+    long SupervisedTokens,
     double Seconds, bool Skipped);

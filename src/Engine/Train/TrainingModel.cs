@@ -7,7 +7,8 @@ using MiniCpmNative.Kernels;
 namespace MiniCpmNative.Engine.Train;
 
 /// <summary>
-/// A model on a device, ready to train or evaluate: what a configuration loads before the first row.
+/// A model on a device, ready to train or evaluate:
+/// what a configuration loads before the first row.
 /// </summary>
 public sealed class TrainingModel : IDisposable
 {
@@ -16,7 +17,8 @@ public sealed class TrainingModel : IDisposable
     private TrainingModel(OpenDevice device, Graph graph, ModelSpec spec, TrainedParts parts,
         Trainables trainables, MiniCpmModel model)
     {
-        (_device, Graph, Spec, Parts, Trainables, Model) = (device, graph, spec, parts, trainables, model);
+        (_device, Graph, Spec, Parts, Trainables, Model) =
+            (device, graph, spec, parts, trainables, model);
         Batch = new BatchTensors(Device, spec.Vision, spec.Resampler, spec.Decoder);
     }
 
@@ -53,8 +55,8 @@ public sealed class TrainingModel : IDisposable
     /// <param name="arguments">Say what is loaded where, and what of it is trained.</param>
     /// <param name="devices">Opens the device; null takes the machine's.</param>
     /// <param name="say">Takes a line on the choice of the device.</param>
-    /// <exception cref="InputException">The model, the adapter, the device or what is to be trained is
-    /// unusable.</exception>
+    /// <exception cref="InputException">The model, the adapter, the device or what is to be trained
+    /// is unusable.</exception>
     public static TrainingModel Open(
         TrainArguments arguments, DeviceSource? devices = null, Action<string>? say = null)
     {
@@ -62,7 +64,8 @@ public sealed class TrainingModel : IDisposable
         ModelSpec spec = ModelSpec.Read(folder);
         using Checkpoint checkpoint = Checkpoint.Open(folder);
         checkpoint.MustMatch(spec.Parameters);
-        using AdapterFile? start = arguments.LoraWeightPath is { } path ? AdapterFile.Open(path) : null;
+        using AdapterFile? start = arguments.LoraWeightPath is { } path
+            ? AdapterFile.Open(path) : null;
         // An adapter to start from brings its own rank, scale and targets.
         AdapterConfig? adapter = start is null
             ? TrainedParts.AdapterOf(arguments, spec)
@@ -99,7 +102,8 @@ public sealed class TrainingModel : IDisposable
     {
         AdapterConfig its = adapter.Config;
         if (Parts.Config is { } own && (its.Rank, its.Alpha) != (own.Rank, own.Alpha))
-            throw new InputException($"{adapter.Directory}: was made with lora_r {its.Rank} and lora_alpha "
+            throw new InputException(
+                $"{adapter.Directory}: was made with lora_r {its.Rank} and lora_alpha "
                 + $"{its.Alpha}, this run has {own.Rank} and {own.Alpha}");
         foreach (var (name, stored) in adapter.Match(Spec.Parameters))
         {

@@ -8,8 +8,9 @@ namespace MiniCpmNative.Engine.Weights;
 
 /// <summary>
 /// adapter_config.json of a PEFT LoRA adapter, the part of it that this program does. Written with
-/// exactly the keys and the layout of PEFT 0.14; read from any version: what is not supported (DoRA,
-/// rsLoRA, patterns, ...) is refused by its key, and unknown keys may only have a neutral value.
+/// exactly the keys and the layout of PEFT 0.14; read from any version: what is not supported
+/// (DoRA, rsLoRA, patterns, ...) is refused by its key,
+/// and unknown keys may only have a neutral value.
 /// </summary>
 public sealed record AdapterConfig
 {
@@ -18,13 +19,15 @@ public sealed record AdapterConfig
     // Keys that describe, or that only count together with others that are refused.
     private static readonly HashSet<string> s_ignored =
     [
-        "auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version",
+        "auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core",
+        "peft_version",
         "qalora_group_size", "revision", "task_type",
     ];
 
     private static readonly HashSet<string> s_read =
     [
-        "peft_type", "r", "lora_alpha", "lora_dropout", "bias", "target_modules", "layers_to_transform",
+        "peft_type", "r", "lora_alpha", "lora_dropout", "bias", "target_modules",
+        "layers_to_transform",
         "layers_pattern", "modules_to_save", "init_lora_weights",
     ];
 
@@ -53,7 +56,9 @@ public sealed record AdapterConfig
     /// <summary>The adapter's contribution is multiplied by it.</summary>
     public double Scale => Alpha / Rank;
 
-    /// <exception cref="InputException">Missing, malformed, or an adapter that is not supported.</exception>
+    /// <exception cref="InputException">
+    /// Missing, malformed, or an adapter that is not supported.
+    /// </exception>
     public static AdapterConfig Read(string path)
     {
         JsonValue json = JsonInput.ReadObject(path);
@@ -61,19 +66,23 @@ public sealed record AdapterConfig
         if (type.Text() != "LORA") throw type.Expected("\"LORA\"");
         foreach (var (name, value) in json.Members())
             if (!s_read.Contains(name) && !s_ignored.Contains(name) && !IsNeutral(value))
-                throw value.Error("asks for something that is not supported; expected null, false or nothing");
+                throw value.Error(
+                    "asks for something that is not supported; expected null, false or nothing");
         CheckInitialisation(json);
         try
         {
             return Parse(json);
         }
-        catch (InputException failure) when (!failure.Message.StartsWith(path, StringComparison.Ordinal))
+        catch (InputException failure) when (
+            !failure.Message.StartsWith(path, StringComparison.Ordinal))
         {
             throw new InputException($"{path}: target_modules: {failure.Message}", failure);
         }
     }
 
-    /// <summary>The file's text as PEFT 0.14 writes it: sorted keys, two spaces, no newline at the end.</summary>
+    /// <summary>
+    /// The file's text as PEFT 0.14 writes it: sorted keys, two spaces, no newline at the end.
+    /// </summary>
     public string ToJson()
     {
         var members = new SortedDictionary<string, Action<Utf8JsonWriter>>(StringComparer.Ordinal)
@@ -89,7 +98,8 @@ public sealed record AdapterConfig
             ["init_lora_weights"] = json => json.WriteBooleanValue(true),
             ["layer_replication"] = Null,
             ["layers_pattern"] = json => WriteList(json, LayersPattern, json.WriteStringValue),
-            ["layers_to_transform"] = json => WriteList(json, LayersToTransform ?? [], json.WriteNumberValue),
+            ["layers_to_transform"] = json =>
+                WriteList(json, LayersToTransform ?? [], json.WriteNumberValue),
             ["loftq_config"] = Empty,
             ["lora_alpha"] = json => json.WriteRawValue(Number(Alpha, whole: true)),
             ["lora_bias"] = False,
@@ -133,7 +143,8 @@ public sealed record AdapterConfig
             : indices.IsArray ? [.. indices.Items().Select(i => i.Int(0))] : [indices.Int(0)];
         TargetModules targets = ParseTargets(json["target_modules"]);
         if (targets.Pattern is not null && layers is { Count: > 0 })
-            throw json["layers_to_transform"].Error("cannot go with a regular expression in target_modules");
+            throw json["layers_to_transform"]
+                .Error("cannot go with a regular expression in target_modules");
         string? bias = json.Find("bias")?.Text();
         return new AdapterConfig
         {
@@ -153,7 +164,8 @@ public sealed record AdapterConfig
             ModulesToSave = Names(json, "modules_to_save"),
             BaseModel = TextOf(json, "base_model_name_or_path"),
             ModelClass = json.Find("auto_mapping") is { IsObject: true } map
-                && TextOf(map, "base_model_class") is { } name && TextOf(map, "parent_library") is { } library
+                && TextOf(map, "base_model_class") is { } name
+                && TextOf(map, "parent_library") is { } library
                 ? new ModelClass(name, library) : null,
         };
     }
@@ -171,7 +183,8 @@ public sealed record AdapterConfig
     {
         if (json.Find("init_lora_weights") is not { } start || start.IsBool) return;
         if (start.Text() != "gaussian")
-            throw start.Error($"is {Messages.Quote(start.Text())}, which is not supported; expected true, false"
+            throw start.Error(
+                $"is {Messages.Quote(start.Text())}, which is not supported; expected true, false"
                 + " or \"gaussian\"");
     }
 
@@ -186,8 +199,10 @@ public sealed record AdapterConfig
     private static List<string> Names(JsonValue json, string key)
     {
         if (json.Find(key) is not { } value) return [];
-        List<string> names = value.IsText ? [value.Text()] : [.. value.Items().Select(item => item.Text())];
-        return names.All(name => name.Length > 0) ? names : throw value.Error("holds an empty name");
+        List<string> names = value.IsText
+            ? [value.Text()] : [.. value.Items().Select(item => item.Text())];
+        return names.All(name => name.Length > 0)
+            ? names : throw value.Error("holds an empty name");
     }
 
     private static string? TextOf(JsonValue json, string key) =>

@@ -3,8 +3,9 @@ using MiniCpmNative.Engine.Config;
 namespace MiniCpmNative.Engine.Weights;
 
 /// <summary>
-/// A PEFT adapter directory: adapter_config.json and adapter_model.safetensors. Tensors may be of any
-/// float type; the engine's names (see <see cref="AdapterTensor"/>) stand on this side of the file's.
+/// A PEFT adapter directory: adapter_config.json and adapter_model.safetensors. Tensors may be of
+/// any float type; the engine's names (see <see cref="AdapterTensor"/>) stand on this side of the
+/// file's.
 /// </summary>
 public sealed class AdapterFile : IDisposable
 {
@@ -19,7 +20,9 @@ public sealed class AdapterFile : IDisposable
 
     public AdapterConfig Config { get; }
 
-    /// <exception cref="InputException">A file is missing or broken, or asks for what is not supported.</exception>
+    /// <exception cref="InputException">
+    /// A file is missing or broken, or asks for what is not supported.
+    /// </exception>
     public static AdapterFile Open(string directory)
     {
         if (!System.IO.Directory.Exists(directory))
@@ -27,47 +30,54 @@ public sealed class AdapterFile : IDisposable
         AdapterConfig config = AdapterConfig.Read(Path.Combine(directory, AdapterConfig.FileName));
         string weights = Path.Combine(directory, WeightsName);
         if (!File.Exists(weights) && File.Exists(Path.Combine(directory, "adapter_model.bin")))
-            throw new InputException($"{directory}: has adapter_model.bin only; convert it to {WeightsName}");
+            throw new InputException(
+                $"{directory}: has adapter_model.bin only; convert it to {WeightsName}");
         return new AdapterFile(directory, config, SafetensorsFile.Open(weights));
     }
 
     /// <summary>
-    /// The stored tensor of each tensor of the adapter, by the engine's name; without the biases that
-    /// PEFT trains but does not save.
+    /// The stored tensor of each tensor of the adapter, by the engine's name; without the biases
+    /// that PEFT trains but does not save.
     /// </summary>
     /// <exception cref="InputException">
     /// The configuration does not fit the model, or tensors are missing, unmatched or misshaped.
     /// </exception>
     public IReadOnlyDictionary<string, StoredTensor> Match(ParameterTable table)
     {
-        var layout = AdapterLayout.Create(table, Config, Path.Combine(Directory, AdapterConfig.FileName));
+        var layout =
+            AdapterLayout.Create(table, Config, Path.Combine(Directory, AdapterConfig.FileName));
         AdapterTensor[] wanted = [.. layout.Tensors
             .Where(tensor => !tensor.Optional || _file.Find(tensor.FileName) is not null)];
         var stored = TensorMatch.Require(
-            _file.Path, _file.Tensors, [.. wanted.Select(t => new ExpectedTensor(t.FileName, t.Shape))], Explain);
+            _file.Path, _file.Tensors,
+            [.. wanted.Select(t => new ExpectedTensor(t.FileName, t.Shape))], Explain);
         return wanted.Zip(stored).ToDictionary(
             pair => pair.First.Name, pair => pair.Second, StringComparer.Ordinal);
     }
 
     /// <summary>
-    /// Writes an adapter directory that PEFT loads. Tensors carry the engine's names and are exactly
-    /// those of the layout; the configuration comes last, so a directory with one is complete.
+    /// Writes an adapter directory that PEFT loads. Tensors carry the engine's names and are
+    /// exactly those of the layout; the configuration comes last,
+    /// so a directory with one is complete.
     /// </summary>
     /// <exception cref="RunException">A file cannot be written.</exception>
     /// <exception cref="ArgumentException">The tensors are not those of the layout.</exception>
     public static void Write(
-        string directory, AdapterConfig config, AdapterLayout layout, IEnumerable<TensorToSave> tensors)
+        string directory, AdapterConfig config, AdapterLayout layout,
+        IEnumerable<TensorToSave> tensors)
     {
         var byName = tensors.ToDictionary(tensor => tensor.Name, StringComparer.Ordinal);
         List<TensorToSave> renamed = [];
         foreach (var tensor in layout.Tensors)
         {
             if (!byName.Remove(tensor.Name, out var given) || given.Shape != tensor.Shape)
-                throw new ArgumentException($"{tensor.Name} {tensor.Shape} is missing or misshaped");
+                throw new ArgumentException(
+                    $"{tensor.Name} {tensor.Shape} is missing or misshaped");
             renamed.Add(given with { Name = tensor.FileName });
         }
 
-        if (byName.Count > 0) throw new ArgumentException($"{byName.Keys.First()} is not of the adapter");
+        if (byName.Count > 0)
+            throw new ArgumentException($"{byName.Keys.First()} is not of the adapter");
         System.IO.Directory.CreateDirectory(directory);
         SafetensorsWriter.Write(Path.Combine(directory, WeightsName), renamed);
         AtomicFile.WriteText(Path.Combine(directory, AdapterConfig.FileName), config.ToJson());
@@ -77,9 +87,12 @@ public sealed class AdapterFile : IDisposable
 
     private static string? Explain(string name)
     {
-        if (name.Contains("lora_magnitude_vector", StringComparison.Ordinal)) return "DoRA, not supported";
-        if (name.Contains("lora_embedding_", StringComparison.Ordinal)) return "adapter of an embedding, not supported";
-        if (name.EndsWith("lora_B.bias", StringComparison.Ordinal)) return "lora_bias, not supported";
+        if (name.Contains("lora_magnitude_vector", StringComparison.Ordinal))
+            return "DoRA, not supported";
+        if (name.Contains("lora_embedding_", StringComparison.Ordinal))
+            return "adapter of an embedding, not supported";
+        if (name.EndsWith("lora_B.bias", StringComparison.Ordinal))
+            return "lora_bias, not supported";
         if (name.Contains(".lora_", StringComparison.Ordinal)) return "not among target_modules";
         return name.StartsWith("base_model.model.", StringComparison.Ordinal)
             ? "not among modules_to_save" : "not a PEFT name";

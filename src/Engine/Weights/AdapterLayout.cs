@@ -5,15 +5,16 @@ using MiniCpmNative.Kernels;
 namespace MiniCpmNative.Engine.Weights;
 
 /// <summary>
-/// A tensor of an adapter: its name in the engine (official module, then lora_A.weight, or the plain
-/// official parameter), its name in PEFT's file, and whether PEFT may have left it out.
+/// A tensor of an adapter: its name in the engine (official module, then lora_A.weight, or the
+/// plain official parameter), its name in PEFT's file, and whether PEFT may have left it out.
 /// </summary>
-public sealed record AdapterTensor(string Name, string FileName, Shape Shape, bool Optional = false);
+public sealed record AdapterTensor(string Name, string FileName, Shape Shape,
+    bool Optional = false);
 
 /// <summary>
-/// What an adapter configuration means for a model, by PEFT's rules: which linear layers get A and B,
-/// which modules are trained whole, which biases are trained. PEFT 0.14 does not save the biases that it
-/// trains under bias "lora_only"; here they are saved under the name PEFT loads them by
+/// What an adapter configuration means for a model, by PEFT's rules: which linear layers get A and
+/// B, which modules are trained whole, which biases are trained. PEFT 0.14 does not save the biases
+/// that it trains under bias "lora_only"; here they are saved under the name PEFT loads them by
 /// (...q_proj.base_layer.bias), so that nothing is lost, and they may be absent when read.
 /// </summary>
 public sealed partial class AdapterLayout
@@ -34,12 +35,14 @@ public sealed partial class AdapterLayout
             tensors.Add(new(b, Prefix + b, new Shape(target.Outputs, config.Rank)));
         }
 
-        tensors.AddRange(saved.Select(tensor => new AdapterTensor(tensor.Name, Prefix + tensor.Name, tensor.Shape)));
+        tensors.AddRange(saved.Select(tensor =>
+            new AdapterTensor(tensor.Name, Prefix + tensor.Name, tensor.Shape)));
         foreach (var bias in biases)
         {
             string module = bias.Name[..bias.Name.LastIndexOf('.')];
             string file = wrapped.Contains(module) ? module + ".base_layer.bias" : bias.Name;
-            tensors.Add(new(bias.Name, Prefix + file, bias.Shape, config.Bias == LoraBias.LoraOnly));
+            tensors.Add(
+                new(bias.Name, Prefix + file, bias.Shape, config.Bias == LoraBias.LoraOnly));
         }
 
         Tensors = tensors;
@@ -57,8 +60,11 @@ public sealed partial class AdapterLayout
     /// <summary>All tensors of the adapter.</summary>
     public IReadOnlyList<AdapterTensor> Tensors { get; }
 
-    /// <param name="place">What errors begin with: the adapter's or the training's configuration file.</param>
-    /// <exception cref="InputException">A name matches nothing, or something no adapter can be put on.</exception>
+    /// <param name="place">What errors begin with: the adapter's or the training's configuration
+    /// file.</param>
+    /// <exception cref="InputException">
+    /// A name matches nothing, or something no adapter can be put on.
+    /// </exception>
     public static AdapterLayout Create(ParameterTable table, AdapterConfig config, string place)
     {
         var whole = WholeModules(table, config, place);
@@ -66,8 +72,10 @@ public sealed partial class AdapterLayout
             whole.Any(module => tensor.Name.StartsWith(module + ".", StringComparison.Ordinal)))];
         var savedNames = saved.Select(tensor => tensor.Name).ToHashSet(StringComparer.Ordinal);
         var targets = Select(table, config, whole, place);
-        var biased = targets.Select(target => target.Name + ".bias").ToHashSet(StringComparer.Ordinal);
-        List<ExpectedTensor> biases = [.. table.All.Where(tensor => !savedNames.Contains(tensor.Name)
+        var biased = targets.Select(target => target.Name + ".bias")
+            .ToHashSet(StringComparer.Ordinal);
+        List<ExpectedTensor> biases =
+            [.. table.All.Where(tensor => !savedNames.Contains(tensor.Name)
             && config.Bias switch
             {
                 LoraBias.All => tensor.Name.Contains("bias", StringComparison.Ordinal),
@@ -78,11 +86,13 @@ public sealed partial class AdapterLayout
     }
 
     // PEFT compares ends of names, not whole components.
-    private static List<string> WholeModules(ParameterTable table, AdapterConfig config, string place)
+    private static List<string> WholeModules(ParameterTable table, AdapterConfig config,
+        string place)
     {
         foreach (string name in config.ModulesToSave)
             if (!table.Modules.Any(module => module.EndsWith(name, StringComparison.Ordinal)))
-                throw new InputException($"{place}: modules_to_save {Messages.Quote(name)} is no module of the"
+                throw new InputException(
+                    $"{place}: modules_to_save {Messages.Quote(name)} is no module of the"
                     + $" model (did you mean \"{TrainKeys.Nearest(name, LastNames(table.Modules))}\"?)");
         return [.. table.Modules.Where(module => config.ModulesToSave
             .Any(name => module.EndsWith(name, StringComparison.Ordinal)))];
@@ -92,30 +102,36 @@ public sealed partial class AdapterLayout
         ParameterTable table, AdapterConfig config, List<string> whole, string place)
     {
         if (config.Targets.Pattern == "all-linear")
-            throw new InputException($"{place}: target_modules \"all-linear\" is not supported: it includes the"
+            throw new InputException(
+                $"{place}: target_modules \"all-linear\" is not supported: it includes the"
                 + " resampler's attention; list the suffixes instead, q_proj and so on");
         foreach (string suffix in config.Targets.Suffixes)
             if (!table.Modules.Any(module => IsOrEndsWith(module, suffix)))
-                throw new InputException($"{place}: target_modules {Messages.Quote(suffix)} is no module of the"
+                throw new InputException(
+                    $"{place}: target_modules {Messages.Quote(suffix)} is no module of the"
                     + $" model (did you mean \"{TrainKeys.Nearest(suffix, LastNames(table.Modules))}\"?)");
 
         var matched = table.Modules
             .Where(module => config.Targets.Matches(module) && LayerIsChosen(module, config))
             .Except(whole).ToHashSet(StringComparer.Ordinal);
-        List<LinearModule> targets = [.. table.Linears.Where(linear => matched.Remove(linear.Name))];
+        List<LinearModule> targets =
+            [.. table.Linears.Where(linear => matched.Remove(linear.Name))];
         if (matched.Contains("resampler.attn.out_proj"))
-            throw new InputException($"{place}: target_modules matches resampler.attn.out_proj, whose attention"
+            throw new InputException(
+                $"{place}: target_modules matches resampler.attn.out_proj, whose attention"
                 + " reads the weight directly: an adapter there would do nothing");
         if (matched.Count > 0)
             throw new InputException($"{place}: target_modules matches what is no linear layer:"
                 + $" {Messages.List([.. matched.Order(StringComparer.Ordinal)])}");
         if (targets.Count == 0)
-            throw new InputException($"{place}: target_modules {Shown(config)} matches no linear layer; there"
+            throw new InputException(
+                $"{place}: target_modules {Shown(config)} matches no linear layer; there"
                 + $" are {string.Join(", ", table.Linears.Select(l => Digits().Replace(l.Name, "N")).Distinct())}");
         List<string> inside = [.. targets.Select(target => target.Name).Where(name =>
             whole.Any(module => name.StartsWith(module + ".", StringComparison.Ordinal)))];
         if (inside.Count > 0)
-            throw new InputException($"{place}: target_modules matches layers of modules_to_save, which are trained"
+            throw new InputException(
+                $"{place}: target_modules matches layers of modules_to_save, which are trained"
                 + $" whole: {Messages.List(inside)}");
         return targets;
     }
@@ -123,7 +139,8 @@ public sealed partial class AdapterLayout
     // A module named in full is taken whatever its layer.
     private static bool LayerIsChosen(string module, AdapterConfig config)
     {
-        if (config.LayersToTransform is not { } layers || config.Targets.Suffixes.Contains(module)) return true;
+        if (config.LayersToTransform is not { } layers || config.Targets.Suffixes.Contains(module))
+            return true;
         string[] parts = module.Split('.');
         for (int i = parts.Length - 2; i >= 2; i--)
         {
@@ -145,7 +162,8 @@ public sealed partial class AdapterLayout
     private static string Shown(AdapterConfig config)
     {
         string targets = config.Targets.Pattern is { } pattern
-            ? Messages.Quote(pattern) : Messages.List([.. config.Targets.Suffixes.Select(Messages.Quote)]);
+            ? Messages.Quote(pattern)
+            : Messages.List([.. config.Targets.Suffixes.Select(Messages.Quote)]);
         return config.LayersToTransform is { } layers
             ? $"{targets} with layers_to_transform {string.Join(", ", layers)}" : targets;
     }

@@ -4,7 +4,8 @@ namespace MiniCpmNative.Engine.Weights;
 
 /// <summary>
 /// The weights of a Hugging Face model directory: model.safetensors, or the shards that
-/// model.safetensors.index.json names. A single file wins over an index, as it does in transformers.
+/// model.safetensors.index.json names. A single file wins over an index,
+/// as it does in transformers.
 /// </summary>
 public sealed class Checkpoint : IDisposable
 {
@@ -31,7 +32,8 @@ public sealed class Checkpoint : IDisposable
         var checkpoint = new Checkpoint(directory);
         try
         {
-            string single = Path.Combine(directory, SingleFile), index = Path.Combine(directory, IndexFile);
+            string single = Path.Combine(directory, SingleFile),
+                index = Path.Combine(directory, IndexFile);
             if (File.Exists(single)) checkpoint.AddSingle(single);
             else if (File.Exists(index)) checkpoint.AddShards(index);
             else throw NoWeights(directory);
@@ -50,8 +52,12 @@ public sealed class Checkpoint : IDisposable
     public StoredTensor Get(string name) => Find(name)
         ?? throw new InputException($"{Directory}: there is no tensor {Messages.Quote(name)}");
 
-    /// <summary>Requires exactly the model's tensors; returns them in the order of its table.</summary>
-    /// <exception cref="InputException">Missing, unmatched, misshaped or non-float tensors.</exception>
+    /// <summary>
+    /// Requires exactly the model's tensors; returns them in the order of its table.
+    /// </summary>
+    /// <exception cref="InputException">
+    /// Missing, unmatched, misshaped or non-float tensors.
+    /// </exception>
     public IReadOnlyList<StoredTensor> MustMatch(ParameterTable parameters) =>
         TensorMatch.Require(Directory, Tensors, parameters.All, ParameterTable.Explain);
 
@@ -94,7 +100,8 @@ public sealed class Checkpoint : IDisposable
             throw new InputException($"{index}: {absent.Count} tensors are not in their shards:"
                 + $" {Messages.List(absent)}");
         if (unlisted.Count > 0)
-            throw new InputException($"{index}: {unlisted.Count} tensors of the shards are not listed for"
+            throw new InputException(
+                $"{index}: {unlisted.Count} tensors of the shards are not listed for"
                 + $" them: {Messages.List(unlisted)}");
     }
 
@@ -106,6 +113,7 @@ public sealed class Checkpoint : IDisposable
     }
 
     // An index from elsewhere must not make the program open files outside the model's directory.
-    private static bool IsPlainName(string name) => name.EndsWith(".safetensors", StringComparison.Ordinal)
+    private static bool IsPlainName(string name) =>
+        name.EndsWith(".safetensors", StringComparison.Ordinal)
         && name.AsSpan().IndexOfAny('/', '\\', '\0') < 0;
 }

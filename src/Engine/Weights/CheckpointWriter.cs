@@ -4,9 +4,10 @@ using System.Text.Json;
 namespace MiniCpmNative.Engine.Weights;
 
 /// <summary>
-/// Saves the weights of a whole model as transformers' save_pretrained does: one model.safetensors, or
-/// shards of at most 5 GB, model-00001-of-00002.safetensors and so on, with
-/// model.safetensors.index.json. The index is written last, so it never names a shard that is not whole.
+/// Saves the weights of a whole model as transformers' save_pretrained does: one model.safetensors,
+/// or shards of at most 5 GB, model-00001-of-00002.safetensors and so on, with
+/// model.safetensors.index.json. The index is written last,
+/// so it never names a shard that is not whole.
 /// </summary>
 public static class CheckpointWriter
 {
@@ -19,11 +20,14 @@ public static class CheckpointWriter
         Encoder = JavaScriptEncoder.UnsafeRelaxedJsonEscaping,
     };
 
-    /// <summary>Writes the tensors, in shards that follow their order, and removes older weight files.</summary>
+    /// <summary>
+    /// Writes the tensors, in shards that follow their order, and removes older weight files.
+    /// </summary>
     /// <returns>The names of the files written.</returns>
     /// <exception cref="RunException">A file cannot be written.</exception>
     public static IReadOnlyList<string> Write(
-        string directory, IReadOnlyList<TensorToSave> tensors, long maxShardBytes = DefaultShardBytes)
+        string directory, IReadOnlyList<TensorToSave> tensors,
+        long maxShardBytes = DefaultShardBytes)
     {
         var shards = Split(tensors, maxShardBytes);
         List<string> written = [];
@@ -37,7 +41,8 @@ public static class CheckpointWriter
 
         if (shards.Count > 1)
         {
-            AtomicFile.WriteText(Path.Combine(directory, Checkpoint.IndexFile), Index(shards, written));
+            AtomicFile.WriteText(Path.Combine(directory, Checkpoint.IndexFile),
+                Index(shards, written));
             written.Add(Checkpoint.IndexFile);
         }
 
@@ -46,7 +51,8 @@ public static class CheckpointWriter
     }
 
     // A tensor larger than a shard gets its own.
-    private static List<List<TensorToSave>> Split(IReadOnlyList<TensorToSave> tensors, long maxBytes)
+    private static List<List<TensorToSave>> Split(IReadOnlyList<TensorToSave> tensors,
+        long maxBytes)
     {
         List<List<TensorToSave>> shards = [];
         List<TensorToSave> shard = [];
@@ -111,7 +117,8 @@ public static class CheckpointWriter
         }
         catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
         {
-            throw new RunException($"{path}: cannot remove: {Messages.OneLine(failure.Message)}", failure);
+            throw new RunException($"{path}: cannot remove: {Messages.OneLine(failure.Message)}",
+                failure);
         }
     }
 }

@@ -4,10 +4,11 @@ using System.IO.MemoryMappedFiles;
 namespace MiniCpmNative.Engine.Weights;
 
 /// <summary>
-/// A safetensors file, memory-mapped: 8 bytes header length (little-endian), JSON header, data. Opening
-/// reads and checks the header only; tensor bytes are read when they are touched. The header is checked
-/// completely: types, shapes, sizes, and that the tensors tile the data without gap or overlap.
-/// The file must not be shortened while it is open (writers rename whole files into place).
+/// A safetensors file, memory-mapped: 8 bytes header length (little-endian), JSON header, data.
+/// Opening reads and checks the header only; tensor bytes are read when they are touched. The
+/// header is checked completely: types, shapes, sizes, and that the tensors tile the data without
+/// gap or overlap. The file must not be shortened while it is open
+/// (writers rename whole files into place).
 /// </summary>
 public sealed unsafe class SafetensorsFile : IDisposable
 {
@@ -47,19 +48,23 @@ public sealed unsafe class SafetensorsFile : IDisposable
 
     public IReadOnlyDictionary<string, string> Metadata { get; }
 
-    /// <exception cref="InputException">The file is missing, unreadable or breaks the format.</exception>
+    /// <exception cref="InputException">
+    /// The file is missing, unreadable or breaks the format.
+    /// </exception>
     public static SafetensorsFile Open(string path)
     {
         using var stream = InputFile.Open(path, leastBytes: 8, buffer: 0);
         try
         {
             var map = MemoryMappedFile.CreateFromFile(
-                stream, null, 0, MemoryMappedFileAccess.Read, HandleInheritability.None, leaveOpen: true);
+                stream, null, 0, MemoryMappedFileAccess.Read, HandleInheritability.None,
+                leaveOpen: true);
             return new SafetensorsFile(path, map, stream.Length);
         }
         catch (IOException failure)
         {
-            throw new InputException($"{path}: cannot map: {Messages.OneLine(failure.Message)}", failure);
+            throw new InputException($"{path}: cannot map: {Messages.OneLine(failure.Message)}",
+                failure);
         }
     }
 
@@ -88,7 +93,8 @@ public sealed unsafe class SafetensorsFile : IDisposable
     {
         ulong claimed = BinaryPrimitives.ReadUInt64LittleEndian(prefix);
         if (claimed > (ulong)(fileBytes - 8))
-            throw new InputException($"{path}: header claims {claimed:N0} bytes, file has {fileBytes:N0}");
+            throw new InputException(
+                $"{path}: header claims {claimed:N0} bytes, file has {fileBytes:N0}");
         if (claimed > (ulong)MaxHeaderBytes)
             throw new InputException(
                 $"{path}: header claims {claimed:N0} bytes, more than the format's {MaxHeaderBytes:N0}");

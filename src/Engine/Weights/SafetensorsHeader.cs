@@ -6,9 +6,9 @@ namespace MiniCpmNative.Engine.Weights;
 
 /// <summary>
 /// Parser of a safetensors header: {"__metadata__": {text: text}, name: {"dtype", "shape",
-/// "data_offsets": [begin, end]}, ...}, UTF-8, padded with spaces. It reads tokens straight from the
-/// mapped bytes, so what it allocates is bounded by the header that is there. The tensors must tile the
-/// data exactly, as the format demands: neither gaps nor overlaps can hide anything.
+/// "data_offsets": [begin, end]}, ...}, UTF-8, padded with spaces. It reads tokens straight from
+/// the mapped bytes, so what it allocates is bounded by the header that is there. The tensors must
+/// tile the data exactly, as the format demands: neither gaps nor overlaps can hide anything.
 /// </summary>
 internal ref struct SafetensorsHeader
 {
@@ -20,7 +20,8 @@ internal ref struct SafetensorsHeader
     private readonly long _dataBytes;
     private Utf8JsonReader _reader;
 
-    private SafetensorsHeader(SafetensorsFile file, ReadOnlySpan<byte> json, long dataStart, long dataBytes)
+    private SafetensorsHeader(SafetensorsFile file, ReadOnlySpan<byte> json, long dataStart,
+        long dataBytes)
     {
         (_file, _dataStart, _dataBytes) = (file, dataStart, dataBytes);
         _reader = new Utf8JsonReader(json, new JsonReaderOptions { MaxDepth = MaxDepth });
@@ -30,7 +31,9 @@ internal ref struct SafetensorsHeader
 
     public Dictionary<string, string> Metadata { get; } = new(StringComparer.Ordinal);
 
-    /// <exception cref="InputException">The header breaks the format; names file and tensor.</exception>
+    /// <exception cref="InputException">
+    /// The header breaks the format; names file and tensor.
+    /// </exception>
     public static SafetensorsHeader Parse(
         SafetensorsFile file, ReadOnlySpan<byte> json, long dataStart, long dataBytes)
     {
@@ -162,13 +165,16 @@ internal ref struct SafetensorsHeader
             bytes *= (UInt128)size;
             if (bytes <= long.MaxValue) continue;
             // A later axis of 0 would make an empty tensor of it; no writer does that.
-            throw new InputException($"{place} has shape [{string.Join(", ", sizes)}], more than 2^63 bytes");
+            throw new InputException(
+                $"{place} has shape [{string.Join(", ", sizes)}], more than 2^63 bytes");
         }
 
         if (bytes != (UInt128)(end - begin))
-            throw new InputException($"{place} is {type.Name} [{string.Join(", ", sizes)}] = {bytes:N0} bytes,"
+            throw new InputException(
+                $"{place} is {type.Name} [{string.Join(", ", sizes)}] = {bytes:N0} bytes,"
                 + $" its data_offsets give {end - begin:N0}");
-        var tensor = new StoredTensor(_file, name, type, [.. sizes], _dataStart + begin, end - begin);
+        var tensor =
+            new StoredTensor(_file, name, type, [.. sizes], _dataStart + begin, end - begin);
         return (tensor, begin);
     }
 
@@ -190,7 +196,8 @@ internal ref struct SafetensorsHeader
         var numbers = new List<long>(most > 2 ? 4 : 2);
         while (_reader.Read() && _reader.TokenType != JsonTokenType.EndArray)
         {
-            if (_reader.TokenType != JsonTokenType.Number || !_reader.TryGetInt64(out long number) || number < 0)
+            if (_reader.TokenType != JsonTokenType.Number || !_reader.TryGetInt64(out long number)
+                || number < 0)
                 throw new InputException(
                     $"{place} has a \"{key}\" entry that is not a whole number from 0 to 2^63 - 1");
             if (numbers.Count == most)
@@ -203,5 +210,6 @@ internal ref struct SafetensorsHeader
 
     /// <summary>The next member's name, or null at the end of the object.</summary>
     private string? NextName() =>
-        _reader.Read() && _reader.TokenType == JsonTokenType.PropertyName ? _reader.GetString() : null;
+        _reader.Read() && _reader.TokenType == JsonTokenType.PropertyName
+            ? _reader.GetString() : null;
 }

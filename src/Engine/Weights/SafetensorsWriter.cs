@@ -20,13 +20,15 @@ public sealed unsafe record TensorToSave(string Name, DType Type, Shape Shape, A
     public static TensorToSave Raw(string name, DType type, Shape shape, nint data)
     {
         long bytes = checked(shape.Count * type.Size());
-        return new TensorToSave(name, type, shape, stream => WriteBytes(stream, (byte*)data, bytes));
+        return new TensorToSave(name, type, shape, stream =>
+            WriteBytes(stream, (byte*)data, bytes));
     }
 
     /// <summary>Saves floats rounded to a float type, chunk by chunk.</summary>
     public static TensorToSave Floats(string name, DType type, Shape shape, nint floats)
     {
-        if (!type.IsFloat()) throw new ArgumentOutOfRangeException(nameof(type), type, "not a float type");
+        if (!type.IsFloat())
+            throw new ArgumentOutOfRangeException(nameof(type), type, "not a float type");
         return new TensorToSave(name, type, shape, stream =>
         {
             var chunk = new byte[ChunkElements * type.Size()];
@@ -60,7 +62,9 @@ public static class SafetensorsWriter
     private static readonly JsonWriterOptions s_json =
         new() { Encoder = JavaScriptEncoder.UnsafeRelaxedJsonEscaping };
 
-    /// <summary>Writes all tensors under metadata {"format": "pt"}, which PyTorch's readers ask for.</summary>
+    /// <summary>
+    /// Writes all tensors under metadata {"format": "pt"}, which PyTorch's readers ask for.
+    /// </summary>
     /// <exception cref="RunException">The file cannot be written.</exception>
     /// <exception cref="ArgumentException">A name occurs twice.</exception>
     public static void Write(string path, IEnumerable<TensorToSave> tensors)
@@ -98,7 +102,8 @@ public static class SafetensorsWriter
             foreach (var tensor in tensors)
             {
                 if (!names.Add(tensor.Name))
-                    throw new ArgumentException($"tensor {Messages.Quote(tensor.Name)} is there twice");
+                    throw new ArgumentException(
+                        $"tensor {Messages.Quote(tensor.Name)} is there twice");
                 WriteTensor(json, tensor, offset);
                 offset = checked(offset + tensor.Bytes);
             }
@@ -117,7 +122,8 @@ public static class SafetensorsWriter
         json.WriteStartObject(tensor.Name);
         json.WriteString("dtype", StoredType.Of(tensor.Type).Name);
         json.WriteStartArray("shape");
-        for (int axis = 0; axis < tensor.Shape.Rank; axis++) json.WriteNumberValue(tensor.Shape[axis]);
+        for (int axis = 0; axis < tensor.Shape.Rank; axis++)
+            json.WriteNumberValue(tensor.Shape[axis]);
         json.WriteEndArray();
         json.WriteStartArray("data_offsets");
         json.WriteNumberValue(offset);

@@ -5,8 +5,8 @@ using MiniCpmNative.Kernels.Cpu;
 namespace MiniCpmNative.Engine.Weights;
 
 /// <summary>
-/// One tensor of an open <see cref="SafetensorsFile"/>: its description and where its bytes are mapped.
-/// Row-major, little-endian, not necessarily aligned.
+/// One tensor of an open <see cref="SafetensorsFile"/>: its description and where its bytes are
+/// mapped. Row-major, little-endian, not necessarily aligned.
 /// </summary>
 public sealed unsafe class StoredTensor
 {
@@ -14,9 +14,11 @@ public sealed unsafe class StoredTensor
     private readonly long _offset;
 
     internal StoredTensor(
-        SafetensorsFile file, string name, StoredType storedType, ImmutableArray<long> sizes, long offset, long bytes)
+        SafetensorsFile file, string name, StoredType storedType, ImmutableArray<long> sizes,
+        long offset, long bytes)
     {
-        (_file, Name, StoredType, Sizes, _offset, Bytes) = (file, name, storedType, sizes, offset, bytes);
+        (_file, Name, StoredType, Sizes, _offset, Bytes) =
+            (file, name, storedType, sizes, offset, bytes);
     }
 
     public string Name { get; }
@@ -24,7 +26,9 @@ public sealed unsafe class StoredTensor
     /// <summary>The type as the file names it, among them some that no kernel takes.</summary>
     public StoredType StoredType { get; }
 
-    /// <summary>Sizes as stored, of any rank and magnitude; <see cref="Shape"/> is the kernels' view.</summary>
+    /// <summary>
+    /// Sizes as stored, of any rank and magnitude; <see cref="Shape"/> is the kernels' view.
+    /// </summary>
     public ImmutableArray<long> Sizes { get; }
 
     public long Bytes { get; }
@@ -34,18 +38,23 @@ public sealed unsafe class StoredTensor
     /// <summary>File and tensor, as errors name them.</summary>
     public string Place => $"{_file.Path}: tensor {Messages.Quote(Name)}";
 
-    /// <exception cref="InputException">The kernels have no such type (BOOL counts as U8).</exception>
+    /// <exception cref="InputException">
+    /// The kernels have no such type (BOOL counts as U8).
+    /// </exception>
     public DType Type => StoredType.Kernel ?? throw new InputException(
         $"{Place} has type {StoredType.Name}, expected one of F32, BF16, F16, F64, I32, I64, U8, BOOL");
 
-    /// <exception cref="InputException">More than four axes, or one of 2^31 elements and more.</exception>
+    /// <exception cref="InputException">
+    /// More than four axes, or one of 2^31 elements and more.
+    /// </exception>
     public Shape Shape
     {
         get
         {
             // A zero axis lets the others be anything, so their product is bounded here too.
             if (Sizes.Length > Shape.MaxRank || Sizes.Any(size => size > int.MaxValue)
-                || Sizes.Aggregate(1.0, (product, size) => product * Math.Max(1, size)) > long.MaxValue / 2)
+                || Sizes.Aggregate(1.0, (product, size) =>
+                    product * Math.Max(1, size)) > long.MaxValue / 2)
                 throw new InputException($"{Place} has shape {SizesText}, expected at most"
                     + $" {Shape.MaxRank} axes of less than 2^31 elements each, 2^62 in all");
             Span<int> sizes = stackalloc int[Sizes.Length];
@@ -60,7 +69,9 @@ public sealed unsafe class StoredTensor
     /// <exception cref="ObjectDisposedException">The file was closed.</exception>
     public nint Data => _file.Address(_offset);
 
-    /// <summary>The bytes of a tensor below 2 GiB; larger ones are read through <see cref="Data"/>.</summary>
+    /// <summary>
+    /// The bytes of a tensor below 2 GiB; larger ones are read through <see cref="Data"/>.
+    /// </summary>
     /// <exception cref="InvalidOperationException">The tensor is larger.</exception>
     public ReadOnlySpan<byte> Span => Bytes <= int.MaxValue
         ? new ReadOnlySpan<byte>((void*)Data, (int)Bytes)

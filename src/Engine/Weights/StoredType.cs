@@ -4,8 +4,8 @@ using MiniCpmNative.Kernels;
 namespace MiniCpmNative.Engine.Weights;
 
 /// <summary>
-/// A safetensors element type: its name in the header, bytes, and the kernels' type if there is one.
-/// Order is the place in the format's own list: writers put the tensors of higher types first.
+/// A safetensors element type: its name in the header, bytes, and the kernels' type if there is
+/// one. Order is the place in the format's own list: writers put the tensors of higher types first.
 /// </summary>
 public sealed record StoredType(string Name, int Size, DType? Kernel, int Order)
 {

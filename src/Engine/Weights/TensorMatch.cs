@@ -6,15 +6,19 @@ namespace MiniCpmNative.Engine.Weights;
 public sealed record ExpectedTensor(string Name, Shape Shape);
 
 /// <summary>
-/// Compares the tensors of files with those a model expects. All differences of one load are reported in
-/// one error, so that a wrong checkpoint is recognised at once; nothing is ever left out in silence.
+/// Compares the tensors of files with those a model expects. All differences of one load are
+/// reported in one error, so that a wrong checkpoint is recognised at once;
+/// nothing is ever left out in silence.
 /// </summary>
 public static class TensorMatch
 {
     /// <summary>The stored tensor of each expected one, in the order of the expectation.</summary>
     /// <param name="place">The file or directory the error begins with.</param>
-    /// <param name="explain">Says what an unmatched tensor is, or null when nothing is known.</param>
-    /// <exception cref="InputException">Missing, unmatched, misshaped or non-float tensors.</exception>
+    /// <param name="explain">Says what an unmatched tensor is, or null when nothing is
+    /// known.</param>
+    /// <exception cref="InputException">
+    /// Missing, unmatched, misshaped or non-float tensors.
+    /// </exception>
     public static IReadOnlyList<StoredTensor> Require(
         string place,
         IReadOnlyCollection<StoredTensor> stored,
@@ -43,7 +47,8 @@ public static class TensorMatch
             .Select(name => Explained(name, explain))];
         List<string> problems = [.. new[]
         {
-            Listed("missing", missing), Listed("unmatched", unmatched), Listed("misshaped", misshaped),
+            Listed("missing", missing), Listed("unmatched", unmatched),
+            Listed("misshaped", misshaped),
             Listed("not of type F32, BF16, F16 or F64", mistyped),
         }.Where(problem => problem.Length > 0)];
         if (problems.Count == 0) return matched;

@@ -5,9 +5,9 @@ using System.Runtime.CompilerServices;
 namespace MiniCpmNative.Kernels.Cpu;
 
 /// <summary>
-/// One run of an operation on the CPU as typed matrices. Inputs stored in another float type than T are
-/// widened into scratch when asked for, so that only operations with large weights care about storage
-/// types. Scratch lives until the operation returns.
+/// One run of an operation on the CPU as typed matrices. Inputs stored in another float type than T
+/// are widened into scratch when asked for, so that only operations with large weights care about
+/// storage types. Scratch lives until the operation returns.
 /// </summary>
 public readonly unsafe ref struct CpuCall<T>(CpuDevice device, Op op, OpCall call)
     where T : unmanaged, IBinaryFloatingPointIeee754<T>
@@ -24,7 +24,8 @@ public readonly unsafe ref struct CpuCall<T>(CpuDevice device, Op op, OpCall cal
     public bool Recorded => _call.Recorded;
 
     /// <summary>The tensor itself, for operations that handle its storage type.</summary>
-    public Tensor Input(int index) => index < _call.Inputs.Length ? _call.Inputs[index] : Tensor.None;
+    public Tensor Input(int index) =>
+        index < _call.Inputs.Length ? _call.Inputs[index] : Tensor.None;
 
     /// <summary>An input as a matrix of T; no data if it was not given.</summary>
     public Matrix<T> In(int index)
@@ -71,7 +72,8 @@ public readonly unsafe ref struct CpuCall<T>(CpuDevice device, Op op, OpCall cal
     }
 
     /// <summary>A matrix of undefined content that lives until the operation returns.</summary>
-    public Matrix<T> Scratch(Shape shape) => Typed<T>(device.Step.Push(new Spec(Float, shape), op.Name));
+    public Matrix<T> Scratch(Shape shape) =>
+        Typed<T>(device.Step.Push(new Spec(Float, shape), op.Name));
 
     /// <summary>Integers of undefined content that live until the operation returns.</summary>
     public Matrix<int> ScratchInts(int count) =>
@@ -97,7 +99,9 @@ public readonly unsafe ref struct CpuCall<T>(CpuDevice device, Op op, OpCall cal
     }
 }
 
-/// <summary>A contiguous row-major matrix in host memory; Data is null when there is none.</summary>
+/// <summary>
+/// A contiguous row-major matrix in host memory; Data is null when there is none.
+/// </summary>
 public readonly unsafe struct Matrix<T>(T* data, int rows, int cols)
     where T : unmanaged
 {
@@ -114,7 +118,8 @@ public readonly unsafe struct Matrix<T>(T* data, int rows, int cols)
         new(Data, typeof(T) == typeof(double) ? DType.F64 : DType.F32, Rows, Cols);
 
     /// <summary>Rows from first on, at most count.</summary>
-    public Matrix<T> Slice(int first, int count) => new(Row(first), Math.Min(count, Rows - first), Cols);
+    public Matrix<T> Slice(int first, int count) =>
+        new(Row(first), Math.Min(count, Rows - first), Cols);
 
     public T* Row(int row) => Data + ((long)row * Cols);
 
@@ -137,7 +142,9 @@ public readonly unsafe struct Gradient<T>(Matrix<T> into, bool accumulate)
     public void Put(long index, T value) =>
         Into.Data[index] = Accumulate ? Into.Data[index] + value : value;
 
-    /// <summary>Writes row sourceRow of source as row row, or adds it; zero where there is no source.</summary>
+    /// <summary>
+    /// Writes row sourceRow of source as row row, or adds it; zero where there is no source.
+    /// </summary>
     public void PutRow(int row, Matrix<T> source, int sourceRow)
     {
         Span<T> into = Into.RowSpan(row);

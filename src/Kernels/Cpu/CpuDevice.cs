@@ -5,9 +5,9 @@ using MiniCpmNative.Kernels.Updates;
 namespace MiniCpmNative.Kernels.Cpu;
 
 /// <summary>
-/// The processor as a device: managed SIMD kernels on all cores, activations in F32. The arena reserves
-/// address space as large as the machine's memory; pages are taken when first touched, so that only
-/// what a step really uses counts. An F64 device exists for gradient checks.
+/// The processor as a device: managed SIMD kernels on all cores, activations in F32. The arena
+/// reserves address space as large as the machine's memory; pages are taken when first touched, so
+/// that only what a step really uses counts. An F64 device exists for gradient checks.
 /// </summary>
 public sealed unsafe class CpuDevice : Device
 {
@@ -21,7 +21,8 @@ public sealed unsafe class CpuDevice : Device
     private long _sharedLeft;
 
     /// <param name="threads">Threads to compute on; null takes all processors.</param>
-    /// <param name="stepBytes">Largest size of the step arena; null takes the machine's memory.</param>
+    /// <param name="stepBytes">Largest size of the step arena; null takes the machine's
+    /// memory.</param>
     /// <param name="activations">F32, or F64 for gradient checks.</param>
     public CpuDevice(int? threads = null, long? stepBytes = null, DType activations = DType.F32)
     {
@@ -94,7 +95,8 @@ public sealed unsafe class CpuDevice : Device
         ReadOnlySpan<Tensor> gradients, double maxNorm, in Tensor into, in Tensor losses)
     {
         double squares = 0, nonFinite = 0, ignored = 0;
-        foreach (ref readonly Tensor gradient in gradients) Add(gradient, ref squares, ref nonFinite);
+        foreach (ref readonly Tensor gradient in gradients)
+            Add(gradient, ref squares, ref nonFinite);
         if (losses.Exists) Add(losses, ref ignored, ref nonFinite);
         Write(into, [Updates.GradientNorm.Of(squares, nonFinite, maxNorm)]);
     }
@@ -124,7 +126,8 @@ public sealed unsafe class CpuDevice : Device
         Step.Check(tensor);
         int count = checked((int)tensor.Shape.Count);
         if (value == 0) NativeMemory.Clear((void*)tensor.Data, (nuint)tensor.Spec.Bytes);
-        else if (tensor.Type == DType.F32) new Span<float>((void*)tensor.Data, count).Fill((float)value);
+        else if (tensor.Type == DType.F32)
+            new Span<float>((void*)tensor.Data, count).Fill((float)value);
         else if (tensor.Type == DType.F64) new Span<double>((void*)tensor.Data, count).Fill(value);
         else throw new ShapeException($"fill of {tensor.Spec} with {value}");
     }

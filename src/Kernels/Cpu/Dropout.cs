@@ -5,8 +5,8 @@ using System.Runtime.Intrinsics;
 namespace MiniCpmNative.Kernels.Cpu;
 
 /// <summary>
-/// One layer's dropout of one step over a matrix of some columns, as <see cref="Philox"/> defines it. The
-/// mask is drawn where it is used, in forward and again in backward, and never stored.
+/// One layer's dropout of one step over a matrix of some columns, as <see cref="Philox"/> defines
+/// it. The mask is drawn where it is used, in forward and again in backward, and never stored.
 /// </summary>
 internal readonly unsafe struct Dropout<T>
     where T : unmanaged, IBinaryFloatingPointIeee754<T>
@@ -29,8 +29,8 @@ internal readonly unsafe struct Dropout<T>
     public bool Active { get; }
 
     /// <summary>
-    /// y = factor * x, or y += factor * x, over rows firstRow .. of the masked matrix, which x and y hold
-    /// from their start.
+    /// y = factor * x, or y += factor * x, over rows firstRow .. of the masked matrix, which x and
+    /// y hold from their start.
     /// </summary>
     public void Apply(Workers workers, Matrix<T> x, long firstRow, Matrix<T> y, bool accumulate)
     {
@@ -39,7 +39,8 @@ internal readonly unsafe struct Dropout<T>
             throw new ShapeException($"dropout over more than 2^34 elements: [{x.Rows}, {x.Cols}]");
         long lead = first % 32;
         int pieces = checked((int)((lead + x.Count + Piece - 1) / Piece));
-        workers.For(pieces, new Pieces(this, x.Data, y.Data, first, x.Count, accumulate), minChunk: 4);
+        workers.For(pieces, new Pieces(this, x.Data, y.Data, first, x.Count, accumulate),
+            minChunk: 4);
     }
 
     private readonly struct Pieces(
@@ -53,7 +54,8 @@ internal readonly unsafe struct Dropout<T>
             {
                 long start = origin + ((long)piece * Piece);
                 int length = (int)Math.Min(Piece, last - start);
-                Philox.Mask(dropout._random, dropout._layer, dropout._threshold, start, length, keep);
+                Philox.Mask(dropout._random, dropout._layer, dropout._threshold, start,
+                    length, keep);
                 int skip = (int)Math.Max(0, first - start);
                 long at = start + skip - first;
                 Multiply(x + at, keep + skip, dropout._scale, y + at, length - skip, accumulate);

@@ -10,8 +10,8 @@ public interface IMap<T>
 }
 
 /// <summary>
-/// Element-wise loops, each formula written once: whole vectors, then one padded vector for the rest.
-/// Operands may be null (zero is read) and may be the result's memory. Memory-bound.
+/// Element-wise loops, each formula written once: whole vectors, then one padded vector for the
+/// rest. Operands may be null (zero is read) and may be the result's memory. Memory-bound.
 /// </summary>
 public static unsafe class Elementwise
 {
@@ -46,12 +46,14 @@ public static unsafe class Elementwise
 
     /// <summary>The same for a whole tensor on all threads; absent operands have no data.</summary>
     public static void Map<T, TMap>(
-        Workers workers, Matrix<T> a, Matrix<T> b, Matrix<T> c, Matrix<T> y, bool accumulate, TMap map)
+        Workers workers, Matrix<T> a, Matrix<T> b, Matrix<T> c, Matrix<T> y, bool accumulate,
+        TMap map)
         where T : unmanaged
         where TMap : unmanaged, IMap<T>
     {
         int blocks = checked((int)((y.Count + Block - 1) / Block));
-        workers.For(blocks, new Blocks<T, TMap>(a.Data, b.Data, c.Data, y.Data, y.Count, accumulate, map));
+        workers.For(blocks,
+            new Blocks<T, TMap>(a.Data, b.Data, c.Data, y.Data, y.Count, accumulate, map));
     }
 
     /// <summary>into = x * scale, or adds it: the gradient of everything linear.</summary>

@@ -8,12 +8,12 @@ namespace MiniCpmNative.Kernels.Cpu;
 /// running maximum and sum (Milakov and Gimelshein 2018; Dao et al. 2022), and its gradients from
 /// lse. A query that sees no key gets o = 0, lse = -infinity and no gradient.
 ///
-/// Forward works on blocks of queries. Backward works on whole heads where there are enough of them for
-/// the threads, in five products for each tile; else on blocks of queries for dq and on blocks of keys
-/// for dk and dv, recomputing q k^T and dO v^T: seven products. Every output element has one owner that
-/// sums in a fixed order, the same in either way: the result does not depend on the number of threads.
-/// A block's lanes are (query, head of the group) pairs, so that grouped heads share key reads. Causal
-/// attention visits only the tiles below the diagonal.
+/// Forward works on blocks of queries. Backward works on whole heads where there are enough of them
+/// for the threads, in five products for each tile; else on blocks of queries for dq and on blocks
+/// of keys for dk and dv, recomputing q k^T and dO v^T: seven products. Every output element has
+/// one owner that sums in a fixed order, the same in either way: the result does not depend on the
+/// number of threads. A block's lanes are (query, head of the group) pairs, so that grouped heads
+/// share key reads. Causal attention visits only the tiles below the diagonal.
 /// </summary>
 public static unsafe class FlashAttention
 {
@@ -108,14 +108,22 @@ public static unsafe class FlashAttention
         {
             workers.For(
                 QueryBlocks(a, width),
-                new FlashAttention<TLanes, TVector, T>.QueryGradients { Arguments = a, Gradients = g });
+                new FlashAttention<TLanes, TVector, T>.QueryGradients
+                {
+                    Arguments = a,
+                    Gradients = g
+                });
         }
 
         if (keys)
         {
             workers.For(
                 KeyBlocks(a, width),
-                new FlashAttention<TLanes, TVector, T>.KeyGradients { Arguments = a, Gradients = g });
+                new FlashAttention<TLanes, TVector, T>.KeyGradients
+                {
+                    Arguments = a,
+                    Gradients = g
+                });
         }
     }
 
@@ -126,9 +134,9 @@ public static unsafe class FlashAttention
             : FlashAttention<Lanes256<T>, Vector256<T>, T>.Width;
 
     /// <summary>
-    /// Whether five products over whole heads end before seven over blocks. Threads that take the next
-    /// head when they are done are done with all of them after total / threads + (1 - 1 / threads) *
-    /// largest at most (Graham 1969); blocks are many and small.
+    /// Whether five products over whole heads end before seven over blocks. Threads that take the
+    /// next head when they are done are done with all of them after total / threads + (1 - 1 /
+    /// threads) * largest at most (Graham 1969); blocks are many and small.
     /// </summary>
     private static bool HasEnoughHeads<T>(in AttentionArguments<T> a, int threads)
         where T : unmanaged, IBinaryFloatingPointIeee754<T>

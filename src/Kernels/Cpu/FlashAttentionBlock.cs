@@ -68,7 +68,8 @@ internal unsafe struct AttentionBlock
     }
 
     /// <summary>
-    /// How many of the block's keys, the first ones, some query sees, and the first query that does.
+    /// How many of the block's keys, the first ones, some query sees,
+    /// and the first query that does.
     /// </summary>
     public readonly int SeenLanes(bool causal, out int from)
     {

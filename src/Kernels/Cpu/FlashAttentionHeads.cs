@@ -3,10 +3,11 @@ namespace MiniCpmNative.Kernels.Cpu;
 internal static unsafe partial class FlashAttention<TLanes, TVector, T>
 {
     /// <summary>
-    /// dq, dk and dv of one key head of a sequence, one query head after another: q k^T and dO v^T of a
-    /// tile, there for dk and dv, serve dq too, 10 * headDim flops per visible (query, key) pair where
-    /// QueryGradients and KeyGradients take 14. All sums are theirs, in the same order, and so are the
-    /// bits. dq of a head and, in groups of heads, dk and dv of all keys are kept in scratch memory.
+    /// dq, dk and dv of one key head of a sequence, one query head after another: q k^T and dO v^T
+    /// of a tile, there for dk and dv, serve dq too, 10 * headDim flops per visible (query, key)
+    /// pair where QueryGradients and KeyGradients take 14. All sums are theirs, in the same order,
+    /// and so are the bits. dq of a head and, in groups of heads,
+    /// dk and dv of all keys are kept in scratch memory.
     /// </summary>
     public struct HeadGradients : IRangeBody
     {
@@ -92,7 +93,8 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
 
         /// <summary>dq of some queries, [columns / Width][queries][Width], plus ds k.</summary>
         private readonly void AddQueries(
-            in AttentionBlock block, in AttentionScratch<T> scratch, in AttentionHeadScratch<T> room,
+            in AttentionBlock block, in AttentionScratch<T> scratch,
+            in AttentionHeadScratch<T> room,
             int query, int queries, int seen)
         {
             T* keys = room.Keys;
@@ -112,7 +114,8 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
             TVector scale = TLanes.Broadcast(Arguments.Scale);
             for (int i = 0; i < block.Queries; i++)
             {
-                T* row = target.Data + ((block.QueryStart + i) * target.Stride) + ((nint)head * dim);
+                T* row = target.Data + ((block.QueryStart + i) * target.Stride)
+                    + ((nint)head * dim);
                 for (int d = 0; d < dim; d += Width)
                 {
                     T* from = dq + ((((nint)d / Width * block.Queries) + i) * Width);
@@ -121,7 +124,8 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
                     {
                         T* to = row + d + at;
                         TVector value = TLanes.Multiply(TLanes.Load(from + at), scale);
-                        TLanes.Store(to, target.Accumulate ? TLanes.Add(value, TLanes.Load(to)) : value);
+                        TLanes.Store(to,
+                            target.Accumulate ? TLanes.Add(value, TLanes.Load(to)) : value);
                     }
 
                     for (; at < count; at++)

@@ -18,7 +18,8 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
             new Span<T>(scratch.Keep, Width).Fill(T.One);
             var tiles = new KeyTiles(Arguments, Gradients);
             for (int item = begin; item < end; item++)
-                Sum(tiles, AttentionBlock.Locate(Arguments, item, lanesAreKeys: true, Width), scratch);
+                Sum(tiles, AttentionBlock.Locate(Arguments, item, lanesAreKeys: true, Width),
+                    scratch);
         }
 
         private readonly void Sum(
@@ -49,7 +50,8 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
     /// <summary>
     /// Tiles of up to Depth queries of a head and a block of keys, which are the lanes.
     /// </summary>
-    private readonly struct KeyTiles(in AttentionArguments<T> arguments, in AttentionGradients<T> gradients)
+    private readonly struct KeyTiles(in AttentionArguments<T> arguments,
+        in AttentionGradients<T> gradients)
     {
         private readonly AttentionArguments<T> _a = arguments;
         private readonly AttentionGradients<T> _g = gradients;
@@ -78,11 +80,12 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
         }
 
         /// <summary>
-        /// Adds to the sums of dk and dv what some queries give; leaves ds in ScoreGradients where dk or
-        /// dq is wanted. Without keep the sums begin here.
+        /// Adds to the sums of dk and dv what some queries give; leaves ds in ScoreGradients where
+        /// dk or dq is wanted. Without keep the sums begin here.
         /// </summary>
         public void Add(
-            in AttentionBlock block, in AttentionScratch<T> scratch, int head, int query, int queries,
+            in AttentionBlock block, in AttentionScratch<T> scratch, int head, int query,
+            int queries,
             AttentionQuery<T>* prepared, T* keep)
         {
             int dim = _a.HeadDim;
@@ -115,7 +118,9 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
                 Product(scratch.LeftSum, keep, q, 1, _a.QStride, dim, dp, queries);
         }
 
-        /// <summary>Writes dk and dv of the block: sums in the lanes that are seen, else 0.</summary>
+        /// <summary>
+        /// Writes dk and dv of the block: sums in the lanes that are seen, else 0.
+        /// </summary>
         public void Store(in AttentionBlock block, in AttentionScratch<T> scratch, int seen)
         {
             var rows = LaneRows<T>.OfKeys(block);

@@ -93,8 +93,8 @@ internal readonly unsafe struct AttentionScratch<T>
 }
 
 /// <summary>
-/// What a worker that computes all gradients of a head keeps of it, behind its tiles. Sums of dk and dv
-/// of all keys are kept only where several query heads add to them.
+/// What a worker that computes all gradients of a head keeps of it, behind its tiles. Sums of dk
+/// and dv of all keys are kept only where several query heads add to them.
 /// </summary>
 internal readonly unsafe struct AttentionHeadScratch<T>
     where T : unmanaged
@@ -127,7 +127,8 @@ internal readonly unsafe struct AttentionHeadScratch<T>
         long columns = RoundedUp(headDim, width);
         long elements = (columns * width) + (mostQueries * (columns + 3))
             + (2L * headDim * RoundedUp(keptKeys, width));
-        return AttentionScratch<T>.Bytes(headDim, width) + (((elements * sizeof(T)) + 127) / 128 * 128);
+        return AttentionScratch<T>.Bytes(headDim, width)
+            + (((elements * sizeof(T)) + 127) / 128 * 128);
     }
 
     /// <summary>The tiles, with the sums of dk and dv that belong to a block of keys.</summary>

@@ -4,10 +4,10 @@ using System.Runtime.Intrinsics;
 namespace MiniCpmNative.Kernels.Cpu;
 
 /// <summary>
-/// Conversions between F32 and the storage types BF16 and F16. Widening is exact; narrowing rounds to
-/// nearest, ties to even, keeps subnormals, overflows to infinity, and a NaN stays a NaN of its sign.
-/// Pointers need no alignment. Memory-bound; source and target must not overlap unless they are equal in
-/// address and type.
+/// Conversions between F32 and the storage types BF16 and F16. Widening is exact; narrowing rounds
+/// to nearest, ties to even, keeps subnormals, overflows to infinity, and a NaN stays a NaN of its
+/// sign. Pointers need no alignment. Memory-bound; source and target must not overlap unless they
+/// are equal in address and type.
 /// </summary>
 public static unsafe class FloatBits
 {
@@ -24,8 +24,8 @@ public static unsafe class FloatBits
     }
 
     /// <summary>
-    /// One of the two BF16 neighbours: the upper one in magnitude with the probability of the part that
-    /// is cut off, if random is uniform below 2^16. Infinities and NaNs stay what they are.
+    /// One of the two BF16 neighbours: the upper one in magnitude with the probability of the part
+    /// that is cut off, if random is uniform below 2^16. Infinities and NaNs stay what they are.
     /// </summary>
     public static ushort RoundToBF16(float value, uint random)
     {
@@ -37,7 +37,9 @@ public static unsafe class FloatBits
 
     public static ushort ToF16(float value) => BitConverter.HalfToUInt16Bits((Half)value);
 
-    /// <summary>target[i] = (float)source[i]; source holds BF16, F16, F32 or F64 (rounded).</summary>
+    /// <summary>
+    /// target[i] = (float)source[i]; source holds BF16, F16, F32 or F64 (rounded).
+    /// </summary>
     /// <exception cref="ArgumentOutOfRangeException">type is not a float type.</exception>
     public static void Widen(void* source, DType type, float* target, nint count)
     {
@@ -60,7 +62,9 @@ public static unsafe class FloatBits
         }
     }
 
-    /// <summary>target[i] = source[i] rounded to type; target holds BF16, F16, F32 or F64.</summary>
+    /// <summary>
+    /// target[i] = source[i] rounded to type; target holds BF16, F16, F32 or F64.
+    /// </summary>
     /// <exception cref="ArgumentOutOfRangeException">type is not a float type.</exception>
     public static void Narrow(float* source, void* target, DType type, nint count)
     {

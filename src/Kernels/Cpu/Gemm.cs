@@ -7,14 +7,14 @@ namespace MiniCpmNative.Kernels.Cpu;
 /// <summary>
 /// Matrix products on all cores: C = alpha * A B + beta * C + bias.
 ///
-/// The scheme is Goto's (Anatomy of high-performance matrix multiplication, 2008), for some 500 k at
-/// a time: of A in panels of TileRows rows and B in panels of two vectors, one panel lies in the
+/// The scheme is Goto's (Anatomy of high-performance matrix multiplication, 2008), for some 500 k
+/// at a time: of A in panels of TileRows rows and B in panels of two vectors, one panel lies in the
 /// first-level cache while those of the other operand pass by from the second. With a large B the
-/// threads divide its columns: A is packed once per call, on all cores, and every item of work packs
-/// its part of B (widening 16-bit weights). With a small B they divide the rows: every item packs its
-/// own rows of A, which then never leave its core, and nobody waits for the others in between. Operands
-/// that gain nothing from packing are read where they lie: packed F32 weights, activations against a
-/// narrow B (LoRA), weights against few rows.
+/// threads divide its columns: A is packed once per call, on all cores, and every item of work
+/// packs its part of B (widening 16-bit weights). With a small B they divide the rows: every item
+/// packs its own rows of A, which then never leave its core, and nobody waits for the others in
+/// between. Operands that gain nothing from packing are read where they lie: packed F32 weights,
+/// activations against a narrow B (LoRA), weights against few rows.
 ///
 /// Threads divide m and n only and every sum over k is taken in one order, in blocks that depend on
 /// k alone, so results have the same bits for any number of threads. Buffers live as long as the
@@ -40,9 +40,9 @@ public sealed unsafe class Gemm : IDisposable
     private const int MaxMChunk = 4096;
 
     /// <summary>
-    /// Elements of a B that stays in the last-level cache: what must be packed of it is packed once for
-    /// all threads, and these divide the rows of A. Not where packing transposes panels, which is dearer
-    /// than reading all of A: every thread does that for its own columns.
+    /// Elements of a B that stays in the last-level cache: what must be packed of it is packed once
+    /// for all threads, and these divide the rows of A. Not where packing transposes panels, which
+    /// is dearer than reading all of A: every thread does that for its own columns.
     /// </summary>
     private const int SharedLimit = 1 << 20;
 
@@ -231,7 +231,8 @@ public sealed unsafe class Gemm : IDisposable
             depth = Math.Min(depth, Math.Max(1, LeftBudget / chunk / plan.KBlock) * plan.KBlock);
 
         int panels = (plan.N + PackedMatrix.PanelRows - 1) / PackedMatrix.PanelRows;
-        if (plan.OwnLeft) (plan.MBlock, plan.ItemsN, plan.Panels) = (OwnRows(plan, tile), 1, panels);
+        if (plan.OwnLeft)
+            (plan.MBlock, plan.ItemsN, plan.Panels) = (OwnRows(plan, tile), 1, panels);
         else SplitColumns(ref plan, panels);
         int leftPanels = (chunk + tile - 1) / tile;
         plan.PanelStride = ((nint)depth * tile) + GemmPlan<T>.LeftPad;

@@ -1,8 +1,8 @@
 namespace MiniCpmNative.Kernels.Cpu;
 
 /// <summary>
-/// The memory that the next block of B will be packed from. Packing alone would wait for it, as nothing
-/// else happens then; so the tiles of the block before fetch it, a few cache lines each.
+/// The memory that the next block of B will be packed from. Packing alone would wait for it, as
+/// nothing else happens then; so the tiles of the block before fetch it, a few cache lines each.
 /// </summary>
 internal unsafe struct GemmAhead
 {

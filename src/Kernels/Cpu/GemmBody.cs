@@ -147,7 +147,8 @@ internal unsafe struct GemmBody<T, V, I> : IRangeBody
                         to.C = c + (j * Plan->CCol);
                         to.Bias = first && Plan->Bias is not null ? Plan->Bias + n + j : null;
                         if (Plan->IsLeftPacked)
-                            Tile<PackedLeft>(tileRows, cols - j, depth, a, 1, tile, right, rightStep, to);
+                            Tile<PackedLeft>(tileRows, cols - j, depth, a, 1, tile, right,
+                                rightStep, to);
                         else
                             Tile<StridedLeft>(
                                 tileRows, cols - j, depth, a, Plan->ARow, 1, right, rightStep, to);
@@ -156,10 +157,10 @@ internal unsafe struct GemmBody<T, V, I> : IRangeBody
     }
 
     /// <summary>
-    /// Rows and columns of a round of tiles. Of the two panels that a tile multiplies, that of B stays in
-    /// the first-level cache while A's pass by, or A's, which is smaller, where B's is too large for it;
-    /// what passes by stays in the second-level cache. Where a sum is so shallow that C's memory is the
-    /// bound, C is written along its rows.
+    /// Rows and columns of a round of tiles. Of the two panels that a tile multiplies, that of B
+    /// stays in the first-level cache while A's pass by, or A's, which is smaller, where B's is too
+    /// large for it; what passes by stays in the second-level cache. Where a sum is so shallow that
+    /// C's memory is the bound, C is written along its rows.
     /// </summary>
     private static (int Down, int Across) Reach(int depth, int cols)
     {

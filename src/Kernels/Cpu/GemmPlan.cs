@@ -37,8 +37,9 @@ internal unsafe struct GemmPlan<T>
     public const int LeftPad = 16;
 
     /// <summary>
-    /// Rows of A and columns of B that stay in the second-level cache: with 512 of k 240 KiB and, where
-    /// B's panels do not stay in the first, 384 KiB of F32. Whole tiles and panels of every size.
+    /// Rows of A and columns of B that stay in the second-level cache: with 512 of k 240 KiB and,
+    /// where B's panels do not stay in the first, 384 KiB of F32.
+    /// Whole tiles and panels of every size.
     /// </summary>
     public const int CachedRows = 120, CachedCols = 192;
 
@@ -65,7 +66,8 @@ internal unsafe struct GemmPlan<T>
     public T* SharedB;
 
     /// <summary>
-    /// Panels of TileRows rows of A for M0.., K0.., or null when A is read where it lies, or OwnLeft.
+    /// Panels of TileRows rows of A for M0.., K0..,
+    /// or null when A is read where it lies, or OwnLeft.
     /// </summary>
     public T* PackedA;
 
@@ -86,7 +88,9 @@ internal unsafe struct GemmPlan<T>
     /// </summary>
     public int NBlock, MBlock, ItemsN, Panels;
 
-    /// <summary>Room of each worker for one block of B, or of A where items pack their own.</summary>
+    /// <summary>
+    /// Room of each worker for one block of B, or of A where items pack their own.
+    /// </summary>
     public T* Scratch;
     public nint ScratchStride;
 

@@ -3,10 +3,10 @@ using System.Runtime.InteropServices;
 namespace MiniCpmNative.Kernels.Cpu;
 
 /// <summary>
-/// Zeroed memory outside the managed heap, 2 MiB aligned and advised for transparent huge pages: with
-/// nested paging a GEMM over 4 KiB pages spends up to two thirds of its time on TLB misses. On Linux
-/// only the address range is taken at first and pages come when touched, so a range may be far larger
-/// than what is used; elsewhere the system decides.
+/// Zeroed memory outside the managed heap, 2 MiB aligned and advised for transparent huge pages:
+/// with nested paging a GEMM over 4 KiB pages spends up to two thirds of its time on TLB misses. On
+/// Linux only the address range is taken at first and pages come when touched, so a range may be
+/// far larger than what is used; elsewhere the system decides.
 /// </summary>
 public sealed unsafe class HugeMemory : IDisposable
 {

@@ -3,8 +3,8 @@ using System.Numerics;
 namespace MiniCpmNative.Kernels.Cpu;
 
 /// <summary>
-/// Rows looked up by index. A wrong index would read or write foreign memory, so each is checked before
-/// the threads start.
+/// Rows looked up by index. A wrong index would read or write foreign memory, so each is checked
+/// before the threads start.
 /// </summary>
 internal static unsafe class Indices
 {
@@ -18,7 +18,8 @@ internal static unsafe class Indices
     }
 
     /// <summary>
-    /// from[row] = the i with positions[i] = row, or -1: which row replaces each of the given number.
+    /// from[row] = the i with positions[i] = row, or -1:
+    /// which row replaces each of the given number.
     /// </summary>
     /// <exception cref="ShapeException">A position is outside, or stands twice.</exception>
     public static void Invert(Op op, string name, Matrix<int> positions, Matrix<int> from)
@@ -48,9 +49,9 @@ internal static unsafe class Indices
     }
 
     /// <summary>
-    /// into[row] = scale * sum of dy over the tokens whose id is row, or adds it; rows without a token
-    /// become zero unless the gradient accumulates. Tokens are sorted by id first, and each row sums its
-    /// own in token order, so any number of threads gives the same bits.
+    /// into[row] = scale * sum of dy over the tokens whose id is row, or adds it; rows without a
+    /// token become zero unless the gradient accumulates. Tokens are sorted by id first, and each
+    /// row sums its own in token order, so any number of threads gives the same bits.
     /// </summary>
     public static void SumById<T>(
         in CpuCall<T> call, Matrix<int> ids, Matrix<T> dy, T scale, Gradient<T> into)
@@ -65,7 +66,8 @@ internal static unsafe class Indices
         call.Workers.For(rows, new Segments<T>(ends, order, dy, scale, into), minChunk: 64);
     }
 
-    // After sorting, ends[row] is where the tokens of row end; they start where those of row - 1 end.
+    // After sorting, ends[row] is where the tokens of row end;
+    // they start where those of row - 1 end.
     private readonly struct Segments<T>(
         Matrix<int> ends, Matrix<int> order, Matrix<T> dy, T scale, Gradient<T> into) : IRangeBody
         where T : unmanaged, IBinaryFloatingPointIeee754<T>

@@ -4,14 +4,14 @@ using System.Numerics.Tensors;
 namespace MiniCpmNative.Kernels.Cpu;
 
 /// <summary>
-/// Row normalisation, y = (x - mean) * rstd * w + b, as LayerNorm has it and, with mean and b left out,
-/// RMSNorm: one pair of loops serves both. Two passes for the variance: E[x^2] - E[x]^2 would lose it
-/// where the mean is large. Memory-bound; each row is read from memory once.
+/// Row normalisation, y = (x - mean) * rstd * w + b, as LayerNorm has it and, with mean and b left
+/// out, RMSNorm: one pair of loops serves both. Two passes for the variance: E[x^2] - E[x]^2 would
+/// lose it where the mean is large. Memory-bound; each row is read from memory once.
 /// </summary>
 internal static unsafe class Normalisation
 {
-    // Rows per partial sum of dw and db; the partial sums are added in order, so any number of threads
-    // gives the same bits.
+    // Rows per partial sum of dw and db; the partial sums are added in order, so any number of
+    // threads gives the same bits.
     private const int GroupRows = 64;
 
     public static void Forward<T>(
@@ -45,7 +45,8 @@ internal static unsafe class Normalisation
         where T : unmanaged, INumber<T> => values.Exists ? values[row] : T.Zero;
 
     private readonly struct ForwardRows<T>(
-        Matrix<T> x, Matrix<T> w, Matrix<T> b, Matrix<T> y, Matrix<T> mean, Matrix<T> rstd, T epsilon)
+        Matrix<T> x, Matrix<T> w, Matrix<T> b, Matrix<T> y, Matrix<T> mean, Matrix<T> rstd,
+        T epsilon)
         : IRangeBody
         where T : unmanaged, IBinaryFloatingPointIeee754<T>
     {

@@ -12,8 +12,8 @@ namespace MiniCpmNative.Kernels.Cpu;
 public readonly unsafe struct PackedMatrix
 {
     /// <summary>
-    /// Rows of a panel: two vectors of the widest instructions there are, so that a tile's part of it has
-    /// no gaps, which would leave half of the first-level cache's lines unused.
+    /// Rows of a panel: two vectors of the widest instructions there are, so that a tile's part of
+    /// it has no gaps, which would leave half of the first-level cache's lines unused.
     /// </summary>
     public static readonly int PanelRows = Gemm.Best is InstructionSet.Avx512 ? 32 : 16;
 

@@ -12,8 +12,8 @@ namespace MiniCpmNative.Kernels.Cpu;
 ///   counter = (element / 4, layer, step low, step high);  the element takes word element % 4
 ///   keep    = word >= floor(p * 2^32), kept values are multiplied by 1 / (1 - p), others by 0
 ///
-/// where element = row * cols + col in the masked matrix, below 2^34. A NaN stays a NaN when dropped, as
-/// PyTorch has it.
+/// where element = row * cols + col in the masked matrix, below 2^34. A NaN stays a NaN when
+/// dropped, as PyTorch has it.
 /// </summary>
 public static unsafe class Philox
 {
@@ -21,7 +21,9 @@ public static unsafe class Philox
     private const uint WeylA = 0x9E3779B9, WeylB = 0xBB67AE85;
     private const int Rounds = 10, Blocks = 8;
 
-    /// <summary>The four words of one counter; rounds is 10 but for the published vectors of 7.</summary>
+    /// <summary>
+    /// The four words of one counter; rounds is 10 but for the published vectors of 7.
+    /// </summary>
     public static (uint X0, uint X1, uint X2, uint X3) Draw(
         (uint X0, uint X1, uint X2, uint X3) counter, (uint K0, uint K1) key, int rounds = Rounds)
     {
@@ -30,7 +32,8 @@ public static unsafe class Philox
         for (int round = 0; round < rounds; round++)
         {
             ulong a = (ulong)MultiplierA * x0, b = (ulong)MultiplierB * x2;
-            (x0, x1, x2, x3) = ((uint)(b >> 32) ^ x1 ^ k0, (uint)b, (uint)(a >> 32) ^ x3 ^ k1, (uint)a);
+            (x0, x1, x2, x3) =
+                ((uint)(b >> 32) ^ x1 ^ k0, (uint)b, (uint)(a >> 32) ^ x3 ^ k1, (uint)a);
             k0 += WeylA;
             k1 += WeylB;
         }
@@ -60,7 +63,8 @@ public static unsafe class Philox
 
     // Eight counters side by side. Word j of a block becomes byte j of its lane, so that the stored
     // lanes are the mask in element order.
-    private static Vector256<uint> MaskBlocks(Randomness random, uint layer, uint threshold, uint block)
+    private static Vector256<uint> MaskBlocks(Randomness random, uint layer, uint threshold,
+        uint block)
     {
         Vector256<uint> x0 = Vector256.Create(block) + Vector256<uint>.Indices;
         Vector256<uint> x1 = Vector256.Create(layer);
@@ -90,7 +94,8 @@ public static unsafe class Philox
     private static void Multiply(
         Vector256<uint> x, uint factor, out Vector256<uint> high, out Vector256<uint> low)
     {
-        Vector256<ulong> wide = Vector256.Create((ulong)factor), mask = Vector256.Create(0xFFFFFFFFul);
+        Vector256<ulong> wide = Vector256.Create((ulong)factor),
+            mask = Vector256.Create(0xFFFFFFFFul);
         Vector256<ulong> even = (x.AsUInt64() & mask) * wide, odd = (x.AsUInt64() >>> 32) * wide;
         high = ((even >>> 32) | (odd & ~mask)).AsUInt32();
         low = ((even & mask) | (odd << 32)).AsUInt32();

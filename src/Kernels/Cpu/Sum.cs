@@ -17,7 +17,9 @@ public static unsafe class Sum
         for (int r = 0; r < x.Rows; r++) TensorPrimitives.Add<T>(sum, x.RowSpan(r), sum);
     }
 
-    /// <summary>The same over many rows, on all threads, if the gradient is wanted: a bias gradient.</summary>
+    /// <summary>
+    /// The same over many rows, on all threads, if the gradient is wanted: a bias gradient.
+    /// </summary>
     public static void Rows<T>(in CpuCall<T> call, Matrix<T> x, Gradient<T> into)
         where T : unmanaged, IBinaryFloatingPointIeee754<T>
     {

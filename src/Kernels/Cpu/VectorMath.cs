@@ -4,13 +4,14 @@ using System.Runtime.CompilerServices;
 namespace MiniCpmNative.Kernels.Cpu;
 
 /// <summary>
-/// Transcendental functions on vectors. The runtime's Exp of floats computes in double; here floats are
-/// computed in float, to about 2 ulp, which is what activations and softmax need at twice the speed.
+/// Transcendental functions on vectors. The runtime's Exp of floats computes in double; here floats
+/// are computed in float, to about 2 ulp, which is what activations
+/// and softmax need at twice the speed.
 /// </summary>
 public static class VectorMath
 {
-    // erfc(z) exp(z^2) = t * sum_k c_k T_k(2t - 1), t = 1 / (1 + z/2), z >= 0: Chebyshev coefficients
-    // computed from that definition in 60 digits. Float needs the first eleven.
+    // erfc(z) exp(z^2) = t * sum_k c_k T_k(2t - 1), t = 1 / (1 + z/2), z >= 0: Chebyshev
+    // coefficients computed from that definition in 60 digits. Float needs the first eleven.
     private static readonly double[] s_erfc =
     [
         0.57703373861646969, 0.35543692127049849, 0.065095158828786525,
@@ -29,7 +30,8 @@ public static class VectorMath
     public static Vector<T> Exp<T>(Vector<T> x)
         where T : unmanaged =>
         typeof(T) == typeof(float)
-            ? Unsafe.BitCast<Vector<float>, Vector<T>>(Exp(Unsafe.BitCast<Vector<T>, Vector<float>>(x)))
+            ? Unsafe.BitCast<Vector<float>,
+                Vector<T>>(Exp(Unsafe.BitCast<Vector<T>, Vector<float>>(x)))
             : Unsafe.BitCast<Vector<double>, Vector<T>>(
                 Vector.Exp(Unsafe.BitCast<Vector<T>, Vector<double>>(x)));
 
@@ -63,8 +65,8 @@ public static class VectorMath
             Vector.LessThan(x, Vector<T>.Zero), tail, Vector<T>.One - tail);
     }
 
-    // e^x = 2^n e^r with |r| <= ln 2 / 2; the polynomial is Cephes' expf. 2^n is applied in two halves, so
-    // that subnormal results and those near the largest float come out right.
+    // e^x = 2^n e^r with |r|
+    // <= ln 2 / 2; the polynomial is Cephes' expf. 2^n is applied in two halves, so that subnormal results and those near the largest float come out right.
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     private static Vector<float> Exp(Vector<float> x)
     {

@@ -16,18 +16,18 @@ public interface IRangeBody
 }
 
 /// <summary>
-/// The threads of the CPU device. The threads, the caller among them, take chunks of a range in turn
-/// from a counter: each a share of what is left (guided self-scheduling), so that the last
+/// The threads of the CPU device. The threads, the caller among them, take chunks of a range in
+/// turn from a counter: each a share of what is left (guided self-scheduling), so that the last
 /// chunks are the smallest and the threads end at about the same time. Which thread runs a chunk
 /// varies from run to run, so results must not depend on it: a body writes only what its items own,
 /// and sums over items happen in a fixed order afterwards. Nested calls run on the calling thread,
 /// under its worker number.
 ///
-/// A thread without work spins for a millisecond, longer than one waits within a step, and then sleeps:
-/// waking it takes 50 microseconds and more, on a virtual machine now and then some milliseconds, in
-/// which the others do its work. Posting to a spinning thread costs one atomic exchange. A thread that has
-/// not begun when the caller runs out of chunks is told to stay away, so a slow wake-up delays
-/// nobody.
+/// A thread without work spins for a millisecond, longer than one waits within a step, and then
+/// sleeps: waking it takes 50 microseconds and more, on a virtual machine now and then some
+/// milliseconds, in which the others do its work. Posting to a spinning thread costs one atomic
+/// exchange. A thread that has not begun when the caller runs out of chunks is told to stay away,
+/// so a slow wake-up delays nobody.
 /// </summary>
 public sealed unsafe class Workers : IDisposable
 {
@@ -52,7 +52,8 @@ public sealed unsafe class Workers : IDisposable
     public Workers(int? threads = null)
     {
         Count = Math.Max(1, threads ?? Environment.ProcessorCount);
-        // The event makes its lock when first waited for; later that would be an allocation in a step.
+        // The event makes its lock when first waited for;
+        // later that would be an allocation in a step.
         _ = _done.Wait(millisecondsTimeout: 1);
         _slots = new Slot[Count - 1];
         for (int i = 0; i < _slots.Length; i++)

@@ -13,8 +13,8 @@ public sealed unsafe class CublasApi
     /// CUBLAS_GEMM_DEFAULT.</summary>
     public const int Compute32F = 68, DefaultAlgorithm = -1;
 
-    /// <summary>cublasMath_t CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION: parts of a sum over k are
-    /// added in the compute type, not in that of the result.</summary>
+    /// <summary>cublasMath_t CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION: parts of a sum over
+    /// k are added in the compute type, not in that of the result.</summary>
     public const int NoReducedPrecision = 16;
 
     public string Path { get; init; } = "";

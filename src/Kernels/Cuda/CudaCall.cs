@@ -2,9 +2,9 @@ namespace MiniCpmNative.Kernels.Cuda;
 
 /// <summary>
 /// One run of an operation on a CUDA device. Kernels take activations in the device's storage type
-/// ("real") and small vectors and tables as F32: inputs stored otherwise are cast into scratch when asked
-/// for, and gradients wanted in another type than a kernel writes are cast when the operation is done.
-/// Scratch lives until the operation returns.
+/// ("real") and small vectors and tables as F32: inputs stored otherwise are cast into scratch when
+/// asked for, and gradients wanted in another type than a kernel writes are cast when the operation
+/// is done. Scratch lives until the operation returns.
 /// </summary>
 public readonly ref struct CudaCall(CudaDevice device, Op op, OpCall call)
 {
@@ -40,7 +40,9 @@ public readonly ref struct CudaCall(CudaDevice device, Op op, OpCall call)
 
     public Tensor OutputGradient => _call.OutputGradient;
 
-    /// <summary>Where a kernel writes an input's gradient in the storage type of activations.</summary>
+    /// <summary>
+    /// Where a kernel writes an input's gradient in the storage type of activations.
+    /// </summary>
     public GradientTarget Gradient(int index) => Gradient(index, Real);
 
     /// <summary>Where a kernel writes an input's gradient as F32: that of a weight.</summary>
@@ -62,7 +64,8 @@ public readonly ref struct CudaCall(CudaDevice device, Op op, OpCall call)
         device.Launch(kernel, grid, arguments);
 
     /// <summary>c = alpha a b + beta c; a and b of one type.</summary>
-    public void Multiply(CudaMatrix a, CudaMatrix b, CudaMatrix c, double alpha = 1, double beta = 0) =>
+    public void Multiply(CudaMatrix a, CudaMatrix b, CudaMatrix c, double alpha = 1,
+        double beta = 0) =>
         device.Multiply(a, b, c, alpha, beta);
 
     /// <summary>gradient = alpha a b, or adds it, if it is wanted.</summary>
@@ -72,7 +75,9 @@ public readonly ref struct CudaCall(CudaDevice device, Op op, OpCall call)
             device.Multiply(a, b, gradient.Buffer, alpha, gradient.Accumulate ? 1 : 0);
     }
 
-    /// <summary>gradient[c] = sum of x[r, c] over the rows, or adds it, if it is wanted: a bias.</summary>
+    /// <summary>
+    /// gradient[c] = sum of x[r, c] over the rows, or adds it, if it is wanted: a bias.
+    /// </summary>
     public void SumRows(in Tensor x, GradientTarget gradient)
     {
         const int FewestRows = 64, BlocksPerMultiprocessor = 2;
@@ -93,9 +98,9 @@ public readonly ref struct CudaCall(CudaDevice device, Op op, OpCall call)
     }
 
     /// <summary>
-    /// Splits a sum's terms into parts (at least one), where the blocks of one part leave multiprocessors
-    /// idle: so many that there are about perMultiprocessor blocks for each, but no part smaller than
-    /// fewest, and each a multiple of some number.
+    /// Splits a sum's terms into parts (at least one), where the blocks of one part leave
+    /// multiprocessors idle: so many that there are about perMultiprocessor blocks for each, but no
+    /// part smaller than fewest, and each a multiple of some number.
     /// </summary>
     public (int Parts, int Each) Split(
         int terms, int blocks, int perMultiprocessor, int fewest, int multiple)
@@ -120,8 +125,8 @@ public readonly ref struct CudaCall(CudaDevice device, Op op, OpCall call)
     }
 
     /// <summary>
-    /// The gradient of a lookup's table, if it is wanted: scale times the sum of the output gradient over
-    /// the tokens of each row, in their order.
+    /// The gradient of a lookup's table, if it is wanted: scale times the sum of the output
+    /// gradient over the tokens of each row, in their order.
     /// </summary>
     public void SumById(int table, int ids, double scale, KernelFault fault)
     {
@@ -130,9 +135,11 @@ public readonly ref struct CudaCall(CudaDevice device, Op op, OpCall call)
         int tokens = (int)OutputGradient.Shape.Rows, limit = gradient.Buffer.Shape[0];
         Tensor order = Scratch(DType.I32, tokens), sorted = Scratch(DType.I32, tokens);
         if (!gradient.Accumulate) Clear(gradient.Buffer);
-        Launch("order_by_id", Grid.Elements(tokens), order, sorted, Input(ids), tokens, limit, Faults,
+        Launch("order_by_id", Grid.Elements(tokens), order, sorted, Input(ids), tokens,
+            limit, Faults,
             (int)fault);
-        Launch("sum_by_id", Grid.Rows(tokens), gradient.Buffer, OutputGradient, order, sorted, tokens,
+        Launch("sum_by_id", Grid.Rows(tokens), gradient.Buffer, OutputGradient, order,
+            sorted, tokens,
             limit, gradient.Buffer.Shape.Cols, scale, gradient.Accumulate);
     }
 

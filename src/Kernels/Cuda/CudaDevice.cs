@@ -5,10 +5,10 @@ using MiniCpmNative.Kernels.Updates;
 namespace MiniCpmNative.Kernels.Cuda;
 
 /// <summary>
-/// A CUDA GPU as a device: kernels.cu compiled for the storage type of activations, products by cuBLAS,
-/// everything queued on one stream in the order of the calls; only reading waits. Weights and other
-/// tensors of the run are allocated as they come; the first step takes most of what is left for its
-/// activations and their gradients.
+/// A CUDA GPU as a device: kernels.cu compiled for the storage type of activations, products by
+/// cuBLAS, everything queued on one stream in the order of the calls; only reading waits. Weights
+/// and other tensors of the run are allocated as they come; the first step takes most of what is
+/// left for its activations and their gradients.
 /// </summary>
 public sealed unsafe class CudaDevice : Device
 {
@@ -31,11 +31,13 @@ public sealed unsafe class CudaDevice : Device
     /// <param name="context">The GPU; disposed by its owner.</param>
     /// <param name="compiler">Compiles kernels.cu.</param>
     /// <param name="activations">BF16, F16 or F32.</param>
-    /// <param name="stepBytes">Size of the step's memory; null takes what is free at the first step.</param>
+    /// <param name="stepBytes">Size of the step's memory; null takes what is free at the first
+    /// step.</param>
     /// <param name="lineInfo">Keeps source lines in the compiled code.</param>
     public CudaDevice(CudaContext context, ModuleCompiler compiler, DType activations,
         long? stepBytes = null, bool lineInfo = false)
-        : this(context, activations, stepBytes, CudaModule.Load(context, compiler, Source, "kernels.cu",
+        : this(context, activations, stepBytes,
+            CudaModule.Load(context, compiler, Source, "kernels.cu",
             new(activations, context.Architecture, lineInfo)))
     {
     }
@@ -79,7 +81,9 @@ public sealed unsafe class CudaDevice : Device
     /// <summary>What lives as long as the run, and the most that a step needed.</summary>
     public override long MemoryInUse => _runBytes + Step.Peak + Step.FarPeak;
 
-    /// <summary>I32[4]: the first wrong index that a kernel met; see <see cref="KernelFault"/>.</summary>
+    /// <summary>
+    /// I32[4]: the first wrong index that a kernel met; see <see cref="KernelFault"/>.
+    /// </summary>
     internal Tensor Faults { get; }
 
     public override Tensor Allocate(Spec spec, string name)
@@ -103,7 +107,9 @@ public sealed unsafe class CudaDevice : Device
     public override long PackedBytes(DType type, int rows, int cols) =>
         (long)rows * cols * Activations.Size();
 
-    /// <summary>cuBLAS reads matrices as they are: packing only brings them to the storage type.</summary>
+    /// <summary>
+    /// cuBLAS reads matrices as they are: packing only brings them to the storage type.
+    /// </summary>
     public override Tensor Pack(DType type, int rows, int cols, void* source, string name)
     {
         var shape = new Shape(rows, cols);
@@ -169,7 +175,8 @@ public sealed unsafe class CudaDevice : Device
         if (value == 0)
             Stream.Fill((ulong)tensor.Data, 0, tensor.Spec.Bytes);
         else if (tensor.Type == DType.F32 && Activations != DType.F32)
-            Stream.FillWords((ulong)tensor.Data, BitConverter.SingleToUInt32Bits((float)value), count);
+            Stream.FillWords((ulong)tensor.Data,
+                BitConverter.SingleToUInt32Bits((float)value), count);
         else
             Launch("fill_real", Grid.Eights(count), [tensor, value, count]);
     }
@@ -187,8 +194,9 @@ public sealed unsafe class CudaDevice : Device
             return;
         }
 
-        // A copy between overlapping ranges is undefined: by way of scratch, it is two that are not. The
-        // source may have left the stack and lie above its top, so the scratch lies as far above.
+        // A copy between overlapping ranges is undefined: by way of scratch, it is two that are
+        // not. The source may have left the stack and lie above its top,
+        // so the scratch lies as far above.
         ArenaMark mark = Step.Mark();
         long words = (bytes + distance + 7) / 8, rows = (words + 1023) / 1024;
         Tensor room = Step.Push(new Spec(DType.I64, new Shape((int)rows, 1024)), "copy");
@@ -257,7 +265,8 @@ public sealed unsafe class CudaDevice : Device
     /// <summary>to = from in to's type, or adds it.</summary>
     internal void Cast(in Tensor from, in Tensor to, bool accumulate)
     {
-        if (from.Shape.Count != to.Shape.Count || from.Type is not (DType.F32 or DType.BF16 or DType.F16))
+        if (from.Shape.Count != to.Shape.Count
+            || from.Type is not (DType.F32 or DType.BF16 or DType.F16))
             throw new ShapeException($"cast of {from.Spec} to {to.Spec}");
         // The kernel reads any float type.
         string kernel = to.Type == Activations ? "cast_to_real" : "cast_to_float";
@@ -265,8 +274,11 @@ public sealed unsafe class CudaDevice : Device
             [to, from, (int)from.Type, to.Shape.Count, accumulate]);
     }
 
-    /// <summary>Casts a gradient into where it is wanted when the running operation is done.</summary>
-    internal void CastWhenDone(in Tensor from, in GradientTarget to) => _casts[_castCount++] = (from, to);
+    /// <summary>
+    /// Casts a gradient into where it is wanted when the running operation is done.
+    /// </summary>
+    internal void CastWhenDone(in Tensor from, in GradientTarget to) =>
+        _casts[_castCount++] = (from, to);
 
     /// <exception cref="ShapeException">These words of Faults tell of a wrong index.</exception>
     internal void ThrowIfFaulty(ReadOnlySpan<int> words)
@@ -316,7 +328,8 @@ public sealed unsafe class CudaDevice : Device
 
     private static string ReadSource()
     {
-        using Stream stream = Assembly.GetExecutingAssembly().GetManifestResourceStream("kernels.cu")!;
+        using Stream stream = Assembly.GetExecutingAssembly()
+            .GetManifestResourceStream("kernels.cu")!;
         return new StreamReader(stream).ReadToEnd();
     }
 }

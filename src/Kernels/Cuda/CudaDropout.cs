@@ -3,8 +3,8 @@ using MiniCpmNative.Kernels.Cpu;
 namespace MiniCpmNative.Kernels.Cuda;
 
 /// <summary>
-/// The products of a low-rank adapter that a dropout mask goes through, as <see cref="Philox"/> defines
-/// it: section 8 of kernels.cu. Each reads x, or reads and writes its gradient, once.
+/// The products of a low-rank adapter that a dropout mask goes through, as <see cref="Philox"/>
+/// defines it: section 8 of kernels.cu. Each reads x, or reads and writes its gradient, once.
 /// </summary>
 internal readonly ref struct CudaDropout
 {
@@ -31,23 +31,29 @@ internal readonly ref struct CudaDropout
         int rank = a.Shape[0], blocks = CeilingOf(x.Rows, TileRows) * CeilingOf(rank, Ranks);
         Check(x);
         if (blocks == 0) return;
-        var (parts, each) = call.Split(x.Cols, blocks, BlocksPerMultiprocessor, FewestCols, TileCols);
+        var (parts, each) =
+            call.Split(x.Cols, blocks, BlocksPerMultiprocessor, FewestCols, TileCols);
         Tensor part = parts > 1 ? call.Scratch(DType.F32, parts, x.Rows, rank) : Tensor.None;
-        call.Launch("lora_down", Grid.Blocks256(blocks, 1, parts), h, part, x.Data, a, x.Rows, x.Cols, rank,
+        call.Launch("lora_down", Grid.Blocks256(blocks, 1, parts), h, part, x.Data, a, x.Rows,
+            x.Cols, rank,
             each, _random.Seed, _random.Step, _layer, _threshold, _scale);
         if (parts == 1) return;
         long count = h.Shape.Count;
         call.Launch("lora_down_parts", Grid.Elements(count), h, part, parts, count);
     }
 
-    /// <summary>dx = mask * (t a), or adds it. t[rows, rank], a[rank, cols], dx[rows, cols].</summary>
+    /// <summary>
+    /// dx = mask * (t a), or adds it. t[rows, rank], a[rank, cols], dx[rows, cols].
+    /// </summary>
     public void GradientX(in CudaCall call, CudaMatrix t, in Tensor a, GradientTarget dx)
     {
         const int TileRows = 64, TileCols = 128;
         int cols = a.Shape.Cols;
         call.Launch("lora_gradient_x",
-            Grid.Blocks256(CeilingOf(t.Rows, TileRows), CeilingOf(cols, TileCols)), dx.Buffer, t.Data, a,
-            t.Rows, cols, t.Cols, dx.Accumulate, _random.Seed, _random.Step, _layer, _threshold, _scale);
+            Grid.Blocks256(CeilingOf(t.Rows, TileRows), CeilingOf(cols, TileCols)), dx.Buffer,
+            t.Data, a,
+            t.Rows, cols, t.Cols, dx.Accumulate, _random.Seed, _random.Step, _layer, _threshold,
+            _scale);
     }
 
     /// <summary>da = t^T drop(x), or adds it. da[rank, cols] is F32.</summary>
@@ -59,8 +65,10 @@ internal readonly ref struct CudaDropout
             x.Rows, tiles * chunks, BlocksPerMultiprocessor, FewestRows, TileRows);
         bool whole = parts == 1;
         Tensor into = whole ? da.Buffer : call.Scratch(DType.F32, parts, rank * x.Cols);
-        call.Launch("lora_gradient_a", Grid.Blocks256(tiles, parts, chunks), into, t.Data, x.Data, x.Rows,
-            x.Cols, rank, each, whole && da.Accumulate, _random.Seed, _random.Step, _layer, _threshold,
+        call.Launch("lora_gradient_a", Grid.Blocks256(tiles, parts, chunks), into, t.Data,
+            x.Data, x.Rows,
+            x.Cols, rank, each, whole && da.Accumulate, _random.Seed, _random.Step, _layer,
+            _threshold,
             _scale);
         if (!whole) call.SumParts(into, da);
     }

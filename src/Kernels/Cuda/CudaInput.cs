@@ -1,10 +1,10 @@
 namespace MiniCpmNative.Kernels.Cuda;
 
 /// <summary>
-/// Input in two halves, each with page-locked memory of its size: while the device computes on one, the
-/// host fills the other and a stream of its own copies it over. Two events keep order: computing waits
-/// for the copy, and a half is filled again when all work on it is done. So the host runs at most two
-/// inputs ahead of the device.
+/// Input in two halves, each with page-locked memory of its size: while the device computes on one,
+/// the host fills the other and a stream of its own copies it over. Two events keep order:
+/// computing waits for the copy, and a half is filled again when all work on it is done. So the
+/// host runs at most two inputs ahead of the device.
 /// </summary>
 internal sealed class CudaInput : InputMemory, IDisposable
 {
@@ -36,7 +36,8 @@ internal sealed class CudaInput : InputMemory, IDisposable
         Half half = _halves[_turn];
         long end = _used + ((spec.Bytes + Alignment - 1) / Alignment * Alignment);
         if (end > half.Capacity)
-            throw new InvalidOperationException($"{name} {spec} does not fit into {half.Capacity:N0} bytes");
+            throw new InvalidOperationException(
+                $"{name} {spec} does not fit into {half.Capacity:N0} bytes");
         host = (nint)half.Pinned!.Pointer + (nint)_used;
         var tensor = new Tensor((nint)half.Slab!.Address + (nint)_used, spec);
         _used = end;

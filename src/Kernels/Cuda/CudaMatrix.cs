@@ -20,7 +20,8 @@ public readonly record struct CudaMatrix(Tensor Data, int Rows, int Cols, bool I
 /// </summary>
 internal sealed unsafe class CudaGemm : IDisposable
 {
-    // What cuBLAS recommends for its workspace; given explicitly, results do not depend on the stream.
+    // What cuBLAS recommends for its workspace; given explicitly,
+    // results do not depend on the stream.
     private const long WorkspaceBytes = 32L << 20;
 
     private readonly CublasApi _cublas;
@@ -38,7 +39,8 @@ internal sealed unsafe class CudaGemm : IDisposable
             _cublas.SetMathMode(handle, CublasApi.NoReducedPrecision), "cublasSetMathMode");
         _workspace = new(context, WorkspaceBytes);
         CublasApi.Check(
-            _cublas.SetWorkspace(handle, _workspace.Address, (nuint)WorkspaceBytes), "cublasSetWorkspace");
+            _cublas.SetWorkspace(handle, _workspace.Address, (nuint)WorkspaceBytes),
+            "cublasSetWorkspace");
     }
 
     public int Version
@@ -52,8 +54,8 @@ internal sealed unsafe class CudaGemm : IDisposable
     }
 
     /// <summary>
-    /// c = alpha a b + beta c. a[m, k] and b[k, n] of one type; c[m, n] of that type or F32; m, n and k
-    /// are not 0.
+    /// c = alpha a b + beta c. a[m, k] and b[k, n] of one type; c[m, n] of that type or F32; m, n
+    /// and k are not 0.
     /// </summary>
     public void Multiply(CudaMatrix a, CudaMatrix b, CudaMatrix c, double alpha, double beta)
     {
@@ -61,9 +63,12 @@ internal sealed unsafe class CudaGemm : IDisposable
             throw new ShapeException(
                 $"product of [{a.Rows}, {a.Cols}] and [{b.Rows}, {b.Cols}] into [{c.Rows}, {c.Cols}]");
         float scale = (float)alpha, keep = (float)beta;
-        int result = _cublas.GemmEx(_handle, Operation(b), Operation(a), c.Cols, c.Rows, a.Cols, &scale,
-            (ulong)b.Data.Data, TypeOf(b), Stride(b), (ulong)a.Data.Data, TypeOf(a), Stride(a), &keep,
-            (ulong)c.Data.Data, TypeOf(c), Stride(c), CublasApi.Compute32F, CublasApi.DefaultAlgorithm);
+        int result =
+            _cublas.GemmEx(_handle, Operation(b), Operation(a), c.Cols, c.Rows, a.Cols, &scale,
+            (ulong)b.Data.Data, TypeOf(b), Stride(b), (ulong)a.Data.Data, TypeOf(a),
+            Stride(a), &keep,
+            (ulong)c.Data.Data, TypeOf(c), Stride(c), CublasApi.Compute32F,
+            CublasApi.DefaultAlgorithm);
         if (result != 0)
             CublasApi.Check(result, "cublasGemmEx", $"{c.Data.Spec} = {a.Data.Spec} {b.Data.Spec}");
     }

@@ -1,13 +1,13 @@
 namespace MiniCpmNative.Kernels.Cuda;
 
 /// <summary>
-/// Row normalisation, as LayerNorm has it and, with mean and b left out, RMSNorm: one pair of kernels
-/// serves both, as on the CPU. Inputs are x, w and perhaps b.
+/// Row normalisation, as LayerNorm has it and, with mean and b left out, RMSNorm: one pair of
+/// kernels serves both, as on the CPU. Inputs are x, w and perhaps b.
 /// </summary>
 internal static class CudaNormalisation
 {
-    // Rows per partial sum of dw and db, and the most of such sums: they are added in order, by a thread
-    // per column.
+    // Rows per partial sum of dw and db, and the most of such sums: they are added in order, by a
+    // thread per column.
     private const int PartRows = 64, MaxParts = 64;
 
     public static void Forward(in CudaCall call, in Tensor mean, in Tensor rstd, double epsilon)
@@ -17,10 +17,12 @@ internal static class CudaNormalisation
             call.Output, mean, rstd, x, call.Floats(1), call.Floats(2), x.Shape.Cols, epsilon);
     }
 
-    // The gradients of w and b read x and dy once more; where weights are frozen nobody pays for that.
+    // The gradients of w and b read x and dy once more;
+    // where weights are frozen nobody pays for that.
     public static void Backward(in CudaCall call, in Tensor mean, in Tensor rstd)
     {
-        GradientTarget dx = call.Gradient(0), dw = call.FloatGradient(1), db = call.FloatGradient(2);
+        GradientTarget dx = call.Gradient(0), dw = call.FloatGradient(1),
+            db = call.FloatGradient(2);
         Tensor x = call.In(0), dy = call.OutputGradient;
         int rows = (int)x.Shape.Rows, cols = x.Shape.Cols;
         if (dx.Wanted)

@@ -1,6 +1,8 @@
 namespace MiniCpmNative.Kernels.Cuda;
 
-/// <summary>Copies into page-locked memory behind the work on the stream, and an event behind them.</summary>
+/// <summary>
+/// Copies into page-locked memory behind the work on the stream, and an event behind them.
+/// </summary>
 internal sealed unsafe class CudaReadback(CudaDevice device, int bytes) : Readback, IDisposable
 {
     private readonly PinnedMemory _memory = new(device.Context, bytes + device.Faults.Spec.Bytes);

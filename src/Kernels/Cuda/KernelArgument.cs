@@ -1,8 +1,8 @@
 namespace MiniCpmNative.Kernels.Cuda;
 
 /// <summary>
-/// An argument of a launch: what tensors, integers and floats turn into, so that a launch reads like a
-/// call. The kernel's signature decides whether it fits.
+/// An argument of a launch: what tensors, integers and floats turn into, so that a launch reads
+/// like a call. The kernel's signature decides whether it fits.
 /// </summary>
 public readonly struct KernelArgument
 {
@@ -77,7 +77,9 @@ public readonly record struct Grid(Dim3 Blocks, Dim3 Threads, int SharedBytes = 
     public static Grid Tiles(int cols, int parts, DType type) =>
         new(new Dim3(Blocked((long)cols * type.Size(), 16 * Warp), parts), Threads256);
 
-    /// <summary>A block of 512 threads per row, for rows that are as long as a vocabulary.</summary>
+    /// <summary>
+    /// A block of 512 threads per row, for rows that are as long as a vocabulary.
+    /// </summary>
     public static Grid LongRows(int rows) => new(rows, 512);
 
     /// <summary>A thread per 16 bytes of columns, which takes about every eighth row.</summary>
@@ -85,14 +87,16 @@ public readonly record struct Grid(Dim3 Blocks, Dim3 Threads, int SharedBytes = 
     {
         int vectors = Blocked((long)cols * type.Size(), 16);
         return new(
-            new Dim3(Blocked(vectors, Threads256), Math.Clamp(Blocked(rows, 8), 1, MaxRowBlocks)), Threads256);
+            new Dim3(Blocked(vectors, Threads256), Math.Clamp(Blocked(rows, 8), 1, MaxRowBlocks)),
+            Threads256);
     }
 
     /// <summary>
-    /// A block per head and tile of rows of packed sequences, whose lengths only the device knows: as
-    /// many tiles as there can be.
+    /// A block per head and tile of rows of packed sequences, whose lengths only the device knows:
+    /// as many tiles as there can be.
     /// </summary>
-    public static Grid SequenceTiles(int rows, int sequences, int rowsPerTile, int heads, int threads) =>
+    public static Grid SequenceTiles(int rows, int sequences, int rowsPerTile, int heads,
+        int threads) =>
         new(new Dim3(Blocked(rows, rowsPerTile) + sequences, heads), threads);
 
     private static int Blocked(long count, int size) => checked((int)((count + size - 1) / size));

@@ -1,8 +1,9 @@
 namespace MiniCpmNative.Kernels.Cuda;
 
 /// <summary>
-/// Which argument held an index outside its table. A kernel cannot throw: it notes the first one, skips
-/// it, and the host throws when it next waits for the device. The numbers stand in kernels.cu too.
+/// Which argument held an index outside its table. A kernel cannot throw: it notes the first one,
+/// skips it, and the host throws when it next waits for the device.
+/// The numbers stand in kernels.cu too.
 /// </summary>
 public enum KernelFault
 {
@@ -32,7 +33,8 @@ internal static class KernelFaults
             KernelFault.PositionGatherIds => $"position_gather: ids[{position}] is {range}",
             KernelFault.RopePositions => $"rope: positions[{position}] is {range}",
             KernelFault.SplicePositions => $"splice: positions[{position}] is {range}",
-            KernelFault.SpliceRepeated => $"splice: positions[{position}] is {value}, as is another",
+            KernelFault.SpliceRepeated =>
+                $"splice: positions[{position}] is {value}, as is another",
             KernelFault.CrossEntropyRows =>
                 $"cross_entropy: rows[{position}] is {value}, expected rising rows of h below {limit}",
             KernelFault.CrossEntropyTargets => $"cross_entropy: targets[{position}] is {range}",

@@ -67,8 +67,8 @@ public static partial class KernelSignatures
         return found;
     }
 
-    // The source without the lines of other storage types: those between #if (or #elif) conditions of
-    // defined(STORAGE_...) that do not hold. Other conditions keep all their lines.
+    // The source without the lines of other storage types: those between #if (or #elif) conditions
+    // of defined(STORAGE_...) that do not hold. Other conditions keep all their lines.
     private static string OfStorage(string source, DType storage)
     {
         var kept = new StringBuilder(source.Length);
@@ -82,7 +82,8 @@ public static partial class KernelSignatures
                 bool holds = Holds(trimmed, storage);
                 open.Push((holds, holds));
             }
-            else if (trimmed.StartsWith("#el", StringComparison.Ordinal) && open.TryPop(out var state))
+            else if (trimmed.StartsWith("#el", StringComparison.Ordinal)
+                && open.TryPop(out var state))
             {
                 bool holds = !state.Before && Holds(trimmed, storage);
                 open.Push((holds, state.Before || holds));
@@ -118,7 +119,8 @@ public static partial class KernelSignatures
         ParameterKind kind = type switch
         {
             "int" or "unsigned" or "unsigned int" or "signed int" or "bool" => ParameterKind.Int32,
-            "long long" or "unsigned long long" or "long long int" or "unsigned long" or "long" or "size_t" =>
+            "long long" or "unsigned long long" or "long long int" or "unsigned long" or "long"
+                or "size_t" =>
                 ParameterKind.Int64,
             "float" => ParameterKind.Float32,
             "double" => ParameterKind.Float64,

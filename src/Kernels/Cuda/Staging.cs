@@ -1,9 +1,9 @@
 namespace MiniCpmNative.Kernels.Cuda;
 
 /// <summary>
-/// Page-locked host memory through which bytes go to a device and back. Uploads are copied into one of
-/// two halves and queued; a half is filled again only when the device has taken what was in it, so the
-/// caller's memory is free at once and the host seldom waits.
+/// Page-locked host memory through which bytes go to a device and back. Uploads are copied into one
+/// of two halves and queued; a half is filled again only when the device has taken what was in it,
+/// so the caller's memory is free at once and the host seldom waits.
 /// </summary>
 internal sealed unsafe class Staging : IDisposable
 {

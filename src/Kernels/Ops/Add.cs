@@ -5,8 +5,8 @@ using MiniCpmNative.Kernels.Cuda;
 namespace MiniCpmNative.Kernels.Ops;
 
 /// <summary>
-/// y = a + Scale * b. a[any], b like a -> y like a; saves nothing. The residual sum; Scale is 1 but in
-/// decoders with scaled residuals (MiniCPM: scale_depth / sqrt(layers)).
+/// y = a + Scale * b. a[any], b like a -> y like a; saves nothing. The residual sum; Scale is 1 but
+/// in decoders with scaled residuals (MiniCPM: scale_depth / sqrt(layers)).
 /// </summary>
 /// <exception cref="ShapeException">a is not float, or b differs from it in shape.</exception>
 public sealed record Add(double Scale = 1) : Op("add")

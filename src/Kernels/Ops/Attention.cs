@@ -6,13 +6,16 @@ namespace MiniCpmNative.Kernels.Ops;
 /// <summary>
 /// o = softmax(Scale * q k^T + mask) v per head, over packed sequences of different lengths.
 /// q[tokens, Heads * HeadDim], k and v[keyTokens, KvHeads * HeadDim], cu_seqlens_q and cu_seqlens_k
-/// I32[sequences + 1] (starts and the end), optional key_lengths I32[sequences] (keys from there on are
-/// masked) -> o like q; saves lse[tokens, Heads]. Causal: a query sees the keys up to its own position,
-/// counted from the end. Key head j serves the query heads j g .. j g + g - 1, g = Heads / KvHeads.
-/// See <see cref="FlashAttention"/>.
+/// I32[sequences + 1] (starts and the end), optional key_lengths I32[sequences] (keys from there on
+/// are masked) -> o like q; saves lse[tokens, Heads]. Causal: a query sees the keys up to its own
+/// position, counted from the end. Key head j serves the query heads j g .. j g + g - 1, g = Heads
+/// / KvHeads. See <see cref="FlashAttention"/>.
 /// </summary>
-/// <exception cref="ShapeException">A shape does not fit, or the starts do not cover the tokens.</exception>
-public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool Causal, double Scale)
+/// <exception cref="ShapeException">
+/// A shape does not fit, or the starts do not cover the tokens.
+/// </exception>
+public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool Causal,
+    double Scale)
     : Op("attention")
 {
     public override Outputs Infer(ReadOnlySpan<Spec> inputs, DType activations)
@@ -29,7 +32,8 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         inputs.Int(this, 4, "cu_seqlens_k").MustBe(this, "cu_seqlens_k", sequences + 1);
         if (inputs.Length > 5 && inputs[5].Exists)
             inputs.Int(this, 5, "key_lengths").MustBe(this, "key_lengths", sequences);
-        return new(q.As(activations), new Spec(activations.Statistics(), new Shape((int)q.Shape.Rows, Heads)));
+        return new(q.As(activations),
+            new Spec(activations.Statistics(), new Shape((int)q.Shape.Rows, Heads)));
     }
 
     public override bool Differentiates(int input) => input < 3;
@@ -37,8 +41,9 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
     public override void CpuForward<T>(in CpuCall<T> call) =>
         FlashAttention.Forward(call.Workers, Arguments(call, backward: false));
 
-    /// <exception cref="ShapeException">Heads, head dimension or scale make no sense, or are more than
-    /// the kernels take. The device's next read throws where starts do not cover the tokens.</exception>
+    /// <exception cref="ShapeException">Heads, head dimension or scale make no sense, or are more
+    /// than the kernels take. The device's next read throws where starts do not cover the
+    /// tokens.</exception>
     public override void CudaForward(in CudaCall call)
     {
         const int Threads = 128, TensorCoreRows = 64, OtherRows = 16, OtherKeys = 32;
@@ -53,7 +58,8 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
             string kernel = HeadDim == 64 ? "attention_forward_64"
                 : HeadDim == 72 ? "attention_forward_72" : "attention_forward_128";
             call.Launch(kernel, new Grid(Blocks(TensorCoreRows), Threads),
-                o, call.Saved(0), q, k, v, startsQ, startsK, lengths, call.Faults, sequences, tokens,
+                o, call.Saved(0), q, k, v, startsQ, startsK, lengths, call.Faults,
+                sequences, tokens,
                 keyTokens, Heads, KvHeads, Causal, Scale);
             return;
         }
@@ -64,20 +70,21 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
             o, call.Saved(0), q, k, v, startsQ, startsK, lengths, call.Faults, sequences, tokens,
             keyTokens, Heads, KvHeads, Causal, Scale, HeadDim);
 
-        // As many tiles as there can be, since only the device knows the lengths; one at least, which
-        // checks the starts.
+        // As many tiles as there can be, since only the device knows the lengths; one at least,
+        // which checks the starts.
         int Blocks(int rows) => checked(Math.Max(1, (tokens / rows) + sequences) * Heads);
     }
 
     public override void CpuBackward<T>(in CpuCall<T> call) =>
-        FlashAttention.Backward(call.Workers, Arguments(call, backward: true), new AttentionGradients<T>
-        {
-            DO = call.OutputGradient.Data,
-            DOStride = call.OutputGradient.Cols,
-            DQ = Target(call.Gradient(0)),
-            DK = Target(call.Gradient(1)),
-            DV = Target(call.Gradient(2)),
-        });
+        FlashAttention.Backward(call.Workers, Arguments(call, backward: true),
+            new AttentionGradients<T>
+            {
+                DO = call.OutputGradient.Data,
+                DOStride = call.OutputGradient.Cols,
+                DQ = Target(call.Gradient(0)),
+                DK = Target(call.Gradient(1)),
+                DV = Target(call.Gradient(2)),
+            });
 
     // What the CPU's kernels check themselves.
     private void RequireLaunchable()
@@ -117,21 +124,26 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         {
             call.Launch("attention_keys_backward",
                 Grid.SequenceTiles(keyTokens, sequences, rows, KvHeads, threads),
-                dk.Buffer, dv.Buffer, q, k, v, dO, statistics, startsQ, startsK, lengths, call.Faults,
+                dk.Buffer, dv.Buffer, q, k, v, dO, statistics, startsQ, startsK, lengths,
+                call.Faults,
                 sequences, tokens, keyTokens, Causal, Heads, KvHeads, HeadDim, Scale, dk.Accumulate,
                 dv.Accumulate);
         }
         else if (dk.Wanted || dv.Wanted)
         {
-            // The query heads of a key head are divided where that makes use of idle multiprocessors.
+            // The query heads of a key head are divided where that
+            // makes use of idle multiprocessors.
             Tensor dkParts = Parts(call, dk, parts), dvParts = Parts(call, dv, parts);
             string kernel = HeadDim == 64 ? "attention_keys_backward_64"
                 : HeadDim == 72 ? "attention_keys_backward_72" : "attention_keys_backward_128";
             call.Launch(kernel,
                 Grid.SequenceTiles(keyTokens, sequences, rows, KvHeads * parts, threads),
-                parts > 1 ? Tensor.None : dk.Buffer, parts > 1 ? Tensor.None : dv.Buffer, q, k, v, dO,
-                statistics, startsQ, startsK, lengths, call.Faults, sequences, tokens, keyTokens, Causal,
-                Heads, KvHeads, HeadDim, Scale, dk.Accumulate, dv.Accumulate, dkParts, dvParts, parts);
+                parts > 1 ? Tensor.None : dk.Buffer, parts > 1 ? Tensor.None : dv.Buffer, q,
+                k, v, dO,
+                statistics, startsQ, startsK, lengths, call.Faults, sequences, tokens,
+                keyTokens, Causal,
+                Heads, KvHeads, HeadDim, Scale, dk.Accumulate, dv.Accumulate, dkParts,
+                dvParts, parts);
             if (dkParts.Exists) call.SumParts(dkParts, dk);
             if (dvParts.Exists) call.SumParts(dvParts, dv);
         }
@@ -140,15 +152,17 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         {
             string kernel = !tensorCores ? "attention_queries_backward"
                 : HeadDim == 64 ? "attention_queries_backward_64"
-                : HeadDim == 72 ? "attention_queries_backward_72" : "attention_queries_backward_128";
+                : HeadDim == 72
+                ? "attention_queries_backward_72" : "attention_queries_backward_128";
             call.Launch(kernel, Grid.SequenceTiles(tokens, sequences, rows, Heads, threads),
-                dq.Buffer, q, k, v, dO, statistics, startsQ, startsK, lengths, call.Faults, sequences,
+                dq.Buffer, q, k, v, dO, statistics, startsQ, startsK, lengths, call.Faults,
+                sequences,
                 tokens, keyTokens, Causal, Heads, KvHeads, HeadDim, Scale, dq.Accumulate);
         }
     }
 
-    // Into how many blocks the query heads of a key head are divided: as many as make two blocks for each
-    // multiprocessor.
+    // Into how many blocks the query heads of a key head are divided: as many as make two blocks
+    // for each multiprocessor.
     private int KeyParts(in CudaCall call, int tiles) =>
         Math.Clamp(2 * call.Multiprocessors / Math.Max(1, tiles * KvHeads), 1, Heads / KvHeads);
 

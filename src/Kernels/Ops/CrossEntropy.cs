@@ -6,21 +6,22 @@ using MiniCpmNative.Kernels.Cuda;
 namespace MiniCpmNative.Kernels.Ops;
 
 /// <summary>
-/// loss = sum_i (ln sum_v exp(logits[i, v]) - logits[i, targets[i]]),  logits = h[rows] w^T: the vocabulary
-/// projection of the rows that carry a label, softmax and loss in one, chunk by chunk: the logits of all
-/// rows never exist. h[tokens, cols], w[vocab, cols] (any float storage; row-major, or packed when
-/// frozen), rows I32[labels] rising, targets I32[labels] -> loss[1], the sum and not the mean.
-/// Saves loss[labels], correct[labels] (1 where the target has the largest logit) and, when a backward
-/// will come, the gradient of the sum for the labelled rows of h, dh[labels, cols]: backward scatters it,
-/// and multiplies again only for a trainable w. As in Liger-Kernel's fused linear cross entropy.
+/// loss = sum_i (ln sum_v exp(logits[i, v]) - logits[i, targets[i]]),  logits = h[rows] w^T: the
+/// vocabulary projection of the rows that carry a label, softmax and loss in one, chunk by chunk:
+/// the logits of all rows never exist. h[tokens, cols], w[vocab, cols] (any float storage;
+/// row-major, or packed when frozen), rows I32[labels] rising, targets I32[labels] -> loss[1], the
+/// sum and not the mean. Saves loss[labels], correct[labels] (1 where the target has the largest
+/// logit) and, when a backward will come, the gradient of the sum for the labelled rows of h,
+/// dh[labels, cols]: backward scatters it, and multiplies again only for a trainable w. As in
+/// Liger-Kernel's fused linear cross entropy.
 /// </summary>
 /// <exception cref="ShapeException">
 /// A shape does not fit, rows do not rise within h, or a target is outside the vocabulary.
 /// </exception>
 public sealed unsafe record CrossEntropy() : Op("cross_entropy")
 {
-    // Elements of a chunk of logits: small vocabularies stay in the cache, large ones still reuse each
-    // element of w for MinRows rows.
+    // Elements of a chunk of logits: small vocabularies stay in the cache, large ones still reuse
+    // each element of w for MinRows rows.
     private const int ChunkElements = 1 << 21, MinRows = 64, MaxRows = 512;
 
     // On CUDA: bytes of a chunk of logits, which is a multiple of the rows that a product computes
@@ -28,8 +29,8 @@ public sealed unsafe record CrossEntropy() : Op("cross_entropy")
     private const long CudaChunkBytes = 256L << 20;
     private const int CudaTile = 128, CudaMaxRows = 2048;
 
-    // What probabilities are multiplied by before a storage type rounds them, so that F16, which ends at
-    // 6e-8, keeps those of a large vocabulary; a power of two loses nothing.
+    // What probabilities are multiplied by before a storage type rounds them, so that F16, which
+    // ends at 6e-8, keeps those of a large vocabulary; a power of two loses nothing.
     private const double CudaScale = 1 << 14;
 
     // Made once: a span of constants allocates in unoptimised code.
@@ -127,7 +128,8 @@ public sealed unsafe record CrossEntropy() : Op("cross_entropy")
         if (dh.Wanted)
         {
             Shape shape = dh.Buffer.Shape;
-            call.Launch("cross_entropy_scatter", Grid.Rows((int)shape.Rows), dh.Buffer, call.Saved(2),
+            call.Launch("cross_entropy_scatter", Grid.Rows((int)shape.Rows), dh.Buffer,
+                call.Saved(2),
                 rows, labels, dloss, shape.Cols, dh.Accumulate);
         }
 
@@ -202,9 +204,10 @@ public sealed unsafe record CrossEntropy() : Op("cross_entropy")
     }
 
     /// <summary>
-    /// Scratch for a chunk of labelled rows, their logits in F32 and the gradient of those in the storage
-    /// type. Each chunk reads all of w for each product: with few rows that, not arithmetic, would take
-    /// the time (1 GB for 151,700 x 3584), so chunks are large rather than small enough for the cache.
+    /// Scratch for a chunk of labelled rows, their logits in F32 and the gradient of those in the
+    /// storage type. Each chunk reads all of w for each product: with few rows that, not
+    /// arithmetic, would take the time (1 GB for 151,700 x 3584),
+    /// so chunks are large rather than small enough for the cache.
     /// </summary>
     private readonly struct CudaChunks
     {
@@ -237,16 +240,22 @@ public sealed unsafe record CrossEntropy() : Op("cross_entropy")
         public CudaMatrix Gathered(int first, int count) =>
             _gathered.Exists ? _gathered.Slice(0, count) : _h.Slice(first, count);
 
-        /// <summary>scale * *by * (softmax - one at the target) of the logits computed last.</summary>
-        public CudaMatrix Gradient(int count) => new(_gradient.Slice(0, count), count, Weight.Rows, false);
+        /// <summary>
+        /// scale * *by * (softmax - one at the target) of the logits computed last.
+        /// </summary>
+        public CudaMatrix Gradient(int count) =>
+            new(_gradient.Slice(0, count), count, Weight.Rows, false);
 
-        /// <summary>Computes the logits of the chunk from a label on; how many rows it has.</summary>
+        /// <summary>
+        /// Computes the logits of the chunk from a label on; how many rows it has.
+        /// </summary>
         public int Logits(in CudaCall call, int first)
         {
             Tensor rows = call.Input(2);
             int count = Math.Min(Size, (int)rows.Shape.Count - first), tokens = _h.Shape[0];
             if (_gathered.Exists)
-                call.Launch("gather_rows", Grid.Rows(count), _gathered, _h, rows.Slice(first, count),
+                call.Launch("gather_rows", Grid.Rows(count), _gathered, _h,
+                    rows.Slice(first, count),
                     count, tokens, _h.Shape.Cols, false);
             call.Multiply(Gathered(first, count), Weight.T,
                 new CudaMatrix(_logits.Slice(0, count), count, Weight.Rows, false));
@@ -255,7 +264,8 @@ public sealed unsafe record CrossEntropy() : Op("cross_entropy")
 
         public void Softmax(in CudaCall call, int first, int count, in Tensor losses,
             in Tensor correct, double scale, in Tensor by) =>
-            call.Launch("cross_entropy_rows", Grid.LongRows(count), losses, correct, _gradient, _logits,
+            call.Launch("cross_entropy_rows", Grid.LongRows(count), losses, correct, _gradient,
+                _logits,
                 call.Input(3).Slice(first, count), Weight.Rows, _logits.Shape.Cols, scale, by);
 
         private static int RoundedUp(int value, int multiple) =>

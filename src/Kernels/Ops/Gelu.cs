@@ -44,9 +44,11 @@ public sealed record Gelu(GeluKind Kind) : Op("gelu")
         Gradient<T> dx = call.Gradient(0);
         if (!dx.Wanted) return;
         if (Kind == GeluKind.Tanh)
-            Elementwise.Map(call.Workers, x, dy, default, dx.Into, dx.Accumulate, default(TanhSlope<T>));
+            Elementwise.Map(call.Workers, x, dy, default, dx.Into, dx.Accumulate,
+                default(TanhSlope<T>));
         else
-            Elementwise.Map(call.Workers, x, dy, default, dx.Into, dx.Accumulate, default(ErfSlope<T>));
+            Elementwise.Map(call.Workers, x, dy, default, dx.Into, dx.Accumulate,
+                default(ErfSlope<T>));
     }
 
     public override void CudaForward(in CudaCall call)
@@ -93,7 +95,8 @@ public sealed record Gelu(GeluKind Kind) : Op("gelu")
     private readonly struct ErfValue<T> : IMap<T>
         where T : unmanaged, IBinaryFloatingPointIeee754<T>
     {
-        public Vector<T> At(Vector<T> x, Vector<T> b, Vector<T> c) => x * VectorMath.NormalCdf(x, out _);
+        public Vector<T> At(Vector<T> x, Vector<T> b, Vector<T> c) =>
+            x * VectorMath.NormalCdf(x, out _);
     }
 
     private readonly struct ErfSlope<T> : IMap<T>

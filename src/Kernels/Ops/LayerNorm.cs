@@ -4,9 +4,9 @@ using MiniCpmNative.Kernels.Cuda;
 namespace MiniCpmNative.Kernels.Ops;
 
 /// <summary>
-/// y[r, c] = (x[r, c] - mean[r]) * rstd[r] * w[c] + b[c],  rstd = 1 / sqrt(variance + epsilon), with the
-/// population variance. x[rows, cols], w[cols], b[cols] -> y[rows, cols]; saves mean[rows], rstd[rows].
-/// Ba, Kiros and Hinton 2016; the norms of vision tower and resampler.
+/// y[r, c] = (x[r, c] - mean[r]) * rstd[r] * w[c] + b[c],  rstd = 1 / sqrt(variance + epsilon),
+/// with the population variance. x[rows, cols], w[cols], b[cols] -> y[rows, cols]; saves
+/// mean[rows], rstd[rows]. Ba, Kiros and Hinton 2016; the norms of vision tower and resampler.
 /// </summary>
 /// <exception cref="ShapeException">x is not float, or w or b do not have x's columns.</exception>
 public sealed record LayerNorm(double Epsilon) : Op("layer_norm")

@@ -4,19 +4,23 @@ using MiniCpmNative.Kernels.Cuda;
 namespace MiniCpmNative.Kernels.Ops;
 
 /// <summary>
-/// y = x w^T + b. x[rows, in], w[out, in] (any float storage; row-major, or packed when frozen), optional
-/// b[out] -> y[rows, out]; saves nothing. Transposed: w[in, out], y = x w + b (the resampler's proj).
-/// A patch embedding is this on w[out, 3, p, p] seen as [out, 3 p p].
+/// y = x w^T + b. x[rows, in], w[out, in] (any float storage; row-major, or packed when frozen),
+/// optional b[out] -> y[rows, out]; saves nothing. Transposed: w[in, out], y = x w + b (the
+/// resampler's proj). A patch embedding is this on w[out, 3, p, p] seen as [out, 3 p p].
 /// </summary>
-/// <exception cref="ShapeException">x has other columns than w's inputs, or b than its outputs.</exception>
+/// <exception cref="ShapeException">
+/// x has other columns than w's inputs, or b than its outputs.
+/// </exception>
 public sealed unsafe record Linear(bool Transposed = false) : Op("linear")
 {
     public override Outputs Infer(ReadOnlySpan<Spec> inputs, DType activations)
     {
         Spec x = inputs.Float(this, 0, "x"), w = inputs.Weight(this, 1, "w");
         var (output, input) = Transposed ? (w.Shape[1], w.Shape[0]) : (w.Shape[0], w.Shape[1]);
-        if (x.Shape.Cols != input) throw this.Wrong("x", $"{input} columns, the inputs of w {w}", x);
-        if (inputs.Length > 2 && inputs[2].Exists) inputs.Float(this, 2, "b").MustBe(this, "b", output);
+        if (x.Shape.Cols != input)
+            throw this.Wrong("x", $"{input} columns, the inputs of w {w}", x);
+        if (inputs.Length > 2 && inputs[2].Exists)
+            inputs.Float(this, 2, "b").MustBe(this, "b", output);
         return new(new Spec(activations, new Shape((int)x.Shape.Rows, output)));
     }
 

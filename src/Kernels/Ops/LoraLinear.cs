@@ -4,9 +4,9 @@ using MiniCpmNative.Kernels.Cuda;
 namespace MiniCpmNative.Kernels.Ops;
 
 /// <summary>
-/// y = x w^T + b + Scale * (drop(x) a^T) bb^T. x[rows, in], w[out, in] (any float storage; row-major, or
-/// packed when frozen), optional b[out], a[rank, in], bb[out, rank] -> y[rows, out]; saves
-/// h = drop(x) a^T [rows, rank]. Scale is alpha / rank. The mask is <see cref="Philox"/>'s at
+/// y = x w^T + b + Scale * (drop(x) a^T) bb^T. x[rows, in], w[out, in] (any float storage;
+/// row-major, or packed when frozen), optional b[out], a[rank, in], bb[out, rank] -> y[rows, out];
+/// saves h = drop(x) a^T [rows, rank]. Scale is alpha / rank. The mask is <see cref="Philox"/>'s at
 /// (seed, step, Layer, element of x), drawn again in backward; without dropout drop(x) = x.
 /// Hu et al. 2021; a = lora_A, bb = lora_B of peft's lora.Linear.
 /// </summary>
@@ -37,7 +37,8 @@ public sealed unsafe record LoraLinear : Op
         Spec x = inputs.Float(this, 0, "x"), w = inputs.Weight(this, 1, "w");
         Spec a = inputs.FloatMatrix(this, 3, "a");
         int rows = (int)x.Shape.Rows, rank = a.Shape[0], output = w.Shape[0], input = w.Shape[1];
-        if (x.Shape.Cols != input) throw this.Wrong("x", $"{input} columns, the inputs of w {w}", x);
+        if (x.Shape.Cols != input)
+            throw this.Wrong("x", $"{input} columns, the inputs of w {w}", x);
         if (inputs[2].Exists) inputs.Float(this, 2, "b").MustBe(this, "b", output);
         a.MustBe(this, "a", rank, input);
         inputs.FloatMatrix(this, 4, "bb").MustBe(this, "bb", output, rank);
@@ -97,7 +98,8 @@ public sealed unsafe record LoraLinear : Op
     }
 
     private static void BackThroughMask<T>(
-        in CpuCall<T> call, Dropout<T> dropout, Matrix<T> x, Matrix<T> t, Gradient<T> dx, Gradient<T> da)
+        in CpuCall<T> call, Dropout<T> dropout, Matrix<T> x, Matrix<T> t, Gradient<T> dx,
+        Gradient<T> da)
         where T : unmanaged, System.Numerics.IBinaryFloatingPointIeee754<T>
     {
         int tile = TileRows(x);
@@ -118,10 +120,10 @@ public sealed unsafe record LoraLinear : Op
         }
     }
 
-    // Without a mask every product is cuBLAS's: h = x a^T reads x once too. With one, h reads x once and
-    // draws the mask on the way, where a dropped copy of x would be written and read again. The adapter's
-    // part is stored first, in y and in dx, and the frozen weight's added to it: what is rounded twice is
-    // then the smaller part, and nothing while bb is 0.
+    // Without a mask every product is cuBLAS's: h = x a^T reads x once too. With one, h reads x
+    // once and draws the mask on the way, where a dropped copy of x would be written and read
+    // again. The adapter's part is stored first, in y and in dx, and the frozen weight's added to
+    // it: what is rounded twice is then the smaller part, and nothing while bb is 0.
     public override void CudaForward(in CudaCall call)
     {
         CudaMatrix x = call.In(0);
@@ -161,5 +163,6 @@ public sealed unsafe record LoraLinear : Op
     }
 
     private static int TileRows<T>(Matrix<T> x)
-        where T : unmanaged => Math.Min(Math.Max(32, TileElements / Math.Max(1, x.Cols)), Math.Max(1, x.Rows));
+        where T : unmanaged =>
+            Math.Min(Math.Max(32, TileElements / Math.Max(1, x.Cols)), Math.Max(1, x.Rows));
 }

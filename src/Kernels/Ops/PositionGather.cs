@@ -8,7 +8,9 @@ namespace MiniCpmNative.Kernels.Ops;
 /// y[n] = x[n] + table[ids[n]]. x[rows, cols], table[positions, cols] in any float storage, ids
 /// I32[rows] -> y like x; saves nothing. The learned position embedding of the vision tower.
 /// </summary>
-/// <exception cref="ShapeException">A shape does not fit, or an id is outside the table.</exception>
+/// <exception cref="ShapeException">
+/// A shape does not fit, or an id is outside the table.
+/// </exception>
 public sealed record PositionGather() : Op("position_gather")
 {
     public override Outputs Infer(ReadOnlySpan<Spec> inputs, DType activations)

@@ -6,7 +6,8 @@ namespace MiniCpmNative.Kernels.Ops;
 /// <summary>
 /// y[r, c] = x[r, c] * rstd[r] * w[c],  rstd[r] = 1 / sqrt(mean_c(x[r, c]^2) + epsilon).
 /// x[rows, cols], w[cols] -> y[rows, cols]; saves rstd[rows].
-/// Root mean square layer normalisation, Zhang and Sennrich 2019; the decoder norms of the whole family.
+/// Root mean square layer normalisation, Zhang and Sennrich 2019;
+/// the decoder norms of the whole family.
 /// </summary>
 /// <exception cref="ShapeException">x is not float, or w does not have x's columns.</exception>
 public sealed record RmsNorm(double Epsilon) : Op("rms_norm")
@@ -15,14 +16,16 @@ public sealed record RmsNorm(double Epsilon) : Op("rms_norm")
     {
         Spec x = inputs.Float(this, 0, "x");
         inputs.Float(this, 1, "w").MustBe(this, "w", x.Shape.Cols);
-        return new(x.As(activations), new Spec(activations.Statistics(), new Shape((int)x.Shape.Rows)));
+        return new(x.As(activations),
+            new Spec(activations.Statistics(), new Shape((int)x.Shape.Rows)));
     }
 
     public override bool Differentiates(int input) => true;
 
     public override void CpuForward<T>(in CpuCall<T> call) =>
         Normalisation.Forward(
-            call.Workers, call.In(0), call.In(1), default, call.Output, default, call.Saved(0), Epsilon);
+            call.Workers, call.In(0), call.In(1), default, call.Output, default, call.Saved(0),
+            Epsilon);
 
     public override void CpuBackward<T>(in CpuCall<T> call) =>
         Normalisation.Backward(call, call.In(0), call.In(1), default, call.Saved(0),

@@ -6,11 +6,13 @@ namespace MiniCpmNative.Kernels.Ops;
 
 /// <summary>
 /// Rotates the halves [a, b] of every head by its token's angles: [a cos - b sin, b cos + a sin].
-/// x[tokens, heads * HeadDim], positions I32[tokens], cos[positions, HeadDim/2], sin alike -> y like x;
-/// saves nothing. Base, frequency factors and attention factor come in through the tables.
+/// x[tokens, heads * HeadDim], positions I32[tokens], cos[positions, HeadDim/2], sin alike -> y
+/// like x; saves nothing. Base, frequency factors and attention factor come in through the tables.
 /// Rotary position embedding, Su et al. 2021, in the "rotate half" pairing of Hugging Face.
 /// </summary>
-/// <exception cref="ShapeException">A shape does not fit, or a position is outside the tables.</exception>
+/// <exception cref="ShapeException">
+/// A shape does not fit, or a position is outside the tables.
+/// </exception>
 public sealed record Rope(int HeadDim) : Op("rope")
 {
     public override Outputs Infer(ReadOnlySpan<Spec> inputs, DType activations)

@@ -5,9 +5,10 @@ using MiniCpmNative.Kernels.Cuda;
 namespace MiniCpmNative.Kernels.Ops;
 
 /// <summary>
-/// y = x with row positions[i] replaced by features[i]: image features into their slots in the text.
-/// x[tokens, cols], features[slots, cols], positions I32[used], used at most slots (surplus feature rows
-/// are ignored, as the official scatter does) -> y like x; saves nothing. dx is zero in replaced rows.
+/// y = x with row positions[i] replaced by features[i]: image features into their slots in the
+/// text. x[tokens, cols], features[slots, cols], positions I32[used], used at most slots (surplus
+/// feature rows are ignored, as the official scatter does) -> y like x;
+/// saves nothing. dx is zero in replaced rows.
 /// </summary>
 /// <exception cref="ShapeException">
 /// A shape does not fit, or a position is outside x or stands twice.
@@ -21,7 +22,8 @@ public sealed record Splice() : Op("splice")
         Spec positions = inputs.Int(this, 2, "positions");
         positions.MustBe(this, "positions", (int)positions.Shape.Count);
         if (positions.Shape.Count > features.Shape.Rows)
-            throw this.Wrong("positions", $"at most the {features.Shape.Rows} rows of features", positions);
+            throw this.Wrong("positions", $"at most the {features.Shape.Rows} rows of features",
+                positions);
         return new(x.As(activations));
     }
 
@@ -62,7 +64,8 @@ public sealed record Splice() : Op("splice")
             call.Launch("splice_text_backward", Grid.Rows(tokens),
                 dx.Buffer, dy, from, cols, dx.Accumulate);
         if (dFeatures.Wanted)
-            call.Launch("gather_rows", Grid.Rows((int)dFeatures.Buffer.Shape.Rows), dFeatures.Buffer, dy,
+            call.Launch("gather_rows", Grid.Rows((int)dFeatures.Buffer.Shape.Rows),
+                dFeatures.Buffer, dy,
                 positions, (int)positions.Shape.Count, tokens, cols, dFeatures.Accumulate);
     }
 
@@ -73,7 +76,8 @@ public sealed record Splice() : Op("splice")
         int tokens = (int)call.Input(0).Shape.Rows, used = (int)positions.Shape.Count;
         Tensor from = call.Scratch(DType.I32, tokens);
         call.Clear(from);
-        call.Launch("splice_invert", Grid.Elements(used), from, positions, used, tokens, call.Faults);
+        call.Launch("splice_invert", Grid.Elements(used), from, positions, used, tokens,
+            call.Faults);
         return from;
     }
 
@@ -105,7 +109,8 @@ public sealed record Splice() : Op("splice")
         public void Run(int begin, int end, int worker)
         {
             for (int i = begin; i < end; i++)
-                dFeatures.PutRow(i, i < positions.Count ? dy : default, i < positions.Count ? positions[i] : 0);
+                dFeatures.PutRow(i, i < positions.Count ? dy : default,
+                    i < positions.Count ? positions[i] : 0);
         }
     }
 }

@@ -5,8 +5,8 @@ using MiniCpmNative.Kernels.Cuda;
 namespace MiniCpmNative.Kernels.Ops;
 
 /// <summary>
-/// y = silu(gate) * up,  silu(g) = g / (1 + e^-g). gate[any], up like gate -> y like gate; saves nothing.
-/// Shazeer 2020; the gated feed-forward of every decoder of the family.
+/// y = silu(gate) * up,  silu(g) = g / (1 + e^-g). gate[any], up like gate -> y like gate; saves
+/// nothing. Shazeer 2020; the gated feed-forward of every decoder of the family.
 /// </summary>
 /// <exception cref="ShapeException">gate is not float, or up differs from it in shape.</exception>
 public sealed record SwiGlu() : Op("swiglu")

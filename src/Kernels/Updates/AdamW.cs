@@ -7,8 +7,9 @@ namespace MiniCpmNative.Kernels.Updates;
 /// <summary>
 /// One step of AdamW over one flat range, Loshchilov and Hutter 2019, in torch.optim.AdamW's form:
 /// p *= 1 - lr * decay;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
-/// p -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + epsilon),  with g the gradient times the clipping
-/// factor and t = Step from 1. Seed keys the rounding of 16-bit moments; see <see cref="AdamWRange"/>.
+/// p -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + epsilon),  with g the gradient times the
+/// clipping factor and t = Step from 1. Seed keys the rounding of 16-bit moments; see
+/// <see cref="AdamWRange"/>.
 /// </summary>
 public readonly record struct AdamW(
     double LearningRate, double Beta1, double Beta2, double Epsilon, double WeightDecay, long Step,
@@ -18,20 +19,23 @@ public readonly record struct AdamW(
     /// small, or small below 2^32.</summary>
     internal const uint RandomLayer = 0x80000000;
 
-    /// <summary>The formula's factors, in double: p keep - m / (sqrt(v) / root + epsilon) rate.</summary>
-    internal (double Keep, double NewFirst, double NewSecond, double Rate, double Root) Factors() => (
+    /// <summary>
+    /// The formula's factors, in double: p keep - m / (sqrt(v) / root + epsilon) rate.
+    /// </summary>
+    internal (double Keep, double NewFirst, double NewSecond, double Rate,
+        double Root) Factors() => (
         1 - (LearningRate * WeightDecay), 1 - Beta1, 1 - Beta2,
         LearningRate / (1 - Math.Pow(Beta1, Step)), Math.Sqrt(1 - Math.Pow(Beta2, Step)));
 }
 
 /// <summary>
-/// The tensors of one range, all of one shape. Weights are F32, or BF16 or F16 with a Master in F32 of
-/// which they are the rounded copy; Gradient is F32. M and V are F32, or BF16, which halves them: then
-/// they are rounded up or down at random, so that the many small changes of a moving average are kept on
-/// average (the nearest value would be the old one for ever). The random numbers are those of
-/// <see cref="Philox"/> for (Seed, Step) of the step and element First + i, so that the same run rounds
-/// the same way; m takes the low half of the element's word, v the high half. First is a multiple of 4.
-/// (All F64 on an F64 device.)
+/// The tensors of one range, all of one shape. Weights are F32, or BF16 or F16 with a Master in F32
+/// of which they are the rounded copy; Gradient is F32. M and V are F32, or BF16, which halves
+/// them: then they are rounded up or down at random, so that the many small changes of a moving
+/// average are kept on average (the nearest value would be the old one for ever). The random
+/// numbers are those of <see cref="Philox"/> for (Seed, Step) of the step and element First + i, so
+/// that the same run rounds the same way; m takes the low half of the element's word, v the high
+/// half. First is a multiple of 4. (All F64 on an F64 device.)
 /// </summary>
 public readonly record struct AdamWRange(
     Tensor Weights, Tensor Master, Tensor Gradient, Tensor M, Tensor V, long First = 0)
@@ -56,7 +60,9 @@ public readonly record struct AdamWRange(
     }
 }
 
-/// <summary>The CPU's AdamW: element-wise, memory-bound (reads p m v g, writes p m v), on all threads.</summary>
+/// <summary>
+/// The CPU's AdamW: element-wise, memory-bound (reads p m v g, writes p m v), on all threads.
+/// </summary>
 internal static unsafe class CpuAdamW
 {
     private const int Block = 4096;
@@ -91,7 +97,8 @@ internal static unsafe class CpuAdamW
             }
         }
 
-        // Moments in BF16: widened and rounded again four elements at a time, as many as a counter gives.
+        // Moments in BF16: widened and rounded again four elements at a time,
+        // as many as a counter gives.
         private void Rounding(float* p, float* g, long first, int length)
         {
             float* m = stackalloc float[4];
@@ -121,7 +128,8 @@ internal static unsafe class CpuAdamW
     private readonly struct Formula<T>
         where T : unmanaged, IBinaryFloatingPointIeee754<T>
     {
-        private readonly T _factor, _keep, _first, _newFirst, _second, _newSecond, _rate, _root, _epsilon;
+        private readonly T _factor, _keep, _first, _newFirst, _second, _newSecond, _rate, _root,
+            _epsilon;
 
         public Formula(in AdamW step, double factor)
         {
@@ -144,7 +152,8 @@ internal static unsafe class CpuAdamW
             {
                 Vector<T> gradient = Vector.Load(g + i) * _factor;
                 Vector<T> first = (Vector.Load(m + i) * _first) + (gradient * _newFirst);
-                Vector<T> second = (Vector.Load(v + i) * _second) + (gradient * gradient * _newSecond);
+                Vector<T> second = (Vector.Load(v + i) * _second)
+                    + (gradient * gradient * _newSecond);
                 Vector<T> root = (Vector.SquareRoot(second) / Vector.Create(_root))
                     + Vector.Create(_epsilon);
                 Vector.Store(first, m + i);

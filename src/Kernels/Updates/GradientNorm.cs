@@ -5,11 +5,11 @@ using MiniCpmNative.Kernels.Cuda;
 namespace MiniCpmNative.Kernels.Updates;
 
 /// <summary>
-/// The global norm of gradients, and what follows from it, as a device tensor of <see cref="Spec"/>:
-/// norm = sqrt(sum of g^2) over all ranges, accumulated in double in a fixed order; factor =
-/// min(1, maxNorm / (norm + 1e-6)) as torch.nn.utils.clip_grad_norm_ has it; and the number of elements
-/// that are NaN or infinite, those of the step's losses included. On the device, so that a step need not
-/// wait for the host.
+/// The global norm of gradients, and what follows from it, as a device tensor of
+/// <see cref="Spec"/>: norm = sqrt(sum of g^2) over all ranges, accumulated in double in a fixed
+/// order; factor = min(1, maxNorm / (norm + 1e-6)) as torch.nn.utils.clip_grad_norm_ has it; and
+/// the number of elements that are NaN or infinite, those of the step's losses included. On the
+/// device, so that a step need not wait for the host.
 /// </summary>
 public readonly record struct GradientNorm(double Norm, double Factor, double NonFinite)
 {
@@ -29,9 +29,12 @@ internal static unsafe class CpuGradientNorm
 {
     private const int Block = 1 << 14;
 
-    /// <summary>Adds one range's sum of squares and number of non-finite elements to the totals.</summary>
+    /// <summary>
+    /// Adds one range's sum of squares and number of non-finite elements to the totals.
+    /// </summary>
     public static void Add<T>(
-        Workers workers, Arena scratch, in Tensor gradient, ref double squares, ref double nonFinite)
+        Workers workers, Arena scratch, in Tensor gradient, ref double squares,
+        ref double nonFinite)
         where T : unmanaged, IBinaryFloatingPointIeee754<T>
     {
         long count = gradient.Shape.Count;
@@ -61,7 +64,8 @@ internal static unsafe class CpuGradientNorm
                 double squares = Squares(g + first, length);
                 partial[2 * block] = squares;
                 // No square of a finite float overflows a double, so only a bad sum needs a count.
-                partial[(2 * block) + 1] = double.IsFinite(squares) ? 0 : NonFinite(g + first, length);
+                partial[(2 * block) + 1] = double.IsFinite(squares)
+                    ? 0 : NonFinite(g + first, length);
             }
         }
 
@@ -101,8 +105,8 @@ internal static unsafe class CpuGradientNorm
 }
 
 /// <summary>
-/// The GPU's reduction: a block adds a part of fixed size (kernel `gradient_norm_parts`), one block adds
-/// the parts of all ranges (`gradient_norm_finish`); nothing depends on the size of the GPU.
+/// The GPU's reduction: a block adds a part of fixed size (kernel `gradient_norm_parts`), one block
+/// adds the parts of all ranges (`gradient_norm_finish`); nothing depends on the size of the GPU.
 /// </summary>
 internal static class CudaGradientNorm
 {
@@ -110,7 +114,8 @@ internal static class CudaGradientNorm
     private const long PerPart = 1 << 14;
 
     public static void Run(
-        CudaDevice device, ReadOnlySpan<Tensor> gradients, double maxNorm, in Tensor into, in Tensor losses)
+        CudaDevice device, ReadOnlySpan<Tensor> gradients, double maxNorm, in Tensor into,
+        in Tensor losses)
     {
         int parts = PartsOf(losses);
         foreach (ref readonly Tensor gradient in gradients) parts += PartsOf(gradient);

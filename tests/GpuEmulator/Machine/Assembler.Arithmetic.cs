@@ -15,7 +15,8 @@ internal sealed unsafe partial class Assembler
                 return BuildBinary(i, p, op);
             case "mad" or "fma":
                 return BuildMultiplyAdd(i, p, op);
-            case "abs" or "neg" or "sqrt" or "rcp" or "rsqrt" or "ex2" or "lg2" or "sin" or "cos" or "tanh":
+            case "abs" or "neg" or "sqrt" or "rcp" or "rsqrt" or "ex2" or "lg2" or "sin" or "cos"
+                or "tanh":
                 return BuildUnary(i, p, op);
             case "setp": return BuildCompare(i, p, op);
             case "set": return BuildCompareWord(i, p, op);

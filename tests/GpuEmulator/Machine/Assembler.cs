@@ -45,11 +45,13 @@ internal sealed unsafe partial class Assembler
             {
                 assembler.Build(instruction, source);
             }
-            catch (Exception e) when (e is PtxException or IndexOutOfRangeException or OverflowException)
+            catch (Exception e) when (e is PtxException or IndexOutOfRangeException
+                or OverflowException)
             {
                 // An index beyond the operands: one is missing.
                 string what = e is PtxException ? e.Message : "its operands are not those expected";
-                throw new PtxException($"PTX line {source.Line}, kernel {kernel.Name}: {what}: {source.Text}");
+                throw new PtxException(
+                    $"PTX line {source.Line}, kernel {kernel.Name}: {what}: {source.Text}");
             }
             code.Add(instruction);
         }

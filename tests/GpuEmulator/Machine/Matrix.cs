@@ -85,8 +85,8 @@ internal static unsafe class Matrix
             TWiden.Row((ushort*)(piece + g * 4)).Store(to + g * stride);
     }
 
-    // B's piece holds (n, k); the product wants rows of n for each k. A word is the pair k = 2t, 2t + 1
-    // of one n: with the words of equal t side by side, both are a shift or a mask away.
+    // B's piece holds (n, k); the product wants rows of n for each k. A word is the pair k = 2t, 2t
+    // + 1 of one n: with the words of equal t side by side, both are a shift or a mask away.
     private static void WidenB<TWiden>(uint* piece, float* to) where TWiden : IWiden
     {
         if (typeof(TWiden) == typeof(Brain) && Avx2.IsSupported)

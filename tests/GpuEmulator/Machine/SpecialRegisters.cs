@@ -9,7 +9,8 @@ internal static unsafe class SpecialRegisters
         or "%ntid.x" or "%ntid.y" or "%ntid.z" or "%ctaid.x" or "%ctaid.y" or "%ctaid.z"
         or "%nctaid.x" or "%nctaid.y" or "%nctaid.z" or "%laneid" or "%warpid" or "%nwarpid"
         or "%lanemask_eq" or "%lanemask_lt" or "%lanemask_le" or "%lanemask_gt" or "%lanemask_ge"
-        or "%smid" or "%nsmid" or "%gridid" or "%dynamic_smem_size" or "%total_smem_size" or "WARP_SZ";
+        or "%smid" or "%nsmid" or "%gridid" or "%dynamic_smem_size" or "%total_smem_size"
+        or "WARP_SZ";
 
     public static void Fill(Warp warp, string name, int row)
     {

@@ -74,7 +74,8 @@ public sealed unsafe class Bicubic
             for (int t = 0; t < _down.Groups * 4; t++)
             {
                 int r = Math.Min(first + t, last);
-                rows[t] = (nint)(source + (across ? (long)(r % _ringRows) * _stride : (long)r * bytes));
+                rows[t] = (nint)(source
+                    + (across ? (long)(r % _ringRows) * _stride : (long)r * bytes));
             }
 
             BicubicKernels.Down(_down, y, (byte**)rows, row, bytes, Plain);
@@ -107,6 +108,7 @@ public sealed unsafe class Bicubic
 
     private static void Grow(ref byte[] buffer, long length)
     {
-        if (buffer.Length < length) buffer = GC.AllocateUninitializedArray<byte>(checked((int)length));
+        if (buffer.Length < length)
+            buffer = GC.AllocateUninitializedArray<byte>(checked((int)length));
     }
 }

@@ -17,7 +17,8 @@ internal static unsafe class BicubicKernels
     /// Four rows: to[r][3x + c] from the taps of output x. The rows have 16 readable bytes behind
     /// the last tap and one writable byte behind the last pixel.
     /// </summary>
-    public static void Across(BicubicWeights weights, byte** from, byte** to, int outputs, bool plain)
+    public static void Across(BicubicWeights weights, byte** from, byte** to, int outputs,
+        bool plain)
     {
         fixed (int* first = weights.First, packed = weights.Packed)
         {
@@ -52,7 +53,8 @@ internal static unsafe class BicubicKernels
     /// One row of bytes from the rows of output y's taps (a multiple of 4 pointers, those beyond
     /// the own taps to any row). Rows and target have room up to the next multiple of 32 bytes.
     /// </summary>
-    public static void Down(BicubicWeights weights, int y, byte** rows, byte* to, int bytes, bool plain)
+    public static void Down(BicubicWeights weights, int y, byte** rows, byte* to, int bytes,
+        bool plain)
     {
         if (Avx2.IsSupported && !plain)
         {
@@ -170,6 +172,7 @@ internal static unsafe class BicubicKernels
     }
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    private static Vector256<int> Join(Vector256<int> high, Vector256<int> low, Vector256<int> half) =>
+    private static Vector256<int> Join(Vector256<int> high, Vector256<int> low,
+        Vector256<int> half) =>
         ((high << BicubicWeights.LowBits) + low + half) >> BicubicWeights.Precision;
 }

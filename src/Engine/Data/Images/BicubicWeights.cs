@@ -81,7 +81,8 @@ internal sealed class BicubicWeights
     }
 
     private static (int First, int End) Reach(double centre, double support, int inputs) =>
-        (Math.Max((int)(centre - support + 0.5), 0), Math.Min((int)(centre + support + 0.5), inputs));
+        (Math.Max((int)(centre - support + 0.5), 0),
+            Math.Min((int)(centre + support + 0.5), inputs));
 
     private static double Keys(double x)
     {

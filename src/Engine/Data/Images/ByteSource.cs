@@ -46,5 +46,6 @@ internal sealed class ByteSource
         At(at, 2) is { Length: 2 } two ? BinaryPrimitives.ReadUInt16BigEndian(two) : -1;
 
     /// <summary>An error about this file.</summary>
-    public InputException Error(string what, Exception? inner = null) => new($"{Name}: {what}", inner);
+    public InputException Error(string what, Exception? inner = null) =>
+        new($"{Name}: {what}", inner);
 }

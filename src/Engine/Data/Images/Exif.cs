@@ -39,14 +39,15 @@ internal static class Exif
         return 1;
     }
 
-    private static long Number(ReadOnlySpan<byte> bytes, int size, bool little) => (size, little) switch
-    {
-        _ when bytes.Length < size => 0,
-        (1, _) => bytes[0],
-        (2, true) => BinaryPrimitives.ReadUInt16LittleEndian(bytes),
-        (2, false) => BinaryPrimitives.ReadUInt16BigEndian(bytes),
-        (4, true) => BinaryPrimitives.ReadUInt32LittleEndian(bytes),
-        (4, false) => BinaryPrimitives.ReadUInt32BigEndian(bytes),
-        _ => 0,
-    };
+    private static long Number(ReadOnlySpan<byte> bytes, int size, bool little) =>
+        (size, little) switch
+        {
+            _ when bytes.Length < size => 0,
+            (1, _) => bytes[0],
+            (2, true) => BinaryPrimitives.ReadUInt16LittleEndian(bytes),
+            (2, false) => BinaryPrimitives.ReadUInt16BigEndian(bytes),
+            (4, true) => BinaryPrimitives.ReadUInt32LittleEndian(bytes),
+            (4, false) => BinaryPrimitives.ReadUInt32BigEndian(bytes),
+            _ => 0,
+        };
 }

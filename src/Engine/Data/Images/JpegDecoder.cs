@@ -46,7 +46,8 @@ internal static unsafe class JpegDecoder
         if (!header.Ends(data)) throw source.Error("damaged JPEG: its pixels are cut off");
         long pixels = (long)header.Width * header.Height;
         if (!header.Arithmetic && pixels > (source.Length * PixelsPerByte) + 65536)
-            throw source.Error($"damaged JPEG: {header.Width}x{header.Height} pixels do not fit into "
+            throw source.Error(
+                $"damaged JPEG: {header.Width}x{header.Height} pixels do not fit into "
                 + $"{source.Length} bytes");
         if (header.Components != 4)
         {
@@ -69,9 +70,11 @@ internal static unsafe class JpegDecoder
         void* decoder = null;
         try
         {
-            decoder = ((delegate* unmanaged[Cdecl]<void*>)s_library.Entry("tjInitDecompress", source))();
+            decoder = ((delegate* unmanaged[Cdecl]<void*>)s_library.Entry("tjInitDecompress",
+                source))();
             if (decoder == null) throw source.Error("libturbojpeg cannot start a decoder");
-            var decompress = (delegate* unmanaged[Cdecl]<void*, byte*, CULong, byte*, int, int, int, int,
+            var decompress =
+                (delegate* unmanaged[Cdecl]<void*, byte*, CULong, byte*, int, int, int, int,
                 int, int>)s_library.Entry("tjDecompress2", source);
             fixed (byte* bytes = data)
             {
@@ -91,7 +94,8 @@ internal static unsafe class JpegDecoder
         finally
         {
             if (decoder != null)
-                ((delegate* unmanaged[Cdecl]<void*, int>)s_library.Entry("tjDestroy", source))(decoder);
+                ((delegate* unmanaged[Cdecl]<void*, int>)s_library.Entry("tjDestroy", source))(
+                    decoder);
         }
     }
 
@@ -99,7 +103,8 @@ internal static unsafe class JpegDecoder
     // tell warnings, which Pillow passes over, from errors. A cut file is an error to Pillow.
     private static void Check(void* decoder, ByteSource source)
     {
-        byte* text = ((delegate* unmanaged[Cdecl]<void*, byte*>)s_library.Entry("tjGetErrorStr2", source))(
+        byte* text =
+            ((delegate* unmanaged[Cdecl]<void*, byte*>)s_library.Entry("tjGetErrorStr2", source))(
             decoder);
         string message = Marshal.PtrToStringUTF8((nint)text) ?? "";
         foreach (string warning in s_warnings)

@@ -101,7 +101,8 @@ internal sealed class JpegHeader
     {
         bool frame = marker is (>= 0xc0 and <= 0xcf and not (0xc4 or 0xc8 or 0xcc)) or Dhp;
         if (frame) ReadFrame(marker, at, length);
-        else if (marker == App1 && Orientation == 1 && _source.At(at, 6).SequenceEqual("Exif\0\0"u8))
+        else if (marker == App1 && Orientation == 1
+            && _source.At(at, 6).SequenceEqual("Exif\0\0"u8))
             Orientation = Exif.Orientation(_source, at, length);
     }
 

@@ -4,7 +4,8 @@ using System.Runtime.InteropServices;
 namespace MiniCpmNative.Engine.Data.Images;
 
 /// <summary>A decoder library of the system, looked for when the first picture needs it.</summary>
-internal sealed class NativePictureLibrary(string format, string name, string install, string[] files)
+internal sealed class NativePictureLibrary(string format, string name, string install,
+    string[] files)
 {
     private readonly ConcurrentDictionary<string, nint> _entries = new();
     private readonly Lazy<nint> _handle = new(() => Find(files));
@@ -21,10 +22,12 @@ internal sealed class NativePictureLibrary(string format, string name, string in
     {
         if (_entries.TryGetValue(function, out nint known)) return known;
         if (_handle.Value == 0)
-            throw source.Error($"is a {format} picture, which needs {name}, and none was found; {install}; "
+            throw source.Error(
+                $"is a {format} picture, which needs {name}, and none was found; {install}; "
                 + "or convert the picture to PNG");
         if (!NativeLibrary.TryGetExport(_handle.Value, function, out nint address))
-            throw source.Error($"is a {format} picture, which needs {name}; the one found has no {function}");
+            throw source.Error(
+                $"is a {format} picture, which needs {name}; the one found has no {function}");
         return _entries[function] = address;
     }
 

@@ -51,11 +51,13 @@ public sealed class PatchStrips
     public void Write(Picture picture, SlicePlan plan, Span<float> into)
     {
         if (into.Length < Patches(plan) * PatchLength)
-            throw new ArgumentException($"has room for {into.Length} floats, the picture's views need "
+            throw new ArgumentException(
+                $"has room for {into.Length} floats, the picture's views need "
                 + $"{Patches(plan) * PatchLength}", nameof(into));
         Views(picture, plan.Overview, 1, 1, into);
         if (plan.Sliced)
-            Views(picture, plan.Tile, plan.Columns, plan.Rows, into[(Grid(plan, 0).Patches * PatchLength)..]);
+            Views(picture, plan.Tile, plan.Columns, plan.Rows,
+                into[(Grid(plan, 0).Patches * PatchLength)..]);
     }
 
     // The picture as a table of views of one size.

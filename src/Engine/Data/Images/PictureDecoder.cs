@@ -38,7 +38,8 @@ public static class PictureDecoder
             int got = Guard(path, () =>
             {
                 int read = 0;
-                for (int n; (n = RandomAccess.Read(file, bytes.AsSpan(read, (int)length - read), read)) > 0;)
+                for (int n; (n =
+                    RandomAccess.Read(file, bytes.AsSpan(read, (int)length - read), read)) > 0;)
                     read += n;
                 return read;
             });
@@ -55,7 +56,9 @@ public static class PictureDecoder
     public static Picture Decode(byte[] file, int length, string name) =>
         Decode(file, length, name, streamed: false);
 
-    /// <summary>Decodes; streamed leaves libdeflate out, which changes nothing but the time.</summary>
+    /// <summary>
+    /// Decodes; streamed leaves libdeflate out, which changes nothing but the time.
+    /// </summary>
     internal static Picture Decode(byte[] file, int length, string name, bool streamed)
     {
         var source = new ByteSource(file, length, name);
@@ -94,7 +97,8 @@ public static class PictureDecoder
 
         // Both sides are below 2^32, so that the product fits into 64 bits without a sign.
         if ((ulong)width * (ulong)height > MaxPixels)
-            throw source.Error($"has {width}x{height} pixels, the limit is {MaxPixels}; scale it down");
+            throw source.Error(
+                $"has {width}x{height} pixels, the limit is {MaxPixels}; scale it down");
         return (new(format, new((int)width, (int)height), turn), header);
     }
 
@@ -104,12 +108,15 @@ public static class PictureDecoder
         {
             // Pipes and devices have no length: they are empty here, and never opened.
             var info = new FileInfo(path);
-            if (Directory.Exists(path)) throw new InputException($"{path}: is a folder, expected a picture");
+            if (Directory.Exists(path))
+                throw new InputException($"{path}: is a folder, expected a picture");
             if (!info.Exists) throw new InputException($"{path}: no such file");
             if (info.Length == 0)
-                throw new InputException($"{path}: file is empty, expected a JPEG, PNG or WebP picture");
+                throw new InputException(
+                    $"{path}: file is empty, expected a JPEG, PNG or WebP picture");
             if (info.Length > Array.MaxLength)
-                throw new InputException($"{path}: has {info.Length} bytes, at most {Array.MaxLength} are read");
+                throw new InputException(
+                    $"{path}: has {info.Length} bytes, at most {Array.MaxLength} are read");
             return (File.OpenHandle(path), info.Length);
         });
         return handle;
@@ -121,10 +128,12 @@ public static class PictureDecoder
         {
             return read();
         }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException or ArgumentException
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException
+            or ArgumentException
             or NotSupportedException)
         {
-            throw new InputException($"{path}: cannot be read: {e.Message.ReplaceLineEndings(" ")}", e);
+            throw new InputException(
+                $"{path}: cannot be read: {e.Message.ReplaceLineEndings(" ")}", e);
         }
     }
 }

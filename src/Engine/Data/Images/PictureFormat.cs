@@ -21,7 +21,8 @@ internal static class PictureFormats
         ("II*\0"u8.ToArray(), "a TIFF picture"), ("MM\0*"u8.ToArray(), "a TIFF picture"),
         ("II+\0"u8.ToArray(), "a TIFF picture"), ("MM\0+"u8.ToArray(), "a TIFF picture"),
         ("8BPS"u8.ToArray(), "a Photoshop picture"), ("qoif"u8.ToArray(), "a QOI picture"),
-        ("DDS "u8.ToArray(), "a DDS picture"), ("\x76\x2f\x31\x01"u8.ToArray(), "an OpenEXR picture"),
+        ("DDS "u8.ToArray(), "a DDS picture"),
+        ("\x76\x2f\x31\x01"u8.ToArray(), "an OpenEXR picture"),
         ([0, 0, 1, 0], "a Windows icon"), ("%PDF"u8.ToArray(), "a PDF document"),
         ([0, 0, 0, 12, .. "jP  "u8], "a JPEG 2000 picture"),
         ([0xff, 0x4f, 0xff, 0x51], "a JPEG 2000 picture"),
@@ -58,12 +59,14 @@ internal static class PictureFormats
             return avif ? "an AVIF picture" : "a HEIC picture or a video";
         }
 
-        if (source.At(source.Length - 18, 18).StartsWith("TRUEVISION-XFILE."u8)) return "a TGA picture";
+        if (source.At(source.Length - 18, 18).StartsWith("TRUEVISION-XFILE."u8))
+            return "a TGA picture";
         string text = Encoding.Latin1.GetString(head);
         if (text.Contains("<svg", StringComparison.OrdinalIgnoreCase)) return "an SVG drawing";
         if (text.Contains("<html", StringComparison.OrdinalIgnoreCase)
             || text.Contains("<!doctype html", StringComparison.OrdinalIgnoreCase))
             return "an HTML page";
-        return source.Name.EndsWith(".tga", StringComparison.OrdinalIgnoreCase) ? "a TGA picture" : null;
+        return source.Name.EndsWith(".tga", StringComparison.OrdinalIgnoreCase)
+            ? "a TGA picture" : null;
     }
 }

@@ -22,7 +22,8 @@ internal sealed unsafe class PixelNormaliser
     public PixelNormaliser(ReadOnlySpan<float> mean, ReadOnlySpan<float> std, int patch)
     {
         if (mean.Length != 3 || std.Length != 3)
-            throw new ArgumentException($"mean has {mean.Length} and std {std.Length} values, expected 3");
+            throw new ArgumentException(
+                $"mean has {mean.Length} and std {std.Length} values, expected 3");
         (_mean, _std, _patch) = (mean.ToArray(), std.ToArray(), patch);
         for (int c = 0; c < 3; c++)
         {
@@ -124,7 +125,8 @@ internal sealed unsafe class PixelNormaliser
     }
 
     // Quotient estimate and one correction step: q + (a - q * b) / b.
-    private static Vector256<float> Divide(Vector256<float> a, Vector256<float> b, Vector256<float> inverse)
+    private static Vector256<float> Divide(Vector256<float> a, Vector256<float> b,
+        Vector256<float> inverse)
     {
         var q = a * inverse;
         return Fma.MultiplyAdd(Fma.MultiplyAddNegated(q, b, a), inverse, q);
@@ -137,9 +139,11 @@ internal sealed unsafe class PixelNormaliser
         {
             int c = i / 256;
             Normalise(
-                Vector256.CreateSequence(i & 255, 1), Vector256.Create(_mean[c]), Vector256.Create(_std[c]),
+                Vector256.CreateSequence(i & 255, 1), Vector256.Create(_mean[c]),
+                Vector256.Create(_std[c]),
                 Vector256.Create(_inverse[c])).CopyTo(eight);
-            if (!MemoryMarshal.AsBytes(eight).SequenceEqual(MemoryMarshal.AsBytes(_table.AsSpan(i, 8))))
+            if (!MemoryMarshal.AsBytes(eight)
+                .SequenceEqual(MemoryMarshal.AsBytes(_table.AsSpan(i, 8))))
                 return false;
         }
 

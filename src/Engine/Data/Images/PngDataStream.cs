@@ -66,7 +66,8 @@ internal sealed class PngDataStream(PngHeader header, byte[] file, int length) :
         return part.Length;
     }
 
-    public override int Read(byte[] buffer, int offset, int count) => Read(buffer.AsSpan(offset, count));
+    public override int Read(byte[] buffer, int offset, int count) =>
+        Read(buffer.AsSpan(offset, count));
 
     public override void Flush()
     {
@@ -76,5 +77,6 @@ internal sealed class PngDataStream(PngHeader header, byte[] file, int length) :
 
     public override void SetLength(long value) => throw new NotSupportedException();
 
-    public override void Write(byte[] buffer, int offset, int count) => throw new NotSupportedException();
+    public override void Write(byte[] buffer, int offset, int count) =>
+        throw new NotSupportedException();
 }

@@ -31,10 +31,12 @@ internal sealed class PngDecoder
     {
         long raw = FilteredBytes(header);
         if (RowBytes(header, header.Width) > LongestRow)
-            throw source.Error($"PNG of {header.Width}x{header.Height} pixels has rows too long to decode");
+            throw source.Error(
+                $"PNG of {header.Width}x{header.Height} pixels has rows too long to decode");
         long stored = PngDataStream.Available(header, source.Length);
         if (raw > (stored * DeflateRatio) + DeflateSlack)
-            throw source.Error($"damaged PNG: {header.Width}x{header.Height} pixels need {raw} bytes, "
+            throw source.Error(
+                $"damaged PNG: {header.Width}x{header.Height} pixels need {raw} bytes, "
                 + $"which {stored} compressed bytes cannot hold");
         using var pixels = new PngPixels(source, file, header, stored, raw, streamed);
         var decoder = new PngDecoder(header, pixels, new PngRows(header, source));

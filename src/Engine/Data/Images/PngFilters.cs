@@ -44,7 +44,8 @@ internal static class PngFilters
     private static void Up(ref byte x, ref byte b, ref byte to, int length)
     {
         for (nuint i = 0; i < (nuint)length; i += (nuint)Vector256<byte>.Count)
-            (Vector256.LoadUnsafe(ref x, i) + Vector256.LoadUnsafe(ref b, i)).StoreUnsafe(ref to, i);
+            (Vector256.LoadUnsafe(ref x, i) + Vector256.LoadUnsafe(ref b, i))
+                .StoreUnsafe(ref to, i);
     }
 
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]

@@ -80,7 +80,8 @@ internal sealed class PngHeader
         if (head.Length < 8) return null;
         foreach (byte letter in head[4..])
             if (!char.IsAsciiLetterOrDigit((char)letter) && letter != '_') return null;
-        return (BinaryPrimitives.ReadUInt32BigEndian(head[4..]), BinaryPrimitives.ReadUInt32BigEndian(head));
+        return (BinaryPrimitives.ReadUInt32BigEndian(head[4..]),
+            BinaryPrimitives.ReadUInt32BigEndian(head));
     }
 
     public static bool IsData(uint type) => type == Idat;
@@ -105,7 +106,8 @@ internal sealed class PngHeader
     /// over.</summary>
     public int FindOrientation()
     {
-        for (long at = DataAt; Chunk(at) is { } chunk && chunk.Type != Iend; at += 12 + chunk.Length)
+        for (long at = DataAt; Chunk(at) is { } chunk && chunk.Type != Iend;
+            at += 12 + chunk.Length)
             if (chunk.Type == Exif) Read(Exif, at + 8, chunk.Length);
         return Orientation;
     }
@@ -147,7 +149,8 @@ internal sealed class PngHeader
             (6, 8 or 16) => 4,
             _ => 0,
         };
-        if (Channels == 0) throw Broken($"has bit depth {Depth} with colour type {Colour}, which is not defined");
+        if (Channels == 0)
+            throw Broken($"has bit depth {Depth} with colour type {Colour}, which is not defined");
         if (s[11] != 0) throw Broken($"has filter method {s[11]}, expected 0");
     }
 
@@ -174,18 +177,21 @@ internal sealed class PngHeader
         ulong offset = BinaryPrimitives.ReadUInt64BigEndian(s[12..]);
         if (sequence != _frameSequence++) throw Broken("animation frames are out of order");
         if (width != Width || height != Height || offset != 0)
-            throw Broken($"first animation frame is {width}x{height}, the picture {Width}x{Height}");
+            throw Broken(
+                $"first animation frame is {width}x{height}, the picture {Width}x{Height}");
     }
 
     private void AtLeast(long length, int least, string chunk)
     {
-        if (length < least) throw Broken($"{chunk} chunk has {length} bytes, expected at least {least}");
+        if (length < least)
+            throw Broken($"{chunk} chunk has {length} bytes, expected at least {least}");
     }
 
     private void Demand(long at, long length)
     {
         if (at + length > _source.Length)
-            throw Broken($"a chunk claims {length} bytes, {Math.Max(0, _source.Length - at)} are left");
+            throw Broken(
+                $"a chunk claims {length} bytes, {Math.Max(0, _source.Length - at)} are left");
     }
 
     private void CheckSum(long at, long length)

@@ -20,7 +20,8 @@ internal readonly record struct PngPass(int X, int Y, int StepX, int StepY, int 
         for (int i = 0; i < 28; i += 4)
         {
             var (x, y, dx, dy) = (Adam7[i], Adam7[i + 1], Adam7[i + 2], Adam7[i + 3]);
-            var pass = new PngPass(x, y, dx, dy, (width - x + dx - 1) / dx, (height - y + dy - 1) / dy);
+            var pass = new PngPass(x, y, dx, dy, (width - x + dx - 1) / dx,
+                (height - y + dy - 1) / dy);
             if (pass is { Columns: > 0, Rows: > 0 }) passes.Add(pass);
         }
 

@@ -10,12 +10,15 @@ public static class Slicer
 {
     /// <summary>The plan of a picture; tiles only where more than one slice is wanted and
     /// allowed.</summary>
-    public static SlicePlan Plan(PictureSize picture, int maxSlices, int scaleResolution = 448, int patch = 14)
+    public static SlicePlan Plan(PictureSize picture, int maxSlices, int scaleResolution = 448,
+        int patch = 14)
     {
-        double ratio = (double)picture.Width * picture.Height / ((double)scaleResolution * scaleResolution);
+        double ratio = (double)picture.Width * picture.Height
+            / ((double)scaleResolution * scaleResolution);
         int multiple = (int)Math.Min(Math.Ceiling(ratio), maxSlices);
         if (multiple <= 1)
-            return new(Best(picture.Width, picture.Height, scaleResolution, patch, true), 0, 0, default);
+            return new(Best(picture.Width, picture.Height, scaleResolution, patch, true), 0, 0,
+                default);
 
         var overview = Best(picture.Width, picture.Height, scaleResolution, patch, false);
         var (columns, rows) = Grid(picture, multiple, maxSlices);

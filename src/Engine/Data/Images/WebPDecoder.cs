@@ -15,7 +15,8 @@ internal static unsafe class WebPDecoder
         "Debian or Ubuntu: apt install libwebp7 (libwebp6 in older ones); Fedora: dnf install libwebp; "
             + "macOS: brew install webp",
         [
-            "libwebp.so.7", "libwebp.so.6", "libwebp.so", "libwebp.dylib", "libwebp.dll", "webp.dll",
+            "libwebp.so.7", "libwebp.so.6", "libwebp.so", "libwebp.dylib", "libwebp.dll",
+            "webp.dll",
             "/opt/homebrew/opt/webp/lib/libwebp.dylib", "/usr/local/opt/webp/lib/libwebp.dylib",
         ]);
 
@@ -26,8 +27,10 @@ internal static unsafe class WebPDecoder
     public static Picture Decode(ByteSource source, byte[] file, WebPHeader header)
     {
         long pixels = (long)header.Width * header.Height;
-        if (!header.Lossless && !header.Animated && pixels > (source.Length * LossyPixelsPerByte) + 65536)
-            throw source.Error($"damaged WebP: {header.Width}x{header.Height} pixels do not fit into "
+        if (!header.Lossless && !header.Animated
+            && pixels > (source.Length * LossyPixelsPerByte) + 65536)
+            throw source.Error(
+                $"damaged WebP: {header.Width}x{header.Height} pixels do not fit into "
                 + $"{source.Length} bytes");
         nint info = s_library.Entry("WebPGetInfo", source);
         nint decode = s_library.Entry("WebPDecodeRGBInto", source);
@@ -46,7 +49,8 @@ internal static unsafe class WebPDecoder
             var target = picture.Rgb[((y * picture.Stride) + (x * 3))..];
             fixed (byte* into = target)
             {
-                var done = ((delegate* unmanaged[Cdecl]<byte*, nuint, byte*, nuint, int, byte*>)decode)(
+                var done = (
+                    (delegate* unmanaged[Cdecl]<byte*, nuint, byte*, nuint, int, byte*>)decode)(
                     bytes, (nuint)data.Length, into, (nuint)target.Length, picture.Stride);
                 if (done != null) return picture;
             }

@@ -69,7 +69,8 @@ internal sealed class WebPHeader
         {
             uint size = Long(at + 4);
             var name = _source.At(at, 4);
-            if (at + ChunkHead + size > Length) throw Broken($"a chunk claims {size} bytes beyond the end");
+            if (at + ChunkHead + size > Length)
+                throw Broken($"a chunk claims {size} bytes beyond the end");
             if (name.SequenceEqual("ANMF"u8)) ReadFrame(at + ChunkHead, size);
             else if (name.SequenceEqual("EXIF"u8) && (flags & ExifFlag) != 0)
                 Orientation = Exif.Orientation(_source, at + ChunkHead, size);
@@ -89,10 +90,12 @@ internal sealed class WebPHeader
     {
         if (!Animated || DataAt != 0) return;
         var s = _source.At(at, FrameHead);
-        if (size < FrameHead + ChunkHead || s.Length < FrameHead) throw Broken("first frame is cut");
+        if (size < FrameHead + ChunkHead || s.Length < FrameHead)
+            throw Broken("first frame is cut");
         FrameOffset = new(2 * Three(s), 2 * Three(s[3..]));
         Frame = new(1 + Three(s[6..]), 1 + Three(s[9..]));
-        if ((long)FrameOffset.Width + Frame.Width > Width || (long)FrameOffset.Height + Frame.Height > Height)
+        if ((long)FrameOffset.Width + Frame.Width > Width
+            || (long)FrameOffset.Height + Frame.Height > Height)
             throw Broken("first frame is larger than the canvas");
         (DataAt, DataLength) = (at + FrameHead, size - FrameHead);
         Lossless = !_source.At(DataAt, 4).SequenceEqual("VP8 "u8)
@@ -102,7 +105,8 @@ internal sealed class WebPHeader
     private void ReadStill(long at)
     {
         uint size = Long(at + 4);
-        if (at + ChunkHead + size > Length) throw Broken($"picture claims {size} bytes beyond the end");
+        if (at + ChunkHead + size > Length)
+            throw Broken($"picture claims {size} bytes beyond the end");
         Lossless = _source.At(at, 4)[3] == 'L';
         var s = _source.At(at + ChunkHead, 10);
         if (s.Length < 10) throw Broken("picture header is cut");

@@ -73,8 +73,8 @@ internal sealed class AddedTokens
         Rune.DecodeLastFromUtf16(text, out var rune, out _) == OperationStatus.Done
         && IsWord(rune);
 
-    // \w of the regex crate: Alphabetic, Mark, Nd, Pc, Join_Control. The circled and squared letters
-    // are the alphabetic characters that no category below holds.
+    // \w of the regex crate: Alphabetic, Mark, Nd, Pc, Join_Control. The circled and squared
+    // letters are the alphabetic characters that no category below holds.
     private static bool IsWord(Rune rune) => Rune.GetUnicodeCategory(rune) switch
     {
         <= UnicodeCategory.LetterNumber or UnicodeCategory.ConnectorPunctuation => true,

@@ -5,9 +5,9 @@ using System.Text;
 namespace MiniCpmNative.Engine.Data.Text;
 
 /// <summary>
-/// Byte-level BPE (GPT-2, Llama 3, Qwen): NFC where the file says so, a split into words, byte pairs
-/// merged inside each. The vocabulary writes bytes as printable characters: the printable ones of
-/// Latin-1 as themselves, the others from U+0100 on.
+/// Byte-level BPE (GPT-2, Llama 3, Qwen): NFC where the file says so, a split into words, byte
+/// pairs merged inside each. The vocabulary writes bytes as printable characters: the printable
+/// ones of Latin-1 as themselves, the others from U+0100 on.
 /// </summary>
 internal sealed class ByteLevelTokenizer : Tokenizer
 {
@@ -24,7 +24,8 @@ internal sealed class ByteLevelTokenizer : Tokenizer
     private sealed class Scratch(int levels)
     {
         public readonly BytePairs.Scratch Pairs = new();
-        public readonly List<int>[] Ends = [.. Enumerable.Range(0, levels).Select(_ => new List<int>())];
+        public readonly List<int>[] Ends =
+            [.. Enumerable.Range(0, levels).Select(_ => new List<int>())];
     }
 
     public ByteLevelTokenizer(TokenizerFile file, TokenizerConfig? config, string path)
@@ -37,7 +38,8 @@ internal sealed class ByteLevelTokenizer : Tokenizer
         _splitters = [.. file.Splitters];
         _normalizes = file.Normalizes;
         _ignoreMerges = file.IgnoreMerges;
-        _prefixSpace = file.OnlyByteLevel && config is not null ? config.PrefixSpace : file.PrefixSpace;
+        _prefixSpace = file.OnlyByteLevel && config is not null
+            ? config.PrefixSpace : file.PrefixSpace;
         (_bytes, _ends) = TokenBytes();
     }
 

@@ -10,10 +10,11 @@ namespace MiniCpmNative.Engine.Data.Text;
 /// Byte pair encoding of one word (Sennrich et al. 2016, on bytes as in GPT-2): while any two
 /// neighbours have a merge, the pair of lowest rank, the leftmost of equals, becomes one token.
 ///
-/// Short words scan an array of ranks for each merge; long ones keep a heap of candidates, so that a
-/// word of a megabyte takes n log n. Words of up to 16 UTF-16 units are looked up first in a cache of
-/// one cache line each, 2 MB per scratch; a newer word takes the place of an older one.
-/// Not here: dropout, unknown-token fusion over words, continuing-subword prefixes (refused on load).
+/// Short words scan an array of ranks for each merge; long ones keep a heap of candidates, so that
+/// a word of a megabyte takes n log n. Words of up to 16 UTF-16 units are looked up first in a
+/// cache of one cache line each, 2 MB per scratch; a newer word takes the place of an older one.
+/// Not here: dropout, unknown-token fusion over words,
+/// continuing-subword prefixes (refused on load).
 /// </summary>
 internal sealed class BytePairs
 {
@@ -165,8 +166,8 @@ internal sealed class BytePairs
         ids.AddRange(tokens[..count]);
     }
 
-    // A candidate in the heap is rank and place. It is stale when the pair at its place has got another
-    // rank since; a rank names its pair.
+    // A candidate in the heap is rank and place. It is stale when the pair at its place has got
+    // another rank since; a rank names its pair.
     private void MergeLong(ReadOnlySpan<byte> bytes, List<int> ids)
     {
         var tokens = new int[bytes.Length];

@@ -4,21 +4,23 @@ using MiniCpmNative.Engine.Config;
 
 namespace MiniCpmNative.Engine.Data.Text;
 
-/// <summary>What one side says: role user, assistant or system; or tool, a function's result.</summary>
+/// <summary>
+/// What one side says: role user, assistant or system; or tool, a function's result.
+/// </summary>
 /// <param name="Thought">What an answer thought first, where its content does not hold it.</param>
 /// <param name="Calls">Functions that an answer calls.</param>
 public sealed record ChatTurn(
     string Role, string Content, string? Thought = null, IReadOnlyList<ToolCall>? Calls = null);
 
 /// <summary>
-/// How a conversation becomes text: ChatML, &lt;|im_start|&gt;role\ncontent&lt;|im_end|&gt;\n for each
-/// turn. Families differ by data: a system prompt put in front where the conversation has none
-/// (Qwen2), or think blocks (Qwen3): every answer behind the last question gets one, an empty one if
-/// it has none, and earlier answers lose theirs; functions called stand behind the answer, and their
-/// results in a user's turn.
+/// How a conversation becomes text: ChatML, &lt;|im_start|&gt;role\ncontent&lt;|im_end|&gt;\n for
+/// each turn. Families differ by data: a system prompt put in front where the conversation has none
+/// (Qwen2), or think blocks (Qwen3): every answer behind the last question gets one, an empty one
+/// if it has none, and earlier answers lose theirs; functions called stand behind the answer, and
+/// their results in a user's turn.
 ///
-/// A checkpoint says what it wants as a Jinja template. It is recognised, not run: by its markers, its
-/// system prompt and its handling of thoughts. One that does anything else is refused, because
+/// A checkpoint says what it wants as a Jinja template. It is recognised, not run: by its markers,
+/// its system prompt and its handling of thoughts. One that does anything else is refused, because
 /// training on another text than inference uses would be a silent loss.
 /// </summary>
 public sealed partial class ChatFormat
@@ -89,7 +91,8 @@ public sealed partial class ChatFormat
     /// <param name="enableThinking">Qwen3: false closes the thoughts of that answer.</param>
     /// <param name="speech">That answer is to be spoken (use_tts_template of o-4_5).</param>
     public string Render(
-        IReadOnlyList<ChatTurn> turns, bool addGenerationPrompt = false, bool? enableThinking = null,
+        IReadOnlyList<ChatTurn> turns, bool addGenerationPrompt = false,
+        bool? enableThinking = null,
         bool speech = false)
     {
         var text = new StringBuilder();
@@ -148,7 +151,8 @@ public sealed partial class ChatFormat
             thought = content[..close].TrimEnd('\n');
             int open = thought.LastIndexOf(Open, StringComparison.Ordinal);
             thought = (open < 0 ? thought : thought[(open + Open.Length)..]).TrimStart('\n');
-            content = content[(content.LastIndexOf(Close, StringComparison.Ordinal) + Close.Length)..]
+            content = content[(content.LastIndexOf(Close, StringComparison.Ordinal)
+                + Close.Length)..]
                 .TrimStart('\n');
         }
         string calls = string.Join('\n', (turn.Calls ?? []).Select(call =>

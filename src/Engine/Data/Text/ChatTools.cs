@@ -4,25 +4,28 @@ using System.Text.Json;
 
 namespace MiniCpmNative.Engine.Data.Text;
 
-/// <summary>A function that an answer calls, and its arguments as the template writes them.</summary>
+/// <summary>
+/// A function that an answer calls, and its arguments as the template writes them.
+/// </summary>
 public sealed record ToolCall(string Name, string Arguments)
 {
     /// <summary>
-    /// From {"name", "arguments"}, alone or as "function" of an object; arguments are a JSON value, or text
-    /// that is taken as it is.
+    /// From {"name", "arguments"}, alone or as "function" of an object; arguments are a JSON value,
+    /// or text that is taken as it is.
     /// </summary>
     public static ToolCall Read(JsonElement call)
     {
         if (call.TryGetProperty("function", out var function)) call = function;
         var arguments = call.GetProperty("arguments");
-        return new(call.GetProperty("name").GetString()!, arguments.ValueKind is JsonValueKind.String
+        return new(call.GetProperty("name").GetString()!,
+            arguments.ValueKind is JsonValueKind.String
             ? arguments.GetString()! : PythonJson.Write(arguments));
     }
 }
 
 /// <summary>
-/// JSON as Python's json.dumps(ensure_ascii=False) writes it, which templates call tojson: a space behind
-/// commas and colons, numbers that are not integers as the shortest that reads back.
+/// JSON as Python's json.dumps(ensure_ascii=False) writes it, which templates call tojson: a space
+/// behind commas and colons, numbers that are not integers as the shortest that reads back.
 /// </summary>
 internal static class PythonJson
 {
@@ -88,7 +91,9 @@ internal static class PythonJson
         text.Append('"');
     }
 
-    /// <summary>An integer as it stands; else a double's repr: 2.5, 1e-05, 1e+16, 100000.0.</summary>
+    /// <summary>
+    /// An integer as it stands; else a double's repr: 2.5, 1e-05, 1e+16, 100000.0.
+    /// </summary>
     private static string Number(string raw)
     {
         if (raw.AsSpan().IndexOfAny('.', 'e', 'E') < 0) return raw == "-0" ? "0" : raw;
@@ -103,7 +108,8 @@ internal static class PythonJson
             shortest = some;
             break;
         }
-        int exponent = int.Parse(shortest.AsSpan(shortest.IndexOf('E') + 1), NumberStyles.AllowLeadingSign);
+        int exponent =
+            int.Parse(shortest.AsSpan(shortest.IndexOf('E') + 1), NumberStyles.AllowLeadingSign);
         if (exponent is < -4 or >= 16)
             return $"{shortest[..shortest.IndexOf('E')]}e{(exponent < 0 ? '-' : '+')}{Math.Abs(exponent):d2}";
         int decimals = Math.Max(1, shortest.IndexOf('E') - shortest.IndexOf('.') - 1 - exponent);

@@ -3,10 +3,14 @@ using MiniCpmNative.Engine.Config;
 
 namespace MiniCpmNative.Engine.Data.Text;
 
-/// <summary>JSON as users hand it in: every defect becomes one InputException that names the file.</summary>
+/// <summary>
+/// JSON as users hand it in: every defect becomes one InputException that names the file.
+/// </summary>
 internal static class JsonText
 {
-    /// <summary>The members of an object and the bytes of each value; a later one of a name wins.</summary>
+    /// <summary>
+    /// The members of an object and the bytes of each value; a later one of a name wins.
+    /// </summary>
     public static Dictionary<string, ReadOnlyMemory<byte>> Members(
         ReadOnlyMemory<byte> json, string path, string where)
     {

@@ -75,7 +75,8 @@ internal static class Nfc
                 break;
         }
 
-        static int Hex(string s) => int.Parse(s, NumberStyles.HexNumber, CultureInfo.InvariantCulture);
+        static int Hex(string s) =>
+            int.Parse(s, NumberStyles.HexNumber, CultureInfo.InvariantCulture);
     }
 
     private static List<int> Decompose(ReadOnlySpan<char> text)
@@ -110,7 +111,8 @@ internal static class Nfc
         }
     }
 
-    // Puts every run of combining characters in the order of their classes, equal ones as they stand.
+    // Puts every run of combining characters in the order of their classes,
+    // equal ones as they stand.
     private static List<int> Sort(List<int> points)
     {
         for (int i = 0; i < points.Count; i++)

@@ -4,10 +4,10 @@ using System.Text.RegularExpressions;
 namespace MiniCpmNative.Engine.Data.Text;
 
 /// <summary>
-/// Any other split pattern, by System.Text.RegularExpressions. Its classes look at UTF-16 units, so a
-/// character outside plane 0 is shown to it as one plane 0 character of the same category; the pieces
-/// between matches are pieces too (Hugging Face's behaviour "Isolated"). A pattern that the engine
-/// does not know, or that takes seconds on one text, is refused by name.
+/// Any other split pattern, by System.Text.RegularExpressions. Its classes look at UTF-16 units, so
+/// a character outside plane 0 is shown to it as one plane 0 character of the same category; the
+/// pieces between matches are pieces too (Hugging Face's behaviour "Isolated"). A pattern that the
+/// engine does not know, or that takes seconds on one text, is refused by name.
 /// </summary>
 internal sealed class RegexSplitter : Splitter
 {
@@ -20,7 +20,8 @@ internal sealed class RegexSplitter : Splitter
         try
         {
             // \s, \S and \p mean the same in both engines; only the long s is missing from (?i:'s).
-            _regex = new Regex(pattern.Replace("(?i:'s|", "(?i:'[s\u017F]|", StringComparison.Ordinal),
+            _regex = new Regex(
+                pattern.Replace("(?i:'s|", "(?i:'[s\u017F]|", StringComparison.Ordinal),
                 RegexOptions.CultureInvariant, TimeSpan.FromSeconds(10));
         }
         catch (ArgumentException e)

@@ -14,7 +14,9 @@ internal enum CharClass : byte
     Surrogate = 16,
 }
 
-/// <summary>\p{L}, \p{N}, \s and [\r\n] of every code point, by the Unicode data of the runtime.</summary>
+/// <summary>
+/// \p{L}, \p{N}, \s and [\r\n] of every code point, by the Unicode data of the runtime.
+/// </summary>
 internal static class CharClasses
 {
     private static readonly CharClass[] s_plane0 = Plane0();
@@ -56,10 +58,14 @@ internal static class CharClasses
 /// <summary>Cuts a text into the pieces ("words") that byte pairs are merged in.</summary>
 internal abstract class Splitter
 {
-    /// <summary>Appends the end of every piece of text, in order; the last is text.Length.</summary>
+    /// <summary>
+    /// Appends the end of every piece of text, in order; the last is text.Length.
+    /// </summary>
     public abstract void Cut(ReadOnlySpan<char> text, List<int> ends);
 
-    /// <summary>A scanner for the patterns of known models, a translated regex for others.</summary>
+    /// <summary>
+    /// A scanner for the patterns of known models, a translated regex for others.
+    /// </summary>
     public static Splitter For(string pattern, string file) => pattern switch
     {
         WordSplitter.Qwen => new WordSplitter(maxDigits: 1),
@@ -169,8 +175,8 @@ internal sealed class WordSplitter(int maxDigits) : Splitter
 }
 
 /// <summary>
-/// The split of GPT-2 (ByteLevel with use_regex): contractions in lower case, letters, digits or marks
-/// each with an optional leading space, white space.
+/// The split of GPT-2 (ByteLevel with use_regex): contractions in lower case, letters, digits or
+/// marks each with an optional leading space, white space.
 /// </summary>
 internal sealed class Gpt2Splitter : Splitter
 {

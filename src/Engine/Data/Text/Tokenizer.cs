@@ -4,8 +4,8 @@ namespace MiniCpmNative.Engine.Data.Text;
 
 /// <summary>
 /// Text to token ids and back, equal to Hugging Face's tokenizers. What every kind shares is here:
-/// added and special tokens, named ids, clean-up. How the text between added tokens is encoded is the
-/// kind's own: ByteLevelTokenizer today. Any number of threads may use one tokenizer.
+/// added and special tokens, named ids, clean-up. How the text between added tokens is encoded is
+/// the kind's own: ByteLevelTokenizer today. Any number of threads may use one tokenizer.
 /// </summary>
 public abstract class Tokenizer
 {
@@ -72,10 +72,14 @@ public abstract class Tokenizer
     /// <summary>chat_template of tokenizer_config.json, null without.</summary>
     public string? ChatTemplate => _config?.ChatTemplate;
 
-    /// <summary>Whether decoding removes the spaces in front of punctuation unless told otherwise.</summary>
+    /// <summary>
+    /// Whether decoding removes the spaces in front of punctuation unless told otherwise.
+    /// </summary>
     public bool CleansUp => _config?.CleanUp ?? false;
 
-    /// <summary>Reads tokenizer.json and, where there is one, tokenizer_config.json of a model.</summary>
+    /// <summary>
+    /// Reads tokenizer.json and, where there is one, tokenizer_config.json of a model.
+    /// </summary>
     /// <exception cref="InputException">A file is missing, broken, or of another kind.</exception>
     public static Tokenizer Load(string directory)
     {
@@ -146,7 +150,8 @@ public abstract class Tokenizer
     /// <summary>The text of ids; ids that name no token are passed over.</summary>
     /// <param name="ids">Token ids.</param>
     /// <param name="skipSpecial">Leaves special tokens out.</param>
-    /// <param name="cleanUp">Removes spaces before punctuation; null does as the tokenizer says.</param>
+    /// <param name="cleanUp">Removes spaces before punctuation; null does as the tokenizer
+    /// says.</param>
     public string Decode(ReadOnlySpan<int> ids, bool skipSpecial = false, bool? cleanUp = null)
     {
         string text;
@@ -186,16 +191,17 @@ public abstract class Tokenizer
         }
     }
 
-    // transformers adds the entries of added_tokens_decoder, then every named special token that is not
-    // an added token yet: a pad_token "!" is cut out of every text from then on. One that is not in the
-    // vocabulary gets the next free id.
+    // transformers adds the entries of added_tokens_decoder, then every named special token that is
+    // not an added token yet: a pad_token "!" is cut out of every text from then on. One that is
+    // not in the vocabulary gets the next free id.
     private void Merge(TokenizerConfig config, string path)
     {
         var named = config.Special.ToHashSet(StringComparer.Ordinal);
         foreach (var entry in config.Added)
         {
             if ((IdOf(entry.Content) ?? entry.Id) is int id && id != entry.Id)
-                throw new InputException($"{path}: token {Messages.Quote(entry.Content)} has id {id} "
+                throw new InputException(
+                    $"{path}: token {Messages.Quote(entry.Content)} has id {id} "
                     + $"here, but {entry.Id} in added_tokens_decoder of tokenizer_config.json");
             Add(entry with { Special = entry.Special || named.Contains(entry.Content) });
         }

@@ -3,7 +3,9 @@ using System.Text.Json;
 
 namespace MiniCpmNative.Engine.Data.Text;
 
-/// <summary>What tokenizer_config.json adds to tokenizer.json, as transformers applies it.</summary>
+/// <summary>
+/// What tokenizer_config.json adds to tokenizer.json, as transformers applies it.
+/// </summary>
 internal sealed class TokenizerConfig
 {
     private static readonly string[] s_named =

@@ -21,7 +21,9 @@ internal sealed class TokenizerFile
     public bool Normalizes { get; private set; }
     public bool PrefixSpace { get; private set; }
 
-    /// <summary>The pre_tokenizer is ByteLevel alone; transformers then decides add_prefix_space.</summary>
+    /// <summary>
+    /// The pre_tokenizer is ByteLevel alone; transformers then decides add_prefix_space.
+    /// </summary>
     public bool OnlyByteLevel { get; private set; }
 
     public bool IgnoreMerges { get; private set; }
@@ -47,10 +49,13 @@ internal sealed class TokenizerFile
         Decoder(Part(top, "decoder"));
     }
 
-    /// <summary>Ids stay below this, so that tables by id take no more than the file could fill.</summary>
+    /// <summary>
+    /// Ids stay below this, so that tables by id take no more than the file could fill.
+    /// </summary>
     public static int IdLimit(int fileLength) => Math.Max(1 << 20, fileLength);
 
-    private InputException Bad(string what, Exception? inner = null) => new($"{_path}: {what}", inner);
+    private InputException Bad(string what, Exception? inner = null) =>
+        new($"{_path}: {what}", inner);
 
     private JsonElement Part(Dictionary<string, ReadOnlyMemory<byte>> top, string name) =>
         top.TryGetValue(name, out var json) ? JsonText.Parse(json, _path, name) : default;
@@ -133,7 +138,8 @@ internal sealed class TokenizerFile
     }
 
     private int Id(
-        Dictionary<string, int>.AlternateLookup<ReadOnlySpan<char>> lookup, ReadOnlySpan<char> token) =>
+        Dictionary<string, int>.AlternateLookup<ReadOnlySpan<char>> lookup,
+        ReadOnlySpan<char> token) =>
         lookup.TryGetValue(token, out int id) ? id
             : throw Bad($"model.merges entry {Merges.Count + 1}: "
                 + $"{Messages.Quote(token.ToString())} is not in the vocabulary");
@@ -152,8 +158,11 @@ internal sealed class TokenizerFile
         }
     }
 
-    /// <summary>The flags of an added token; normalized is by default the opposite of special.</summary>
-    public static AddedToken AddedTokenOf(JsonElement item, int id, string content, bool special) => new(
+    /// <summary>
+    /// The flags of an added token; normalized is by default the opposite of special.
+    /// </summary>
+    public static AddedToken AddedTokenOf(JsonElement item, int id, string content,
+        bool special) => new(
         id, content, item.Member("single_word").IsTrue(), item.Member("lstrip").IsTrue(),
         item.Member("rstrip").IsTrue(),
         item.Member("normalized") is { ValueKind: JsonValueKind.True or JsonValueKind.False } n
