@@ -1,6 +1,6 @@
 // Device code of MiniCpmNative: every operation of the engine, forward and backward, for sm_80 and
-// newer. NVRTC compiles this file once per storage type of activations (STORAGE_F32, STORAGE_BF16 or
-// STORAGE_F16 is defined), without any include.
+// newer. NVRTC compiles this file once per storage type of activations (STORAGE_F32, STORAGE_BF16
+// or STORAGE_F16 is defined), without any include.
 //
 //   1  storage types, 16-byte accesses     7  lookups: embedding, position gather, splice
 //   2  warps and blocks                    8  low-rank adapters with dropout
@@ -10,15 +10,15 @@
 //   6  element-wise: residual, GELU,      12  optimizer: gradient norm, AdamW
 //      SwiGLU, rotary embedding
 //
-// Conventions. `real` is the storage type; arithmetic, sums and saved statistics are float. Matrices
-// are row-major. A gradient is written, or added to what is there when `accumulate` is not 0. Nothing
-// is summed with floating-point atomics: the same input gives the same bits. A kernel reads 16 bytes
-// at a time where its rows allow it (see aligned16) and element by element where they do not: the
-// choice is the same for a whole block. Each kernel says what it moves and computes; R rows, C
-// columns, S bytes of a `real`. Signatures are written out, since the host parses them and checks
-// every launch against them.
+// Conventions. `real` is the storage type; arithmetic, sums and saved statistics are float.
+// Matrices are row-major. A gradient is written, or added to what is there when `accumulate` is not
+// 0. Nothing is summed with floating-point atomics: the same input gives the same bits. A kernel
+// reads 16 bytes at a time where its rows allow it (see aligned16) and element by element where
+// they do not: the choice is the same for a whole block. Each kernel says what it moves and
+// computes; R rows, C columns, S bytes of a `real`. Signatures are written out, since the host
+// parses them and checks every launch against them.
 
-// ---- 1. storage types, 16-byte accesses -------------------------------------------------------------
+// ---- 1. storage types, 16-byte accesses ---------------------------------------------------------
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -123,7 +123,8 @@ DEVICE void store_vector(real* to, const float* x)
     *(uint4*)to = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// VECTOR floats from a float array (a norm's weight); 16-byte aligned like the elements beside them.
+// VECTOR floats from a float array (a norm's weight);
+// 16-byte aligned like the elements beside them.
 DEVICE void load_floats(float* x, const float* from)
 {
 #pragma unroll
@@ -180,8 +181,8 @@ template <int WORDS> DEVICE void load_words(u32* words, const void* from)
     }
 }
 
-// Elements col to col + N - 1 (N is 2, 4 or 8, col a multiple of it) of a row that ends at cols; zeros
-// behind its end. wide says that all rows start at multiples of 16 bytes and end at one.
+// Elements col to col + N - 1 (N is 2, 4 or 8, col a multiple of it) of a row that ends at cols;
+// zeros behind its end. wide says that all rows start at multiples of 16 bytes and end at one.
 template <int N> DEVICE void load_pairs(real2* p, const real* row, int col, int cols, bool wide)
 {
     if (wide && col < cols)
@@ -230,7 +231,7 @@ DEVICE void store_pairs(real* row, const real2* p, int col, int cols, bool wide)
     }
 }
 
-// ---- 2. warps and blocks ----------------------------------------------------------------------------
+// ---- 2. warps and blocks ------------------------------------------------------------------------
 
 #define WARP 32
 #define ALL_LANES 0xffffffffu
@@ -279,8 +280,8 @@ DEVICE float block_max(float x, float* shared)
 
 // -- products on the tensor cores: 16-bit values, sums in float --
 //
-// A warp multiplies A[16, 16] by B[16, 8] and adds D[16, 8]. With g = lane / 4 and t = lane % 4 a lane
-// holds two neighbours per word, the first in the low half:
+// A warp multiplies A[16, 16] by B[16, 8] and adds D[16, 8]. With g = lane / 4 and t = lane % 4 a
+// lane holds two neighbours per word, the first in the low half:
 //
 //   a[0] = A[g    ][2t, 2t + 1]    a[2] = A[g    ][2t + 8, 2t + 9]    b[0] = B[2t, 2t + 1    ][g]
 //   a[1] = A[g + 8][2t, 2t + 1]    a[3] = A[g + 8][2t + 8, 2t + 9]    b[1] = B[2t + 8, 2t + 9][g]
@@ -303,8 +304,8 @@ DEVICE void multiply_add_16x8x16(float* d, const u32* a, const u32* b)
 
 #else
 
-// The same of floats, which have no such instruction that keeps their precision: lanes hand each other
-// their operands, 64 shuffles for 64 products. For products that are small beside others.
+// The same of floats, which have no such instruction that keeps their precision: lanes hand each
+// other their operands, 64 shuffles for 64 products. For products that are small beside others.
 DEVICE void multiply_add_16x8x16(float* d, const float2* a, const float2* b)
 {
     int lane = threadIdx.x % WARP, g4 = lane / 4 * 4, right = lane % 4 * 8;
@@ -345,10 +346,10 @@ DEVICE void report(int* faults, int what, int position, int value, int limit)
     faults[3] = limit;
 }
 
-// ---- 3. random numbers ------------------------------------------------------------------------------
+// ---- 3. random numbers --------------------------------------------------------------------------
 
-// Philox4x32-10 (Salmon et al. 2011): counter (element / 4, layer, step low, step high), key the seed;
-// the element takes word element % 4. The same numbers as on the CPU.
+// Philox4x32-10 (Salmon et al. 2011): counter (element / 4, layer, step low, step high), key the
+// seed; the element takes word element % 4. The same numbers as on the CPU.
 DEVICE uint4 philox(u64 seed, u64 step, u32 layer, u32 block)
 {
     u32 x0 = block, x1 = layer, x2 = (u32)step, x3 = (u32)(step >> 32);
@@ -368,7 +369,7 @@ DEVICE uint4 philox(u64 seed, u64 step, u32 layer, u32 block)
     return make_uint4(x0, x1, x2, x3);
 }
 
-// ---- 4. casts, fills, sums --------------------------------------------------------------------------
+// ---- 4. casts, fills, sums ----------------------------------------------------------------------
 
 // DTypes of stored tensors, as src/Kernels/DType.cs numbers them.
 #define DTYPE_F32 0
@@ -486,7 +487,8 @@ extern "C" __global__ void __launch_bounds__(256) fill_real(real* y, float value
 
 // y[r, c] = b[c]: the bias, before a product adds to it. A thread has 16 bytes of columns and every
 // gridDim.y-th row. Writes R C S.
-extern "C" __global__ void __launch_bounds__(256) fill_rows(real* y, const float* b, int rows, int cols)
+extern "C" __global__ void __launch_bounds__(256) fill_rows(real* y, const float* b, int rows,
+    int cols)
 {
     int c = (blockIdx.x * blockDim.x + threadIdx.x) * VECTOR;
     if (c >= cols) return;
@@ -508,9 +510,9 @@ extern "C" __global__ void __launch_bounds__(256) fill_rows(real* y, const float
     }
 }
 
-// part[p, c] = sum of x[r, c] over the rows r of part p: the first half of a bias gradient. A block has
-// 32 x VECTOR columns, each of its 8 warps every eighth row; their sums are added in order. Reads R C S,
-// writes 4 C for each part, adds R C.
+// part[p, c] = sum of x[r, c] over the rows r of part p: the first half of a bias gradient. A block
+// has 32 x VECTOR columns, each of its 8 warps every eighth row; their sums are added in order.
+// Reads R C S, writes 4 C for each part, adds R C.
 extern "C" __global__ void __launch_bounds__(256) sum_rows(
     float* part, const real* x, int rows, int cols, int rows_per_part)
 {
@@ -550,9 +552,10 @@ extern "C" __global__ void __launch_bounds__(256) sum_rows(
     part[(u64)blockIdx.y * cols + own] = total;
 }
 
-// y[c] = sum of part[p, c] over p, in order, or adds it: the second half, and that of every gradient
-// of a vector that blocks have summed in parts.
-extern "C" __global__ void sum_parts(float* y, const float* part, int parts, int cols, int accumulate)
+// y[c] = sum of part[p, c] over p, in order, or adds it: the second half, and that of every
+// gradient of a vector that blocks have summed in parts.
+extern "C" __global__ void sum_parts(float* y, const float* part, int parts, int cols,
+    int accumulate)
 {
     int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c >= cols) return;
@@ -561,11 +564,11 @@ extern "C" __global__ void sum_parts(float* y, const float* part, int parts, int
     y[c] = accumulate ? y[c] + sum : sum;
 }
 
-// ---- 5. normalisation -------------------------------------------------------------------------------
+// ---- 5. normalisation ---------------------------------------------------------------------------
 
-// How the threads of a block, or the lanes of a warp, share a stretch of a row: 16 bytes each in turn
-// where rows allow it, else one element each in turn. N elements of each are a stretch of N * threads
-// columns; those beyond the row's end read as zeros and are not written.
+// How the threads of a block, or the lanes of a warp, share a stretch of a row: 16 bytes each in
+// turn where rows allow it, else one element each in turn. N elements of each are a stretch of N *
+// threads columns; those beyond the row's end read as zeros and are not written.
 template <bool WIDE> struct Share
 {
     int thread, threads, cols;
@@ -639,9 +642,9 @@ template <bool WIDE> struct Share
     }
 };
 
-// Elements of a row that each thread of a norm keeps in registers. A row of up to 16 * 256 columns is
-// one stretch and read once; of a longer one every pass reads all stretches again, from cache. Element
-// by element they are fewer, since every one's address takes registers too.
+// Elements of a row that each thread of a norm keeps in registers. A row of up to 16 * 256 columns
+// is one stretch and read once; of a longer one every pass reads all stretches again, from cache.
+// Element by element they are fewer, since every one's address takes registers too.
 #define KEPT (WIDE ? 16 : 4)
 
 template <bool WIDE> DEVICE void norm_forward_row(
@@ -694,9 +697,9 @@ template <bool WIDE> DEVICE void norm_forward_row(
     }
 }
 
-// y = (x - mean[r]) rstd[r] w + b, rstd[r] = 1 / sqrt(mean_c (x - mean[r])^2 + epsilon): LayerNorm, and
-// where mean and b are null, with nothing in their place, RMSNorm. A block per row, which has no more
-// warps than the row needs. Moves 2 R C S + 8 R + 8 C bytes, 4 (RMSNorm) to 7 R C FLOP.
+// y = (x - mean[r]) rstd[r] w + b, rstd[r] = 1 / sqrt(mean_c (x - mean[r])^2 + epsilon): LayerNorm,
+// and where mean and b are null, with nothing in their place, RMSNorm. A block per row, which has
+// no more warps than the row needs. Moves 2 R C S + 8 R + 8 C bytes, 4 (RMSNorm) to 7 R C FLOP.
 extern "C" __global__ void __launch_bounds__(256) norm_forward(
     real* y, float* mean, float* rstd, const real* x, const float* w, const float* b, int cols,
     float epsilon)
@@ -754,9 +757,9 @@ template <bool WIDE> DEVICE void norm_backward_row(
     }
 }
 
-// dx = rstd (g - mean_c(g) - n mean_c(g n)) with g = w dy and n = (x - mean) rstd, or adds it; without
-// mean, mean_c(g) is left out too. A block per row. Moves 3 R C S + 8 R + 4 C bytes (4 R C S when
-// adding), 8 R C FLOP.
+// dx = rstd (g - mean_c(g) - n mean_c(g n)) with g = w dy and n = (x - mean) rstd, or adds it;
+// without mean, mean_c(g) is left out too. A block per row. Moves 3 R C S + 8 R + 4 C bytes (4 R C
+// S when adding), 8 R C FLOP.
 extern "C" __global__ void __launch_bounds__(256) norm_backward(
     real* dx, const real* dy, const real* x, const float* w, const float* mean, const float* rstd,
     int cols, int accumulate)
@@ -789,9 +792,9 @@ template <bool WIDE> DEVICE void sum_norm_rows(
     }
 }
 
-// dw[p, c] = sum of dy (x - mean[r]) rstd[r], db[p, c] = sum of dy, over the rows r of part p; each may
-// be null. A block has 32 * VECTOR columns, of which each lane sums its own; its warps take rows in
-// turn, and their sums are added in order. Reads 2 R C S + 8 R bytes, 5 R C FLOP.
+// dw[p, c] = sum of dy (x - mean[r]) rstd[r], db[p, c] = sum of dy, over the rows r of part p; each
+// may be null. A block has 32 * VECTOR columns, of which each lane sums its own; its warps take
+// rows in turn, and their sums are added in order. Reads 2 R C S + 8 R bytes, 5 R C FLOP.
 extern "C" __global__ void __launch_bounds__(256) norm_weight_parts(
     float* dw, float* db, const real* dy, const real* x, const float* mean, const float* rstd,
     int rows, int cols, int rows_per_part)
@@ -829,10 +832,10 @@ extern "C" __global__ void __launch_bounds__(256) norm_weight_parts(
     }
 }
 
-// ---- 6. element-wise --------------------------------------------------------------------------------
+// ---- 6. element-wise ----------------------------------------------------------------------------
 
-// A thread has VECTOR consecutive elements of flat tensors, and moves them as one where they are all
-// there and every tensor begins at a multiple of 16 bytes; absent tensors are null.
+// A thread has VECTOR consecutive elements of flat tensors, and moves them as one where they are
+// all there and every tensor begins at a multiple of 16 bytes; absent tensors are null.
 DEVICE bool is_whole(long long i, long long count, const void* a, const void* b = 0,
     const void* c = 0, const void* d = 0, const void* e = 0)
 {
@@ -899,8 +902,8 @@ extern "C" __global__ void __launch_bounds__(256) scale_rows(
 }
 
 // e^x by the hardware's 2^x: 0 below -87, infinity above 88, NaN stays. The product with log2 e is
-// rounded, so the relative error is 2 units in the last place + 6e-8 |x|: where that is more, e^x is
-// next to nothing in the sums below.
+// rounded, so the relative error is 2 units in the last place + 6e-8 |x|: where that is more, e^x
+// is next to nothing in the sums below.
 DEVICE float approximate_exp(float x)
 {
     float y;
@@ -963,8 +966,8 @@ extern "C" __global__ void __launch_bounds__(256) gelu_forward(
     store_run(y, v, i, count, whole, 0);
 }
 
-// dx = dy (Phi(x) + x Phi'(x)), or for tanh dy (s + x s (1 - s) (2 u)') with s the gate, or adds it.
-// Moves 3 R C S, or 4 when adding, 24 or 16 FLOP and 2 approximations per element.
+// dx = dy (Phi(x) + x Phi'(x)), or for tanh dy (s + x s (1 - s) (2 u)') with s the gate, or adds
+// it. Moves 3 R C S, or 4 when adding, 24 or 16 FLOP and 2 approximations per element.
 extern "C" __global__ void __launch_bounds__(256) gelu_backward(
     real* dx, const real* dy, const real* x, int erf, long long count, int accumulate)
 {
@@ -1009,8 +1012,9 @@ extern "C" __global__ void __launch_bounds__(256) swiglu_forward(
     store_run(y, p, i, count, whole, 0);
 }
 
-// dup = dy gate s, dgate = dy up (s + gate s (1 - s)) with s = sigmoid(gate), each written, added, or
-// null when not wanted. Moves 5 R C S when both are written, 10 FLOP and 2 approximations per element.
+// dup = dy gate s, dgate = dy up (s + gate s (1 - s)) with s = sigmoid(gate), each written, added,
+// or null when not wanted. Moves 5 R C S when both are written,
+// 10 FLOP and 2 approximations per element.
 extern "C" __global__ void __launch_bounds__(256) swiglu_backward(
     real* dgate, real* dup, const real* dy, const real* gate, const real* up, long long count,
     int accumulate_gate, int accumulate_up)
@@ -1041,9 +1045,9 @@ extern "C" __global__ void __launch_bounds__(256) swiglu_backward(
 
 // Rotates the halves [a, b] of every head by its token's angles, [a cos - b sin, b cos + a sin], or
 // with direction -1 back; written or added. x and y [rows, cols], positions[rows], tables
-// [limit, half]; a row with a position outside them becomes zeros. A block per row, 16 bytes of both
-// halves per thread where half allows it. Moves 2 R C S, or 3 when adding, + 4 R C bytes of tables, of
-// which heads share each row; 3 R C FLOP.
+// [limit, half]; a row with a position outside them becomes zeros. A block per row, 16 bytes of
+// both halves per thread where half allows it. Moves 2 R C S, or 3 when adding, + 4 R C bytes of
+// tables, of which heads share each row; 3 R C FLOP.
 extern "C" __global__ void __launch_bounds__(256) rope(
     real* y, const real* x, const int* positions, const float* cosines, const float* sines,
     int* faults, int cols, int half, int limit, float direction, int accumulate)
@@ -1083,14 +1087,14 @@ extern "C" __global__ void __launch_bounds__(256) rope(
     }
 }
 
-// ---- 7. lookups -------------------------------------------------------------------------------------
+// ---- 7. lookups ---------------------------------------------------------------------------------
 
 // Numbers of KernelFault.
 #define FAULT_SPLICE_POSITIONS 4
 #define FAULT_SPLICE_REPEATED 5
 
-// to[c] = scale * from[c] over a row of cols, by a whole block, or adds it. Without a row to read from
-// it becomes zero, or stays as it is.
+// to[c] = scale * from[c] over a row of cols, by a whole block, or adds it. Without a row to read
+// from it becomes zero, or stays as it is.
 DEVICE void put_row(real* to, const real* from, float scale, int accumulate, int cols)
 {
     if (from == 0 && accumulate) return;
@@ -1122,8 +1126,8 @@ DEVICE void put_row(real* to, const real* from, float scale, int accumulate, int
     }
 }
 
-// VECTOR elements of any stored type from element `at` of a 16-byte aligned array; at is a multiple of
-// VECTOR.
+// VECTOR elements of any stored type from element `at` of a 16-byte aligned array; at is a multiple
+// of VECTOR.
 DEVICE void load_any_vector(float* x, const void* from, int type, u64 at)
 {
     if (type == DTYPE_F32)
@@ -1148,9 +1152,9 @@ DEVICE void load_any_vector(float* x, const void* from, int type, u64 at)
     }
 }
 
-// y[t] = x[t] + scale * table[ids[t]], the table in any type; without x only the second. One block per
-// token. A token whose id is not in the table gets x or zeros. Moves R C (2 S + bytes of a table's
-// element), S less without x; 2 FLOP per element.
+// y[t] = x[t] + scale * table[ids[t]], the table in any type; without x only the second. One block
+// per token. A token whose id is not in the table gets x or zeros. Moves R C (2 S + bytes of a
+// table's element), S less without x; 2 FLOP per element.
 extern "C" __global__ void __launch_bounds__(256) lookup_rows(
     real* y, const real* x, const void* table, int type, const int* ids, int limit, int cols,
     float scale, int* faults, int fault)
@@ -1180,11 +1184,11 @@ extern "C" __global__ void __launch_bounds__(256) lookup_rows(
     }
 }
 
-// The tokens ordered by id, those of one id by position, so that each row of a table's gradient has its
-// tokens side by side: order[place] = token, sorted[place] = its id; ids outside the table become
-// `limit` and come last. A token's place is the number of tokens before it, and every thread counts:
-// R^2 comparisons beat a sort with its many launches (10 us for 8192 tokens, 2 ms for 100,000) and know
-// no largest R.
+// The tokens ordered by id, those of one id by position, so that each row of a table's gradient has
+// its tokens side by side: order[place] = token, sorted[place] = its id; ids outside the table
+// become `limit` and come last. A token's place is the number of tokens before it, and every thread
+// counts: R^2 comparisons beat a sort with its many launches (10 us for 8192 tokens, 2 ms for
+// 100,000) and know no largest R.
 extern "C" __global__ void __launch_bounds__(256) order_by_id(
     int* order, int* sorted, const int* ids, int count, int limit, int* faults, int fault)
 {
@@ -1206,8 +1210,9 @@ extern "C" __global__ void __launch_bounds__(256) order_by_id(
     sorted[place] = id;
 }
 
-// y[id] = scale * sum of dy over the tokens of id in their order, or adds it. One block per place, which
-// works where an id begins. Reads R C S, writes 4 C per different id (and reads them when it adds).
+// y[id] = scale * sum of dy over the tokens of id in their order, or adds it. One block per place,
+// which works where an id begins. Reads R C S, writes 4 C per
+// different id (and reads them when it adds).
 extern "C" __global__ void __launch_bounds__(256) sum_by_id(
     float* y, const real* dy, const int* order, const int* sorted, int count, int limit, int cols,
     float scale, int accumulate)
@@ -1252,8 +1257,8 @@ extern "C" __global__ void __launch_bounds__(256) sum_by_id(
     }
 }
 
-// y[i] = x[rows[i]], or adds it; zeros beyond the used rows and where there is no such row. One block
-// per row of y. Moves 2 R C S.
+// y[i] = x[rows[i]], or adds it; zeros beyond the used rows and where there is no such row. One
+// block per row of y. Moves 2 R C S.
 extern "C" __global__ void __launch_bounds__(256) gather_rows(
     real* y, const real* x, const int* rows, int used, int tokens, int cols, int accumulate)
 {
@@ -1293,18 +1298,20 @@ extern "C" __global__ void __launch_bounds__(256) splice_text_backward(
     real* dx, const real* dy, const int* from, int cols, int accumulate)
 {
     int token = blockIdx.x;
-    put_row(dx + (u64)token * cols, from[token] > 0 ? 0 : dy + (u64)token * cols, 1, accumulate, cols);
+    put_row(dx + (u64)token * cols, from[token] > 0 ? 0 : dy + (u64)token * cols, 1,
+        accumulate, cols);
 }
 
-// ---- 8. low-rank adapters with dropout --------------------------------------------------------------
+// ---- 8. low-rank adapters with dropout ----------------------------------------------------------
 
-// A mask is drawn where it is used and never stored. One that drops nothing needs none of this: then the
-// products below are plain ones, whose traffic is the same minimum.
+// A mask is drawn where it is used and never stored. One that drops nothing needs none of this:
+// then the products below are plain ones, whose traffic is the same minimum.
 //
-// The kernels multiply on the tensor cores, straight from global memory to registers. Which k, m or n of
-// a product means which column or row is free as long as both sides agree; it is chosen here such that
-// a lane loads neighbours in a row (16 bytes of x, 8 where a transposed operand is made of four rows),
-// and so that the elements of a lane are whole blocks of random numbers: each is drawn once.
+// The kernels multiply on the tensor cores, straight from global memory to registers. Which k, m or
+// n of a product means which column or row is free as long as both sides agree; it is chosen here
+// such that a lane loads neighbours in a row (16 bytes of x, 8 where a transposed operand is made
+// of four rows), and so that the elements of a lane are whole blocks of random numbers:
+// each is drawn once.
 
 struct Dropout
 {
@@ -1334,7 +1341,8 @@ template <int N> DEVICE u32 kept(const Dropout& dropout, u64 element)
 // A product with 0 or 1: a NaN stays one. The factor 1 / (1 - p) comes when sums are done.
 DEVICE real2 drop(real2 p, u32 kept)
 {
-    return narrow_pair(widen_low(p) * (kept & 1 ? 1.0f : 0.0f), widen_high(p) * (kept & 2 ? 1.0f : 0.0f));
+    return narrow_pair(widen_low(p) * (kept & 1 ? 1.0f : 0.0f),
+        widen_high(p) * (kept & 2 ? 1.0f : 0.0f));
 }
 
 // Four rows of four columns as the b of four products: b[j] is column j.
@@ -1355,7 +1363,8 @@ DEVICE void columns_of(real2 (*b)[2], real2 (*row)[2])
 // Ranks that a block has sums for; more are done by more blocks, which find x in cache.
 #define LORA_RANKS 64
 
-// Blocks of a multiprocessor that registers must be left for; operands of floats take twice as many.
+// Blocks of a multiprocessor that registers must be left for;
+// operands of floats take twice as many.
 #if defined(STORAGE_BF16) || defined(STORAGE_F16)
 #define LORA_BLOCKS 2
 #else
@@ -1363,11 +1372,12 @@ DEVICE void columns_of(real2 (*b)[2], real2 (*row)[2])
 #endif
 
 // h[r, k] = scale * sum over c of mask x[r, c] a[k, c], or its sum over the columns of part z in
-// part[z, r, k]. A block has 32 rows and 64 ranks; its 8 warps take 32 columns in turn. Reads R C S of
-// x once from memory (for each 64 ranks), and a from cache; writes h. 2 R C rank FLOP, and one draw for
-// four elements of x, which is what it waits for where memory is not.
+// part[z, r, k]. A block has 32 rows and 64 ranks; its 8 warps take 32 columns in turn. Reads R C S
+// of x once from memory (for each 64 ranks), and a from cache; writes h. 2 R C rank FLOP, and one
+// draw for four elements of x, which is what it waits for where memory is not.
 extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_down(
-    real* h, float* part, const real* x, const real* a, int rows, int cols, int rank, int cols_per_part,
+    real* h, float* part, const real* x, const real* a, int rows, int cols, int rank,
+    int cols_per_part,
     long long seed, long long step, int layer, int threshold, float scale)
 {
     __shared__ float sums[8][2][32][8];
@@ -1384,8 +1394,8 @@ extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_down(
 #pragma unroll 1
     for (int base = begin + warp * 32; base < end; base += 8 * 32)
     {
-        // Of the 32 columns 8t to 8t + 3 are k = 2t, 2t + 1, 2t + 8, 2t + 9 of a first product, 8t + 4 to
-        // 8t + 7 of a second.
+        // Of the 32 columns 8t to 8t + 3 are k = 2t, 2t + 1, 2t + 8, 2t + 9 of a first product, 8t
+        // + 4 to 8t + 7 of a second.
         int c = base + 8 * t;
         real2 left[2][2][4];
 #pragma unroll
@@ -1396,7 +1406,8 @@ extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_down(
             load_pairs<8>(p, own_x + r * cols, c, first_row + r < rows ? end : 0, wide);
             u32 keep = kept<8>(dropout, first_element + r * cols + c);
 #pragma unroll
-            for (int j = 0; j < 4; j++) left[i / 2][j / 2][j % 2 * 2 + i % 2] = drop(p[j], keep >> 2 * j);
+            for (int j = 0; j < 4; j++)
+                left[i / 2][j / 2][j % 2 * 2 + i % 2] = drop(p[j], keep >> 2 * j);
         }
         const real* row = own_a;
 #pragma unroll
@@ -1456,9 +1467,9 @@ extern "C" __global__ void __launch_bounds__(256) lora_down_parts(
     h[i] = narrow(sum);
 }
 
-// dx[r, c] = scale * mask * sum over k of t[r, k] a[k, c], or adds it. A warp has 32 rows and 32 columns,
-// a block 2 x 4 of them. Writes (or reads and writes) R C S of dx, the rest from cache. 2 R C rank FLOP,
-// a draw for four elements.
+// dx[r, c] = scale * mask * sum over k of t[r, k] a[k, c], or adds it. A warp has 32 rows and 32
+// columns, a block 2 x 4 of them. Writes (or reads and writes) R C S of dx, the rest from cache. 2
+// R C rank FLOP, a draw for four elements.
 extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_x(
     real* dx, const real* t, const real* a, int rows, int cols, int rank, int accumulate,
     long long seed, long long step, int layer, int threshold, float scale)
@@ -1517,10 +1528,10 @@ extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_x(
     }
 }
 
-// da[y, k, c] = scale * sum of t[r, k] mask x[r, c] over the rows r of part y, or adds it. A block has
-// 32 columns and 64 ranks, each of its 8 warps 16 rows in turn. Reads R C S of x once from memory (for
-// each 64 ranks), t from cache; writes 4 rank C for each part. 2 R C rank FLOP, a draw for four elements
-// of x.
+// da[y, k, c] = scale * sum of t[r, k] mask x[r, c] over the rows r of part y, or adds it. A block
+// has 32 columns and 64 ranks, each of its 8 warps 16 rows in turn. Reads R C S of x once from
+// memory (for each 64 ranks), t from cache; writes 4 rank C for each part. 2 R C rank FLOP, a draw
+// for four elements of x.
 extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_a(
     float* da, const real* t, const real* x, int rows, int cols, int rank, int rows_per_part,
     int accumulate, long long seed, long long step, int layer, int threshold, float scale)
@@ -1535,8 +1546,8 @@ extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_a(
     float d[LORA_RANKS / 16][4][4] = {};
     for (int base = begin + warp * 16; base < end; base += 8 * 16)
     {
-        // Rows 4q to 4q + 3 are k = 2q, 2q + 1, 2q + 8, 2q + 9; column 4n + j is n of product j, and
-        // ranks 2g and 2g + 1 are m = g and g + 8.
+        // Rows 4q to 4q + 3 are k = 2q, 2q + 1, 2q + 8, 2q + 9; column 4n + j is n of product j,
+        // and ranks 2g and 2g + 1 are m = g and g + 8.
         int c = first_col + 4 * g;
         real2 row[4][2], right[4][2];
 #pragma unroll
@@ -1561,7 +1572,8 @@ extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_a(
                 const real* from = t + (u64)r * rank + first_rank;
                 load_pairs<2>(p + i, from, m * 16 + 2 * g, r < end ? ranks : 0, wide_t);
             }
-            real2 left[4] = {lows(p[0], p[1]), highs(p[0], p[1]), lows(p[2], p[3]), highs(p[2], p[3])};
+            real2 left[4] =
+                {lows(p[0], p[1]), highs(p[0], p[1]), lows(p[2], p[3]), highs(p[2], p[3])};
 #pragma unroll
             for (int j = 0; j < 4; j++) multiply_add_16x8x16(d[m][j], left, right[j]);
         }
@@ -1590,14 +1602,14 @@ extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_a(
     }
 }
 
-// ---- 9. cross-entropy -------------------------------------------------------------------------------
+// ---- 9. cross-entropy ---------------------------------------------------------------------------
 
 // Numbers of KernelFault.
 #define FAULT_CROSS_ENTROPY_ROWS 6
 #define FAULT_CROSS_ENTROPY_TARGETS 7
 
-// Reports rows that do not rise within the tokens and targets outside the vocabulary. A row behind one
-// outside is not held against it, so that one mistake is one report.
+// Reports rows that do not rise within the tokens and targets outside the vocabulary. A row behind
+// one outside is not held against it, so that one mistake is one report.
 extern "C" __global__ void cross_entropy_check(
     const int* rows, const int* targets, int labels, int tokens, int vocabulary, int* faults)
 {
@@ -1610,8 +1622,8 @@ extern "C" __global__ void cross_entropy_check(
         report(faults, FAULT_CROSS_ENTROPY_TARGETS, i, target, vocabulary);
 }
 
-// One step of the sum of exp(x - max) whose max is only known at the end: a larger x rescales the sum.
-// A NaN becomes the max and stays.
+// One step of the sum of exp(x - max) whose max is only known at the end: a larger x rescales the
+// sum. A NaN becomes the max and stays.
 DEVICE void add_exponentials(float& max, float& sum, float4 x)
 {
     float largest = max_or_nan(max_or_nan(x.x, x.y), max_or_nan(x.z, x.w));
@@ -1630,12 +1642,12 @@ DEVICE int beats(float x, int c, float own, int target)
     return x > own || (x == own && c < target);
 }
 
-// Per row of logits: losses = ln sum exp(logits) - logits[target], correct = 1 where the target is the
-// first largest, and gradient = scale * (softmax - one at the target), times *by if given; losses or
-// gradient may be absent. Rows start `stride` elements apart, a multiple of 16 bytes. One block per row;
-// a row of a large vocabulary (600 kB) fits no block's registers, so logits are read twice when there is
-// a gradient: moves R C (8 + S) bytes with it and 4 R C without, one or two exponentials per element:
-// memory-bound.
+// Per row of logits: losses = ln sum exp(logits) - logits[target], correct = 1 where the target is
+// the first largest, and gradient = scale * (softmax - one at the target), times *by if given;
+// losses or gradient may be absent. Rows start `stride` elements apart, a multiple of 16 bytes. One
+// block per row; a row of a large vocabulary (600 kB) fits no block's registers, so logits are read
+// twice when there is a gradient: moves R C (8 + S) bytes with it and 4 R C without, one or two
+// exponentials per element: memory-bound.
 extern "C" __global__ void __launch_bounds__(512) cross_entropy_rows(
     float* losses, float* correct, real* gradient, const float* logits, const int* targets,
     int vocabulary, int stride, float scale, const float* by)
@@ -1710,10 +1722,11 @@ extern "C" __global__ void __launch_bounds__(256) cross_entropy_sum(
     if (threadIdx.x == 0) loss[0] = (float)sums[0];
 }
 
-// dh[rows[i]] = *by * saved[i], or adds it; zero in rows without a label. One block per token, which
-// looks for itself among the rising rows. Moves (tokens + labels) C S.
+// dh[rows[i]] = *by * saved[i], or adds it; zero in rows without a label. One block per token,
+// which looks for itself among the rising rows. Moves (tokens + labels) C S.
 extern "C" __global__ void __launch_bounds__(256) cross_entropy_scatter(
-    real* dh, const real* saved, const int* rows, int labels, const float* by, int cols, int accumulate)
+    real* dh, const real* saved, const int* rows, int labels, const float* by, int cols,
+    int accumulate)
 {
     int token = blockIdx.x, low = 0, high = labels;
     while (low < high)
@@ -1726,7 +1739,7 @@ extern "C" __global__ void __launch_bounds__(256) cross_entropy_scatter(
     put_row(dh + (u64)token * cols, labelled ? saved + (u64)low * cols : 0, *by, accumulate, cols);
 }
 
-// ---- 10. attention, forward -------------------------------------------------------------------------
+// ---- 10. attention, forward ---------------------------------------------------------------------
 
 // -- matrix instructions: operands of multiply_add_16x8x16, in its letters --
 //
@@ -1736,7 +1749,8 @@ extern "C" __global__ void __launch_bounds__(256) cross_entropy_scatter(
 // addresses of the rows of matrix m, r[m] gets M[g][2t, 2t + 1], or M[2t, 2t + 1][g] when
 // transposed. Every operand is two by two of them, two rows of matrices by two columns of them, in
 // one of two orders:
-//   down first:   row lane % 16, chunk lane / 16. A from rows m; transposed, B from rows k: r[0], r[1]
+//   down first:   row lane % 16, chunk lane / 16. A from rows m;
+// transposed, B from rows k: r[0], r[1]
 //                 are b for n = 0 to 7, r[2], r[3] for n = 8 to 15.
 //   across first: row lane / 16 * 8 + lane % 8, chunk lane / 8 % 2. B from rows n, in the same
 //                 registers; transposed, A from rows k.
@@ -2278,22 +2292,26 @@ extern "C" __global__ void __launch_bounds__(128) attention_forward_any(
     }
 }
 
-// ---- 11. attention, backward ------------------------------------------------------------------------
+// ---- 11. attention, backward --------------------------------------------------------------------
 
 // With p = exp(scale q . k - lse) and delta = dO . o, over the pairs of a query and a key it sees:
 //   dv = sum p dO,   ds = p (dO . v - delta),   dk = scale sum ds q,   dq = scale sum ds k.
-// Every element has one owner, which adds in a fixed order: blocks of keys go over the queries (dk, dv;
-// the query heads of a key head one after the other), blocks of queries over the keys (dq). Both
-// compute p and ds anew: 7 products instead of 5, but nothing to add up across blocks (unless the query
-// heads of a key head are divided among blocks, to keep a GPU busy). They are one algorithm. A block owns rows x, y and goes over rows u, w:
+// Every element has one owner, which adds in a fixed order: blocks of keys go over the queries (dk,
+// dv; the query heads of a key head one after the other), blocks of queries over the keys (dq).
+// Both compute p and ds anew: 7 products instead of 5, but nothing to add up across blocks (unless
+// the query heads of a key head are divided among blocks, to keep a GPU busy). They are one
+// algorithm. A block owns rows x, y and goes over rows u, w:
 //   keys:      x = k, y = v,   u = q, w = dO:   dx = scale sum ds u,   dy = sum p w
 //   queries:   x = q, y = dO,  u = k, w = v:    dx = scale sum ds u
-// Per visible pair and query head 8 DIM FLOP for keys (4 when only dv is wanted), 6 DIM for queries.
+// Per visible pair and query head 8 DIM FLOP for keys (4 when only dv is wanted),
+// 6 DIM for queries.
 
-// statistics[head, token] = (lse, delta): what both kernels need of a query beside its rows. A warp per
-// token and head, 8 tokens per block. Reads 2 T H D S + 4 T H bytes, writes 8 T H; 2 T H D FLOP.
+// statistics[head, token] = (lse, delta): what both kernels need of a query beside its rows. A warp
+// per token and head, 8 tokens per block. Reads 2 T H D S + 4 T H bytes, writes 8 T H;
+// 2 T H D FLOP.
 extern "C" __global__ void __launch_bounds__(256) attention_statistics(
-    float* statistics, const real* output_gradient, const real* output, const float* lse, int tokens,
+    float* statistics, const real* output_gradient, const real* output, const float* lse,
+    int tokens,
     int heads, int head_dim)
 {
     int token = blockIdx.x * 8 + threadIdx.x / WARP, head = blockIdx.y, lane = threadIdx.x % WARP;
@@ -2301,7 +2319,8 @@ extern "C" __global__ void __launch_bounds__(256) attention_statistics(
     const real* a = output_gradient + ((u64)token * heads + head) * head_dim;
     const real* b = output + ((u64)token * heads + head) * head_dim;
     float delta = 0;
-    if (aligned16(output_gradient, head_dim, sizeof(real)) && aligned16(output, head_dim, sizeof(real)))
+    if (aligned16(output_gradient, head_dim, sizeof(real))
+        && aligned16(output, head_dim, sizeof(real)))
     {
         for (int c = lane * VECTOR; c < head_dim; c += WARP * VECTOR)
         {
@@ -2350,7 +2369,8 @@ DEVICE SeenRange seen_range(const AttentionMask& mask, const SequenceTile& at, i
     return {mask.causal ? max(0, row - (at.keys - at.queries)) : 0, at.queries};
 }
 
-// exp(scale product - lse). The difference is rounded once, so that large logits keep their precision.
+// exp(scale product - lse). The difference is rounded once,
+// so that large logits keep their precision.
 DEVICE float probability(float product, float scale, float lse)
 {
     return exp2_approx(fmaf(product, scale, -lse) * LOG2_E);
@@ -2361,13 +2381,14 @@ DEVICE void check_all_starts(int* faults, const AttentionMask& mask)
 {
     if (blockIdx.x != 0 || blockIdx.y != 0) return;
     check_starts(faults, FAULT_ATTENTION_QUERY_STARTS, mask.starts_q, mask.sequences, mask.tokens);
-    check_starts(faults, FAULT_ATTENTION_KEY_STARTS, mask.starts_k, mask.sequences, mask.key_tokens);
+    check_starts(faults, FAULT_ATTENTION_KEY_STARTS, mask.starts_k, mask.sequences,
+        mask.key_tokens);
 }
 
-// Any head dimension up to 256 and any storage type, in float: a block of 8 warps owns 8 rows, a warp
-// one of them, and takes 32 rows u, w at a time: a lane computes p and ds of one of them, then every
-// lane adds all 32 to its columns lane + 32 i. For F32 and for heads that tensor cores do not take.
-// Reads u and w twice per own row, 4 D S bytes per pair and head, mostly from cache.
+// Any head dimension up to 256 and any storage type, in float: a block of 8 warps owns 8 rows, a
+// warp one of them, and takes 32 rows u, w at a time: a lane computes p and ds of one of them, then
+// every lane adds all 32 to its columns lane + 32 i. For F32 and for heads that tensor cores do not
+// take. Reads u and w twice per own row, 4 D S bytes per pair and head, mostly from cache.
 template <bool KEYS> DEVICE void attention_backward_by_rows(const AttentionBackward& a)
 {
     constexpr int ROWS = 8, MOST = 256 / WARP;
@@ -2459,9 +2480,10 @@ extern "C" __global__ void __launch_bounds__(256) attention_queries_backward(
 
 #if defined(STORAGE_BF16) || defined(STORAGE_F16)
 
-// d[16, ROWS] += a[16, all columns] b[ROWS, all columns]^T, from a lane's addresses down first in a,
-// across first in b.
-template <int CHUNKS, int ROWS> DEVICE void multiply_transposed(float (*d)[4], u32 a_lane, u32 b_lane)
+// d[16, ROWS] += a[16, all columns] b[ROWS, all columns]^T, from a lane's addresses down first in
+// a, across first in b.
+template <int CHUNKS, int ROWS>
+DEVICE void multiply_transposed(float (*d)[4], u32 a_lane, u32 b_lane)
 {
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; chunk += 2)
@@ -2533,15 +2555,16 @@ DEVICE void store_part(float* to, u64 stride, int rows, const float (*d)[4], flo
     }
 }
 
-// On tensor cores: a block of 4 warps owns 64 rows, a warp 16 of them, and takes STEP rows u, w at a
-// time, copied while it works on those before. A lane's p and ds, rounded to the storage type, are what
-// its next products take from the left, so they stay in registers with dx and dy (DIM / 2 floats each).
-// Shared memory: tiles x, y [64, DIM], then two stages of u, w [STEP, DIM], zeros where masked and in
-// the columns from 72 to 80: 32 KiB for DIM 64 by STEP 32, 40 for 72 by 32, 48 for 128 by 16, so that
-// three, two and two blocks fit a multiprocessor with 100 KiB. Reads x and y once, and 2 DIM S bytes
-// per block and row u that it sees, mostly from L2. Where key heads are too few to keep a GPU busy, the
-// query heads of each are divided among `parts` blocks, which leave what they have as floats; sum_parts
-// adds them in order: another 8 DIM bytes written and read per part and key.
+// On tensor cores: a block of 4 warps owns 64 rows, a warp 16 of them, and takes STEP rows u, w at
+// a time, copied while it works on those before. A lane's p and ds, rounded to the storage type,
+// are what its next products take from the left, so they stay in registers with dx and dy (DIM / 2
+// floats each). Shared memory: tiles x, y [64, DIM], then two stages of u, w [STEP, DIM], zeros
+// where masked and in the columns from 72 to 80: 32 KiB for DIM 64 by STEP 32, 40 for 72 by 32, 48
+// for 128 by 16, so that three, two and two blocks fit a multiprocessor with 100 KiB. Reads x and y
+// once, and 2 DIM S bytes per block and row u that it sees, mostly from L2. Where key heads are too
+// few to keep a GPU busy, the query heads of each are divided among `parts` blocks, which leave
+// what they have as floats; sum_parts adds them in order:
+// another 8 DIM bytes written and read per part and key.
 template <int DIM, int STEP, bool KEYS>
 DEVICE void attention_backward_by_tiles(const AttentionBackward& a)
 {
@@ -2560,14 +2583,16 @@ DEVICE void attention_backward_by_tiles(const AttentionBackward& a)
     int part_heads = (part + 1) * group / parts - part * group / parts;
     bool wants_x = parts > 1 ? a.dx_parts != 0 : a.dx != 0;
     bool wants_y = KEYS && (parts > 1 ? a.dy_parts != 0 : a.dy != 0);
-    int own_stride = (KEYS ? a.kv_heads : a.heads) * DIM, stride = (KEYS ? a.heads : a.kv_heads) * DIM;
+    int own_stride = (KEYS ? a.kv_heads : a.heads) * DIM,
+        stride = (KEYS ? a.heads : a.kv_heads) * DIM;
     int own_end = KEYS ? at.keys : at.queries;
     u64 own_token = (KEYS ? at.first_key_token : at.first_token) + at.first;
     u64 own = own_token * own_stride + own_head * DIM;
     u64 other = (u64)(KEYS ? at.first_token : at.first_key_token) * stride;
 
     // The rows u that any own row meets, and per lane those that its two own rows meet.
-    SeenRange all = seen_range<KEYS>(a.mask, at, KEYS ? at.first : min(at.first + ROWS, own_end) - 1);
+    SeenRange all =
+        seen_range<KEYS>(a.mask, at, KEYS ? at.first : min(at.first + ROWS, own_end) - 1);
     int lane = threadIdx.x % WARP, warp_row = threadIdx.x / WARP * 16, g = lane / 4, t = lane % 4;
     int low[2];
     u32 count[2];
@@ -2580,7 +2605,8 @@ DEVICE void attention_backward_by_tiles(const AttentionBackward& a)
         low[half] = seen.low;
         count[half] = seen.high - seen.low;
         if (!KEYS && row < own_end)
-            own_statistic[half] = a.statistics[(u64)own_head * a.mask.tokens + at.first_token + row];
+            own_statistic[half] =
+                a.statistics[(u64)own_head * a.mask.tokens + at.first_token + row];
     }
 
     // Steps go over the rows of one head, then of the next.
@@ -2623,7 +2649,8 @@ DEVICE void attention_backward_by_tiles(const AttentionBackward& a)
         float2 statistic[STEP / 8][2] = {};
         if (KEYS)
         {
-            const float2* of_head = a.statistics + (u64)head_of(step) * a.mask.tokens + at.first_token;
+            const float2* of_head = a.statistics + (u64)head_of(step) * a.mask.tokens
+                + at.first_token;
 #pragma unroll
             for (int n = 0; n < STEP / 8; n++)
 #pragma unroll
@@ -2759,9 +2786,10 @@ extern "C" __global__ void __launch_bounds__(128) attention_queries_backward_128
 
 #endif
 
-// ---- 12. optimizer ----------------------------------------------------------------------------------
+// ---- 12. optimizer ------------------------------------------------------------------------------
 
-// The sum over a block of 256 threads of one double each, in a fixed order; the result is thread 0's.
+// The sum over a block of 256 threads of one double each, in a fixed order;
+// the result is thread 0's.
 DEVICE double block_sum_double(double x, double* shared)
 {
     shared[threadIdx.x] = x;
@@ -2776,9 +2804,10 @@ DEVICE double block_sum_double(double x, double* shared)
 
 DEVICE int not_finite(float x) { return (__float_as_uint(x) & 0x7f800000u) == 0x7f800000u; }
 
-// part[p] = {sum of g[i]^2, number of g[i] that are NaN or infinite} over the elements of part p, which
-// are neighbours; with only_count the first is 0. Squares are added in double, which no float's square
-// overflows: a thread adds its own in order, the block its threads'. Reads 4 count bytes, 2 FLOP each.
+// part[p] = {sum of g[i]^2, number of g[i] that are NaN or infinite} over the elements of part p,
+// which are neighbours; with only_count the first is 0. Squares are added in double, which no
+// float's square overflows: a thread adds its own in order, the block its threads'.
+// Reads 4 count bytes, 2 FLOP each.
 extern "C" __global__ void __launch_bounds__(256) gradient_norm_parts(
     double* part, const float* g, long long count, long long per_part, int only_count)
 {
@@ -2794,7 +2823,8 @@ extern "C" __global__ void __launch_bounds__(256) gradient_norm_parts(
         for (; i + 4 <= last; i += blockDim.x * 4)
         {
             float4 v = *(const float4*)(g + i);
-            squares += (double)v.x * v.x + (double)v.y * v.y + (double)v.z * v.z + (double)v.w * v.w;
+            squares += (double)v.x * v.x + (double)v.y * v.y + (double)v.z * v.z
+                + (double)v.w * v.w;
             bad += not_finite(v.x) + not_finite(v.y) + not_finite(v.z) + not_finite(v.w);
         }
     }
@@ -2814,8 +2844,8 @@ extern "C" __global__ void __launch_bounds__(256) gradient_norm_parts(
     part[2 * blockIdx.x + 1] = found;
 }
 
-// norm = {sqrt(sum of squares), clipping factor, number of non-finite elements} of all parts, in order;
-// max_norm 0 or below does not clip. One block.
+// norm = {sqrt(sum of squares), clipping factor, number of non-finite elements} of all parts, in
+// order; max_norm 0 or below does not clip. One block.
 extern "C" __global__ void __launch_bounds__(256) gradient_norm_finish(
     double* norm, const double* part, int parts, double max_norm)
 {
@@ -2857,23 +2887,26 @@ DEVICE float adamw_element(const adamw_step& s, float p, float g, float* m, floa
 }
 
 // The rounded copy of a master: 4 neighbours, or fewer of them one by one.
-DEVICE void store_rounded(void* rounded, int type, long long i, const float* p, int count, bool wide)
+DEVICE void store_rounded(void* rounded, int type, long long i, const float* p, int count,
+    bool wide)
 {
     u32 bits[4];
     for (int j = 0; j < 4; j++) bits[j] = type == DTYPE_BF16 ? narrow_bf16(p[j]) : narrow_f16(p[j]);
     if (wide)
     {
-        *(uint2*)((bf16*)rounded + i) = make_uint2(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
+        *(uint2*)((bf16*)rounded + i) =
+            make_uint2(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
         return;
     }
     for (int j = 0; j < count; j++) ((bf16*)rounded)[i + j] = (bf16)bits[j];
 }
 
-// AdamW on p[count] with gradients g and moments m, v, all float; rounded, if given, is p's copy in a
-// 16-bit type, rounded to nearest even. Nothing changes where norm counts elements that are not finite.
-// Four elements per thread. Moves 28 bytes per element, 30 with a copy; 13 FLOP.
+// AdamW on p[count] with gradients g and moments m, v, all float; rounded, if given, is p's copy in
+// a 16-bit type, rounded to nearest even. Nothing changes where norm counts elements that are not
+// finite. Four elements per thread. Moves 28 bytes per element, 30 with a copy; 13 FLOP.
 extern "C" __global__ void __launch_bounds__(256) adamw(
-    float* p, void* rounded, int rounded_type, const float* g, float* m, float* v, const double* norm,
+    float* p, void* rounded, int rounded_type, const float* g, float* m, float* v,
+    const double* norm,
     long long count, float keep, float first, float new_first, float second, float new_second,
     float rate, float root, float epsilon)
 {
@@ -2912,8 +2945,8 @@ extern "C" __global__ void __launch_bounds__(256) adamw(
     if (rounded) store_rounded(rounded, rounded_type, i, x, mine, wide);
 }
 
-// x rounded to one of its two bf16 neighbours, up with the probability of the part that is cut off, so
-// that the expected value is x: random has 16 bits. Infinities and NaNs stay what they are.
+// x rounded to one of its two bf16 neighbours, up with the probability of the part that is cut off,
+// so that the expected value is x: random has 16 bits. Infinities and NaNs stay what they are.
 DEVICE bf16 round_randomly(float x, u32 random)
 {
     u32 bits = __float_as_uint(x);
@@ -2922,8 +2955,8 @@ DEVICE bf16 round_randomly(float x, u32 random)
 }
 
 // As adamw with moments in bf16, rounded randomly: element n of the whole range (first_element + i)
-// takes word n % 4 of the Philox counter (n / 4, layer, step), its low half for m and its high half for
-// v. Moves 20 bytes per element, 22 with a copy.
+// takes word n % 4 of the Philox counter (n / 4, layer, step), its low half for m and its high half
+// for v. Moves 20 bytes per element, 22 with a copy.
 extern "C" __global__ void __launch_bounds__(256) adamw_bf16_moments(
     float* p, void* rounded, int rounded_type, const float* g, bf16* m, bf16* v, const double* norm,
     long long count, float keep, float first, float new_first, float second, float new_second,

@@ -55,8 +55,7 @@ internal static unsafe class LaunchClock
 
     [UnmanagedCallersOnly]
     private static int Launch(nint function, uint gridX, uint gridY, uint gridZ, uint blockX,
-        uint blockY,
-        uint blockZ, uint shared, nint stream, void** arguments, void** extra)
+        uint blockY, uint blockZ, uint shared, nint stream, void** arguments, void** extra)
     {
         nint start = 0, end = 0;
         if (s_driver.EventCreate(&start, 0) != 0 || s_driver.EventCreate(&end, 0) != 0)

@@ -87,8 +87,7 @@ public sealed class CudaFaultTests
 
     private static TestCaseData Splice(int index, int wrong, string message) => Case(
         new Splice(), [X("x", 9, 5), X("features", 4, 5), Value.Int("positions", 7, 2, 5)], 2,
-        index, wrong,
-        message);
+        index, wrong, message);
 
     private static TestCaseData CrossEntropy(int input, int index, int wrong,
         string message) => Case(

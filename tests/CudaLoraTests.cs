@@ -55,8 +55,7 @@ public sealed class CudaLoraTests
         foreach (DType type in s_types)
             CudaOpTests.Compare(
                 Device(type), c, type, new LoraLinear(Layer, Scale, dropout),
-                Inputs(rows, cols, rank), null,
-                $"[{rows}, {cols}] rank {rank} dropout {dropout}");
+                Inputs(rows, cols, rank), null, $"[{rows}, {cols}] rank {rank} dropout {dropout}");
     }
 
     // With x = 1 and a = 1 on its diagonal the mask is h; with dy bb = 1 it is dx, and with one on

@@ -115,8 +115,7 @@ public sealed class CudaTransferTests
         var runners = new Runners { Train = (a, log, stop) => TrainRun.Run(a, log, stop, NoGpu) };
         int code = new CommandLine(output, error, runners).Run(
             ["train", "--model_name_or_path", V26.Model, "--data_path", V26.Rows,
-                "--device", "cuda",
-                "--on_bad_row", "skip"]);
+                "--device", "cuda", "--on_bad_row", "skip"]);
         Assert.That(code, Is.EqualTo(2));
         Assert.That(error.ToString().Trim().Split('\n'), Has.Length.EqualTo(1));
         Assert.That(error.ToString(),

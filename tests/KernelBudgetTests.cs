@@ -41,8 +41,7 @@ public sealed class KernelBudgetTests
         "norm_forward", "norm_backward", "add_forward", "scale_rows", "gelu_forward",
         "gelu_backward",
         "swiglu_forward", "swiglu_backward", "rope", "cast_to_real", "cast_to_float",
-        "lora_gradient_x",
-        "adamw", "adamw_bf16_moments",
+        "lora_gradient_x", "adamw", "adamw_bf16_moments",
         "lookup_rows", "sum_by_id", "gather_rows", "splice_forward", "splice_text_backward",
         "cross_entropy_rows", "cross_entropy_scatter",
     ];

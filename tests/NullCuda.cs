@@ -206,8 +206,7 @@ internal static unsafe class NullCuda
     [UnmanagedCallersOnly]
     private static int Launch(
         nint function, uint gx, uint gy, uint gz, uint bx, uint by, uint bz, uint shared,
-        nint stream,
-        void** arguments, void** extra) => 0;
+        nint stream, void** arguments, void** extra) => 0;
 
     [UnmanagedCallersOnly] private static int MathMode(nint handle, int mode) => 0;
 

@@ -17,8 +17,7 @@ internal static partial class Plants
             Kernel = "norm_forward", With = [5],
         },
         Plant.Fault(Check.SharedRaceWithinWarp, "no barrier before the warps' sums are read",
-            "block_sum",
-            "= x;\n    __syncthreads();", "= x;", "layer_norm") with
+            "block_sum", "= x;\n    __syncthreads();", "= x;", "layer_norm") with
         {
             Kernel = "norm_forward", With = [5],
         },
@@ -43,8 +42,7 @@ internal static partial class Plants
         Plant.Fault(Check.Endless, "the search for the last token does not move on", "sum_by_id",
             "last = middle + 1", "last = middle", "embedding") with { Size = 64 },
         new("gradients of replaced tokens", "splice_text_backward", "from[token] > 0",
-            "from[token] > 1",
-            "splice"),
+            "from[token] > 1", "splice"),
 
         // 8: adapters
         new("the mask of another layer in the backward", "lora_gradient_x",
@@ -52,8 +50,7 @@ internal static partial class Plants
         new("the mask of another step in the backward", "lora_gradient_a",
             "(u64)step, (u32)layer,", "(u64)step + 1, (u32)layer,", "lora_linear_dropout"),
         new("a block of random numbers is used twice", "kept", "dropout, block + i",
-            "dropout, block",
-            "lora_linear_dropout"),
+            "dropout, block", "lora_linear_dropout"),
         Plant.Fault(Check.SharedRaceWithinWarp, "no barrier before the warps' sums are added",
             "lora_gradient_a", "d[m][2][i], d[m][3][i]);\n        __syncthreads();",
             "d[m][2][i], d[m][3][i]);", "lora_linear_dropout"),

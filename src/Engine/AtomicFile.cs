@@ -37,10 +37,9 @@ public static class AtomicFile
                 // The first failure says more than that its left-over could not be removed.
             }
 
-            if (failure is IOException or UnauthorizedAccessException)
-                throw new RunException($"{path}: cannot write: {Messages.OneLine(failure.Message)}",
-                    failure);
-            throw;
+            if (failure is not (IOException or UnauthorizedAccessException)) throw;
+            string reason = Messages.OneLine(failure.Message.Replace(temporary, path));
+            throw new RunException($"{path}: cannot write: {reason}", failure);
         }
     }
 

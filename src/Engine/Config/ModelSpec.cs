@@ -71,8 +71,7 @@ public sealed record ResamplerSpec(int HiddenSize, int VisionSize, int Queries)
 /// none.</param>
 public sealed record DecoderSpec(
     int VocabSize, int HiddenSize, int IntermediateSize, int Layers, int Heads, int KvHeads,
-    int HeadDim,
-    float RmsNormEpsilon, bool QkvBias, bool TiedHead, double RopeTheta,
+    int HeadDim, float RmsNormEpsilon, bool QkvBias, bool TiedHead, double RopeTheta,
     ImmutableArray<double> RopeFactors, int MaxPositions)
 {
     /// <summary>

@@ -60,8 +60,7 @@ internal static class ModelSpecReader
         RequireZero(config, "attention_dropout");
         return new DecoderSpec(
             Size(config, "vocab_size", MaxVocabulary), hidden,
-            Size(config, "intermediate_size", 1 << 20),
-            layers, heads, kvHeads, headDim,
+            Size(config, "intermediate_size", 1 << 20), layers, heads, kvHeads, headDim,
             (float)(config.Find("rms_norm_eps")?.Number(1e-12, 1) ?? 1e-6), QkvBias: true,
             Flag(config, "tie_word_embeddings", false), RopeTheta(config), [],
             Size(config, "max_position_embeddings", int.MaxValue, 32768));

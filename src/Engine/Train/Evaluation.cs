@@ -61,8 +61,7 @@ public sealed record Evaluation(
 
         public Evaluation ToEvaluation(double seconds) => new(
             _loss / _tokens, (double)_hit / _tokens, (double)_right / _answers, _tokens,
-            _answers, _rows,
-            seconds);
+            _answers, _rows, seconds);
 
         private void Count(Batch batch, ReadOnlySpan<float> hits)
         {

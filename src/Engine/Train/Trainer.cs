@@ -158,8 +158,7 @@ public sealed class Trainer
 
     private readonly record struct Queued(
         int Step, int Passes, double LearningRate, long Tokens, long SupervisedTokens,
-        bool IsUpdated,
-        long Started);
+        bool IsUpdated, long Started);
 }
 
 /// <summary>
@@ -169,5 +168,4 @@ public sealed class Trainer
 /// </summary>
 public readonly record struct StepResult(
     int Step, double Loss, double GradientNorm, double LearningRate, long Tokens,
-    long SupervisedTokens,
-    double Seconds, bool Skipped);
+    long SupervisedTokens, double Seconds, bool Skipped);

@@ -20,15 +20,13 @@ public sealed record AdapterConfig
     private static readonly HashSet<string> s_ignored =
     [
         "auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core",
-        "peft_version",
-        "qalora_group_size", "revision", "task_type",
+        "peft_version", "qalora_group_size", "revision", "task_type",
     ];
 
     private static readonly HashSet<string> s_read =
     [
         "peft_type", "r", "lora_alpha", "lora_dropout", "bias", "target_modules",
-        "layers_to_transform",
-        "layers_pattern", "modules_to_save", "init_lora_weights",
+        "layers_to_transform", "layers_pattern", "modules_to_save", "init_lora_weights",
     ];
 
     public required int Rank { get; init; }

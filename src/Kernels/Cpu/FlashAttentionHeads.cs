@@ -94,8 +94,7 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
         /// <summary>dq of some queries, [columns / Width][queries][Width], plus ds k.</summary>
         private readonly void AddQueries(
             in AttentionBlock block, in AttentionScratch<T> scratch,
-            in AttentionHeadScratch<T> room,
-            int query, int queries, int seen)
+            in AttentionHeadScratch<T> room, int query, int queries, int seen)
         {
             T* keys = room.Keys;
             T* dq = room.DQ + ((nint)query * Width);

@@ -85,8 +85,7 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
         /// </summary>
         public void Add(
             in AttentionBlock block, in AttentionScratch<T> scratch, int head, int query,
-            int queries,
-            AttentionQuery<T>* prepared, T* keep)
+            int queries, AttentionQuery<T>* prepared, T* keep)
         {
             int dim = _a.HeadDim;
             nint token = block.QueryStart + query, column = (nint)head * dim;

@@ -136,11 +136,9 @@ public readonly ref struct CudaCall(CudaDevice device, Op op, OpCall call)
         Tensor order = Scratch(DType.I32, tokens), sorted = Scratch(DType.I32, tokens);
         if (!gradient.Accumulate) Clear(gradient.Buffer);
         Launch("order_by_id", Grid.Elements(tokens), order, sorted, Input(ids), tokens,
-            limit, Faults,
-            (int)fault);
+            limit, Faults, (int)fault);
         Launch("sum_by_id", Grid.Rows(tokens), gradient.Buffer, OutputGradient, order,
-            sorted, tokens,
-            limit, gradient.Buffer.Shape.Cols, scale, gradient.Accumulate);
+            sorted, tokens, limit, gradient.Buffer.Shape.Cols, scale, gradient.Accumulate);
     }
 
     /// <summary>The tensor itself if it has this type, else a copy in scratch.</summary>

@@ -35,8 +35,7 @@ internal readonly ref struct CudaDropout
             call.Split(x.Cols, blocks, BlocksPerMultiprocessor, FewestCols, TileCols);
         Tensor part = parts > 1 ? call.Scratch(DType.F32, parts, x.Rows, rank) : Tensor.None;
         call.Launch("lora_down", Grid.Blocks256(blocks, 1, parts), h, part, x.Data, a, x.Rows,
-            x.Cols, rank,
-            each, _random.Seed, _random.Step, _layer, _threshold, _scale);
+            x.Cols, rank, each, _random.Seed, _random.Step, _layer, _threshold, _scale);
         if (parts == 1) return;
         long count = h.Shape.Count;
         call.Launch("lora_down_parts", Grid.Elements(count), h, part, parts, count);
@@ -68,8 +67,7 @@ internal readonly ref struct CudaDropout
         call.Launch("lora_gradient_a", Grid.Blocks256(tiles, parts, chunks), into, t.Data,
             x.Data, x.Rows,
             x.Cols, rank, each, whole && da.Accumulate, _random.Seed, _random.Step, _layer,
-            _threshold,
-            _scale);
+            _threshold, _scale);
         if (!whole) call.SumParts(into, da);
     }
 

@@ -66,8 +66,7 @@ internal sealed unsafe class CudaGemm : IDisposable
         int result =
             _cublas.GemmEx(_handle, Operation(b), Operation(a), c.Cols, c.Rows, a.Cols, &scale,
             (ulong)b.Data.Data, TypeOf(b), Stride(b), (ulong)a.Data.Data, TypeOf(a),
-            Stride(a), &keep,
-            (ulong)c.Data.Data, TypeOf(c), Stride(c), CublasApi.Compute32F,
+            Stride(a), &keep, (ulong)c.Data.Data, TypeOf(c), Stride(c), CublasApi.Compute32F,
             CublasApi.DefaultAlgorithm);
         if (result != 0)
             CublasApi.Check(result, "cublasGemmEx", $"{c.Data.Spec} = {a.Data.Spec} {b.Data.Spec}");

@@ -59,8 +59,7 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
                 : HeadDim == 72 ? "attention_forward_72" : "attention_forward_128";
             call.Launch(kernel, new Grid(Blocks(TensorCoreRows), Threads),
                 o, call.Saved(0), q, k, v, startsQ, startsK, lengths, call.Faults,
-                sequences, tokens,
-                keyTokens, Heads, KvHeads, Causal, Scale);
+                sequences, tokens, keyTokens, Heads, KvHeads, Causal, Scale);
             return;
         }
 
@@ -138,12 +137,10 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
                 : HeadDim == 72 ? "attention_keys_backward_72" : "attention_keys_backward_128";
             call.Launch(kernel,
                 Grid.SequenceTiles(keyTokens, sequences, rows, KvHeads * parts, threads),
-                parts > 1 ? Tensor.None : dk.Buffer, parts > 1 ? Tensor.None : dv.Buffer, q,
-                k, v, dO,
-                statistics, startsQ, startsK, lengths, call.Faults, sequences, tokens,
-                keyTokens, Causal,
-                Heads, KvHeads, HeadDim, Scale, dk.Accumulate, dv.Accumulate, dkParts,
-                dvParts, parts);
+                parts > 1 ? Tensor.None : dk.Buffer, parts > 1 ? Tensor.None : dv.Buffer,
+                q, k, v, dO, statistics, startsQ, startsK, lengths, call.Faults, sequences, tokens,
+                keyTokens, Causal, Heads, KvHeads, HeadDim, Scale, dk.Accumulate, dv.Accumulate,
+                dkParts, dvParts, parts);
             if (dkParts.Exists) call.SumParts(dkParts, dk);
             if (dvParts.Exists) call.SumParts(dvParts, dv);
         }

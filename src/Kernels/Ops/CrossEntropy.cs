@@ -129,8 +129,7 @@ public sealed unsafe record CrossEntropy() : Op("cross_entropy")
         {
             Shape shape = dh.Buffer.Shape;
             call.Launch("cross_entropy_scatter", Grid.Rows((int)shape.Rows), dh.Buffer,
-                call.Saved(2),
-                rows, labels, dloss, shape.Cols, dh.Accumulate);
+                call.Saved(2), rows, labels, dloss, shape.Cols, dh.Accumulate);
         }
 
         if (!dw.Wanted) return;
@@ -255,8 +254,7 @@ public sealed unsafe record CrossEntropy() : Op("cross_entropy")
             int count = Math.Min(Size, (int)rows.Shape.Count - first), tokens = _h.Shape[0];
             if (_gathered.Exists)
                 call.Launch("gather_rows", Grid.Rows(count), _gathered, _h,
-                    rows.Slice(first, count),
-                    count, tokens, _h.Shape.Cols, false);
+                    rows.Slice(first, count), count, tokens, _h.Shape.Cols, false);
             call.Multiply(Gathered(first, count), Weight.T,
                 new CudaMatrix(_logits.Slice(0, count), count, Weight.Rows, false));
             return count;

@@ -140,8 +140,7 @@ internal sealed unsafe class PixelNormaliser
             int c = i / 256;
             Normalise(
                 Vector256.CreateSequence(i & 255, 1), Vector256.Create(_mean[c]),
-                Vector256.Create(_std[c]),
-                Vector256.Create(_inverse[c])).CopyTo(eight);
+                Vector256.Create(_std[c]), Vector256.Create(_inverse[c])).CopyTo(eight);
             if (!MemoryMarshal.AsBytes(eight)
                 .SequenceEqual(MemoryMarshal.AsBytes(_table.AsSpan(i, 8))))
                 return false;

@@ -92,8 +92,7 @@ public sealed partial class ChatFormat
     /// <param name="speech">That answer is to be spoken (use_tts_template of o-4_5).</param>
     public string Render(
         IReadOnlyList<ChatTurn> turns, bool addGenerationPrompt = false,
-        bool? enableThinking = null,
-        bool speech = false)
+        bool? enableThinking = null, bool speech = false)
     {
         var text = new StringBuilder();
         foreach (var turn in Turns(turns))
