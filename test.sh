@@ -6,9 +6,8 @@
 set -u
 cd "$(dirname "$0")" || exit 1
 export DOTNET_NOLOGO=1 DOTNET_CLI_TELEMETRY_OPTOUT=1
-# No build server stays behind, and profile-guided recompilation does not pay within one test run.
+# No build server stays behind.
 export MSBUILDDISABLENODEREUSE=1 DOTNET_CLI_USE_MSBUILD_SERVER=0 UseSharedCompilation=false
-export DOTNET_TieredPGO=0
 
 if ! command -v dotnet >/dev/null 2>&1; then
   echo "test.sh: the .NET 10 SDK is missing: install dotnet-sdk-10.0 or see https://dot.net" >&2

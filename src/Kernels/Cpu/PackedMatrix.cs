@@ -15,7 +15,7 @@ public readonly unsafe struct PackedMatrix
     /// Rows of a panel: two vectors of the widest instructions there are, so that a tile's part of
     /// it has no gaps, which would leave half of the first-level cache's lines unused.
     /// </summary>
-    public static readonly int PanelRows = Gemm.Best is InstructionSet.Avx512 ? 32 : 16;
+    public static int PanelRows => Avx512Simd.IsSupported ? 32 : 16;
 
     /// <summary>
     /// A matrix packed before, at memory of <see cref="Bytes"/> bytes, 64-byte aligned.
