@@ -42,14 +42,14 @@ internal unsafe struct AttentionBlock
         }
 
         int kvHead = item / blocks, first = item % blocks * width;
-        AttentionBlock block = OfKeys(a, sequence, kvHead, first, width);
+        AttentionBlock block = KeyBlock(a, sequence, kvHead, first, width);
         if (!lanesAreKeys)
             block.Lanes = Math.Min(width, (block.Queries * (a.Heads / a.KvHeads)) - first);
         return block;
     }
 
     /// <summary>Up to width keys of a sequence, from first on.</summary>
-    public static AttentionBlock OfKeys<T>(
+    public static AttentionBlock KeyBlock<T>(
         in AttentionArguments<T> a, int sequence, int kvHead, int first, int width)
         where T : unmanaged, IBinaryFloatingPointIeee754<T>
     {

@@ -6,8 +6,8 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
     /// dq, dk and dv of one key head of a sequence, one query head after another: q k^T and dO v^T
     /// of a tile, there for dk and dv, serve dq too, 10 * headDim flops per visible (query, key)
     /// pair where QueryGradients and KeyGradients take 14. All sums are theirs, in the same order,
-    /// and so are the bits. dq of a head and, in groups of heads,
-    /// dk and dv of all keys are kept in scratch memory.
+    /// and so are the bits. dq of a head and, where heads share keys, dk and dv of all keys are kept
+    /// in scratch memory.
     /// </summary>
     public struct HeadGradients : IRangeBody
     {
@@ -42,13 +42,13 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
             AttentionArguments<T> a = Arguments;
             int group = a.Heads / a.KvHeads, head = (kvHead * group) + member;
             var tiles = new KeyTiles(a, Gradients);
-            var block = AttentionBlock.OfKeys(a, sequence, kvHead, 0, Width);
+            var block = AttentionBlock.KeyBlock(a, sequence, kvHead, 0, Width);
             tiles.Prepare(block, head, 0, block.Queries, room.Queries);
             nint columns = (a.HeadDim + Width - 1) / Width;
             new Span<T>(room.DQ, checked((int)(columns * block.Queries * Width))).Clear();
             for (int first = 0; first < block.Keys; first += Width)
             {
-                block = AttentionBlock.OfKeys(a, sequence, kvHead, first, Width);
+                block = AttentionBlock.KeyBlock(a, sequence, kvHead, first, Width);
                 AttentionScratch<T> sums = room.WithSums(scratch, first / Width);
                 int seen = block.SeenLanes(a.Causal, out int from);
                 if (seen > 0)

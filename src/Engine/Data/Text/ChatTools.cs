@@ -111,7 +111,10 @@ internal static class PythonJson
         int exponent =
             int.Parse(shortest.AsSpan(shortest.IndexOf('E') + 1), NumberStyles.AllowLeadingSign);
         if (exponent is < -4 or >= 16)
-            return $"{shortest[..shortest.IndexOf('E')]}e{(exponent < 0 ? '-' : '+')}{Math.Abs(exponent):d2}";
+        {
+            char sign = exponent < 0 ? '-' : '+';
+            return $"{shortest[..shortest.IndexOf('E')]}e{sign}{Math.Abs(exponent):d2}";
+        }
         int decimals = Math.Max(1, shortest.IndexOf('E') - shortest.IndexOf('.') - 1 - exponent);
         if (shortest.IndexOf('.') < 0) decimals = Math.Max(1, -exponent);
         return value.ToString($"F{decimals}", CultureInfo.InvariantCulture);
