@@ -15,7 +15,7 @@ namespace MiniCpmNative.Bench;
 internal static unsafe class GemmBench
 {
     private const int RowMajor = 101, NoTranspose = 111, Transpose = 112;
-    private const double SeriesSeconds = 0.02, WarmSeconds = 0.5;
+    private const double SeriesSeconds = 0.02;
 
     private static bool s_cpuTime;
 
@@ -85,8 +85,6 @@ internal static unsafe class GemmBench
         void Ours() => gemm.Multiply(data.A, data.B, data.C, 1, product.Beta);
         void Theirs() => blas!.Multiply(product, data);
 
-        // The runtime compiles what is called often a second time, some tenths of a second later.
-        for (var warm = Stopwatch.StartNew(); warm.Elapsed.TotalSeconds < WarmSeconds;) Ours();
         double seconds = Time(Ours, 2);
         int calls = Math.Clamp((int)(SeriesSeconds / seconds), 1, 1000);
         var ours = new double[series];

@@ -213,12 +213,9 @@ public sealed record AdapterConfig
         _ => "none",
     };
 
-    // Python writes a float with its point.
-    private static string Number(double value, bool whole)
-    {
-        string text = value.ToString("R", CultureInfo.InvariantCulture).Replace('E', 'e');
-        return whole || text.AsSpan().IndexOfAny('.', 'e') >= 0 ? text : text + ".0";
-    }
+    private static string Number(double value, bool whole) => whole
+        ? value.ToString("R", CultureInfo.InvariantCulture).Replace('E', 'e')
+        : PythonJson.Float(value);
 
     private static void Null(Utf8JsonWriter json) => json.WriteNullValue();
 

@@ -30,8 +30,8 @@ public static class VectorMath
     public static Vector<T> Exp<T>(Vector<T> x)
         where T : unmanaged =>
         typeof(T) == typeof(float)
-            ? Unsafe.BitCast<Vector<float>,
-                Vector<T>>(Exp(Unsafe.BitCast<Vector<T>, Vector<float>>(x)))
+            ? Unsafe.BitCast<Vector<float>, Vector<T>>(
+                Exp(Unsafe.BitCast<Vector<T>, Vector<float>>(x)))
             : Unsafe.BitCast<Vector<double>, Vector<T>>(
                 Vector.Exp(Unsafe.BitCast<Vector<T>, Vector<double>>(x)));
 
