@@ -69,9 +69,7 @@ internal static class StepBench
         private readonly BatchTensors _batch;
         private readonly Batch _rows = new();
         private readonly Optimizer _optimizer;
-        private readonly Embedding _embed = new();
-        private readonly CrossEntropy _loss = new();
-        private readonly Tensor _embedding, _head;
+        private readonly BatchUpload _upload;
 
         public Step(int threads)
         {
@@ -88,9 +86,8 @@ internal static class StepBench
                 _trainables = new Trainables(_device, adapters.List.SelectMany(Parts));
                 var weights =
                     new ModelWeights(_graph, checkpoint, _trainables, adapters, DType.F32);
-                _embedding = weights.Table("llm.model.embed_tokens.weight");
-                _head = weights.Matrix("llm.lm_head.weight");
-                _decoder = new Decoder(decoder, weights, checkpoint: false);
+                var scope = new ModuleScope(new ParameterTable.Builder(), weights);
+                _decoder = new Decoder(decoder, scope.In("llm"), checkpoint: false);
                 adapters.Initialise(_trainables, 1);
             }
             finally
@@ -98,8 +95,8 @@ internal static class StepBench
                 Directory.Delete(folder, recursive: true);
             }
 
-            var vision = new VisionSpec(144, 288, 0, 2, 3, 14, 1, 1e-6f, false, 1);
-            _batch = new BatchTensors(_device, vision, new ResamplerSpec(Width, 144, 1), decoder);
+            _batch = new BatchTensors(queries: 1);
+            _upload = new BatchUpload(_device);
             _optimizer = new Optimizer(_device, _trainables, new TrainArguments());
             Fill();
         }
@@ -108,10 +105,9 @@ internal static class StepBench
         {
             _device.Random = new Randomness(1, (ulong)step, Dropout: true);
             _graph.ClearGradients();
-            _batch.Load(_rows);
-            Tensor hidden = _decoder.Forward(_graph, _graph.Run(_embed, _embedding, _batch.Tokens),
-                _batch, null);
-            Tensor loss = _graph.Run(_loss, hidden, _head, _batch.LabelRows, _batch.Targets);
+            _upload.Run(_rows, [_batch, _decoder]);
+            Tensor hidden = _decoder.Forward(_graph, _decoder.Embed(_graph, _batch.Tokens), null);
+            Tensor loss = _decoder.Loss(_graph, hidden, _batch.LabelRows, _batch.Targets, []);
             Span<float> value = stackalloc float[1];
             _device.Read(loss, value);
             _graph.Backward(loss, 1.0 / Tokens);

@@ -31,9 +31,9 @@ public sealed class ModelSpecTests
     public void TheReferenceModelIsRead()
     {
         var spec = ModelSpec.Read(s_model);
-        Assert.That(spec.Family, Is.EqualTo("MiniCPM-V-2_6"));
+        Assert.That(spec.Family.Name, Is.EqualTo("MiniCPM-V-2_6"));
         Assert.That(spec.Vision,
-            Is.EqualTo(new VisionSpec(144, 288, 3, 2, 3, 14, 70, 1e-6f, false, 16)));
+            Is.EqualTo(new VisionSpec(144, 288, 3, 2, 3, 14, 70, 1e-6f, false)));
         Assert.That(spec.Vision.HeadDim, Is.EqualTo(72));
         Assert.That(spec.Resampler, Is.EqualTo(new ResamplerSpec(256, 144, 64)));
         Assert.That((spec.Resampler.Heads, spec.Resampler.HeadDim), Is.EqualTo((2, 128)));
@@ -42,8 +42,7 @@ public sealed class ModelSpecTests
         Assert.That(spec.Slicing, Is.EqualTo(new SlicingSpec(9, 448, 14)));
         Assert.That((spec.UseImageId, spec.SliceMode), Is.EqualTo((true, true)));
         Assert.That(spec.Processor.Slicing, Is.EqualTo(new SlicingSpec(9, 448, 14)));
-        Assert.That((spec.Processor.UseImageId, spec.Processor.SliceMode),
-            Is.EqualTo((true, true)));
+        Assert.That(spec.Processor.UseImageId, Is.True);
         Assert.That(spec.Processor.Mean, Is.EqualTo(new[] { 0.5, 0.5, 0.5 }));
         Assert.That(spec.Processor.Std, Is.EqualTo(new[] { 0.5, 0.5, 0.5 }));
         Assert.That(spec.Processor.Tokens, Is.EqualTo(new PlaceholderTokens(
@@ -283,7 +282,7 @@ public sealed class ModelSpecTests
         CheckpointWriter.Write(_folder, [.. spec.Parameters.All.Select(t => Zeros(t.Name, t.Shape)),
             Zeros(name, new Shape(1))]);
         using var checkpoint = Checkpoint.Open(_folder);
-        Assert.That(() => checkpoint.MustMatch(spec.Parameters),
+        Assert.That(() => checkpoint.MustMatch(spec.Parameters, Families.Explain),
             Refuses($"the tensors do not fit: 1 unmatched: {name} ({what})"));
     }
 

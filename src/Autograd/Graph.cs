@@ -112,20 +112,22 @@ public sealed class Graph
     /// <summary>
     /// Runs a block on x. Where nothing in it needs a gradient, or nothing is recorded, its
     /// activations go at once. With checkpoint, only x is kept for backward, which runs the block
-    /// again; the block must then give the same result each time,
-    /// from x and from tensors that outlive the backward.
+    /// again; the block must then give the same result each time, from x and from what the context
+    /// says, which must outlive the backward.
     /// </summary>
-    public Tensor Run(IBlock block, Tensor x, bool checkpoint)
+    public Tensor Run<TContext>(
+        IBlock<TContext> block, Tensor x, TContext context, bool checkpoint)
+        where TContext : class
     {
         bool constant = !_recording || (!block.Trainable && x.Variable == 0);
-        if (!constant && !checkpoint) return block.Forward(this, x);
+        if (!constant && !checkpoint) return block.Forward(this, x, context);
         ArenaMark mark = Device.Step.Mark();
         bool before = _recording;
         _recording = false;
         Tensor y;
         try
         {
-            y = Keep(mark, block.Forward(this, x));
+            y = Keep(mark, block.Forward(this, x, context));
         }
         finally
         {
@@ -134,7 +136,8 @@ public sealed class Graph
 
         if (constant) return y;
         y = y with { Variable = NewVariable(Tensor.None) };
-        Record(new Node(null, block, mark, _tensorCount, 1, 0, y), [x], []);
+        Record(new Node(null, Again<TContext>.Instance, block, context, mark, _tensorCount, 1, 0, y),
+            [x], []);
         return y;
     }
 
@@ -196,8 +199,8 @@ public sealed class Graph
         if (record)
         {
             output = output with { Variable = NewVariable(Tensor.None) };
-            Record(new Node(op, null, before, _tensorCount, inputs.Length, saved.Length, output),
-                inputs, saved);
+            Record(new Node(op, null, null, null, before, _tensorCount, inputs.Length, saved.Length,
+                output), inputs, saved);
         }
         else if (!keepSaved)
         {
@@ -243,7 +246,7 @@ public sealed class Graph
             Variable variable = _variables[node.Output.Variable];
             if (variable.Written)
             {
-                if (node.Block is not null) Replay(node, variable.Gradient);
+                if (node.Again is not null) Replay(node, variable.Gradient);
                 else Differentiate(node, variable.Gradient);
                 GradientVisitor?.Invoke(node.Output.Variable, variable.Gradient);
                 _pool.Return(variable.Gradient);
@@ -269,7 +272,7 @@ public sealed class Graph
     {
         Tensor x = _tensors[node.FirstTensor];
         int bottom = _nodeCount;
-        Tensor y = node.Block!.Forward(this, x);
+        Tensor y = node.Again!.Forward(this, node.Block!, x, node.Context!);
         if (y.Spec != node.Output.Spec)
             throw new InvalidOperationException($"a block gave {node.Output.Spec}, then {y.Spec}");
         ref Variable variable = ref _variables[y.Variable];
@@ -312,8 +315,23 @@ public sealed class Graph
     /// An operation or a checkpointed block on the tape; its tensors lie in a row from FirstTensor.
     /// </summary>
     private readonly record struct Node(
-        Op? Op, IBlock? Block, ArenaMark Mark, int FirstTensor, int Inputs, int Saved,
-        Tensor Output);
+        Op? Op, Again? Again, object? Block, object? Context, ArenaMark Mark, int FirstTensor,
+        int Inputs, int Saved, Tensor Output);
+
+    // Runs a block again without knowing the type of its context; one object for each type.
+    private abstract class Again
+    {
+        public abstract Tensor Forward(Graph graph, object block, Tensor x, object context);
+    }
+
+    private sealed class Again<TContext> : Again
+        where TContext : class
+    {
+        public static readonly Again<TContext> Instance = new();
+
+        public override Tensor Forward(Graph graph, object block, Tensor x, object context) =>
+            ((IBlock<TContext>)block).Forward(graph, x, (TContext)context);
+    }
 
     private static class Limits
     {
@@ -322,12 +340,14 @@ public sealed class Graph
 }
 
 /// <summary>
-/// A piece of a model with one activation in and one out, which can be run again.
+/// A piece of a model with one activation in and one out, which can be run again. Whatever else
+/// it needs to know of the rows it runs on is its context.
 /// </summary>
-public interface IBlock
+public interface IBlock<in TContext>
+    where TContext : class
 {
     /// <summary>Whether it has parameters that need gradients.</summary>
     bool Trainable { get; }
 
-    Tensor Forward(Graph graph, Tensor x);
+    Tensor Forward(Graph graph, Tensor x, TContext context);
 }

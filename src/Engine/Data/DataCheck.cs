@@ -1,6 +1,7 @@
 using System.Globalization;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data.Text;
+using MiniCpmNative.Engine.Model;
 
 namespace MiniCpmNative.Engine.Data;
 

@@ -22,7 +22,7 @@ public sealed class TrainingRows : IRowLoader
 
     private TrainingRows(string path, TrainArguments arguments, ModelSpec spec)
     {
-        ModelFamily.RequirePrompts(spec.Family, arguments.LlmType);
+        Families.RequirePrompts(spec.Family, arguments.LlmType);
         Path = path;
         _set = RowFile.Read(path);
         _rows = _set.Rows;

@@ -1,90 +1,122 @@
 using MiniCpmNative.Autograd;
-using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Ops;
 
 namespace MiniCpmNative.Engine.Model;
 
 /// <summary>
-/// Llama-style decoder over packed sequences, as Qwen2 has it: RMS norms, rotary positions, grouped
-/// queries, causal attention inside each sequence, SwiGLU. x[tokens, width] -> h[tokens, width],
-/// after the final norm; the vocabulary projection belongs to the loss.
+/// Llama-style language model over packed sequences: token embedding, pre-norm layers with rotary
+/// positions, grouped queries, causal attention inside each sequence and SwiGLU, a final norm, and
+/// the head. Qwen2's biases, Qwen3's norms of queries and keys and MiniCPM's scalings are switches
+/// of <see cref="DecoderSpec"/>.
 /// </summary>
-public sealed class Decoder
+public sealed class Decoder : IBatchInput
 {
-    private readonly Layer[] _layers;
+    private readonly Embedding _lookUp;
+    private readonly CrossEntropy _loss = new();
+    private readonly Linear _head = new();
+    private readonly Scale? _outputScale;
+    private readonly DecoderSpec _spec;
+    private readonly DecoderContext _context = new();
+    private readonly Tensor _embedding, _vocabulary;
+    private readonly DecoderLayer[] _layers;
     private readonly Norm _norm;
     private readonly bool _checkpoint;
 
-    public Decoder(DecoderSpec spec, ModelWeights weights, bool checkpoint)
+    public Decoder(DecoderSpec spec, ModuleScope scope, bool checkpoint)
     {
-        _checkpoint = checkpoint;
-        _layers = new Layer[spec.Layers];
+        (_spec, _checkpoint) = (spec, checkpoint);
+        _lookUp = new Embedding(spec.EmbeddingScale);
+        if (spec.OutputScale != 1) _outputScale = new Scale(spec.OutputScale);
+        ModuleScope model = scope.In("model");
+        _embedding = model.In("embed_tokens").Table("weight", false, spec.VocabSize, spec.HiddenSize);
+        _layers = new DecoderLayer[spec.Layers];
         for (int i = 0; i < _layers.Length; i++)
-            _layers[i] = new Layer(spec, weights, $"llm.model.layers.{i}.");
-        _norm = weights.RmsNorm("llm.model.norm", spec.RmsNormEpsilon);
+            _layers[i] = new DecoderLayer(spec, model.In("layers").In(i));
+        _norm = model.RmsNorm("norm", spec.HiddenSize, spec.RmsNormEpsilon);
+        model.Module("rotary_emb");
+        _vocabulary = spec.TiedHead
+            ? scope.Tied("lm_head", "model.embed_tokens", _embedding)
+            : scope.Head("lm_head", spec.HiddenSize, spec.VocabSize);
     }
 
-    public Tensor Forward(Graph graph, Tensor x, BatchTensors batch, ITensorProbe? probe)
+    /// <summary>ids I32[tokens] -> [tokens, width].</summary>
+    public Tensor Embed(Graph graph, Tensor ids) => graph.Run(_lookUp, _embedding, ids);
+
+    /// <summary>x[tokens, width] -> h[tokens, width] after the final norm, of the batch.</summary>
+    public Tensor Forward(Graph graph, Tensor x, ITensorProbe? probe) =>
+        Forward(graph, x, _context, probe);
+
+    /// <summary>The same of rows that the context describes.</summary>
+    public Tensor Forward(Graph graph, Tensor x, DecoderContext context, ITensorProbe? probe)
     {
         for (int i = 0; i < _layers.Length; i++)
         {
-            _layers[i].Batch = batch;
-            x = graph.Run(_layers[i], x, _checkpoint);
+            x = graph.Run(_layers[i], x, context, _checkpoint);
             probe?.Visit("llm.layer", i, x);
         }
 
         x = _norm.Run(graph, x);
         probe?.Visit("llm.norm", x);
-        return x;
+        return _outputScale is null ? x : graph.Run(_outputScale, x);
     }
 
-    private sealed class Layer : IBlock
+    /// <summary>
+    /// Sum of the cross-entropies of the labelled rows. perRow takes, when it has room, what the
+    /// operation saves: loss and hit (1 when the largest logit is the target) of each labelled row.
+    /// </summary>
+    public Tensor Loss(
+        Graph graph, Tensor hidden, Tensor labelRows, Tensor targets, Span<Tensor> perRow) =>
+        perRow.IsEmpty
+            ? graph.Run(_loss, hidden, _vocabulary, labelRows, targets)
+            : graph.Run(_loss, perRow, hidden, _vocabulary, labelRows, targets);
+
+    /// <summary>h[rows, width] -> logits[rows, vocabulary]: training never has them.</summary>
+    public Tensor Logits(Graph graph, Tensor hidden) => graph.Run(_head, hidden, _vocabulary);
+
+    public long Count(Batch batch) => batch.Positions.Count + batch.SequenceStarts.Count;
+
+    public void Load(Batch batch, BatchUpload upload)
     {
-        private static readonly Add s_add = new();
-        private static readonly SwiGlu s_swiGlu = new();
+        _context.Positions = upload.Ints(batch.Positions.Span, "positions");
+        _context.QueryStarts = _context.KeyStarts =
+            upload.Ints(batch.SequenceStarts.Span, "sequence starts");
+        int longest = 1;
+        for (int i = 1; i < batch.SequenceStarts.Count; i++)
+            longest = Math.Max(longest, batch.SequenceStarts[i] - batch.SequenceStarts[i - 1]);
+        _context.Reach(_spec, longest, upload);
+    }
+}
 
-        private readonly Norm _inputNorm, _postNorm;
-        private readonly Projection _query, _key, _value, _output, _gate, _up, _down;
-        private readonly Rope _rope;
-        private readonly Attention _attention;
+/// <summary>
+/// What the layers of a decoder need to know of the rows they run on: an argument of every block,
+/// so that training, evaluation and generation are the same layers.
+/// </summary>
+public sealed class DecoderContext
+{
+    /// <summary>I32[tokens]: the place of each token in its sequence.</summary>
+    public Tensor Positions { get; set; }
 
-        public Layer(DecoderSpec spec, ModelWeights weights, string prefix)
-        {
-            _inputNorm = weights.RmsNorm(prefix + "input_layernorm", spec.RmsNormEpsilon);
-            _postNorm = weights.RmsNorm(prefix + "post_attention_layernorm", spec.RmsNormEpsilon);
-            _query = weights.Projection(prefix + "self_attn.q_proj");
-            _key = weights.Projection(prefix + "self_attn.k_proj");
-            _value = weights.Projection(prefix + "self_attn.v_proj");
-            _output = weights.Projection(prefix + "self_attn.o_proj");
-            _gate = weights.Projection(prefix + "mlp.gate_proj");
-            _up = weights.Projection(prefix + "mlp.up_proj");
-            _down = weights.Projection(prefix + "mlp.down_proj");
-            _rope = new Rope(spec.HeadDim);
-            _attention = new Attention(
-                spec.Heads, spec.KvHeads, spec.HeadDim, Causal: true, 1 / Math.Sqrt(spec.HeadDim));
-            Trainable = _inputNorm.Trainable || _postNorm.Trainable || _query.Trainable
-                || _key.Trainable || _value.Trainable || _output.Trainable || _gate.Trainable
-                || _up.Trainable || _down.Trainable;
-        }
+    /// <summary>I32[sequences + 1]: where each sequence's new tokens start, and the end.</summary>
+    public Tensor QueryStarts { get; set; }
 
-        public bool Trainable { get; }
+    /// <summary>I32[sequences + 1]: the same of its keys, which may be more.</summary>
+    public Tensor KeyStarts { get; set; }
 
-        /// <summary>Set before each run; outlives the backward.</summary>
-        public BatchTensors? Batch { get; set; }
+    /// <summary>F32[positions, headDim / 2].</summary>
+    public Tensor RopeCos { get; private set; }
 
-        public Tensor Forward(Graph graph, Tensor x)
-        {
-            BatchTensors b = Batch!;
-            Tensor a = _inputNorm.Run(graph, x);
-            Tensor q = graph.Run(_rope, _query.Run(graph, a), b.Positions, b.RopeCos, b.RopeSin);
-            Tensor k = graph.Run(_rope, _key.Run(graph, a), b.Positions, b.RopeCos, b.RopeSin);
-            Tensor v = _value.Run(graph, a);
-            a = graph.Run(_attention, q, k, v, b.SequenceStarts, b.SequenceStarts);
-            x = graph.Run(s_add, x, _output.Run(graph, a));
-            a = _postNorm.Run(graph, x);
-            a = graph.Run(s_swiGlu, _gate.Run(graph, a), _up.Run(graph, a));
-            return graph.Run(s_add, x, _down.Run(graph, a));
-        }
+    /// <summary>F32[positions, headDim / 2].</summary>
+    public Tensor RopeSin { get; private set; }
+
+    /// <summary>Makes the rotary tables reach at least so many positions.</summary>
+    public void Reach(DecoderSpec spec, int positions, BatchUpload upload)
+    {
+        if (RopeCos.Exists && RopeCos.Shape[0] >= positions) return;
+        int count = Math.Max(positions, RopeCos.Exists ? 2 * RopeCos.Shape[0] : 2048);
+        var (cos, sin) = spec.RopeTable(count);
+        RopeCos = upload.Table(cos, count, "rope cos");
+        RopeSin = upload.Table(sin, count, "rope sin");
     }
 }

@@ -1,77 +1,81 @@
 using MiniCpmNative.Autograd;
-using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Ops;
 
 namespace MiniCpmNative.Engine.Model;
 
 /// <summary>
-/// MiniCPM-V: vision tower, resampler, decoder, and the merge of picture features into the embedded
-/// text. Everything dimensional comes from the model's own files through <see cref="ModelSpec"/>.
+/// Turns the patches of a batch's pictures into features, patches[P, channels*p*p] ->
+/// [P, width], pictures in their order.
 /// </summary>
-public sealed class MiniCpmModel
+public interface IVisionTower : IBatchInput
 {
-    private readonly Embedding _embed = new();
+    Tensor Forward(Graph graph, ITensorProbe? probe);
+
+    /// <summary>I32[patches]: what the positions of the batch are read by, to look at.</summary>
+    Tensor PositionIds { get; }
+}
+
+/// <summary>
+/// Turns vision features into rows of the decoder's width that take the pictures' places in the
+/// text.
+/// </summary>
+public interface IJoiner : IBatchInput
+{
+    Tensor Forward(Graph graph, Tensor features, Tensor pictureStarts, ITensorProbe? probe);
+}
+
+/// <summary>
+/// A model of the family: vision tower, joiner, decoder, and the merge of picture features into the
+/// embedded text. Which ones is said where a family composes them.
+/// </summary>
+public sealed class MiniCpmModel(
+    ModelSpec spec, IVisionTower vision, IJoiner joiner, Decoder decoder)
+{
     private readonly Embedding _select = new();
     private readonly Splice _splice = new();
-    private readonly CrossEntropy _loss = new();
-    private readonly Linear _head = new();
-    private readonly VisionTower _vision;
-    private readonly Resampler _resampler;
-    private readonly Decoder _decoder;
-    private readonly Tensor _embedding, _vocabulary;
+    private readonly IBatchInput[] _inputs =
+        [new BatchTensors(spec.Resampler.Queries), decoder, vision, joiner];
 
-    public MiniCpmModel(ModelSpec spec, ModelWeights weights, bool checkpoint)
-    {
-        Spec = spec;
-        _vision = new VisionTower(spec.Vision, weights, checkpoint);
-        _resampler = new Resampler(spec.Resampler, weights);
-        _embedding = weights.Table("llm.model.embed_tokens.weight");
-        _decoder = new Decoder(spec.Decoder, weights, checkpoint);
-        _vocabulary = !spec.Decoder.TiedHead ? weights.Matrix("llm.lm_head.weight")
-            : weights.IsCopied("llm.model.embed_tokens.weight")
-                ? weights.Frozen("llm.model.embed_tokens.weight")
-                : _embedding;
-    }
+    /// <summary>The batch that is on the device.</summary>
+    public BatchTensors Batch => (BatchTensors)_inputs[0];
 
-    public ModelSpec Spec { get; }
+    public IVisionTower Vision => vision;
+
+    /// <summary>Brings a batch over; see <see cref="IBatchInput.Load"/>.</summary>
+    public void Load(Batch batch, BatchUpload upload) => upload.Run(
+        batch, batch.Grids.Count > 0 ? _inputs : _inputs.AsSpan(0, 2));
 
     /// <summary>
     /// Token and picture input -> h[tokens, width] after the decoder's final norm.
     /// </summary>
-    public Tensor Hidden(Graph graph, BatchTensors batch, ITensorProbe? probe = null)
+    public Tensor Hidden(Graph graph, ITensorProbe? probe = null)
     {
-        Tensor features = batch.Pictures > 0 ? Features(graph, batch, probe) : Tensor.None;
-        Tensor x = graph.Run(_embed, _embedding, batch.Tokens);
-        if (features.Exists && batch.Slots.Shape.Count > 0)
-            x = graph.Run(_splice, x, features, batch.Slots);
+        Tensor features = Batch.Pictures > 0 ? Features(graph, probe) : Tensor.None;
+        Tensor x = decoder.Embed(graph, Batch.Tokens);
+        if (features.Exists && Batch.Slots.Shape.Count > 0)
+            x = graph.Run(_splice, x, features, Batch.Slots);
         probe?.Visit("inputs_embeds", x);
-        return _decoder.Forward(graph, x, batch, probe);
+        return decoder.Forward(graph, x, probe);
     }
 
-    /// <summary>
-    /// Sum of the cross-entropies of the labelled rows. perRow takes, when it has room, what the
-    /// operation saves: loss and hit (1 when the largest logit is the target) of each labelled row.
-    /// </summary>
-    public Tensor Loss(Graph graph, Tensor hidden, BatchTensors batch, Span<Tensor> perRow) =>
-        perRow.IsEmpty
-            ? graph.Run(_loss, hidden, _vocabulary, batch.LabelRows, batch.Targets)
-            : graph.Run(_loss, perRow, hidden, _vocabulary, batch.LabelRows, batch.Targets);
+    /// <summary>See <see cref="Decoder.Loss"/>.</summary>
+    public Tensor Loss(Graph graph, Tensor hidden, Span<Tensor> perRow) =>
+        decoder.Loss(graph, hidden, Batch.LabelRows, Batch.Targets, perRow);
 
-    /// <summary>
-    /// h[rows, width] -> logits[rows, vocabulary], for inspection: training never has them.
-    /// </summary>
-    public Tensor Logits(Graph graph, Tensor hidden) => graph.Run(_head, hidden, _vocabulary);
+    /// <inheritdoc cref="Decoder.Logits"/>
+    public Tensor Logits(Graph graph, Tensor hidden) => decoder.Logits(graph, hidden);
 
-    private Tensor Features(Graph graph, BatchTensors batch, ITensorProbe? probe)
+    private Tensor Features(Graph graph, ITensorProbe? probe)
     {
         ArenaMark mark = graph.Device.Step.Mark();
         int before = graph.Length;
-        Tensor features = _resampler.Forward(
-            graph, _vision.Forward(graph, batch, probe), batch, probe);
+        Tensor features = joiner.Forward(
+            graph, vision.Forward(graph, probe), Batch.PictureStarts, probe);
         if (graph.Length == before) features = graph.Keep(mark, features);
         // A sample may have pictures without a place in its text;
         // the first features fill the places.
-        return batch.FeatureIds.Exists ? graph.Run(_select, features, batch.FeatureIds) : features;
+        return Batch.FeatureIds.Exists ? graph.Run(_select, features, Batch.FeatureIds) : features;
     }
 }

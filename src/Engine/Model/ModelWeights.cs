@@ -16,15 +16,13 @@ namespace MiniCpmNative.Engine.Model;
 /// </summary>
 public sealed class ModelWeights(
     Graph graph, Checkpoint checkpoint, Trainables trainables, Adapters adapters, DType storage)
+    : ITensorSource
 {
     private readonly Device _device = graph.Device;
 
     /// <summary>
     /// A bias or a norm's weight; frozen ones are kept in F32, as kernels take them.
     /// </summary>
-    public Tensor Vector(string name) => Vector(name, 0, checkpoint.Get(name).Shape[0]);
-
-    /// <summary>Elements begin..begin+count of a vector.</summary>
     public unsafe Tensor Vector(string name, int begin, int count)
     {
         if (trainables.Contains(name)) return Parameter(name, begin, count);
@@ -37,32 +35,16 @@ public sealed class ModelWeights(
         return vector;
     }
 
-    /// <summary>A weight of a matrix product.</summary>
-    public Tensor Matrix(string name) => MatrixRows(name, 0, checkpoint.Get(name).Shape[0]);
-
-    /// <summary>
-    /// Whether a tensor is trained beside adapters: PEFT then trains a copy of its module, and
-    /// whatever else uses the tensor keeps the original.
-    /// </summary>
-    public bool IsCopied(string name) => adapters.List.Count > 0 && trainables.Contains(name);
-
-    /// <summary>The original of a matrix, whether or not it is trained.</summary>
-    public Tensor Frozen(string name)
+    public Tensor Matrix(string name, int begin, int rows, int cols)
     {
-        Shape shape = checkpoint.Get(name).Shape;
-        return Packed(name, 0, shape[0], shape.Cols);
+        if (!trainables.Contains(name)) return Packed(name, begin, rows, cols);
+        Tensor value = trainables.Value(name), gradient = trainables.Gradient(name);
+        int all = checked((int)(value.Shape.Count / cols));
+        return graph.Parameter(value.Reshape(all, cols).Slice(begin, rows),
+            gradient.Reshape(all, cols).Slice(begin, rows));
     }
 
-    /// <summary>A weight stored with more axes, seen as [rows, cols].</summary>
-    public Tensor Matrix(string name, int rows, int cols)
-    {
-        if (!trainables.Contains(name)) return Packed(name, 0, rows, cols);
-        return graph.Parameter(
-            trainables.Value(name).Reshape(rows, cols),
-            trainables.Gradient(name).Reshape(rows, cols));
-    }
-
-    /// <summary>A matrix whose rows are looked up: row-major also when frozen.</summary>
+    // Row-major also when frozen.
     public unsafe Tensor Table(string name)
     {
         StoredTensor file = checkpoint.Get(name);
@@ -73,37 +55,24 @@ public sealed class ModelWeights(
         return table;
     }
 
-    /// <summary>
-    /// A linear layer, with its bias if it has one and its adapter if it was given one.
-    /// </summary>
-    public Projection Projection(string module)
+    public Tensor Original(string name)
     {
-        Tensor weight = Matrix(module + ".weight");
-        Tensor bias = checkpoint.Find(module + ".bias") is null
-            ? Tensor.None
-            : Vector(module + ".bias");
-        if (adapters.Find(module) is not { } adapter) return new Projection(weight, bias);
+        if (adapters.List.Count == 0 || !trainables.Contains(name)) return Tensor.None;
+        Shape shape = checkpoint.Get(name).Shape;
+        return Packed(name, 0, shape[0], shape.Cols);
+    }
+
+    public Projection Projection(
+        string? module, string weight, int begin, int rows, Tensor bias)
+    {
+        Tensor matrix = Matrix(weight, begin, rows, checkpoint.Get(weight).Shape.Cols);
+        if (module is null || adapters.Find(module) is not { } adapter)
+            return new Projection(matrix, bias);
         return new Projection(
-            weight, bias, new LoraLinear(adapter.Index, adapter.Scale, adapters.Dropout),
+            matrix, bias, new LoraLinear(adapter.Index, adapter.Scale, adapters.Dropout),
             Parameter(Adapters.NameOfA(module), 0, adapter.Rank),
             Parameter(Adapters.NameOfB(module), 0, adapter.Outputs));
     }
-
-    /// <summary>
-    /// Rows of a fused projection (in_proj_weight, in_proj_bias) as a layer of its own.
-    /// </summary>
-    public Projection Projection(string module, int begin, int count) => new(
-        MatrixRows(module + "_weight", begin, count), Vector(module + "_bias", begin, count));
-
-    public Norm LayerNorm(string module, float epsilon) => new(
-        new LayerNorm(epsilon), Vector(module + ".weight"), Vector(module + ".bias"));
-
-    public Norm RmsNorm(string module, float epsilon) => new(
-        new RmsNorm(epsilon), Vector(module + ".weight"), Tensor.None);
-
-    private Tensor MatrixRows(string name, int begin, int count) => trainables.Contains(name)
-        ? Parameter(name, begin, count)
-        : Packed(name, begin, count, checkpoint.Get(name).Shape.Cols);
 
     private Tensor Parameter(string name, int begin, int count) => graph.Parameter(
         trainables.Value(name).Slice(begin, count), trainables.Gradient(name).Slice(begin, count));

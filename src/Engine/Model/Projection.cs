@@ -34,7 +34,7 @@ public sealed class Projection
         : graph.Run(_op, x, _weight, _bias);
 }
 
-/// <summary>Layer normalisation with its weight and bias.</summary>
+/// <summary>A normalisation with its weight and, where it has one, its bias.</summary>
 public sealed class Norm(Op op, Tensor weight, Tensor bias)
 {
     public bool Trainable { get; } = weight.Variable != 0 || bias.Variable != 0;

@@ -1,5 +1,5 @@
 using MiniCpmNative.Autograd;
-using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Ops;
 
@@ -11,8 +11,12 @@ namespace MiniCpmNative.Engine.Model;
 /// LN(kv_proj(x)), keys get the 2-D sine-cosine position and values do not, the learned queries get
 /// none; y = LN(out_proj(attention)) proj, with proj multiplied from the right.
 /// </summary>
-public sealed class Resampler
+public sealed class Resampler : IJoiner
 {
+    // PEFT wraps the layer, but nn.MultiheadAttention reads its weight directly.
+    private const string ReadDirectly =
+        "its attention reads the weight directly: an adapter there would do nothing";
+
     private readonly Linear _project = new(Transposed: true);
     private readonly PositionGather _gather = new();
     private readonly Embedding _repeat = new();
@@ -21,45 +25,83 @@ public sealed class Resampler
     private readonly Norm _queryNorm, _keyNorm, _postNorm;
     private readonly Tensor _queries, _projection;
     private readonly int _width, _queryCount;
+    private Tensor _queryStarts, _queryIds, _coordinateIds, _coordinates;
 
-    public Resampler(ResamplerSpec spec, ModelWeights weights)
+    public Resampler(ResamplerSpec spec, ModuleScope scope)
     {
         (_width, _queryCount) = (spec.HiddenSize, spec.Queries);
         _attention = new Attention(
             spec.Heads, spec.Heads, spec.HeadDim, Causal: false, 1 / Math.Sqrt(spec.HeadDim));
-        _queries = weights.Table("resampler.query");
-        _projection = weights.Matrix("resampler.proj");
-        _keysAndValues = weights.Projection("resampler.kv_proj");
-        _query = weights.Projection("resampler.attn.in_proj", 0, _width);
-        _key = weights.Projection("resampler.attn.in_proj", _width, _width);
-        _value = weights.Projection("resampler.attn.in_proj", 2 * _width, _width);
-        _output = weights.Projection("resampler.attn.out_proj");
-        _queryNorm = weights.LayerNorm("resampler.ln_q", spec.LayerNormEpsilon);
-        _keyNorm = weights.LayerNorm("resampler.ln_kv", spec.LayerNormEpsilon);
-        _postNorm = weights.LayerNorm("resampler.ln_post", spec.LayerNormEpsilon);
+        _queries = scope.Table("query", false, spec.Queries, _width);
+        _projection = scope.Matrix("proj", _width, _width);
+        _keysAndValues = scope.Linear("kv_proj", spec.VisionSize, _width, bias: false);
+        ModuleScope attention = scope.In("attn");
+        Projection[] inputs = attention.Fused("in_proj", _width, _width, _width, _width);
+        (_query, _key, _value) = (inputs[0], inputs[1], inputs[2]);
+        _output = attention.Linear("out_proj", _width, _width, noAdapter: ReadDirectly);
+        _queryNorm = scope.LayerNorm("ln_q", _width, spec.LayerNormEpsilon);
+        _keyNorm = scope.LayerNorm("ln_kv", _width, spec.LayerNormEpsilon);
+        _postNorm = scope.LayerNorm("ln_post", _width, spec.LayerNormEpsilon);
     }
 
     /// <summary>features[patches, vision width] -> [pictures * queries, decoder width].</summary>
-    public Tensor Forward(Graph graph, Tensor features, BatchTensors batch, ITensorProbe? probe)
+    public Tensor Forward(
+        Graph graph, Tensor features, Tensor pictureStarts, ITensorProbe? probe)
     {
         Tensor values = _keyNorm.Run(graph, _keysAndValues.Run(graph, features));
         // The position of a patch is its column's sines and cosines, then its row's: two rows of
         // half the width from one table.
         int patches = values.Shape[0];
         Tensor keys = graph.Run(
-            _gather, values.Reshape(2 * patches, _width / 2), batch.Coordinates,
-            batch.CoordinateIds);
+            _gather, values.Reshape(2 * patches, _width / 2), _coordinates, _coordinateIds);
         Tensor k = _key.Run(graph, keys.Reshape(patches, _width));
         Tensor v = _value.Run(graph, values);
         // The queries are the same for all pictures: computed once, then repeated.
         // Looking them up first brings them from their storage type to that of activations.
-        Tensor q = graph.Run(_repeat, _queries, batch.QueryIds.Slice(0, _queryCount));
+        Tensor q = graph.Run(_repeat, _queries, _queryIds.Slice(0, _queryCount));
         q = _query.Run(graph, _queryNorm.Run(graph, q));
-        q = graph.Run(_repeat, q, batch.QueryIds);
-        Tensor y = graph.Run(_attention, q, k, v, batch.QueryStarts, batch.PictureStarts);
+        q = graph.Run(_repeat, q, _queryIds);
+        Tensor y = graph.Run(_attention, q, k, v, _queryStarts, pictureStarts);
         y = _postNorm.Run(graph, _output.Run(graph, y));
         y = graph.Run(_project, y, _projection);
         probe?.Visit("resampler", y);
         return y;
+    }
+
+    public long Count(Batch batch)
+    {
+        int pictures = batch.PictureStarts.Count - 1;
+        return pictures + 1 + ((long)pictures * _queryCount)
+            + (2L * batch.PictureStarts[pictures]);
+    }
+
+    public void Load(Batch batch, BatchUpload upload)
+    {
+        Growing<int> ints = upload.Scratch;
+        int pictures = batch.Grids.Count / 2, largest = 1;
+        ints.Clear();
+        for (int i = 0; i <= pictures; i++) ints.Add(i * _queryCount);
+        _queryStarts = upload.Ints(ints.Span, "query starts");
+        ints.Clear();
+        for (int i = 0; i < pictures * _queryCount; i++) ints.Add(i % _queryCount);
+        _queryIds = upload.Ints(ints.Span, "query ids");
+        ints.Clear();
+        for (int i = 0; i < pictures; i++)
+        {
+            int rows = batch.Grids[2 * i], cols = batch.Grids[(2 * i) + 1];
+            largest = Math.Max(largest, Math.Max(rows, cols));
+            for (int r = 0; r < rows; r++)
+                for (int c = 0; c < cols; c++)
+                {
+                    ints.Add(c);
+                    ints.Add(r);
+                }
+        }
+
+        _coordinateIds = upload.Ints(ints.Span, "coordinates");
+        if (_coordinates.Exists && _coordinates.Shape[0] >= largest) return;
+        int count = Math.Max(largest, _coordinates.Exists ? 2 * _coordinates.Shape[0] : 70);
+        _coordinates =
+            upload.Table(SinCos2D.Coordinates(count, _width), count, "coordinates");
     }
 }

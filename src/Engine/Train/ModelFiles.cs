@@ -67,7 +67,7 @@ public static class ModelFiles
         }
 
         using Checkpoint checkpoint = Checkpoint.Open(folder);
-        checkpoint.MustMatch(model.Spec.Parameters);
+        checkpoint.MustMatch(model.Spec.Parameters, Families.Explain);
         foreach (Trainable tensor in model.Trainables.List)
             model.Trainables.Write(tensor.Name, checkpoint.Get(tensor.Name).ToFloats());
     }

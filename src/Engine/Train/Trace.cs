@@ -1,4 +1,5 @@
 using MiniCpmNative.Autograd;
+using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Weights;
 using MiniCpmNative.Kernels;
@@ -35,11 +36,10 @@ public sealed class Trace : ITensorProbe
         graph.Recording = gradients;
         try
         {
-            model.Batch.Load(batch);
+            Tensor hidden = model.Hidden(batch, trace);
             trace.AddInput(batch);
-            Tensor hidden = model.Model.Hidden(graph, model.Batch, trace);
             trace.AddLogits(hidden);
-            trace.AddLoss(model.Model.Loss(graph, hidden, model.Batch, []), batch, gradients);
+            trace.AddLoss(model.Model.Loss(graph, hidden, []), batch, gradients);
         }
         finally
         {
@@ -54,7 +54,7 @@ public sealed class Trace : ITensorProbe
     public void Visit(string name, Tensor tensor)
     {
         Shape shape = name == "resampler"
-            ? new Shape(_model.Batch.Pictures, _model.Spec.Resampler.Queries, tensor.Shape.Cols)
+            ? new Shape(_model.Model.Batch.Pictures, _model.Spec.Resampler.Queries, tensor.Shape.Cols)
             : tensor.Shape;
         _floats.Add(name, (shape, _model.Device.ReadFloats(tensor)));
         if (tensor.Variable != 0) _watched[tensor.Variable] = name;
@@ -86,9 +86,11 @@ public sealed class Trace : ITensorProbe
         Add("sequence_starts", batch.SequenceStarts.Span, batch.SequenceStarts.Count);
         Add("image_bound", batch.ImageBounds.Span, batch.ImageBounds.Count / 2, 2);
         Add("tgt_sizes", batch.Grids.Span, batch.Grids.Count / 2, 2);
-        if (_model.Batch.Pictures == 0) return;
-        var positions = new int[_model.Batch.PatchPositions.Shape.Count];
-        _model.Device.Read<int>(_model.Batch.PatchPositions, positions);
+        if (_model.Model.Batch.Pictures == 0) return;
+        Tensor ids = _model.Model.Vision.PositionIds;
+        if (!ids.Exists) return;
+        var positions = new int[ids.Shape.Count];
+        _model.Device.Read<int>(ids, positions);
         Add("vision.position_ids", positions, positions.Length);
     }
 

@@ -15,13 +15,6 @@ public sealed record TrainedParts(
     Adapters Adapters, AdapterConfig? Config, AdapterLayout? Layout,
     IReadOnlyList<Trainable> Tensors)
 {
-    // Modules of type nn.LayerNorm, which the Hugging Face Trainer exempts from weight decay; RMS
-    // norms are exempt only where their name contains layernorm, so the decoder's last norm decays.
-    private static readonly string[] s_layerNorms =
-        ["layer_norm1", "layer_norm2", "post_layernorm", "ln_q", "ln_kv", "ln_post"];
-
-    private static readonly string[] s_exempt = ["bias", "layernorm", "rmsnorm"];
-
     /// <param name="spec">The model.</param>
     /// <param name="arguments">The configuration.</param>
     /// <param name="adapter">The adapter to make or to start from; null without use_lora.</param>
@@ -35,12 +28,12 @@ public sealed record TrainedParts(
         if (adapter is null)
         {
             return new TrainedParts(Adapters.None, null, null, [.. spec.Parameters.All
-                .Where(p => InOfficialParts(p.Name, arguments))
-                .Select(p => new Trainable(p.Name, p.Shape, storage, Decays(p.Name, arguments)))]);
+                .Where(p => !p.Fixed && IsTrained(p.Part, arguments))
+                .Select(p => new Trainable(p.Name, p.Shape, storage, Decays(p.Name)))]);
         }
 
         var layout = AdapterLayout.Create(spec.Parameters, adapter, "lora_target_modules");
-        RefuseHead(spec, adapter, layout);
+        RefuseTied(spec.Parameters, adapter);
         var adapters = new Adapters(
             [.. layout.Targets.Select((m, i) => new Adapter(
                 m.Name, i, adapter.Rank, adapter.Scale, m.Inputs, m.Outputs))], adapter.Dropout);
@@ -48,7 +41,10 @@ public sealed record TrainedParts(
         return new TrainedParts(adapters, adapter, layout,
             [.. layout.Tensors.Select(t => new Trainable(
             t.Name, t.Shape, whole.Contains(t.Name) ? storage : DType.F32,
-            Decays(t.Name, arguments)))]);
+            Decays(t.Name)))]);
+
+        bool Decays(string name) => arguments.WeightDecayScope == DecayScope.All
+            || spec.Parameters.Find(name) is not { Decays: false };
     }
 
     /// <summary>The adapter that a configuration asks for, or null without use_lora.</summary>
@@ -66,36 +62,21 @@ public sealed record TrainedParts(
             ModelClass = spec.ModelClass,
         };
 
-    /// <summary>Whether weight decay applies to a parameter.</summary>
-    public static bool Decays(string name, TrainArguments arguments)
+    // A module that is another one's tensor has no weight of its own to train.
+    private static void RefuseTied(ParameterTable table, AdapterConfig adapter)
     {
-        if (arguments.WeightDecayScope == DecayScope.All) return true;
-        foreach (string part in s_exempt)
-            if (name.Contains(part, StringComparison.OrdinalIgnoreCase)) return false;
-        foreach (string part in name.Split('.'))
-            if (s_layerNorms.Contains(part)) return false;
-        return true;
+        foreach (var (module, to) in table.Tied)
+            foreach (string name in adapter.ModulesToSave)
+                if (module.EndsWith(name, StringComparison.Ordinal))
+                    throw new InputException(
+                        $"modules_to_save {Messages.Quote(name)}: this model's {module} is {to}"
+                        + " (tie_word_embeddings) and has no weight of its own; leave it out");
     }
 
-    // The loss is fused with the head's product, which has no place for an adapter; a tied head has
-    // no weight of its own to train.
-    private static void RefuseHead(ModelSpec spec, AdapterConfig adapter, AdapterLayout layout)
+    private static bool IsTrained(ModelPart part, TrainArguments arguments) => part switch
     {
-        const string head = "llm.lm_head";
-        if (layout.Targets.Any(target => target.Name == head))
-            throw new InputException(
-                $"lora_target_modules matches {head}: an adapter on the output head is "
-                + "not supported; leave it out, or name lm_head in modules_to_save to train it whole");
-        if (!spec.Decoder.TiedHead) return;
-        foreach (string name in adapter.ModulesToSave)
-            if (head.EndsWith(name, StringComparison.Ordinal))
-                throw new InputException(
-                    $"modules_to_save {Messages.Quote(name)}: this model's {head} is "
-                    + "embed_tokens (tie_word_embeddings) and has no weight of its own; leave it out");
-    }
-
-    private static bool InOfficialParts(string name, TrainArguments arguments) =>
-        name.StartsWith("resampler.", StringComparison.Ordinal)
-        || (arguments.TuneVision && name.StartsWith("vpm.", StringComparison.Ordinal))
-        || (arguments.TuneLlm && name.StartsWith("llm.", StringComparison.Ordinal));
+        ModelPart.Vision => arguments.TuneVision,
+        ModelPart.Decoder => arguments.TuneLlm,
+        _ => true,
+    };
 }

@@ -1,5 +1,6 @@
 using MiniCpmNative.Autograd;
 using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Weights;
 using MiniCpmNative.Kernels;
@@ -12,36 +13,28 @@ namespace MiniCpmNative.Engine.Train;
 /// </summary>
 public sealed class TrainingModel : IDisposable
 {
-    private readonly OpenDevice _device;
+    private readonly LoadedModel _loaded;
 
-    private TrainingModel(OpenDevice device, Graph graph, ModelSpec spec, TrainedParts parts,
-        Trainables trainables, MiniCpmModel model)
-    {
-        (_device, Graph, Spec, Parts, Trainables, Model) =
-            (device, graph, spec, parts, trainables, model);
-        Batch = new BatchTensors(Device, spec.Vision, spec.Resampler, spec.Decoder);
-    }
+    private TrainingModel(LoadedModel loaded, TrainedParts parts, Trainables trainables) =>
+        (_loaded, Parts, Trainables) = (loaded, parts, trainables);
 
-    public Device Device => _device.Device;
+    public Device Device => _loaded.Device;
 
     /// <summary>The device in words.</summary>
-    public string DeviceName => _device.Name;
+    public string DeviceName => _loaded.DeviceName;
 
-    public Graph Graph { get; }
+    public Graph Graph => _loaded.Graph;
 
-    public ModelSpec Spec { get; }
+    public ModelSpec Spec => _loaded.Spec;
 
     public TrainedParts Parts { get; }
 
     public Trainables Trainables { get; }
 
-    public MiniCpmModel Model { get; }
-
-    /// <summary>The batch that is on the device.</summary>
-    public BatchTensors Batch { get; }
+    public MiniCpmModel Model => _loaded.Model;
 
     /// <summary>Trainable and frozen numbers together, adapters included.</summary>
-    public long TotalParameters => Spec.Parameters.All.Sum(p => p.Shape.Count)
+    public long TotalParameters => Spec.Parameters.Count
         + Parts.Adapters.List.Sum(a => (long)a.Rank * (a.Inputs + a.Outputs));
 
     /// <summary>Storage type of weights: fp16, bf16, else F32, as the official flags say.</summary>
@@ -63,7 +56,7 @@ public sealed class TrainingModel : IDisposable
         string folder = arguments.ModelNameOrPath!;
         ModelSpec spec = ModelSpec.Read(folder);
         using Checkpoint checkpoint = Checkpoint.Open(folder);
-        checkpoint.MustMatch(spec.Parameters);
+        checkpoint.MustMatch(spec.Parameters, Families.Explain);
         using AdapterFile? start = arguments.LoraWeightPath is { } path
             ? AdapterFile.Open(path) : null;
         // An adapter to start from brings its own rank, scale and targets.
@@ -76,12 +69,10 @@ public sealed class TrainingModel : IDisposable
         OpenDevice device = (devices ?? DeviceSource.Default).Open(arguments, say);
         try
         {
-            var graph = new Graph(device.Device);
             var trainables = new Trainables(device.Device, parts.Tensors, MomentsOf(arguments));
-            var weights = new ModelWeights(graph, checkpoint, trainables, parts.Adapters, storage);
-            var model = new TrainingModel(
-                device, graph, spec, parts, trainables,
-                new MiniCpmModel(spec, weights, arguments.GradientCheckpointing));
+            var model = new TrainingModel(LoadedModel.Load(
+                device, spec, checkpoint, storage, trainables, parts.Adapters,
+                arguments.GradientCheckpointing), parts, trainables);
             foreach (Trainable tensor in trainables.List)
                 if (checkpoint.Find(tensor.Name) is { } stored)
                     trainables.Write(tensor.Name, stored.ToFloats());
@@ -131,15 +122,11 @@ public sealed class TrainingModel : IDisposable
             }
         });
 
-    /// <summary>
-    /// Loss of a batch, summed over its supervised tokens, left on the device; backward may follow.
-    /// perRow: see <see cref="MiniCpmModel.Loss"/>.
-    /// </summary>
-    public Tensor Loss(Batch batch, Span<Tensor> perRow = default)
-    {
-        Batch.Load(batch);
-        return Model.Loss(Graph, Model.Hidden(Graph, Batch), Batch, perRow);
-    }
+    /// <inheritdoc cref="LoadedModel.Hidden"/>
+    public Tensor Hidden(Batch batch, ITensorProbe? probe = null) => _loaded.Hidden(batch, probe);
 
-    public void Dispose() => _device.Dispose();
+    /// <inheritdoc cref="LoadedModel.Loss"/>
+    public Tensor Loss(Batch batch, Span<Tensor> perRow = default) => _loaded.Loss(batch, perRow);
+
+    public void Dispose() => _loaded.Dispose();
 }

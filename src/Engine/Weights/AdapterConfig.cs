@@ -260,3 +260,6 @@ public sealed record AdapterConfig
         json.WriteEndObject();
     }
 }
+
+/// <summary>Where the model's own code lives: MiniCPMV in modeling_minicpmv.</summary>
+public sealed record ModelClass(string Name, string Module);

@@ -116,17 +116,16 @@ public sealed partial class AdapterLayout
             .Except(whole).ToHashSet(StringComparer.Ordinal);
         List<LinearModule> targets =
             [.. table.Linears.Where(linear => matched.Remove(linear.Name))];
-        if (matched.Contains("resampler.attn.out_proj"))
+        if (targets.Find(target => target.NoAdapter is not null) is { } refused)
             throw new InputException(
-                $"{place}: target_modules matches resampler.attn.out_proj, whose attention"
-                + " reads the weight directly: an adapter there would do nothing");
+                $"{place}: target_modules matches {refused.Name}: {refused.NoAdapter}");
         if (matched.Count > 0)
             throw new InputException($"{place}: target_modules matches what is no linear layer:"
                 + $" {Messages.List([.. matched.Order(StringComparer.Ordinal)])}");
         if (targets.Count == 0)
             throw new InputException(
                 $"{place}: target_modules {Shown(config)} matches no linear layer; there"
-                + $" are {string.Join(", ", table.Linears.Select(l => Digits().Replace(l.Name, "N")).Distinct())}");
+                + $" are {string.Join(", ", table.Linears.Where(l => l.NoAdapter is null).Select(l => Digits().Replace(l.Name, "N")).Distinct())}");
         List<string> inside = [.. targets.Select(target => target.Name).Where(name =>
             whole.Any(module => name.StartsWith(module + ".", StringComparison.Ordinal)))];
         if (inside.Count > 0)

@@ -58,8 +58,10 @@ public sealed class Checkpoint : IDisposable
     /// <exception cref="InputException">
     /// Missing, unmatched, misshaped or non-float tensors.
     /// </exception>
-    public IReadOnlyList<StoredTensor> MustMatch(ParameterTable parameters) =>
-        TensorMatch.Require(Directory, Tensors, parameters.All, ParameterTable.Explain);
+    public IReadOnlyList<StoredTensor> MustMatch(
+        ParameterTable parameters, Func<string, string?>? explain = null) => TensorMatch.Require(
+            Directory, [.. Tensors.Where(tensor => !parameters.IsUntouched(tensor.Name))],
+            parameters.All, explain);
 
     public void Dispose()
     {

@@ -3,7 +3,7 @@ using MiniCpmNative.Kernels;
 namespace MiniCpmNative.Engine.Weights;
 
 /// <summary>A tensor that a model expects in its files: official name and shape.</summary>
-public sealed record ExpectedTensor(string Name, Shape Shape);
+public record ExpectedTensor(string Name, Shape Shape);
 
 /// <summary>
 /// Compares the tensors of files with those a model expects. All differences of one load are

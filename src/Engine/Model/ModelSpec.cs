@@ -1,20 +1,23 @@
 using System.Collections.Immutable;
+using MiniCpmNative.Engine.Weights;
 
-namespace MiniCpmNative.Engine.Config;
+namespace MiniCpmNative.Engine.Model;
 
 /// <summary>
 /// Everything a model's own files say about its shape, so that families differ by data. Numbers
 /// come from config.json, picture processing from preprocessor_config.json, stop ids from
 /// generation_config.json; what a file leaves out has the default of the official classes.
 /// </summary>
-/// <param name="Family">Name of the family, for instance MiniCPM-V-2_6.</param>
+/// <param name="Family">The member of the family it is, which knows how it is built.</param>
+/// <param name="Directory">The Hugging Face model directory it was read from.</param>
 /// <param name="UseImageId">config.json's use_image_id (true when absent); training reads
 /// it.</param>
 /// <param name="SliceMode">config.json's slice_mode.</param>
 /// <param name="ModelClass">Class and module of the model's code, as PEFT's auto_mapping names
 /// them.</param>
 public sealed record ModelSpec(
-    string Family,
+    Family Family,
+    string Directory,
     VisionSpec Vision,
     ResamplerSpec Resampler,
     DecoderSpec Decoder,
@@ -25,29 +28,49 @@ public sealed record ModelSpec(
     GenerationSpec Generation,
     ModelClass ModelClass)
 {
-    /// <summary>All tensors and modules of the model by official name.</summary>
-    public ParameterTable Parameters { get; } = new(Vision, Resampler, Decoder);
+    private ParameterTable? _parameters;
+
+    /// <summary>
+    /// All tensors and modules of the model by official name, as its modules declare them.
+    /// </summary>
+    public ParameterTable Parameters => _parameters ??= Describe();
 
     /// <summary>Reads a Hugging Face model directory.</summary>
     /// <exception cref="InputException">
     /// A file is missing or wrong, or the model is not supported.
     /// </exception>
-    public static ModelSpec Read(string directory) => ModelSpecReader.Read(directory);
+    public static ModelSpec Read(string directory)
+    {
+        ModelConfig config = ModelConfig.Open(directory);
+        ModelSpec spec = Families.Require(config).Read(config);
+        // Described at once: sizes that make no tensor are the configuration's fault.
+        _ = spec.Parameters;
+        return spec;
+    }
+
+    private ParameterTable Describe()
+    {
+        var table = new ParameterTable.Builder();
+        Family.Build(this, new ModuleScope(table), checkpoint: false);
+        return table.Build();
+    }
 }
 
 /// <summary>
-/// The SigLIP vision tower: patches of PatchSize^2 pixels, position table of PositionsPerSide^2
-/// rows, pre-norm layers with tanh GELU.
+/// A vision tower: patches of PatchSize^2 pixels, position table of PositionsPerSide^2 rows,
+/// pre-norm layers with GELU.
 /// </summary>
 /// <param name="Layers">Layers that exist: the last is left out under
 /// drop_vision_last_layer.</param>
 /// <param name="DropsLastLayer">config.json's drop_vision_last_layer.</param>
-/// <param name="BatchSize">Pictures per encoder call (vision_batch_size).</param>
 public sealed record VisionSpec(
     int HiddenSize, int IntermediateSize, int Layers, int Heads, int Channels, int PatchSize,
-    int PositionsPerSide, float LayerNormEpsilon, bool DropsLastLayer, int BatchSize)
+    int PositionsPerSide, float LayerNormEpsilon, bool DropsLastLayer)
 {
     public int HeadDim => HiddenSize / Heads;
+
+    /// <summary>Numbers in a patch, in (channel, y, x) order.</summary>
+    public int PatchLength => Channels * PatchSize * PatchSize;
 }
 
 /// <summary>
@@ -66,13 +89,22 @@ public sealed record ResamplerSpec(int HiddenSize, int VisionSize, int Queries)
 /// <summary>
 /// The decoder: pre-norm attention with grouped queries and rotary positions, SwiGLU.
 /// </summary>
+/// <param name="QkvBias">Whether the query, key and value projections have biases (Qwen2).</param>
 /// <param name="TiedHead">lm_head is embed_tokens; no tensor of its own is stored.</param>
 /// <param name="RopeFactors">Divisors of the rotary frequencies, HeadDim / 2 of them, or
 /// none.</param>
+/// <param name="MaxPositions">max_position_embeddings.</param>
+/// <param name="QkNorm">Whether queries and keys are normalised per head (Qwen3).</param>
+/// <param name="EmbeddingScale">Factor of token embeddings (MiniCPM's scale_emb).</param>
+/// <param name="ResidualScale">Factor of what a sublayer adds (MiniCPM: scale_depth /
+/// sqrt(layers)).</param>
+/// <param name="OutputScale">Factor of the last norm's output before the head (MiniCPM:
+/// dim_model_base / hidden_size).</param>
 public sealed record DecoderSpec(
     int VocabSize, int HiddenSize, int IntermediateSize, int Layers, int Heads, int KvHeads,
     int HeadDim, float RmsNormEpsilon, bool QkvBias, bool TiedHead, double RopeTheta,
-    ImmutableArray<double> RopeFactors, int MaxPositions)
+    ImmutableArray<double> RopeFactors, int MaxPositions, bool QkNorm = false,
+    double EmbeddingScale = 1, double ResidualScale = 1, double OutputScale = 1)
 {
     /// <summary>
     /// cos and sin [positions, HeadDim/2] of position * theta^(-2k/HeadDim) / factor_k; frequencies
@@ -112,7 +144,7 @@ public sealed record SlicingSpec(int MaxSliceNums, int ScaleResolution, int Patc
 /// false, as its class.
 /// </param>
 public sealed record ProcessorSpec(
-    SlicingSpec Slicing, bool SliceMode, bool UseImageId, ImmutableArray<double> Mean,
+    SlicingSpec Slicing, bool UseImageId, ImmutableArray<double> Mean,
     ImmutableArray<double> Std, PlaceholderTokens Tokens);
 
 /// <summary>Texts of the special tokens around and inside a picture's placeholder.</summary>
@@ -123,6 +155,3 @@ public sealed record PlaceholderTokens(
 /// <summary>Token ids that begin and end a generated text.</summary>
 public sealed record GenerationSpec(int? BosTokenId, ImmutableArray<int> EosTokenIds,
     int? PadTokenId);
-
-/// <summary>Where the model's own code lives: MiniCPMV in modeling_minicpmv.</summary>
-public sealed record ModelClass(string Name, string Module);

@@ -1,7 +1,7 @@
 using System.Text.Json;
 using System.Text.Unicode;
 
-namespace MiniCpmNative.Engine.Config;
+namespace MiniCpmNative.Engine;
 
 /// <summary>
 /// Strict reading of JSON files the user gives: bounded size and depth, UTF-8, no duplicate keys,

@@ -3,7 +3,7 @@ using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Cpu;
 using MiniCpmNative.Kernels.Cuda;
 
-namespace MiniCpmNative.Engine.Train;
+namespace MiniCpmNative.Engine.Model;
 
 /// <summary>A device with its name in words, and what must outlive it.</summary>
 public sealed record OpenDevice(Device Device, string Name, IDisposable? Owner = null) : IDisposable

@@ -1,0 +1,73 @@
+using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Cpu;
+
+namespace MiniCpmNative.Engine.Model;
+
+/// <summary>
+/// A part of the model with inputs of its own that follow from the rows of a batch: position
+/// buckets, coordinates, rotary tables.
+/// </summary>
+public interface IBatchInput
+{
+    /// <summary>How many numbers, of 4 bytes at most, it brings in at most 8 tensors.</summary>
+    long Count(Batch batch);
+
+    /// <summary>
+    /// Brings them over; the batch may change once this returns. Called when the arena is empty, before
+    /// the first operation, and again only when the last operation on them has been called.
+    /// </summary>
+    void Load(Batch batch, BatchUpload upload);
+}
+
+/// <summary>
+/// Brings the numbers of a batch onto the device. While the device computes on one batch, the next
+/// may come over (<see cref="InputMemory"/>).
+/// </summary>
+public sealed class BatchUpload(Device device)
+{
+    private const int TensorsOfAPart = 8;
+
+    private readonly InputMemory _input = device.NewInput();
+
+    /// <summary>A buffer for numbers on their way; whoever uses it clears it first.</summary>
+    public Growing<int> Scratch { get; } = new();
+
+    /// <summary>Loads each part's inputs, in one transfer where the device has one.</summary>
+    public void Run(Batch batch, ReadOnlySpan<IBatchInput> parts)
+    {
+        long bytes = 0;
+        foreach (IBatchInput part in parts)
+            bytes += (4 * part.Count(batch)) + (TensorsOfAPart * InputMemory.Alignment);
+        _input.Begin(bytes);
+        foreach (IBatchInput part in parts) part.Load(batch, this);
+        _input.Send();
+    }
+
+    public Tensor Ints(ReadOnlySpan<int> values, string name) =>
+        _input.Push(DType.I32, new Shape(values.Length), name, values);
+
+    /// <summary>Patches of so many numbers each, rounded to the activations' type.</summary>
+    public unsafe Tensor Patches(ReadOnlySpan<float> pixels, int length)
+    {
+        var spec = new Spec(device.Activations, new Shape(pixels.Length / length, length));
+        if (pixels.Length != spec.Shape.Count)
+            throw new ShapeException($"{pixels.Length} pixels for patches {spec}");
+        Tensor patches = _input.Push(spec, "patches", out nint host);
+        fixed (float* from = pixels)
+            FloatBits.Narrow(from, (void*)host, spec.Type, pixels.Length);
+        return patches;
+    }
+
+    /// <summary>
+    /// A table that stays on the device, F32 whatever the activations: sines of large angles need
+    /// it. Tables grow rarely, by doubling; the smaller one that this replaces stays allocated.
+    /// </summary>
+    public Tensor Table(float[] values, int rows, string name)
+    {
+        var shape = new Shape(rows, values.Length / rows);
+        Tensor table = device.Allocate(new Spec(device.Activations.Statistics(), shape), name);
+        device.WriteFloats(table, values);
+        return table;
+    }
+}

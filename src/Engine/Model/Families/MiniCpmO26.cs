@@ -1,0 +1,28 @@
+namespace MiniCpmNative.Engine.Model;
+
+/// <summary>
+/// MiniCPM-o 2.6: MiniCPM-V 2.6 with Qwen2.5 and ids of its own. Its audio encoder and speech
+/// output are handed on untouched.
+/// </summary>
+internal sealed class MiniCpmO26() : Family("MiniCPM-o-2_6")
+{
+    public override bool Is(ModelConfig config) => config.IsOmni("2.6");
+
+    public override ModelSpec Read(ModelConfig config) =>
+        config.Spec(this, config.Decoder(qkvBias: true), config.Siglip());
+
+    public override MiniCpmModel Build(ModelSpec spec, ModuleScope root, bool checkpoint)
+    {
+        MiniCpmModel model = base.Build(spec, root, checkpoint);
+        foreach (string part in (string[])["apm", "audio_projection_layer", "tts"])
+            root.PassOver(part);
+        return model;
+    }
+
+    public override string? Explain(string tensor) =>
+        tensor.StartsWith("apm.", StringComparison.Ordinal)
+            || tensor.StartsWith("audio_projection_layer.", StringComparison.Ordinal)
+            ? "audio of a MiniCPM-o model"
+        : tensor.StartsWith("tts.", StringComparison.Ordinal)
+            ? "speech output of a MiniCPM-o model" : null;
+}

@@ -1,0 +1,18 @@
+namespace MiniCpmNative.Engine.Model;
+
+/// <summary>
+/// MiniCPM-V 4.5: MiniCPM-V 2.6 with Qwen3-8B, whose queries and keys are normalised per head.
+/// Pictures have no time, so the temporal positions of its resampler have nothing to add.
+/// </summary>
+internal sealed class MiniCpmV45() : Family("MiniCPM-V-4_5")
+{
+    public override bool Is(ModelConfig config) => config.IsVision("4.5");
+
+    public override ModelSpec Read(ModelConfig config) =>
+        config.Spec(this, config.Decoder(qkNorm: true), config.Siglip());
+
+    public override string? Explain(string tensor) =>
+        tensor.EndsWith(".q_norm.weight", StringComparison.Ordinal)
+            || tensor.EndsWith(".k_norm.weight", StringComparison.Ordinal)
+            ? "decoder of MiniCPM-V-4_5" : null;
+}

@@ -1,0 +1,97 @@
+using MiniCpmNative.Engine.Weights;
+
+namespace MiniCpmNative.Engine.Model;
+
+/// <summary>
+/// A member of the MiniCPM-V family: how its configuration is read and of which modules it is
+/// composed. Everything that is a member's own stands in its file under Families; nothing else asks
+/// which one a model is.
+/// </summary>
+public abstract class Family(string name)
+{
+    public string Name { get; } = name;
+
+    /// <summary>Whether a model's config.json says that it is of this family.</summary>
+    public abstract bool Is(ModelConfig config);
+
+    /// <exception cref="InputException">
+    /// A file is missing or wrong, or asks for what is not supported.
+    /// </exception>
+    public abstract ModelSpec Read(ModelConfig config);
+
+    /// <summary>
+    /// Composes the model; with a scope without tensors that only describes it. Most members are
+    /// SigLIP, a resampler and a decoder of the Llama kind.
+    /// </summary>
+    /// <param name="spec">What Read returned.</param>
+    /// <param name="root">The root of the module tree.</param>
+    /// <param name="checkpoint">Whether layers keep only their input for backward.</param>
+    public virtual MiniCpmModel Build(ModelSpec spec, ModuleScope root, bool checkpoint)
+    {
+        // In state_dict's order.
+        var decoder = new Decoder(spec.Decoder, root.In("llm"), checkpoint);
+        var vision = new SiglipTower(spec.Vision, root.As(ModelPart.Vision).In("vpm"), checkpoint);
+        var joiner = new Resampler(spec.Resampler, root.As(ModelPart.Joiner).In("resampler"));
+        return new MiniCpmModel(spec, vision, joiner, decoder);
+    }
+
+    /// <summary>
+    /// What a tensor of this family is, for a message of another one that has no place for it.
+    /// </summary>
+    public virtual string? Explain(string tensor) => null;
+
+    public sealed override string ToString() => Name;
+}
+
+/// <summary>All members that can be run, and telling them apart.</summary>
+public static class Families
+{
+    public static IReadOnlyList<Family> All { get; } =
+    [
+        new MiniCpmV26(),
+        new MiniCpmO26(),
+        new MiniCpmV45(),
+    ];
+
+    /// <exception cref="InputException">The model is none of <see cref="All"/>.</exception>
+    public static Family Require(ModelConfig config) =>
+        All.FirstOrDefault(family => family.Is(config)) ?? throw new InputException(
+            $"{config.Json.File}: {config.ModelName} is not supported yet; supported: "
+            + string.Join(", ", All));
+
+    /// <summary>
+    /// Checks the prompt family that a configuration names against the model's own.
+    /// </summary>
+    /// <exception cref="InputException">They differ.</exception>
+    public static void RequirePrompts(Family family, string? llmType)
+    {
+        const string prompts = "qwen";
+        if (llmType is null or prompts) return;
+        throw new InputException(
+            $"llm_type is {Messages.Quote(llmType)}, but the model is {family}, whose prompts are "
+            + $"\"{prompts}\": set that, or leave llm_type out");
+    }
+
+    /// <summary>
+    /// What a tensor is that a model has no place for, where that is known: a part of a relative, a
+    /// layer that was dropped, a recomputed buffer, quantisation data.
+    /// </summary>
+    public static string? Explain(string tensor)
+    {
+        foreach (Family family in All)
+            if (family.Explain(tensor) is { } what) return what;
+        if (StartsWith("vpm.encoder.layers."))
+            return "vision layer that config.json does not have or drops";
+        if (tensor == "llm.lm_head.weight") return "config.json ties it to embed_tokens";
+        if (StartsWith("vpm.blocks.")) return "vision tower of MiniCPM-V-2";
+        if (StartsWith("model.")) return "a model of another kind";
+        if (StartsWith("base_model.")) return "a PEFT adapter";
+        if (tensor == "resampler.pos_embed" || EndsWith("inv_freq") || EndsWith("position_ids"))
+            return "buffer that is not stored";
+        return tensor.Contains(".absmax", StringComparison.Ordinal)
+            || tensor.Contains("quant_", StringComparison.Ordinal) ? "quantised checkpoint" : null;
+
+        bool StartsWith(string prefix) => tensor.StartsWith(prefix, StringComparison.Ordinal);
+        bool EndsWith(string suffix) => tensor.EndsWith(suffix, StringComparison.Ordinal);
+    }
+}

@@ -1,0 +1,72 @@
+using MiniCpmNative.Autograd;
+using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Weights;
+using MiniCpmNative.Kernels;
+
+namespace MiniCpmNative.Engine.Model;
+
+/// <summary>
+/// A model on a device, ready to run: what training, traces and generation start from. It has no
+/// optimizer state; whoever trains makes the trained ranges first and hands them in.
+/// </summary>
+public sealed class LoadedModel : IDisposable
+{
+    private readonly OpenDevice _device;
+    private readonly BatchUpload _upload;
+
+    private LoadedModel(OpenDevice device, Graph graph, ModelSpec spec, MiniCpmModel model)
+    {
+        (_device, Graph, Spec, Model) = (device, graph, spec, model);
+        _upload = new BatchUpload(device.Device);
+    }
+
+    public Device Device => _device.Device;
+
+    /// <summary>The device in words.</summary>
+    public string DeviceName => _device.Name;
+
+    public Graph Graph { get; }
+
+    public ModelSpec Spec { get; }
+
+    public MiniCpmModel Model { get; }
+
+    /// <summary>Loads the weights of a checkpoint that matches the model.</summary>
+    /// <param name="device">Taken over, and disposed of with the model.</param>
+    /// <param name="spec">The model.</param>
+    /// <param name="checkpoint">Its weights; not needed any more once this returns.</param>
+    /// <param name="storage">Type of the weights.</param>
+    /// <param name="trainables">The trained tensors on that device; null where none are.</param>
+    /// <param name="adapters">Adapters that sit on linear layers.</param>
+    /// <param name="checkpointBlocks">Whether layers keep only their input for backward.</param>
+    public static LoadedModel Load(
+        OpenDevice device, ModelSpec spec, Checkpoint checkpoint, DType storage,
+        Trainables? trainables = null, Adapters? adapters = null, bool checkpointBlocks = false)
+    {
+        var graph = new Graph(device.Device);
+        var weights = new ModelWeights(
+            graph, checkpoint, trainables ?? new Trainables(device.Device, []),
+            adapters ?? Adapters.None, storage);
+        var scope = new ModuleScope(new ParameterTable.Builder(), weights);
+        return new LoadedModel(
+            device, graph, spec, spec.Family.Build(spec, scope, checkpointBlocks));
+    }
+
+    /// <summary>
+    /// Brings a batch over and runs it: h[tokens, width] after the decoder's final norm.
+    /// </summary>
+    public Tensor Hidden(Batch batch, ITensorProbe? probe = null)
+    {
+        Model.Load(batch, _upload);
+        return Model.Hidden(Graph, probe);
+    }
+
+    /// <summary>
+    /// Loss of a batch, summed over its supervised tokens, left on the device; backward may follow.
+    /// perRow: see <see cref="Decoder.Loss"/>.
+    /// </summary>
+    public Tensor Loss(Batch batch, Span<Tensor> perRow = default) =>
+        Model.Loss(Graph, Hidden(batch), perRow);
+
+    public void Dispose() => _device.Dispose();
+}

@@ -1,0 +1,200 @@
+using MiniCpmNative.Engine.Weights;
+using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Ops;
+
+namespace MiniCpmNative.Engine.Model;
+
+/// <summary>
+/// Where a module's constructor gets its parameters. The constructor is the only place that knows
+/// them: it names each with its shape, in state_dict's order, and gets what to compute with. Run
+/// against no tensors, the same constructors describe the model (<see cref="ParameterTable"/>:
+/// parameters, parts, decay, modules that adapters may sit on); run against a checkpoint and the
+/// trained ranges they make the model that runs.
+///
+/// A scope is a place in the module tree; <see cref="In(string)"/> goes one level down.
+/// </summary>
+public sealed class ModuleScope
+{
+    // RMS norms are exempt from decay only where their name says so: the Hugging Face Trainer looks
+    // for the type nn.LayerNorm and for these words. So the decoder's last norm decays.
+    private static readonly string[] s_exempt = ["bias", "layernorm", "rmsnorm"];
+
+    private readonly ParameterTable.Builder _table;
+    private readonly ITensorSource _source;
+    private readonly string _path;
+    private readonly ModelPart _part;
+
+    /// <param name="table">Takes what the modules declare.</param>
+    /// <param name="source">Gives them tensors; null only describes.</param>
+    public ModuleScope(ParameterTable.Builder table, ITensorSource? source = null)
+        : this(table, source ?? new NoTensors(), "", ModelPart.Decoder)
+    {
+    }
+
+    private ModuleScope(
+        ParameterTable.Builder table, ITensorSource source, string path, ModelPart part) =>
+        (_table, _source, _path, _part) = (table, source, path, part);
+
+    /// <summary>The module of this name inside this one.</summary>
+    public ModuleScope In(string name) => new(_table, _source, Name(name) + ".", _part);
+
+    /// <summary>The module of this number inside this one.</summary>
+    public ModuleScope In(int index) => In(index.ToString(Invariant));
+
+    /// <summary>This place as the root of another part of the model.</summary>
+    public ModuleScope As(ModelPart part) => new(_table, _source, _path, part);
+
+    /// <summary>A linear layer, on which an adapter can sit unless a reason is given.</summary>
+    public Projection Linear(
+        string name, int inputs, int outputs, bool bias = true, string? noAdapter = null)
+    {
+        string module = Name(name);
+        _table.Add(new LinearModule(module, inputs, outputs, bias, noAdapter));
+        string weight = Declare(module + ".weight", decays: true, [outputs, inputs]);
+        string offset = bias ? Declare(module + ".bias", decays: true, [outputs]) : "";
+        return _source.Projection(
+            module, weight, 0, outputs, bias ? _source.Vector(offset, 0, outputs) : Tensor.None);
+    }
+
+    /// <summary>
+    /// Rows of one stored matrix (name_weight, name_bias) as layers of their own: the input
+    /// projections of nn.MultiheadAttention, which PEFT sees no module in.
+    /// </summary>
+    public Projection[] Fused(string name, int inputs, params ReadOnlySpan<int> outputs)
+    {
+        int rows = 0;
+        foreach (int count in outputs) rows += count;
+        string weight = Declare(Name(name) + "_weight", decays: true, [rows, inputs]);
+        string bias = Declare(Name(name) + "_bias", decays: true, [rows]);
+        var layers = new Projection[outputs.Length];
+        int begin = 0;
+        for (int i = 0; i < layers.Length; i++)
+        {
+            layers[i] = _source.Projection(
+                null, weight, begin, outputs[i], _source.Vector(bias, begin, outputs[i]));
+            begin += outputs[i];
+        }
+
+        return layers;
+    }
+
+    public Norm LayerNorm(string name, int size, float epsilon)
+    {
+        string weight = Declare(Name(name) + ".weight", decays: false, [size]);
+        string bias = Declare(Name(name) + ".bias", decays: false, [size]);
+        return new Norm(new LayerNorm(epsilon), _source.Vector(weight, 0, size),
+            _source.Vector(bias, 0, size));
+    }
+
+    public Norm RmsNorm(string name, int size, float epsilon)
+    {
+        string weight = Declare(Name(name) + ".weight", decays: true, [size]);
+        return new Norm(new RmsNorm(epsilon), _source.Vector(weight, 0, size), Tensor.None);
+    }
+
+    /// <summary>A vector that is added or multiplied, such as a bias.</summary>
+    public Tensor Vector(string name, int size) =>
+        _source.Vector(Declare(Name(name), decays: true, [size]), 0, size);
+
+    /// <summary>A weight of a matrix product, all axes but the first seen as columns.</summary>
+    public Tensor Matrix(string name, params ReadOnlySpan<int> sizes)
+    {
+        int cols = 1;
+        foreach (int size in sizes[1..]) cols = checked(cols * size);
+        return _source.Matrix(Declare(Name(name), decays: true, sizes), 0, sizes[0], cols);
+    }
+
+    /// <summary>
+    /// A matrix whose rows are looked up or resampled; leading axes of one are left out.
+    /// </summary>
+    /// <param name="name">The parameter.</param>
+    /// <param name="isFixed">See <see cref="ModelParameter"/>.</param>
+    /// <param name="sizes">The official shape.</param>
+    public Tensor Table(string name, bool isFixed = false, params ReadOnlySpan<int> sizes)
+    {
+        string full = Declare(Name(name), decays: true, sizes, isFixed);
+        Tensor table = _source.Table(full);
+        return table.Exists ? table.Reshape(sizes[^2], sizes[^1]) : table;
+    }
+
+    /// <summary>A module without parameters, which a pattern of PEFT's may hit.</summary>
+    public void Module(string name) => _table.AddModule(Name(name));
+
+    /// <summary>
+    /// A module that is another one's matrix used again; PEFT trains a copy where that one is in
+    /// modules_to_save, and this one goes on with the original.
+    /// </summary>
+    public Tensor Tied(string name, string to, Tensor table)
+    {
+        _table.Tie(Name(name), Name(to));
+        return _source.Original(Name(to) + ".weight") is { Exists: true } original
+            ? original : table;
+    }
+
+    /// <summary>The output head, whose product is a part of the loss.</summary>
+    public Tensor Head(string name, int inputs, int outputs)
+    {
+        _table.Add(new LinearModule(Name(name), inputs, outputs, HasBias: false,
+            "an adapter on the output head is not supported; leave it out, or name "
+            + name + " in modules_to_save to train it whole"));
+        return Matrix(name + ".weight", outputs, inputs);
+    }
+
+    /// <summary>A part that is not run: its tensors are handed on as they are.</summary>
+    public void PassOver(string name) => _table.PassOver(Name(name) + ".");
+
+    private static System.Globalization.CultureInfo Invariant =>
+        System.Globalization.CultureInfo.InvariantCulture;
+
+    private string Name(string name) => _path + name;
+
+    private string Declare(string name, bool decays, ReadOnlySpan<int> sizes, bool isFixed = false)
+    {
+        foreach (string word in s_exempt)
+            decays &= !name.Contains(word, StringComparison.OrdinalIgnoreCase);
+        _table.Add(new ModelParameter(name, new Shape(sizes), _part, decays, isFixed));
+        return name;
+    }
+
+    private sealed class NoTensors : ITensorSource
+    {
+        public Tensor Vector(string name, int begin, int count) => Tensor.None;
+
+        public Tensor Matrix(string name, int begin, int rows, int cols) => Tensor.None;
+
+        public Tensor Table(string name) => Tensor.None;
+
+        public Tensor Original(string name) => Tensor.None;
+
+        public Projection Projection(
+            string? module, string weight, int begin, int rows, Tensor bias) =>
+            new(Tensor.None, Tensor.None);
+    }
+}
+
+/// <summary>Gives a model its tensors by official name while it is built.</summary>
+public interface ITensorSource
+{
+    /// <summary>Elements begin..begin+count of a vector.</summary>
+    Tensor Vector(string name, int begin, int count);
+
+    /// <summary>
+    /// Rows begin..begin+rows of a weight of matrix products, seen with these columns.
+    /// </summary>
+    Tensor Matrix(string name, int begin, int rows, int cols);
+
+    /// <summary>A matrix whose rows are looked up.</summary>
+    Tensor Table(string name);
+
+    /// <summary>
+    /// The frozen original of a matrix of which a copy is trained beside adapters; none where there
+    /// is no such copy.
+    /// </summary>
+    Tensor Original(string name);
+
+    /// <summary>
+    /// Rows of a weight as a linear layer, with the adapter of the module if it has one; module is
+    /// null where PEFT has none.
+    /// </summary>
+    Projection Projection(string? module, string weight, int begin, int rows, Tensor bias);
+}

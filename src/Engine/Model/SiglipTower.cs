@@ -1,0 +1,126 @@
+using MiniCpmNative.Autograd;
+using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Ops;
+
+namespace MiniCpmNative.Engine.Model;
+
+/// <summary>
+/// SigLIP/NaViT vision transformer over packed pictures of any grid: patches[P, channels*p*p] ->
+/// features[P, width]. Pre-norm layers, full attention inside each picture, tanh GELU; the position
+/// table is read at the buckets of <see cref="PositionBuckets"/>. The official code pads pictures
+/// to a batch and masks; packing gives the same numbers without the padding.
+/// </summary>
+public sealed class SiglipTower : IVisionTower
+{
+    private readonly Linear _embed = new();
+    private readonly PositionGather _gather = new();
+    private readonly VisionSpec _spec;
+    private readonly Tensor _patchWeight, _patchBias, _positions;
+    private readonly VisionLayer[] _layers;
+    private readonly Norm _post;
+    private readonly VisionContext _context = new();
+    private readonly bool _checkpoint;
+    private Tensor _patches;
+
+    public SiglipTower(VisionSpec spec, ModuleScope scope, bool checkpoint)
+    {
+        (_spec, _checkpoint) = (spec, checkpoint);
+        ModuleScope embeddings = scope.In("embeddings"), layers = scope.In("encoder").In("layers");
+        int width = spec.HiddenSize, side = spec.PositionsPerSide;
+        _patchWeight = embeddings.Matrix("patch_embedding.weight",
+            width, spec.Channels, spec.PatchSize, spec.PatchSize);
+        _patchBias = embeddings.Vector("patch_embedding.bias", width);
+        _positions = embeddings.Table("position_embedding.weight", false, side * side, width);
+        _layers = new VisionLayer[spec.Layers];
+        for (int i = 0; i < _layers.Length; i++) _layers[i] = new VisionLayer(spec, layers.In(i));
+        _post = scope.LayerNorm("post_layernorm", width, spec.LayerNormEpsilon);
+    }
+
+    public Tensor PositionIds { get; private set; }
+
+    public Tensor Forward(Graph graph, ITensorProbe? probe)
+    {
+        Tensor x = graph.Run(_embed, _patches, _patchWeight, _patchBias);
+        x = graph.Run(_gather, x, _positions, PositionIds);
+        probe?.Visit("vision.embeddings", x);
+        for (int i = 0; i < _layers.Length; i++)
+        {
+            x = graph.Run(_layers[i], x, _context, _checkpoint);
+            probe?.Visit("vision.layer", i, x);
+        }
+
+        x = _post.Run(graph, x);
+        probe?.Visit("vision.post_layernorm", x);
+        return x;
+    }
+
+    public long Count(Batch batch) =>
+        batch.Patches.Count + (batch.Patches.Count / _spec.PatchLength) + batch.PictureStarts.Count;
+
+    public void Load(Batch batch, BatchUpload upload)
+    {
+        _patches = upload.Patches(batch.Patches.Span, _spec.PatchLength);
+        _context.PictureStarts = upload.Ints(batch.PictureStarts.Span, "picture starts");
+        Growing<int> ids = upload.Scratch;
+        ids.Clear();
+        for (int i = 0; i < batch.Grids.Count; i += 2)
+        {
+            int rows = batch.Grids[i], cols = batch.Grids[i + 1];
+            PositionBuckets.Write(rows, cols, _spec.PositionsPerSide, ids.Extend(rows * cols));
+        }
+
+        PositionIds = upload.Ints(ids.Span, "patch positions");
+    }
+}
+
+/// <summary>What the layers of a vision tower need to know of the pictures.</summary>
+public sealed class VisionContext
+{
+    /// <summary>I32[pictures + 1]: where each picture's patches start, and the end.</summary>
+    public Tensor PictureStarts { get; set; }
+}
+
+/// <summary>
+/// One layer: x += attention(norm(x)); x += mlp(norm(x)).
+/// </summary>
+internal sealed class VisionLayer : IBlock<VisionContext>
+{
+    private static readonly Add s_add = new();
+    private static readonly Gelu s_gelu = new(GeluKind.Tanh);
+
+    private readonly Norm _norm1, _norm2;
+    private readonly Projection _query, _key, _value, _output, _up, _down;
+    private readonly Attention _attention;
+
+    public VisionLayer(VisionSpec spec, ModuleScope scope)
+    {
+        int width = spec.HiddenSize;
+        ModuleScope attention = scope.In("self_attn"), mlp = scope.In("mlp");
+        _key = attention.Linear("k_proj", width, width);
+        _value = attention.Linear("v_proj", width, width);
+        _query = attention.Linear("q_proj", width, width);
+        _output = attention.Linear("out_proj", width, width);
+        _norm1 = scope.LayerNorm("layer_norm1", width, spec.LayerNormEpsilon);
+        mlp.Module("activation_fn");
+        _up = mlp.Linear("fc1", width, spec.IntermediateSize);
+        _down = mlp.Linear("fc2", spec.IntermediateSize, width);
+        _norm2 = scope.LayerNorm("layer_norm2", width, spec.LayerNormEpsilon);
+        _attention = new Attention(
+            spec.Heads, spec.Heads, spec.HeadDim, Causal: false, 1 / Math.Sqrt(spec.HeadDim));
+        Trainable = _norm1.Trainable || _norm2.Trainable || _query.Trainable || _key.Trainable
+            || _value.Trainable || _output.Trainable || _up.Trainable || _down.Trainable;
+    }
+
+    public bool Trainable { get; }
+
+    public Tensor Forward(Graph graph, Tensor x, VisionContext context)
+    {
+        Tensor a = _norm1.Run(graph, x);
+        Tensor q = _query.Run(graph, a), k = _key.Run(graph, a), v = _value.Run(graph, a);
+        a = graph.Run(_attention, q, k, v, context.PictureStarts, context.PictureStarts);
+        x = graph.Run(s_add, x, _output.Run(graph, a));
+        a = _up.Run(graph, _norm2.Run(graph, x));
+        return graph.Run(s_add, x, _down.Run(graph, graph.Run(s_gelu, a)));
+    }
+}

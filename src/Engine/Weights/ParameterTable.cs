@@ -1,0 +1,126 @@
+using System.Collections.Frozen;
+using MiniCpmNative.Kernels;
+
+namespace MiniCpmNative.Engine.Weights;
+
+/// <summary>The parts of a model that are trained or left alone as a whole.</summary>
+public enum ModelPart
+{
+    Decoder,
+    Vision,
+
+    /// <summary>What turns vision features into the decoder's: the resampler.</summary>
+    Joiner,
+}
+
+/// <summary>A parameter of a model, as its module declares it.</summary>
+/// <param name="Name">Official name, as in state_dict.</param>
+/// <param name="Shape">Official shape.</param>
+/// <param name="Part">The part it belongs to.</param>
+/// <param name="Decays">Whether weight decay applies, by the Hugging Face Trainer's rule.</param>
+/// <param name="Fixed">A constant of the official class (requires_grad false): trained only as
+/// part of a module in modules_to_save.</param>
+public sealed record ModelParameter(
+    string Name, Shape Shape, ModelPart Part, bool Decays, bool Fixed = false)
+    : ExpectedTensor(Name, Shape);
+
+/// <summary>
+/// A linear layer y = x W^T (+ b) with W[Outputs, Inputs], by its official module name.
+/// </summary>
+/// <param name="NoAdapter">Why no adapter can sit on it; null where one can.</param>
+public sealed record LinearModule(
+    string Name, int Inputs, int Outputs, bool HasBias, string? NoAdapter = null);
+
+/// <summary>
+/// What a model's modules declared while they were built: all parameters under their official
+/// names, in the order of PyTorch's state_dict, and the modules they belong to. Buffers that are
+/// recomputed (rotary frequencies, the resampler's positions) are not stored and not listed.
+/// </summary>
+public sealed class ParameterTable
+{
+    private readonly List<LinearModule> _linears;
+    private readonly Dictionary<string, string> _tied;
+    private readonly string[] _untouched;
+    private readonly FrozenDictionary<string, ModelParameter> _byName;
+
+    private ParameterTable(Builder builder)
+    {
+        All = builder.Parameters;
+        _linears = builder.Linears;
+        _tied = builder.Tied;
+        _untouched = [.. builder.Untouched];
+        _byName = All.ToFrozenDictionary(tensor => tensor.Name, StringComparer.Ordinal);
+        // Modules without parameters count too: a pattern that hits one stops PEFT.
+        foreach (ModelParameter tensor in All)
+            for (int dot = tensor.Name.LastIndexOf('.'); dot > 0;
+                dot = tensor.Name.LastIndexOf('.', dot - 1))
+                if (!builder.Modules.Add(tensor.Name[..dot])) break;
+        Modules = [.. builder.Modules];
+    }
+
+    /// <summary>Every parameter, in the order of state_dict.</summary>
+    public IReadOnlyList<ModelParameter> All { get; }
+
+    public IEnumerable<string> Names => All.Select(tensor => tensor.Name);
+
+    /// <summary>Numbers in all parameters.</summary>
+    public long Count => All.Sum(tensor => tensor.Shape.Count);
+
+    /// <summary>Linear layers, those that take no adapter among them.</summary>
+    public IReadOnlyList<LinearModule> Linears => _linears;
+
+    /// <summary>Every named module of the official model, in no particular order.</summary>
+    public IReadOnlyList<string> Modules { get; }
+
+    /// <summary>
+    /// Modules that are another one's tensor used again, and have none of their own, by name, with
+    /// the other's name.
+    /// </summary>
+    public IReadOnlyDictionary<string, string> Tied => _tied;
+
+    public ModelParameter? Find(string name) => _byName.GetValueOrDefault(name);
+
+    /// <summary>
+    /// Whether a tensor belongs to a part that the engine does not run and hands on as it is, such
+    /// as the speech of the omni models.
+    /// </summary>
+    public bool IsUntouched(string name)
+    {
+        foreach (string prefix in _untouched)
+            if (name.StartsWith(prefix, StringComparison.Ordinal)) return true;
+        return false;
+    }
+
+    /// <summary>Takes what modules declare, in the order in which they do.</summary>
+    public sealed class Builder
+    {
+        internal List<ModelParameter> Parameters { get; } = [];
+
+        internal List<LinearModule> Linears { get; } = [];
+
+        internal HashSet<string> Modules { get; } = new(StringComparer.Ordinal);
+
+        internal Dictionary<string, string> Tied { get; } = new(StringComparer.Ordinal);
+
+        internal List<string> Untouched { get; } = [];
+
+        public void Add(ModelParameter parameter) => Parameters.Add(parameter);
+
+        public void Add(LinearModule linear) => Linears.Add(linear);
+
+        /// <summary>A module without parameters of its own.</summary>
+        public void AddModule(string name) => Modules.Add(name);
+
+        /// <summary>A module that is another one's tensor.</summary>
+        public void Tie(string module, string to)
+        {
+            Modules.Add(module);
+            Tied.Add(module, to);
+        }
+
+        /// <summary>Tensors whose names begin so may be there, and are not looked at.</summary>
+        public void PassOver(string prefix) => Untouched.Add(prefix);
+
+        public ParameterTable Build() => new(this);
+    }
+}
