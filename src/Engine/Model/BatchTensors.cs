@@ -1,4 +1,5 @@
 using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Cpu;
 

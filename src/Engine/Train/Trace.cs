@@ -1,4 +1,5 @@
 using MiniCpmNative.Autograd;
+using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Weights;
 using MiniCpmNative.Kernels;

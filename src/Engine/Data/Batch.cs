@@ -1,4 +1,4 @@
-namespace MiniCpmNative.Engine.Model;
+namespace MiniCpmNative.Engine.Data;
 
 /// <summary>
 /// Rows of one forward pass on the host, packed: no padding anywhere. Text rows follow each other
