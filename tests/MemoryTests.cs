@@ -1,4 +1,5 @@
 using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Train;
 using MiniCpmNative.Kernels;

@@ -1,6 +1,7 @@
 using System.Text.Json.Nodes;
 using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Train;
 using MiniCpmNative.Engine.Weights;

@@ -2,6 +2,7 @@ using System.Diagnostics;
 using System.Runtime.InteropServices;
 using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Train;
 using NUnit.Framework;

@@ -1,5 +1,4 @@
 using System.Runtime.ExceptionServices;
-using MiniCpmNative.Engine.Model;
 
 namespace MiniCpmNative.Engine.Data;
 
