@@ -1,3 +1,4 @@
+using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Train;
 using MiniCpmNative.GpuEmulator;
 using NUnit.Framework;

@@ -2,6 +2,7 @@ using System.Runtime.InteropServices;
 using MiniCpmNative.Cli;
 using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Train;
 using MiniCpmNative.GpuEmulator;
 using MiniCpmNative.Kernels;

@@ -271,7 +271,7 @@ public sealed class GraphTests
         public Tensor Forward(Span<Tensor> saved)
         {
             Tensor x = _x;
-            foreach (Block block in _blocks) x = Graph.Run(block, x, _checkpoint);
+            foreach (Block block in _blocks) x = Graph.Run(block, x, this, _checkpoint);
             return Graph.Run(_loss, saved, x, _head, _rows, _targets);
         }
 
@@ -301,7 +301,7 @@ public sealed class GraphTests
             return tensor;
         }
 
-        private sealed class Block : IBlock
+        private sealed class Block : IBlock<object>
         {
             private readonly RmsNorm _norm = new(1e-6);
             private readonly LoraLinear _lora;
@@ -323,7 +323,7 @@ public sealed class GraphTests
 
             public bool Trainable => true;
 
-            public Tensor Forward(Graph graph, Tensor x)
+            public Tensor Forward(Graph graph, Tensor x, object context)
             {
                 Tensor y = graph.Run(_norm, x, _scale);
                 y = graph.Run(_lora, y, _w, Tensor.None, _a, _b);

@@ -2,6 +2,7 @@ using System.Buffers.Binary;
 using System.Text;
 using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Weights;
 using NUnit.Framework;
 

@@ -1,5 +1,6 @@
 using System.Text;
 using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine;
 using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;

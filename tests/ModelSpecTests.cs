@@ -1,5 +1,6 @@
 using System.Text.Json.Nodes;
 using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Weights;
 using MiniCpmNative.Kernels;
 using NUnit.Framework;
@@ -122,7 +123,6 @@ public sealed class ModelSpecTests
         Assert.That(spec.Vision.DropsLastLayer);
         Assert.That(spec.Parameters.Find("vpm.encoder.layers.1.mlp.fc1.bias"), Is.Not.Null);
         Assert.That(spec.Parameters.Find("vpm.encoder.layers.2.mlp.fc1.bias"), Is.Null);
-        Assert.That(spec.Vision.BatchSize, Is.EqualTo(16));
         Assert.That(spec.Resampler.Queries, Is.EqualTo(64));
         Assert.That(spec.Slicing, Is.EqualTo(new SlicingSpec(1, 448, 14)));
         Assert.That((spec.UseImageId, spec.SliceMode, spec.Decoder.TiedHead),

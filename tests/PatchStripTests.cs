@@ -2,6 +2,7 @@ using System.Runtime.InteropServices;
 using System.Text.Json;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Data.Images;
+using MiniCpmNative.Engine;
 using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;

@@ -1,3 +1,4 @@
+using MiniCpmNative.Engine;
 using System.Buffers.Binary;
 using System.Text.Json;
 

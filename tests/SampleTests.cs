@@ -2,6 +2,7 @@ using System.Text;
 using System.Text.Json;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Data.Text;
+using MiniCpmNative.Engine;
 using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;

@@ -2,6 +2,7 @@ using System.Security.Cryptography;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data.Images;
 using MiniCpmNative.Engine.Data.Text;
+using MiniCpmNative.Engine.Model;
 
 namespace MiniCpmNative.Engine.Data;
 
