@@ -40,19 +40,6 @@ public static class ModelFamily
             $"{config.File}: {family} is not supported yet; supported: {string.Join(", ", Supported)}");
     }
 
-    /// <summary>
-    /// Checks the prompt family that a configuration names against the model's own.
-    /// </summary>
-    /// <exception cref="InputException">They differ.</exception>
-    public static void RequirePrompts(string family, string? llmType)
-    {
-        const string prompts = "qwen";
-        if (llmType is null or prompts) return;
-        throw new InputException(
-            $"llm_type is {Messages.Quote(llmType)}, but the model is {family}, whose prompts are "
-            + $"\"{prompts}\": set that, or leave llm_type out");
-    }
-
     // Files write it as number (4.0) or as text ("2.5").
     private static string Version(JsonValue config)
     {

@@ -67,6 +67,9 @@ public abstract class Tokenizer
     public string? BosToken => _config?["bos_token"];
 
     /// <inheritdoc cref="BosId"/>
+    public string? EosToken => _config?["eos_token"];
+
+    /// <inheritdoc cref="BosId"/>
     public string? UnknownToken => _config?["unk_token"];
 
     /// <summary>chat_template of tokenizer_config.json, null without.</summary>
