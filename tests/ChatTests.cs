@@ -13,7 +13,7 @@ namespace MiniCpmNative.Tests;
 public class ChatTests
 {
     private static ChatMlFormat Format(string family) => family == "o-4_5"
-        ? new ChatMlFormat(Tokenizer, null, thinks: true)
+        ? new ChatMlFormat(Tokenizer, null, Thoughts.BehindLastQuestion)
         : Recognize(ReferenceText.Json("templates/templates.json").GetProperty(family)
             .GetProperty("template").GetString()!, family);
 
@@ -98,7 +98,7 @@ public class ChatTests
             + "{{- '<|im_start|>system\\nYou are Qwen, it\\'s me.\\nBe kind.<|im_end|>\\n' }}{%- endif %}";
         var format = Recognize(Template);
         Assert.That(format.DefaultSystem, Is.EqualTo("You are Qwen, it's me.\nBe kind."));
-        Assert.That(format.Thinks, Is.False);
+        Assert.That(format.Thoughts, Is.EqualTo(Thoughts.None));
         Assert.That(Recognize("'<|im_start|>' + role + '<|im_end|>'").DefaultSystem, Is.Null);
     }
 
@@ -108,7 +108,7 @@ public class ChatTests
         const string Template =
             "{%- set ns = namespace(multi_step_tool=true, last_query_index=3) %}"
             + "<|im_start|>{%- if message.reasoning_content is string %}</think><|im_end|>";
-        Assert.That(Recognize(Template).Thinks);
+        Assert.That(Recognize(Template).Thoughts, Is.EqualTo(Thoughts.BehindLastQuestion));
     }
 
     [TestCase("{{ '<|start_header_id|>' + message['role'] }}", "does not use <|im_start|>")]

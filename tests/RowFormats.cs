@@ -20,7 +20,8 @@ internal static class RowFormats
         {
             "tiny-llama3" => new Llama3Format(loaded),
             "tiny-qwen" => ChatMlFormat.Recognize(loaded, loaded.ChatTemplate!, tokenizer),
-            "tiny-qwen3" or "o-4_5" => new ChatMlFormat(loaded, null, thinks: true),
+            "tiny-qwen3" or "o-4_5" => new ChatMlFormat(
+                loaded, null, Thoughts.BehindLastQuestion),
             _ => throw new ArgumentException(tokenizer),
         };
     }

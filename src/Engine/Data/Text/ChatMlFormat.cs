@@ -7,8 +7,8 @@ namespace MiniCpmNative.Engine.Data.Text;
 /// <summary>
 /// ChatML, &lt;|im_start|&gt;role\ncontent&lt;|im_end|&gt;\n for each turn. Models differ by data: a
 /// system prompt put in front where the conversation has none (Qwen2), or think blocks (Qwen3):
-/// every answer behind the last question gets one, an empty one if it has none, and earlier answers
-/// lose theirs; functions called stand behind the answer, and their results in a user's turn.
+/// the last answer gets one, an empty one if it has none, and earlier answers lose theirs;
+/// functions called stand behind the answer, and their results in a user's turn.
 ///
 /// A checkpoint says what it wants as a Jinja template. It is recognised, not run: by its markers,
 /// its system prompt and its handling of thoughts. One that does anything else is refused, because
@@ -25,14 +25,14 @@ public sealed partial class ChatMlFormat : TemplateFormat
     /// <param name="tokenizer">The checkpoint's tokenizer.</param>
     /// <param name="defaultSystem">The system prompt of conversations that begin without one; null
     /// for none.</param>
-    /// <param name="thinks">Whether answers carry think blocks as in Qwen3.</param>
+    /// <param name="thoughts">Which answers carry think blocks.</param>
     /// <param name="place">The model directory, for messages.</param>
     /// <exception cref="InputException">The tokenizer lacks a token of the format.</exception>
     public ChatMlFormat(
-        Tokenizer tokenizer, string? defaultSystem, bool thinks, string place = "tokenizer")
+        Tokenizer tokenizer, string? defaultSystem, Thoughts thoughts, string place = "tokenizer")
         : base(tokenizer, TurnEnd, place)
     {
-        (DefaultSystem, Thinks) = (defaultSystem, thinks);
+        (DefaultSystem, Thoughts) = (defaultSystem, thoughts);
         _turnStart = tokenizer.Require(TurnStart, place);
         _noThought = tokenizer.Encode(NoThought).Length;
         EndOfAnswer = EosId();
@@ -40,7 +40,9 @@ public sealed partial class ChatMlFormat : TemplateFormat
 
     public string? DefaultSystem { get; }
 
-    public bool Thinks { get; }
+    public Thoughts Thoughts { get; }
+
+    private bool Thinks => Thoughts != Thoughts.None;
 
     public override string LlmType => "qwen";
 
@@ -86,16 +88,28 @@ public sealed partial class ChatMlFormat : TemplateFormat
             : Trims().IsMatch(template) ? "trims contents"
             : template.Contains("<|vision_start|>", StringComparison.Ordinal)
                 ? "writes pictures itself" : null;
-        bool thinks = template.Contains("</think>", StringComparison.Ordinal);
-        if (thinks && (!template.Contains("reasoning_content", StringComparison.Ordinal)
-            || !template.Contains("last_query_index", StringComparison.Ordinal)))
-            other ??= "handles </think> in another way than Qwen3";
+        var thoughts = ThoughtsOf(template);
+        if (thoughts is null) other ??= "handles </think> in another way than Qwen3";
         if (other is not null)
             throw new InputException($"{file}: chat_template {other}; only ChatML as in Qwen2 and "
                 + "Qwen3 is supported");
         var system = DefaultSystemText().Match(template);
         return new ChatMlFormat(tokenizer,
-            system.Success && !thinks ? Unescape(system.Groups[1].Value) : null, thinks, place);
+            system.Success && thoughts == Thoughts.None ? Unescape(system.Groups[1].Value) : null,
+            thoughts!.Value, place);
+    }
+
+    // Qwen3's template looks for the last question; ones for talk without functions are shorter,
+    // and one that asks for no role but the assistant's has only the last turn in view.
+    private static Thoughts? ThoughtsOf(string template)
+    {
+        if (!Has("</think>")) return Thoughts.None;
+        if (Has("reasoning_content") && Has("last_query_index")) return Thoughts.BehindLastQuestion;
+        if (!Has("enable_thinking is false") || !Has("loop.last")
+            || !Has(".split('</think>')[0].rstrip(") || !Has(".split('<think>')[-1]")) return null;
+        return AsksForUser().IsMatch(template) ? Thoughts.BehindLastQuestion : Thoughts.LastTurn;
+
+        bool Has(string part) => template.Contains(part, StringComparison.Ordinal);
     }
 
     /// <inheritdoc/>
@@ -126,7 +140,8 @@ public sealed partial class ChatMlFormat : TemplateFormat
         var written = new List<ChatTurn>(turns.Count + 1);
         if (DefaultSystem is not null && turns.Count > 0 && turns[0].Role != "system")
             written.Add(new ChatTurn("system", DefaultSystem));
-        int question = Thinks ? LastQuestion(turns) : 0;
+        int question = Thoughts == Thoughts.BehindLastQuestion
+            ? LastQuestion(turns) : turns.Count - 2;
         for (int i = 0; i < turns.Count; i++)
         {
             if (!Thinks || turns[i].Role is not ("assistant" or "tool")) written.Add(turns[i]);
@@ -181,6 +196,9 @@ public sealed partial class ChatMlFormat : TemplateFormat
 
     [GeneratedRegex(@"\|\s*trim\b")]
     private static partial Regex Trims();
+
+    [GeneratedRegex(@"role\b['""\]\s]*==\s*['""]user['""]")]
+    private static partial Regex AsksForUser();
 
     private static string Unescape(string literal)
     {
