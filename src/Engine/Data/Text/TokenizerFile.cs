@@ -13,7 +13,7 @@ internal sealed class TokenizerFile
     private readonly string _path;
 
     public Dictionary<string, int> Vocabulary { get; } = new(StringComparer.Ordinal);
-    public List<(int Left, int Right, int Merged)> Merges { get; } = [];
+    public List<WordMerges.Merge> Merges { get; } = [];
     public List<AddedToken> Added { get; } = [];
     public List<Splitter> Splitters { get; } = [];
     public List<int> Prefix { get; } = [];
@@ -85,6 +85,7 @@ internal sealed class TokenizerFile
 
     private void ReadVocabulary(ReadOnlySpan<byte> json, int limit)
     {
+        var names = new Dictionary<int, string>();
         var reader = new Utf8JsonReader(json);
         if (!reader.Read() || reader.TokenType != JsonTokenType.StartObject)
             throw Bad("model.vocab is not an object of token and id");
@@ -96,8 +97,13 @@ internal sealed class TokenizerFile
                 || id < 0 || id >= limit)
                 throw Bad($"model.vocab {Messages.Quote(token)}: the id is not a whole number "
                     + $"from 0 to {limit - 1}");
+            if (names.TryGetValue(id, out string? other) && other != token)
+                throw Bad($"model.vocab: {Messages.Quote(other)} and {Messages.Quote(token)} "
+                    + $"have the same id {id}");
+            names[id] = token;
             Vocabulary[token] = id;
         }
+        if (Vocabulary.Count == 0) throw Bad("model.vocab is empty");
     }
 
     private void ReadMerges(ReadOnlySpan<byte> json)
@@ -123,7 +129,9 @@ internal sealed class TokenizerFile
                 right = Item(ref reader);
                 if (!reader.Read() || reader.TokenType != JsonTokenType.EndArray) throw BadMerge();
             }
-            Merges.Add((Id(lookup, left), Id(lookup, right), Id(lookup, left + right)));
+            if (left.Length == 0 || right.Length == 0) throw BadMerge();
+            Merges.Add(new(Id(lookup, left), Id(lookup, right), Id(lookup, left + right),
+                Merges.Count));
         }
     }
 
