@@ -17,7 +17,7 @@ internal sealed class ByteLevelTokenizer : Tokenizer
 
     private readonly WordMerges _merges;
     private readonly Splitter[] _splitters;
-    private readonly bool _normalizes, _prefixSpace;
+    private readonly bool _prefixSpace;
     private readonly byte[] _bytes;
     private readonly int[] _ends;
     private readonly ConcurrentBag<Scratch> _idle = [];
@@ -37,16 +37,13 @@ internal sealed class ByteLevelTokenizer : Tokenizer
     {
         _merges = new WordMerges(file.Vocabulary, file.Merges, file.IgnoreMerges);
         _splitters = [.. file.Splitters];
-        _normalizes = file.Normalizes;
         _prefixSpace = file.OnlyByteLevel && config is not null
-            ? config.PrefixSpace : file.PrefixSpace;
+            ? config.PrefixSpace ?? false : file.PrefixSpace;
         (_bytes, _ends) = TokenBytes();
     }
 
-    private protected override ReadOnlySpan<char> Normalize(ReadOnlySpan<char> text) =>
-        _normalizes ? Nfc.Normalize(text) : text;
-
-    private protected override void EncodePiece(ReadOnlySpan<char> piece, List<int> ids)
+    private protected override void EncodePiece(
+        ReadOnlySpan<char> piece, bool atStart, List<int> ids)
     {
         if (!_idle.TryTake(out var scratch)) scratch = new Scratch(_splitters.Length);
         if (_prefixSpace && piece[0] != ' ') piece = string.Concat(" ", piece);
@@ -58,7 +55,8 @@ internal sealed class ByteLevelTokenizer : Tokenizer
     {
         if (level == _splitters.Length)
         {
-            _merges.Encode(Letters(text, scratch), ids);
+            var word = Letters(text, scratch);
+            if (!_merges.Whole(word, ids)) _merges.Encode(word, ids);
             return;
         }
         var ends = scratch.Ends[level];

@@ -48,13 +48,19 @@ internal sealed class WordMerges
     /// <summary>Two tokens and what they become; the lowest rank goes first.</summary>
     public readonly record struct Merge(int Left, int Right, int Merged, int Rank);
 
-    /// <summary>Appends the tokens of one word.</summary>
+    /// <summary>Whether a word is a token that is left whole, which is appended.</summary>
+    public bool Whole(ReadOnlySpan<char> word, List<int> ids)
+    {
+        if (!_ignoreMerges || !_vocabulary.GetAlternateLookup<ReadOnlySpan<char>>()
+            .TryGetValue(word, out int whole)) return false;
+        ids.Add(whole);
+        return true;
+    }
+
+    /// <summary>Appends the tokens that merging leaves of one word.</summary>
     public void Encode(ReadOnlySpan<char> word, List<int> ids)
     {
-        if (_ignoreMerges && _vocabulary.GetAlternateLookup<ReadOnlySpan<char>>()
-            .TryGetValue(word, out int whole))
-            ids.Add(whole);
-        else if (_package is null || word.Length > LongWord) EncodeLong(word, ids);
+        if (_package is null || word.Length > LongWord) EncodeLong(word, ids);
         else EncodeByPackage(word, ids);
     }
 
