@@ -37,6 +37,10 @@ internal static class ReferenceText
         return bytes.ToArray();
     }
 
+    /// <summary>Whether the folder in use has the file.</summary>
+    public static bool Has(string name) =>
+        File.Exists(Path.Combine(Root, name)) || File.Exists(Path.Combine(Root, name + ".gz"));
+
     /// <summary>The objects of a .jsonl file.</summary>
     public static JsonElement[] Lines(string name)
     {
