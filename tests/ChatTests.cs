@@ -12,10 +12,16 @@ namespace MiniCpmNative.Tests;
 [TestFixture]
 public class ChatTests
 {
-    internal static ChatFormat Format(string family) => family == "o-4_5"
-        ? ChatFormat.ThinkingChatMl
-        : ChatFormat.Recognize(ReferenceText.Json("templates/templates.json").GetProperty(family)
+    private static ChatMlFormat Format(string family) => family == "o-4_5"
+        ? new ChatMlFormat(Tokenizer, null, Thoughts.BehindLastQuestion)
+        : Recognize(ReferenceText.Json("templates/templates.json").GetProperty(family)
             .GetProperty("template").GetString()!, family);
+
+    // Of the tokenizer only the named tokens matter here.
+    private static Tokenizer Tokenizer { get; } = TokenizerTests.Load("tiny-qwen3");
+
+    private static ChatMlFormat Recognize(string template, string file = "x") =>
+        ChatMlFormat.Recognize(Tokenizer, template, file);
 
     [TestCase("qwen2-chatml", 108)]
     [TestCase("chatml", 108)]
@@ -30,11 +36,13 @@ public class ChatTests
             if (line.GetProperty("family").GetString() != family) continue;
             seen++;
             var turns = line.GetProperty("messages").EnumerateArray().Select(Turn).ToArray();
-            string text =
-                format.Render(turns, options.GetProperty("add_generation_prompt").GetBoolean(),
-                options.TryGetProperty("enable_thinking", out var thinking)
-                    ? thinking.GetBoolean() : null,
-                options.TryGetProperty("use_tts_template", out var speech) && speech.GetBoolean());
+            bool prompt = options.GetProperty("add_generation_prompt").GetBoolean();
+            bool? thinks = options.TryGetProperty("enable_thinking", out var thinking)
+                ? thinking.GetBoolean() : null;
+            bool speaks = options.TryGetProperty("use_tts_template", out var speech)
+                && speech.GetBoolean();
+            string text = !prompt ? format.Render(turns) : speaks
+                ? format.SpokenPrompt(turns, thinks) : format.Prompt(turns, thinks);
             Assert.That(text, Is.EqualTo(line.GetProperty("text").GetString()));
         }
         Assert.That(seen, Is.GreaterThanOrEqualTo(least));
@@ -73,8 +81,10 @@ public class ChatTests
                 sliced ? line.GetProperty("max_slice_nums").GetInt32() : 1);
             bool numbered = line.GetProperty("use_image_id").ValueKind
                 != System.Text.Json.JsonValueKind.False;
-            Assert.That(Placeholder.Text(plan, line.GetProperty("image_feature_size").GetInt32(),
-                numbered ? line.GetProperty("image_idx").GetInt32() : null, "<unk>"),
+            var scheme = RowFormats.Placeholders(
+                "tiny-qwen", line.GetProperty("image_feature_size").GetInt32());
+            Assert.That(
+                scheme.Text(plan, numbered ? line.GetProperty("image_idx").GetInt32() : null),
                 Is.EqualTo(line.GetProperty("text").GetString()));
         }
     }
@@ -86,11 +96,10 @@ public class ChatTests
         const string Template = "{%- if tools %}{{- '<|im_start|>system\\n' }}{%- else %}"
             + "{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}"
             + "{{- '<|im_start|>system\\nYou are Qwen, it\\'s me.\\nBe kind.<|im_end|>\\n' }}{%- endif %}";
-        var format = ChatFormat.Recognize(Template, "x");
+        var format = Recognize(Template);
         Assert.That(format.DefaultSystem, Is.EqualTo("You are Qwen, it's me.\nBe kind."));
-        Assert.That(format.Thinks, Is.False);
-        Assert.That(ChatFormat.Recognize("'<|im_start|>' + role + '<|im_end|>'", "x").DefaultSystem,
-            Is.Null);
+        Assert.That(format.Thoughts, Is.EqualTo(Thoughts.None));
+        Assert.That(Recognize("'<|im_start|>' + role + '<|im_end|>'").DefaultSystem, Is.Null);
     }
 
     [Test]
@@ -99,7 +108,7 @@ public class ChatTests
         const string Template =
             "{%- set ns = namespace(multi_step_tool=true, last_query_index=3) %}"
             + "<|im_start|>{%- if message.reasoning_content is string %}</think><|im_end|>";
-        Assert.That(ChatFormat.Recognize(Template, "x").Thinks);
+        Assert.That(Recognize(Template).Thoughts, Is.EqualTo(Thoughts.BehindLastQuestion));
     }
 
     [TestCase("{{ '<|start_header_id|>' + message['role'] }}", "does not use <|im_start|>")]
@@ -108,7 +117,7 @@ public class ChatTests
     [TestCase("<|im_start|><|vision_start|><|im_end|>", "pictures")]
     public void OtherTemplatesAreRefused(string template, string named)
     {
-        var e = Assert.Throws<InputException>(() => ChatFormat.Recognize(template, "model/x.json"));
+        var e = Assert.Throws<InputException>(() => Recognize(template, "model/x.json"));
         Assert.That(e!.Message, Does.StartWith("model/x.json: chat_template").And.Contain(named));
     }
 
@@ -120,14 +129,14 @@ public class ChatTests
         try
         {
             var tokenizer = TokenizerTests.Load("tiny-qwen");
-            Assert.That(ChatFormat.Load(folder, tokenizer).DefaultSystem,
+            Assert.That(ChatMlFormat.Load(folder, tokenizer).DefaultSystem,
                 Is.EqualTo("You are a helpful assistant."));
             var e = Assert.Throws<InputException>(
-                () => ChatFormat.Load(folder, TokenizerTests.Load("tiny-qwen3")));
+                () => ChatMlFormat.Load(folder, TokenizerTests.Load("tiny-qwen3")));
             Assert.That(e!.Message, Does.Contain("has no chat_template"));
             File.WriteAllText(Path.Combine(folder, "chat_template.jinja"),
                 "<|im_start|><|im_end|>");
-            Assert.That(ChatFormat.Load(folder, tokenizer).DefaultSystem, Is.Null);
+            Assert.That(ChatMlFormat.Load(folder, tokenizer).DefaultSystem, Is.Null);
         }
         finally
         {

@@ -279,8 +279,9 @@ public sealed class CudaTrainTests
 
     private static Batch First(TrainArguments arguments)
     {
-        var rows = Engine.Data.TrainingRows.Read(
-            arguments.DataPath!, arguments, ModelSpec.Read(arguments.ModelNameOrPath!));
+        string model = arguments.ModelNameOrPath!;
+        var rows = TrainingRows.Read(
+            arguments.DataPath!, arguments, ModelSpec.Read(model).Rows());
         var batch = new Batch();
         batch.Clear();
         rows.Append(0, batch);

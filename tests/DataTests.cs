@@ -35,7 +35,7 @@ public sealed class DataTests
             MaxSliceNums = expected.GetProperty("max_slice_nums").GetInt32(),
             ModelMaxLength = expected.GetProperty("max_length").GetInt32(),
         };
-        var rows = TrainingRows.Read(V26.Rows, arguments, V26.Spec);
+        var rows = TrainingRows.Read(V26.Rows, arguments, V26.Format);
         RowCheck[] checks = rows.Check(decode: false);
         int seen = 0;
         foreach (var line in expected.GetProperty("rows").EnumerateArray())
@@ -113,12 +113,12 @@ public sealed class DataTests
         TrainArguments arguments = V26.Full with { OfficialCompat = false };
         var said = new List<string>();
         var refused = Assert.Throws<InputException>(
-            () => TrainingRows.Open(data, arguments, V26.Spec, said.Add))!;
+            () => TrainingRows.Open(data, arguments, V26.Format, said.Add))!;
         Assert.That(refused.Message,
             Does.Contain("of 10 rows are bad: ").And.Contain("on_bad_row=skip"));
         Assert.That(refused.Message, Does.Not.Contain("\n"));
         var rows = TrainingRows.Open(
-            data, arguments with { OnBadRow = BadRows.Skip }, V26.Spec, said.Add);
+            data, arguments with { OnBadRow = BadRows.Skip }, V26.Format, said.Add);
         Assert.That(said, Has.Count.EqualTo(10 - rows.Count));
         Assert.That(said, Is.All.StartsWith("skipped: " + data + " row "));
         // Text-only rows and later turns work here, though not in the official script.
@@ -151,10 +151,10 @@ public sealed class DataTests
     public void PromptsMustBeTheModels()
     {
         var failure = Assert.Throws<InputException>(() => TrainingRows.Read(
-            V26.Rows, V26.Full with { LlmType = "llama3" }, V26.Spec))!;
+            V26.Rows, V26.Full with { LlmType = "llama3" }, V26.Format))!;
         Assert.That(failure.Message,
             Does.StartWith("llm_type is \"llama3\"").And.Contain("\"qwen\""));
-        TrainingRows.Read(V26.Rows, V26.Full with { LlmType = "qwen" }, V26.Spec);
+        TrainingRows.Read(V26.Rows, V26.Full with { LlmType = "qwen" }, V26.Format);
     }
 
     private static void AssertRow(TrainingRows rows, int row, JsonElement expected, string id)

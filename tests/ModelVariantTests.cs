@@ -285,8 +285,9 @@ public sealed class ModelVariantTests
 
     private static Batch Batch(TrainArguments arguments, params string[] ids)
     {
-        var rows = Engine.Data.TrainingRows.Read(
-            arguments.DataPath!, arguments, ModelSpec.Read(arguments.ModelNameOrPath!));
+        string model = arguments.ModelNameOrPath!;
+        var rows = TrainingRows.Read(
+            arguments.DataPath!, arguments, ModelSpec.Read(model).Rows());
         var batch = new Batch();
         batch.Clear();
         foreach (string id in ids) rows.Append(rows.Find(id), batch);

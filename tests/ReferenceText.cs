@@ -15,9 +15,20 @@ internal static class ReferenceText
             ? full : ReferenceFile.Root;
 
     /// <summary>All bytes of NAME or NAME.gz, for instance "tokenizers/strings.jsonl".</summary>
-    public static byte[] Bytes(string name)
+    public static byte[] Bytes(string name) => Unpacked(Path.Combine(Root, name));
+
+    /// <summary>
+    /// All bytes of tests/reference/families/NAME or NAME.gz; these files are there whole.
+    /// </summary>
+    public static byte[] Family(string name) =>
+        Unpacked(Path.Combine(ReferenceFile.Root, "families", name));
+
+    /// <summary>A .json file of tests/reference/families.</summary>
+    public static JsonElement FamilyJson(string name) =>
+        Parse(System.Text.Encoding.UTF8.GetString(Family(name)));
+
+    private static byte[] Unpacked(string path)
     {
-        string path = Path.Combine(Root, name);
         if (File.Exists(path)) return File.ReadAllBytes(path);
         using var file = File.OpenRead(path + ".gz");
         using var unpacked = new GZipStream(file, CompressionMode.Decompress);
@@ -25,6 +36,10 @@ internal static class ReferenceText
         unpacked.CopyTo(bytes);
         return bytes.ToArray();
     }
+
+    /// <summary>Whether the folder in use has the file.</summary>
+    public static bool Has(string name) =>
+        File.Exists(Path.Combine(Root, name)) || File.Exists(Path.Combine(Root, name + ".gz"));
 
     /// <summary>The objects of a .jsonl file.</summary>
     public static JsonElement[] Lines(string name)

@@ -25,10 +25,8 @@ public class RowTests
             $$"""{"role":"{{(i % 2 == 0 ? "user" : "assistant")}}","content":"{{content}}"}"""))
         + "]";
 
-    private static SampleBuilder Builder(int maxLength = 4096, bool official = false) => new(
-        TokenizerTests.Load("tiny-qwen"),
-        ChatFormat.Recognize(TokenizerTests.Load("tiny-qwen").ChatTemplate!, "tiny-qwen"),
-        new SampleOptions(4, maxLength, OfficialCompat: official));
+    private static SampleBuilder Builder(int maxLength = 4096, bool official = false) =>
+        new(RowFormats.Of("tiny-qwen", queries: 4), maxLength, official);
 
     private static Sample Build(string image, string turns, SampleBuilder? builder = null)
     {

@@ -18,14 +18,6 @@ public class SampleTests
     private static readonly string[] s_configuration =
         ["no-slice-config", "no-slice-config-multi", "bad-slice-config"];
 
-    private static Tokenizer V26 { get; } = Tokenizer.Parse(
-        ReferenceText.Bytes("v26/model/tokenizer.json"),
-        ReferenceText.Bytes("v26/model/tokenizer_config.json"));
-
-    private static ChatFormat FormatOf(string tokenizer) => tokenizer == "tiny-qwen"
-        ? ChatFormat.Recognize(TokenizerTests.Load(tokenizer).ChatTemplate!, tokenizer)
-        : ChatFormat.ThinkingChatMl;
-
     private sealed record Case(
         string Name, JsonElement Line, RowSet Rows, SlicePlan[] Plans, SampleBuilder Builder)
     {
@@ -54,11 +46,11 @@ public class SampleTests
                     conversations = line.GetProperty("conversations"),
                 },
             });
-            var options = new SampleOptions(line.GetProperty("query_nums").GetInt32(),
-                line.GetProperty("max_length").GetInt32(), numbered, official);
+            int queries = line.GetProperty("query_nums").GetInt32();
             yield return new Case(name, line, RowFile.Parse("rows.json", row),
                 [.. images.Select(item => ReferenceSlices.Of(item.Value, slices))],
-                new SampleBuilder(TokenizerTests.Load(tokenizer), FormatOf(tokenizer), options));
+                new SampleBuilder(RowFormats.Of(tokenizer, queries, numbered),
+                    line.GetProperty("max_length").GetInt32(), official));
         }
     }
 
@@ -184,9 +176,9 @@ public class SampleTests
     {
         string[] texts = [.. ReferenceText.Lines("tokenizers/strings.jsonl")
             .Select(line => line.GetProperty("t").GetString()!).Where(text => text.Length < 300)];
-        var (format, builder) = (FormatOf(tokenizer),
-            new SampleBuilder(TokenizerTests.Load(tokenizer), FormatOf(tokenizer),
-                new(1, 100_000)));
+        var format = RowFormats.Of(tokenizer, queries: 1);
+        var builder = new SampleBuilder(format, 100_000);
+        var template = (TemplateFormat)format.Prompts;
         int seen = 0;
         for (int i = 0; i + 3 < texts.Length; i += 4)
         {
@@ -203,7 +195,7 @@ public class SampleTests
                 continue;
             }
             Assert.That(sample.InputIds,
-                Is.EqualTo(TokenizerTests.Load(tokenizer).Encode(format.Render(turns))));
+                Is.EqualTo(TokenizerTests.Load(tokenizer).Encode(template.Render(turns))));
             seen++;
         }
         Assert.That(seen, Is.GreaterThan(texts.Length / 10));
@@ -217,8 +209,8 @@ public class SampleTests
             string family = line.GetProperty("family").GetString()!;
             if (family is not ("v26" or "o45")) continue;
             string tokenizer = line.GetProperty("tokenizer").GetString()!;
-            var builder = new SampleBuilder(TokenizerTests.Load(tokenizer), FormatOf(tokenizer),
-                new SampleOptions(line.GetProperty("query_num").GetInt32(), 8192));
+            var builder = new SampleBuilder(
+                RowFormats.Of(tokenizer, line.GetProperty("query_num").GetInt32()), 8192);
             var plans = new List<SlicePlan>();
             var prompt = builder.BuildPrompt(
                 Turns(line.GetProperty("messages"), line.GetProperty("image"),
@@ -241,8 +233,7 @@ public class SampleTests
                 ? most.GetInt32() : 9;
             bool numbered = !arguments.TryGetProperty("use_image_id", out var id)
                 || id.GetBoolean();
-            var builder = new SampleBuilder(V26, ChatFormat.Recognize(V26.ChatTemplate!, "v26"),
-                new SampleOptions(64, 8192, numbered));
+            var builder = new SampleBuilder(V26.Format with { Numbered = numbered }, 8192);
             var messages = arguments.GetProperty("msgs");
             var batch = messages[0].ValueKind == JsonValueKind.Array
                 ? messages.EnumerateArray().ToArray() : [messages];
@@ -302,9 +293,8 @@ public class SampleTests
         Assert.That(seen, Is.GreaterThan(20));
     }
 
-    private static SampleBuilder Builder(int maxLength, bool official) => new(V26,
-        ChatFormat.Recognize(V26.ChatTemplate!, "v26"),
-        new SampleOptions(64, maxLength, OfficialCompat: official));
+    private static SampleBuilder Builder(int maxLength, bool official) =>
+        new(V26.Format, maxLength, official);
 
     private static SlicePlan[] Plans(Row row, int slices) =>
         [.. row.Pictures.Select(picture => Plan(picture.Path, slices))];

@@ -15,20 +15,28 @@ namespace MiniCpmNative.Tests;
 public class TokenizerTests
 {
     private static readonly string[] s_names =
-        ["tiny-qwen", "tiny-qwen3", "tiny-llama3", "tiny-llama3.raw", "o-4_5"];
+    [
+        "tiny-qwen", "tiny-qwen3", "tiny-llama3", "tiny-llama3.raw", "o-4_5", "tiny-sp.fast",
+        "tiny-v4.fast", "tiny-sp.slow", "tiny-sp-noprefix.slow", "tiny-sp-nfkc.slow",
+        .. ReferenceText.Has("tokenizers/llama2/tokenizer.json")
+            ? (ReadOnlySpan<string>)["llama2"] : [],
+    ];
 
     private static readonly Dictionary<string, Tokenizer> s_loaded = [];
 
     /// <summary>
-    /// A tokenizer of tests/reference/tokenizers; NAME.raw is its tokenizer.json alone.
+    /// A tokenizer of tests/reference/tokenizers; NAME.raw is its tokenizer.json alone, NAME.slow its
+    /// tokenizer.model.
     /// </summary>
     internal static Tokenizer Load(string name)
     {
         if (s_loaded.TryGetValue(name, out var loaded)) return loaded;
-        string folder = "tokenizers/" + name.Replace(".raw", "");
-        return s_loaded[name] = Tokenizer.Parse(ReferenceText.Bytes(folder + "/tokenizer.json"),
-            name.EndsWith(".raw", StringComparison.Ordinal) ? null
-                : ReferenceText.Bytes(folder + "/tokenizer_config.json"));
+        string folder = "tokenizers/" + name.Split('.')[0];
+        byte[]? config = name.EndsWith(".raw", StringComparison.Ordinal) ? null
+            : ReferenceText.Bytes(folder + "/tokenizer_config.json");
+        return s_loaded[name] = name.EndsWith(".slow", StringComparison.Ordinal)
+            ? Tokenizer.ParseModel(ReferenceText.Bytes(folder + "/tokenizer.model"), config)
+            : Tokenizer.Parse(ReferenceText.Bytes(folder + "/tokenizer.json"), config);
     }
 
     [TestCaseSource(nameof(s_names))]
@@ -43,8 +51,10 @@ public class TokenizerTests
         {
             // Characters of Unicode 13 to 16: the result depends on the reader's Unicode version.
             if (strings[i].GetProperty("k").GetString() == "newunicode") continue;
+            // The committed part of some files leaves lines out.
+            if (!expected[i].TryGetProperty("i", out var list)) continue;
             string text = strings[i].GetProperty("t").GetString()!;
-            int[] ids = ReferenceText.Ints(expected[i].GetProperty("i"));
+            int[] ids = ReferenceText.Ints(list);
             if (!tokenizer.Encode(text).SequenceEqual(ids)) wrong.Add($"line {i + 1} ids");
             string decoded = expected[i].TryGetProperty("d", out var d) ? d.GetString()! : text;
             if (tokenizer.Decode(ids, cleanUp: false) != decoded) wrong.Add($"line {i + 1} text");
@@ -141,13 +151,13 @@ public class TokenizerTests
             Special: true);
         string text = "a" + Character(flag == "" ? 0 : before) + "x" + Character(after) + "b";
         var parts = new List<string>();
-        int at = 0, from = 0;
-        var added = new AddedTokens([token]);
-        while (added.Next(text, ref at, from, out int start, out int end) is not null)
+        int from = 0;
+        var added = new AddedTokens([token]).In(text);
+        while (added.Next() is not null)
         {
-            parts.Add(text[from..start]);
+            parts.Add(text[from..added.Start]);
             parts.Add("[x]");
-            from = end;
+            from = added.End;
         }
         parts.Add(text[from..]);
         return string.Join("|", parts);
@@ -159,9 +169,9 @@ public class TokenizerTests
     public void TheLongestAddedTokenAtAPlaceWins()
     {
         var added = new AddedTokens([Token(1, "<a"), Token(2, "<a>"), Token(3, "a>b")]);
-        int at = 0;
-        Assert.That(added.Next("<a>b", ref at, 0, out _, out int end)!.Id, Is.EqualTo(2));
-        Assert.That(end, Is.EqualTo(3));
+        var found = added.In("<a>b");
+        Assert.That(found.Next()!.Id, Is.EqualTo(2));
+        Assert.That(found.End, Is.EqualTo(3));
 
         static AddedToken Token(int id, string content) =>
             new(id, content, false, false, false, false, true);
@@ -229,7 +239,8 @@ public class TokenizerTests
     }
 
     [TestCase("\"type\": \"BPE\"", "\"type\": \"Unigram\"", "Unigram")]
-    [TestCase("\"byte_fallback\": false", "\"byte_fallback\": true", "SentencePiece")]
+    [TestCase("\"byte_fallback\": false", "\"byte_fallback\": true", "byte_fallback")]
+    [TestCase("\"!\": 0", "\"!\": 1", "same id")]
     [TestCase("\"dropout\": null", "\"dropout\": 0.1", "dropout")]
     [TestCase("\"end_of_word_suffix\": null", "\"end_of_word_suffix\": \"</w>\"",
         "end_of_word_suffix")]

@@ -103,7 +103,7 @@ public sealed class TraceTests
             DataPath = Runs.Data(_folder, "one", "two-small", "turns", "tall", "corner"),
         };
         using var model = TrainingModel.Open(arguments);
-        var rows = TrainingRows.Read(arguments.DataPath!, arguments, model.Spec);
+        var rows = TrainingRows.Read(arguments.DataPath!, arguments, model.Spec.Rows());
         var expected = Counted(model, rows);
         foreach (int size in (int[])[1, 2, 5])
         {

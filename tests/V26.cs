@@ -36,6 +36,8 @@ internal static class V26
 
     public static ModelSpec Spec { get; } = ModelSpec.Read(Model);
 
+    public static RowFormat Format { get; } = Spec.Rows();
+
     /// <summary>
     /// Whether CPMX_REFERENCE names the full set, whose tensors are compared whole.
     /// </summary>
@@ -69,7 +71,7 @@ internal static class V26
     /// <summary>Rows by their id, those without a picture included, as one batch.</summary>
     public static Batch Batch(TrainArguments arguments, params string[] ids)
     {
-        var rows = TrainingRows.Read(arguments.DataPath!, arguments, Spec);
+        var rows = TrainingRows.Read(arguments.DataPath!, arguments, Format);
         var text = ids.Any(id => id.StartsWith("text", StringComparison.Ordinal))
             ? Text(arguments) : null;
         var batch = new Batch();
@@ -186,7 +188,7 @@ internal static class V26
         try
         {
             File.WriteAllText(file, TextRows);
-            return TrainingRows.Read(file, arguments with { OfficialCompat = false }, Spec);
+            return TrainingRows.Read(file, arguments with { OfficialCompat = false }, Format);
         }
         finally
         {

@@ -1,5 +1,6 @@
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Doctor;
 using MiniCpmNative.Engine.Train;
 
@@ -12,7 +13,9 @@ internal sealed record Runners
 {
     public Action<TrainArguments, ITrainLog, StopRequest> Train { get; init; } = TrainRun.Run;
 
-    public Func<TrainArguments, TextWriter, bool> CheckData { get; init; } = DataCheck.Run;
+    public Func<TrainArguments, TextWriter, bool> CheckData { get; init; } =
+        (arguments, output) => DataCheck.Run(
+            arguments, ModelSpec.Read(arguments.ModelNameOrPath!).Rows(), output);
 
     public Action<TrainArguments, TraceRequest, TextWriter> Trace { get; init; } = TraceRun.Run;
 

@@ -1,7 +1,5 @@
 using System.Globalization;
 using MiniCpmNative.Engine.Config;
-using MiniCpmNative.Engine.Data.Text;
-using MiniCpmNative.Engine.Model;
 
 namespace MiniCpmNative.Engine.Data;
 
@@ -13,19 +11,18 @@ public static class DataCheck
 {
     /// <summary>Writes the report; false when a row is bad.</summary>
     /// <exception cref="InputException">A file cannot be read at all.</exception>
-    public static bool Run(TrainArguments arguments, TextWriter output)
+    public static bool Run(TrainArguments arguments, RowFormat format, TextWriter output)
     {
-        ModelSpec spec = ModelSpec.Read(arguments.ModelNameOrPath!);
         bool good = true;
         foreach (string? path in (string?[])[arguments.DataPath, arguments.EvalDataPath])
-            if (path is not null) good &= Run(path, arguments, spec, output);
+            if (path is not null) good &= Run(path, arguments, format, output);
         return good;
     }
 
-    private static bool Run(string path, TrainArguments arguments, ModelSpec spec,
+    private static bool Run(string path, TrainArguments arguments, RowFormat format,
         TextWriter output)
     {
-        TrainingRows rows = TrainingRows.Read(path, arguments, spec);
+        TrainingRows rows = TrainingRows.Read(path, arguments, format);
         RowCheck[] checks = rows.Check(decode: true);
         var bad = rows.Bad(checks);
         foreach (BadRow row in bad) output.WriteLine(row);
@@ -61,8 +58,7 @@ public static class DataCheck
         Sample sample = rows.Sample(index);
         output.WriteLine(
             $"  row {rows[index].Number} as the model sees it, supervised text in [[ ]]:");
-        int unknown = rows.Tokenizer.UnknownToken is { } token
-            ? rows.Tokenizer.IdOf(token) ?? -1 : -1;
+        int unknown = rows.Format.Placeholders.UnknownId;
         var text = new System.Text.StringBuilder();
         var run = new List<int>();
         bool supervised = false;
@@ -87,7 +83,7 @@ public static class DataCheck
                 text.Append(CultureInfo.InvariantCulture, $"({folded} picture features)");
             if (run.Count > 0)
             {
-                string decoded = rows.Tokenizer.Decode(run.ToArray());
+                string decoded = rows.Format.Tokenizer.Decode(run.ToArray());
                 text.Append(supervised ? $"[[{decoded}]]" : decoded);
             }
 

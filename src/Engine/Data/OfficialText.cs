@@ -7,7 +7,6 @@ namespace MiniCpmNative.Engine.Data;
 /// A row's turns as the official finetune/dataset.py writes them, for official_compat:
 /// image numbers only for sliced pictures and counting only those, line ends around every tag of a
 /// row with several pictures, features in the order of the "image" object whether shown or not.
-/// Answers are found in the tokens, wherever the word "assistant" follows a turn's marker.
 /// </summary>
 internal static partial class OfficialText
 {
@@ -55,23 +54,6 @@ internal static partial class OfficialText
             turns[turn] = turns[turn] with { Content = string.Join('\n', parts) };
         }
         return turns;
-    }
-
-    /// <summary>Marks the tokens of answers.</summary>
-    public static bool[] Answers(ReadOnlySpan<int> ids, string text, ModelTokens tokens)
-    {
-        var answer = new bool[ids.Length];
-        int thought = text.Contains(ChatFormat.NoThought, StringComparison.Ordinal) ? 4 : 0;
-        int last = ids.LastIndexOf(tokens.Assistant);
-        for (int i = 1; i < ids.Length; i++)
-        {
-            if (ids[i] != tokens.Assistant || ids[i - 1] != tokens.TurnStart) continue;
-            int start = i + 2 + (i == last ? thought : 0);
-            if (start + 1 >= ids.Length) continue;
-            int end = ids[(start + 1)..].IndexOf(tokens.TurnEnd);
-            if (end >= 0) answer.AsSpan(start, end + 2).Fill(true);
-        }
-        return answer;
     }
 
     [GeneratedRegex(@"(<image_\d+>)")]

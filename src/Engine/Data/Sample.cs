@@ -3,14 +3,6 @@ namespace MiniCpmNative.Engine.Data;
 /// <summary>Rows [Start, End) of the token sequence that take the features of one view.</summary>
 public readonly record struct ImageBound(int Start, int End);
 
-/// <summary>What decides how rows become samples.</summary>
-/// <param name="Queries">Feature rows per view (query_num).</param>
-/// <param name="MaxLength">Longest sample in tokens (model_max_length).</param>
-/// <param name="UseImageId">Whether pictures carry their number (use_image_id).</param>
-/// <param name="OfficialCompat">The official script's text and labels, its quirks included.</param>
-public sealed record SampleOptions(
-    int Queries, int MaxLength, bool UseImageId = true, bool OfficialCompat = false);
-
 /// <summary>
 /// One row as the model takes it: input_ids[T]; labels[T], already shifted (position t is to
 /// predict labels[t]) and -100 where nothing is learned; the bounds of the views in order; and

@@ -1,46 +1,44 @@
-using System.Runtime.InteropServices;
 using MiniCpmNative.Engine.Data.Text;
 
 namespace MiniCpmNative.Engine.Data;
 
 /// <summary>
 /// Turns rows into samples: text with placeholders, tokens, shifted labels, bounds of the views.
-/// A turn is encoded between its markers, which are special tokens and cut every text: the ids are
-/// those of the whole text, and where an answer lies is known and not searched for. Labels begin
-/// behind "assistant\n" (and an empty think block that the format itself adds) and take in the
-/// turn's end. Samples longer than model_max_length lose their last tokens, but never a part of a
-/// picture. Any number of threads may use one builder.
+/// Samples longer than model_max_length lose their last tokens, but never a part of a picture. Any
+/// number of threads may use one builder.
 /// </summary>
 public sealed class SampleBuilder
 {
-    private readonly Tokenizer _tokenizer;
-    private readonly ChatFormat _format;
-    private readonly SampleOptions _options;
-    private readonly ModelTokens _tokens;
-    private readonly int[] _newLine, _noThought;
-    private readonly int _answerHead;
+    private readonly RowFormat _format;
+    private readonly PromptFormat _prompts;
+    private readonly PlaceholderScheme _placeholders;
+    private readonly int _maxLength;
+    private readonly bool _official;
+    private readonly string[] _markers;
 
-    /// <param name="tokenizer">The model's tokenizer.</param>
-    /// <param name="format">Its chat format.</param>
-    /// <param name="options">What decides the samples.</param>
-    /// <param name="place">The model directory, for messages.</param>
-    /// <exception cref="InputException">The tokenizer lacks a token of MiniCPM-V.</exception>
-    public SampleBuilder(
-        Tokenizer tokenizer, ChatFormat format, SampleOptions options, string place = "tokenizer")
+    /// <param name="format">What the model wants.</param>
+    /// <param name="maxLength">Longest sample in tokens (model_max_length).</param>
+    /// <param name="official">The official script's text and labels, its quirks included.</param>
+    public SampleBuilder(RowFormat format, int maxLength, bool official = false)
     {
-        _tokenizer = tokenizer;
-        _format = format;
-        _options = options;
-        _tokens = new ModelTokens(tokenizer, options.UseImageId, place);
-        _newLine = tokenizer.Encode("\n");
-        _noThought = tokenizer.Encode(ChatFormat.NoThought);
-        _answerHead = tokenizer.Encode("assistant").Length + 1;
+        (_format, _maxLength, _official) = (format, maxLength, official);
+        (_prompts, _placeholders) = (format.Prompts, format.Placeholders);
+        _markers = [.. _prompts.Markers, .. _placeholders.Markers];
     }
 
     /// <summary>The sample of a row; plans are those of row.Pictures, one each.</summary>
     /// <exception cref="BadRowException">The row cannot be trained on.</exception>
-    public Sample Build(Row row, IReadOnlyList<SlicePlan> plans) =>
-        _options.OfficialCompat ? BuildOfficial(row, plans) : BuildStrict(row, plans);
+    public Sample Build(Row row, IReadOnlyList<SlicePlan> plans)
+    {
+        try
+        {
+            return _official ? BuildOfficial(row, plans) : BuildStrict(row, plans);
+        }
+        catch (InputException failure)
+        {
+            throw row.Bad(failure.Message);
+        }
+    }
 
     /// <summary>The prompt that asks for the answer in a turn of the row (index from 0).</summary>
     /// <exception cref="BadRowException">The row cannot be trained on.</exception>
@@ -85,88 +83,66 @@ public sealed class SampleBuilder
 
     private Prompt BuildPrompt(IReadOnlyList<ChatTurn> turns, int[] pictures, bool enableThinking)
     {
-        int[] ids = _tokenizer.Encode(
-            _format.Render(turns, addGenerationPrompt: true, enableThinking));
+        int[] ids = _prompts.EncodePrompt(turns, enableThinking);
         return new Prompt(ids,
-            _tokens.Bounds(ids) ?? throw new InputException("the prompt holds image "
+            _placeholders.Bounds(ids) ?? throw new InputException("the prompt holds image "
             + "tokens as text; take them out, pictures are given beside the text"), pictures);
     }
 
     private (ChatTurn[] Turns, int[] Pictures) Compose(Row row, IReadOnlyList<SlicePlan> plans) =>
-        RowText.Compose(row, (picture, number) => PictureText(plans[picture], number),
-            _tokens.Structural);
+        RowText.Compose(row, (picture, number) => PictureText(plans[picture], number), _markers);
 
-    private string PictureText(SlicePlan plan, int? number) => Placeholder.Text(
-        plan, _options.Queries, _options.UseImageId ? number : null, _tokens.Unknown);
+    private string PictureText(SlicePlan plan, int number) =>
+        _placeholders.Text(plan, _format.Numbered ? number : null);
 
     private Sample BuildStrict(Row row, IReadOnlyList<SlicePlan> plans)
     {
         var (turns, pictures) = Compose(row, plans);
-        var ids = new List<int>(256);
-        var answers = new List<(int Start, int End)>();
-        foreach (var turn in _format.Turns(turns))
-        {
-            int marker = ids.Count;
-            ids.Add(_tokens.TurnStart);
-            _tokenizer.Encode($"{turn.Role}\n{turn.Content}", ids);
-            int end = ids.Count;
-            ids.Add(_tokens.TurnEnd);
-            ids.AddRange(_newLine);
-            if (turn.Role != "assistant") continue;
-            int start = marker + 1 + _answerHead;
-            if (_format.Thinks
-                && turn.Content.StartsWith(ChatFormat.NoThought, StringComparison.Ordinal))
-                start += _noThought.Length;
-            answers.Add((Math.Min(start, end), end + 1));
-        }
-        var answer = new bool[ids.Count];
-        foreach (var (start, end) in answers) answer.AsSpan(start, end - start).Fill(true);
-        int views = pictures.Sum(picture => plans[picture].Views);
-        var bounds = _tokens.Bounds(CollectionsMarshal.AsSpan(ids))!;
-        CheckFit(row, ids.Count, bounds, pictures, plans);
-        return Finish(row, ids, answer, bounds, pictures, views);
+        var chat = _prompts.Encode(turns);
+        var bounds = _placeholders.Bounds(chat.Ids)!;
+        CheckFit(row, chat.Ids.Length, bounds, pictures, plans);
+        return Finish(row, chat, bounds, pictures, pictures.Sum(picture => plans[picture].Views));
     }
 
     // Only text is cut: a picture with half its rows is none.
     private void CheckFit(
         Row row, int tokens, ImageBound[] bounds, int[] pictures, IReadOnlyList<SlicePlan> plans)
     {
-        if (bounds.Length == 0 || bounds[^1].End < _options.MaxLength) return;
-        int fit = bounds.Count(bound => bound.End < _options.MaxLength), whole = 0;
+        if (bounds.Length == 0 || bounds[^1].End < _maxLength) return;
+        int fit = bounds.Count(bound => bound.End < _maxLength), whole = 0;
         while ((fit -= plans[pictures[whole]].Views) >= 0) whole++;
         throw row.Bad($"has {Messages.Number(tokens)} tokens, model_max_length is "
-            + $"{Messages.Number(_options.MaxLength)}: picture {whole + 1} of {pictures.Length} would be "
+            + $"{Messages.Number(_maxLength)}: picture {whole + 1} of {pictures.Length} would be "
             + "cut; raise model_max_length, lower max_slice_nums or show fewer pictures");
     }
 
     private Sample BuildOfficial(Row row, IReadOnlyList<SlicePlan> plans)
     {
         var turns = OfficialText.Compose(row, (picture, number) =>
-            PictureText(plans[picture], number),
+            _placeholders.Text(plans[picture], number),
             [.. plans.Select(plan => plan.Sliced)]);
-        string text = _format.Render(turns);
-        var ids = new List<int>(256);
-        _tokenizer.Encode(text, ids);
-        var answer = OfficialText.Answers(CollectionsMarshal.AsSpan(ids), text, _tokens);
-        return Finish(row, ids, answer, null, [.. Enumerable.Range(0, plans.Count)],
-            plans.Sum(plan => plan.Views));
+        return Finish(row, _prompts.EncodeOfficial(turns), null,
+            [.. Enumerable.Range(0, plans.Count)], plans.Sum(plan => plan.Views));
     }
 
     private Sample Finish(
-        Row row, List<int> tokens, bool[] answer, ImageBound[]? bounds, int[] pictures, int views)
+        Row row, EncodedChat chat, ImageBound[]? bounds, int[] pictures, int views)
     {
-        int[] ids = [.. tokens.Take(_options.MaxLength)];
-        if (Array.IndexOf(answer, true, 0, ids.Length) < 0)
-            throw row.Bad(ids.Length < tokens.Count
-                ? $"has {Messages.Number(tokens.Count)} tokens, and no answer is left within "
-                    + $"model_max_length {Messages.Number(_options.MaxLength)}"
+        int length = Math.Min(chat.Ids.Length, _maxLength);
+        bool cut = length < chat.Ids.Length;
+        int[] ids = chat.Ids[..length];
+        var answer = chat.Answer.AsSpan(0, length);
+        if (!answer.Contains(true))
+            throw row.Bad(cut
+                ? $"has {Messages.Number(chat.Ids.Length)} tokens, and no answer is left within "
+                    + $"model_max_length {Messages.Number(_maxLength)}"
                 : "no token is supervised: no answer was found");
-        bounds ??= _tokens.Bounds(ids)
+        bounds ??= _placeholders.Bounds(ids)
             ?? throw row.Bad(
                 "image starts and ends do not pair up: a tag in a later turn or special "
-                + "tokens in the text" + (ids.Length < tokens.Count ? ", or a picture cut by "
-                + $"model_max_length {Messages.Number(_options.MaxLength)}" : ""));
-        var labels = _tokens.Labels(ids, answer.AsSpan(0, ids.Length));
-        return new Sample(ids, labels, bounds, pictures, tokens.Count, views);
+                + "tokens in the text" + (cut ? ", or a picture cut by "
+                + $"model_max_length {Messages.Number(_maxLength)}" : ""));
+        return new Sample(
+            ids, _prompts.Labels(ids, answer), bounds, pictures, chat.Ids.Length, views);
     }
 }

@@ -1,8 +1,6 @@
 using System.Security.Cryptography;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data.Images;
-using MiniCpmNative.Engine.Data.Text;
-using MiniCpmNative.Engine.Model;
 
 namespace MiniCpmNative.Engine.Data;
 
@@ -13,44 +11,36 @@ namespace MiniCpmNative.Engine.Data;
 public sealed class TrainingRows : IRowLoader
 {
     private readonly RowSet _set;
+    private readonly RowFormat _format;
     private readonly SampleBuilder _builder;
     private readonly SlicingSpec _slicing;
     private readonly bool _orient;
-    private readonly int _queries, _vocabulary;
     private readonly ThreadLocal<PatchStrips> _strips;
     private readonly IReadOnlyList<Row> _rows;
 
-    private TrainingRows(string path, TrainArguments arguments, ModelSpec spec)
+    private TrainingRows(string path, TrainArguments arguments, RowFormat format)
     {
-        Families.RequirePrompts(spec.Family, arguments.LlmType);
+        format.RequireLlmType(arguments.LlmType, arguments.OfficialCompat);
         Path = path;
         _set = RowFile.Read(path);
         _rows = _set.Rows;
-        string folder = arguments.ModelNameOrPath!;
-        Tokenizer = Tokenizer.Load(folder);
-        bool imageId = arguments.OfficialCompat ? spec.UseImageId : spec.Processor.UseImageId;
-        (_queries, _vocabulary) = (spec.Resampler.Queries, spec.Decoder.VocabSize);
+        _format = format;
         _builder = new SampleBuilder(
-            Tokenizer, ChatFormat.Load(folder, Tokenizer), new SampleOptions(
-                _queries, arguments.ModelMaxLength, imageId, arguments.OfficialCompat), folder);
-        _slicing = spec.Slicing with { MaxSliceNums = spec.SliceMode ? arguments.MaxSliceNums : 1 };
+            format, arguments.ModelMaxLength, arguments.OfficialCompat);
+        _slicing = format.SlicingUpTo(arguments.MaxSliceNums);
         _orient = arguments.ApplyExifOrientation;
-        float[] mean = [.. spec.Processor.Mean.Select(v => (float)v)];
-        float[] std = [.. spec.Processor.Std.Select(v => (float)v)];
-        _strips = new ThreadLocal<PatchStrips>(() =>
-            new PatchStrips(mean, std, _slicing.PatchSize));
+        _strips = new ThreadLocal<PatchStrips>(format.NewStrips);
     }
 
     private TrainingRows(TrainingRows all, IReadOnlyList<Row> rows)
     {
-        (Path, _set, _builder, _slicing) = (all.Path, all._set, all._builder, all._slicing);
-        (_orient, _queries, _strips, _rows) = (all._orient, all._queries, all._strips, rows);
-        (Tokenizer, _vocabulary) = (all.Tokenizer, all._vocabulary);
+        (Path, _set, _format, _builder) = (all.Path, all._set, all._format, all._builder);
+        (_slicing, _orient, _strips, _rows) = (all._slicing, all._orient, all._strips, rows);
     }
 
     public string Path { get; }
 
-    public Tokenizer Tokenizer { get; }
+    public RowFormat Format => _format;
 
     public int Count => _rows.Count;
 
@@ -69,10 +59,10 @@ public sealed class TrainingRows : IRowLoader
 
     /// <summary>Reads a data file without checking its rows.</summary>
     /// <exception cref="InputException">
-    /// The file, or the model's tokenizer, cannot be used.
+    /// The file cannot be used, or llm_type is another model's.
     /// </exception>
-    public static TrainingRows Read(string path, TrainArguments arguments, ModelSpec spec) =>
-        new(path, arguments, spec);
+    public static TrainingRows Read(string path, TrainArguments arguments, RowFormat format) =>
+        new(path, arguments, format);
 
     /// <summary>
     /// Reads a data file and checks each row's text and its pictures' headers. Bad rows are
@@ -80,9 +70,9 @@ public sealed class TrainingRows : IRowLoader
     /// </summary>
     /// <exception cref="InputException">The file cannot be used, or has bad rows.</exception>
     public static TrainingRows Open(
-        string path, TrainArguments arguments, ModelSpec spec, Action<string> message)
+        string path, TrainArguments arguments, RowFormat format, Action<string> message)
     {
-        var all = new TrainingRows(path, arguments, spec);
+        var all = new TrainingRows(path, arguments, format);
         bool skip = arguments.OnBadRow == BadRows.Skip;
         // What is left out must be known before the first step;
         // whole pictures tell more than headers.
@@ -169,15 +159,16 @@ public sealed class TrainingRows : IRowLoader
         batch.Samples++;
         for (int view = 0; view < sample.Bounds.Length; view++)
         {
+            int queries = _format.Placeholders.Queries;
             (int begin, int end) = (sample.Bounds[view].Start, sample.Bounds[view].End);
-            if (end - begin != _queries)
-                throw row.Bad($"a picture's place has {end - begin} tokens, expected {_queries}");
+            if (end - begin != queries)
+                throw row.Bad($"a picture's place has {end - begin} tokens, expected {queries}");
             batch.ImageBounds.Add(begin);
             batch.ImageBounds.Add(end);
-            for (int q = 0; q < _queries; q++)
+            for (int q = 0; q < queries; q++)
             {
                 batch.Slots.Add(start + begin + q);
-                batch.SlotFeatures.Add(((firstView + view) * _queries) + q);
+                batch.SlotFeatures.Add(((firstView + view) * queries) + q);
             }
         }
 
@@ -193,9 +184,9 @@ public sealed class TrainingRows : IRowLoader
         int largest = -1;
         foreach (int id in sample.InputIds) largest = Math.Max(largest, id);
         foreach (int label in sample.Labels) largest = Math.Max(largest, label);
-        return largest < _vocabulary ? sample : throw row.Bad(
-            $"the tokenizer gives it the token id {largest}, the model has {_vocabulary:N0} (vocab_size in "
-            + "config.json): they do not belong together");
+        return largest < _format.Vocabulary ? sample : throw row.Bad(
+            $"the tokenizer gives it the token id {largest}, the model has "
+            + $"{_format.Vocabulary:N0} (vocab_size in config.json): they do not belong together");
     }
 
     private void AppendPicture(Row row, int index, SlicePlan plan, int orientation, Batch batch)

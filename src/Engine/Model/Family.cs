@@ -1,3 +1,5 @@
+using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Data.Text;
 using MiniCpmNative.Engine.Weights;
 
 namespace MiniCpmNative.Engine.Model;
@@ -36,6 +38,26 @@ public abstract class Family(string name)
     }
 
     /// <summary>
+    /// How rows become tokens and patches. Most members have ChatML as their template says, and
+    /// slices that are marked each by a token of their own.
+    /// </summary>
+    /// <exception cref="InputException">
+    /// The tokenizer or the chat template cannot be used.
+    /// </exception>
+    public virtual RowFormat Rows(ModelSpec spec)
+    {
+        var tokenizer = Tokenizer.Load(spec.Directory);
+        return Rows(spec, ChatMlFormat.Load(spec.Directory, tokenizer), PlaceholderScheme.New(
+            tokenizer, spec.Processor.Tokens, spec.Resampler.Queries, spec.Directory));
+    }
+
+    /// <summary>The format of these prompts and placeholders.</summary>
+    protected static RowFormat Rows(
+        ModelSpec spec, PromptFormat prompts, PlaceholderScheme placeholders) => new(
+            prompts, placeholders, spec.Processor.UseImageId, spec.Slicing, spec.SliceMode,
+            spec.Processor.Mean, spec.Processor.Std, spec.Decoder.VocabSize);
+
+    /// <summary>
     /// What a tensor of this family is, for a message of another one that has no place for it.
     /// </summary>
     public virtual string? Explain(string tensor) => null;
@@ -50,7 +72,9 @@ public static class Families
     [
         new MiniCpmV26(),
         new MiniCpmO26(),
+        new MiniCpmV4(),
         new MiniCpmV45(),
+        new MiniCpmO45(),
     ];
 
     /// <exception cref="InputException">The model is none of <see cref="All"/>.</exception>
@@ -58,19 +82,6 @@ public static class Families
         All.FirstOrDefault(family => family.Is(config)) ?? throw new InputException(
             $"{config.Json.File}: {config.ModelName} is not supported yet; supported: "
             + string.Join(", ", All));
-
-    /// <summary>
-    /// Checks the prompt family that a configuration names against the model's own.
-    /// </summary>
-    /// <exception cref="InputException">They differ.</exception>
-    public static void RequirePrompts(Family family, string? llmType)
-    {
-        const string prompts = "qwen";
-        if (llmType is null or prompts) return;
-        throw new InputException(
-            $"llm_type is {Messages.Quote(llmType)}, but the model is {family}, whose prompts are "
-            + $"\"{prompts}\": set that, or leave llm_type out");
-    }
 
     /// <summary>
     /// What a tensor is that a model has no place for, where that is known: a part of a relative, a

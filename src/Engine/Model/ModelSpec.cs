@@ -1,4 +1,5 @@
 using System.Collections.Immutable;
+using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Weights;
 
 namespace MiniCpmNative.Engine.Model;
@@ -47,6 +48,12 @@ public sealed record ModelSpec(
         _ = spec.Parameters;
         return spec;
     }
+
+    /// <summary>How rows become tokens and patches.</summary>
+    /// <exception cref="InputException">
+    /// The tokenizer or the chat template cannot be used.
+    /// </exception>
+    public RowFormat Rows() => Family.Rows(this);
 
     private ParameterTable Describe()
     {
@@ -133,9 +140,6 @@ public sealed record DecoderSpec(
     }
 }
 
-/// <summary>How a picture is cut (slice_config of config.json).</summary>
-public sealed record SlicingSpec(int MaxSliceNums, int ScaleResolution, int PatchSize);
-
 /// <summary>
 /// The shipped image processor: its own slicing, normalisation and placeholder tokens.
 /// </summary>
@@ -146,11 +150,6 @@ public sealed record SlicingSpec(int MaxSliceNums, int ScaleResolution, int Patc
 public sealed record ProcessorSpec(
     SlicingSpec Slicing, bool UseImageId, ImmutableArray<double> Mean,
     ImmutableArray<double> Std, PlaceholderTokens Tokens);
-
-/// <summary>Texts of the special tokens around and inside a picture's placeholder.</summary>
-public sealed record PlaceholderTokens(
-    string ImageStart, string ImageEnd, string SliceStart, string SliceEnd, string Unknown,
-    string ImageIdStart, string ImageIdEnd);
 
 /// <summary>Token ids that begin and end a generated text.</summary>
 public sealed record GenerationSpec(int? BosTokenId, ImmutableArray<int> EosTokenIds,

@@ -17,8 +17,9 @@ public static class TraceRun
     /// <exception cref="RunException">The file cannot be written.</exception>
     public static void Run(TrainArguments arguments, TraceRequest request, TextWriter output)
     {
-        ModelSpec spec = ModelSpec.Read(arguments.ModelNameOrPath!);
-        TrainingRows rows = TrainingRows.Read(arguments.DataPath!, arguments, spec);
+        string folder = arguments.ModelNameOrPath!;
+        RowFormat format = ModelSpec.Read(folder).Rows();
+        TrainingRows rows = TrainingRows.Read(arguments.DataPath!, arguments, format);
         var batch = new Batch();
         batch.Clear();
         foreach (string id in request.Rows)

@@ -28,10 +28,11 @@ public sealed class TrainRun : IDisposable
         TrainArguments arguments, ITrainLog log, StopRequest stop, DeviceSource devices)
     {
         (_arguments, _log, _stop) = (arguments, log, stop);
-        ModelSpec spec = ModelSpec.Read(arguments.ModelNameOrPath!);
-        _rows = TrainingRows.Open(arguments.DataPath!, arguments, spec, log.Message);
+        string model = arguments.ModelNameOrPath!;
+        RowFormat format = ModelSpec.Read(model).Rows();
+        _rows = TrainingRows.Open(arguments.DataPath!, arguments, format, log.Message);
         if (arguments.EvalDataPath is { } evaluation && Evaluates)
-            _evaluationRows = TrainingRows.Open(evaluation, arguments, spec, log.Message);
+            _evaluationRows = TrainingRows.Open(evaluation, arguments, format, log.Message);
         _plan = new StepPlan(arguments, _rows.Count);
         _schedule = Schedule.Of(arguments, _plan.MaxSteps);
         _sampler = new Sampler(arguments, _rows.Count);

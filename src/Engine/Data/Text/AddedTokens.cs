@@ -7,7 +7,13 @@ namespace MiniCpmNative.Engine.Data.Text;
 /// <summary>A token that is cut out of the text before anything else looks at it.</summary>
 internal sealed record AddedToken(
     int Id, string Content, bool SingleWord, bool LeftStrip, bool RightStrip, bool Normalized,
-    bool Special);
+    bool Special)
+{
+    /// <summary>
+    /// The longest content in UTF-16 units: what finding one may cost at each place of a text.
+    /// </summary>
+    public const int MaxLength = 1024;
+}
 
 /// <summary>
 /// Finds added tokens in a text as Hugging Face's AddedVocabulary does: leftmost match, the longest
@@ -16,53 +22,93 @@ internal sealed record AddedToken(
 /// </summary>
 internal sealed class AddedTokens
 {
-    private readonly SearchValues<string>? _contents;
-    private readonly Dictionary<char, AddedToken[]> _byFirst = [];
+    private readonly AddedToken[] _sorted;
+    private readonly SearchValues<char> _firsts;
 
     public AddedTokens(IEnumerable<AddedToken> tokens)
     {
-        var all = tokens.Where(token => token.Content.Length > 0).ToArray();
-        if (all.Length == 0) return;
-        _contents = SearchValues.Create(
-            [.. all.Select(token => token.Content)], StringComparison.Ordinal);
-        foreach (var group in all.GroupBy(token => token.Content[0]))
-            _byFirst[group.Key] = [.. group.OrderByDescending(token => token.Content.Length)];
+        _sorted = [.. tokens.Where(token => token.Content.Length > 0)
+            .DistinctBy(token => token.Content)
+            .OrderBy(token => token.Content, StringComparer.Ordinal)];
+        _firsts = SearchValues.Create(
+            [.. _sorted.Select(token => token.Content[0]).Distinct()]);
     }
 
-    /// <summary>
-    /// The next token of text at or after position at, which moves behind the match. start and end
-    /// hold the match with the white space it takes; start is never before floor.
-    /// </summary>
-    public AddedToken? Next(
-        ReadOnlySpan<char> text, ref int at, int floor, out int start, out int end)
+    /// <summary>The tokens of a text, from left to right.</summary>
+    public Matches In(ReadOnlySpan<char> text) => new(this, text);
+
+    /// <summary>A walk through the tokens of one text.</summary>
+    public ref struct Matches(AddedTokens tokens, ReadOnlySpan<char> text)
     {
-        while (_contents is not null)
+        private readonly ReadOnlySpan<char> _text = text;
+        private int _at, _white;
+
+        /// <summary>
+        /// The match with the white space it takes; Start is never before the End before it.
+        /// </summary>
+        public int Start { get; private set; }
+
+        /// <inheritdoc cref="Start"/>
+        public int End { get; private set; }
+
+        /// <summary>The next token; null behind the last, Start and End are the text's end
+        /// then.</summary>
+        public AddedToken? Next()
         {
-            int offset = text[at..].IndexOfAny(_contents);
-            if (offset < 0) break;
-            start = at + offset;
-            var token = Longest(text[start..]);
-            end = at = start + token.Content.Length;
-            if (token.SingleWord && (EndsWithWord(text[..start]) || StartsWithWord(text[end..])))
-                continue;
-            if (token.LeftStrip)
+            while (_text[_at..].IndexOfAny(tokens._firsts) is var offset and >= 0)
             {
-                while (start > 0 && char.IsWhiteSpace(text[start - 1])) start--;
-                start = Math.Max(start, floor);
+                int start = _at + offset;
+                _at = start + 1;
+                if (tokens.Longest(_text[start..]) is not { } token) continue;
+                _at = start + token.Content.Length;
+                if (token.SingleWord
+                    && (EndsWithWord(_text[..start]) || StartsWithWord(_text[_at..]))) continue;
+                if (token.LeftStrip)
+                    while (start > End && char.IsWhiteSpace(_text[start - 1])) start--;
+                Start = Math.Max(start, End);
+                End = token.RightStrip ? WhiteEnd() : _at;
+                return token;
             }
-            if (token.RightStrip)
-                while (end < text.Length && char.IsWhiteSpace(text[end])) end++;
-            return token;
+            Start = End = _text.Length;
+            return null;
         }
-        start = end = text.Length;
-        return null;
+
+        // The first place from _at on that is no white space; up to _white that is known.
+        private int WhiteEnd()
+        {
+            if (_at >= _white)
+            {
+                _white = _at;
+                while (_white < _text.Length && char.IsWhiteSpace(_text[_white])) _white++;
+            }
+            return _white;
+        }
     }
 
-    private AddedToken Longest(ReadOnlySpan<char> text)
+    // Narrows the sorted tokens down letter by letter to those that begin as text does.
+    private AddedToken? Longest(ReadOnlySpan<char> text)
     {
-        foreach (var token in _byFirst[text[0]])
-            if (text.StartsWith(token.Content, StringComparison.Ordinal)) return token;
-        throw new InvalidOperationException("a match that no added token explains");
+        AddedToken? best = null;
+        int low = 0, high = _sorted.Length;
+        for (int n = 0; n < text.Length && low < high; n++)
+        {
+            low = Bound(low, high, n, text[n]);
+            high = Bound(low, high, n, text[n] + 1);
+            if (low < high && _sorted[low].Content.Length == n + 1) best = _sorted[low++];
+        }
+        return best;
+    }
+
+    // The first of tokens low to high whose letter n is at least c.
+    private int Bound(int low, int high, int n, int c)
+    {
+        while (low < high)
+        {
+            int middle = (low + high) >>> 1;
+            if (_sorted[middle].Content[n] < c) low = middle + 1;
+            else high = middle;
+        }
+        return low;
     }
 
     private static bool StartsWithWord(ReadOnlySpan<char> text) =>

@@ -11,11 +11,13 @@ namespace MiniCpmNative.Engine.Data.Text;
 /// </summary>
 internal sealed class ByteLevelTokenizer : Tokenizer
 {
+    private const int MaxKept = 1 << 16;
+
     private static readonly char[] s_charOfByte = CharOfByte();
 
-    private readonly BytePairs _pairs;
+    private readonly WordMerges _merges;
     private readonly Splitter[] _splitters;
-    private readonly bool _normalizes, _prefixSpace, _ignoreMerges;
+    private readonly bool _prefixSpace;
     private readonly byte[] _bytes;
     private readonly int[] _ends;
     private readonly ConcurrentBag<Scratch> _idle = [];
@@ -23,42 +25,38 @@ internal sealed class ByteLevelTokenizer : Tokenizer
     // One for each thread at work; kept for the next.
     private sealed class Scratch(int levels)
     {
-        public readonly BytePairs.Scratch Pairs = new();
         public readonly List<int>[] Ends =
             [.. Enumerable.Range(0, levels).Select(_ => new List<int>())];
+
+        public byte[] Bytes = new byte[256];
+        public char[] Letters = new char[256];
     }
 
     public ByteLevelTokenizer(TokenizerFile file, TokenizerConfig? config, string path)
         : base(file, config, path)
     {
-        var single = new int[256];
-        for (int b = 0; b < 256; b++)
-            single[b] = Vocabulary.GetValueOrDefault(s_charOfByte[b].ToString(), -1);
-        _pairs = new BytePairs(single, file.Merges);
+        _merges = new WordMerges(file.Vocabulary, file.Merges, file.IgnoreMerges);
         _splitters = [.. file.Splitters];
-        _normalizes = file.Normalizes;
-        _ignoreMerges = file.IgnoreMerges;
         _prefixSpace = file.OnlyByteLevel && config is not null
-            ? config.PrefixSpace : file.PrefixSpace;
+            ? config.PrefixSpace ?? false : file.PrefixSpace;
         (_bytes, _ends) = TokenBytes();
     }
 
-    private protected override ReadOnlySpan<char> Normalize(ReadOnlySpan<char> text) =>
-        _normalizes ? Nfc.Normalize(text) : text;
-
-    private protected override void EncodePiece(ReadOnlySpan<char> piece, List<int> ids)
+    private protected override void EncodePiece(
+        ReadOnlySpan<char> piece, bool atStart, List<int> ids)
     {
         if (!_idle.TryTake(out var scratch)) scratch = new Scratch(_splitters.Length);
         if (_prefixSpace && piece[0] != ' ') piece = string.Concat(" ", piece);
         Split(piece, 0, scratch, ids);
-        _idle.Add(scratch);
+        if (scratch.Bytes.Length <= MaxKept) _idle.Add(scratch);
     }
 
     private void Split(ReadOnlySpan<char> text, int level, Scratch scratch, List<int> ids)
     {
         if (level == _splitters.Length)
         {
-            if (!_ignoreMerges || !Whole(text, ids)) _pairs.Encode(text, scratch.Pairs, ids);
+            var word = Letters(text, scratch);
+            if (!_merges.Whole(word, ids)) _merges.Encode(word, ids);
             return;
         }
         var ends = scratch.Ends[level];
@@ -73,19 +71,15 @@ internal sealed class ByteLevelTokenizer : Tokenizer
         if (ends.Capacity > MaxKept) scratch.Ends[level] = [];
     }
 
-    private const int MaxKept = 1 << 16;
-
-    // ignore_merges: a word that the vocabulary holds is one token, whatever merges could reach.
-    private bool Whole(ReadOnlySpan<char> word, List<int> ids)
+    // A lone surrogate becomes U+FFFD, as in Hugging Face's UTF-8.
+    private static ReadOnlySpan<char> Letters(ReadOnlySpan<char> word, Scratch scratch)
     {
-        Span<byte> bytes = stackalloc byte[256];
-        Span<char> name = stackalloc char[256];
-        if (!Encoding.UTF8.TryGetBytes(word, bytes, out int count)) return false;
-        for (int i = 0; i < count; i++) name[i] = s_charOfByte[bytes[i]];
-        if (!Vocabulary.GetAlternateLookup<ReadOnlySpan<char>>()
-            .TryGetValue(name[..count], out int id)) return false;
-        ids.Add(id);
-        return true;
+        int most = Encoding.UTF8.GetMaxByteCount(word.Length);
+        if (scratch.Bytes.Length < most)
+            (scratch.Bytes, scratch.Letters) = (new byte[most], new char[most]);
+        int count = Encoding.UTF8.GetBytes(word, scratch.Bytes);
+        for (int i = 0; i < count; i++) scratch.Letters[i] = s_charOfByte[scratch.Bytes[i]];
+        return scratch.Letters.AsSpan(0, count);
     }
 
     private protected override string DecodeTokens(ReadOnlySpan<int> ids)

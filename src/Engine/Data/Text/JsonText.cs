@@ -73,6 +73,13 @@ internal static class JsonText
 
     public static bool IsTrue(this JsonElement element) => element.ValueKind == JsonValueKind.True;
 
+    public static bool? Flag(this JsonElement element) => element.ValueKind switch
+    {
+        JsonValueKind.True => true,
+        JsonValueKind.False => false,
+        _ => null,
+    };
+
     public static bool IsNull(this JsonElement element) =>
         element.ValueKind is JsonValueKind.Null or JsonValueKind.Undefined;
 

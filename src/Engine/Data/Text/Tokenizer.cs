@@ -5,7 +5,8 @@ namespace MiniCpmNative.Engine.Data.Text;
 /// <summary>
 /// Text to token ids and back, equal to Hugging Face's tokenizers. What every kind shares is here:
 /// added and special tokens, named ids, clean-up. How the text between added tokens is encoded is
-/// the kind's own: ByteLevelTokenizer today. Any number of threads may use one tokenizer.
+/// the kind's own: ByteLevelTokenizer or SentencePieceTokenizer, as the model's files say. Any number
+/// of threads may use one tokenizer.
 /// </summary>
 public abstract class Tokenizer
 {
@@ -13,28 +14,34 @@ public abstract class Tokenizer
 
     private readonly AddedTokens _raw;
     private readonly AddedTokens _normalized;
+    private readonly TextNormalizer _normalizer;
     private readonly Dictionary<string, AddedToken> _added = new(StringComparer.Ordinal);
     private readonly HashSet<int> _special = [];
     private readonly TokenizerConfig? _config;
 
-    internal Tokenizer(TokenizerFile file, TokenizerConfig? config, string path)
+    internal Tokenizer(VocabularyFile file, TokenizerConfig? config, string path)
     {
         _config = config;
+        _normalizer = file.Normalizer;
         Vocabulary = file.Vocabulary;
         Prefix = [.. file.Prefix];
         Suffix = [.. file.Suffix];
         foreach (var token in file.Added) Add(token);
-        if (config is not null) Merge(config, path);
-        Size = 1 + Math.Max(Vocabulary.Values.DefaultIfEmpty(-1).Max(),
+        if (config is not null) Merge(config, file.Slow, path);
+        Size = 1 + Math.Max(Vocabulary.Values.Max(),
             _added.Values.Select(token => token.Id).DefaultIfEmpty(-1).Max());
-        var matched = _added.Values
-            .Where(token => config is not { SplitSpecial: true } || !token.Special).ToArray();
-        _raw = new AddedTokens(matched.Where(token => !token.Normalized));
-        _normalized = new AddedTokens(matched.Where(token => token.Normalized)
+        if (_added.Values.FirstOrDefault(token => token.Content.Length > AddedToken.MaxLength)
+            is { } longest)
+            throw new InputException($"{path}: added token {Messages.Quote(longest.Content)} has "
+                + $"{Messages.Number(longest.Content.Length)} letters, at most "
+                + $"{Messages.Number(AddedToken.MaxLength)} are supported");
+        var matched = _added.Values.Where(
+            token => config is not { SplitSpecial: true } || !(token.Special || file.Slow));
+        _raw = new AddedTokens(matched.Where(token => file.Slow || !token.Normalized));
+        _normalized = new AddedTokens(matched.Where(token => !file.Slow && token.Normalized)
             .Select(token => token with
             {
-                Content = file.Normalizes
-                ? Nfc.Normalize(token.Content).ToString() : token.Content
+                Content = _normalizer.Normalize(token.Content).ToString(),
             }));
     }
 
@@ -46,10 +53,10 @@ public abstract class Tokenizer
     public int Size { get; }
 
     /// <summary>Ids that encoding with special tokens puts in front (a BOS) and behind.</summary>
-    public IReadOnlyList<int> Prefix { get; }
+    public IReadOnlyList<int> Prefix { get; private protected init; }
 
     /// <inheritdoc cref="Prefix"/>
-    public IReadOnlyList<int> Suffix { get; }
+    public IReadOnlyList<int> Suffix { get; private protected init; }
 
     /// <summary>bos_token of tokenizer_config.json and its id, null without.</summary>
     public int? BosId => Named("bos_token");
@@ -67,6 +74,9 @@ public abstract class Tokenizer
     public string? BosToken => _config?["bos_token"];
 
     /// <inheritdoc cref="BosId"/>
+    public string? EosToken => _config?["eos_token"];
+
+    /// <inheritdoc cref="BosId"/>
     public string? UnknownToken => _config?["unk_token"];
 
     /// <summary>chat_template of tokenizer_config.json, null without.</summary>
@@ -78,25 +88,48 @@ public abstract class Tokenizer
     public bool CleansUp => _config?.CleanUp ?? false;
 
     /// <summary>
-    /// Reads tokenizer.json and, where there is one, tokenizer_config.json of a model.
+    /// Reads the tokenizer of a model as transformers would: tokenizer.json, or tokenizer.model where
+    /// there is no other or tokenizer_config.json has a Python class only; and what
+    /// tokenizer_config.json adds.
     /// </summary>
     /// <exception cref="InputException">A file is missing, broken, or of another kind.</exception>
     public static Tokenizer Load(string directory)
     {
         string path = Path.Combine(directory, "tokenizer.json");
-        string config = Path.Combine(directory, "tokenizer_config.json");
+        string model = Path.Combine(directory, "tokenizer.model");
+        string configPath = Path.Combine(directory, "tokenizer_config.json");
+        var config = File.Exists(configPath)
+            ? new TokenizerConfig(Bytes(configPath, MaxFileBytes), configPath) : null;
+        if (File.Exists(model) && (!File.Exists(path) || config is { OnlySlow: true }))
+            return OfModel(Bytes(model, SentencePieceFile.MaxBytes), config, model);
         if (!File.Exists(path))
-            throw new InputException($"{path}: not found; a model directory needs tokenizer.json"
-                + (File.Exists(Path.Combine(directory, "tokenizer.model"))
-                    ? " (tokenizer.model alone, SentencePiece, is not supported yet)" : ""));
-        return Parse(Bytes(path), File.Exists(config) ? Bytes(config) : null, path, config);
+            throw new InputException($"{path}: not found; a model directory needs tokenizer.json or "
+                + "tokenizer.model" + (File.Exists(Path.Combine(directory, "vocab.json"))
+                    ? ", vocab.json alone is not read: save the tokenizer with transformers' "
+                        + "AutoTokenizer, which writes tokenizer.json" : ""));
+        return OfJson(Bytes(path, MaxFileBytes), config, path);
     }
 
-    internal static Tokenizer Parse(
-        byte[] tokenizer, byte[]? config, string path = "tokenizer.json",
-        string configPath = "tokenizer_config.json") =>
-        new ByteLevelTokenizer(new TokenizerFile(tokenizer, path),
-            config is null ? null : new TokenizerConfig(config, configPath), path);
+    internal static Tokenizer Parse(byte[] tokenizer, byte[]? config) =>
+        OfJson(tokenizer, Config(config), "tokenizer.json");
+
+    internal static Tokenizer ParseModel(byte[] model, byte[]? config) =>
+        OfModel(model, Config(config), "tokenizer.model");
+
+    private static TokenizerConfig? Config(byte[]? json) =>
+        json is null ? null : new TokenizerConfig(json, "tokenizer_config.json");
+
+    private static Tokenizer OfJson(byte[] json, TokenizerConfig? config, string path)
+    {
+        var file = new TokenizerFile(json, path);
+        return file.IsByteLevel ? new ByteLevelTokenizer(file, config, path)
+            : new SentencePieceTokenizer(file, config, path);
+    }
+
+    private static SentencePieceModelTokenizer OfModel(
+        byte[] model, TokenizerConfig? config, string path) => new(
+        new SentencePieceFile(model, path), config ?? new TokenizerConfig("{}"u8.ToArray(), path),
+        path);
 
     /// <summary>The id of a token given as its text ("&lt;image&gt;"), or null.</summary>
     public int? IdOf(string token) => _added.TryGetValue(token, out var added) ? added.Id
@@ -124,27 +157,30 @@ public abstract class Tokenizer
     /// <summary>Appends the ids of a text, without Prefix and Suffix.</summary>
     public void Encode(ReadOnlySpan<char> text, List<int> ids)
     {
-        int at = 0, from = 0;
-        while (_raw.Next(text, ref at, from, out int start, out int end) is { } token)
+        int from = 0;
+        var tokens = _raw.In(text);
+        while (tokens.Next() is { } token)
         {
-            if (start > from) EncodeNormalized(text[from..start], ids);
+            if (tokens.Start > from) EncodeNormalized(text[from..tokens.Start], from == 0, ids);
             ids.Add(token.Id);
-            from = end;
+            from = tokens.End;
         }
-        if (from < text.Length) EncodeNormalized(text[from..], ids);
+        if (from < text.Length) EncodeNormalized(text[from..], from == 0, ids);
     }
 
-    private void EncodeNormalized(ReadOnlySpan<char> piece, List<int> ids)
+    private void EncodeNormalized(ReadOnlySpan<char> piece, bool atStart, List<int> ids)
     {
-        var text = Normalize(piece);
-        int at = 0, from = 0;
-        while (_normalized.Next(text, ref at, from, out int start, out int end) is { } token)
+        var text = _normalizer.Normalize(piece);
+        int from = 0;
+        var tokens = _normalized.In(text);
+        while (tokens.Next() is { } token)
         {
-            if (start > from) EncodePiece(text[from..start], ids);
+            if (tokens.Start > from)
+                EncodePiece(text[from..tokens.Start], atStart && from == 0, ids);
             ids.Add(token.Id);
-            from = end;
+            from = tokens.End;
         }
-        if (from < text.Length) EncodePiece(text[from..], ids);
+        if (from < text.Length) EncodePiece(text[from..], atStart && from == 0, ids);
     }
 
     /// <summary>The text of ids; ids that name no token are passed over.</summary>
@@ -169,9 +205,12 @@ public abstract class Tokenizer
         return cleanUp ?? CleansUp ? CleanUp(text) : text;
     }
 
-    private protected abstract ReadOnlySpan<char> Normalize(ReadOnlySpan<char> text);
-
-    private protected abstract void EncodePiece(ReadOnlySpan<char> piece, List<int> ids);
+    /// <summary>
+    /// Appends the ids of a section between added tokens, which is not empty; atStart says that the
+    /// text begins with it.
+    /// </summary>
+    private protected abstract void EncodePiece(
+        ReadOnlySpan<char> piece, bool atStart, List<int> ids);
 
     private protected abstract string DecodeTokens(ReadOnlySpan<int> ids);
 
@@ -194,7 +233,7 @@ public abstract class Tokenizer
     // transformers adds the entries of added_tokens_decoder, then every named special token that is
     // not an added token yet: a pad_token "!" is cut out of every text from then on. One that is
     // not in the vocabulary gets the next free id.
-    private void Merge(TokenizerConfig config, string path)
+    private void Merge(TokenizerConfig config, bool slow, string path)
     {
         var named = config.Special.ToHashSet(StringComparer.Ordinal);
         foreach (var entry in config.Added)
@@ -203,14 +242,18 @@ public abstract class Tokenizer
                 throw new InputException(
                     $"{path}: token {Messages.Quote(entry.Content)} has id {id} "
                     + $"here, but {entry.Id} in added_tokens_decoder of tokenizer_config.json");
-            Add(entry with { Special = entry.Special || named.Contains(entry.Content) });
+            Add(entry with
+            {
+                Special = (entry.Special && !slow) || named.Contains(entry.Content),
+            });
         }
+        int next = Math.Max(Vocabulary.Count,
+            _added.Values.Select(token => token.Id + 1).DefaultIfEmpty(0).Max());
         foreach (string content in config.Special)
         {
             if (_added.ContainsKey(content) || content.Length == 0) continue;
-            if (!Vocabulary.TryGetValue(content, out int id))
-                id = Math.Max(Vocabulary.Count,
-                    _added.Values.Select(token => token.Id + 1).DefaultIfEmpty(0).Max());
+            if (!Vocabulary.TryGetValue(content, out int id)) id = next;
+            next = Math.Max(next, id + 1);
             Add(new AddedToken(id, content, SingleWord: false, LeftStrip: false, RightStrip: false,
                 Normalized: false, Special: true));
         }
@@ -221,5 +264,5 @@ public abstract class Tokenizer
         .Replace(" ' ", "'").Replace(" n't", "n't").Replace(" 'm", "'m").Replace(" 's", "'s")
         .Replace(" 've", "'ve").Replace(" 're", "'re").ToString();
 
-    private static byte[] Bytes(string path) => InputFile.ReadAll(path, MaxFileBytes);
+    private static byte[] Bytes(string path, long most) => InputFile.ReadAll(path, most);
 }

@@ -21,9 +21,22 @@ internal sealed class TokenizerConfig
     /// <summary>Contents of bos_token ... mask_token and additional_special_tokens.</summary>
     public List<string> Special { get; } = [];
 
+    /// <summary>Contents of additional_special_tokens.</summary>
+    public HashSet<string> Additional { get; } = new(StringComparer.Ordinal);
+
     public bool CleanUp { get; }
     public bool SplitSpecial { get; }
-    public bool PrefixSpace { get; }
+
+    // Null where the file does not say.
+    public bool? PrefixSpace { get; }
+    public bool? AddsBegin { get; }
+    public bool? AddsEnd { get; }
+    public bool? Legacy { get; }
+
+    /// <summary>auto_map names a Python class and no fast one: transformers reads
+    /// tokenizer.model.</summary>
+    public bool OnlySlow { get; }
+
     public string? ChatTemplate { get; }
 
     /// <summary>The content of a named token such as "eos_token", or null.</summary>
@@ -46,11 +59,29 @@ internal sealed class TokenizerConfig
                 Special.Add(content);
             }
         foreach (var item in config.Member("additional_special_tokens").Items())
-            if (Content(item) is { } content) Special.Add(content);
+            if (Content(item) is { } content)
+            {
+                Special.Add(content);
+                Additional.Add(content);
+            }
         CleanUp = config.Member("clean_up_tokenization_spaces").IsTrue();
         SplitSpecial = config.Member("split_special_tokens").IsTrue();
-        PrefixSpace = config.Member("add_prefix_space").IsTrue();
+        PrefixSpace = config.Member("add_prefix_space").Flag();
+        AddsBegin = config.Member("add_bos_token").Flag();
+        AddsEnd = config.Member("add_eos_token").Flag();
+        Legacy = config.Member("legacy").Flag();
+        OnlySlow = config.Member("auto_map").Member("AutoTokenizer").Items().ToArray()
+            is [{ ValueKind: JsonValueKind.String }, { ValueKind: JsonValueKind.Null }];
         ChatTemplate = Template(config.Member("chat_template"));
+    }
+
+    /// <summary>The named tokens that LlamaTokenizer has without being told.</summary>
+    public TokenizerConfig WithDefaults(SentencePieceFile file)
+    {
+        foreach (var (name, content) in (ReadOnlySpan<(string, string)>)
+            [("bos_token", file.Begin), ("eos_token", file.End), ("unk_token", file.Unknown!)])
+            if (_tokens.TryAdd(name, content)) Special.Add(content);
+        return this;
     }
 
     private static AddedToken Entry(JsonProperty member, string path, int length)

@@ -5,67 +5,82 @@ using MiniCpmNative.Engine.Config;
 namespace MiniCpmNative.Engine.Data.Text;
 
 /// <summary>
-/// What one side says: role user, assistant or system; or tool, a function's result.
-/// </summary>
-/// <param name="Thought">What an answer thought first, where its content does not hold it.</param>
-/// <param name="Calls">Functions that an answer calls.</param>
-public sealed record ChatTurn(
-    string Role, string Content, string? Thought = null, IReadOnlyList<ToolCall>? Calls = null);
-
-/// <summary>
-/// How a conversation becomes text: ChatML, &lt;|im_start|&gt;role\ncontent&lt;|im_end|&gt;\n for
-/// each turn. Families differ by data: a system prompt put in front where the conversation has none
-/// (Qwen2), or think blocks (Qwen3): every answer behind the last question gets one, an empty one
-/// if it has none, and earlier answers lose theirs; functions called stand behind the answer, and
-/// their results in a user's turn.
+/// ChatML, &lt;|im_start|&gt;role\ncontent&lt;|im_end|&gt;\n for each turn. Models differ by data: a
+/// system prompt put in front where the conversation has none (Qwen2), or think blocks (Qwen3):
+/// the last answer gets one, an empty one if it has none, and earlier answers lose theirs;
+/// functions called stand behind the answer, and their results in a user's turn.
 ///
 /// A checkpoint says what it wants as a Jinja template. It is recognised, not run: by its markers,
 /// its system prompt and its handling of thoughts. One that does anything else is refused, because
 /// training on another text than inference uses would be a silent loss.
 /// </summary>
-public sealed partial class ChatFormat
+public sealed partial class ChatMlFormat : TemplateFormat
 {
-    internal const string TurnStart = "<|im_start|>", TurnEnd = "<|im_end|>";
-    internal const string NoThought = "<think>\n\n</think>\n\n";
+    private const string TurnStart = "<|im_start|>", TurnEnd = "<|im_end|>";
+    private const string NoThought = "<think>\n\n</think>\n\n";
     private const string Speech = "<|tts_bos|>";
 
-    private ChatFormat(string? defaultSystem, bool thinks) =>
-        (DefaultSystem, Thinks) = (defaultSystem, thinks);
+    private readonly int _turnStart, _noThought;
 
-    /// <summary>The system prompt of conversations that begin without one; null for none.</summary>
+    /// <param name="tokenizer">The checkpoint's tokenizer.</param>
+    /// <param name="defaultSystem">The system prompt of conversations that begin without one; null
+    /// for none.</param>
+    /// <param name="thoughts">Which answers carry think blocks.</param>
+    /// <param name="place">The model directory, for messages.</param>
+    /// <exception cref="InputException">The tokenizer lacks a token of the format.</exception>
+    public ChatMlFormat(
+        Tokenizer tokenizer, string? defaultSystem, Thoughts thoughts, string place = "tokenizer")
+        : base(tokenizer, TurnEnd, place)
+    {
+        (DefaultSystem, Thoughts) = (defaultSystem, thoughts);
+        _turnStart = tokenizer.Require(TurnStart, place);
+        _noThought = tokenizer.Encode(NoThought).Length;
+        EndOfAnswer = EosId();
+    }
+
     public string? DefaultSystem { get; }
 
-    /// <summary>Whether answers carry think blocks as in Qwen3.</summary>
-    public bool Thinks { get; }
+    public Thoughts Thoughts { get; }
 
-    /// <summary>Plain ChatML (V-2_6, o-2_6 with a default system prompt; V-4 without).</summary>
-    public static ChatFormat ChatMl(string? defaultSystem) => new(defaultSystem, thinks: false);
+    private bool Thinks => Thoughts != Thoughts.None;
 
-    /// <summary>ChatML with the think blocks of Qwen3 (V-4_5, o-4_5).</summary>
-    public static ChatFormat ThinkingChatMl { get; } = new(null, thinks: true);
+    public override string LlmType => "qwen";
+
+    public override IReadOnlyList<string> Markers { get; } = [TurnStart, TurnEnd];
+
+    private protected override int EndOfAnswer { get; }
+
+    private protected override string Tail => "\n";
 
     /// <summary>
     /// The format of a model directory: of chat_template.jinja, else of chat_template in
     /// tokenizer_config.json or chat_template.json, in transformers' order.
     /// </summary>
     /// <exception cref="InputException">No template, or one that is not recognised.</exception>
-    public static ChatFormat Load(string directory, Tokenizer tokenizer)
+    public static ChatMlFormat Load(string directory, Tokenizer tokenizer)
     {
         string jinja = Path.Combine(directory, "chat_template.jinja");
         if (File.Exists(jinja))
-            return Recognize(Encoding.UTF8.GetString(InputFile.ReadAll(jinja, 1 << 20)), jinja);
+            return Of(Encoding.UTF8.GetString(InputFile.ReadAll(jinja, 1 << 20)), jinja);
         string config = Path.Combine(directory, "tokenizer_config.json");
-        if (tokenizer.ChatTemplate is { } template) return Recognize(template, config);
+        if (tokenizer.ChatTemplate is { } template) return Of(template, config);
         string json = Path.Combine(directory, "chat_template.json");
         if (File.Exists(json))
-            return Recognize(JsonInput.ReadObject(json)["chat_template"].Text(), json);
+            return Of(JsonInput.ReadObject(json)["chat_template"].Text(), json);
         throw new InputException($"{config}: has no chat_template, and there is no "
             + "chat_template.jinja; copy the checkpoint's own");
+
+        ChatMlFormat Of(string text, string file) => Recognize(tokenizer, text, file, directory);
     }
 
     /// <summary>The format that a Jinja template renders.</summary>
+    /// <param name="tokenizer">The checkpoint's tokenizer.</param>
+    /// <param name="template">The template's text.</param>
+    /// <param name="file">Where it stands, for messages.</param>
+    /// <param name="place">The model directory, for messages.</param>
     /// <exception cref="InputException">A template of another kind.</exception>
-    public static ChatFormat Recognize(string template, string place)
+    public static ChatMlFormat Recognize(
+        Tokenizer tokenizer, string template, string file, string place = "tokenizer")
     {
         string? other = !template.Contains(TurnStart, StringComparison.Ordinal)
             || !template.Contains(TurnEnd, StringComparison.Ordinal)
@@ -73,47 +88,60 @@ public sealed partial class ChatFormat
             : Trims().IsMatch(template) ? "trims contents"
             : template.Contains("<|vision_start|>", StringComparison.Ordinal)
                 ? "writes pictures itself" : null;
-        bool thinks = template.Contains("</think>", StringComparison.Ordinal);
-        if (thinks && (!template.Contains("reasoning_content", StringComparison.Ordinal)
-            || !template.Contains("last_query_index", StringComparison.Ordinal)))
-            other ??= "handles </think> in another way than Qwen3";
+        var thoughts = ThoughtsOf(template);
+        if (thoughts is null) other ??= "handles </think> in another way than Qwen3";
         if (other is not null)
-            throw new InputException($"{place}: chat_template {other}; only ChatML as in Qwen2 and "
+            throw new InputException($"{file}: chat_template {other}; only ChatML as in Qwen2 and "
                 + "Qwen3 is supported");
-        if (thinks) return ThinkingChatMl;
         var system = DefaultSystemText().Match(template);
-        return ChatMl(system.Success ? Unescape(system.Groups[1].Value) : null);
+        return new ChatMlFormat(tokenizer,
+            system.Success && thoughts == Thoughts.None ? Unescape(system.Groups[1].Value) : null,
+            thoughts!.Value, place);
     }
 
-    /// <summary>The text of a conversation, equal to apply_chat_template(tokenize=False).</summary>
-    /// <param name="turns">Turns in order; a system turn may come first.</param>
-    /// <param name="addGenerationPrompt">Ends with the head of an answer.</param>
-    /// <param name="enableThinking">Qwen3: false closes the thoughts of that answer.</param>
-    /// <param name="speech">That answer is to be spoken (use_tts_template of o-4_5).</param>
-    public string Render(
-        IReadOnlyList<ChatTurn> turns, bool addGenerationPrompt = false,
-        bool? enableThinking = null, bool speech = false)
+    // Qwen3's template looks for the last question; ones for talk without functions are shorter,
+    // and one that asks for no role but the assistant's has only the last turn in view.
+    private static Thoughts? ThoughtsOf(string template)
     {
-        var text = new StringBuilder();
-        foreach (var turn in Turns(turns))
-            text.Append(TurnStart).Append(turn.Role).Append('\n').Append(turn.Content)
-                .Append(TurnEnd).Append('\n');
-        if (addGenerationPrompt)
-            text.Append(TurnStart).Append(AnswerHead(enableThinking)).Append(speech ? Speech : "");
-        return text.ToString();
+        if (!Has("</think>")) return Thoughts.None;
+        if (Has("reasoning_content") && Has("last_query_index")) return Thoughts.BehindLastQuestion;
+        if (!Has("enable_thinking is false") || !Has("loop.last")
+            || !Has(".split('</think>')[0].rstrip(") || !Has(".split('<think>')[-1]")) return null;
+        return AsksForUser().IsMatch(template) ? Thoughts.BehindLastQuestion : Thoughts.LastTurn;
+
+        bool Has(string part) => template.Contains(part, StringComparison.Ordinal);
     }
 
-    /// <summary>What follows the turn's marker when the model is to answer.</summary>
-    internal string AnswerHead(bool? enableThinking) =>
-        "assistant\n" + (Thinks && enableThinking == false ? NoThought : "");
+    /// <inheritdoc/>
+    public override string Prompt(IReadOnlyList<ChatTurn> turns, bool? enableThinking = null) =>
+        base.Prompt(turns) + (Thinks && enableThinking == false ? NoThought : "");
 
-    /// <summary>The turns as they are written, the default system prompt among them.</summary>
-    internal List<ChatTurn> Turns(IReadOnlyList<ChatTurn> turns)
+    /// <summary>A prompt whose answer is to be spoken (use_tts_template of o-4_5).</summary>
+    public string SpokenPrompt(IReadOnlyList<ChatTurn> turns, bool? enableThinking = null) =>
+        Prompt(turns, enableThinking) + Speech;
+
+    private protected override string Head(string role) => $"{TurnStart}{role}\n";
+
+    private protected override int Added(ChatTurn answer) => Thinks
+        && answer.Content.StartsWith(NoThought, StringComparison.Ordinal) ? _noThought : 0;
+
+    private protected override IEnumerable<int> OfficialStarts(int[] ids, string text)
+    {
+        // The script takes an empty think block for four tokens, and looks for one anywhere.
+        int thought = text.Contains(NoThought, StringComparison.Ordinal) ? 4 : 0;
+        int[] words = [.. Assistants(ids)];
+        return from index in words
+               where index > 0 && ids[index - 1] == _turnStart
+               select index + 2 + (index == words[^1] ? thought : 0);
+    }
+
+    private protected override IReadOnlyList<ChatTurn> Written(IReadOnlyList<ChatTurn> turns)
     {
         var written = new List<ChatTurn>(turns.Count + 1);
         if (DefaultSystem is not null && turns.Count > 0 && turns[0].Role != "system")
             written.Add(new ChatTurn("system", DefaultSystem));
-        int question = Thinks ? LastQuestion(turns) : 0;
+        int question = Thoughts == Thoughts.BehindLastQuestion
+            ? LastQuestion(turns) : turns.Count - 2;
         for (int i = 0; i < turns.Count; i++)
         {
             if (!Thinks || turns[i].Role is not ("assistant" or "tool")) written.Add(turns[i]);
@@ -168,6 +196,9 @@ public sealed partial class ChatFormat
 
     [GeneratedRegex(@"\|\s*trim\b")]
     private static partial Regex Trims();
+
+    [GeneratedRegex(@"role\b['""\]\s]*==\s*['""]user['""]")]
+    private static partial Regex AsksForUser();
 
     private static string Unescape(string literal)
     {

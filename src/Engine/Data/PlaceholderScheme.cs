@@ -1,0 +1,100 @@
+using System.Globalization;
+using System.Text;
+using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data.Text;
+
+namespace MiniCpmNative.Engine.Data;
+
+/// <summary>
+/// The text that stands for a picture, and where its views lie in the tokens. Every view is
+/// &lt;image&gt;unk*Q&lt;/image&gt; with Q query tokens; for a sliced picture a line of tiles per row
+/// follows. Since V-2_6 a tile is &lt;slice&gt;unk*Q&lt;/slice&gt; and a picture may carry its number,
+/// &lt;image_id&gt;k&lt;/image_id&gt;, in front. Before, tiles are written like pictures, all of them
+/// between one &lt;slice&gt; and &lt;/slice&gt;, and there are no numbers. The tokens are the
+/// checkpoint's own.
+/// </summary>
+public sealed class PlaceholderScheme
+{
+    private readonly PlaceholderTokens _tokens;
+    private readonly bool _marksTiles;
+    private readonly int _imageStart, _imageEnd, _sliceStart, _sliceEnd;
+
+    private PlaceholderScheme(
+        Tokenizer tokenizer, PlaceholderTokens tokens, int queries, bool marksTiles, string place)
+    {
+        (_tokens, Queries, _marksTiles) = (tokens, queries, marksTiles);
+        _imageStart = Id(tokens.ImageStart);
+        _imageEnd = Id(tokens.ImageEnd);
+        _sliceStart = Id(tokens.SliceStart);
+        _sliceEnd = Id(tokens.SliceEnd);
+        UnknownId = Id(tokens.Unknown);
+        Markers = [tokens.ImageStart, tokens.ImageEnd, tokens.SliceStart, tokens.SliceEnd,
+            tokens.Unknown];
+        if (!marksTiles) return;
+        Id(tokens.ImageIdStart);
+        Id(tokens.ImageIdEnd);
+        Markers = [.. Markers, tokens.ImageIdStart, tokens.ImageIdEnd];
+
+        int Id(string token) => tokenizer.Require(token, place);
+    }
+
+    /// <summary>Feature rows per view (query_num).</summary>
+    public int Queries { get; }
+
+    /// <summary>The token that holds a feature row's place.</summary>
+    public int UnknownId { get; }
+
+    /// <summary>The scheme's tokens; a text that holds one would be read as a picture.</summary>
+    public IReadOnlyList<string> Markers { get; }
+
+    /// <summary>Tiles between a pair of their own, numbers (V-2_6 and later).</summary>
+    /// <exception cref="InputException">The tokenizer lacks one of the tokens.</exception>
+    public static PlaceholderScheme New(
+        Tokenizer tokenizer, PlaceholderTokens tokens, int queries, string place = "tokenizer") =>
+        new(tokenizer, tokens, queries, marksTiles: true, place);
+
+    /// <summary>Tiles like pictures in one pair around all, no numbers (V-2, V-2_5).</summary>
+    /// <inheritdoc cref="New"/>
+    public static PlaceholderScheme Old(
+        Tokenizer tokenizer, PlaceholderTokens tokens, int queries, string place = "tokenizer") =>
+        new(tokenizer, tokens, queries, marksTiles: false, place);
+
+    /// <summary>A picture's text.</summary>
+    /// <param name="plan">How it is cut.</param>
+    /// <param name="number">Its number, or null; the old scheme writes none.</param>
+    public string Text(SlicePlan plan, int? number)
+    {
+        var text = new StringBuilder();
+        if (number is not null && _marksTiles)
+            text.Append(_tokens.ImageIdStart).Append(CultureInfo.InvariantCulture, $"{number}")
+                .Append(_tokens.ImageIdEnd);
+        View(_tokens.ImageStart, _tokens.ImageEnd);
+        if (!plan.Sliced) return text.ToString();
+        if (!_marksTiles) text.Append(_tokens.SliceStart);
+        for (int row = 0; row < plan.Rows; row++)
+        {
+            if (row > 0) text.Append('\n');
+            for (int column = 0; column < plan.Columns; column++)
+                if (_marksTiles) View(_tokens.SliceStart, _tokens.SliceEnd);
+                else View(_tokens.ImageStart, _tokens.ImageEnd);
+        }
+
+        if (!_marksTiles) text.Append(_tokens.SliceEnd);
+        return text.ToString();
+
+        void View(string start, string end) =>
+            text.Append(start).Insert(text.Length, _tokens.Unknown, Queries).Append(end);
+    }
+
+    /// <summary>The views in ids; null when starts and ends do not pair up.</summary>
+    public ImageBound[]? Bounds(ReadOnlySpan<int> ids)
+    {
+        var starts = new List<int>();
+        var ends = new List<int>();
+        for (int i = 0; i < ids.Length; i++)
+            if (ids[i] == _imageStart || (_marksTiles && ids[i] == _sliceStart)) starts.Add(i + 1);
+            else if (ids[i] == _imageEnd || (_marksTiles && ids[i] == _sliceEnd)) ends.Add(i);
+        return starts.Count != ends.Count ? null
+            : [.. starts.Zip(ends, (start, end) => new ImageBound(start, end))];
+    }
+}

@@ -1,0 +1,63 @@
+using System.Collections.Immutable;
+using MiniCpmNative.Engine.Data.Images;
+using MiniCpmNative.Engine.Data.Text;
+
+namespace MiniCpmNative.Engine.Data;
+
+/// <summary>
+/// All that decides how a row becomes tokens and patches, besides the run's own settings. A family
+/// fills it from the checkpoint's files; nothing behind it knows families.
+/// </summary>
+/// <param name="Prompts">How a conversation becomes tokens.</param>
+/// <param name="Placeholders">What stands for a picture.</param>
+/// <param name="Numbered">Whether each picture carries its number (use_image_id of the shipped
+/// processor), in a scheme that has numbers; the official script numbers sliced ones, always.</param>
+/// <param name="Slicing">How pictures are cut; a run sets its own max_slice_nums.</param>
+/// <param name="Slices">False where config.json's slice_mode turns cutting off.</param>
+/// <param name="Mean">Subtracted from a pixel in 0..1, per channel.</param>
+/// <param name="Std">What it is divided by then.</param>
+/// <param name="Vocabulary">Token ids the model has (vocab_size).</param>
+public sealed record RowFormat(
+    PromptFormat Prompts, PlaceholderScheme Placeholders, bool Numbered, SlicingSpec Slicing,
+    bool Slices, ImmutableArray<double> Mean, ImmutableArray<double> Std, int Vocabulary)
+{
+    /// <summary>
+    /// The llm_type that the official documentation gives for the model although the official
+    /// script has no such format ("llama" of V-4); null where the two agree.
+    /// </summary>
+    public string? DocumentedLlmType { get; init; }
+
+    public Tokenizer Tokenizer => Prompts.Tokenizer;
+
+    /// <summary>The slicing of a run that allows this many slices.</summary>
+    public SlicingSpec SlicingUpTo(int maxSliceNums) =>
+        Slicing with { MaxSliceNums = Slices ? maxSliceNums : 1 };
+
+    /// <summary>Makes patches of pictures; for one thread.</summary>
+    public PatchStrips NewStrips() => new(
+        [.. Mean.Select(v => (float)v)], [.. Std.Select(v => (float)v)], Slicing.PatchSize);
+
+    /// <summary>Checks a configuration's llm_type against the model's prompts.</summary>
+    /// <exception cref="InputException">They differ, or the official script has no such type.
+    /// </exception>
+    public void RequireLlmType(string? llmType, bool officialCompat)
+    {
+        if (llmType is null || llmType == Prompts.LlmType) return;
+        if (llmType != DocumentedLlmType)
+            throw new InputException($"llm_type is {Messages.Quote(llmType)}, but the model's "
+                + $"prompts are \"{Prompts.LlmType}\": set that, or leave llm_type out");
+        if (officialCompat)
+            throw new InputException($"llm_type is {Messages.Quote(llmType)}, as the official "
+                + "documentation has it, but the official script has no such format and fails on "
+                + $"every row: with official_compat set \"{Prompts.LlmType}\", the model's own "
+                + "chat format, or leave llm_type out");
+    }
+}
+
+/// <summary>How a picture is cut (slice_config of config.json).</summary>
+public sealed record SlicingSpec(int MaxSliceNums, int ScaleResolution, int PatchSize);
+
+/// <summary>Texts of the special tokens around and inside a picture's placeholder.</summary>
+public sealed record PlaceholderTokens(
+    string ImageStart, string ImageEnd, string SliceStart, string SliceEnd, string Unknown,
+    string ImageIdStart, string ImageIdEnd);

@@ -1,0 +1,21 @@
+namespace MiniCpmNative.Engine.Model;
+
+/// <summary>
+/// MiniCPM-o 4.5: MiniCPM-V 4.5 without times in its resampler, and with an audio encoder and
+/// speech output, which are handed on untouched.
+/// </summary>
+internal sealed class MiniCpmO45() : Family("MiniCPM-o-4_5")
+{
+    public override bool Is(ModelConfig config) => config.IsOmni("4.5");
+
+    public override ModelSpec Read(ModelConfig config) =>
+        config.Spec(this, config.Decoder(qkNorm: true), config.Siglip());
+
+    public override MiniCpmModel Build(ModelSpec spec, ModuleScope root, bool checkpoint)
+    {
+        MiniCpmModel model = base.Build(spec, root, checkpoint);
+        foreach (string part in (string[])["apm", "audio_projection_layer", "tts"])
+            root.PassOver(part);
+        return model;
+    }
+}

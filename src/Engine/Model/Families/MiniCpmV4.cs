@@ -1,0 +1,19 @@
+using MiniCpmNative.Engine.Data;
+
+namespace MiniCpmNative.Engine.Model;
+
+/// <summary>
+/// MiniCPM-V 4: MiniCPM-V 2.6 with a Llama decoder whose heads have a size of their own and whose
+/// rotary frequencies are divided (longrope).
+/// </summary>
+internal sealed class MiniCpmV4() : Family("MiniCPM-V-4")
+{
+    public override bool Is(ModelConfig config) => config.IsVision("4.0");
+
+    public override ModelSpec Read(ModelConfig config) =>
+        config.Spec(this, config.Decoder(), config.Siglip());
+
+    // The official documentation says "llama", for which the official script has no format.
+    public override RowFormat Rows(ModelSpec spec) =>
+        base.Rows(spec) with { DocumentedLlmType = "llama" };
+}

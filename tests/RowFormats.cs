@@ -1,0 +1,41 @@
+using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Data.Text;
+
+namespace MiniCpmNative.Tests;
+
+/// <summary>
+/// Row formats over the tokenizers of tests/reference/tokenizers, as the reference used them.
+/// </summary>
+internal static class RowFormats
+{
+    private static readonly PlaceholderTokens s_tokens = new(
+        "<image>", "</image>", "<slice>", "</slice>", "<unk>", "<image_id>", "</image_id>");
+
+    /// <summary>The prompt format that the official code uses with a tokenizer.</summary>
+    public static PromptFormat Prompts(string tokenizer)
+    {
+        var loaded = TokenizerTests.Load(tokenizer);
+        return tokenizer switch
+        {
+            "tiny-llama3" => new Llama3Format(loaded),
+            "tiny-qwen" => ChatMlFormat.Recognize(loaded, loaded.ChatTemplate!, tokenizer),
+            "tiny-qwen3" or "o-4_5" => new ChatMlFormat(
+                loaded, null, Thoughts.BehindLastQuestion),
+            _ => throw new ArgumentException(tokenizer),
+        };
+    }
+
+    /// <summary>Placeholders of the scheme that goes with it.</summary>
+    public static PlaceholderScheme Placeholders(string tokenizer, int queries)
+    {
+        var loaded = TokenizerTests.Load(tokenizer);
+        return tokenizer == "tiny-llama3" ? PlaceholderScheme.Old(loaded, s_tokens, queries)
+            : PlaceholderScheme.New(loaded, s_tokens, queries);
+    }
+
+    public static RowFormat Of(string tokenizer, int queries, bool numbered = true) => new(
+        Prompts(tokenizer), Placeholders(tokenizer, queries), numbered,
+        new SlicingSpec(9, 448, 14), Slices: true, [0.5, 0.5, 0.5], [0.5, 0.5, 0.5],
+        TokenizerTests.Load(tokenizer).Size);
+}
