@@ -182,10 +182,11 @@ template <int WORDS> DEVICE void load_words(u32* words, const void* from)
 }
 
 // Elements col to col + N - 1 (N is 2, 4 or 8, col a multiple of it) of a row that ends at cols;
-// zeros behind its end. wide says that all rows start at multiples of 16 bytes and end at one.
+// zeros behind its end. wide says that all rows start at multiples of 16 bytes and end at one;
+// eight floats are two of them, so that a row may end between.
 template <int N> DEVICE void load_pairs(real2* p, const real* row, int col, int cols, bool wide)
 {
-    if (wide && col < cols)
+    if (wide && col + N <= cols)
     {
         u32 words[N * sizeof(real) / 4];
         load_words<N * sizeof(real) / 4>(words, row + col);
@@ -211,7 +212,7 @@ template <int N> DEVICE void load_pairs(real2* p, const real* row, int col, int 
 // The reverse, for N = 8; nothing is written behind the end.
 DEVICE void store_pairs(real* row, const real2* p, int col, int cols, bool wide)
 {
-    if (wide && col < cols)
+    if (wide && col + 8 <= cols)
     {
 #if defined(STORAGE_BF16) || defined(STORAGE_F16)
         *(uint4*)(row + col) = make_uint4(p[0], p[1], p[2], p[3]);

@@ -118,14 +118,14 @@ public sealed class Graph
     public Tensor Run(IBlock block, Tensor x, bool checkpoint)
     {
         bool constant = !_recording || (!block.Trainable && x.Variable == 0);
-        if (!constant && !checkpoint) return block.Forward(this, x);
+        if (!constant && !checkpoint) return Forward(block, x);
         ArenaMark mark = Device.Step.Mark();
         bool before = _recording;
         _recording = false;
         Tensor y;
         try
         {
-            y = Keep(mark, block.Forward(this, x));
+            y = Keep(mark, Forward(block, x));
         }
         finally
         {
@@ -177,6 +177,19 @@ public sealed class Graph
         _variableCount = _parameterCount + 1;
         _pool.Reset();
         Device.Step.Pop(default);
+    }
+
+    private Tensor Forward(IBlock block, Tensor x)
+    {
+        block.Acquire();
+        try
+        {
+            return block.Forward(this, x);
+        }
+        finally
+        {
+            block.Release();
+        }
     }
 
     private Tensor Run(Op op, bool keepSaved, ReadOnlySpan<Tensor> inputs)
@@ -269,13 +282,23 @@ public sealed class Graph
     {
         Tensor x = _tensors[node.FirstTensor];
         int bottom = _nodeCount;
-        Tensor y = node.Block!.Forward(this, x);
-        if (y.Spec != node.Output.Spec)
-            throw new InvalidOperationException($"a block gave {node.Output.Spec}, then {y.Spec}");
-        ref Variable variable = ref _variables[y.Variable];
-        (variable.Gradient, variable.Written) = (_pool.Take(y.Spec), true);
-        Device.Copy(outputGradient, variable.Gradient);
-        Unwind(bottom);
+        IBlock block = node.Block!;
+        block.Acquire();
+        try
+        {
+            Tensor y = block.Forward(this, x);
+            if (y.Spec != node.Output.Spec)
+                throw new InvalidOperationException(
+                    $"a block gave {node.Output.Spec}, then {y.Spec}");
+            ref Variable variable = ref _variables[y.Variable];
+            (variable.Gradient, variable.Written) = (_pool.Take(y.Spec), true);
+            Device.Copy(outputGradient, variable.Gradient);
+            Unwind(bottom);
+        }
+        finally
+        {
+            block.Release();
+        }
     }
 
     /// <summary>
@@ -330,4 +353,20 @@ public interface IBlock
     bool Trainable { get; }
 
     Tensor Forward(Graph graph, Tensor x);
+
+    /// <summary>
+    /// The block is about to run, forward, or again in backward: its weights may come to the
+    /// device. In a backward without checkpoint nothing is said: weights multiply at any time.
+    /// </summary>
+    void Acquire()
+    {
+    }
+
+    /// <summary>
+    /// It has run, in backward with what follows from it; once for each Acquire, also when it
+    /// threw.
+    /// </summary>
+    void Release()
+    {
+    }
 }

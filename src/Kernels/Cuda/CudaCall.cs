@@ -34,6 +34,11 @@ public readonly ref struct CudaCall(CudaDevice device, Op op, OpCall call)
     /// <summary>An input as F32.</summary>
     public Tensor Floats(int index) => As(Input(index), DType.F32);
 
+    /// <summary>
+    /// The weight of the operation: of this input, or of another kind where there is no input.
+    /// </summary>
+    public CudaWeight Weight(int index, Weight? weight) => new(this, Input(index), weight);
+
     public Tensor Output => _call.Output;
 
     public Tensor Saved(int index) => _call.Saved[index];
