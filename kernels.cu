@@ -182,10 +182,11 @@ template <int WORDS> DEVICE void load_words(u32* words, const void* from)
 }
 
 // Elements col to col + N - 1 (N is 2, 4 or 8, col a multiple of it) of a row that ends at cols;
-// zeros behind its end. wide says that all rows start at multiples of 16 bytes and end at one.
+// zeros behind its end. wide says that all rows start at multiples of 16 bytes and end at one;
+// eight floats are two of them, so that a row may end between.
 template <int N> DEVICE void load_pairs(real2* p, const real* row, int col, int cols, bool wide)
 {
-    if (wide && col < cols)
+    if (wide && col + N <= cols)
     {
         u32 words[N * sizeof(real) / 4];
         load_words<N * sizeof(real) / 4>(words, row + col);
@@ -211,7 +212,7 @@ template <int N> DEVICE void load_pairs(real2* p, const real* row, int col, int 
 // The reverse, for N = 8; nothing is written behind the end.
 DEVICE void store_pairs(real* row, const real2* p, int col, int cols, bool wide)
 {
-    if (wide && col < cols)
+    if (wide && col + 8 <= cols)
     {
 #if defined(STORAGE_BF16) || defined(STORAGE_F16)
         *(uint4*)(row + col) = make_uint4(p[0], p[1], p[2], p[3]);
@@ -344,6 +345,17 @@ DEVICE void report(int* faults, int what, int position, int value, int limit)
     faults[1] = position;
     faults[2] = value;
     faults[3] = limit;
+}
+
+// Reports starts that do not rise from 0 to the tokens; for one block of a launch.
+DEVICE void check_starts(int* faults, int what, const int* starts, int sequences, int tokens)
+{
+    for (int s = threadIdx.x; s <= sequences; s += blockDim.x)
+    {
+        int lowest = s == 0 ? 0 : starts[s - 1], highest = s == 0 ? 0 : tokens;
+        if (s == sequences) lowest = tokens;
+        if (starts[s] < lowest || starts[s] > highest) report(faults, what, s, starts[s], tokens);
+    }
 }
 
 // ---- 3. random numbers --------------------------------------------------------------------------
@@ -1210,12 +1222,12 @@ extern "C" __global__ void __launch_bounds__(256) order_by_id(
     sorted[place] = id;
 }
 
-// y[id] = scale * sum of dy over the tokens of id in their order, or adds it. One block per place,
-// which works where an id begins. Reads R C S, writes 4 C per
-// different id (and reads them when it adds).
+// y[id] = scale * sum of dy over the tokens of id in their order, or adds it; with row_of and
+// weights the sum of weights[k] dy[row_of[k]] over the terms k. One block per place, which works
+// where an id begins. Reads R C S, writes 4 C per different id (and reads them when it adds).
 extern "C" __global__ void __launch_bounds__(256) sum_by_id(
-    float* y, const real* dy, const int* order, const int* sorted, int count, int limit, int cols,
-    float scale, int accumulate)
+    float* y, const real* dy, const int* order, const int* sorted, const int* row_of,
+    const float* weights, int count, int limit, int cols, float scale, int accumulate)
 {
     int first = blockIdx.x, id = sorted[first];
     if (id >= limit || (first > 0 && sorted[first - 1] == id)) return;
@@ -1235,9 +1247,11 @@ extern "C" __global__ void __launch_bounds__(256) sum_by_id(
 #pragma unroll 4
             for (int place = first; place < last; place++)
             {
-                load_vector(v, dy + (u64)order[place] * cols + c);
+                int term = order[place];
+                float factor = weights ? weights[term] : 1;
+                load_vector(v, dy + (u64)(row_of ? row_of[term] : term) * cols + c);
 #pragma unroll
-                for (int i = 0; i < VECTOR; i++) sum[i] += v[i];
+                for (int i = 0; i < VECTOR; i++) sum[i] += factor * v[i];
             }
             if (accumulate) load_floats(v, row + c);
 #pragma unroll
@@ -1252,9 +1266,108 @@ extern "C" __global__ void __launch_bounds__(256) sum_by_id(
     {
         float sum = 0;
         for (int place = first; place < last; place++)
-            sum += widen(dy[(u64)order[place] * cols + c]);
+        {
+            int term = order[place];
+            float factor = weights ? weights[term] : 1;
+            sum += factor * widen(dy[(u64)(row_of ? row_of[term] : term) * cols + c]);
+        }
         row[c] = scale * sum + (accumulate ? row[c] : 0);
     }
+}
+
+#define FAULT_WEIGHTED_GATHER_STARTS 10
+#define FAULT_WEIGHTED_GATHER_IDS 11
+#define FAULT_CACHE_APPEND_SLOTS 12
+
+// y[r] = x[r] + sum of weights[k] * table[ids[k]] over k from starts[r] to starts[r + 1], the table
+// in any type. One block per row. Starts outside the terms are taken for their ends; an id that is
+// not in the table adds nothing. Moves 2 R C S, and C bytes of a table's element per term,
+// mostly from L2; 2 FLOP per element of a term.
+extern "C" __global__ void __launch_bounds__(256) weighted_gather(
+    real* y, const real* x, const void* table, int type, const int* starts, const int* ids,
+    const float* weights, int rows, int terms, int limit, int cols, int* faults)
+{
+    int row = blockIdx.x, first = max(0, starts[row]), last = min(terms, starts[row + 1]);
+    if (row == 0) check_starts(faults, FAULT_WEIGHTED_GATHER_STARTS, starts, rows, terms);
+    for (int k = first + threadIdx.x; k < last; k += blockDim.x)
+        if ((u32)ids[k] >= (u32)limit) report(faults, FAULT_WEIGHTED_GATHER_IDS, k, ids[k], limit);
+    u64 at = (u64)row * cols;
+    if (aligned16(y, cols, sizeof(real)) && aligned16(x, cols, sizeof(real))
+        && aligned16(table, VECTOR, sizeof(real)))
+    {
+        for (int c = threadIdx.x * VECTOR; c < cols; c += blockDim.x * VECTOR)
+        {
+            float v[VECTOR], w[VECTOR];
+            load_vector(v, x + at + c);
+            for (int k = first; k < last; k++)
+            {
+                if ((u32)ids[k] >= (u32)limit) continue;
+                load_any_vector(w, table, type, (u64)ids[k] * cols + c);
+#pragma unroll
+                for (int i = 0; i < VECTOR; i++) v[i] += weights[k] * w[i];
+            }
+            store_vector(y + at + c, v);
+        }
+        return;
+    }
+    for (int c = threadIdx.x; c < cols; c += blockDim.x)
+    {
+        float value = widen(x[at + c]);
+        for (int k = first; k < last; k++)
+            if ((u32)ids[k] < (u32)limit)
+                value += weights[k] * load_any(table, type, (long long)ids[k] * cols + c);
+        y[at + c] = narrow(value);
+    }
+}
+
+// row_of[k] = the row whose terms starts[row] to starts[row + 1] hold term k: the last one that
+// starts at k or before.
+extern "C" __global__ void row_of_term(
+    int* row_of, const int* starts, int rows, int terms, int* faults)
+{
+    int k = blockIdx.x * blockDim.x + threadIdx.x, low = 0, high = rows - 1;
+    if (blockIdx.x == 0) check_starts(faults, FAULT_WEIGHTED_GATHER_STARTS, starts, rows, terms);
+    if (k >= terms) return;
+    while (low < high)
+    {
+        int middle = (low + high + 1) / 2;
+        if (starts[middle] <= k) low = middle;
+        else high = middle - 1;
+    }
+    row_of[k] = low;
+}
+
+// y[r, c] = x[r, begin + c] for the count columns of y. One block per row. Moves 2 R count S.
+extern "C" __global__ void __launch_bounds__(256) columns_forward(
+    real* y, const real* x, int cols, int begin, int count)
+{
+    u64 row = blockIdx.x;
+    put_row(y + row * count, x + row * cols + begin, 1, 0, count);
+}
+
+// dx[r, begin + c] = dy[r, c] and zero in the other columns, or adds it. Moves R (count + C) S.
+extern "C" __global__ void __launch_bounds__(256) columns_backward(
+    real* dx, const real* dy, int cols, int begin, int count, int accumulate)
+{
+    u64 row = blockIdx.x;
+    real *to = dx + row * cols, *behind = to + begin + count;
+    put_row(to, 0, 1, accumulate, begin);
+    put_row(to + begin, dy + row * count, 1, accumulate, count);
+    put_row(behind, 0, 1, accumulate, cols - begin - count);
+}
+
+// cache[slots[i]] = x[i]; slots rise, and one behind a slot outside is held to nothing. One block per row of x. Moves 2 R C S.
+extern "C" __global__ void __launch_bounds__(256) cache_append(
+    real* cache, const real* x, const int* slots, int limit, int cols, int* faults)
+{
+    int i = blockIdx.x, slot = slots[i], before = i > 0 ? slots[i - 1] : -1;
+    bool rises = (u32)before >= (u32)limit || slot > before;
+    if ((u32)slot >= (u32)limit || !rises)
+    {
+        if (threadIdx.x == 0) report(faults, FAULT_CACHE_APPEND_SLOTS, i, slot, limit);
+        return;
+    }
+    put_row(cache + (u64)slot * cols, x + (u64)i * cols, 1, 0, cols);
 }
 
 // y[i] = x[rows[i]], or adds it; zeros beyond the used rows and where there is no such row. One
@@ -1857,7 +1970,8 @@ struct AttentionMask
 {
     const int *starts_q, *starts_k; // [sequences + 1]
     const int* key_lengths;         // [sequences]; may be null
-    int sequences, tokens, key_tokens, causal;
+    int sequences, tokens, key_tokens;
+    int causal; // 1: the last query's own key is the last one; 2: it is the last that counts
 };
 
 // A tile of one sequence's queries, or keys. Queries and keys count within the sequence.
@@ -1865,6 +1979,7 @@ struct SequenceTile
 {
     int first_token, queries, first_key_token, keys;
     int visible; // keys that are not masked for all
+    int before;  // keys that stand before the first query's own, where the mask is causal
     int first;   // of the tile
 };
 
@@ -1872,7 +1987,7 @@ struct SequenceTile
 DEVICE int keys_seen(const AttentionMask& mask, const SequenceTile& at, int query)
 {
     if (!mask.causal) return at.visible;
-    return max(0, min(at.visible, query + 1 + at.keys - at.queries));
+    return max(0, min(at.visible, query + 1 + at.before));
 }
 
 // Finds tile number `tile` of `rows` queries (or keys) each, counted over the sequences; false when
@@ -1913,20 +2028,10 @@ DEVICE bool find_tile(SequenceTile& at, const AttentionMask& mask, int tile, int
         at.keys = mask.starts_k[s + 1] - at.first_key_token;
         at.visible = at.keys;
         if (mask.key_lengths) at.visible = max(0, min(at.keys, mask.key_lengths[s]));
+        at.before = (mask.causal == 2 ? at.visible : at.keys) - at.queries;
         return true;
     }
     return false;
-}
-
-// Reports starts that do not rise from 0 to the tokens; for one block of a launch.
-DEVICE void check_starts(int* faults, int what, const int* starts, int sequences, int tokens)
-{
-    for (int s = threadIdx.x; s <= sequences; s += blockDim.x)
-    {
-        int lowest = s == 0 ? 0 : starts[s - 1], highest = s == 0 ? 0 : tokens;
-        if (s == sequences) lowest = tokens;
-        if (starts[s] < lowest || starts[s] > highest) report(faults, what, s, starts[s], tokens);
-    }
 }
 
 DEVICE void check_starts(int* faults, const AttentionMask& mask)
@@ -2366,7 +2471,7 @@ DEVICE SeenRange seen_range(const AttentionMask& mask, const SequenceTile& at, i
 {
     if (!KEYS) return {0, row < at.queries ? keys_seen(mask, at, row) : 0};
     if (row >= at.visible) return {0, 0};
-    return {mask.causal ? max(0, row - (at.keys - at.queries)) : 0, at.queries};
+    return {mask.causal ? max(0, row - at.before) : 0, at.queries};
 }
 
 // exp(scale product - lse). The difference is rounded once,

@@ -17,6 +17,9 @@ public sealed record AttentionProblem(
 
     public int KeyTokens => StartsK[^1];
 
+    /// <summary>Keys are counted from the end of those that count, not of all.</summary>
+    public bool Cached { get; init; }
+
     public double[] Q { get; init; } = [];
 
     public double[] K { get; init; } = [];
@@ -52,7 +55,8 @@ public sealed record AttentionProblem(
         int queries = StartsQ[sequence + 1] - StartsQ[sequence];
         int keys = StartsK[sequence + 1] - StartsK[sequence];
         int limit = KeyLengths is null ? keys : Math.Clamp(KeyLengths[sequence], 0, keys);
-        return Causal ? Math.Clamp(query + 1 + keys - queries, 0, limit) : limit;
+        int last = Cached ? limit : keys;
+        return Causal ? Math.Clamp(query + 1 + last - queries, 0, limit) : limit;
     }
 
     /// <summary>
@@ -195,6 +199,7 @@ internal sealed unsafe class AttentionRunner<T>(
                 CuSeqlensK = startsK,
                 KeyLengths = lengths,
                 Causal = problem.Causal,
+                Cached = problem.Cached,
                 Scale = T.CreateChecked(problem.Scale),
                 Scratch = null,
             };

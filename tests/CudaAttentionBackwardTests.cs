@@ -38,11 +38,16 @@ public sealed class CudaAttentionBackwardTests
         let problem = make(headDim)
         select new TestCaseData(problem, type).SetArgDisplayNames(Name(problem), type.ToString());
 
-    // A head dimension with rows of no whole 16 bytes, and the largest.
+    // A head dimension with rows of no whole 16 bytes, one in between, the largest, and keys in a
+    // cache with room for more.
     private static IEnumerable<TestCaseData> OtherHeadDims =>
-        from headDim in (int[])[9, 256]
+        from headDim in (int[])[9, 48, 64, 72, 128, 256]
         from type in Types[..2]
-        let problem = Self(3, 1, headDim, [5, 33], causal: true)
+        from cached in (bool[])[false, true]
+        let problem = cached
+            ? AttentionProblem.Random(3, 1, headDim, [1, 5, 0, 20], [70, 40, 4, 30], causal: true,
+                [60, 33, 3, 20]) with { Cached = true }
+            : Self(3, 1, headDim, [1, 5, 1, 33], causal: true)
         select new TestCaseData(problem, type).SetArgDisplayNames(Name(problem), type.ToString());
 
     private static IEnumerable<TestCaseData> OnTensorCores =>
@@ -235,7 +240,8 @@ public sealed class CudaAttentionBackwardTests
     {
         int row = problem.Heads * problem.HeadDim, keyRow = problem.KvHeads * problem.HeadDim;
         var op = new Attention(
-            problem.Heads, problem.KvHeads, problem.HeadDim, problem.Causal, problem.Scale);
+            problem.Heads, problem.KvHeads, problem.HeadDim, problem.Causal, problem.Scale,
+            problem.Cached);
         AttentionResult exact = problem.Naive();
         var run = new OpRun(cuda.Device(type), op,
         [
@@ -325,7 +331,7 @@ public sealed class CudaAttentionBackwardTests
     private static string Name(AttentionProblem p) =>
         $"{p.Heads}/{p.KvHeads} heads of {p.HeadDim}, {string.Join('+', Lengths(p.StartsQ))} queries, "
         + $"{string.Join('+', Lengths(p.StartsK))} keys{(p.Causal ? ", causal" : "")}"
-        + (p.KeyLengths is null ? "" : ", cut");
+        + (p.Cached ? ", cached" : p.KeyLengths is null ? "" : ", cut");
 
     private static IEnumerable<int> Lengths(int[] starts) =>
         starts.Skip(1).Zip(starts, (a, b) => a - b);

@@ -48,6 +48,9 @@ public sealed class CudaAttentionTests
             Self(2, 1, 256, [40], causal: true), Self(28, 4, 128, [70], causal: true),
             Self(16, 16, 72, [65], causal: false), Self(2, 1, 64, [], causal: true),
             AttentionProblem.Random(2, 1, 64, [0, 0], [3, 70], causal: true),
+            Self(3, 1, 48, [1, 1, 33, 1], causal: true), Self(6, 2, 48, [20], causal: false),
+            Self(3, 1, 256, [1, 30, 1], causal: true), Cached(64), Cached(72), Cached(128),
+            Cached(48), Cached(256),
         ]
         where type != DType.F16
         select new TestCaseData(problem, type).SetArgDisplayNames(Name(problem), type.ToString());
@@ -56,6 +59,11 @@ public sealed class CudaAttentionTests
         from headDim in (int[])[64, 72, 128]
         let problem = Self(4, 2, headDim, [130, 7], causal: true, [130, 5])
         select new TestCaseData(problem).SetArgDisplayNames(Name(problem));
+
+    // One query, several and a whole sequence behind keys in a cache with room for more.
+    private static AttentionProblem Cached(int headDim) =>
+        AttentionProblem.Random(6, 2, headDim, [1, 5, 1, 0, 40], [130, 80, 9, 4, 70], causal: true,
+            [100, 70, 1, 3, 40]) with { Cached = true };
 
     [SetUp]
     public void Make()
@@ -267,7 +275,7 @@ public sealed class CudaAttentionTests
     }
 
     private static Attention OpOf(AttentionProblem p) =>
-        new(p.Heads, p.KvHeads, p.HeadDim, p.Causal, p.Scale);
+        new(p.Heads, p.KvHeads, p.HeadDim, p.Causal, p.Scale, p.Cached);
 
     // What the device will hold.
     private static AttentionProblem Rounded(AttentionProblem p, DType type) => p with
@@ -306,7 +314,7 @@ public sealed class CudaAttentionTests
 
     private static string Name(AttentionProblem p) =>
         $"{p.Heads}/{p.KvHeads} heads of {p.HeadDim}, starts {Starts(p.StartsQ)} and {Starts(p.StartsK)}"
-        + (p.Causal ? ", causal" : "") + (p.KeyLengths is null ? "" : ", cut")
+        + (p.Causal ? ", causal" : "") + (p.Cached ? ", cached" : p.KeyLengths is null ? "" : ", cut")
         + (p.Q.Length > 0 && p.Q.Max() > 2 ? ", large" : "");
 
     private static string Starts(int[] starts) =>

@@ -34,6 +34,13 @@ public sealed class CudaFaultTests
         Rope(8, 0, -1, "positions[0] is -1, expected 0 to 8"),
         Rope(32, 4, int.MaxValue, "positions[4] is 2147483647, expected 0 to 8"),
         Rope(32, 4, int.MinValue, "positions[4] is -2147483648, expected 0 to 8"),
+        Terms(2, 0, 1, "starts[0] is 1, expected to rise from 0 to 6, the ids"),
+        Terms(2, 2, 2, "starts[2] is 2, expected to rise from 0 to 6, the ids"),
+        Terms(2, 3, 7, "starts[3] is 7, expected to rise from 0 to 6, the ids"),
+        Terms(2, 4, 5, "starts[4] is 5, expected to rise from 0 to 6, the ids"),
+        Terms(2, 1, int.MinValue, "starts[1] is -2147483648, expected to rise from 0 to 6, the ids"),
+        Terms(3, 1, 40, "ids[1] is 40, expected 0 to 39"),
+        Terms(3, 5, -1, "ids[5] is -1, expected 0 to 39"),
     ];
 
     [OneTimeSetUp]
@@ -84,6 +91,14 @@ public sealed class CudaFaultTests
 
     private static TestCaseData PositionGather(int index, int wrong, string message) => Case(
         new PositionGather(), [X("x", 6, 16), X("table", 40, 16), Ids()], 2, index, wrong, message);
+
+    private static TestCaseData Terms(int input, int index, int wrong, string message) => Case(
+        new WeightedGather(),
+        [
+            X("x", 4, 16), X("table", 40, 16), Value.Int("starts", 0, 3, 3, 5, 6), Ids(),
+            Value.Float("weights", [6], Fill.Normal(6, 6)),
+        ],
+        input, index, wrong, message);
 
     private static TestCaseData Splice(int index, int wrong, string message) => Case(
         new Splice(), [X("x", 9, 5), X("features", 4, 5), Value.Int("positions", 7, 2, 5)], 2,

@@ -34,13 +34,15 @@ public sealed class CudaLoraTests
     [OneTimeTearDown]
     public void Free() => _cuda?.Dispose();
 
-    // Rows of one block and of several, columns with and without 16-byte rows, all ranks' tiles;
-    // the last ones split their sums into parts.
+    // Rows of one block and of several, columns with and without 16-byte rows (of floats also with
+    // an odd number of such vectors), all ranks' tiles; the last ones split their sums into parts.
     [TestCase(0, 16, 8, 0.5)]
     [TestCase(1, 48, 1, 0.05)]
     [TestCase(7, 33, 3, 0.5)]
     [TestCase(65, 48, 16, 0.05)]
     [TestCase(65, 75, 33, 0.5)]
+    [TestCase(33, 20, 3, 0.5)]
+    [TestCase(65, 44, 12, 0.05)]
     [TestCase(129, 160, 64, 0.05)]
     [TestCase(129, 37, 5, 0)]
     [TestCase(33, 272, 256, 0.05)]

@@ -68,17 +68,25 @@ public sealed class FlashAttentionTests
         yield return Shape(2, 2, 24, [17, 17, 17], [17, 17, 17], causal: false, [17, 5, 0]);
         yield return Shape(2, 1, 24, [30, 30], [50, 30], causal: true, [20, 100]);
         yield return Shape(2, 1, 8, [], [], causal: true);
+        yield return Shape(6, 2, 48, [1, 1, 30], [1, 1, 30], causal: true);
+        yield return Shape(3, 1, 256, [1, 14, 1], [1, 14, 1], causal: true);
+        foreach (int headDim in (int[])[20, 48, 256])
+            yield return Shape(3, 1, headDim, [1, 5, 0, 40, 3], [70, 40, 4, 60, 9], causal: true,
+                [60, 33, 3, 40, 1], cached: true);
     }
 
     private static TestCaseData Shape(
         int heads, int kvHeads, int headDim, int[] queries, int[] keys, bool causal,
-        int[]? lengths = null)
+        int[]? lengths = null, bool cached = false)
     {
-        var problem =
-            AttentionProblem.Random(heads, kvHeads, headDim, queries, keys, causal, lengths);
+        AttentionProblem problem =
+            AttentionProblem.Random(heads, kvHeads, headDim, queries, keys, causal, lengths) with
+            {
+                Cached = cached,
+            };
         string name = $"{heads}/{kvHeads} heads of {headDim}, {string.Join('+', queries)} queries, "
             + $"{string.Join('+', keys)} keys{(causal ? ", causal" : "")}"
-            + (lengths is null ? "" : ", cut");
+            + (cached ? ", cached" : lengths is null ? "" : ", cut");
         return new TestCaseData(problem).SetArgDisplayNames(name);
     }
 

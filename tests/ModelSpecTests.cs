@@ -176,23 +176,27 @@ public sealed class ModelSpecTests
         Assert.That(spec.Generation.EosTokenIds, Is.EqualTo(new[] { 7, 8 }));
     }
 
-    [TestCase("v2", "MiniCPM-V-2")]
-    [TestCase("l3", "MiniCPM-Llama3-V-2_5")]
     [TestCase("v4", "MiniCPM-V-4")]
     [TestCase("v45", "MiniCPM-V-4_5")]
     [TestCase("o45", "MiniCPM-o-4_5")]
+    public void FamiliesAreToldApart(string file, string name)
+    {
+        File.Copy(Path.Combine(ReferenceFile.Root, "families", file + ".json"),
+            At("config.json"), true);
+        Assert.That(Families.Require(ModelConfig.Open(_folder)).Name, Is.EqualTo(name));
+    }
+
     [TestCase("v46", "MiniCPM-V-4_6")]
     public void OtherFamiliesAreRefusedByName(string file, string name)
     {
         File.Copy(Path.Combine(ReferenceFile.Root, "families", file + ".json"),
             At("config.json"), true);
         Assert.That(() => ModelSpec.Read(_folder),
-            Refuses($"config.json: {name} is not supported yet; supported: MiniCPM-V-2_6"));
+            Refuses($"config.json: {name} is not supported yet; supported: MiniCPM-V-2"));
     }
 
-    [TestCase("""{"model_type": "minicpmo", "version": "2.6"}""",
-        "MiniCPM-o-2_6 is not supported yet")]
-    [TestCase("""{"model_type": "minicpmo"}""", "MiniCPM-o-2_6 is not supported yet")]
+    [TestCase("""{"model_type": "minicpmo", "version": "3.1"}""",
+        "MiniCPM-o-3_1 is not supported yet")]
     [TestCase("""{"model_type": "minicpmv", "version": 9}""", "MiniCPM-V-9 is not supported yet")]
     [TestCase("""{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}""",
         "model type \"qwen2\" (architecture \"Qwen2ForCausalLM\") is not supported yet")]

@@ -61,6 +61,21 @@ internal static class OpCases
         new("add", new Add(0.25),
             n => [X("a", 2, n), X("b", 2, n)],
             () => [X("a", Rows, Width), X("b", Rows, Width)]),
+        new("scale", new Scale(0.25), n => [X("x", 2, n)], () => [X("x", Rows, Width)])
+        {
+            FreeColumns = ["x"],
+        },
+        new("columns", new Columns(2, 5), n => [X("x", n, 9)], () => [X("x", 1024, 3 * 1152)])
+        {
+            ProductionOp = new Columns(1152, 1152),
+            FreeColumns = ["x"],
+        },
+        new("columns_whole", new Columns(16, 8), n => [X("x", n, 40)],
+            () => [X("x", 1024, 3 * 1152)])
+        {
+            ProductionOp = new Columns(0, 1152),
+            FreeColumns = ["x"],
+        },
         new("rope", new Rope(6),
             n => [X("x", n, 12), Value.Int("positions", Fill.Below(5, n, 9)), X("cos", 9, 3),
                 X("sin", 9, 3)],
@@ -95,6 +110,18 @@ internal static class OpCases
             Reference = "position_gather",
             Problem = c => Keys(c, new PositionGather(), ["x", "table", "ids"]),
         },
+        new("weighted_gather", new WeightedGather(),
+            n => Terms(n, 5, 40, 4), () => Terms(1024, 1152, 729, 33))
+        {
+            Sizes = [0, 1, 7, 300],
+        },
+        new("weighted_gather_whole", new WeightedGather(),
+            n => Terms(n, 24, 9, 3), () => Terms(1024, 1152, 729, 33))
+        {
+            Sizes = [0, 1, 7, 65],
+        },
+        new("cache_append", new CacheAppend(),
+            n => Cache(2 * n, n, 5), () => Cache(4096, Rows, 4 * 128)),
         new("splice", new Splice(),
             n => [X("x", n + 3, 5), X("features", n + 1, 5),
                 Value.Int("positions", Fill.Distinct(2, n, n + 3))],
@@ -151,6 +178,14 @@ internal static class OpCases
             Reference = "attention",
             Problem = FromAttention,
         },
+        new("attention_cached", new Attention(3, 1, 8, Causal: true, 0.3, Cached: true),
+            n => Cached(24, 8, [n / 3, 1, n - (n / 3)], [2, n, 0], room: 5),
+            () => Cached(28 * 128, 4 * 128, [1], [2047], room: 2048))
+        {
+            ProductionOp =
+                new Attention(28, 4, 128, Causal: true, 1 / Math.Sqrt(128), Cached: true),
+            Sizes = [0, 1, 7, 300],
+        },
         new("cross_entropy", new CrossEntropy(),
             n => Head(n, 5, n / 2, Math.Min(n + 2, 300)),
             () => Head(Rows, 1024, Rows, 32000))
@@ -172,7 +207,7 @@ internal static class OpCases
 
     private static Value[] Heads(int tokens, int queryCols, int keyCols, int[] lengths)
     {
-        int[] starts = [0, .. lengths.Select((_, i) => lengths[..(i + 1)].Sum())];
+        int[] starts = Starts(lengths);
         return
         [
             X("q", tokens, queryCols), X("k", tokens, keyCols), X("v", tokens, keyCols),
@@ -180,6 +215,40 @@ internal static class OpCases
             Value.Absent("key_lengths"),
         ];
     }
+
+    // Queries behind keys that are there before, in a cache with room for more.
+    private static Value[] Cached(
+        int queryCols, int keyCols, int[] queries, int[] before, int room)
+    {
+        int[] lengths = [.. queries.Zip(before, (q, b) => q + b)];
+        int[] starts = Starts(queries), keyStarts = Starts([.. lengths.Select(k => k + room)]);
+        return
+        [
+            X("q", starts[^1], queryCols), X("k", keyStarts[^1], keyCols),
+            X("v", keyStarts[^1], keyCols), Value.Int("cu_seqlens_q", starts),
+            Value.Int("cu_seqlens_k", keyStarts), Value.Int("key_lengths", lengths),
+        ];
+    }
+
+    private static Value[] Cache(int room, int tokens, int cols) =>
+    [
+        X("cache", room, cols), X("x", tokens, cols),
+        Value.Int("slots", Fill.Distinct(3, tokens, room, rising: true)),
+    ];
+
+    // Rows of 0 to most terms.
+    private static Value[] Terms(int rows, int cols, int positions, int most)
+    {
+        int[] starts = Starts(Fill.Below(8, rows, most + 1));
+        return
+        [
+            X("x", rows, cols), X("table", positions, cols), Value.Int("starts", starts),
+            Value.Int("ids", Fill.Below(9, starts[^1], positions)), X("weights", starts[^1]),
+        ];
+    }
+
+    private static int[] Starts(int[] lengths) =>
+        [0, .. lengths.Select((_, i) => lengths[..(i + 1)].Sum())];
 
     private static Value[] Head(int tokens, int cols, int labels, int vocabulary) =>
     [

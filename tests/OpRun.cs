@@ -34,7 +34,8 @@ internal sealed unsafe class OpRun : IDisposable
         _targets = new GradientTarget[values.Length];
     }
 
-    public double[] Output => Read(_output);
+    /// <summary>The result: the output, or what the operation changed in place.</summary>
+    public double[] Output => Read(_op.Writes is int input ? _inputs[input] : _output);
 
     /// <summary>Elements of the output.</summary>
     public int Count => (int)_output.Shape.Count;

@@ -98,7 +98,7 @@ public sealed class OpTests
             }
         }
 
-        Assert.That(checkedInputs, Is.GreaterThan(0));
+        Assert.That(checkedInputs, c.Op.Writes is null ? Is.GreaterThan(0) : Is.Zero);
         Assert.That(worst, Is.LessThan(1e-6));
         TestContext.Out.WriteLine($"{c.Name}: worst relative error {worst:E1}");
     }

@@ -120,14 +120,14 @@ public sealed class Graph
         where TContext : class
     {
         bool constant = !_recording || (!block.Trainable && x.Variable == 0);
-        if (!constant && !checkpoint) return block.Forward(this, x, context);
+        if (!constant && !checkpoint) return Forward(block, x, context);
         ArenaMark mark = Device.Step.Mark();
         bool before = _recording;
         _recording = false;
         Tensor y;
         try
         {
-            y = Keep(mark, block.Forward(this, x, context));
+            y = Keep(mark, Forward(block, x, context));
         }
         finally
         {
@@ -180,6 +180,20 @@ public sealed class Graph
         _variableCount = _parameterCount + 1;
         _pool.Reset();
         Device.Step.Pop(default);
+    }
+
+    private Tensor Forward<TContext>(IBlock<TContext> block, Tensor x, TContext context)
+        where TContext : class
+    {
+        block.Acquire();
+        try
+        {
+            return block.Forward(this, x, context);
+        }
+        finally
+        {
+            block.Release();
+        }
     }
 
     private Tensor Run(Op op, bool keepSaved, ReadOnlySpan<Tensor> inputs)
@@ -272,13 +286,23 @@ public sealed class Graph
     {
         Tensor x = _tensors[node.FirstTensor];
         int bottom = _nodeCount;
-        Tensor y = node.Again!.Forward(this, node.Block!, x, node.Context!);
-        if (y.Spec != node.Output.Spec)
-            throw new InvalidOperationException($"a block gave {node.Output.Spec}, then {y.Spec}");
-        ref Variable variable = ref _variables[y.Variable];
-        (variable.Gradient, variable.Written) = (_pool.Take(y.Spec), true);
-        Device.Copy(outputGradient, variable.Gradient);
-        Unwind(bottom);
+        IBlock block = node.Block!;
+        block.Acquire();
+        try
+        {
+            Tensor y = node.Again!.Forward(this, block, x, node.Context!);
+            if (y.Spec != node.Output.Spec)
+                throw new InvalidOperationException(
+                    $"a block gave {node.Output.Spec}, then {y.Spec}");
+            ref Variable variable = ref _variables[y.Variable];
+            (variable.Gradient, variable.Written) = (_pool.Take(y.Spec), true);
+            Device.Copy(outputGradient, variable.Gradient);
+            Unwind(bottom);
+        }
+        finally
+        {
+            block.Release();
+        }
     }
 
     /// <summary>
@@ -315,13 +339,13 @@ public sealed class Graph
     /// An operation or a checkpointed block on the tape; its tensors lie in a row from FirstTensor.
     /// </summary>
     private readonly record struct Node(
-        Op? Op, Again? Again, object? Block, object? Context, ArenaMark Mark, int FirstTensor,
+        Op? Op, Again? Again, IBlock? Block, object? Context, ArenaMark Mark, int FirstTensor,
         int Inputs, int Saved, Tensor Output);
 
     // Runs a block again without knowing the type of its context; one object for each type.
     private abstract class Again
     {
-        public abstract Tensor Forward(Graph graph, object block, Tensor x, object context);
+        public abstract Tensor Forward(Graph graph, IBlock block, Tensor x, object context);
     }
 
     private sealed class Again<TContext> : Again
@@ -329,7 +353,7 @@ public sealed class Graph
     {
         public static readonly Again<TContext> Instance = new();
 
-        public override Tensor Forward(Graph graph, object block, Tensor x, object context) =>
+        public override Tensor Forward(Graph graph, IBlock block, Tensor x, object context) =>
             ((IBlock<TContext>)block).Forward(graph, x, (TContext)context);
     }
 
@@ -343,11 +367,31 @@ public sealed class Graph
 /// A piece of a model with one activation in and one out, which can be run again. Whatever else
 /// it needs to know of the rows it runs on is its context.
 /// </summary>
-public interface IBlock<in TContext>
+public interface IBlock<in TContext> : IBlock
     where TContext : class
+{
+    Tensor Forward(Graph graph, Tensor x, TContext context);
+}
+
+/// <summary>What the tape needs to know of a block besides running it.</summary>
+public interface IBlock
 {
     /// <summary>Whether it has parameters that need gradients.</summary>
     bool Trainable { get; }
 
-    Tensor Forward(Graph graph, Tensor x, TContext context);
+    /// <summary>
+    /// The block is about to run, forward, or again in backward: its weights may come to the
+    /// device. In a backward without checkpoint nothing is said: weights multiply at any time.
+    /// </summary>
+    void Acquire()
+    {
+    }
+
+    /// <summary>
+    /// It has run, in backward with what follows from it; once for each Acquire, also when it
+    /// threw.
+    /// </summary>
+    void Release()
+    {
+    }
 }

@@ -26,6 +26,12 @@ public abstract record Op(string Name)
     public abstract bool Differentiates(int input);
 
     /// <summary>
+    /// The input that it changes in place, which is then its result in the output's stead: it has
+    /// no gradient and is not recorded. Null for all others, which leave their inputs alone.
+    /// </summary>
+    public virtual int? Writes => null;
+
+    /// <summary>
     /// Computes the output and what is saved, in float, or double in gradient checks.
     /// </summary>
     public abstract void CpuForward<T>(in CpuCall<T> call)

@@ -83,6 +83,23 @@ public static class SpecChecks
         return spec;
     }
 
+    /// <summary>
+    /// The sizes of a weight: of this input, or of another kind, which leaves the input out.
+    /// </summary>
+    public static (int Outputs, int Inputs) Weight(
+        this ReadOnlySpan<Spec> inputs, Op op, int index, string name, Weight? weight)
+    {
+        if (weight is null || weight.Tensor.Exists)
+        {
+            Shape w = inputs.Weight(op, index, name).Shape;
+            return (w[0], w[1]);
+        }
+
+        if (index < inputs.Length && inputs[index].Exists)
+            throw op.Wrong(name, $"left out beside {weight}", inputs[index]);
+        return (weight.Outputs, weight.Inputs);
+    }
+
     public static Spec Int(this ReadOnlySpan<Spec> inputs, Op op, int index, string name)
     {
         Spec spec = inputs.Given(op, index, name);

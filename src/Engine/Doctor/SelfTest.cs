@@ -148,7 +148,7 @@ public sealed class SelfTest : IDisposable
     {
         private readonly Device _device;
         private readonly GradientTarget[] _targets;
-        private readonly Tensor _output;
+        private readonly Tensor _result;
 
         public Side(Device device, SelfTestCase each)
         {
@@ -159,10 +159,11 @@ public sealed class SelfTest : IDisposable
             var inputs = new Tensor[specs.Length];
             for (int i = 0; i < inputs.Length; i++)
                 if (specs[i].Exists) inputs[i] = Input(each.Inputs[i], specs[i], i);
-            _output = New(outputs.Output);
+            Tensor output = New(outputs.Output);
+            _result = each.Op.Writes is int changed ? inputs[changed] : output;
             var saved = new Tensor[outputs.SavedCount];
             for (int i = 0; i < saved.Length; i++) saved[i] = New(outputs.Saved(i));
-            device.Forward(each.Op, new OpCall(inputs, _output, saved, recorded: true));
+            device.Forward(each.Op, new OpCall(inputs, output, saved, recorded: true));
 
             Tensor outputGradient = New(outputs.Output);
             device.WriteFloats(outputGradient, Numbers(99, outputs.Output.Shape.Count));
@@ -178,11 +179,11 @@ public sealed class SelfTest : IDisposable
             }
 
             device.Backward(
-                each.Op, new OpCall(inputs, _output, saved, recorded: true, outputGradient,
+                each.Op, new OpCall(inputs, output, saved, recorded: true, outputGradient,
                     _targets));
         }
 
-        public float[] Output => _device.ReadFloats(_output);
+        public float[] Output => _device.ReadFloats(_result);
 
         public float[]? Gradient(int input) =>
             _targets[input].Wanted ? _device.ReadFloats(_targets[input].Buffer) : null;

@@ -53,11 +53,20 @@ internal static class SelfTestCases
         yield return new(new Gelu(GeluKind.Erf), x);
         yield return new(new SwiGlu(), x, like);
         yield return new(new Add(0.5), x, like);
+        yield return new(new Scale(0.5), x);
+        yield return new(new Columns(cols / 4, cols / 2), x);
         yield return new(
             new Rope(2 * half), X("x", Tokens, 2 * half), Ids("positions", Tokens, angles),
             X("cos", angles, half), X("sin", angles, half));
         yield return new(new Embedding(2), table, ids);
         yield return new(new PositionGather(), x, table, ids);
+        int[] starts = [.. Enumerable.Range(0, Tokens + 1).Select(i => i * 3)];
+        yield return new(
+            new WeightedGather(), x, table, Ints("starts", starts),
+            Ids("ids", 3 * Tokens, Vocabulary), X("weights", 3 * Tokens));
+        yield return new(
+            new CacheAppend(), X("cache", 2 * Tokens, cols), x,
+            Ints("slots", [.. Enumerable.Range(0, Tokens).Select(i => 2 * i)]));
         int[] slots = [.. Enumerable.Range(0, 20).Select(i => 3 * i)];
         yield return new(new Splice(), x, X("features", 20, cols), Ints("positions", slots));
         yield return new(new Linear(), x, matrix, bias);

@@ -14,6 +14,7 @@ internal sealed class DecoderLayer : IBlock<DecoderContext>
     private readonly Norm _inputNorm, _postNorm;
     private readonly Norm? _queryNorm, _keyNorm;
     private readonly Projection _query, _key, _value, _output, _gate, _up, _down;
+    private readonly Projection[] _projections;
     private readonly Add _add;
     private readonly Rope _rope;
     private readonly Attention _attention;
@@ -40,17 +41,27 @@ internal sealed class DecoderLayer : IBlock<DecoderContext>
         mlp.Module("act_fn");
         _inputNorm = scope.RmsNorm("input_layernorm", width, spec.RmsNormEpsilon);
         _postNorm = scope.RmsNorm("post_attention_layernorm", width, spec.RmsNormEpsilon);
+        _projections = [_query, _key, _value, _output, _gate, _up, _down];
         _add = new Add(spec.ResidualScale);
         _rope = new Rope(spec.HeadDim);
         _attention = new Attention(
             spec.Heads, spec.KvHeads, spec.HeadDim, Causal: true, 1 / Math.Sqrt(spec.HeadDim));
-        Trainable = _inputNorm.Trainable || _postNorm.Trainable || _query.Trainable
-            || _key.Trainable || _value.Trainable || _output.Trainable || _gate.Trainable
-            || _up.Trainable || _down.Trainable
+        Trainable = Array.Exists(_projections, p => p.Trainable)
+            || _inputNorm.Trainable || _postNorm.Trainable
             || _queryNorm is { Trainable: true } || _keyNorm is { Trainable: true };
     }
 
     public bool Trainable { get; }
+
+    public void Acquire()
+    {
+        foreach (Projection projection in _projections) projection.Weight.Acquire();
+    }
+
+    public void Release()
+    {
+        foreach (Projection projection in _projections) projection.Weight.Release();
+    }
 
     public Tensor Forward(Graph graph, Tensor x, DecoderContext context)
     {

@@ -39,14 +39,16 @@ public sealed class LoadedModel : IDisposable
     /// <param name="trainables">The trained tensors on that device; null where none are.</param>
     /// <param name="adapters">Adapters that sit on linear layers.</param>
     /// <param name="checkpointBlocks">Whether layers keep only their input for backward.</param>
+    /// <param name="kind">Makes frozen weights of linear layers; null keeps them dense.</param>
     public static LoadedModel Load(
         OpenDevice device, ModelSpec spec, Checkpoint checkpoint, DType storage,
-        Trainables? trainables = null, Adapters? adapters = null, bool checkpointBlocks = false)
+        Trainables? trainables = null, Adapters? adapters = null, bool checkpointBlocks = false,
+        IWeightKind? kind = null)
     {
         var graph = new Graph(device.Device);
         var weights = new ModelWeights(
             graph, checkpoint, trainables ?? new Trainables(device.Device, []),
-            adapters ?? Adapters.None, storage);
+            adapters ?? Adapters.None, storage, kind);
         var scope = new ModuleScope(new ParameterTable.Builder(), weights);
         return new LoadedModel(
             device, graph, spec, spec.Family.Build(spec, scope, checkpointBlocks));

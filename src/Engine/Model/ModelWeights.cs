@@ -14,8 +14,15 @@ namespace MiniCpmNative.Engine.Model;
 /// run's storage type as PyTorch's loader does; where that would
 /// only widen them they stay as they are.
 /// </summary>
+/// <param name="graph">The tape.</param>
+/// <param name="checkpoint">The files.</param>
+/// <param name="trainables">The trained ranges on the tape's device.</param>
+/// <param name="adapters">Adapters that sit on linear layers.</param>
+/// <param name="storage">The run's storage type.</param>
+/// <param name="kind">Makes frozen weights of linear layers; null keeps them dense.</param>
 public sealed class ModelWeights(
-    Graph graph, Checkpoint checkpoint, Trainables trainables, Adapters adapters, DType storage)
+    Graph graph, Checkpoint checkpoint, Trainables trainables, Adapters adapters, DType storage,
+    IWeightKind? kind = null)
     : ITensorSource
 {
     private readonly Device _device = graph.Device;
@@ -65,12 +72,13 @@ public sealed class ModelWeights(
     public Projection Projection(
         string? module, string weight, int begin, int rows, Tensor bias)
     {
-        Tensor matrix = Matrix(weight, begin, rows, checkpoint.Get(weight).Shape.Cols);
+        StoredTensor stored = checkpoint.Get(weight);
+        Weight matrix = (trainables.Contains(weight) ? null : kind?.Load(_device, stored, begin, rows))
+            ?? new DenseWeight(Matrix(weight, begin, rows, stored.Shape.Cols));
         if (module is null || adapters.Find(module) is not { } adapter)
             return new Projection(matrix, bias);
         return new Projection(
-            matrix, bias, new LoraLinear(adapter.Index, adapter.Scale, adapters.Dropout),
-            Parameter(Adapters.NameOfA(module), 0, adapter.Rank),
+            matrix, bias, adapter, adapters.Dropout, Parameter(Adapters.NameOfA(module), 0, adapter.Rank),
             Parameter(Adapters.NameOfB(module), 0, adapter.Outputs));
     }
 
@@ -118,4 +126,16 @@ public sealed class ModelWeights(
             if (_copy is not null) NativeMemory.Free(_copy);
         }
     }
+}
+
+/// <summary>
+/// A kind of frozen weight besides the dense one: how it is made of a stored matrix. A new kind is
+/// a <see cref="Weight"/> and one of these; no module, no operation learns of it.
+/// </summary>
+public interface IWeightKind
+{
+    /// <summary>
+    /// Rows begin..begin+rows of a matrix as a weight on the device; null leaves it dense.
+    /// </summary>
+    Weight? Load(Device device, StoredTensor matrix, int begin, int rows);
 }

@@ -168,7 +168,7 @@ public sealed class ModuleScope
 
         public Projection Projection(
             string? module, string weight, int begin, int rows, Tensor bias) =>
-            new(Tensor.None, Tensor.None);
+            new(new DenseWeight(Tensor.None), Tensor.None);
     }
 }
 

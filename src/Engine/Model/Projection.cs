@@ -11,27 +11,36 @@ namespace MiniCpmNative.Engine.Model;
 public sealed class Projection
 {
     private readonly Op _op;
-    private readonly Tensor _weight, _bias, _a, _b;
+    private readonly Tensor _bias, _a, _b;
     private readonly bool _adapted;
 
-    public Projection(Tensor weight, Tensor bias)
+    public Projection(Weight weight, Tensor bias)
     {
-        (_op, _weight, _bias) = (new Linear(), weight, bias);
-        Trainable = weight.Variable != 0 || bias.Variable != 0;
+        (_op, Weight, _bias) = (new Linear(Weight: Other(weight)), weight, bias);
+        Trainable = weight.Tensor.Variable != 0 || bias.Variable != 0;
     }
 
-    public Projection(Tensor weight, Tensor bias, LoraLinear adapter, Tensor a, Tensor b)
+    public Projection(Weight weight, Tensor bias, Adapter adapter, double dropout, Tensor a,
+        Tensor b)
     {
-        (_op, _weight, _bias, _a, _b) = (adapter, weight, bias, a, b);
+        (_op, Weight, _bias, _a, _b) = (
+            new LoraLinear(adapter.Index, adapter.Scale, dropout, Other(weight)), weight, bias, a,
+            b);
         _adapted = Trainable = true;
     }
 
     public bool Trainable { get; }
 
+    /// <summary>What x is multiplied by.</summary>
+    public Weight Weight { get; }
+
     /// <summary>x[rows, in] -> y[rows, out].</summary>
     public Tensor Run(Graph graph, Tensor x) => _adapted
-        ? graph.Run(_op, x, _weight, _bias, _a, _b)
-        : graph.Run(_op, x, _weight, _bias);
+        ? graph.Run(_op, x, Weight.Tensor, _bias, _a, _b)
+        : graph.Run(_op, x, Weight.Tensor, _bias);
+
+    // Dense weights are an input, so that the tape can give them a gradient.
+    private static Weight? Other(Weight weight) => weight is DenseWeight ? null : weight;
 }
 
 /// <summary>A normalisation with its weight and, where it has one, its bias.</summary>

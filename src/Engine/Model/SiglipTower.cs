@@ -91,6 +91,7 @@ internal sealed class VisionLayer : IBlock<VisionContext>
 
     private readonly Norm _norm1, _norm2;
     private readonly Projection _query, _key, _value, _output, _up, _down;
+    private readonly Projection[] _projections;
     private readonly Attention _attention;
 
     public VisionLayer(VisionSpec spec, ModuleScope scope)
@@ -108,11 +109,22 @@ internal sealed class VisionLayer : IBlock<VisionContext>
         _norm2 = scope.LayerNorm("layer_norm2", width, spec.LayerNormEpsilon);
         _attention = new Attention(
             spec.Heads, spec.Heads, spec.HeadDim, Causal: false, 1 / Math.Sqrt(spec.HeadDim));
-        Trainable = _norm1.Trainable || _norm2.Trainable || _query.Trainable || _key.Trainable
-            || _value.Trainable || _output.Trainable || _up.Trainable || _down.Trainable;
+        _projections = [_query, _key, _value, _output, _up, _down];
+        Trainable = Array.Exists(_projections, p => p.Trainable)
+            || _norm1.Trainable || _norm2.Trainable;
     }
 
     public bool Trainable { get; }
+
+    public void Acquire()
+    {
+        foreach (Projection projection in _projections) projection.Weight.Acquire();
+    }
+
+    public void Release()
+    {
+        foreach (Projection projection in _projections) projection.Weight.Release();
+    }
 
     public Tensor Forward(Graph graph, Tensor x, VisionContext context)
     {

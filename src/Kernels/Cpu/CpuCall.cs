@@ -38,14 +38,18 @@ public readonly unsafe ref struct CpuCall<T>(CpuDevice device, Op op, OpCall cal
         return wide;
     }
 
-    /// <summary>A weight as a matrix product takes it: in its storage type, maybe packed.</summary>
-    public MatrixView Weight(int index)
-    {
-        Tensor w = Input(index);
-        return w.Spec.Layout == Layout.Packed
-            ? new PackedMatrix((void*)w.Data, w.Type, w.Shape[0], w.Shape[1]).View
-            : new MatrixView((void*)w.Data, w.Type, w.Shape[0], w.Shape[1]);
-    }
+    /// <summary>
+    /// The weight of the operation: of this input, or of another kind where there is no input.
+    /// </summary>
+    public CpuWeight<T> Weight(int index, Weight? weight) => new(this, Input(index), weight);
+
+    /// <summary>An input as a matrix product takes it: in its storage type, maybe packed.</summary>
+    public MatrixView View(int index) => View(Input(index));
+
+    /// <inheritdoc cref="View(int)"/>
+    internal static MatrixView View(in Tensor w) => w.Spec.Layout == Layout.Packed
+        ? new PackedMatrix((void*)w.Data, w.Type, w.Shape[0], w.Shape[1]).View
+        : new MatrixView((void*)w.Data, w.Type, w.Shape[0], w.Shape[1]);
 
     /// <summary>into = alpha * a b, or adds it, if the gradient is wanted.</summary>
     public void Multiply(MatrixView a, MatrixView b, Gradient<T> into, double alpha = 1)

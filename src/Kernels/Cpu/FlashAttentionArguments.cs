@@ -61,6 +61,11 @@ public unsafe struct AttentionArguments<T>
     /// </summary>
     public required bool Causal { get; init; }
 
+    /// <summary>
+    /// The last query of a sequence sees the keys that count, not all that there is room for.
+    /// </summary>
+    public bool Cached { get; init; }
+
     /// <summary>Factor of q . k, above zero; usually headDim^-0.5.</summary>
     public required T Scale { get; init; }
 

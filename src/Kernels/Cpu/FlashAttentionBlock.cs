@@ -13,6 +13,9 @@ internal unsafe struct AttentionBlock
     /// <summary>Keys from here on are masked.</summary>
     public int VisibleKeys;
 
+    /// <summary>Keys that stand before the first query's own, where a mask is causal.</summary>
+    public int Before;
+
     /// <summary>First lane of the block among the sequence's, and lanes in use.</summary>
     public int First, Lanes;
 
@@ -54,14 +57,17 @@ internal unsafe struct AttentionBlock
         where T : unmanaged, IBinaryFloatingPointIeee754<T>
     {
         int keys = a.CuSeqlensK[sequence + 1] - a.CuSeqlensK[sequence];
+        int queries = a.CuSeqlensQ[sequence + 1] - a.CuSeqlensQ[sequence];
+        int visible = a.KeyLengths is null ? keys : Math.Clamp(a.KeyLengths[sequence], 0, keys);
         return new AttentionBlock
         {
-            Queries = a.CuSeqlensQ[sequence + 1] - a.CuSeqlensQ[sequence],
+            Queries = queries,
             Keys = keys,
             QueryStart = a.CuSeqlensQ[sequence],
             KeyStart = a.CuSeqlensK[sequence],
             KvHead = kvHead,
-            VisibleKeys = a.KeyLengths is null ? keys : Math.Clamp(a.KeyLengths[sequence], 0, keys),
+            VisibleKeys = visible,
+            Before = (a.Cached ? visible : keys) - queries,
             First = first,
             Lanes = Math.Min(width, keys - first),
         };
@@ -73,13 +79,13 @@ internal unsafe struct AttentionBlock
     /// </summary>
     public readonly int SeenLanes(bool causal, out int from)
     {
-        from = causal ? Math.Clamp(First - (Keys - Queries), 0, Queries) : 0;
+        from = causal ? Math.Clamp(First - Before, 0, Queries) : 0;
         return from == Queries ? 0 : Math.Clamp(VisibleKeys - First, 0, Lanes);
     }
 
     /// <summary>How many keys query token (within the sequence) sees.</summary>
     public readonly int KeysSeenBy(int token, bool causal) =>
-        causal ? Math.Clamp(token + 1 + Keys - Queries, 0, VisibleKeys) : VisibleKeys;
+        causal ? Math.Clamp(token + 1 + Before, 0, VisibleKeys) : VisibleKeys;
 }
 
 /// <summary>

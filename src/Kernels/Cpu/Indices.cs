@@ -51,25 +51,29 @@ internal static unsafe class Indices
     /// <summary>
     /// into[row] = scale * sum of dy over the tokens whose id is row, or adds it; rows without a
     /// token become zero unless the gradient accumulates. Tokens are sorted by id first, and each
-    /// row sums its own in token order, so any number of threads gives the same bits.
+    /// row sums its own in token order, so any number of threads gives the same bits. With rowOf and
+    /// weights term k is weights[k] times row rowOf[k] of dy.
     /// </summary>
     public static void SumById<T>(
-        in CpuCall<T> call, Matrix<int> ids, Matrix<T> dy, T scale, Gradient<T> into)
+        in CpuCall<T> call, Matrix<int> ids, Matrix<T> dy, T scale, Gradient<T> into,
+        Matrix<int> rowOf = default, Matrix<T> weights = default)
         where T : unmanaged, IBinaryFloatingPointIeee754<T>
     {
-        int rows = into.Into.Rows, tokens = dy.Rows;
+        int rows = into.Into.Rows, tokens = (int)ids.Count;
         Matrix<int> ends = call.ScratchInts(rows + 1), order = call.ScratchInts(tokens);
         new Span<int>(ends.Data, rows + 1).Clear();
         for (int i = 0; i < tokens; i++) ends[ids[i] + 1]++;
         for (int row = 0; row < rows; row++) ends[row + 1] += ends[row];
         for (int i = 0; i < tokens; i++) order[ends[ids[i]]++] = i;
-        call.Workers.For(rows, new Segments<T>(ends, order, dy, scale, into), minChunk: 64);
+        call.Workers.For(rows,
+            new Segments<T>(ends, order, dy, scale, into, rowOf, weights), minChunk: 64);
     }
 
     // After sorting, ends[row] is where the tokens of row end;
     // they start where those of row - 1 end.
     private readonly struct Segments<T>(
-        Matrix<int> ends, Matrix<int> order, Matrix<T> dy, T scale, Gradient<T> into) : IRangeBody
+        Matrix<int> ends, Matrix<int> order, Matrix<T> dy, T scale, Gradient<T> into,
+        Matrix<int> rowOf, Matrix<T> weights) : IRangeBody
         where T : unmanaged, IBinaryFloatingPointIeee754<T>
     {
         public void Run(int begin, int end, int worker)
@@ -79,8 +83,13 @@ internal static unsafe class Indices
                 int first = row == 0 ? 0 : ends[row - 1], last = ends[row];
                 if (first == last && !into.Accumulate) into.Into.RowSpan(row).Clear();
                 for (int i = first; i < last; i++)
-                    Elementwise.Map(dy.Row(order[i]), null, null, into.Into.Row(row), dy.Cols,
-                        into.Accumulate || i > first, new Elementwise.Scaled<T>(scale));
+                {
+                    int term = order[i];
+                    T* from = dy.Row(rowOf.Exists ? rowOf[term] : term);
+                    T factor = weights.Exists ? scale * weights[term] : scale;
+                    Elementwise.Map(from, null, null, into.Into.Row(row), dy.Cols,
+                        into.Accumulate || i > first, new Elementwise.Scaled<T>(factor));
+                }
             }
         }
     }

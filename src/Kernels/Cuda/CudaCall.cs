@@ -34,6 +34,11 @@ public readonly ref struct CudaCall(CudaDevice device, Op op, OpCall call)
     /// <summary>An input as F32.</summary>
     public Tensor Floats(int index) => As(Input(index), DType.F32);
 
+    /// <summary>
+    /// The weight of the operation: of this input, or of another kind where there is no input.
+    /// </summary>
+    public CudaWeight Weight(int index, Weight? weight) => new(this, Input(index), weight);
+
     public Tensor Output => _call.Output;
 
     public Tensor Saved(int index) => _call.Saved[index];
@@ -97,6 +102,14 @@ public readonly ref struct CudaCall(CudaDevice device, Op op, OpCall call)
         if (rows > 0) Launch("fill_rows", Grid.ColumnVectors(cols, rows, Real), y, b, rows, cols);
     }
 
+    /// <summary>into = scale * x, or adds it, if it is wanted.</summary>
+    public void Scale(in Tensor x, double scale, GradientTarget into)
+    {
+        if (into.Wanted)
+            Launch("scale_rows", Grid.Vectors(x.Shape.Count, Real), into.Buffer, x, scale,
+                x.Shape.Count, into.Accumulate);
+    }
+
     /// <summary>
     /// Splits a sum's terms into parts (at least one), where the blocks of one part leave
     /// multiprocessors idle: so many that there are about perMultiprocessor blocks for each, but no
@@ -126,19 +139,22 @@ public readonly ref struct CudaCall(CudaDevice device, Op op, OpCall call)
 
     /// <summary>
     /// The gradient of a lookup's table, if it is wanted: scale times the sum of the output
-    /// gradient over the tokens of each row, in their order.
+    /// gradient over the tokens of each row, in their order. With rowOf and weights term k of the
+    /// lookup is weights[k] times row rowOf[k] of the output gradient.
     /// </summary>
-    public void SumById(int table, int ids, double scale, KernelFault fault)
+    public void SumById(int table, int ids, double scale, KernelFault fault,
+        Tensor rowOf = default, Tensor weights = default)
     {
         GradientTarget gradient = FloatGradient(table);
         if (!gradient.Wanted) return;
-        int tokens = (int)OutputGradient.Shape.Rows, limit = gradient.Buffer.Shape[0];
+        int tokens = (int)Input(ids).Shape.Count, limit = gradient.Buffer.Shape[0];
         Tensor order = Scratch(DType.I32, tokens), sorted = Scratch(DType.I32, tokens);
         if (!gradient.Accumulate) Clear(gradient.Buffer);
         Launch("order_by_id", Grid.Elements(tokens), order, sorted, Input(ids), tokens,
             limit, Faults, (int)fault);
         Launch("sum_by_id", Grid.Rows(tokens), gradient.Buffer, OutputGradient, order,
-            sorted, tokens, limit, gradient.Buffer.Shape.Cols, scale, gradient.Accumulate);
+            sorted, rowOf, weights, tokens, limit, gradient.Buffer.Shape.Cols, scale,
+            gradient.Accumulate);
     }
 
     /// <summary>The tensor itself if it has this type, else a copy in scratch.</summary>

@@ -17,6 +17,9 @@ public enum KernelFault
     CrossEntropyTargets = 7,
     AttentionQueryStarts = 8,
     AttentionKeyStarts = 9,
+    WeightedGatherStarts = 10,
+    WeightedGatherIds = 11,
+    CacheAppendSlots = 12,
 }
 
 /// <summary>What faults say.</summary>
@@ -40,6 +43,13 @@ internal static class KernelFaults
             KernelFault.CrossEntropyTargets => $"cross_entropy: targets[{position}] is {range}",
             KernelFault.AttentionQueryStarts => Starts("cu_seqlens_q", position, value, limit),
             KernelFault.AttentionKeyStarts => Starts("cu_seqlens_k", position, value, limit),
+            KernelFault.WeightedGatherStarts =>
+                $"weighted_gather: starts[{position}] is {value}, expected to rise from 0 to "
+                + $"{limit}, the ids",
+            KernelFault.WeightedGatherIds => $"weighted_gather: ids[{position}] is {range}",
+            KernelFault.CacheAppendSlots =>
+                $"cache_append: slots[{position}] is {value}, expected rising rows of the cache "
+                + $"below {limit}",
             var other => $"a kernel reported {other} at {position}: {range}",
         });
     }

@@ -40,16 +40,8 @@ public sealed record Add(double Scale = 1) : Op("add")
 
     public override void CudaBackward(in CudaCall call)
     {
-        Into(call, call.Gradient(0), 1);
-        Into(call, call.Gradient(1), Scale);
-    }
-
-    private static void Into(in CudaCall call, GradientTarget gradient, double scale)
-    {
-        Tensor dy = call.OutputGradient;
-        if (gradient.Wanted)
-            call.Launch("scale_rows", Grid.Vectors(dy.Shape.Count, call.Real),
-                gradient.Buffer, dy, scale, dy.Shape.Count, gradient.Accumulate);
+        call.Scale(call.OutputGradient, 1, call.Gradient(0));
+        call.Scale(call.OutputGradient, Scale, call.Gradient(1));
     }
 
     private readonly struct Scaled<T>(T scale) : IMap<T>

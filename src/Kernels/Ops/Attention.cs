@@ -8,14 +8,15 @@ namespace MiniCpmNative.Kernels.Ops;
 /// q[tokens, Heads * HeadDim], k and v[keyTokens, KvHeads * HeadDim], cu_seqlens_q and cu_seqlens_k
 /// I32[sequences + 1] (starts and the end), optional key_lengths I32[sequences] (keys from there on
 /// are masked) -> o like q; saves lse[tokens, Heads]. Causal: a query sees the keys up to its own
-/// position, counted from the end. Key head j serves the query heads j g .. j g + g - 1, g = Heads
+/// position, counted from the end. Cached: a sequence's keys are rows of a cache with room for
+/// more, the first key_lengths of them count, and the position is counted from their end. Key head j serves the query heads j g .. j g + g - 1, g = Heads
 /// / KvHeads. See <see cref="FlashAttention"/>.
 /// </summary>
 /// <exception cref="ShapeException">
-/// A shape does not fit, or the starts do not cover the tokens.
+/// A shape does not fit, the starts do not cover the tokens, or a cache comes without key_lengths.
 /// </exception>
 public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool Causal,
-    double Scale)
+    double Scale, bool Cached = false)
     : Op("attention")
 {
     public override Outputs Infer(ReadOnlySpan<Spec> inputs, DType activations)
@@ -30,7 +31,7 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         if (sequences < 0) throw this.Wrong("cu_seqlens_q", "the starts and the end", starts);
         starts.MustBe(this, "cu_seqlens_q", sequences + 1);
         inputs.Int(this, 4, "cu_seqlens_k").MustBe(this, "cu_seqlens_k", sequences + 1);
-        if (inputs.Length > 5 && inputs[5].Exists)
+        if (Cached || (inputs.Length > 5 && inputs[5].Exists))
             inputs.Int(this, 5, "key_lengths").MustBe(this, "key_lengths", sequences);
         return new(q.As(activations),
             new Spec(activations.Statistics(), new Shape((int)q.Shape.Rows, Heads)));
@@ -59,7 +60,7 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
                 : HeadDim == 72 ? "attention_forward_72" : "attention_forward_128";
             call.Launch(kernel, new Grid(Blocks(TensorCoreRows), Threads),
                 o, call.Saved(0), q, k, v, startsQ, startsK, lengths, call.Faults,
-                sequences, tokens, keyTokens, Heads, KvHeads, Causal, Scale);
+                sequences, tokens, keyTokens, Heads, KvHeads, CausalMode, Scale);
             return;
         }
 
@@ -67,7 +68,7 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         int shared = sizeof(float) * ((OtherRows * width) + (2 * OtherKeys * (width + 1)));
         call.Launch("attention_forward_any", new Grid(Blocks(OtherRows), Threads, shared),
             o, call.Saved(0), q, k, v, startsQ, startsK, lengths, call.Faults, sequences, tokens,
-            keyTokens, Heads, KvHeads, Causal, Scale, HeadDim);
+            keyTokens, Heads, KvHeads, CausalMode, Scale, HeadDim);
 
         // As many tiles as there can be, since only the device knows the lengths; one at least,
         // which checks the starts.
@@ -84,6 +85,9 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
                 DK = Target(call.Gradient(1)),
                 DV = Target(call.Gradient(2)),
             });
+
+    // The mask as kernels take it: none, from the end of the room, or of the keys that count.
+    private int CausalMode => !Causal ? 0 : Cached ? 2 : 1;
 
     // What the CPU's kernels check themselves.
     private void RequireLaunchable()
@@ -125,7 +129,7 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
                 Grid.SequenceTiles(keyTokens, sequences, rows, KvHeads, threads),
                 dk.Buffer, dv.Buffer, q, k, v, dO, statistics, startsQ, startsK, lengths,
                 call.Faults,
-                sequences, tokens, keyTokens, Causal, Heads, KvHeads, HeadDim, Scale, dk.Accumulate,
+                sequences, tokens, keyTokens, CausalMode, Heads, KvHeads, HeadDim, Scale, dk.Accumulate,
                 dv.Accumulate);
         }
         else if (dk.Wanted || dv.Wanted)
@@ -139,7 +143,7 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
                 Grid.SequenceTiles(keyTokens, sequences, rows, KvHeads * parts, threads),
                 parts > 1 ? Tensor.None : dk.Buffer, parts > 1 ? Tensor.None : dv.Buffer,
                 q, k, v, dO, statistics, startsQ, startsK, lengths, call.Faults, sequences, tokens,
-                keyTokens, Causal, Heads, KvHeads, HeadDim, Scale, dk.Accumulate, dv.Accumulate,
+                keyTokens, CausalMode, Heads, KvHeads, HeadDim, Scale, dk.Accumulate, dv.Accumulate,
                 dkParts, dvParts, parts);
             if (dkParts.Exists) call.SumParts(dkParts, dk);
             if (dvParts.Exists) call.SumParts(dvParts, dv);
@@ -154,7 +158,7 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
             call.Launch(kernel, Grid.SequenceTiles(tokens, sequences, rows, Heads, threads),
                 dq.Buffer, q, k, v, dO, statistics, startsQ, startsK, lengths, call.Faults,
                 sequences,
-                tokens, keyTokens, Causal, Heads, KvHeads, HeadDim, Scale, dq.Accumulate);
+                tokens, keyTokens, CausalMode, Heads, KvHeads, HeadDim, Scale, dq.Accumulate);
         }
     }
 
@@ -198,6 +202,7 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
             CuSeqlensK = startsK.Data,
             KeyLengths = call.Input(5).Exists ? call.Ints(5).Data : null,
             Causal = Causal,
+            Cached = Cached,
             Scale = Real.Of<T>(Scale),
             Scratch = null,
         };

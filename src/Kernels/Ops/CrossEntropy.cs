@@ -64,7 +64,7 @@ public sealed unsafe record CrossEntropy() : Op("cross_entropy")
             call.Workers.For(logits.Rows, new Softmax<T>(
                 logits, targets, first, T.One, call.Recorded, losses, correct));
             if (call.Recorded)
-                call.Gemm.Multiply(logits.View, call.Weight(1), dh.Slice(first, logits.Rows).View);
+                call.Gemm.Multiply(logits.View, call.View(1), dh.Slice(first, logits.Rows).View);
         }
 
         double sum = 0;
@@ -197,7 +197,7 @@ public sealed unsafe record CrossEntropy() : Op("cross_entropy")
             int count = Math.Min(Size, rows.Cols - first);
             Matrix<T> gathered = Gathered(count), logits = _logits.Slice(0, count);
             for (int i = 0; i < count; i++) h.RowSpan(rows[first + i]).CopyTo(gathered.RowSpan(i));
-            call.Gemm.Multiply(gathered.View, call.Weight(1).T, logits.View);
+            call.Gemm.Multiply(gathered.View, call.View(1).T, logits.View);
             return logits;
         }
     }

@@ -8,9 +8,12 @@ namespace MiniCpmNative.Kernels.Ops;
 /// row-major, or packed when frozen), optional b[out], a[rank, in], bb[out, rank] -> y[rows, out];
 /// saves h = drop(x) a^T [rows, rank]. Scale is alpha / rank. The mask is <see cref="Philox"/>'s at
 /// (seed, step, Layer, element of x), drawn again in backward; without dropout drop(x) = x.
-/// Hu et al. 2021; a = lora_A, bb = lora_B of peft's lora.Linear.
+/// Hu et al. 2021; a = lora_A, bb = lora_B of peft's lora.Linear. A Weight of another kind than
+/// dense takes w's place, which is then left out.
 /// </summary>
-/// <exception cref="ShapeException">The shapes do not fit together.</exception>
+/// <exception cref="ShapeException">
+/// The shapes do not fit together; w is there beside a Weight.
+/// </exception>
 public sealed unsafe record LoraLinear : Op
 {
     // Elements of the dropped copy of x that exist at a time: it stays in the second-level cache.
@@ -19,11 +22,12 @@ public sealed unsafe record LoraLinear : Op
     /// <param name="layer">A number of its own for each adapter: the key of its mask.</param>
     /// <param name="scale">alpha / rank.</param>
     /// <param name="dropout">Probability of a zero, in [0, 1).</param>
-    public LoraLinear(int layer, double scale, double dropout)
+    /// <param name="weight">What stands for w where it is not dense.</param>
+    public LoraLinear(int layer, double scale, double dropout, Weight? weight = null)
         : base("lora_linear")
     {
         _ = Philox.Threshold(dropout);
-        (Layer, Scale, Dropout) = (layer, scale, dropout);
+        (Layer, Scale, Dropout, Weight) = (layer, scale, dropout, weight);
     }
 
     public int Layer { get; }
@@ -32,13 +36,15 @@ public sealed unsafe record LoraLinear : Op
 
     public double Dropout { get; }
 
+    public Weight? Weight { get; }
+
     public override Outputs Infer(ReadOnlySpan<Spec> inputs, DType activations)
     {
-        Spec x = inputs.Float(this, 0, "x"), w = inputs.Weight(this, 1, "w");
+        Spec x = inputs.Float(this, 0, "x");
+        var (output, input) = inputs.Weight(this, 1, "w", Weight);
         Spec a = inputs.FloatMatrix(this, 3, "a");
-        int rows = (int)x.Shape.Rows, rank = a.Shape[0], output = w.Shape[0], input = w.Shape[1];
-        if (x.Shape.Cols != input)
-            throw this.Wrong("x", $"{input} columns, the inputs of w {w}", x);
+        int rows = (int)x.Shape.Rows, rank = a.Shape[0];
+        if (x.Shape.Cols != input) throw this.Wrong("x", $"{input} columns, the inputs of w", x);
         if (inputs[2].Exists) inputs.Float(this, 2, "b").MustBe(this, "b", output);
         a.MustBe(this, "a", rank, input);
         inputs.FloatMatrix(this, 4, "bb").MustBe(this, "bb", output, rank);
@@ -46,13 +52,14 @@ public sealed unsafe record LoraLinear : Op
             new Spec(activations, new Shape(rows, rank)));
     }
 
-    public override bool Differentiates(int input) => true;
+    public override bool Differentiates(int input) =>
+        input != 1 || Weight is null || Weight.Tensor.Exists;
 
     public override void CpuForward<T>(in CpuCall<T> call)
     {
         Matrix<T> x = call.In(0), h = call.Saved(0);
-        MatrixView a = call.Weight(3), y = call.Output.View;
-        call.Gemm.Multiply(x.View, call.Weight(1).T, y, bias: call.In(2).Data);
+        MatrixView a = call.View(3);
+        call.Weight(1, Weight).Multiply(x, call.Output, bias: call.In(2));
         var dropout = new Dropout<T>(call.Random, Layer, Dropout);
         if (!dropout.Active)
         {
@@ -70,7 +77,7 @@ public sealed unsafe record LoraLinear : Op
             }
         }
 
-        call.Gemm.Multiply(h.View, call.Weight(4).T, y, Scale, beta: 1);
+        call.Gemm.Multiply(h.View, call.View(4).T, call.Output.View, Scale, beta: 1);
     }
 
     // With t = Scale * dy bb: dbb = Scale * dy^T h, da = t^T drop(x), dx = dy w + mask * (t a).
@@ -79,13 +86,13 @@ public sealed unsafe record LoraLinear : Op
         Matrix<T> x = call.In(0), h = call.Saved(0);
         MatrixView dy = call.OutputGradient.View;
         Gradient<T> dx = call.Gradient(0), da = call.Gradient(3);
-        call.Multiply(dy, call.Weight(1), dx);
+        call.Weight(1, Weight).MultiplyTransposed(call.OutputGradient, dx);
         call.Multiply(dy.T, x.View, call.Gradient(1));
         Sum.Rows(call, call.OutputGradient, call.Gradient(2));
         call.Multiply(dy.T, h.View, call.Gradient(4), Scale);
         if (!dx.Wanted && !da.Wanted) return;
         Matrix<T> t = call.Scratch(new Shape(h.Rows, h.Cols));
-        call.Gemm.Multiply(dy, call.Weight(4), t.View, Scale);
+        call.Gemm.Multiply(dy, call.View(4), t.View, Scale);
         var dropout = new Dropout<T>(call.Random, Layer, Dropout);
         if (dropout.Active && x.Rows > 0)
         {
@@ -94,7 +101,7 @@ public sealed unsafe record LoraLinear : Op
         }
 
         call.Multiply(t.View.T, x.View, da);
-        if (dx.Wanted) call.Gemm.Multiply(t.View, call.Weight(3), dx.Into.View, beta: 1);
+        if (dx.Wanted) call.Gemm.Multiply(t.View, call.View(3), dx.Into.View, beta: 1);
     }
 
     private static void BackThroughMask<T>(
@@ -115,7 +122,7 @@ public sealed unsafe record LoraLinear : Op
             }
 
             if (!dx.Wanted) continue;
-            call.Gemm.Multiply(part.View, call.Weight(3), masked.View);
+            call.Gemm.Multiply(part.View, call.View(3), masked.View);
             dropout.Apply(call.Workers, masked, r, dx.Into.Slice(r, tile), accumulate: true);
         }
     }
@@ -133,7 +140,7 @@ public sealed unsafe record LoraLinear : Op
         else call.Multiply(x, ((CudaMatrix)a).T, h);
         if (b.Exists) call.FillRows(y, b);
         call.Multiply(h, ((CudaMatrix)call.In(4)).T, y, Scale, beta: b.Exists ? 1 : 0);
-        call.Multiply(x, ((CudaMatrix)call.In(1)).T, y, beta: 1);
+        call.Weight(1, Weight).Multiply(x, y, beta: 1);
     }
 
     public override void CudaBackward(in CudaCall call)
@@ -159,7 +166,7 @@ public sealed unsafe record LoraLinear : Op
             if (dx.Wanted) call.Multiply(t, call.In(3), dx);
         }
 
-        if (dx.Wanted) call.Multiply(dy, call.In(1), dx.Buffer, beta: 1);
+        if (dx.Wanted) call.Weight(1, Weight).MultiplyTransposed(dy, dx.Buffer, beta: 1);
     }
 
     private static int TileRows<T>(Matrix<T> x)

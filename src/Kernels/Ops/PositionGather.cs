@@ -43,11 +43,7 @@ public sealed record PositionGather() : Op("position_gather")
 
     public override void CudaBackward(in CudaCall call)
     {
-        Tensor dy = call.OutputGradient;
-        GradientTarget dx = call.Gradient(0);
-        if (dx.Wanted)
-            call.Launch("scale_rows", Grid.Vectors(dy.Shape.Count, call.Real),
-                dx.Buffer, dy, 1.0, dy.Shape.Count, dx.Accumulate);
+        call.Scale(call.OutputGradient, 1, call.Gradient(0));
         call.SumById(1, 2, 1, KernelFault.PositionGatherIds);
     }
 

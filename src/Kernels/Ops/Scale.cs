@@ -1,10 +1,12 @@
-using System.Numerics;
 using MiniCpmNative.Kernels.Cpu;
 using MiniCpmNative.Kernels.Cuda;
 
 namespace MiniCpmNative.Kernels.Ops;
 
-/// <summary>y = Factor * x. x[any] -> y like x; saves nothing.</summary>
+/// <summary>
+/// y = Factor * x. x[any] -> y like x; saves nothing. MiniCPM decoders scale their embeddings and
+/// the rows that logits are made of.
+/// </summary>
 /// <exception cref="ShapeException">x is not float.</exception>
 public sealed record Scale(double Factor) : Op("scale")
 {
@@ -20,15 +22,8 @@ public sealed record Scale(double Factor) : Op("scale")
         call.Workers, call.OutputGradient, Real.Of<T>(Factor), call.Gradient(0));
 
     public override void CudaForward(in CudaCall call) =>
-        Into(call, call.In(0), new GradientTarget(call.Output, false));
+        call.Scale(call.In(0), Factor, new GradientTarget(call.Output, Accumulate: false));
 
     public override void CudaBackward(in CudaCall call) =>
-        Into(call, call.OutputGradient, call.Gradient(0));
-
-    private void Into(in CudaCall call, in Tensor x, GradientTarget y)
-    {
-        if (y.Wanted)
-            call.Launch("scale_rows", Grid.Vectors(x.Shape.Count, call.Real),
-                y.Buffer, x, Factor, x.Shape.Count, y.Accumulate);
-    }
+        call.Scale(call.OutputGradient, Factor, call.Gradient(0));
 }
