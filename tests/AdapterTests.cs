@@ -238,7 +238,7 @@ public sealed class AdapterTests
     [TestCase("""["self_attn"]""",
         "matches what is no linear layer: llm.model.layers.0.self_attn, ")]
     [TestCase("""["out_proj"]""",
-        "matches resampler.attn.out_proj, whose attention reads the weight directly")]
+        "matches resampler.attn.out_proj: its attention reads the weight directly")]
     [TestCase("""["embed_tokens"]""", "matches what is no linear layer: llm.model.embed_tokens")]
     [TestCase("\"all-linear\"", "target_modules \"all-linear\" is not supported")]
     [TestCase("\"llm.model\"", "matches what is no linear layer: llm.model")]
