@@ -162,7 +162,7 @@ public class FamilyRowTests
         Assert.That(seen, Is.GreaterThanOrEqualTo(least));
     }
 
-    [TestCase("v2", "What is it?", "A star.")]
+    [TestCase("v2", "What is this?", "A star.")]
     [TestCase("l3", "What is this?", "A star.")]
     public void RowsWithoutPictures(string family, string question, string answer)
     {
@@ -370,6 +370,23 @@ public class FamilyRowTests
         var failure = Assert.Throws<BadRowException>(
             () => builder.Build(Row(Talk($"a{token}b", "c")), []))!;
         Assert.That(failure.Message, Does.Contain($"turn 1: the text holds the special token {token}"));
+    }
+
+    // The official script adds the places of heads' starts and ends as two arrays of one length.
+    [TestCase("<|start_header_id|>")]
+    [TestCase("<|end_header_id|>")]
+    public void HeadsThatDoNotPairUpFailInTheOfficialScript(string token)
+    {
+        var builder = new SampleBuilder(Of("l3"), 2048, official: true);
+        var row = Row(Talk($"a{token}b", "c")) with
+        {
+            Names = PictureNames.Single,
+            Pictures = [new RowPicture("<image>", "p")],
+        };
+        var failure = Assert.Throws<BadRowException>(
+            () => builder.Build(row, [new SlicePlan(new(448, 448), 0, 0, default)]))!;
+        Assert.That(failure.Message, Does.StartWith("rows.json row 1: the text has ")
+            .And.Contain("<|start_header_id|> and ").And.Contain("official script fails"));
     }
 
     [Test]
