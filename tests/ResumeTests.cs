@@ -4,6 +4,7 @@ using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Train;
+using MiniCpmNative.Kernels;
 using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;
