@@ -1,6 +1,7 @@
 // Device code of MiniCpmNative: every operation of the engine, forward and backward, for sm_80 and
-// newer. NVRTC compiles this file once per storage type of activations (STORAGE_F32, STORAGE_BF16
-// or STORAGE_F16 is defined), without any include.
+// newer. NVRTC compiles this file once per storage type of activations (STORAGE_F32 or STORAGE_BF16
+// is defined), without any include. Numbers that the host shares are macros that it defines: those
+// of src/Kernels/Cuda/KernelConstants.cs, of DTypes (DTYPE_) and of KernelFaults (FAULT_).
 //
 //   1  storage types, 16-byte accesses     7  lookups: embedding, position gather, splice
 //   2  warps and blocks                    8  low-rank adapters with dropout
@@ -63,16 +64,6 @@ typedef bf16 real;
 DEVICE float widen(real x) { return widen_bf16(x); }
 DEVICE real narrow(float x) { return narrow_bf16(x); }
 DEVICE u32 narrow2(float low, float high) { return narrow_bf16x2(low, high); }
-#elif defined(STORAGE_F16)
-typedef f16 real;
-DEVICE float widen(real x) { return widen_f16(x); }
-DEVICE real narrow(float x) { return narrow_f16(x); }
-DEVICE u32 narrow2(float low, float high)
-{
-    u32 y;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-    return y;
-}
 #else
 typedef float real;
 DEVICE float widen(real x) { return x; }
@@ -99,9 +90,6 @@ DEVICE void load_vector(float* x, const real* from)
 #if defined(STORAGE_BF16)
         x[2 * i] = __uint_as_float(words[i] << 16);
         x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-#elif defined(STORAGE_F16)
-        x[2 * i] = widen_f16((f16)words[i]);
-        x[2 * i + 1] = widen_f16((f16)(words[i] >> 16));
 #else
         x[i] = __uint_as_float(words[i]);
 #endif
@@ -114,7 +102,7 @@ DEVICE void store_vector(real* to, const float* x)
 #pragma unroll
     for (int i = 0; i < 4; i++)
     {
-#if defined(STORAGE_BF16) || defined(STORAGE_F16)
+#if defined(STORAGE_BF16)
         words[i] = narrow2(x[2 * i], x[2 * i + 1]);
 #else
         words[i] = __float_as_uint(x[i]);
@@ -139,7 +127,7 @@ DEVICE void load_floats(float* x, const float* from)
 }
 
 // Two neighbours of a row as they are stored: what matrix instructions multiply.
-#if defined(STORAGE_BF16) || defined(STORAGE_F16)
+#if defined(STORAGE_BF16)
 typedef u32 real2;
 DEVICE float widen_low(real2 p) { return widen((real)p); }
 DEVICE float widen_high(real2 p) { return widen((real)(p >> 16)); }
@@ -193,7 +181,7 @@ template <int N> DEVICE void load_pairs(real2* p, const real* row, int col, int 
 #pragma unroll
         for (int i = 0; i < N / 2; i++)
         {
-#if defined(STORAGE_BF16) || defined(STORAGE_F16)
+#if defined(STORAGE_BF16)
             p[i] = words[i];
 #else
             p[i] = make_float2(__uint_as_float(words[2 * i]), __uint_as_float(words[2 * i + 1]));
@@ -214,7 +202,7 @@ DEVICE void store_pairs(real* row, const real2* p, int col, int cols, bool wide)
 {
     if (wide && col + 8 <= cols)
     {
-#if defined(STORAGE_BF16) || defined(STORAGE_F16)
+#if defined(STORAGE_BF16)
         *(uint4*)(row + col) = make_uint4(p[0], p[1], p[2], p[3]);
 #else
         float v[] = {p[0].x, p[0].y, p[1].x, p[1].y, p[2].x, p[2].y, p[3].x, p[3].y};
@@ -288,16 +276,12 @@ DEVICE float block_max(float x, float* shared)
 //   a[1] = A[g + 8][2t, 2t + 1]    a[3] = A[g + 8][2t + 8, 2t + 9]    b[1] = B[2t + 8, 2t + 9][g]
 //   d[0], d[1] = D[g][2t], D[g][2t + 1]      d[2], d[3] = D[g + 8][2t], D[g + 8][2t + 1]
 
-#if defined(STORAGE_BF16) || defined(STORAGE_F16)
+#if defined(STORAGE_BF16)
 
 // d += a b
 DEVICE void multiply_add_16x8x16(float* d, const u32* a, const u32* b)
 {
-#if defined(STORAGE_BF16)
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-#else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-#endif
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -383,20 +367,12 @@ DEVICE uint4 philox(u64 seed, u64 step, u32 layer, u32 block)
 
 // ---- 4. casts, fills, sums ----------------------------------------------------------------------
 
-// DTypes of stored tensors, as src/Kernels/DType.cs numbers them.
-#define DTYPE_F32 0
-#define DTYPE_BF16 1
-#define DTYPE_F16 2
-
 DEVICE float load_any(const void* from, int type, long long i)
 {
     return type == DTYPE_F32 ? ((const float*)from)[i]
         : type == DTYPE_BF16 ? widen_bf16(((const bf16*)from)[i])
         : widen_f16(((const f16*)from)[i]);
 }
-
-// Elements that a thread casts or fills: 16 bytes of the narrow types.
-#define CAST 8
 
 // CAST elements of any type; the address is a multiple of 16.
 DEVICE void load_any_vector(float* x, const void* from, int type, long long i)
@@ -448,7 +424,7 @@ extern "C" __global__ void __launch_bounds__(256) cast_to_real(
     }
 }
 
-#if defined(STORAGE_BF16) || defined(STORAGE_F16) // with F32 it would be cast_to_real
+#if defined(STORAGE_BF16) // with F32 it would be cast_to_real
 
 extern "C" __global__ void __launch_bounds__(256) cast_to_float(
     float* y, const void* x, int type, long long count, int accumulate)
@@ -1053,8 +1029,6 @@ extern "C" __global__ void __launch_bounds__(256) swiglu_backward(
     }
 }
 
-#define FAULT_ROPE_POSITIONS 3
-
 // Rotates the halves [a, b] of every head by its token's angles, [a cos - b sin, b cos + a sin], or
 // with direction -1 back; written or added. x and y [rows, cols], positions[rows], tables
 // [limit, half]; a row with a position outside them becomes zeros. A block per row, 16 bytes of
@@ -1101,10 +1075,6 @@ extern "C" __global__ void __launch_bounds__(256) rope(
 
 // ---- 7. lookups ---------------------------------------------------------------------------------
 
-// Numbers of KernelFault.
-#define FAULT_SPLICE_POSITIONS 4
-#define FAULT_SPLICE_REPEATED 5
-
 // to[c] = scale * from[c] over a row of cols, by a whole block, or adds it. Without a row to read
 // from it becomes zero, or stays as it is.
 DEVICE void put_row(real* to, const real* from, float scale, int accumulate, int cols)
@@ -1147,7 +1117,7 @@ DEVICE void load_any_vector(float* x, const void* from, int type, u64 at)
         load_floats(x, (const float*)from + at);
         return;
     }
-#if defined(STORAGE_BF16) || defined(STORAGE_F16)
+#if defined(STORAGE_BF16)
     uint4 bits = *(const uint4*)((const bf16*)from + at);
     u32 words[4] = {bits.x, bits.y, bits.z, bits.w};
 #else
@@ -1274,10 +1244,6 @@ extern "C" __global__ void __launch_bounds__(256) sum_by_id(
         row[c] = scale * sum + (accumulate ? row[c] : 0);
     }
 }
-
-#define FAULT_WEIGHTED_GATHER_STARTS 10
-#define FAULT_WEIGHTED_GATHER_IDS 11
-#define FAULT_CACHE_APPEND_SLOTS 12
 
 // y[r] = x[r] + sum of weights[k] * table[ids[k]] over k from starts[r] to starts[r + 1], the table
 // in any type. One block per row. Starts outside the terms are taken for their ends; an id that is
@@ -1473,12 +1439,11 @@ DEVICE void columns_of(real2 (*b)[2], real2 (*row)[2])
     }
 }
 
-// Ranks that a block has sums for; more are done by more blocks, which find x in cache.
-#define LORA_RANKS 64
+// More ranks than LORA_RANKS are done by more blocks, which find x in cache.
 
 // Blocks of a multiprocessor that registers must be left for;
 // operands of floats take twice as many.
-#if defined(STORAGE_BF16) || defined(STORAGE_F16)
+#if defined(STORAGE_BF16)
 #define LORA_BLOCKS 2
 #else
 #define LORA_BLOCKS 1
@@ -1493,11 +1458,13 @@ extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_down(
     int cols_per_part,
     long long seed, long long step, int layer, int threshold, float scale)
 {
+    static_assert(LORA_DOWN_ROWS == 32 && LORA_DOWN_COLS == 8 * 32, "what eight warps have");
     __shared__ float sums[8][2][32][8];
     Dropout dropout = {(u64)seed, (u64)step, (u32)layer, (u32)threshold};
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     int chunks = (rank + LORA_RANKS - 1) / LORA_RANKS;
-    int first_row = blockIdx.x / chunks * 32, first_rank = blockIdx.x % chunks * LORA_RANKS;
+    int first_row = blockIdx.x / chunks * LORA_DOWN_ROWS;
+    int first_rank = blockIdx.x % chunks * LORA_RANKS;
     int ranks = min(LORA_RANKS, rank - first_rank);
     int begin = blockIdx.z * cols_per_part, end = min(cols, begin + cols_per_part);
     bool wide = aligned16(x, cols, sizeof(real)) && aligned16(a, cols, sizeof(real));
@@ -1505,7 +1472,7 @@ extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_down(
     const real *own_x = x + (u64)first_row * cols, *own_a = a + (u64)(first_rank + g) * cols;
     u64 first_element = (u64)first_row * cols;
 #pragma unroll 1
-    for (int base = begin + warp * 32; base < end; base += 8 * 32)
+    for (int base = begin + warp * 32; base < end; base += LORA_DOWN_COLS)
     {
         // Of the 32 columns 8t to 8t + 3 are k = 2t, 2t + 1, 2t + 8, 2t + 9 of a first product, 8t
         // + 4 to 8t + 7 of a second.
@@ -1589,7 +1556,9 @@ extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_x(
 {
     Dropout dropout = {(u64)seed, (u64)step, (u32)layer, (u32)threshold};
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, q = lane % 4;
-    int first_row = blockIdx.x * 64 + warp / 4 * 32, first_col = blockIdx.y * 128 + warp % 4 * 32;
+    static_assert(LORA_X_ROWS == 2 * 32 && LORA_X_COLS == 4 * 32, "what eight warps have");
+    int first_row = blockIdx.x * LORA_X_ROWS + warp / 4 * 32;
+    int first_col = blockIdx.y * LORA_X_COLS + warp % 4 * 32;
     bool wide = aligned16(dx, cols, sizeof(real)) && aligned16(a, cols, sizeof(real));
     bool wide_t = aligned16(t, rank, sizeof(real));
     int c = first_col + 8 * q;
@@ -1649,15 +1618,16 @@ extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_a(
     float* da, const real* t, const real* x, int rows, int cols, int rank, int rows_per_part,
     int accumulate, long long seed, long long step, int layer, int threshold, float scale)
 {
+    static_assert(LORA_A_ROWS == 8 * 16 && LORA_A_COLS == 32, "what eight warps have");
     __shared__ float sums[8][16][32];
     Dropout dropout = {(u64)seed, (u64)step, (u32)layer, (u32)threshold};
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, q = lane % 4;
-    int first_col = blockIdx.x * 32, first_rank = blockIdx.z * LORA_RANKS;
+    int first_col = blockIdx.x * LORA_A_COLS, first_rank = blockIdx.z * LORA_RANKS;
     int ranks = min(LORA_RANKS, rank - first_rank);
     int begin = blockIdx.y * rows_per_part, end = min(rows, begin + rows_per_part);
     bool wide = aligned16(x, cols, sizeof(real)), wide_t = aligned16(t, rank, sizeof(real));
     float d[LORA_RANKS / 16][4][4] = {};
-    for (int base = begin + warp * 16; base < end; base += 8 * 16)
+    for (int base = begin + warp * 16; base < end; base += LORA_A_ROWS)
     {
         // Rows 4q to 4q + 3 are k = 2q, 2q + 1, 2q + 8, 2q + 9; column 4n + j is n of product j,
         // and ranks 2g and 2g + 1 are m = g and g + 8.
@@ -1717,10 +1687,6 @@ extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_a(
 
 // ---- 9. cross-entropy ---------------------------------------------------------------------------
 
-// Numbers of KernelFault.
-#define FAULT_CROSS_ENTROPY_ROWS 6
-#define FAULT_CROSS_ENTROPY_TARGETS 7
-
 // Reports rows that do not rise within the tokens and targets outside the vocabulary. A row behind
 // one outside is not held against it, so that one mistake is one report.
 extern "C" __global__ void cross_entropy_check(
@@ -1761,11 +1727,11 @@ DEVICE int beats(float x, int c, float own, int target)
 // block per row; a row of a large vocabulary (600 kB) fits no block's registers, so logits are read
 // twice when there is a gradient: moves R C (8 + S) bytes with it and 4 R C without, one or two
 // exponentials per element: memory-bound.
-extern "C" __global__ void __launch_bounds__(512) cross_entropy_rows(
+extern "C" __global__ void __launch_bounds__(LOGITS_THREADS) cross_entropy_rows(
     float* losses, float* correct, real* gradient, const float* logits, const int* targets,
     int vocabulary, int stride, float scale, const float* by)
 {
-    __shared__ float shared[16];
+    __shared__ float shared[LOGITS_THREADS / WARP];
     const float* row = logits + (u64)blockIdx.x * stride;
     int target = targets[blockIdx.x], whole = vocabulary / 4 * 4;
     float own = (u32)target < (u32)vocabulary ? row[target] : 0;
@@ -1774,7 +1740,7 @@ extern "C" __global__ void __launch_bounds__(512) cross_entropy_rows(
     float max = lowest, sum = 0;
     int beaten = 0;
 #pragma unroll 2
-    for (int c = threadIdx.x * 4; c < whole; c += 512 * 4)
+    for (int c = threadIdx.x * 4; c < whole; c += LOGITS_THREADS * 4)
     {
         float4 x = *(const float4*)(row + c);
         add_exponentials(max, sum, x);
@@ -1803,7 +1769,7 @@ extern "C" __global__ void __launch_bounds__(512) cross_entropy_rows(
     float factor = scale / sum;
     real* out = gradient + (u64)blockIdx.x * stride;
     whole = vocabulary / VECTOR * VECTOR;
-    for (int c = threadIdx.x * VECTOR; c < whole; c += 512 * VECTOR)
+    for (int c = threadIdx.x * VECTOR; c < whole; c += LOGITS_THREADS * VECTOR)
     {
         float v[VECTOR];
         load_floats(v, row + c);
@@ -1915,7 +1881,7 @@ template <int CHUNKS> DEVICE u32 tile_step(u32 address, int rows, int chunks)
     return (CHUNKS % 8 == 0 ? address ^ chunks * 16 : address + chunks * 16) + rows * CHUNKS * 16;
 }
 
-#if defined(STORAGE_BF16) || defined(STORAGE_F16)
+#if defined(STORAGE_BF16)
 
 // The d of two products, columns 0 to 7 and 8 to 15, as the a of the next.
 DEVICE void narrow_left(u32* a, const float* left, const float* right)
@@ -1961,9 +1927,6 @@ DEVICE void copy_tile(u32 tile, const real* from, int stride, int rows)
 #endif
 
 // -- packed sequences --
-
-#define FAULT_ATTENTION_QUERY_STARTS 8
-#define FAULT_ATTENTION_KEY_STARTS 9
 
 // The arguments that say which query sees which key, as the kernels take them.
 struct AttentionMask
@@ -2081,7 +2044,7 @@ DEVICE float log_sum_exp(float max, float sum, float scale, float factor)
     return fmaf(max, scale, logf(sum) - rounding * LN_2);
 }
 
-#if defined(STORAGE_BF16) || defined(STORAGE_F16)
+#if defined(STORAGE_BF16)
 
 // o = softmax(scale q k^T + mask) v and lse = ln(sum exp(scale q k^T)) for a tile of 64 queries of
 // one sequence and head; 0 and -infinity for a query that sees no key. q and o [tokens, heads,
@@ -2098,7 +2061,7 @@ template <int DIM>
 DEVICE void attention_forward_tile(real* o, float* lse, const real* q, const real* k, const real* v,
     const AttentionMask& mask, int* faults, int heads, int kv_heads, float scale)
 {
-    constexpr int ROWS = 64, KEYS = 64, THREADS = 128, CHUNKS = TILE_CHUNKS(DIM);
+    constexpr int ROWS = ATTENTION_ROWS, KEYS = 64, THREADS = 128, CHUNKS = TILE_CHUNKS(DIM);
     alignas(256) __shared__ uint4 tiles[2][KEYS * CHUNKS]; // keys, and queries or values
     __shared__ int kept[3]; // what the end needs again: registers are scarce in between
     if (blockIdx.x == 0) check_starts(faults, mask);
@@ -2293,7 +2256,9 @@ extern "C" __global__ void __launch_bounds__(128) attention_forward_any(
     const int* starts_k, const int* key_lengths, int* faults, int sequences, int tokens,
     int key_tokens, int heads, int kv_heads, int causal, float scale, int dim)
 {
-    constexpr int WARPS = 4, ROWS = 4 * WARPS, KEYS = WARP, PARTS = 8;
+    constexpr int WARPS = 4, ROWS = ATTENTION_ANY_ROWS, KEYS = ATTENTION_ANY_KEYS;
+    constexpr int PARTS = ATTENTION_MOST_COLS / WARP;
+    static_assert(ROWS == 4 * WARPS && KEYS == WARP, "four rows a warp, a key a lane");
     extern __shared__ float4 attention_any_shared[];
     AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
     if (blockIdx.x == 0) check_starts(faults, mask);
@@ -2496,7 +2461,7 @@ DEVICE void check_all_starts(int* faults, const AttentionMask& mask)
 // take. Reads u and w twice per own row, 4 D S bytes per pair and head, mostly from cache.
 template <bool KEYS> DEVICE void attention_backward_by_rows(const AttentionBackward& a)
 {
-    constexpr int ROWS = 8, MOST = 256 / WARP;
+    constexpr int ROWS = ATTENTION_ANY_BACKWARD_ROWS, MOST = ATTENTION_MOST_COLS / WARP;
     SequenceTile at;
     if (!find_tile(at, a.mask, blockIdx.x, ROWS, KEYS)) return;
     int lane = threadIdx.x % WARP, row = at.first + threadIdx.x / WARP, dim = a.head_dim;
@@ -2583,7 +2548,7 @@ extern "C" __global__ void __launch_bounds__(256) attention_queries_backward(
     attention_backward_by_rows<false>(a);
 }
 
-#if defined(STORAGE_BF16) || defined(STORAGE_F16)
+#if defined(STORAGE_BF16)
 
 // d[16, ROWS] += a[16, all columns] b[ROWS, all columns]^T, from a lane's addresses down first in
 // a, across first in b.
@@ -2673,7 +2638,7 @@ DEVICE void store_part(float* to, u64 stride, int rows, const float (*d)[4], flo
 template <int DIM, int STEP, bool KEYS>
 DEVICE void attention_backward_by_tiles(const AttentionBackward& a)
 {
-    constexpr int ROWS = 64, THREADS = ROWS / 16 * WARP, CHUNKS = TILE_CHUNKS(DIM);
+    constexpr int ROWS = ATTENTION_ROWS, THREADS = ROWS / 16 * WARP, CHUNKS = TILE_CHUNKS(DIM);
     constexpr int OWN_BYTES = ROWS * CHUNKS * 16, STEP_BYTES = STEP * CHUNKS * 16;
     alignas(256) __shared__ uint4 tiles[(2 * ROWS + 4 * STEP) * CHUNKS];
     u32 x_tile = shared_address(tiles), stages = x_tile + 2 * OWN_BYTES;

@@ -1,15 +1,15 @@
 using System.Globalization;
 using MiniCpmNative.GpuEmulator;
 using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Cases;
 using MiniCpmNative.Kernels.Cuda;
 using MiniCpmNative.Kernels.Updates;
-using MiniCpmNative.Tests;
 
 namespace MiniCpmNative.Bench;
 
 /// <summary>
 /// bench kernels [operation ...]: what each kernel of kernels.cu moves and computes, forward and
-/// backward of every operation at the production shapes of tests/OpCases.cs in bf16, and one
+/// backward of every operation at the production shapes of <see cref="OpCases"/> in bf16, and one
 /// optimizer step of 4 million parameters, counted by the emulated GPU while it runs them, and the
 /// time below which no GPU of a kind can be: the longest of bytes, float and matrix work at the
 /// datasheet's peaks. Where a GPU is, each launch is timed on it as well.

@@ -6,13 +6,13 @@ using BenchmarkDotNet.Loggers;
 using BenchmarkDotNet.Running;
 using BenchmarkDotNet.Toolchains.InProcess.Emit;
 using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Cases;
 using MiniCpmNative.Kernels.Cpu;
-using MiniCpmNative.Tests;
 
 namespace MiniCpmNative.Bench;
 
 /// <summary>
-/// Forward and backward of every operation at the production shapes of tests/OpCases.cs, float, on
+/// Forward and backward of every operation at the production shapes of <see cref="OpCases"/>, float, on
 /// all cores. `bench ops [name ...]`: the operations named, or all.
 /// </summary>
 public class OpBench

@@ -15,14 +15,13 @@ namespace MiniCpmNative.Tests;
 [TestFixture]
 public sealed class CudaAttentionBackwardTests
 {
-    private static readonly DType[] Types = [DType.F32, DType.BF16, DType.F16];
+    private static readonly DType[] Types = [DType.F32, DType.BF16];
 
     private CudaUnderTest _cuda = null!;
 
     private static IEnumerable<TestCaseData> Cases =>
         from headDim in (int[])[64, 72, 128, 8]
         from type in Types
-        where type != DType.F16 || headDim == 72
         from make in (Func<int, AttentionProblem>[])
         [
             d => Self(1, 1, d, [0, 1, 7, 63], causal: true),
@@ -42,7 +41,7 @@ public sealed class CudaAttentionBackwardTests
     // cache with room for more.
     private static IEnumerable<TestCaseData> OtherHeadDims =>
         from headDim in (int[])[9, 48, 64, 72, 128, 256]
-        from type in Types[..2]
+        from type in Types
         from cached in (bool[])[false, true]
         let problem = cached
             ? AttentionProblem.Random(3, 1, headDim, [1, 5, 0, 20], [70, 40, 4, 30], causal: true,

@@ -5,6 +5,7 @@ using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Train;
+using MiniCpmNative.Kernels;
 using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;

@@ -84,7 +84,8 @@ internal sealed record RoundedLora(LoraLinear Inner, DType Storage) : Op("lora_l
     // A product that is added to what is there.
     private double[] Added(double[] product) => CudaUnderTest.IsReal ? Rounded(product) : product;
 
-    private double[] Rounded(double[] values) => Tests.Storage.Round(values, Storage);
+    private double[] Rounded(double[] values) =>
+        Kernels.Cases.Storage.Round(values, Storage);
 
     private static double[] Product(double[] a, double[] b, int rows, int cols)
     {

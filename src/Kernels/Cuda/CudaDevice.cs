@@ -30,7 +30,7 @@ public sealed unsafe class CudaDevice : Device
 
     /// <param name="context">The GPU; disposed by its owner.</param>
     /// <param name="compiler">Compiles kernels.cu.</param>
-    /// <param name="activations">BF16, F16 or F32.</param>
+    /// <param name="activations">BF16 or F32.</param>
     /// <param name="stepBytes">Size of the step's memory; null takes what is free at the first
     /// step.</param>
     /// <param name="lineInfo">Keeps source lines in the compiled code.</param>
@@ -45,8 +45,8 @@ public sealed unsafe class CudaDevice : Device
     /// <summary>With a module of kernels.cu that was compiled elsewhere.</summary>
     public CudaDevice(CudaContext context, DType activations, long? stepBytes, CudaModule module)
     {
-        if (activations is not (DType.F32 or DType.BF16 or DType.F16))
-            throw new ArgumentException("a GPU computes in F32, BF16 or F16", nameof(activations));
+        if (activations is not (DType.F32 or DType.BF16))
+            throw new ArgumentException("a GPU computes in F32 or BF16", nameof(activations));
         (Context, Activations, _module) = (context, activations, module);
         Stream = new(context);
         _gemm = new(context, Stream);

@@ -8,7 +8,7 @@ namespace MiniCpmNative.Kernels.Cuda;
 /// </summary>
 internal readonly ref struct CudaDropout
 {
-    private const int Ranks = 64, BlocksPerMultiprocessor = 2;
+    private const int BlocksPerMultiprocessor = 2;
 
     private readonly Randomness _random;
     private readonly int _layer;
@@ -27,12 +27,14 @@ internal readonly ref struct CudaDropout
     /// <summary>h = drop(x) a^T. x[rows, cols], a[rank, cols], h[rows, rank].</summary>
     public void Down(in CudaCall call, CudaMatrix x, in Tensor a, in Tensor h)
     {
-        const int TileRows = 32, TileCols = 256, FewestCols = 2 * TileCols;
-        int rank = a.Shape[0], blocks = CeilingOf(x.Rows, TileRows) * CeilingOf(rank, Ranks);
+        const int Cols = KernelConstants.LoraDownCols;
+        int rank = a.Shape[0];
+        int blocks = CeilingOf(x.Rows, KernelConstants.LoraDownRows)
+            * CeilingOf(rank, KernelConstants.LoraRanks);
         Check(x);
         if (blocks == 0) return;
         var (parts, each) =
-            call.Split(x.Cols, blocks, BlocksPerMultiprocessor, FewestCols, TileCols);
+            call.Split(x.Cols, blocks, BlocksPerMultiprocessor, fewest: 2 * Cols, Cols);
         Tensor part = parts > 1 ? call.Scratch(DType.F32, parts, x.Rows, rank) : Tensor.None;
         call.Launch("lora_down", Grid.Blocks256(blocks, 1, parts), h, part, x.Data, a, x.Rows,
             x.Cols, rank, each, _random.Seed, _random.Step, _layer, _threshold, _scale);
@@ -46,22 +48,21 @@ internal readonly ref struct CudaDropout
     /// </summary>
     public void GradientX(in CudaCall call, CudaMatrix t, in Tensor a, GradientTarget dx)
     {
-        const int TileRows = 64, TileCols = 128;
-        int cols = a.Shape.Cols;
+        int cols = a.Shape.Cols, tilesOfRows = CeilingOf(t.Rows, KernelConstants.LoraXRows);
         call.Launch("lora_gradient_x",
-            Grid.Blocks256(CeilingOf(t.Rows, TileRows), CeilingOf(cols, TileCols)), dx.Buffer,
-            t.Data, a,
-            t.Rows, cols, t.Cols, dx.Accumulate, _random.Seed, _random.Step, _layer, _threshold,
+            Grid.Blocks256(tilesOfRows, CeilingOf(cols, KernelConstants.LoraXCols)), dx.Buffer,
+            t.Data, a, t.Rows, cols, t.Cols, dx.Accumulate, _random.Seed, _random.Step, _layer, _threshold,
             _scale);
     }
 
     /// <summary>da = t^T drop(x), or adds it. da[rank, cols] is F32.</summary>
     public void GradientA(in CudaCall call, CudaMatrix x, CudaMatrix t, GradientTarget da)
     {
-        const int TileCols = 32, TileRows = 128, FewestRows = 2 * TileRows;
-        int rank = t.Cols, tiles = CeilingOf(x.Cols, TileCols), chunks = CeilingOf(rank, Ranks);
+        const int Rows = KernelConstants.LoraARows;
+        int rank = t.Cols, tiles = CeilingOf(x.Cols, KernelConstants.LoraACols);
+        int chunks = CeilingOf(rank, KernelConstants.LoraRanks);
         var (parts, each) = call.Split(
-            x.Rows, tiles * chunks, BlocksPerMultiprocessor, FewestRows, TileRows);
+            x.Rows, tiles * chunks, BlocksPerMultiprocessor, fewest: 2 * Rows, Rows);
         bool whole = parts == 1;
         Tensor into = whole ? da.Buffer : call.Scratch(DType.F32, parts, rank * x.Cols);
         call.Launch("lora_gradient_a", Grid.Blocks256(tiles, parts, chunks), into, t.Data,

@@ -87,7 +87,6 @@ internal sealed unsafe class CudaGemm : IDisposable
     {
         DType.F32 => CublasApi.F32,
         DType.BF16 => CublasApi.BF16,
-        DType.F16 => CublasApi.F16,
         _ => throw new ShapeException($"no product of {m.Data.Spec}"),
     };
 }

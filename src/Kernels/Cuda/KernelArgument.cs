@@ -53,8 +53,9 @@ public readonly record struct Grid(Dim3 Blocks, Dim3 Threads, int SharedBytes = 
     public static Grid Vectors(long count, DType type) =>
         Elements(((count * type.Size()) + 15) / 16);
 
-    /// <summary>A thread per 8 elements, as kernels that cast or fill take them.</summary>
-    public static Grid Eights(long count) => Elements((count + 7) / 8);
+    /// <summary>A thread per eight elements, as kernels that cast or fill take them.</summary>
+    public static Grid Eights(long count) =>
+        Elements((count + KernelConstants.Cast - 1) / KernelConstants.Cast);
 
     /// <summary>Blocks of 256 threads.</summary>
     public static Grid Blocks256(int x, int y = 1, int z = 1) => new(new Dim3(x, y, z), Threads256);
@@ -78,9 +79,9 @@ public readonly record struct Grid(Dim3 Blocks, Dim3 Threads, int SharedBytes = 
         new(new Dim3(Blocked((long)cols * type.Size(), 16 * Warp), parts), Threads256);
 
     /// <summary>
-    /// A block of 512 threads per row, for rows that are as long as a vocabulary.
+    /// A larger block per row, for rows that are as long as a vocabulary.
     /// </summary>
-    public static Grid LongRows(int rows) => new(rows, 512);
+    public static Grid LongRows(int rows) => new(rows, KernelConstants.LogitsThreads);
 
     /// <summary>A thread per 16 bytes of columns, which takes about every eighth row.</summary>
     public static Grid ColumnVectors(int cols, int rows, DType type)

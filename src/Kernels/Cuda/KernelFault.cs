@@ -3,7 +3,7 @@ namespace MiniCpmNative.Kernels.Cuda;
 /// <summary>
 /// Which argument held an index outside its table. A kernel cannot throw: it notes the first one,
 /// skips it, and the host throws when it next waits for the device.
-/// The numbers stand in kernels.cu too.
+/// <see cref="KernelConstants"/> brings the numbers to kernels.cu.
 /// </summary>
 public enum KernelFault
 {

@@ -17,13 +17,15 @@ public sealed record ModuleOptions(DType Storage, int Architecture, bool LineInf
 
     /// <summary>
     /// C++17 and the architecture are always explicit, since NVRTC's defaults differ by version.
-    /// The storage type arrives as STORAGE_F32, STORAGE_BF16 or STORAGE_F16.
+    /// The storage type arrives as STORAGE_F32 or STORAGE_BF16, the numbers that the host shares as
+    /// <see cref="KernelConstants"/> names them.
     /// </summary>
     public string[] Arguments() =>
     [
         "-std=c++17",
         $"--gpu-architecture={(Cubin ? "sm" : "compute")}_{Architecture}",
         $"-DSTORAGE_{Storage}=1",
+        .. KernelConstants.Macros,
         .. LineInfo ? (string[])["-lineinfo"] : [],
         .. Extra,
     ];

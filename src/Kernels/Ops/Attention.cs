@@ -47,7 +47,8 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
     /// tokens.</exception>
     public override void CudaForward(in CudaCall call)
     {
-        const int Threads = 128, TensorCoreRows = 64, OtherRows = 16, OtherKeys = 32;
+        const int Threads = 128, OtherRows = KernelConstants.AttentionAnyRows;
+        const int OtherKeys = KernelConstants.AttentionAnyKeys;
         RequireLaunchable();
         Tensor q = call.In(0), k = call.In(1), v = call.In(2), o = call.Output;
         Tensor startsQ = call.Input(3), startsK = call.Input(4), lengths = call.Input(5);
@@ -58,7 +59,7 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         {
             string kernel = HeadDim == 64 ? "attention_forward_64"
                 : HeadDim == 72 ? "attention_forward_72" : "attention_forward_128";
-            call.Launch(kernel, new Grid(Blocks(TensorCoreRows), Threads),
+            call.Launch(kernel, new Grid(Blocks(KernelConstants.AttentionRows), Threads),
                 o, call.Saved(0), q, k, v, startsQ, startsK, lengths, call.Faults,
                 sequences, tokens, keyTokens, Heads, KvHeads, CausalMode, Scale);
             return;
@@ -92,7 +93,7 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
     // What the CPU's kernels check themselves.
     private void RequireLaunchable()
     {
-        const int LargestHeadDim = 256;
+        const int LargestHeadDim = KernelConstants.AttentionMostCols;
         if (KvHeads < 1 || Heads < 1 || Heads % KvHeads != 0)
             throw new ShapeException(
                 $"{Name}: {Heads} query heads are not a multiple of {KvHeads} key heads");
@@ -114,7 +115,9 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         bool aligned = (q.Data | k.Data | v.Data | dO.Data | call.AnyGradient(0).Buffer.Data
             | call.AnyGradient(1).Buffer.Data | call.AnyGradient(2).Buffer.Data) % 16 == 0;
         bool tensorCores = HeadDim is 64 or 72 or 128 && call.Real != DType.F32 && aligned;
-        var (rows, threads) = tensorCores ? (64, 128) : (8, 256);
+        var (rows, threads) = tensorCores
+            ? (KernelConstants.AttentionRows, 128)
+            : (KernelConstants.AttentionAnyBackwardRows, 256);
         int parts = tensorCores ? KeyParts(call, (keyTokens + rows - 1) / rows) : 1;
         GradientTarget dq = call.Gradient(0);
         GradientTarget dk = parts > 1 ? call.FloatGradient(1) : call.Gradient(1);

@@ -29,10 +29,6 @@ public sealed unsafe record CrossEntropy() : Op("cross_entropy")
     private const long CudaChunkBytes = 256L << 20;
     private const int CudaTile = 128, CudaMaxRows = 2048;
 
-    // What probabilities are multiplied by before a storage type rounds them, so that F16, which
-    // ends at 6e-8, keeps those of a large vocabulary; a power of two loses nothing.
-    private const double CudaScale = 1 << 14;
-
     // Made once: a span of constants allocates in unoptimised code.
     private static readonly Shape s_one = new(1);
 
@@ -109,10 +105,10 @@ public sealed unsafe record CrossEntropy() : Op("cross_entropy")
             {
                 int count = chunks.Logits(call, first);
                 chunks.Softmax(call, first, count, losses.Slice(first, count),
-                    correct.Slice(first, count), CudaScale, Tensor.None);
+                    correct.Slice(first, count), 1, Tensor.None);
                 if (call.Recorded)
-                    call.Multiply(chunks.Gradient(count), chunks.Weight, dh.Slice(first, count),
-                        1 / CudaScale);
+                    call.Multiply(
+                        chunks.Gradient(count), chunks.Weight, dh.Slice(first, count));
             }
         }
 

@@ -1,12 +1,13 @@
-using MiniCpmNative.Kernels;
-
-namespace MiniCpmNative.Tests;
+namespace MiniCpmNative.Kernels.Cases;
 
 /// <summary>One tensor of a problem; its numbers are doubles, whatever it is stored as.</summary>
 /// <param name="Type">F64 stands for the type of activations, F32 or F64; others are stored as
 /// such.</param>
-internal sealed record Value(string Name, DType Type, int[] Shape, double[] Data)
+public sealed record Value(string Name, DType Type, int[] Shape, double[] Data)
 {
+    /// <summary>Whether it stands for parameters, whose gradient is F32 in training.</summary>
+    public bool IsParameter => Name is "w" or "b" or "a" or "bb" or "table";
+
     public bool IsInteger => Type == DType.I32;
 
     public bool Exists => Type != DType.U8;
@@ -26,45 +27,21 @@ internal sealed record Value(string Name, DType Type, int[] Shape, double[] Data
 }
 
 /// <summary>
-/// Which result an expectation is about: the output, a saved tensor, an input's gradient.
+/// The declaration of an operation for tests, benchmarks and the self-test: inputs of any size (so
+/// that 0, 1, 7 and 1023 cost one line), and shapes of production.
 /// </summary>
-internal enum Slot
-{
-    Output,
-    Saved,
-    Gradient,
-}
-
-internal sealed record Expected(
-    Slot Slot, int Index, string Name, double[] Values, double F32Error, bool Rounded,
-    double Relative = 0);
-
-/// <summary>
-/// An operation, its inputs, the gradient of its output, and results that PyTorch computed.
-/// </summary>
-internal sealed record Problem(
-    Op Op, Value[] Inputs, double[] OutputGradient, Expected[] Expected);
-
-/// <summary>
-/// The declaration of an operation for tests and benchmarks: inputs of any size (so that 0, 1, 7
-/// and 1023 cost one line), shapes of production, and how a reference case becomes a problem.
-/// </summary>
-internal sealed record OpCase(string Name, Op Op, Func<int, Value[]> Inputs,
+public sealed record OpCase(string Name, Op Op, Func<int, Value[]> Inputs,
     Func<Value[]> Production)
 {
-    /// <summary>Reference file under ops/; null where PyTorch has none.</summary>
-    public string? Reference { get; init; }
-
-    /// <summary>
-    /// Turns a case of the file into a problem; null skips one that another test covers.
-    /// </summary>
-    public Func<ReferenceCase, Problem?>? Problem { get; init; }
-
     /// <summary>Inputs whose number of columns is free, so that no wrong one exists.</summary>
     public string[] FreeColumns { get; init; } = [];
 
     /// <summary>Sizes n at which float is compared with double.</summary>
     public int[] Sizes { get; init; } = [0, 1, 7, 1023];
+
+    /// <summary>Sizes n of the self-test: rows with and without whole vectors of 16 bytes, and
+    /// what makes devices divide their sums.</summary>
+    public int[] SelfTestSizes { get; init; } = [15, 64, 1280];
 
     /// <summary>The operation at production size, where its hyper-parameters hold sizes.</summary>
     public Op? ProductionOp { get; init; }
@@ -78,7 +55,7 @@ internal sealed record OpCase(string Name, Op Op, Func<int, Value[]> Inputs,
 /// <summary>
 /// Random inputs, the same in every run; floats are such that bf16 holds them exactly.
 /// </summary>
-internal static class Fill
+public static class Fill
 {
     public static double[] Normal(int seed, long count, double scale = 1)
     {

@@ -1,7 +1,6 @@
-using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Cpu;
 
-namespace MiniCpmNative.Engine.Model;
+namespace MiniCpmNative.Kernels;
 
 /// <summary>
 /// Floats in and out of device tensors of any float type; for loading and saving.

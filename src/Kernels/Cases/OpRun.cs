@@ -1,16 +1,14 @@
 using System.Runtime.InteropServices;
-using MiniCpmNative.Engine.Model;
-using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Cpu;
 using MiniCpmNative.Kernels.Cuda;
 
-namespace MiniCpmNative.Tests;
+namespace MiniCpmNative.Kernels.Cases;
 
 /// <summary>
 /// One operation on a device, with every tensor in memory of its own between canaries. Results
 /// start as NaN, so that an element that was not written shows; inputs must not change.
 /// </summary>
-internal sealed unsafe class OpRun : IDisposable
+public sealed unsafe class OpRun : IDisposable
 {
     private readonly Device _device;
     private readonly Op _op;
@@ -66,8 +64,7 @@ internal sealed unsafe class OpRun : IDisposable
         {
             _targets[i] = GradientTarget.None;
             if (!HasGradient(i) || !wanted(i)) continue;
-            bool parameter = _values[i].Name is "w" or "b" or "a" or "bb" or "table";
-            var spec = new Spec(parameter ? parameters : other ?? type, _inputs[i].Shape);
+            var spec = new Spec(_values[i].IsParameter ? parameters : other ?? type, _inputs[i].Shape);
             var data = new double[spec.Shape.Count];
             Array.Fill(data, start);
             _targets[i] = new GradientTarget(New(spec, data), accumulate);
@@ -213,7 +210,7 @@ internal sealed unsafe class OpRun : IDisposable
 }
 
 /// <summary>Numbers as a storage type holds them.</summary>
-internal static unsafe class Storage
+public static unsafe class Storage
 {
     public static double[] Round(double[] values, DType type)
     {

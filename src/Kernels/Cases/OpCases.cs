@@ -1,0 +1,232 @@
+using MiniCpmNative.Kernels.Ops;
+
+namespace MiniCpmNative.Kernels.Cases;
+
+/// <summary>
+/// Every operation once: inputs at size n, and inputs in production. Tests run each through all
+/// their checks on every device, `doctor` runs each on the user's, and `bench ops` and `bench
+/// kernels` measure the production shapes.
+/// </summary>
+public static class OpCases
+{
+    private const int Rows = 512, Width = 3584, Inner = 4736;
+
+    // The last two are more than a kernel keeps in registers:
+    // in whole vectors of 16 bytes, and not.
+    private static readonly int[] s_longRows = [0, 1, 7, 1023, 8200, 9001];
+
+    public static IEnumerable<OpCase> All { get; } =
+    [
+        new("rms_norm", new RmsNorm(1e-6),
+            n => [X("x", 3, n), X("w", n)],
+            () => [X("x", Rows, Width), X("w", Width)])
+        {
+            Sizes = s_longRows,
+        },
+        new("layer_norm", new LayerNorm(1e-6),
+            n => [X("x", n, 7), X("w", 7), X("b", 7)],
+            () => [X("x", 1024, 1152), X("w", 1152), X("b", 1152)]),
+        new("layer_norm_few_rows", new LayerNorm(1e-6),
+            n => [X("x", 3, n), X("w", n), X("b", n)],
+            () => [X("x", 64, Width), X("w", Width), X("b", Width)])
+        {
+            Sizes = s_longRows,
+        },
+        new("gelu_tanh", new Gelu(GeluKind.Tanh), n => [X("x", n)], () => [X("x", 1024, 4304)])
+        {
+            FreeColumns = ["x"],
+        },
+        new("gelu_erf", new Gelu(GeluKind.Erf), n => [X("x", n)], () => [X("x", 1024, 4304)])
+        {
+            FreeColumns = ["x"],
+        },
+        new("swiglu", new SwiGlu(),
+            n => [X("gate", 2, n), X("up", 2, n)],
+            () => [X("gate", Rows, Inner), X("up", Rows, Inner)]),
+        new("add", new Add(0.25),
+            n => [X("a", 2, n), X("b", 2, n)],
+            () => [X("a", Rows, Width), X("b", Rows, Width)]),
+        new("scale", new Scale(0.25), n => [X("x", 2, n)], () => [X("x", Rows, Width)])
+        {
+            FreeColumns = ["x"],
+        },
+        new("columns", new Columns(2, 5), n => [X("x", n, 9)], () => [X("x", 1024, 3 * 1152)])
+        {
+            ProductionOp = new Columns(1152, 1152),
+            FreeColumns = ["x"],
+        },
+        new("columns_whole", new Columns(16, 8), n => [X("x", n, 40)],
+            () => [X("x", 1024, 3 * 1152)])
+        {
+            ProductionOp = new Columns(0, 1152),
+            FreeColumns = ["x"],
+        },
+        new("rope", new Rope(6),
+            n => [X("x", n, 12), Value.Int("positions", Fill.Below(5, n, 9)), X("cos", 9, 3),
+                X("sin", 9, 3)],
+            () => [X("x", Rows, 28 * 128), Value.Int("positions", Fill.Below(5, Rows, Rows)),
+                X("cos", Rows, 64), X("sin", Rows, 64)])
+        {
+            ProductionOp = new Rope(128),
+        },
+        new("rope_keys", new Rope(16),
+            n => [X("x", n, 32), Value.Int("positions", Fill.Below(5, n, 9)), X("cos", 9, 8),
+                X("sin", 9, 8)],
+            () => [X("x", Rows, 4 * 128), Value.Int("positions", Fill.Below(5, Rows, Rows)),
+                X("cos", Rows, 64), X("sin", Rows, 64)])
+        {
+            ProductionOp = new Rope(128),
+        },
+        new("embedding", new Embedding(3),
+            n => [X("table", 40, 5), Value.Int("ids", Fill.Below(2, n, 40))],
+            () => [X("table", 32000, Width), Value.Int("ids", Fill.Below(2, Rows, 32000))])
+        {
+            FreeColumns = ["table", "ids"],
+        },
+        new("embedding_whole", new Embedding(3),
+            n => [X("table", 40, 24), Value.Int("ids", Fill.Below(2, n, 40))],
+            () => [X("table", 32000, Width), Value.Int("ids", Fill.Below(2, Rows, 32000))])
+        {
+            FreeColumns = ["table", "ids"],
+            Sizes = [0, 1, 7, 65],
+        },
+        new("position_gather", new PositionGather(),
+            n => [X("x", n, 5), X("table", 40, 5), Value.Int("ids", Fill.Below(2, n, 40))],
+            () => [X("x", 1024, 1152), X("table", 4900, 1152),
+                Value.Int("ids", Fill.Below(2, 1024, 4900))]),
+        new("weighted_gather", new WeightedGather(),
+            n => Terms(n, 5, 40, 4), () => Terms(1024, 1152, 729, 33))
+        {
+            Sizes = [0, 1, 7, 300],
+        },
+        new("weighted_gather_whole", new WeightedGather(),
+            n => Terms(n, 24, 9, 3), () => Terms(1024, 1152, 729, 33))
+        {
+            Sizes = [0, 1, 7, 65],
+        },
+        new("cache_append", new CacheAppend(),
+            n => Cache(2 * n, n, 5), () => Cache(4096, Rows, 4 * 128)),
+        new("splice", new Splice(),
+            n => [X("x", n + 3, 5), X("features", n + 1, 5),
+                Value.Int("positions", Fill.Distinct(2, n, n + 3))],
+            () => [X("x", 1024, Width), X("features", 640, Width),
+                Value.Int("positions", Fill.Distinct(2, 640, 1024))])
+        {
+            FreeColumns = ["positions"],
+        },
+        new("linear", new Linear(),
+            n => [X("x", 5, n), X("w", 9, n), X("b", 9)],
+            () => [X("x", Rows, Width), X("w", Width, Width), X("b", Width)]),
+        new("linear_transposed", new Linear(Transposed: true),
+            n => [X("x", n, 6), X("w", 6, 9)],
+            () => [X("x", Rows, Width), X("w", Width, Width)])
+        {
+            FreeColumns = ["w"],
+        },
+        new("patch_embed", new Linear(),
+            n => [X("x", n, 12), X("w", 7, 12), X("b", 7)],
+            () => [X("x", 1024, 588), X("w", 1152, 588), X("b", 1152)]),
+        new("lora_linear", new LoraLinear(3, 2, 0),
+            n => [X("x", n, 10), X("w", 9, 10), X("b", 9), X("a", 4, 10), X("bb", 9, 4)],
+            Lora),
+        new("lora_linear_dropout", new LoraLinear(3, 2, 0.3),
+            n => [X("x", 3, n), X("w", 9, n), Value.Absent("b"), X("a", 4, n), X("bb", 9, 4)],
+            Lora)
+        {
+            ProductionOp = new LoraLinear(3, 2, 0.05),
+            Dropout = true,
+        },
+        new("attention", new Attention(4, 2, 8, Causal: true, 0.3),
+            n => Heads(n, 32, 16, [n / 3, n - (n / 3)]),
+            () => Heads(Rows, 28 * 128, 4 * 128, [Rows]))
+        {
+            ProductionOp = new Attention(28, 4, 128, Causal: true, 1 / Math.Sqrt(128)),
+            SelfTestSizes = [15, 64],
+        },
+        .. new[] { 64, 72, 128 }.Select(headDim => new OpCase($"attention_{headDim}",
+            new Attention(4, 2, headDim, Causal: headDim != 72, 1 / Math.Sqrt(headDim)),
+            n => Heads(n, 4 * headDim, 2 * headDim, [n / 4, n - (n / 4)]),
+            () => Heads(Rows, 16 * headDim, 16 * headDim, [Rows]))
+        {
+            ProductionOp = new Attention(16, 16, headDim, Causal: true, 1 / Math.Sqrt(headDim)),
+            Sizes = [0, 1, 7, 130],
+            SelfTestSizes = [130],
+        }),
+        new("attention_cached", new Attention(3, 1, 8, Causal: true, 0.3, Cached: true),
+            n => Cached(24, 8, [n / 3, 1, n - (n / 3)], [2, n, 0], room: 5),
+            () => Cached(28 * 128, 4 * 128, [1], [2047], room: 2048))
+        {
+            ProductionOp =
+                new Attention(28, 4, 128, Causal: true, 1 / Math.Sqrt(128), Cached: true),
+            Sizes = [0, 1, 7, 300],
+            SelfTestSizes = [64],
+        },
+        new("cross_entropy", new CrossEntropy(),
+            n => Head(n, 5, n / 2, Math.Min(n + 2, 300)),
+            () => Head(Rows, 1024, Rows, 32000))
+        {
+            FreeColumns = ["rows", "targets"],
+        },
+    ];
+
+    private static Value X(string name, params int[] shape) => Value.Float(
+        name, shape, Fill.Normal(name.Sum(c => c) + shape.Length, new Shape(shape).Count));
+
+    private static Value[] Lora() =>
+    [
+        X("x", Rows, Width), X("w", Width, Width), Value.Absent("b"), X("a", 16, Width),
+        X("bb", Width, 16),
+    ];
+
+    private static Value[] Heads(int tokens, int queryCols, int keyCols, int[] lengths)
+    {
+        int[] starts = Starts(lengths);
+        return
+        [
+            X("q", tokens, queryCols), X("k", tokens, keyCols), X("v", tokens, keyCols),
+            Value.Int("cu_seqlens_q", starts), Value.Int("cu_seqlens_k", starts),
+            Value.Absent("key_lengths"),
+        ];
+    }
+
+    // Queries behind keys that are there before, in a cache with room for more.
+    private static Value[] Cached(
+        int queryCols, int keyCols, int[] queries, int[] before, int room)
+    {
+        int[] lengths = [.. queries.Zip(before, (q, b) => q + b)];
+        int[] starts = Starts(queries), keyStarts = Starts([.. lengths.Select(k => k + room)]);
+        return
+        [
+            X("q", starts[^1], queryCols), X("k", keyStarts[^1], keyCols),
+            X("v", keyStarts[^1], keyCols), Value.Int("cu_seqlens_q", starts),
+            Value.Int("cu_seqlens_k", keyStarts), Value.Int("key_lengths", lengths),
+        ];
+    }
+
+    private static Value[] Cache(int room, int tokens, int cols) =>
+    [
+        X("cache", room, cols), X("x", tokens, cols),
+        Value.Int("slots", Fill.Distinct(3, tokens, room, rising: true)),
+    ];
+
+    // Rows of 0 to most terms.
+    private static Value[] Terms(int rows, int cols, int positions, int most)
+    {
+        int[] starts = Starts(Fill.Below(8, rows, most + 1));
+        return
+        [
+            X("x", rows, cols), X("table", positions, cols), Value.Int("starts", starts),
+            Value.Int("ids", Fill.Below(9, starts[^1], positions)), X("weights", starts[^1]),
+        ];
+    }
+
+    private static int[] Starts(int[] lengths) =>
+        [0, .. lengths.Select((_, i) => lengths[..(i + 1)].Sum())];
+
+    private static Value[] Head(int tokens, int cols, int labels, int vocabulary) =>
+    [
+        X("h", tokens, cols), X("w", vocabulary, cols),
+        Value.Int("rows", Fill.Distinct(3, labels, tokens, rising: true)),
+        Value.Int("targets", Fill.Below(4, labels, vocabulary)),
+    ];
+}

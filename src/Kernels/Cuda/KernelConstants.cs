@@ -1,0 +1,57 @@
+using System.Reflection;
+using System.Text.RegularExpressions;
+
+namespace MiniCpmNative.Kernels.Cuda;
+
+/// <summary>
+/// Numbers that kernels.cu and its launches share. They stand here alone: the compiler gets each as
+/// a macro, LoraRanks as LORA_RANKS, a <see cref="DType"/> as DTYPE_BF16, a
+/// <see cref="KernelFault"/> as FAULT_ROPE_POSITIONS. What a kernel cannot change without changing
+/// its own code it asserts.
+/// </summary>
+internal static partial class KernelConstants
+{
+    /// <summary>Elements that a thread casts or fills: 16 bytes of the narrow types.</summary>
+    public const int Cast = 8;
+
+    /// <summary>Ranks that a block of the LoRA kernels has sums for.</summary>
+    public const int LoraRanks = 64;
+
+    /// <summary>Rows of a block of lora_down, and columns that its warps take in a round.</summary>
+    public const int LoraDownRows = 32, LoraDownCols = 256;
+
+    /// <summary>The tile of dx that a block of lora_gradient_x has.</summary>
+    public const int LoraXRows = 64, LoraXCols = 128;
+
+    /// <summary>Rows that the warps of lora_gradient_a take in a round, and its columns.</summary>
+    public const int LoraARows = 128, LoraACols = 32;
+
+    /// <summary>Threads of a row of logits, which is as long as a vocabulary.</summary>
+    public const int LogitsThreads = 512;
+
+    /// <summary>Queries, or backward also keys, of a block of attention on tensor cores.</summary>
+    public const int AttentionRows = 64;
+
+    /// <summary>The same of the kernels for any head dimension: queries of a block and keys at a
+    /// time forward, and queries or keys of a block backward.</summary>
+    public const int AttentionAnyRows = 16, AttentionAnyKeys = 32, AttentionAnyBackwardRows = 8;
+
+    /// <summary>Largest head dimension of the kernels.</summary>
+    public const int AttentionMostCols = 256;
+
+    /// <summary>-DNAME=value for each.</summary>
+    public static string[] Macros { get; } =
+    [
+        .. typeof(KernelConstants).GetFields(BindingFlags.Static | BindingFlags.Public)
+            .Where(f => f.IsLiteral).Select(f => Macro(f.Name, (int)f.GetRawConstantValue()!)),
+        .. Enum.GetValues<DType>().Select(t => $"-DDTYPE_{t}={(int)t}"),
+        .. Enum.GetValues<KernelFault>().Select(f => Macro("Fault" + f, (int)f)),
+    ];
+
+    private static string Macro(string name, int value) =>
+        $"-D{Word().Replace(name, "_").ToUpperInvariant()}={value}";
+
+    // The place before each capital but the first.
+    [GeneratedRegex("(?<=.)(?=[A-Z])")]
+    private static partial Regex Word();
+}
