@@ -134,9 +134,8 @@ public sealed class ModuleScope
     /// <summary>The output head, whose product is a part of the loss.</summary>
     public Tensor Head(string name, int inputs, int outputs)
     {
-        _table.Add(new LinearModule(Name(name), inputs, outputs, HasBias: false,
-            "an adapter on the output head is not supported; leave it out, or name "
-            + name + " in modules_to_save to train it whole"));
+        _table.Add(new LinearModule(Name(name), inputs, outputs, HasBias: false));
+        _table.Head = Name(name);
         return Matrix(name + ".weight", outputs, inputs);
     }
 

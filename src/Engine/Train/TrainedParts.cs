@@ -33,7 +33,7 @@ public sealed record TrainedParts(
         }
 
         var layout = AdapterLayout.Create(spec.Parameters, adapter, "lora_target_modules");
-        RefuseTied(spec.Parameters, adapter);
+        RefuseHead(spec.Parameters, adapter, layout);
         var adapters = new Adapters(
             [.. layout.Targets.Select((m, i) => new Adapter(
                 m.Name, i, adapter.Rank, adapter.Scale, m.Inputs, m.Outputs))], adapter.Dropout);
@@ -62,9 +62,15 @@ public sealed record TrainedParts(
             ModelClass = spec.ModelClass,
         };
 
-    // A module that is another one's tensor has no weight of its own to train.
-    private static void RefuseTied(ParameterTable table, AdapterConfig adapter)
+    // The loss is fused with the head's product, which has no place for an adapter; a module that
+    // is another one's tensor has no weight of its own to train.
+    private static void RefuseHead(
+        ParameterTable table, AdapterConfig adapter, AdapterLayout layout)
     {
+        if (layout.Targets.Any(target => target.Name == table.Head))
+            throw new InputException(
+                $"lora_target_modules matches {table.Head}: an adapter on the output head is "
+                + "not supported; leave it out, or name it in modules_to_save to train it whole");
         foreach (var (module, to) in table.Tied)
             foreach (string name in adapter.ModulesToSave)
                 if (module.EndsWith(name, StringComparison.Ordinal))

@@ -49,6 +49,7 @@ public sealed class ParameterTable
         _linears = builder.Linears;
         _tied = builder.Tied;
         _untouched = [.. builder.Untouched];
+        Head = builder.Head;
         _byName = All.ToFrozenDictionary(tensor => tensor.Name, StringComparer.Ordinal);
         // Modules without parameters count too: a pattern that hits one stops PEFT.
         foreach (ModelParameter tensor in All)
@@ -71,6 +72,9 @@ public sealed class ParameterTable
 
     /// <summary>Every named module of the official model, in no particular order.</summary>
     public IReadOnlyList<string> Modules { get; }
+
+    /// <summary>The linear layer that is the output head; null where it is tied.</summary>
+    public string? Head { get; }
 
     /// <summary>
     /// Modules that are another one's tensor used again, and have none of their own, by name, with
@@ -103,6 +107,8 @@ public sealed class ParameterTable
         internal Dictionary<string, string> Tied { get; } = new(StringComparer.Ordinal);
 
         internal List<string> Untouched { get; } = [];
+
+        public string? Head { get; set; }
 
         public void Add(ModelParameter parameter) => Parameters.Add(parameter);
 
