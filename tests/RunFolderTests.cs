@@ -101,8 +101,7 @@ public sealed class RunFolderTests
     {
         MakeCheckpoints(5);
         var resume = _arguments with { ResumeFromCheckpoint = new ResumePoint(null) };
-        RunFolder.Prepare(resume, out IDisposable claim);
-        using (claim)
+        using (RunFolder.Open(resume))
         {
             Assert.That(() => Prepare(_arguments with { OverwriteOutputDir = true }),
                 Throws.TypeOf<InputException>().With.Message.Contains(
@@ -116,9 +115,8 @@ public sealed class RunFolderTests
 
     private static string? Prepare(TrainArguments arguments)
     {
-        string? resume = RunFolder.Prepare(arguments, out IDisposable claim);
-        claim.Dispose();
-        return resume;
+        using var folder = RunFolder.Open(arguments);
+        return folder.ResumeFrom;
     }
 
     private void MakeCheckpoints(params int[] steps)

@@ -33,6 +33,15 @@ public sealed record ModelSpec(
     /// A file is missing or wrong, or the model is not supported.
     /// </exception>
     public static ModelSpec Read(string directory) => ModelSpecReader.Read(directory);
+
+    /// <summary>How a run cuts pictures: the configuration's number, the model's sizes.</summary>
+    public SlicingSpec TrainedSlicing(TrainArguments arguments) =>
+        Slicing with { MaxSliceNums = SliceMode ? arguments.MaxSliceNums : 1 };
+
+    /// <summary>Whether a run writes image ids: officially as config.json says, else as the
+    /// processor does.</summary>
+    public bool TrainsImageId(TrainArguments arguments) =>
+        arguments.OfficialCompat ? UseImageId : Processor.UseImageId;
 }
 
 /// <summary>

@@ -24,16 +24,18 @@ public sealed class TrainingRows : IRowLoader
     {
         ModelFamily.RequirePrompts(spec.Family, arguments.LlmType);
         Path = path;
-        _set = RowFile.Read(path);
+        byte[] bytes = InputFile.ReadAll(path, Array.MaxLength);
+        Digest = Convert.ToHexStringLower(SHA256.HashData(bytes));
+        _set = RowFile.Parse(path, bytes);
         _rows = _set.Rows;
         string folder = arguments.ModelNameOrPath!;
         Tokenizer = Tokenizer.Load(folder);
-        bool imageId = arguments.OfficialCompat ? spec.UseImageId : spec.Processor.UseImageId;
         (_queries, _vocabulary) = (spec.Resampler.Queries, spec.Decoder.VocabSize);
         _builder = new SampleBuilder(
             Tokenizer, ChatFormat.Load(folder, Tokenizer), new SampleOptions(
-                _queries, arguments.ModelMaxLength, imageId, arguments.OfficialCompat), folder);
-        _slicing = spec.Slicing with { MaxSliceNums = spec.SliceMode ? arguments.MaxSliceNums : 1 };
+                _queries, arguments.ModelMaxLength, spec.TrainsImageId(arguments),
+                arguments.OfficialCompat), folder);
+        _slicing = spec.TrainedSlicing(arguments);
         _orient = arguments.ApplyExifOrientation;
         float[] mean = [.. spec.Processor.Mean.Select(v => (float)v)];
         float[] std = [.. spec.Processor.Std.Select(v => (float)v)];
@@ -45,7 +47,7 @@ public sealed class TrainingRows : IRowLoader
     {
         (Path, _set, _builder, _slicing) = (all.Path, all._set, all._builder, all._slicing);
         (_orient, _queries, _strips, _rows) = (all._orient, all._queries, all._strips, rows);
-        (Tokenizer, _vocabulary) = (all.Tokenizer, all._vocabulary);
+        (Tokenizer, _vocabulary, Digest) = (all.Tokenizer, all._vocabulary, all.Digest);
     }
 
     public string Path { get; }
@@ -54,15 +56,14 @@ public sealed class TrainingRows : IRowLoader
 
     public int Count => _rows.Count;
 
-    /// <summary>SHA-256 of the data file, by which a resumed run knows its rows again.</summary>
-    public string Digest
-    {
-        get
-        {
-            using var stream = File.OpenRead(Path);
-            return Convert.ToHexStringLower(SHA256.HashData(stream));
-        }
-    }
+    /// <summary>
+    /// SHA-256 of the data file as it was read, by which a resumed run knows its rows again.
+    /// </summary>
+    public string Digest { get; }
+
+    /// <summary>The files of all pictures.</summary>
+    public IEnumerable<string> Pictures =>
+        _rows.SelectMany(row => row.Pictures.Select(row.Locate));
 
     /// <summary>Rows that the file itself rules out.</summary>
     public IReadOnlyList<BadRow> Unreadable => _set.Bad;

@@ -13,14 +13,18 @@ namespace MiniCpmNative.Engine.Train;
 public sealed class TrainingModel : IDisposable
 {
     private readonly OpenDevice _device;
+    private readonly bool _owns;
 
-    private TrainingModel(OpenDevice device, Graph graph, ModelSpec spec, TrainedParts parts,
+    private TrainingModel(BaseModel source, OpenDevice device, bool owns, Graph graph,
         Trainables trainables, MiniCpmModel model)
     {
-        (_device, Graph, Spec, Parts, Trainables, Model) =
-            (device, graph, spec, parts, trainables, model);
-        Batch = new BatchTensors(Device, spec.Vision, spec.Resampler, spec.Decoder);
+        (Base, _device, _owns, Graph, Trainables, Model) =
+            (source, device, owns, graph, trainables, model);
+        Batch = new BatchTensors(Device, Spec.Vision, Spec.Resampler, Spec.Decoder);
     }
+
+    /// <summary>What it was loaded from.</summary>
+    public BaseModel Base { get; }
 
     public Device Device => _device.Device;
 
@@ -29,9 +33,9 @@ public sealed class TrainingModel : IDisposable
 
     public Graph Graph { get; }
 
-    public ModelSpec Spec { get; }
+    public ModelSpec Spec => Base.Spec;
 
-    public TrainedParts Parts { get; }
+    public TrainedParts Parts => Base.Parts;
 
     public Trainables Trainables { get; }
 
@@ -60,40 +64,46 @@ public sealed class TrainingModel : IDisposable
     public static TrainingModel Open(
         TrainArguments arguments, DeviceSource? devices = null, Action<string>? say = null)
     {
-        string folder = arguments.ModelNameOrPath!;
-        ModelSpec spec = ModelSpec.Read(folder);
-        using Checkpoint checkpoint = Checkpoint.Open(folder);
-        checkpoint.MustMatch(spec.Parameters);
-        using AdapterFile? start = arguments.LoraWeightPath is { } path
-            ? AdapterFile.Open(path) : null;
-        // An adapter to start from brings its own rank, scale and targets.
-        AdapterConfig? adapter = start is null
-            ? TrainedParts.AdapterOf(arguments, spec)
-            : start.Config with { BaseModel = folder, ModelClass = spec.ModelClass };
-        DType storage = StorageOf(arguments);
-        TrainedParts parts = TrainedParts.Choose(spec, arguments, adapter, storage);
-
-        OpenDevice device = (devices ?? DeviceSource.Default).Open(arguments, say);
+        BaseModel source = BaseModel.Open(arguments, say);
+        OpenDevice? device = null;
         try
         {
-            var graph = new Graph(device.Device);
-            var trainables = new Trainables(device.Device, parts.Tensors, MomentsOf(arguments));
-            var weights = new ModelWeights(graph, checkpoint, trainables, parts.Adapters, storage);
-            var model = new TrainingModel(
-                device, graph, spec, parts, trainables,
-                new MiniCpmModel(spec, weights, arguments.GradientCheckpointing));
-            foreach (Trainable tensor in trainables.List)
-                if (checkpoint.Find(tensor.Name) is { } stored)
-                    trainables.Write(tensor.Name, stored.ToFloats());
-            parts.Adapters.Initialise(trainables, (ulong)arguments.Seed);
-            if (start is not null) model.CopyFrom(start);
-            return model;
+            device = (devices ?? DeviceSource.Default).Open(arguments, say);
+            source.MustFitOn(device);
+            return Load(source, device, arguments, owns: true);
         }
         catch
         {
-            device.Dispose();
+            device?.Dispose();
+            source.Dispose();
             throw;
         }
+    }
+
+    /// <summary>Loads onto a device that is open.</summary>
+    /// <param name="source">What is loaded.</param>
+    /// <param name="device">Where to.</param>
+    /// <param name="arguments">The run's configuration.</param>
+    /// <param name="owns">Whether source and device are disposed with the model.</param>
+    /// <exception cref="InputException">The weights cannot be read.</exception>
+    public static TrainingModel Load(
+        BaseModel source, OpenDevice device, TrainArguments arguments, bool owns = false)
+    {
+        TrainedParts parts = source.Parts;
+        var graph = new Graph(device.Device);
+        var trainables = new Trainables(device.Device, parts.Tensors, MomentsOf(arguments));
+        var weights = new ModelWeights(
+            graph, source.Weights, trainables, parts.Adapters, source.Storage);
+        var model = new TrainingModel(
+            source, device, owns, graph, trainables,
+            new MiniCpmModel(source.Spec, weights, arguments.GradientCheckpointing));
+        foreach (Trainable tensor in trainables.List)
+            if (source.Weights.Find(tensor.Name) is { } stored)
+                trainables.Write(tensor.Name, stored.ToFloats());
+        parts.Adapters.Initialise(trainables, (ulong)arguments.Seed);
+        if (source.Start is { } start) model.CopyFrom(start);
+        source.EndLoading();
+        return model;
     }
 
     /// <summary>Takes the trained values of an adapter of the same layout.</summary>
@@ -141,5 +151,10 @@ public sealed class TrainingModel : IDisposable
         return Model.Loss(Graph, Model.Hidden(Graph, Batch), Batch, perRow);
     }
 
-    public void Dispose() => _device.Dispose();
+    public void Dispose()
+    {
+        if (!_owns) return;
+        _device.Dispose();
+        Base.Dispose();
+    }
 }

@@ -10,6 +10,8 @@ namespace MiniCpmNative.Engine.Weights;
 /// </summary>
 public sealed unsafe class StoredTensor
 {
+    private const int PieceElements = 1 << 20;
+
     private readonly SafetensorsFile _file;
     private readonly long _offset;
 
@@ -97,7 +99,7 @@ public sealed unsafe class StoredTensor
     {
         if (!Type.IsFloat())
             throw new InputException($"{Place} has type {StoredType.Name}, expected floats");
-        long piece = Math.Min(Count, 1 << 20);
+        long piece = Math.Min(Count, PieceElements);
         var bytes = new byte[piece * StoredType.Size];
         for (long done = 0; done < Count; done += piece)
         {
@@ -116,4 +118,32 @@ public sealed unsafe class StoredTensor
         fixed (float* target = values) CopyTo(target);
         return values;
     }
+
+    /// <summary>
+    /// The tensor as it goes into a file of its own, rounded to a type, read piece by piece.
+    /// </summary>
+    public TensorToSave ToSave(DType type) => new(Name, type, Shape, stream =>
+    {
+        long piece = Math.Min(Count, PieceElements);
+        var bytes = new byte[piece * StoredType.Size];
+        var values = new float[type == Type ? 0 : piece];
+        for (long done = 0; done < Count; done += piece)
+        {
+            int count = (int)Math.Min(piece, Count - done);
+            Span<byte> part = bytes.AsSpan(0, count * StoredType.Size);
+            Read(done * StoredType.Size, part);
+            if (type == Type)
+            {
+                stream.Write(part);
+                continue;
+            }
+
+            fixed (byte* from = part)
+            fixed (float* wide = values)
+            {
+                FloatBits.Widen(from, Type, wide, count);
+                TensorToSave.Floats(Name, type, new Shape(count), (nint)wide).Write(stream);
+            }
+        }
+    });
 }
