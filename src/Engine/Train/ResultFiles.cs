@@ -16,7 +16,10 @@ internal static class ResultFiles
     public static bool IsCopied(string name) =>
         s_copied.Contains(Path.GetExtension(name)) && name != Checkpoint.IndexFile;
 
-    /// <summary>Whether the name may be one that a run writes, logs included.</summary>
+    /// <summary>
+    /// Whether the name may be one that a run writes, logs included, or takes from a model's or an
+    /// adapter's folder.
+    /// </summary>
     public static bool IsWritten(string name) => s_copied.Contains(Path.GetExtension(name))
         || Path.GetExtension(name) is ".safetensors" or ".jsonl";
 

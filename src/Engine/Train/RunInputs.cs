@@ -44,7 +44,8 @@ internal sealed class RunInputs(
         if (!Directory.Exists(folder)) return;
         try
         {
-            foreach (string file in Directory.EnumerateFiles(folder)) MustKeep(key, file);
+            foreach (string file in Directory.EnumerateFiles(folder))
+                if (ResultFiles.IsWritten(Path.GetFileName(file))) MustKeep(key, file);
         }
         catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
         {

@@ -20,10 +20,11 @@ internal static class RunPlaces
 
         if (arguments.ReportTo == ReportTo.None) return;
         string folder = arguments.LogFolder;
-        if (File.Exists(folder)) throw new InputException($"logging_dir {folder} is a file");
         // Made later: what is there of the path must take a folder or a file.
         string there = Path.GetFullPath(folder);
-        while (!Directory.Exists(there)) there = Path.GetDirectoryName(there)!;
+        for (; !Directory.Exists(there); there = Path.GetDirectoryName(there)!)
+            if (File.Exists(there))
+                throw new InputException($"logging_dir {folder}: {there} is a file");
         string probe = Path.Combine(there, $"probe.jsonl.{Environment.ProcessId}.tmp");
         Try($"logging_dir {folder}", () => new FileStream(
             probe, FileMode.Create, FileAccess.Write, FileShare.None, bufferSize: 1,
