@@ -22,7 +22,9 @@ public sealed class TrainingRows : IRowLoader
     {
         format.RequireLlmType(arguments.LlmType, arguments.OfficialCompat);
         Path = path;
-        _set = RowFile.Read(path);
+        byte[] bytes = InputFile.ReadAll(path, Array.MaxLength);
+        Digest = Convert.ToHexStringLower(SHA256.HashData(bytes));
+        _set = RowFile.Parse(path, bytes);
         _rows = _set.Rows;
         _format = format;
         _builder = new SampleBuilder(
@@ -36,6 +38,7 @@ public sealed class TrainingRows : IRowLoader
     {
         (Path, _set, _format, _builder) = (all.Path, all._set, all._format, all._builder);
         (_slicing, _orient, _strips, _rows) = (all._slicing, all._orient, all._strips, rows);
+        Digest = all.Digest;
     }
 
     public string Path { get; }
@@ -44,15 +47,14 @@ public sealed class TrainingRows : IRowLoader
 
     public int Count => _rows.Count;
 
-    /// <summary>SHA-256 of the data file, by which a resumed run knows its rows again.</summary>
-    public string Digest
-    {
-        get
-        {
-            using var stream = File.OpenRead(Path);
-            return Convert.ToHexStringLower(SHA256.HashData(stream));
-        }
-    }
+    /// <summary>
+    /// SHA-256 of the data file as it was read, by which a resumed run knows its rows again.
+    /// </summary>
+    public string Digest { get; }
+
+    /// <summary>The files of all pictures.</summary>
+    public IEnumerable<string> Pictures =>
+        _rows.SelectMany(row => row.Pictures.Select(row.Locate));
 
     /// <summary>Rows that the file itself rules out.</summary>
     public IReadOnlyList<BadRow> Unreadable => _set.Bad;

@@ -68,6 +68,14 @@ public sealed class StepPlan
     /// <summary>Epochs that are begun.</summary>
     public int Epochs { get; }
 
+    /// <summary>Checkpoints that the whole run saves.</summary>
+    public int Checkpoints => _arguments.SaveStrategy switch
+    {
+        When.Steps => ((MaxSteps - 1) / _saving) + 1,
+        When.Epoch => ((MaxSteps - 1) / StepsPerEpoch) + 1,
+        _ => 0,
+    };
+
     /// <summary>What the step accumulates; 1 is the first step.</summary>
     public StepBatches Batches(int step)
     {

@@ -1,7 +1,6 @@
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Model;
-using MiniCpmNative.Engine.Weights;
 
 namespace MiniCpmNative.Engine.Train;
 
@@ -10,11 +9,12 @@ namespace MiniCpmNative.Engine.Train;
 /// read and checked before the first step; a stop request ends the run after the step it came in,
 /// with a checkpoint.
 /// </summary>
-public sealed class TrainRun : IDisposable
+public sealed class TrainRun
 {
     private readonly TrainArguments _arguments;
     private readonly ITrainLog _log;
     private readonly StopRequest _stop;
+    private readonly RunFolder _folder;
     private readonly TrainingModel _model;
     private readonly Trainer _trainer;
     private readonly TrainingRows _rows;
@@ -25,18 +25,19 @@ public sealed class TrainRun : IDisposable
     private readonly int _workers;
 
     private TrainRun(
-        TrainArguments arguments, ITrainLog log, StopRequest stop, DeviceSource devices)
+        TrainArguments arguments, ITrainLog log, StopRequest stop, RunFolder folder,
+        BaseModel source, OpenDevice device)
     {
-        (_arguments, _log, _stop) = (arguments, log, stop);
-        string model = arguments.ModelNameOrPath!;
-        RowFormat format = ModelSpec.Read(model).Rows();
+        (_arguments, _log, _stop, _folder) = (arguments, log, stop, folder);
+        RowFormat format = source.Spec.Rows();
         _rows = TrainingRows.Open(arguments.DataPath!, arguments, format, log.Message);
         if (arguments.EvalDataPath is { } evaluation && Evaluates)
             _evaluationRows = TrainingRows.Open(evaluation, arguments, format, log.Message);
         _plan = new StepPlan(arguments, _rows.Count);
         _schedule = Schedule.Of(arguments, _plan.MaxSteps);
         _sampler = new Sampler(arguments, _rows.Count);
-        _model = TrainingModel.Open(arguments, devices, log.Message);
+        CheckPlaces(source);
+        _model = TrainingModel.Load(source, device, arguments);
         _trainer = new Trainer(arguments, _model);
         _workers = arguments.DataloaderNumWorkers is > 0 and int workers
             ? workers
@@ -55,15 +56,31 @@ public sealed class TrainRun : IDisposable
     public static void Run(
         TrainArguments arguments, ITrainLog log, StopRequest stop, DeviceSource devices)
     {
-        using var run = new TrainRun(arguments, log, stop, devices);
-        string? resumeFrom = RunFolder.Prepare(arguments, out IDisposable claim);
-        using (claim) run.Run(resumeFrom);
+        // The cheap checks first: nothing large is read in vain, and nothing removed.
+        using RunFolder folder = RunFolder.Open(arguments);
+        using BaseModel source = BaseModel.Open(arguments, log.Message);
+        RunPlaces.MustHoldCheckpoints(
+            arguments, source.SavedBytes, checkpoints: 1, RunPlaces.Free(arguments.OutputDir));
+        using OpenDevice device = devices.Open(arguments, log.Message);
+        source.MustFitOn(device);
+        new TrainRun(arguments, log, stop, folder, source, device).Run();
     }
 
-    public void Dispose() => _model.Dispose();
-
-    private void Run(string? resumeFrom)
+    // What is known only once the rows are.
+    private void CheckPlaces(BaseModel source)
     {
+        _folder.MustKeep(_rows.Pictures);
+        if (_evaluationRows is not null) _folder.MustKeep(_evaluationRows.Pictures);
+        if (_folder.ResumeFrom is not null) return;
+        if (RunPlaces.MustHoldCheckpoints(
+            _arguments, source.SavedBytes, _plan.Checkpoints,
+            RunPlaces.Free(_arguments.OutputDir)) is { } line)
+            _log.Message(line);
+    }
+
+    private void Run()
+    {
+        string? resumeFrom = _folder.ResumeFrom;
         int done = resumeFrom is null ? 0 : Resume(resumeFrom);
         TrainWriter.Save(_arguments);
         _log.Start(new RunReport(
@@ -71,9 +88,26 @@ public sealed class TrainRun : IDisposable
             resumeFrom));
         if (_arguments.EvalOnStart && done == 0) Evaluate(0);
         done = Steps(done);
-        if (_stop.Reason == StopReason.None)
-            ModelFiles.Save(_arguments.OutputDir, _model, _arguments);
+        if (_stop.Reason == StopReason.None) SaveResult(done);
         _log.End(done, _stop.Reason);
+    }
+
+    private void SaveResult(int done)
+    {
+        IReadOnlyList<string> written =
+            ModelFiles.Save(_arguments.OutputDir, _model, _arguments);
+        if (written.Count > 0)
+        {
+            _folder.Finish(written);
+            return;
+        }
+
+        string checkpoint = RunFolder.Checkpoint(_arguments.OutputDir, done);
+        if (!Directory.Exists(checkpoint)) Save(done);
+        throw new RunException(
+            $"{_arguments.ModelNameOrPath}: its weights were changed during the run, so those that were not "
+            + $"trained cannot be saved; what was trained is in {checkpoint}: put the weights back, then "
+            + "--resume_from_checkpoint true writes the whole model");
     }
 
     private int Steps(int done)
@@ -176,10 +210,14 @@ public sealed class TrainRun : IDisposable
         {
             if (Directory.Exists(unfinished)) Directory.Delete(unfinished, recursive: true);
             Directory.CreateDirectory(unfinished);
-            ModelFiles.Save(unfinished, _model, _arguments);
-            if (!_arguments.SaveOnlyModel) State(step).Save(unfinished, _model);
+            bool whole = ModelFiles.SaveCheckpoint(unfinished, _model, _arguments);
+            if (!whole)
+                _log.Message(
+                    $"{_arguments.ModelNameOrPath}: its weights were changed during the run: {folder} has "
+                    + "what was trained alone; put them back before its end");
+            if (!whole || !_arguments.SaveOnlyModel) State(step).Save(unfinished, _model);
             _log.SaveState(unfinished, step);
-            Directory.Move(unfinished, folder);
+            _folder.Place(unfinished, folder);
         }
         catch (Exception failure)
         {

@@ -22,6 +22,9 @@ public sealed class Checkpoint : IDisposable
     /// <summary>All tensors, in the order of the index or of the single file.</summary>
     public IReadOnlyCollection<StoredTensor> Tensors => _tensors.Values;
 
+    /// <summary>The weight files.</summary>
+    public IReadOnlyList<SafetensorsFile> Files => _files;
+
     /// <exception cref="InputException">
     /// No weights there, a shard is missing or broken, or index and shards disagree.
     /// </exception>
