@@ -167,6 +167,16 @@ public sealed class SampleBuilder
                 + "tokens in the text" + (ids.Length < tokens.Count ? ", or a picture cut by "
                 + $"model_max_length {Messages.Number(_options.MaxLength)}" : ""));
         var labels = _tokens.Labels(ids, answer.AsSpan(0, ids.Length));
-        return new Sample(ids, labels, bounds, pictures, tokens.Count, views);
+        int cut = AnswersBeyond(answer, ids.Length);
+        return new Sample(ids, labels, bounds, pictures, tokens.Count, cut, views);
+    }
+
+    // Answers, each a run of tokens, that do not end within the first length tokens.
+    private static int AnswersBeyond(ReadOnlySpan<bool> answer, int length)
+    {
+        int beyond = 0;
+        for (int t = length; t < answer.Length; t++)
+            if (answer[t] && (t == length || !answer[t - 1])) beyond++;
+        return beyond;
     }
 }

@@ -72,6 +72,7 @@ public sealed class TrainingModel : IDisposable
             : start.Config with { BaseModel = folder, ModelClass = spec.ModelClass };
         DType storage = StorageOf(arguments);
         TrainedParts parts = TrainedParts.Choose(spec, arguments, adapter, storage);
+        foreach (StoredTensor tensor in checkpoint.Tensors) tensor.MustBeFinite(storage);
 
         OpenDevice device = (devices ?? DeviceSource.Default).Open(arguments, say);
         try
@@ -109,6 +110,7 @@ public sealed class TrainingModel : IDisposable
         {
             if (!Trainables.Contains(name))
                 throw new InputException($"{adapter.Directory}: {name} is not trained in this run");
+            stored.MustBeFinite(Trainables.Value(name).Type);
             Trainables.Write(name, stored.ToFloats());
         }
     }

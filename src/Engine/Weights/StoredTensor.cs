@@ -12,6 +12,7 @@ public sealed unsafe class StoredTensor
 {
     private readonly SafetensorsFile _file;
     private readonly long _offset;
+    private DType? _kept;
 
     internal StoredTensor(
         SafetensorsFile file, string name, StoredType storedType, ImmutableArray<long> sizes,
@@ -67,7 +68,26 @@ public sealed unsafe class StoredTensor
 
     /// <summary>Address of the first byte; valid until the file is disposed.</summary>
     /// <exception cref="ObjectDisposedException">The file was closed.</exception>
-    public nint Data => _file.Address(_offset);
+    /// <exception cref="InputException">See <see cref="MustBeFinite"/>.</exception>
+    public nint Data
+    {
+        get
+        {
+            if (_kept is { } kept)
+            {
+                _kept = null;
+                FiniteValues.Require(this, kept);
+            }
+
+            return _file.Address(_offset);
+        }
+    }
+
+    /// <summary>
+    /// Lets the first reading of the values fail unless all are finite in the type that a run keeps
+    /// them in.
+    /// </summary>
+    public void MustBeFinite(DType kept) => _kept = kept;
 
     /// <summary>
     /// The bytes of a tensor below 2 GiB; larger ones are read through <see cref="Data"/>.
