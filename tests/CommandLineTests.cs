@@ -97,8 +97,8 @@ public sealed partial class CommandLineTests
         };
         int code = new CommandLine(screen, error, runners).Run(["train", .. s_least]);
         Assert.That((code, ended), Is.EqualTo((0, true)));
-        Assert.That(error.ToString().TrimEnd(), Is.EqualTo("cpmx: what is said here cannot be "
-            + "written: No space left on device; going on without it"));
+        Assert.That(error.ToString().TrimEnd(), Is.EqualTo("cpmx: the output cannot be written: "
+            + "No space left on device; going on without it"));
         // Of other commands the output is the result.
         Assert.That(new CommandLine(screen, error, runners).Run(["--version"]), Is.EqualTo(1));
         // Nobody to tell.

@@ -33,8 +33,9 @@ public sealed class LateFailureTests
             .And.Contain("8.png").And.Contain("cpmx data check").And.Contain("--on_bad_row skip")
             .And.EndWith("go on with --resume_from_checkpoint true"));
         Assert.That(failure.Message, Does.Not.Contain("\n"));
-        Assert.That(RunFolder.Checkpoints(arguments.OutputDir).Select(c => c.Step),
-            Is.EqualTo([8]));
+        // Whoever makes batches ahead finds it before the step that would meet it.
+        int saved = RunFolder.Checkpoints(arguments.OutputDir).Single().Step;
+        Assert.That(saved, Is.InRange(5, 8));
 
         // It goes on without the row, to the bits of a run that left it out when it met it.
         string said = Runs.Train(arguments with
@@ -42,7 +43,7 @@ public sealed class LateFailureTests
             OnBadRow = BadRows.Skip,
             ResumeFromCheckpoint = new ResumePoint(null),
         });
-        Assert.That(said, Does.Contain("resumed after step 8").And.Contain("skipped: "));
+        Assert.That(said, Does.Contain($"resumed after step {saved}").And.Contain("skipped: "));
         Assert.That(said, Does.Contain("step 9: all of its rows are left out"));
         Repair(8);
         TrainArguments skipping = Sequential("skip", pictures: 10) with { OnBadRow = BadRows.Skip };
@@ -144,10 +145,10 @@ public sealed class LateFailureTests
     [Test]
     public void WhatTrainingCutsAndTurnsIsSaidAndLogged()
     {
-        TrainArguments arguments = Text("out") with { ModelMaxLength = 24, MaxSteps = 1 };
+        TrainArguments arguments = Text("out") with { ModelMaxLength = 45, MaxSteps = 1 };
         string said = Runs.Train(arguments);
         Assert.That(said, Does.Contain(
-            "text.json: 2 of 3 rows are longer than model_max_length 24 and cut, 2 answers lose their end\n"));
+            "text.json: 2 of 3 rows are longer than model_max_length 45 and cut, 2 answers lose their end\n"));
         string line = File.ReadLines(Path.Combine(arguments.OutputDir, "train_log.jsonl")).First();
         Assert.That(line, Is.EqualTo("""
             {"step":0,"epoch":0,"rows":3,"rows_left_out":0,"rows_cut":2,"rows_answers_cut":2,"rows_pictures":0,"rows_pictures_turned":0}
@@ -243,8 +244,8 @@ public sealed class LateFailureTests
         File.CreateSymbolicLink(log, "/dev/full");
         string said = Runs.Train(arguments);
         Assert.That(said.Split('\n').Where(line => line.Contains("cannot write")),
-            Is.EqualTo([$"{log}: cannot write: No space left on device : '{log}'; "
-                + "training goes on without this log"]));
+            Is.EqualTo([$"{log}: cannot write: No space left on device; training goes on without "
+                + "this log"]));
         Assert.That(said, Does.Contain("done: 3 steps"));
     }
 
@@ -353,7 +354,7 @@ public sealed class LateFailureTests
         };
     }
 
-    // Three rows of text: 20 tokens and more.
+    // Three rows of text: 33, 49 and 72 tokens.
     private TrainArguments Text(string name)
     {
         string data = Path.Combine(_folder, "text.json");

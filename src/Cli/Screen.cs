@@ -91,7 +91,7 @@ internal sealed class Screen(TextWriter console, Action<string>? said = null) : 
     private void Fail(Exception failure)
     {
         _hasFailed = true;
-        said?.Invoke("cpmx: what is said here cannot be written: "
+        said?.Invoke("cpmx: the output cannot be written: "
             + $"{Messages.OneLine(failure.Message)}; going on without it");
     }
 }

@@ -27,6 +27,10 @@ public static class Messages
         return line.ToString();
     }
 
+    /// <summary>Why a file could not be used, without the path that the message begins with.</summary>
+    public static string Reason(Exception failure, string path) =>
+        OneLine(failure.Message.Replace($" : '{path}'", "", StringComparison.Ordinal));
+
     /// <summary>"a, b, c", or the first ten and how many more there are.</summary>
     public static string List(IReadOnlyCollection<string> items) =>
         string.Join(", ", items.Take(Listed))

@@ -97,5 +97,5 @@ internal sealed class LogLines : ILogFile
     }
 
     private RunException Failed(Exception failure) =>
-        new($"{_path}: cannot write: {Messages.OneLine(failure.Message)}", failure);
+        new($"{_path}: cannot write: {Messages.Reason(failure, _path)}", failure);
 }

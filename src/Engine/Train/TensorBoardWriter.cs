@@ -40,7 +40,7 @@ internal sealed class TensorBoardWriter : ILogFile
         catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
         {
             throw new RunException(
-                $"{path}: cannot write: {Messages.OneLine(failure.Message)}", failure);
+                $"{path}: cannot write: {Messages.Reason(failure, path)}", failure);
         }
     }
 
@@ -137,7 +137,7 @@ internal sealed class TensorBoardWriter : ILogFile
         catch (IOException failure)
         {
             throw new RunException(
-                $"{_file.Name}: cannot write: {Messages.OneLine(failure.Message)}", failure);
+                $"{_file.Name}: cannot write: {Messages.Reason(failure, _file.Name)}", failure);
         }
     }
 }

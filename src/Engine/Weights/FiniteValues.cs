@@ -81,7 +81,7 @@ public static unsafe class FiniteValues
         throw new InputException($"{tensor.Place}, element {Messages.Number(bad)} is "
             + (double.IsFinite(value)
                 ? FormattableString.Invariant($"{value}, too large for {kept}, the type of this run: ")
-                    + "use bf16 or float32"
+                    + (kept == DType.F16 ? "set bf16 in place of fp16" : "train without bf16")
                 : FormattableString.Invariant($"{value}: the file is damaged or was saved by a run ")
                     + "that had failed"));
 
