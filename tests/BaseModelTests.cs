@@ -3,6 +3,7 @@ using System.Security.Cryptography;
 using System.Text.Json.Nodes;
 using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Train;
 using MiniCpmNative.Engine.Weights;
 using MiniCpmNative.Kernels.Cpu;

@@ -226,7 +226,8 @@ public sealed class ModelConfig
             Text(json, "unk", "<unk>"), Text(json, "im_id_start", "<image_id>"),
             Text(json, "im_id_end", "</image_id>"));
         return new ProcessorSpec(
-            slicing, json.Find("use_image_id")?.Bool() ?? false,
+            slicing, json.Find("slice_mode")?.Bool() ?? true,
+            json.Find("use_image_id")?.Bool() ?? false,
             Channels(json, "norm_mean", -1e6), Channels(json, "norm_std", 1e-6), tokens);
     }
 

@@ -158,7 +158,7 @@ public sealed record DecoderSpec(
 /// false, as its class.
 /// </param>
 public sealed record ProcessorSpec(
-    SlicingSpec Slicing, bool UseImageId, ImmutableArray<double> Mean,
+    SlicingSpec Slicing, bool SliceMode, bool UseImageId, ImmutableArray<double> Mean,
     ImmutableArray<double> Std, PlaceholderTokens Tokens);
 
 /// <summary>Token ids that begin and end a generated text.</summary>

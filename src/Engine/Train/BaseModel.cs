@@ -85,6 +85,7 @@ public sealed class BaseModel : IDisposable
         {
             weights.MustMatch(spec.Parameters, Families.Explain);
             DType storage = TrainingModel.StorageOf(arguments);
+            foreach (StoredTensor tensor in weights.Tensors) tensor.MustBeFinite(storage);
             AdapterConfig? adapter = TrainedParts.AdapterOf(arguments, spec);
             if (arguments.LoraWeightPath is { } path)
             {

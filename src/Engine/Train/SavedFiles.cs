@@ -1,6 +1,8 @@
 using System.Text.Json;
 using System.Text.Json.Nodes;
 using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Kernels;
 
 namespace MiniCpmNative.Engine.Train;

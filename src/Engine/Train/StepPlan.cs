@@ -62,6 +62,9 @@ public sealed class StepPlan
 
     public int StepsPerEpoch { get; }
 
+    /// <summary>Micro-batches of a step at most.</summary>
+    public int MostBatches => Math.Min(_arguments.GradientAccumulationSteps, MicroBatches);
+
     /// <summary>Optimizer steps of the whole run.</summary>
     public int MaxSteps { get; }
 
@@ -84,6 +87,11 @@ public sealed class StepPlan
         int first = (step - 1) % StepsPerEpoch * accumulation;
         return new StepBatches(epoch, first, Math.Min(accumulation, MicroBatches - first));
     }
+
+    /// <summary>Micro-batches of the first steps together.</summary>
+    public long BatchesBefore(int steps) =>
+        ((long)(steps / StepsPerEpoch) * MicroBatches)
+        + ((long)(steps % StepsPerEpoch) * _arguments.GradientAccumulationSteps);
 
     /// <summary>Passes over the data after a step, as logged: a fraction within an epoch.</summary>
     public double EpochAfter(int step)

@@ -111,6 +111,7 @@ public sealed class TrainingModel : IDisposable
         {
             if (!Trainables.Contains(name))
                 throw new InputException($"{adapter.Directory}: {name} is not trained in this run");
+            stored.MustBeFinite(Trainables.Value(name).Type);
             Trainables.Write(name, stored.ToFloats());
         }
     }

@@ -14,6 +14,7 @@ public sealed unsafe class StoredTensor
 
     private readonly SafetensorsFile _file;
     private readonly long _offset;
+    private DType? _kept;
 
     internal StoredTensor(
         SafetensorsFile file, string name, StoredType storedType, ImmutableArray<long> sizes,
@@ -34,6 +35,9 @@ public sealed unsafe class StoredTensor
     public ImmutableArray<long> Sizes { get; }
 
     public long Bytes { get; }
+
+    /// <summary>Where its bytes begin in the file.</summary>
+    internal long Offset => _offset;
 
     public long Count => Bytes / StoredType.Size;
 
@@ -72,8 +76,26 @@ public sealed unsafe class StoredTensor
     /// asked for, or the file is trimmed or disposed.
     /// </summary>
     /// <exception cref="ObjectDisposedException">The file was closed.</exception>
-    /// <exception cref="InputException">The file cannot be read, or was changed.</exception>
-    public nint Data => _file.Load(this, _offset);
+    /// <exception cref="InputException">
+    /// The file cannot be read, or was changed; or see <see cref="MustBeFinite"/>.
+    /// </exception>
+    public nint Data
+    {
+        get
+        {
+            nint data = _file.Load(this, _offset);
+            if (_kept is not { } kept) return data;
+            _kept = null;
+            FiniteValues.Require(this, kept);
+            return data;
+        }
+    }
+
+    /// <summary>
+    /// Lets the first reading of the values fail unless all are finite in the type that a run keeps
+    /// them in.
+    /// </summary>
+    public void MustBeFinite(DType kept) => _kept = kept;
 
     /// <summary>
     /// The bytes of a tensor below 2 GiB; larger ones are read through <see cref="Data"/>.
@@ -99,6 +121,12 @@ public sealed unsafe class StoredTensor
     {
         if (!Type.IsFloat())
             throw new InputException($"{Place} has type {StoredType.Name}, expected floats");
+        if (_kept is not null)
+        {
+            FloatBits.Widen((void*)Data, Type, target, (nint)Count);
+            return;
+        }
+
         long piece = Math.Min(Count, PieceElements);
         var bytes = new byte[piece * StoredType.Size];
         for (long done = 0; done < Count; done += piece)
