@@ -17,18 +17,24 @@ internal static class ReferenceText
     /// <summary>All bytes of NAME or NAME.gz, for instance "tokenizers/strings.jsonl".</summary>
     public static byte[] Bytes(string name)
     {
-        string path = Path.Combine(Root, name);
-        if (File.Exists(path)) return File.ReadAllBytes(path);
-        using var file = File.OpenRead(path + ".gz");
+        string path = Find(name) ?? throw new FileNotFoundException(name);
+        if (!path.EndsWith(".gz", StringComparison.Ordinal)) return File.ReadAllBytes(path);
+        using var file = File.OpenRead(path);
         using var unpacked = new GZipStream(file, CompressionMode.Decompress);
         using var bytes = new MemoryStream();
         unpacked.CopyTo(bytes);
         return bytes.ToArray();
     }
 
-    /// <summary>Whether the folder in use has the file.</summary>
-    public static bool Has(string name) =>
-        File.Exists(Path.Combine(Root, name)) || File.Exists(Path.Combine(Root, name + ".gz"));
+    /// <summary>Whether there is such a file.</summary>
+    public static bool Has(string name) => Find(name) is not null;
+
+    // What the full set lacks is read from the committed one.
+    private static string? Find(string name) => new[]
+    {
+        Path.Combine(Root, name), Path.Combine(Root, name + ".gz"),
+        Path.Combine(ReferenceFile.Root, name), Path.Combine(ReferenceFile.Root, name + ".gz"),
+    }.FirstOrDefault(File.Exists);
 
     /// <summary>The objects of a .jsonl file.</summary>
     public static JsonElement[] Lines(string name)

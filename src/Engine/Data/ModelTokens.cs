@@ -53,6 +53,11 @@ internal sealed class ModelTokens
             Placeholder.SliceStart, Placeholder.SliceEnd, Placeholder.IdStart, Placeholder.IdEnd,
             Unknown,
         ];
+        foreach (var same in Structural.GroupBy(tokenizer.IdOfAdded).Where(g => g.Key is not null))
+            if (same.Count() > 1)
+                throw new InputException($"{place}: the tokenizer has one token for "
+                    + $"{string.Join(" and ", same.Select(Messages.Quote))} (unk_token holds the "
+                    + "places of picture features); MiniCPM-V needs different ones");
 
         int Id(string token) => tokenizer.IdOfAdded(token)
             ?? throw new InputException($"{place}: the tokenizer has no special token "
