@@ -3,6 +3,7 @@ using System.Text.Json;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Data.Text;
 using NUnit.Framework;
+using static MiniCpmNative.Tests.FamilyFormats;
 
 namespace MiniCpmNative.Tests;
 
@@ -373,8 +374,4 @@ public class SampleTests
             Is.EqualTo(ReferenceText.Ints(expected.GetProperty(labels))), name);
         AssertBounds(sample.Bounds, expected.GetProperty("image_bound"), name);
     }
-
-    private static void AssertBounds(ImageBound[] bounds, JsonElement expected, string name) =>
-        Assert.That(bounds.SelectMany(b => (int[])[b.Start, b.End]), Is.EqualTo(
-            expected.EnumerateArray().SelectMany(ReferenceText.Ints)), name);
 }

@@ -30,6 +30,11 @@ public sealed record RowFormat(
 
     public Tokenizer Tokenizer => Prompts.Tokenizer;
 
+    /// <summary>
+    /// What a text must not hold: it would be read as a turn or a picture. No two are one token.
+    /// </summary>
+    internal IReadOnlyList<string> Markers { get; } = Distinct(Prompts, Placeholders);
+
     /// <summary>The format of a model directory.</summary>
     /// <exception cref="InputException">Its tokenizer or chat template cannot be used.</exception>
     public static RowFormat Load(ModelSpec spec, string directory)
@@ -41,6 +46,17 @@ public sealed record RowFormat(
                 directory),
             spec.Processor.UseImageId, spec.Slicing, spec.SliceMode, spec.Processor.Mean,
             spec.Processor.Std, spec.Decoder.VocabSize);
+    }
+
+    private static string[] Distinct(PromptFormat prompts, PlaceholderScheme placeholders)
+    {
+        string[] markers = [.. prompts.Markers, .. placeholders.Markers];
+        foreach (var same in markers.GroupBy(prompts.Tokenizer.IdOfAdded))
+            if (same.Key is not null && same.Count() > 1)
+                throw new InputException($"{prompts.Place}: the tokenizer has one token for "
+                    + $"{string.Join(" and ", same.Select(Messages.Quote))}, which must be "
+                    + "different ones (\"unk\" holds the places of picture features)");
+        return markers;
     }
 
     /// <summary>The slicing of a run that allows this many slices.</summary>

@@ -1,3 +1,4 @@
+using System.Runtime.ExceptionServices;
 using System.Security.Cryptography;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data.Images;
@@ -106,7 +107,14 @@ public sealed class TrainingRows : IRowLoader
     public RowCheck[] Check(bool decode)
     {
         var checks = new RowCheck[Count];
-        Parallel.For(0, Count, i => checks[i] = Check(_rows[i], decode));
+        try
+        {
+            Parallel.For(0, Count, i => checks[i] = Check(_rows[i], decode));
+        }
+        catch (AggregateException e) when (e.InnerExceptions[0] is InputException or RunException)
+        {
+            ExceptionDispatchInfo.Throw(e.InnerExceptions[0]);
+        }
         return checks;
     }
 
