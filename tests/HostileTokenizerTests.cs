@@ -1,0 +1,96 @@
+using System.Text;
+using System.Text.Json.Nodes;
+using MiniCpmNative.Engine;
+using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Data.Text;
+using NUnit.Framework;
+
+namespace MiniCpmNative.Tests;
+
+/// <summary>
+/// Tokenizer files that once took the time's square, or an internal error, to be answered.
+/// </summary>
+[TestFixture]
+public class HostileTokenizerTests
+{
+    private const int Many = 200_000;
+
+    [Test]
+    public void ASlowPatternIsRefusedWithinSeconds()
+    {
+        var json = Qwen();
+        // No match is slow by itself, all together are: each looks back to the start.
+        json["pre_tokenizer"]!["pretokenizers"]![0]!["pattern"]!["Regex"] = "(?<=a.*)b|.";
+        var tokenizer = Parse(json);
+        var e = Assert.Throws<InputException>(() => tokenizer.Encode(new string('c', 200_000)));
+        Assert.That(e!.Message, Does.Contain("(?<=a.*)b|.").And.Contain("tokenizer.json")
+            .And.Contain("200,000").And.Not.Contain("\n"));
+    }
+
+    [TestCase("[]")]
+    [TestCase("null")]
+    [TestCase("3")]
+    public void ASequenceOfNothingIsRefused(string list)
+    {
+        var json = Qwen();
+        json["pre_tokenizer"]!["pretokenizers"] = JsonNode.Parse(list);
+        Assert.That(Assert.Throws<InputException>(() => Parse(json))!.Message,
+            Does.Contain("pre_tokenizer").And.Contain("Sequence").And.Not.Contain("\n"));
+    }
+
+    // Hugging Face cuts every space out as a token of its own, whatever the one before took.
+    [TestCase("lstrip", " ")]
+    [TestCase("rstrip", " ")]
+    [TestCase("rstrip", "\t ")]
+    [CancelAfter(20_000)]
+    public void ATextOfSpacesThatAreTokensTakesLinearTime(
+        string flag, string unit, CancellationToken cancel)
+    {
+        var json = Qwen();
+        var added = json["added_tokens"]!.AsArray();
+        int id = Parse(json).Size;
+        foreach (char space in unit)
+            added.Add(JsonNode.Parse($$"""
+                {"id": {{id++}}, "content": "{{(space == '\t' ? "\\t" : " ")}}",
+                 "normalized": false, "special": true, "{{(space == unit[0] ? flag : "x")}}": true}
+                """));
+        string text = string.Concat(Enumerable.Repeat(unit, 300_000 / unit.Length));
+        var task = Task.Run(() => Parse(json).Encode(text), cancel);
+        task.Wait(cancel);
+        Assert.That(task.Result.Count(token => token >= id - unit.Length), Is.EqualTo(300_000));
+    }
+
+    [Test]
+    [CancelAfter(30_000)]
+    public void ManyTokensWithOneStartTakeLinearTime(CancellationToken cancel)
+    {
+        var json = Qwen();
+        var added = json["added_tokens"]!.AsArray();
+        int id = Parse(json).Size;
+        for (int i = 0; i < Many; i++)
+            added.Add(JsonNode.Parse($$"""
+                {"id": {{id + i}}, "content": "a{{i:D6}}", "normalized": false, "special": false}
+                """));
+        var task = Task.Run(() => Parse(json).Encode(
+            string.Concat(Enumerable.Repeat("a00001", Many)) + "a000017"), cancel);
+        task.Wait(cancel);
+        Assert.That(task.Result[^1], Is.EqualTo(id + 17));
+    }
+
+    [Test]
+    public void AnEndlessAddedTokenIsRefused()
+    {
+        var json = Qwen();
+        json["added_tokens"]!.AsArray().Add(JsonNode.Parse($$"""
+            {"id": 5000, "content": "{{new string('a', 1025)}}", "special": true}
+            """));
+        Assert.That(Assert.Throws<InputException>(() => Parse(json))!.Message,
+            Does.Contain("1,025").And.Not.Contain("\n"));
+    }
+
+    private static JsonNode Qwen() =>
+        JsonNode.Parse(ReferenceText.Bytes("tokenizers/tiny-qwen/tokenizer.json"))!;
+
+    private static Tokenizer Parse(JsonNode json) =>
+        Tokenizer.Parse(Encoding.UTF8.GetBytes(json.ToJsonString()), null);
+}
