@@ -14,7 +14,8 @@ namespace MiniCpmNative.Tests;
 public class SentencePieceTests
 {
     /// <summary>
-    /// 42 random models with the ids that SentencePiece 0.1.97 gave to random texts: runs of equal
+    /// 42 random models with the ids that SentencePiece 0.1.97 gave to random texts, and the texts to
+    /// random ids: runs of equal
     /// letters, equal scores, user-defined pieces, letters that are no pieces, with and without byte
     /// fallback, dummy prefix and removal of extra spaces.
     /// </summary>
@@ -29,6 +30,10 @@ public class SentencePieceTests
             foreach (var item in line.GetProperty("c").EnumerateArray())
                 Assert.That(tokenizer.Encode(item.GetProperty("t").GetString()),
                     Is.EqualTo(ReferenceText.Ints(item.GetProperty("i"))), item.GetRawText());
+            // LlamaTokenizer takes the first piece's mark away, SentencePiece decodes the rest.
+            foreach (var item in line.GetProperty("d").EnumerateArray())
+                Assert.That(tokenizer.Decode(ReferenceText.Ints(item.GetProperty("i"))),
+                    Is.EqualTo(item.GetProperty("d").GetString()), item.GetRawText());
             var file = new SentencePieceFile(model, "m");
             if (file.Merges.GroupBy(merge => merge.Rank).Any(group => group.Count() > 1)) tied++;
             if (file.Mergeable.Values.Max() >= file.Kinds.Count) bare++;
