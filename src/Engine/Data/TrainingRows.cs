@@ -1,3 +1,4 @@
+using System.Runtime.ExceptionServices;
 using System.Security.Cryptography;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data.Images;
@@ -88,6 +89,7 @@ public sealed class TrainingRows : IRowLoader
         // whole pictures tell more than headers.
         var checks = all.Check(decode: skip);
         var bad = all.Bad(checks);
+        if (JpegFallback(checks) is { } fallback) message($"{path}: {fallback}");
         if (bad.Count == 0) return all;
         if (!skip)
         {
@@ -116,8 +118,34 @@ public sealed class TrainingRows : IRowLoader
     public RowCheck[] Check(bool decode)
     {
         var checks = new RowCheck[Count];
-        Parallel.For(0, Count, i => checks[i] = Check(_rows[i], decode));
+        InParallel(Count, i => checks[i] = Check(_rows[i], decode));
         return checks;
+    }
+
+    /// <summary>Parallel.For whose failure is that of one row, not a bundle of them: what is wrong
+    /// with the input goes first.</summary>
+    internal static void InParallel(int count, Action<int> body)
+    {
+        try
+        {
+            Parallel.For(0, count, body);
+        }
+        catch (AggregateException failures)
+        {
+            ExceptionDispatchInfo.Throw(
+                failures.InnerExceptions.FirstOrDefault(e => e is InputException)
+                ?? failures.InnerExceptions[0]);
+        }
+    }
+
+    /// <summary>
+    /// What is to be known of JPEG pictures among the rows, where libturbojpeg is missing.
+    /// </summary>
+    public static string? JpegFallback(RowCheck[] checks)
+    {
+        int count = checks.Sum(c => c.Kinds.Count(k => k.StartsWith("JPEG")));
+        return count > 0 && JpegDecoder.Fallback is { } how
+            ? $"JPEG pictures: {Messages.Number(count)}, {how}" : null;
     }
 
     /// <summary>
@@ -277,11 +305,12 @@ public sealed class TrainingRows : IRowLoader
             }
 
             return new RowCheck(
-                null, sample.FullLength, sample.Supervised, sample.Cut, row.Pictures.Count, turned);
+                null, sample.FullLength, sample.Supervised, sample.Cut, row.Pictures.Count, turned,
+                [.. pictures.Select(p => p.Kind)]);
         }
         catch (BadRowException failure)
         {
-            return new RowCheck(failure.Row, 0, 0, false, row.Pictures.Count, 0);
+            return new RowCheck(failure.Row, 0, 0, false, row.Pictures.Count, 0, []);
         }
     }
 }
@@ -293,5 +322,7 @@ public sealed class TrainingRows : IRowLoader
 /// <param name="Cut">Whether it is longer than model_max_length.</param>
 /// <param name="Pictures">Pictures it names.</param>
 /// <param name="Turned">Those of them with an EXIF orientation.</param>
+/// <param name="Kinds">The kind of each of them (<see cref="PictureInfo.Kind"/>).</param>
 public readonly record struct RowCheck(
-    BadRow? Bad, int Tokens, int Supervised, bool Cut, int Pictures, int Turned);
+    BadRow? Bad, int Tokens, int Supervised, bool Cut, int Pictures, int Turned,
+    IReadOnlyList<string> Kinds);
