@@ -70,6 +70,7 @@ public static class Families
 {
     public static IReadOnlyList<Family> All { get; } =
     [
+        new MiniCpmLlama3V25(),
         new MiniCpmV26(),
         new MiniCpmO26(),
         new MiniCpmV4(),
