@@ -161,6 +161,15 @@ public sealed class ModelConfig
             side / patch, (float)(vision.Find("layer_norm_eps")?.Number(1e-12, 1) ?? 1e-6), drops);
     }
 
+    /// <summary>How pictures are cut, as this object of config.json says.</summary>
+    public static SlicingSpec Slicing(JsonValue slice, VisionSpec vision)
+    {
+        SlicingSpec slicing = SlicingOf(slice);
+        return slicing.PatchSize == vision.PatchSize
+            ? slicing : throw Disagrees(slice, "patch_size", slicing.PatchSize,
+                "the vision tower's patch_size", vision.PatchSize);
+    }
+
     // Newer transformers write rope_parameters in place of rope_theta and rope_scaling.
     private double RopeTheta()
     {
@@ -192,12 +201,8 @@ public sealed class ModelConfig
     // The class cuts nothing without a slice_config; with one its own defaults hold.
     private SlicingSpec Slicing(VisionSpec vision)
     {
-        if (Json.Find("slice_config") is not { } slice)
-            return new SlicingSpec(1, 448, vision.PatchSize);
-        SlicingSpec slicing = SlicingOf(slice);
-        return slicing.PatchSize == vision.PatchSize
-            ? slicing : throw Disagrees(slice, "patch_size", slicing.PatchSize,
-                "vision_config.patch_size", vision.PatchSize);
+        return Json.Find("slice_config") is { } slice
+            ? Slicing(slice, vision) : new SlicingSpec(1, 448, vision.PatchSize);
     }
 
     private static SlicingSpec SlicingOf(JsonValue json) => new(

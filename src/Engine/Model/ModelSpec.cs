@@ -83,7 +83,10 @@ public sealed record VisionSpec(
 /// <summary>
 /// Cross-attention of learned queries on the patches; HiddenSize is the decoder's.
 /// </summary>
-public sealed record ResamplerSpec(int HiddenSize, int VisionSize, int Queries)
+/// <param name="QueryPositions">Whether queries have positions too, from a stored table (version
+/// 2.0).</param>
+public sealed record ResamplerSpec(
+    int HiddenSize, int VisionSize, int Queries, bool QueryPositions = false)
 {
     // Fixed in the official code: heads of 128, LayerNorm of 1e-6.
     public int Heads => HiddenSize / 128;
@@ -107,11 +110,14 @@ public sealed record ResamplerSpec(int HiddenSize, int VisionSize, int Queries)
 /// sqrt(layers)).</param>
 /// <param name="OutputScale">Factor of the last norm's output before the head (MiniCPM:
 /// dim_model_base / hidden_size).</param>
+/// <param name="FinalNormDecays">Whether weight decay applies to the last norm: the Trainer of
+/// transformers 4.40 exempts RMS norms by their class, that of 4.51 by their name.</param>
 public sealed record DecoderSpec(
     int VocabSize, int HiddenSize, int IntermediateSize, int Layers, int Heads, int KvHeads,
     int HeadDim, float RmsNormEpsilon, bool QkvBias, bool TiedHead, double RopeTheta,
     ImmutableArray<double> RopeFactors, int MaxPositions, bool QkNorm = false,
-    double EmbeddingScale = 1, double ResidualScale = 1, double OutputScale = 1)
+    double EmbeddingScale = 1, double ResidualScale = 1, double OutputScale = 1,
+    bool FinalNormDecays = true)
 {
     /// <summary>
     /// cos and sin [positions, HeadDim/2] of position * theta^(-2k/HeadDim) / factor_k; frequencies

@@ -86,9 +86,9 @@ public sealed class ModuleScope
             _source.Vector(bias, 0, size));
     }
 
-    public Norm RmsNorm(string name, int size, float epsilon)
+    public Norm RmsNorm(string name, int size, float epsilon, bool decays = true)
     {
-        string weight = Declare(Name(name) + ".weight", decays: true, [size]);
+        string weight = Declare(Name(name) + ".weight", decays, [size]);
         return new Norm(new RmsNorm(epsilon), _source.Vector(weight, 0, size), Tensor.None);
     }
 
