@@ -193,7 +193,7 @@ public sealed class AdapterTests
         var stored = adapter.Match(s_table);
         var layout = AdapterLayout.Create(s_table, adapter.Config, "x");
         AdapterFile.Write(At("copy"), adapter.Config, layout, layout.Tensors.Select(t =>
-            TensorToSave.Raw(t.Name, DType.F32, t.Shape, stored[t.Name].Data)));
+            stored[t.Name].ToSave(DType.F32) with { Name = t.Name }));
         foreach (string file in new[] { AdapterFile.WeightsName, AdapterConfig.FileName })
             Assert.That(File.ReadAllBytes(Path.Combine(At("copy"), file)),
                 Is.EqualTo(File.ReadAllBytes(

@@ -60,6 +60,56 @@ public sealed class BatchLoaderTests
         }
     }
 
+    [TestCase(1)]
+    [TestCase(3)]
+    public void ABadRowThatMayBeLeftOutLeavesTheOthersWhereTheyWere(int workers)
+    {
+        // Row 40 fails behind row 41's batch mates; batch 3 has row 30 alone, which was known.
+        using var loader = Loader(
+            new FakeRows { Unusable = [41, 60], Known = [30] }, batches: 8, workers, ahead: 2);
+        for (int i = 0; i < 8; i++)
+        {
+            Batch batch = loader.Take(out var rows);
+            int[] wanted = [.. Enumerable.Range(0, (i % 3) + 1).Select(k => (10 * i) + k)
+                .Where(row => row is not (41 or 60 or 30))];
+            Assert.That(rows.ToArray(), Is.EqualTo(wanted));
+            Assert.That(batch.Tokens.Span.ToArray(), Is.EqualTo(wanted));
+            loader.Return();
+        }
+    }
+
+    [Test]
+    public void WhoeverWaitsForRoomDoesIdleWork()
+    {
+        int left = 20;
+        using var loader = new BatchLoader(
+            new FakeRows(), 3, 100, 2, 1, (batch, rows) => 1,
+            idle: () => Interlocked.Decrement(ref left) >= 0);
+        Assert.That(() => Volatile.Read(ref left), Is.LessThan(0).After(20_000, 5));
+        for (int i = 0; i < 100; i++)
+        {
+            loader.Take(out _);
+            loader.Return();
+        }
+    }
+
+    [Test]
+    public void AStopEndsTheWaitingForARowThatHangs()
+    {
+        bool stopped = false;
+        var rows = new FakeRows { Slow = new ManualResetEventSlim() };
+        var loader = new BatchLoader(
+            rows, 3, 10, 1, 1, (batch, numbers) => 1, () => Volatile.Read(ref stopped));
+        var waits = Task.Run(() => loader.Take(out _));
+        Assert.That(waits.Wait(100), Is.False);
+        Volatile.Write(ref stopped, true);
+        Assert.That(() => waits.Wait(20_000), Throws.TypeOf<AggregateException>()
+            .With.InnerException.TypeOf<OperationCanceledException>()
+            .Or.InnerException.TypeOf<TaskCanceledException>());
+        rows.Slow.Set();
+        loader.Dispose();
+    }
+
     [Test]
     public void WorkersEndWhenTheyWaitForRoom()
     {
@@ -106,6 +156,20 @@ public sealed class BatchLoaderTests
 
         public int Bad { get; init; } = -1;
 
+        public HashSet<int> Unusable { get; init; } = [];
+
+        public HashSet<int> Known { get; init; } = [];
+
+        public bool IsLeftOut(int row)
+        {
+            lock (Known) return Known.Contains(row);
+        }
+
+        public bool LeaveOut(int row, BadRow why)
+        {
+            lock (Known) return Known.Add(row);
+        }
+
         public ManualResetEventSlim? Slow { get; init; }
 
         public int Begun => Volatile.Read(ref _begun);
@@ -120,6 +184,8 @@ public sealed class BatchLoaderTests
             else Thread.Yield();
             if (row == Bad) throw new InputException($"row {row} is bad");
             batch.Tokens.Add(row);
+            if (Unusable.Contains(row))
+                throw new BadRowException(new BadRow("f", row, null, null, "is bad"));
             Interlocked.Increment(ref _made);
         }
     }

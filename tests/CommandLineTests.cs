@@ -59,6 +59,7 @@ public sealed partial class CommandLineTests
 
     [TestCase(15, 143, "SIGTERM")]
     [TestCase(2, 130, "Ctrl-C")]
+    [TestCase(3, 131, "SIGQUIT")]
     public void SignalsAskForAStopAndDecideTheExitCode(int signal, int code, string name)
     {
         if (OperatingSystem.IsWindows()) Assert.Ignore("signals of POSIX systems");
@@ -67,6 +68,7 @@ public sealed partial class CommandLineTests
         {
             Train = (_, _, stop) =>
             {
+                stop.IsTraining = true;
                 Assert.That(Kill(Environment.ProcessId, signal), Is.Zero);
                 stopped = SpinWait.SpinUntil(() => stop.Requested, TimeSpan.FromSeconds(20));
                 // The line is said after the request is there.
@@ -77,6 +79,57 @@ public sealed partial class CommandLineTests
         Assert.That(stopped);
         Assert.That(result, Is.EqualTo(code));
         Assert.That(output, Does.Contain($"{name}: finishing this step"));
+    }
+
+    [Test]
+    public void AScreenThatCannotBeWrittenEndsNoTraining()
+    {
+        var error = new StringWriter();
+        var screen = new Screen(new FullWriter(), error.WriteLine);
+        bool ended = false;
+        var runners = new Runners
+        {
+            Train = (_, log, _) =>
+            {
+                for (int i = 0; i < 3; i++) log.Message("one more line");
+                ended = true;
+            },
+        };
+        int code = new CommandLine(screen, error, runners).Run(["train", .. s_least]);
+        Assert.That((code, ended), Is.EqualTo((0, true)));
+        Assert.That(error.ToString().TrimEnd(), Is.EqualTo("cpmx: the output cannot be written: "
+            + "No space left on device; going on without it"));
+        // Of other commands the output is the result.
+        Assert.That(new CommandLine(screen, error, runners).Run(["--version"]), Is.EqualTo(1));
+        // Nobody to tell.
+        var mute = new Screen(new FullWriter());
+        Assert.That(new CommandLine(mute, mute, runners).Run(["trian"]), Is.EqualTo(2));
+    }
+
+    [TestCase("a\u001b[2Jb\u009b1m\u0007\u007f\0", "a\\u001b[2Jb\\u009b1m\\u0007\\u007f\\u0000")]
+    [TestCase("\rline\b\tends\n", "\rline\b\tends\n")]
+    public void ATerminalGetsNoOrdersFromAText(string text, string seen)
+    {
+        var console = new StringWriter();
+        var screen = new Screen(console);
+        screen.Write(text);
+        foreach (char c in text) screen.Write(c);
+        screen.Write(new System.Text.StringBuilder(text));
+        Assert.That(console.ToString(), Is.EqualTo(seen + seen + seen));
+    }
+
+    [Test]
+    public void AMessageShowsTheOrdersOfAnArgument()
+    {
+        var (code, _, error) = Run(new Runners(), ["train", "\u001b]0;title\u0007.json"]);
+        Assert.That(code, Is.EqualTo(2));
+        Assert.That(error.Where(char.IsControl), Is.EqualTo("\n"));
+    }
+
+    private sealed class FullWriter : StringWriter
+    {
+        public override void Write(ReadOnlySpan<char> buffer) =>
+            throw new IOException("No space left on device");
     }
 
     [Test]

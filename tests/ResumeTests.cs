@@ -17,7 +17,7 @@ namespace MiniCpmNative.Tests;
 [TestFixture]
 public sealed class ResumeTests
 {
-    private const int Kill = 9, Interrupt = 2, Terminate = 15;
+    private const int Hangup = 1, Interrupt = 2, Kill = 9, User1 = 10, Terminate = 15;
 
     private string _folder = "";
 
@@ -212,6 +212,7 @@ public sealed class ResumeTests
 
     [TestCase(Terminate, 143, "SIGTERM")]
     [TestCase(Interrupt, 130, "Ctrl-C")]
+    [TestCase(Hangup, 129, "SIGHUP")]
     public void ASignalEndsTheRunAfterItsStep(int signal, int code, string name)
     {
         // What is left to say fills the pipe, so that the run cannot end before it gets the signal.
@@ -243,6 +244,23 @@ public sealed class ResumeTests
         AssertSameFiles(
             RunFolder.Checkpoint(stopped.OutputDir, end),
             RunFolder.Checkpoint(whole.OutputDir, end), least: 5);
+    }
+
+    [Test]
+    public void ASignalAsksForACheckpointAndTheRunGoesOn()
+    {
+        if (!OperatingSystem.IsLinux()) Assert.Ignore("the signal's number is Linux's");
+        TrainArguments arguments = Short("out", steps: 300) with { SaveSteps = new Interval(300) };
+        using Process process = Start(arguments);
+        WaitFor(process, "step 3/");
+        Send(process.Id, User1);
+        string rest = process.StandardOutput.ReadToEnd();
+        process.WaitForExit();
+        Assert.That(process.ExitCode, Is.Zero, rest);
+        Assert.That(rest, Does.Contain("SIGUSR1: saving a checkpoint after this step"));
+        var saved = RunFolder.Checkpoints(arguments.OutputDir);
+        Assert.That(saved, Has.Count.EqualTo(2));
+        Assert.That(saved[0].Step, Is.InRange(3, 299));
     }
 
     [Test]
@@ -279,7 +297,8 @@ public sealed class ResumeTests
         {
             string name = model.Trainables.List[0].Name;
             float[] values = model.Device.ReadFloats(model.Trainables.Value(name));
-            values[7] = float.NaN;
+            // Finite, but no product with it is.
+            Array.Fill(values, float.MaxValue);
             model.Trainables.Write(name, values);
             ModelFiles.Save(adapter, model, arguments);
         }

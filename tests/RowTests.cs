@@ -42,6 +42,38 @@ public class RowTests
             .Replace("<unk><unk><unk><unk>", "U");
 
     [Test]
+    public void ARowOfManyTurnsIsReadInOneWalk()
+    {
+        // An index for each turn took more than 20 s.
+        const int turns = 100_000;
+        var time = System.Diagnostics.Stopwatch.StartNew();
+        var set = Parse($$"""[{"conversations":{{Turns([.. Enumerable.Repeat("x", turns)])}}}]""");
+        Assert.That(set.Rows.Single().Turns, Has.Count.EqualTo(turns));
+        Builder().Build(set.Rows[0], []);
+        Assert.That(time.Elapsed.TotalSeconds, Is.LessThan(5));
+    }
+
+    [Test]
+    public void AnswersThatLoseTheirEndAreCounted([Values] bool official)
+    {
+        var row = Parse($$"""
+            [{"image":"x.png","conversations":{{Turns("a", "b c d e", "f", "g")}}}]
+            """).Rows[0];
+        int end = TokenizerTests.Load("tiny-qwen").IdOf("<|im_end|>")!.Value;
+        Sample whole = Builder(official: official).Build(row, [s_small]);
+        Assert.That((whole.Cut, whole.AnswersCut), Is.EqualTo((false, 0)));
+        int[] ends =
+            [.. Enumerable.Range(0, whole.FullLength).Where(t => whole.InputIds[t] == end)];
+        int[] answers = [ends[^3], ends[^1]];
+        // From the first answer's first token on: shorter rows are refused.
+        for (int length = ends[^3] - 3; length <= whole.FullLength; length++)
+        {
+            Sample sample = Builder(length, official).Build(row, [s_small]);
+            Assert.That(sample.AnswersCut, Is.EqualTo(answers.Count(e => e >= length)), $"{length}");
+        }
+    }
+
+    [Test]
     public void AListOfRowsIsRead()
     {
         var set = Parse("""

@@ -114,7 +114,7 @@ public sealed class TraceTests
                 for (int i = 0; i < count; i++) numbers[i] = begin + i;
                 return count;
             });
-            Evaluation found = Evaluation.Run(model, loader, batches);
+            Evaluation found = Evaluation.Run(model, loader, batches, () => true)!;
             TestContext.Out.WriteLine($"{found}");
             Assert.That((found.Rows, found.Tokens, found.Answers),
                 Is.EqualTo((rows.Count, expected.Tokens, expected.Answers)));

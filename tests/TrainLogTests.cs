@@ -180,6 +180,7 @@ public sealed class TrainLogTests
         {
             log.Start(Report(null));
             for (int step = 1; step <= 4; step++) log.Step(Step(step));
+            log.Saved("checkpoint-4");
             log.End(4, StopReason.Interrupt);
         }
 

@@ -6,7 +6,7 @@ namespace MiniCpmNative.Cli;
 
 /// <summary>
 /// Finds the command and turns its outcome into an exit code: 0 done, 1 failed while running, 2
-/// wrong configuration or arguments, 130 and 143 stopped by Ctrl-C and SIGTERM. Errors are one line
+/// wrong configuration or arguments, 128 + signal stopped by one. Errors are one line
 /// on the error stream; CPMX_TRACE=1 adds the stack. The official arguments are free (--name value
 /// for any key), which is why no argument library stands here.
 /// </summary>
@@ -24,7 +24,8 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
           --version                                print the version
 
         exit codes: 0 done, 1 failed while running, 2 wrong configuration or arguments,
-        130 stopped by Ctrl-C, 143 stopped by SIGTERM
+        129, 130, 131, 143 stopped by SIGHUP, Ctrl-C, SIGQUIT, SIGTERM; a training is saved then
+        (SIGUSR1: saves and goes on)
         """;
 
     private static readonly string[] s_commands = ["train", "data", "trace", "doctor", "help"];
@@ -33,7 +34,9 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
     {
         try
         {
-            return Dispatch(args);
+            int code = Dispatch(args);
+            // A training goes on unseen; of the other commands what they say is the result.
+            return output is Screen { HasFailed: true } && args[0] != "train" ? 1 : code;
         }
         catch (InputException problem)
         {
@@ -43,6 +46,10 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
             or CudaException)
         {
             return Fail(failure, failure.Message, 1);
+        }
+        catch (AggregateException several) when (several.GetBaseException() is InputException problem)
+        {
+            return Fail(several, problem.Message, 2);
         }
         catch (OutOfMemoryException failure)
         {
@@ -91,7 +98,7 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
 
     private int Fail(Exception failure, string message, int code)
     {
-        error.WriteLine("cpmx: " + message.ReplaceLineEndings(" "));
+        error.WriteLine("cpmx: " + Messages.Visible(message.ReplaceLineEndings(" ")));
         if (Environment.GetEnvironmentVariable("CPMX_TRACE") == "1") error.WriteLine(failure);
         return code;
     }

@@ -1,3 +1,5 @@
 using MiniCpmNative.Cli;
 
-return new CommandLine(Console.Out, Console.Error, new Runners()).Run(args);
+var error = new Screen(Console.Error);
+var output = new Screen(Console.Out, error.WriteLine);
+return new CommandLine(output, error, new Runners()).Run(args);

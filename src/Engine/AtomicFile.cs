@@ -1,11 +1,13 @@
+using System.Text.RegularExpressions;
+
 namespace MiniCpmNative.Engine;
 
 /// <summary>
 /// Files that are there whole or not at all: written under a temporary name in the same directory,
-/// flushed to the disk, then renamed over the old one.
-/// A failed write leaves the old file as it was.
+/// flushed to the disk, then renamed over the old one. A failed write leaves the old file as it was;
+/// a killed one leaves its temporary file, which is locked while its writer lives.
 /// </summary>
-public static class AtomicFile
+public static partial class AtomicFile
 {
     private const int BufferBytes = 1 << 20;
 
@@ -22,9 +24,9 @@ public static class AtomicFile
             {
                 content(stream);
                 stream.Flush(flushToDisk: true);
+                // Before it is closed, and with it unlocked.
+                File.Move(temporary, path, overwrite: true);
             }
-
-            File.Move(temporary, path, overwrite: true);
         }
         catch (Exception failure)
         {
@@ -47,4 +49,32 @@ public static class AtomicFile
     /// <exception cref="RunException">The file cannot be written.</exception>
     public static void WriteText(string path, string text) =>
         Write(path, stream => stream.Write(System.Text.Encoding.UTF8.GetBytes(text)));
+
+    /// <summary>
+    /// Removes what killed writers left in a folder, of the files that <paramref name="isOurs"/>
+    /// knows by their final name; a living writer's file stays.
+    /// </summary>
+    public static void RemoveLeftovers(string folder, Func<string, bool> isOurs)
+    {
+        foreach (string path in Directory.EnumerateFiles(folder, "*.tmp"))
+        {
+            Match match = Temporary().Match(Path.GetFileName(path));
+            // Neither a pipe, which would wait, nor a link.
+            if (!match.Success || !isOurs(match.Groups[1].Value)
+                || new FileInfo(path) is not { LinkTarget: null }) continue;
+            try
+            {
+                using var stream = new FileStream(
+                    path, FileMode.Open, FileAccess.ReadWrite, FileShare.None);
+                File.Delete(path);
+            }
+            catch (Exception living) when (living is IOException or UnauthorizedAccessException)
+            {
+                // Its writer holds the lock, or it is another user's.
+            }
+        }
+    }
+
+    [GeneratedRegex(@"^(.+)\.\d+\.tmp$")]
+    private static partial Regex Temporary();
 }

@@ -27,6 +27,10 @@ public static class Messages
         return line.ToString();
     }
 
+    /// <summary>Why a file could not be used, without the path that the message begins with.</summary>
+    public static string Reason(Exception failure, string path) =>
+        OneLine(failure.Message.Replace($" : '{path}'", "", StringComparison.Ordinal));
+
     /// <summary>"a, b, c", or the first ten and how many more there are.</summary>
     public static string List(IReadOnlyCollection<string> items) =>
         string.Join(", ", items.Take(Listed))
@@ -35,11 +39,27 @@ public static class Messages
     /// <summary>1234567 as 1,234,567.</summary>
     public static string Number(long value) => value.ToString("N0", CultureInfo.InvariantCulture);
 
+    /// <summary>
+    /// Text of any length with its control characters escaped: what a terminal would act on.
+    /// </summary>
+    public static string Visible(string text)
+    {
+        if (!text.Any(IsControl)) return text;
+        var line = new StringBuilder(text.Length + 16);
+        foreach (char c in text)
+            if (IsControl(c)) line.Append($"\\u{(int)c:x4}");
+            else line.Append(c);
+        return line.ToString();
+    }
+
+    private static bool IsControl(char c) =>
+        char.IsControl(c) || c is '\u2028' or '\u2029';
+
     private static void Append(StringBuilder line, string text)
     {
         foreach (char c in text.Length > QuotedLength ? text.AsSpan(0, QuotedLength) : text)
         {
-            if (char.IsControl(c) || c is '\u2028' or '\u2029' || char.IsSurrogate(c))
+            if (IsControl(c) || char.IsSurrogate(c))
                 line.Append($"\\u{(int)c:x4}");
             else line.Append(c);
         }

@@ -86,7 +86,8 @@ public sealed partial record TrainArguments
     [Key("Trained parts", "only these layers get adapters: number or list")]
     public IReadOnlyList<int>? LoraLayersToTransform { get; init; }
 
-    [Key("Trained parts", "adapter folder to start from", Path = true)]
+    [Key("Trained parts", "adapter folder to start from: its rank, alpha, targets and biases stay; "
+        + "lora_dropout may change, modules_to_save may name more", Path = true)]
     public string? LoraWeightPath { get; init; }
 
     [Key("Trained parts", "modules trained whole beside the adapters: list of names")]

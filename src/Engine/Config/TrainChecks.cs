@@ -27,6 +27,9 @@ public sealed partial record TrainArguments
 /// <summary>What only several keys together can be wrong about.</summary>
 internal static class TrainChecks
 {
+    // Below it F32 loses bits, and some processors take it for 0.
+    private const float SmallestNormal = 1.17549435e-38f;
+
     /// <exception cref="InputException">Lists all contradictions.</exception>
     public static void Check(TrainArguments a)
     {
@@ -53,6 +56,9 @@ internal static class TrainChecks
             "overwrite_output_dir and resume_from_checkpoint contradict each other");
         Refuse(a.WarmupSteps >= 1 && a.WarmupSteps != Math.Floor(a.WarmupSteps),
             $"warmup_steps is {a.WarmupSteps}, expected a whole number, or a share of all steps below 1");
+        Refuse((float)a.AdamEpsilon < SmallestNormal,
+            FormattableString.Invariant($"adam_epsilon is {a.AdamEpsilon}, which is 0 in 32 bits: where a gradient is 0, ")
+            + "as in every new adapter, its step would be 0 / 0; Adam's usual value is 1e-8");
         Schedule(a, problems);
         if (problems.Count > 0) throw new InputException(string.Join("; ", problems));
     }

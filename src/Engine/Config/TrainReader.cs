@@ -1,3 +1,5 @@
+using MiniCpmNative.Engine.Weights;
+
 namespace MiniCpmNative.Engine.Config;
 
 /// <summary>
@@ -138,7 +140,10 @@ public sealed class TrainReader
         foreach (var given in _given.Values) given.Key!.Property.SetValue(result, given.Value);
         if (!_given.ContainsKey("output_dir"))
             result = result with { OutputDir = Path.Combine(_workingDirectory, result.OutputDir) };
-        return result;
+        return result is { UseLora: true, LoraWeightPath: not null }
+            ? AdapterStart.Complete(result, key => _given.TryGetValue(key, out var given)
+                && given.Value is not null)
+            : result;
     }
 
     private IEnumerable<string> Notices(TrainArguments arguments)

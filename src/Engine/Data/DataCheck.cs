@@ -37,15 +37,14 @@ public static class DataCheck
             + $"{Number(lengths[(int)(0.95 * (lengths.Length - 1))])}, most {Number(lengths[^1])}; "
             + $"all {Number(usable.Sum(c => (long)c.Tokens))}");
         output.WriteLine($"  supervised tokens: {Number(usable.Sum(c => (long)c.Supervised))}");
+        var counts = RowCounts.Of(
+            checks, rows.Unreadable.Count, arguments.ApplyExifOrientation,
+            arguments.ModelMaxLength);
         output.WriteLine(
             $"  longer than model_max_length {Number(arguments.ModelMaxLength)}, would be cut: "
-            + Number(usable.Count(c => c.Cut)));
-        int turned = usable.Sum(c => c.Turned);
+            + $"{Number(counts.Cut)}; answers that would lose their end: {Number(counts.AnswersCut)}");
         output.WriteLine(
-            $"  pictures: {Number(usable.Sum(c => c.Pictures))}, {Number(turned)} with an EXIF "
-            + "orientation, which is " + (arguments.ApplyExifOrientation
-                ? "applied"
-                : "not applied (apply_exif_orientation=true does)"));
+            $"  pictures: {Number(counts.Pictures)}, {Number(counts.Turned)} {counts.TurnedText}");
         Show(rows, Array.FindIndex(checks, c => c.Bad is null), output);
         return bad.Count == 0;
     }
@@ -75,7 +74,8 @@ public static class DataCheck
         }
 
         Flush();
-        foreach (string line in text.ToString().Split('\n')) output.WriteLine("    " + line);
+        foreach (string line in text.ToString().Split('\n'))
+            output.WriteLine("    " + Messages.Visible(line));
 
         void Flush()
         {

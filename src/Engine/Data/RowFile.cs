@@ -156,10 +156,11 @@ public static class RowFile
             throw new FormatException(
                 $"\"conversations\" has {list.GetArrayLength()} turn(s), expected at least 2");
         var turns = new ChatTurn[list.GetArrayLength()];
-        for (int i = 0; i < turns.Length; i++)
+        int i = 0;
+        // Enumerated: an index walks from the start each time.
+        foreach (var item in list.EnumerateArray())
         {
             turn = i + 1;
-            var item = list[i];
             string role = Text(item, "role");
             if (role is not ("user" or "assistant"))
                 throw new FormatException(
@@ -167,7 +168,7 @@ public static class RowFile
             if (i == 0 && role != "user")
                 throw new FormatException(
                     "role is \"assistant\", the first turn must be the user's");
-            turns[i] = new ChatTurn(role, Text(item, "content"));
+            turns[i++] = new ChatTurn(role, Text(item, "content"));
         }
         turn = null;
         return turns.Any(item => item.Role == "assistant") ? turns

@@ -9,13 +9,15 @@ public readonly record struct ImageBound(int Start, int End);
 /// which of the row's pictures they show, in the order of their features.
 /// </summary>
 /// <param name="FullLength">Tokens before the cut to model_max_length.</param>
+/// <param name="AnswersCut">Answers that lose their end, or all of it, in the cut.</param>
 /// <param name="Views">
 /// Views of all pictures listed: as many as bounds, except with official_compat, which lets a
 /// picture be shown twice (more bounds than features: the official model
 /// then fails) or never (features left over).
 /// </param>
 public sealed record Sample(
-    int[] InputIds, int[] Labels, ImageBound[] Bounds, int[] Pictures, int FullLength, int Views)
+    int[] InputIds, int[] Labels, ImageBound[] Bounds, int[] Pictures, int FullLength,
+    int AnswersCut, int Views)
 {
     /// <summary>The label of positions that are not learned.</summary>
     public const int Ignored = -100;

@@ -142,7 +142,16 @@ public sealed class SampleBuilder
                 "image starts and ends do not pair up: a tag in a later turn or special "
                 + "tokens in the text" + (cut ? ", or a picture cut by "
                 + $"model_max_length {Messages.Number(_maxLength)}" : ""));
-        return new Sample(
-            ids, _prompts.Labels(ids, answer), bounds, pictures, chat.Ids.Length, views);
+        return new Sample(ids, _prompts.Labels(ids, answer), bounds, pictures, chat.Ids.Length,
+            AnswersBeyond(chat.Answer, length), views);
+    }
+
+    // Answers, each a run of tokens, that do not end within the first length tokens.
+    private static int AnswersBeyond(ReadOnlySpan<bool> answer, int length)
+    {
+        int beyond = 0;
+        for (int t = length; t < answer.Length; t++)
+            if (answer[t] && (t == length || !answer[t - 1])) beyond++;
+        return beyond;
     }
 }

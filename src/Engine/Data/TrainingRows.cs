@@ -7,23 +7,37 @@ namespace MiniCpmNative.Engine.Data;
 /// <summary>
 /// The usable rows of a data file under one configuration, and how each becomes tokens and patches.
 /// Rows are made anew whenever they are asked for, by any thread; nothing but their text is kept.
+/// Which rows there are, and so their order in training, is settled by <see cref="Open"/> (or by
+/// the checkpoint that a run goes on from); a row that turns out bad later keeps its place and is
+/// left out there.
 /// </summary>
-public sealed class TrainingRows : IRowLoader
+public sealed partial class TrainingRows : IRowLoader
 {
     private readonly RowSet _set;
     private readonly RowFormat _format;
     private readonly SampleBuilder _builder;
     private readonly SlicingSpec _slicing;
-    private readonly bool _orient;
+    private readonly bool _orient, _skip;
     private readonly ThreadLocal<PatchStrips> _strips;
-    private readonly IReadOnlyList<Row> _rows;
+    private readonly Action<string> _message;
+    private IReadOnlyList<Row> _rows;
+    private bool[] _leftOut;
+    private BadRow[] _bad = [];
+    private PictureCheck? _pictures;
+    private BadRow? _failure;
 
-    private TrainingRows(string path, TrainArguments arguments, RowFormat format)
+    private TrainingRows(
+        string path, TrainArguments arguments, RowFormat format, Action<string>? message)
     {
         format.RequireLlmType(arguments.LlmType, arguments.OfficialCompat);
         Path = path;
-        _set = RowFile.Read(path);
+        byte[] bytes = InputFile.ReadAll(path, Array.MaxLength);
+        Digest = Convert.ToHexStringLower(SHA256.HashData(bytes));
+        _set = RowFile.Parse(path, bytes);
         _rows = _set.Rows;
+        _leftOut = new bool[_rows.Count];
+        _skip = arguments.OnBadRow == BadRows.Skip;
+        _message = message ?? (_ => { });
         _format = format;
         _builder = new SampleBuilder(
             format, arguments.ModelMaxLength, arguments.OfficialCompat);
@@ -32,27 +46,36 @@ public sealed class TrainingRows : IRowLoader
         _strips = new ThreadLocal<PatchStrips>(format.NewStrips);
     }
 
-    private TrainingRows(TrainingRows all, IReadOnlyList<Row> rows)
-    {
-        (Path, _set, _format, _builder) = (all.Path, all._set, all._format, all._builder);
-        (_slicing, _orient, _strips, _rows) = (all._slicing, all._orient, all._strips, rows);
-    }
-
     public string Path { get; }
 
     public RowFormat Format => _format;
 
     public int Count => _rows.Count;
 
-    /// <summary>SHA-256 of the data file, by which a resumed run knows its rows again.</summary>
-    public string Digest
-    {
-        get
-        {
-            using var stream = File.OpenRead(Path);
-            return Convert.ToHexStringLower(SHA256.HashData(stream));
-        }
-    }
+    /// <summary>
+    /// SHA-256 of the data file as it was read, by which a resumed run knows its rows again.
+    /// </summary>
+    public string Digest { get; }
+
+    /// <summary>The files of all pictures.</summary>
+    public IEnumerable<string> PictureFiles =>
+        _rows.SelectMany(row => row.Pictures.Select(row.Locate));
+
+    /// <summary>What the usable rows are like; known when they were opened.</summary>
+    public RowCounts? Counts { get; private set; }
+
+    /// <summary>Rows of the file that have no place in the order, by number.</summary>
+    public IReadOnlyList<int> Absent =>
+        [.. _set.Rows.Select(row => row.Number).Except(_rows.Select(row => row.Number))];
+
+    /// <summary>Rows that keep their place and are left out there, by number.</summary>
+    public IReadOnlyList<int> LeftOut =>
+        [.. _rows.Where((_, i) => Volatile.Read(ref _leftOut[i])).Select(row => row.Number)];
+
+    /// <summary>
+    /// A bad row that was found since the rows were opened and must not be left out.
+    /// </summary>
+    public BadRow? Failure => Volatile.Read(ref _failure);
 
     /// <summary>Rows that the file itself rules out.</summary>
     public IReadOnlyList<BadRow> Unreadable => _set.Bad;
@@ -62,53 +85,7 @@ public sealed class TrainingRows : IRowLoader
     /// The file cannot be used, or llm_type is another model's.
     /// </exception>
     public static TrainingRows Read(string path, TrainArguments arguments, RowFormat format) =>
-        new(path, arguments, format);
-
-    /// <summary>
-    /// Reads a data file and checks each row's text and its pictures' headers. Bad rows are
-    /// refused, or, with on_bad_row=skip, listed and left out.
-    /// </summary>
-    /// <exception cref="InputException">The file cannot be used, or has bad rows.</exception>
-    public static TrainingRows Open(
-        string path, TrainArguments arguments, RowFormat format, Action<string> message)
-    {
-        var all = new TrainingRows(path, arguments, format);
-        bool skip = arguments.OnBadRow == BadRows.Skip;
-        // What is left out must be known before the first step;
-        // whole pictures tell more than headers.
-        var checks = all.Check(decode: skip);
-        var bad = all.Bad(checks);
-        if (bad.Count == 0) return all;
-        if (!skip)
-        {
-            const int most = 10;
-            string more = bad.Count > most ? $"; and {bad.Count - most} more" : "";
-            throw new InputException(
-                $"{bad.Count} of {all.Count + all.Unreadable.Count} rows are bad: "
-                + string.Join("; ", bad.Take(most)) + more
-                + " (cpmx data check lists them all, on_bad_row=skip leaves them out)");
-        }
-
-        foreach (BadRow row in bad) message($"skipped: {row}");
-        var good = all._rows.Where((_, i) => checks[i].Bad is null).ToList();
-        if (good.Count == 0) throw new InputException($"{path}: no usable row is left");
-        return new TrainingRows(all, good);
-    }
-
-    /// <summary>
-    /// The unreadable rows and those that failed their check, in the file's order.
-    /// </summary>
-    public List<BadRow> Bad(RowCheck[] checks) =>
-        [.. Unreadable.Concat(checks.Select(c => c.Bad).OfType<BadRow>())
-            .OrderBy(row => row.Number)];
-
-    /// <summary>Looks at every row, on all processors; see <see cref="RowCheck"/>.</summary>
-    public RowCheck[] Check(bool decode)
-    {
-        var checks = new RowCheck[Count];
-        Parallel.For(0, Count, i => checks[i] = Check(_rows[i], decode));
-        return checks;
-    }
+        new(path, arguments, format, null);
 
     /// <summary>
     /// The row with this id, or else with this number (counted from 1); -1 if there is none.
@@ -129,17 +106,7 @@ public sealed class TrainingRows : IRowLoader
     public Sample Sample(int row) => Build(_rows[row], Plans(_rows[row], out _));
 
     /// <inheritdoc/>
-    public void Append(int row, Batch batch)
-    {
-        try
-        {
-            Append(_rows[row], batch);
-        }
-        catch (BadRowException failure)
-        {
-            throw new InputException(failure.Message, failure);
-        }
-    }
+    public void Append(int row, Batch batch) => Append(_rows[row], batch);
 
     private void Append(Row row, Batch batch)
     {
@@ -208,18 +175,30 @@ public sealed class TrainingRows : IRowLoader
         strips.Write(picture, plan, batch.Patches.Extend((int)floats));
     }
 
-    private Picture Decode(Row row, int index, int orientation)
+    /// <summary>A row's picture as it is stored.</summary>
+    /// <exception cref="BadRowException">The picture cannot be decoded.</exception>
+    internal static Picture Decode(Row row, int index)
     {
+        string path = row.Locate(row.Pictures[index]);
         try
         {
-            Picture picture = PictureDecoder.Decode(row.Locate(row.Pictures[index]));
-            if (orientation == 1) return picture;
-            using (picture) return picture.Oriented(orientation);
+            return PictureDecoder.Decode(path);
         }
         catch (InputException failure)
         {
             throw row.Bad(failure.Message);
         }
+        catch (Exception failure) when (failure is IOException or InvalidDataException)
+        {
+            throw row.Bad($"{path}: cannot be decoded: {Messages.OneLine(failure.Message)}");
+        }
+    }
+
+    private static Picture Decode(Row row, int index, int orientation)
+    {
+        Picture picture = Decode(row, index);
+        if (orientation == 1) return picture;
+        using (picture) return picture.Oriented(orientation);
     }
 
     private SlicePlan[] Plans(Row row, out PictureInfo[] pictures)
@@ -253,36 +232,4 @@ public sealed class TrainingRows : IRowLoader
             throw row.Bad(failure.Message);
         }
     }
-
-    private RowCheck Check(Row row, bool decode)
-    {
-        try
-        {
-            SlicePlan[] plans = Plans(row, out PictureInfo[] pictures);
-            Sample sample = Build(row, plans);
-            int turned = 0;
-            for (int i = 0; i < plans.Length; i++)
-            {
-                if (pictures[i].Orientation != 1) turned++;
-                if (decode) Decode(row, i, Turn(pictures[i])).Dispose();
-            }
-
-            return new RowCheck(
-                null, sample.FullLength, sample.Supervised, sample.Cut, row.Pictures.Count, turned);
-        }
-        catch (BadRowException failure)
-        {
-            return new RowCheck(failure.Row, 0, 0, false, row.Pictures.Count, 0);
-        }
-    }
 }
-
-/// <summary>What one row is like: why it is bad, or its length and pictures.</summary>
-/// <param name="Bad">The reason, or null for a usable row.</param>
-/// <param name="Tokens">Tokens before a cut to model_max_length.</param>
-/// <param name="Supervised">Tokens that carry a label, after the cut.</param>
-/// <param name="Cut">Whether it is longer than model_max_length.</param>
-/// <param name="Pictures">Pictures it names.</param>
-/// <param name="Turned">Those of them with an EXIF orientation.</param>
-public readonly record struct RowCheck(
-    BadRow? Bad, int Tokens, int Supervised, bool Cut, int Pictures, int Turned);

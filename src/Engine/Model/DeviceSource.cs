@@ -8,6 +8,9 @@ namespace MiniCpmNative.Engine.Model;
 /// <summary>A device with its name in words, and what must outlive it.</summary>
 public sealed record OpenDevice(Device Device, string Name, IDisposable? Owner = null) : IDisposable
 {
+    /// <summary>Bytes of its memory that are free, or null where the machine's is used.</summary>
+    public long? FreeBytes { get; init; }
+
     public void Dispose()
     {
         Device.Dispose();
@@ -85,10 +88,14 @@ public sealed record DeviceSource
                 say?.Invoke(
                     "fp16: weights are float16, the GPU computes in float32; bf16 is faster and "
                     + "takes half the memory");
-            double gib = context.Memory().Total / (double)(1 << 30);
+            var (free, total) = context.Memory();
+            double gib = total / (double)(1 << 30);
             return new OpenDevice(
                 device, FormattableString.Invariant($"{context.Name}, {capability}, {gib:0.0} GiB"),
-                context);
+                context)
+            {
+                FreeBytes = free,
+            };
         }
         catch
         {

@@ -13,6 +13,11 @@ public abstract class Family(string name)
 {
     public string Name { get; } = name;
 
+    /// <summary>
+    /// The key of config.json with the numbers of slicing; null where they stand beside the others.
+    /// </summary>
+    public virtual string? SlicingKey => "slice_config";
+
     /// <summary>Whether a model's config.json says that it is of this family.</summary>
     public abstract bool Is(ModelConfig config);
 

@@ -102,7 +102,7 @@ public sealed class ModelConfig
                 "a multiple of 4 that hidden_size / 128 (rounded down) heads can share");
         bool useImageId = Flag("use_image_id", true);
         return new ModelSpec(
-            family, Directory, vision, resampler, decoder, Slicing(vision), useImageId,
+            family, Directory, vision, resampler, decoder, Slicing(family, vision), useImageId,
             Flag("slice_mode", true), Processor(vision, resampler, useImageId),
             Generation(), ModelClass());
     }
@@ -161,15 +161,6 @@ public sealed class ModelConfig
             side / patch, (float)(vision.Find("layer_norm_eps")?.Number(1e-12, 1) ?? 1e-6), drops);
     }
 
-    /// <summary>How pictures are cut, as this object of config.json says.</summary>
-    public static SlicingSpec Slicing(JsonValue slice, VisionSpec vision)
-    {
-        SlicingSpec slicing = SlicingOf(slice);
-        return slicing.PatchSize == vision.PatchSize
-            ? slicing : throw Disagrees(slice, "patch_size", slicing.PatchSize,
-                "the vision tower's patch_size", vision.PatchSize);
-    }
-
     // Newer transformers write rope_parameters in place of rope_theta and rope_scaling.
     private double RopeTheta()
     {
@@ -199,10 +190,14 @@ public sealed class ModelConfig
     }
 
     // The class cuts nothing without a slice_config; with one its own defaults hold.
-    private SlicingSpec Slicing(VisionSpec vision)
+    private SlicingSpec Slicing(Family family, VisionSpec vision)
     {
-        return Json.Find("slice_config") is { } slice
-            ? Slicing(slice, vision) : new SlicingSpec(1, 448, vision.PatchSize);
+        if ((family.SlicingKey is { } key ? Json.Find(key) : Json) is not { } slice)
+            return new SlicingSpec(1, 448, vision.PatchSize);
+        SlicingSpec slicing = SlicingOf(slice);
+        return slicing.PatchSize == vision.PatchSize
+            ? slicing : throw Disagrees(slice, "patch_size", slicing.PatchSize,
+                "the vision tower's patch_size", vision.PatchSize);
     }
 
     private static SlicingSpec SlicingOf(JsonValue json) => new(
@@ -231,7 +226,8 @@ public sealed class ModelConfig
             Text(json, "unk", "<unk>"), Text(json, "im_id_start", "<image_id>"),
             Text(json, "im_id_end", "</image_id>"));
         return new ProcessorSpec(
-            slicing, json.Find("use_image_id")?.Bool() ?? false,
+            slicing, json.Find("slice_mode")?.Bool() ?? true,
+            json.Find("use_image_id")?.Bool() ?? false,
             Channels(json, "norm_mean", -1e6), Channels(json, "norm_std", 1e-6), tokens);
     }
 

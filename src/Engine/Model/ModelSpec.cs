@@ -1,4 +1,5 @@
 using System.Collections.Immutable;
+using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Weights;
 
@@ -54,6 +55,15 @@ public sealed record ModelSpec(
     /// The tokenizer or the chat template cannot be used.
     /// </exception>
     public RowFormat Rows() => Family.Rows(this);
+
+    /// <summary>How a run cuts pictures: the configuration's number, the model's sizes.</summary>
+    public SlicingSpec TrainedSlicing(TrainArguments arguments) =>
+        Slicing with { MaxSliceNums = SliceMode ? arguments.MaxSliceNums : 1 };
+
+    /// <summary>Whether a run writes image ids: officially as config.json says, else as the
+    /// processor does.</summary>
+    public bool TrainsImageId(TrainArguments arguments) =>
+        arguments.OfficialCompat ? UseImageId : Processor.UseImageId;
 
     private ParameterTable Describe()
     {
@@ -154,7 +164,7 @@ public sealed record DecoderSpec(
 /// false, as its class.
 /// </param>
 public sealed record ProcessorSpec(
-    SlicingSpec Slicing, bool UseImageId, ImmutableArray<double> Mean,
+    SlicingSpec Slicing, bool SliceMode, bool UseImageId, ImmutableArray<double> Mean,
     ImmutableArray<double> Std, PlaceholderTokens Tokens);
 
 /// <summary>Token ids that begin and end a generated text.</summary>

@@ -12,8 +12,12 @@ public sealed record Evaluation(
     double Loss, double TokenAccuracy, double AnswerAccuracy, long Tokens, long Answers, int Rows,
     double Seconds)
 {
-    /// <summary>Runs all batches without recording; no logits are kept.</summary>
-    public static Evaluation Run(TrainingModel model, BatchLoader loader, long batches)
+    /// <summary>
+    /// Runs all batches without recording; no logits are kept. Null when it was stopped.
+    /// </summary>
+    /// <param name="goesOn">Asked before each batch; false stops.</param>
+    public static Evaluation? Run(
+        TrainingModel model, BatchLoader loader, long batches, Func<bool> goesOn)
     {
         var sums = new Sums();
         var started = System.Diagnostics.Stopwatch.StartNew();
@@ -24,10 +28,15 @@ public sealed record Evaluation(
         {
             for (long i = 0; i < batches; i++)
             {
+                if (!goesOn()) return null;
                 Batch batch = loader.Take(out _);
-                sums.Add(model, batch);
+                if (batch.Samples > 0) sums.Add(model, batch);
                 loader.Return();
             }
+        }
+        catch (OperationCanceledException)
+        {
+            return null;
         }
         finally
         {

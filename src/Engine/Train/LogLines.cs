@@ -6,7 +6,7 @@ namespace MiniCpmNative.Engine.Train;
 /// train_log.jsonl: one JSON object per entry, flushed at once so that it can be followed. A
 /// resumed run cuts off what a run that got further before it stopped had written.
 /// </summary>
-internal sealed class LogLines : IDisposable
+internal sealed class LogLines : ILogFile
 {
     public const string FileName = "train_log.jsonl";
 
@@ -23,7 +23,9 @@ internal sealed class LogLines : IDisposable
         try
         {
             var mode = resumedStep is null ? FileMode.Create : FileMode.OpenOrCreate;
-            _file = new FileStream(_path, mode, FileAccess.ReadWrite, FileShare.Read);
+            // Without a buffer: what could not be written must not be tried again at the end.
+            _file = new FileStream(
+                _path, mode, FileAccess.ReadWrite, FileShare.Read, bufferSize: 0);
             if (resumedStep is not { } step) return;
             _file.SetLength(KeptBytes(step));
             _file.Seek(0, SeekOrigin.End);
@@ -53,7 +55,6 @@ internal sealed class LogLines : IDisposable
         try
         {
             _file.Write(line.GetBuffer(), 0, (int)line.Length);
-            _file.Flush();
         }
         catch (IOException failure)
         {
@@ -96,5 +97,5 @@ internal sealed class LogLines : IDisposable
     }
 
     private RunException Failed(Exception failure) =>
-        new($"{_path}: cannot write: {Messages.OneLine(failure.Message)}", failure);
+        new($"{_path}: cannot write: {Messages.Reason(failure, _path)}", failure);
 }

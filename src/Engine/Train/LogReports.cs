@@ -1,4 +1,5 @@
 using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data;
 
 namespace MiniCpmNative.Engine.Train;
 
@@ -9,9 +10,11 @@ namespace MiniCpmNative.Engine.Train;
 /// <param name="Parameters">All parameters of the model with its adapters.</param>
 /// <param name="Trainable">Those that are trained.</param>
 /// <param name="ResumedFrom">Checkpoint folder, or null for a new run.</param>
+/// <param name="Rows">What the training rows are like.</param>
+/// <param name="EvaluationRows">What the evaluation rows are like, if there are any.</param>
 public sealed record RunReport(
     TrainArguments Arguments, StepPlan Plan, string Device, long Parameters, long Trainable,
-    string? ResumedFrom);
+    string? ResumedFrom, RowCounts? Rows = null, RowCounts? EvaluationRows = null);
 
 /// <summary>One optimizer step that was done.</summary>
 /// <param name="Step">Number of the step, from 1.</param>
@@ -43,8 +46,10 @@ public readonly record struct EvaluationReport(
 public interface ITrainLog : IDisposable
 {
     /// <summary>
-    /// Opens the log files; when resuming reads the log so far and cuts off what came later.
+    /// Opens the log files; when resuming reads the log so far and cuts off what came later. A file
+    /// that cannot be written later is given up, in a message, and the others go on.
     /// </summary>
+    /// <exception cref="RunException">A log file cannot be opened.</exception>
     void Start(RunReport run);
 
     /// <summary>A line for the user.</summary>
@@ -56,6 +61,9 @@ public interface ITrainLog : IDisposable
     void Skipped(in StepReport report, string what);
 
     void Evaluation(in EvaluationReport report);
+
+    /// <summary>Whether an evaluation after this step is in the log.</summary>
+    bool HasEvaluation(int step);
 
     /// <summary>
     /// Writes trainer_state.json as of a step into a checkpoint folder that is being made.
@@ -79,3 +87,10 @@ public interface ITrainLog : IDisposable
 internal sealed record LogEntry(
     int Step, double Epoch, (string Name, double Value)[] Values,
     (string Name, double Value)[] Timing);
+
+/// <summary>A file that entries are added to.</summary>
+internal interface ILogFile : IDisposable
+{
+    /// <exception cref="RunException">The file cannot be written.</exception>
+    void Write(LogEntry entry);
+}

@@ -27,6 +27,9 @@ internal sealed class LogState
 
     public void Add(LogEntry entry) => _history.Add(entry);
 
+    public bool HasEvaluation(int step) => _history.Exists(entry => entry.Step == step
+        && entry.Values.Any(value => value.Name == TrainLog.EvaluationLoss));
+
     /// <exception cref="RunException">The file cannot be written.</exception>
     public void Save(string folder, int step, RunReport run) =>
         AtomicFile.Write(Path.Combine(folder, FileName), stream =>

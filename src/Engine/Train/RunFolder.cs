@@ -4,15 +4,19 @@ using MiniCpmNative.Engine.Config;
 namespace MiniCpmNative.Engine.Train;
 
 /// <summary>
-/// The output folder of a run and the checkpoints in it. A checkpoint is made under its name plus
-/// <see cref="Unfinished"/> and renamed when it is whole, and gets that ending back before it is
-/// removed, so that a folder called checkpoint-N is always whole.
+/// The output folder of a run and the checkpoints in it, kept from other runs until it is disposed.
+/// A checkpoint is made under its name plus <see cref="Unfinished"/> and renamed when it is whole,
+/// and gets that ending back before it is removed, so that a folder called checkpoint-N is always
+/// whole. What a run overwrites goes when its own first checkpoint stands, or its result.
 /// </summary>
-public static class RunFolder
+public sealed class RunFolder : IDisposable
 {
     public const string Unfinished = ".tmp";
 
     private const string Prefix = "checkpoint-";
+
+    // Old checkpoints have it for the moment in which the new one takes its name.
+    private const string SetAside = ".old" + Unfinished;
 
     // Locked while a run writes here; a killed run leaves the file, but not the lock.
     private const string ClaimName = "running" + Unfinished;
@@ -21,69 +25,49 @@ public static class RunFolder
     // of a file that another has locked.
     private const int LinuxWouldBlock = 11, MacWouldBlock = 35;
 
+    private readonly string _folder;
+    private readonly Stack<string> _made = [];
+    private IReadOnlyList<string> _oldCheckpoints = [], _oldResults = [];
+    private FileStream? _claim;
+    private RunInputs? _inputs;
+
+    private RunFolder(string folder) => _folder = folder;
+
+    /// <summary>The checkpoint folder to go on from, or null to start anew.</summary>
+    public string? ResumeFrom { get; private set; }
+
     /// <summary>
-    /// Makes the folder ready for a run: refuses one that holds results, unless the run resumes or
-    /// overwrites (checkpoints and trainer_state.json are then removed); removes unfinished
-    /// checkpoints.
+    /// Makes the folder ready for a run, and removes what killed runs left unfinished. Refused are
+    /// a folder with results, unless the run resumes or overwrites; one in which the run would
+    /// remove or replace what it reads; and one that it cannot write its logs to.
     /// </summary>
-    /// <param name="arguments">The run's configuration.</param>
-    /// <param name="claim">Keeps other runs out of the folder until it is disposed.</param>
-    /// <returns>The checkpoint folder to go on from, or null to start anew.</returns>
     /// <exception cref="InputException">
-    /// A used folder, one that another run is writing to, or no checkpoint to go on from.
+    /// As above, another run is writing to it, or there is no checkpoint to go on from.
     /// </exception>
-    public static string? Prepare(TrainArguments arguments, out IDisposable claim)
+    public static RunFolder Open(TrainArguments arguments)
     {
-        string folder = arguments.OutputDir;
-        FileStream? claimed = null;
+        string path = arguments.OutputDir;
+        var folder = new RunFolder(path);
         try
         {
-            if (File.Exists(folder)) throw new InputException($"output_dir {folder} is a file");
-            string? resume = ResumeFolder(arguments);
-            if (resume is null && !arguments.OverwriteOutputDir && FirstResult(folder) is { } name)
-            {
-                throw new InputException(
-                    $"output_dir {folder} is not empty (it has {name}): choose another, "
-                    + "set resume_from_checkpoint to true, or overwrite_output_dir to true");
-            }
-
-            Directory.CreateDirectory(folder);
-            claimed = Claim(folder);
-            foreach (string left in Directory.GetDirectories(folder, Prefix + "*" + Unfinished))
-                Directory.Delete(left, recursive: true);
-            if (resume is null)
-            {
-                foreach (var (_, path) in Checkpoints(folder)) Remove(path);
-                File.Delete(Path.Combine(folder, LogState.FileName));
-            }
-
-            claim = claimed;
-            return resume;
+            if (File.Exists(path)) throw new InputException($"output_dir {path} is a file");
+            folder.Make();
+            folder._claim = Claim(path);
+            folder.Prepare(arguments);
+            return folder;
         }
-        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
+        catch (Exception failure)
         {
-            claimed?.Dispose();
+            folder.Dispose();
+            if (failure is not (IOException or UnauthorizedAccessException)) throw;
             throw new InputException(
-                $"output_dir {folder} cannot be used: {Messages.OneLine(failure.Message)}",
-                failure);
+                $"output_dir {path} cannot be used: {Messages.OneLine(failure.Message)}", failure);
         }
     }
 
     /// <summary>Whole checkpoints, oldest step first.</summary>
-    public static IReadOnlyList<(int Step, string Path)> Checkpoints(string folder)
-    {
-        if (!Directory.Exists(folder)) return [];
-        var found = new List<(int Step, string Path)>();
-        foreach (string path in Directory.GetDirectories(folder, Prefix + "*"))
-        {
-            string number = Path.GetFileName(path)[Prefix.Length..];
-            if (int.TryParse(number, NumberStyles.None, CultureInfo.InvariantCulture, out int step))
-                found.Add((step, path));
-        }
-
-        found.Sort();
-        return found;
-    }
+    public static IReadOnlyList<(int Step, string Path)> Checkpoints(string folder) =>
+        Numbered(folder, "");
 
     /// <summary>The final path of the checkpoint after a step.</summary>
     public static string Checkpoint(string folder, int step) =>
@@ -110,6 +94,125 @@ public static class RunFolder
             // What made it fail says more; the next run in this folder removes it.
         }
     }
+
+    /// <summary>Refuses pictures in a checkpoint that this run removes.</summary>
+    /// <exception cref="InputException">Names the picture.</exception>
+    public void MustKeep(IEnumerable<string> pictures) => _inputs!.MustKeep(pictures);
+
+    /// <summary>
+    /// Gives a checkpoint that is whole its name; the first one takes the place of what is
+    /// overwritten. Killed at any point, the folder has the old checkpoints or the new one.
+    /// </summary>
+    public void Place(string unfinished, string checkpoint)
+    {
+        try
+        {
+            foreach (string old in _oldCheckpoints) Directory.Move(old, old + SetAside);
+            Directory.Move(unfinished, checkpoint);
+        }
+        catch
+        {
+            Restore();
+            throw;
+        }
+
+        foreach (string old in _oldCheckpoints) Directory.Delete(old + SetAside, recursive: true);
+        foreach (string old in _oldResults) File.Delete(old);
+        (_oldCheckpoints, _oldResults) = ([], []);
+    }
+
+    /// <summary>Removes what is overwritten by a result that now stands.</summary>
+    /// <param name="written">Names of the result's files.</param>
+    public void Finish(IReadOnlyCollection<string> written)
+    {
+        foreach (string old in _oldCheckpoints) Remove(old);
+        foreach (string old in _oldResults)
+            if (!written.Contains(Path.GetFileName(old))) File.Delete(old);
+        (_oldCheckpoints, _oldResults) = ([], []);
+    }
+
+    /// <summary>Lets other runs in; a folder made for a run that wrote nothing goes.</summary>
+    public void Dispose()
+    {
+        _claim?.Dispose();
+        try
+        {
+            while (_made.TryPop(out string? made)) Directory.Delete(made);
+        }
+        catch (Exception used) when (used is IOException or UnauthorizedAccessException)
+        {
+            // It is not empty.
+        }
+    }
+
+    private void Make()
+    {
+        var missing = new Stack<string>();
+        for (string? at = Path.GetFullPath(_folder); at is not null && !Directory.Exists(at);
+            at = Path.GetDirectoryName(at)) missing.Push(at);
+        while (missing.TryPop(out string? folder))
+        {
+            Directory.CreateDirectory(folder);
+            _made.Push(folder);
+        }
+    }
+
+    private void Prepare(TrainArguments arguments)
+    {
+        Restore();
+        ResumeFrom = ResumeFolder(arguments);
+        if (ResumeFrom is null && !arguments.OverwriteOutputDir && FirstResult(_folder) is { } name)
+            throw new InputException(
+                $"output_dir {_folder} is not empty (it has {name}): choose another, "
+                + "set resume_from_checkpoint to true, or overwrite_output_dir to true");
+        if (ResumeFrom is null)
+        {
+            _oldCheckpoints = [.. Checkpoints(_folder).Select(c => c.Path)];
+            _oldResults = [.. ResultFiles.In(_folder)];
+        }
+
+        _inputs = new RunInputs(arguments, [.. Removed(arguments)], _oldResults);
+        _inputs.Check();
+        RunPlaces.MustBeWritable(arguments);
+        foreach (string left in Directory.GetDirectories(_folder, Prefix + "*" + Unfinished))
+            if (IsNumbered(left, Unfinished) || IsNumbered(left, SetAside))
+                Directory.Delete(left, recursive: true);
+        AtomicFile.RemoveLeftovers(_folder, ResultFiles.IsWritten);
+    }
+
+    private IEnumerable<string> Removed(TrainArguments arguments) =>
+        Directory.GetDirectories(_folder, Prefix + "*")
+            .Where(path => IsNumbered(path, Unfinished) || IsNumbered(path, SetAside)
+                || (IsNumbered(path, "")
+                    && (ResumeFrom is null || arguments.SaveTotalLimit is not null)));
+
+    // The rename of a new checkpoint decides: while it is unfinished, the old ones stand.
+    private void Restore()
+    {
+        if (Numbered(_folder, Unfinished).Count == 0) return;
+        foreach (var (_, path) in Numbered(_folder, SetAside))
+        {
+            string name = path[..^SetAside.Length];
+            if (!Directory.Exists(name)) Directory.Move(path, name);
+        }
+    }
+
+    private static List<(int Step, string Path)> Numbered(string folder, string ending)
+    {
+        if (!Directory.Exists(folder)) return [];
+        List<(int Step, string Path)> found = [.. Directory
+            .GetDirectories(folder, Prefix + "*" + ending).Where(path => IsNumbered(path, ending))
+            .Select(path => (int.Parse(Number(path, ending), CultureInfo.InvariantCulture), path))];
+        found.Sort();
+        return found;
+    }
+
+    private static bool IsNumbered(string path, string ending) =>
+        path.EndsWith(ending, StringComparison.Ordinal) && int.TryParse(
+            Number(path, ending), NumberStyles.None, CultureInfo.InvariantCulture, out _);
+
+    private static string Number(string path, string ending) =>
+        Path.GetFileName(path)[Prefix.Length..^ending.Length];
 
     private static FileStream Claim(string folder)
     {
@@ -165,7 +268,6 @@ public static class RunFolder
     // not count as results.
     private static string? FirstResult(string folder)
     {
-        if (!Directory.Exists(folder)) return null;
         foreach (string path in Directory.EnumerateFileSystemEntries(folder).Order())
         {
             string name = Path.GetFileName(path);

@@ -12,8 +12,11 @@ namespace MiniCpmNative.Engine.Train;
 /// and the order of rows by seed and epoch, so that a step number is
 /// the whole random state and data position.
 /// </summary>
+/// <param name="Absent">Numbers of the file's rows without a place in the order.</param>
+/// <param name="LeftOut">Numbers of the rows that keep theirs and are left out.</param>
 public sealed record RunState(
-    int Step, int Updates, int SkippedInARow, long Seed, long DataSeed, int Rows, string DataDigest)
+    int Step, int Updates, int SkippedInARow, long Seed, long DataSeed, int Rows, string DataDigest,
+    IReadOnlyList<int> Absent, IReadOnlyList<int> LeftOut)
 {
     public const string FileName = "run_state.json", OptimizerFile = "optimizer.safetensors";
 
@@ -47,7 +50,7 @@ public sealed record RunState(
             json["step"].Int(0, int.MaxValue), json["updates"].Int(0, int.MaxValue),
             json["skipped_in_a_row"].Int(0, int.MaxValue), json["seed"].Long(),
             json["data_seed"].Long(), json["rows"].Int(0, int.MaxValue),
-            json["data_digest"].Text());
+            json["data_digest"].Text(), Numbers("absent"), Numbers("left_out"));
         using var file = SafetensorsFile.Open(Path.Combine(folder, OptimizerFile));
         Trainables trainables = model.Trainables;
         var expected = trainables.List.SelectMany(tensor => Names(tensor)
@@ -62,6 +65,10 @@ public sealed record RunState(
 
         return state;
 
+        // Checkpoints of earlier versions have no such lists.
+        int[] Numbers(string key) =>
+            json.Find(key) is { } list ? [.. list.Items().Select(item => item.Int(1))] : [];
+
         void Copy(string prefix, Tensor to, string name)
         {
             StoredTensor stored = file.Get(prefix + name);
@@ -69,6 +76,7 @@ public sealed record RunState(
                 throw new InputException(
                     $"{file.Path}: {stored.Name} is {stored.Type}, this run keeps "
                     + $"{to.Type} (optim): a run goes on only with the optimizer it was started with");
+            stored.MustBeFinite(to.Type);
             model.Device.WriteFloats(to, stored.ToFloats());
         }
     }

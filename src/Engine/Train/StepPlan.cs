@@ -62,11 +62,22 @@ public sealed class StepPlan
 
     public int StepsPerEpoch { get; }
 
+    /// <summary>Micro-batches of a step at most.</summary>
+    public int MostBatches => Math.Min(_arguments.GradientAccumulationSteps, MicroBatches);
+
     /// <summary>Optimizer steps of the whole run.</summary>
     public int MaxSteps { get; }
 
     /// <summary>Epochs that are begun.</summary>
     public int Epochs { get; }
+
+    /// <summary>Checkpoints that the whole run saves.</summary>
+    public int Checkpoints => _arguments.SaveStrategy switch
+    {
+        When.Steps => ((MaxSteps - 1) / _saving) + 1,
+        When.Epoch => ((MaxSteps - 1) / StepsPerEpoch) + 1,
+        _ => 0,
+    };
 
     /// <summary>What the step accumulates; 1 is the first step.</summary>
     public StepBatches Batches(int step)
@@ -76,6 +87,11 @@ public sealed class StepPlan
         int first = (step - 1) % StepsPerEpoch * accumulation;
         return new StepBatches(epoch, first, Math.Min(accumulation, MicroBatches - first));
     }
+
+    /// <summary>Micro-batches of the first steps together.</summary>
+    public long BatchesBefore(int steps) =>
+        ((long)(steps / StepsPerEpoch) * MicroBatches)
+        + ((long)(steps % StepsPerEpoch) * _arguments.GradientAccumulationSteps);
 
     /// <summary>Passes over the data after a step, as logged: a fraction within an epoch.</summary>
     public double EpochAfter(int step)

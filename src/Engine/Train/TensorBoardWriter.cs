@@ -10,11 +10,13 @@ namespace MiniCpmNative.Engine.Train;
 /// Event { double wall_time = 1; int64 step = 2; string file_version = 3; Summary summary = 5;
 /// SessionLog session_log = 7 }, Summary.Value { string tag = 1; float simple_value = 2 }.
 /// </summary>
-internal sealed class TensorBoardWriter : IDisposable
+internal sealed class TensorBoardWriter : ILogFile
 {
     private const uint MaskDelta = 0xA282EAD8;
     private readonly FileStream _file;
     private readonly TimeProvider _clock;
+    private readonly int? _resumedStep;
+    private bool _isBegun;
 
     /// <param name="folder">Created when it is not there; the file name starts with
     /// events.out.tfevents.</param>
@@ -24,7 +26,7 @@ internal sealed class TensorBoardWriter : IDisposable
     /// <exception cref="RunException">The file cannot be created.</exception>
     public TensorBoardWriter(string folder, TimeProvider clock, int? resumedStep)
     {
-        _clock = clock;
+        (_clock, _resumedStep) = (clock, resumedStep);
         long seconds = clock.GetUtcNow().ToUnixTimeSeconds();
         string name =
             $"events.out.tfevents.{seconds}.{Environment.MachineName}.{Environment.ProcessId}";
@@ -33,26 +35,18 @@ internal sealed class TensorBoardWriter : IDisposable
         {
             Directory.CreateDirectory(folder);
             for (int n = 0; File.Exists(path); n++) path = Path.Combine(folder, $"{name}.{n}");
-            _file = new FileStream(path, FileMode.CreateNew, FileAccess.Write, FileShare.Read);
+            _file = new FileStream(path, FileMode.CreateNew, FileAccess.Write, FileShare.Read, bufferSize: 0);
         }
         catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
         {
             throw new RunException(
-                $"{path}: cannot write: {Messages.OneLine(failure.Message)}", failure);
+                $"{path}: cannot write: {Messages.Reason(failure, path)}", failure);
         }
-
-        var version = Event(0);
-        Text(version, 3, "brain.Event:2");
-        WriteRecord(version);
-        if (resumedStep is not { } step) return;
-        // SessionLog { status = START }: events from this step on in earlier files are purged.
-        var session = Event(step + 1);
-        Bytes(session, 7, [8, 1]);
-        WriteRecord(session);
     }
 
     public void Write(LogEntry entry)
     {
+        if (!_isBegun) Begin();
         var summary = new MemoryStream();
         foreach (var (name, value) in entry.Values.Concat(entry.Timing))
             Scalar(summary, name, value);
@@ -115,6 +109,19 @@ internal sealed class TensorBoardWriter : IDisposable
         message.WriteByte((byte)value);
     }
 
+    private void Begin()
+    {
+        _isBegun = true;
+        var version = Event(0);
+        Text(version, 3, "brain.Event:2");
+        WriteRecord(version);
+        if (_resumedStep is not { } step) return;
+        // SessionLog { status = START }: events from this step on in earlier files are purged.
+        var session = Event(step + 1);
+        Bytes(session, 7, [8, 1]);
+        WriteRecord(session);
+    }
+
     private void WriteRecord(MemoryStream record)
     {
         ReadOnlySpan<byte> data = record.GetBuffer().AsSpan(0, (int)record.Length);
@@ -125,15 +132,12 @@ internal sealed class TensorBoardWriter : IDisposable
         BinaryPrimitives.WriteUInt32LittleEndian(tail, MaskedCrc(data));
         try
         {
-            _file.Write(head);
-            _file.Write(data);
-            _file.Write(tail);
-            _file.Flush();
+            _file.Write([.. head, .. data, .. tail]);
         }
         catch (IOException failure)
         {
             throw new RunException(
-                $"{_file.Name}: cannot write: {Messages.OneLine(failure.Message)}", failure);
+                $"{_file.Name}: cannot write: {Messages.Reason(failure, _file.Name)}", failure);
         }
     }
 }

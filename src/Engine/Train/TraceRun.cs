@@ -33,7 +33,14 @@ public static class TraceRun
                     ?? $"{arguments.DataPath}: no row has the id or number \"{id}\"");
             }
 
-            rows.Append(row, batch);
+            try
+            {
+                rows.Append(row, batch);
+            }
+            catch (BadRowException bad)
+            {
+                throw new InputException(bad.Message, bad);
+            }
         }
 
         // Blocks that run again would hide gradients inside them; a trace is small enough without.

@@ -1,4 +1,5 @@
 using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data;
 
 namespace MiniCpmNative.Engine.Train;
 
@@ -9,6 +10,9 @@ namespace MiniCpmNative.Engine.Train;
 /// </summary>
 public sealed class TrainLog : ITrainLog
 {
+    /// <summary>The name of an evaluation's loss in its entry.</summary>
+    internal const string EvaluationLoss = "eval_loss";
+
     private readonly TimeProvider _clock;
     private readonly Progress _progress;
     private RunReport? _run;
@@ -18,6 +22,7 @@ public sealed class TrainLog : ITrainLog
     private double _seconds;
     private long _tokens;
     private int _firstStep;
+    private bool _isSaved;
     private EvaluationReport? _firstEvaluation;
     private EvaluationReport _lastEvaluation;
 
@@ -41,6 +46,7 @@ public sealed class TrainLog : ITrainLog
         {
             _state = LogState.Load(folder);
             resumed = _state.Step;
+            _isSaved = true;
         }
 
         var arguments = run.Arguments;
@@ -53,6 +59,8 @@ public sealed class TrainLog : ITrainLog
             $"{run.Parameters:N0} parameters, {run.Trainable:N0} trained ({percent:0.00} %), on {run.Device}"));
         _progress.Message(FormattableString.Invariant(
             $"{run.Plan.Rows:N0} rows, {run.Plan.MaxSteps:N0} steps, {run.Plan.StepsPerEpoch:N0} per epoch"));
+        Tell(run.Rows, arguments.DataPath, "rows", resumed is null);
+        Tell(run.EvaluationRows, arguments.EvalDataPath, "eval_rows", resumed is null);
         if (resumed is { } step)
             _progress.Message($"resumed after step {step} from {run.ResumedFrom}");
         _progress.Start(_firstStep, run.Plan.MaxSteps);
@@ -81,7 +89,7 @@ public sealed class TrainLog : ITrainLog
     {
         Add(new LogEntry(
             r.Step, Run.Plan.EpochAfter(r.Step),
-            [("eval_loss", r.Loss), ("eval_token_accuracy", r.TokenAccuracy),
+            [(EvaluationLoss, r.Loss), ("eval_token_accuracy", r.TokenAccuracy),
                 ("eval_answer_accuracy", r.AnswerAccuracy)],
             [("eval_runtime", r.Seconds),
                 ("eval_samples_per_second", r.Rows / Math.Max(1e-9, r.Seconds))]));
@@ -94,9 +102,15 @@ public sealed class TrainLog : ITrainLog
         _lastEvaluation = r;
     }
 
+    public bool HasEvaluation(int step) => _state.HasEvaluation(step);
+
     public void SaveState(string folder, int step) => _state.Save(folder, step, Run);
 
-    public void Saved(string folder) => _progress.Message($"saved {folder}");
+    public void Saved(string folder)
+    {
+        _isSaved = true;
+        _progress.Message($"saved {folder}");
+    }
 
     public void End(int step, StopReason reason)
     {
@@ -128,7 +142,7 @@ public sealed class TrainLog : ITrainLog
         }
         else
         {
-            _progress.Message($"stopped after step {step} of {Run.Plan.MaxSteps}; " + (step > 0
+            _progress.Message($"stopped after step {step} of {Run.Plan.MaxSteps}; " + (_isSaved
                 ? "go on with --resume_from_checkpoint true"
                 : "nothing was saved"));
         }
@@ -172,7 +186,36 @@ public sealed class TrainLog : ITrainLog
     private void Add(LogEntry entry)
     {
         _state.Add(entry);
-        _lines?.Write(entry);
-        _board?.Write(entry);
+        _lines = Written(_lines, entry);
+        _board = Written(_board, entry);
+    }
+
+    // A log that cannot be written ends, not the training.
+    private T? Written<T>(T? file, LogEntry entry)
+        where T : class, ILogFile
+    {
+        try
+        {
+            file?.Write(entry);
+            return file;
+        }
+        catch (RunException failure)
+        {
+            _progress.Message($"{failure.Message}; training goes on without this log");
+            file!.Dispose();
+            return null;
+        }
+    }
+
+    // What the rows are like does not belong into the history of the steps.
+    private void Tell(RowCounts? counts, string? path, string name, bool isNew)
+    {
+        if (counts is null) return;
+        if ($"{counts}" is { Length: > 0 } text) _progress.Message($"{path}: {text}");
+        if (!isNew) return;
+        _lines = Written(_lines, new LogEntry(0, 0, [], [
+            (name, counts.Rows), ($"{name}_left_out", counts.LeftOut),
+            ($"{name}_cut", counts.Cut), ($"{name}_answers_cut", counts.AnswersCut),
+            ($"{name}_pictures", counts.Pictures), ($"{name}_pictures_turned", counts.Turned)]));
     }
 }

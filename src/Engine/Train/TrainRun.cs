@@ -1,46 +1,53 @@
+using System.Diagnostics.CodeAnalysis;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Model;
-using MiniCpmNative.Engine.Weights;
 
 namespace MiniCpmNative.Engine.Train;
 
 /// <summary>
 /// `cpmx train`: one run from its configuration to the saved result. Everything the user gave is
-/// read and checked before the first step; a stop request ends the run after the step it came in,
-/// with a checkpoint.
+/// read and checked before the first step; the steps themselves are in TrainRun.Steps.cs.
 /// </summary>
-public sealed class TrainRun : IDisposable
+public sealed partial class TrainRun
 {
     private readonly TrainArguments _arguments;
     private readonly ITrainLog _log;
     private readonly StopRequest _stop;
+    private readonly RunFolder _folder;
     private readonly TrainingModel _model;
     private readonly Trainer _trainer;
     private readonly TrainingRows _rows;
     private readonly TrainingRows? _evaluationRows;
-    private readonly StepPlan _plan;
-    private readonly Schedule _schedule;
-    private readonly Sampler _sampler;
     private readonly int _workers;
+    private StepPlan _plan;
+    private Schedule _schedule;
+    private Sampler _sampler;
 
     private TrainRun(
-        TrainArguments arguments, ITrainLog log, StopRequest stop, DeviceSource devices)
+        TrainArguments arguments, ITrainLog log, StopRequest stop, RunFolder folder,
+        BaseModel source, OpenDevice device)
     {
-        (_arguments, _log, _stop) = (arguments, log, stop);
-        string model = arguments.ModelNameOrPath!;
-        RowFormat format = ModelSpec.Read(model).Rows();
+        (_arguments, _log, _stop, _folder) = (arguments, log, stop, folder);
+        RowFormat format = source.Spec.Rows();
         _rows = TrainingRows.Open(arguments.DataPath!, arguments, format, log.Message);
         if (arguments.EvalDataPath is { } evaluation && Evaluates)
             _evaluationRows = TrainingRows.Open(evaluation, arguments, format, log.Message);
-        _plan = new StepPlan(arguments, _rows.Count);
-        _schedule = Schedule.Of(arguments, _plan.MaxSteps);
-        _sampler = new Sampler(arguments, _rows.Count);
-        _model = TrainingModel.Open(arguments, devices, log.Message);
+        Plan();
+        CheckPlaces(source);
+        _model = TrainingModel.Load(source, device, arguments);
         _trainer = new Trainer(arguments, _model);
         _workers = arguments.DataloaderNumWorkers is > 0 and int workers
             ? workers
             : Math.Max(1, Environment.ProcessorCount / 2);
+    }
+
+    [MemberNotNull(nameof(_plan), nameof(_schedule), nameof(_sampler))]
+    private void Plan()
+    {
+        _plan = new StepPlan(_arguments, _rows.Count);
+        _schedule = Schedule.Of(_arguments, _plan.MaxSteps);
+        _sampler = new Sampler(_arguments, _rows.Count);
     }
 
     private bool Evaluates => _arguments.EvalStrategy != When.No || _arguments.EvalOnStart;
@@ -55,117 +62,58 @@ public sealed class TrainRun : IDisposable
     public static void Run(
         TrainArguments arguments, ITrainLog log, StopRequest stop, DeviceSource devices)
     {
-        using var run = new TrainRun(arguments, log, stop, devices);
-        string? resumeFrom = RunFolder.Prepare(arguments, out IDisposable claim);
-        using (claim) run.Run(resumeFrom);
+        // The cheap checks first: nothing large is read in vain, and nothing removed.
+        using RunFolder folder = RunFolder.Open(arguments);
+        using BaseModel source = BaseModel.Open(arguments, log.Message);
+        RunPlaces.MustHoldCheckpoints(
+            arguments, source.SavedBytes, checkpoints: 1, RunPlaces.Free(arguments.OutputDir));
+        using OpenDevice device = devices.Open(arguments, log.Message);
+        source.MustFitOn(device);
+        new TrainRun(arguments, log, stop, folder, source, device).Run();
     }
 
-    public void Dispose() => _model.Dispose();
-
-    private void Run(string? resumeFrom)
+    // What is known only once the rows are.
+    private void CheckPlaces(BaseModel source)
     {
+        _folder.MustKeep(_rows.PictureFiles);
+        if (_evaluationRows is not null) _folder.MustKeep(_evaluationRows.PictureFiles);
+        if (_folder.ResumeFrom is not null) return;
+        if (RunPlaces.MustHoldCheckpoints(
+            _arguments, source.SavedBytes, _plan.Checkpoints,
+            RunPlaces.Free(_arguments.OutputDir)) is { } line)
+            _log.Message(line);
+    }
+
+    private void Run()
+    {
+        string? resumeFrom = _folder.ResumeFrom;
         int done = resumeFrom is null ? 0 : Resume(resumeFrom);
         TrainWriter.Save(_arguments);
         _log.Start(new RunReport(
             _arguments, _plan, _model.DeviceName, _model.TotalParameters, _model.Trainables.Count,
-            resumeFrom));
-        if (_arguments.EvalOnStart && done == 0) Evaluate(0);
+            resumeFrom, _rows.Counts, _evaluationRows?.Counts));
+        WarnOfLargeCheckpoints();
         done = Steps(done);
-        if (_stop.Reason == StopReason.None)
+        if (_ended == StopReason.None) SaveResult(done);
+        _log.End(done, _ended);
+    }
+
+    private void SaveResult(int done)
+    {
+        IReadOnlyList<string> written =
             ModelFiles.Save(_arguments.OutputDir, _model, _arguments);
-        _log.End(done, _stop.Reason);
-    }
-
-    private int Steps(int done)
-    {
-        long first = 0, count = 0;
-        for (int step = 1; step <= _plan.MaxSteps; step++)
+        if (written.Count > 0)
         {
-            if (step <= done) first += _plan.Batches(step).Count;
-            count += _plan.Batches(step).Count;
-        }
-
-        var batches = new Batch[_arguments.GradientAccumulationSteps];
-        using BatchLoader loader = Loader(first, count - first);
-        bool stop = _stop.Requested;
-        while (done < _plan.MaxSteps && !stop)
-        {
-            int micro = _plan.Batches(done + 1).Count;
-            for (int i = 0; i < micro; i++) batches[i] = loader.Take(out _);
-            _trainer.Queue(done, batches.AsSpan(0, micro), _schedule.At(done));
-            loader.Return(micro);
-            done++;
-            // Steps are reported when the device is done with them,
-            // all of them before what needs it.
-            StepActions after = _plan.After(done);
-            bool evaluate = after.HasFlag(StepActions.Evaluate),
-                save = after.HasFlag(StepActions.Save);
-            Report(all: evaluate || save || done == _plan.MaxSteps);
-            if (evaluate) Evaluate(done);
-            stop = _stop.Requested;
-            if (stop) Report(all: true);
-            if (save || stop) Save(done);
-        }
-
-        return done;
-    }
-
-    /// <summary>Micro-batches in the plan's order, from the one numbered first on.</summary>
-    private BatchLoader Loader(long first, long count)
-    {
-        // Called in ascending order, so the place in the plan only moves on.
-        int epoch = (int)(first / _plan.MicroBatches);
-        long index = first % _plan.MicroBatches;
-        return new BatchLoader(
-            _rows, _arguments.PerDeviceTrainBatchSize, count, _workers,
-            _arguments.GradientAccumulationSteps * 2, (_, rows) =>
-            {
-                if (index == _plan.MicroBatches) (epoch, index) = (epoch + 1, 0);
-                ReadOnlySpan<int> batch = _sampler.Batch(epoch, (int)index++);
-                batch.CopyTo(rows);
-                return batch.Length;
-            });
-    }
-
-    private void Report(bool all)
-    {
-        while (_trainer.TryTake(all, out StepResult result)) Report(result);
-    }
-
-    private void Report(in StepResult result)
-    {
-        var report = new StepReport(
-            result.Step, result.Loss, result.GradientNorm, result.LearningRate, result.Tokens,
-            result.Seconds, _model.Device.MemoryInUse);
-        if (!result.Skipped)
-        {
-            _log.Step(report);
+            _folder.Finish(written);
             return;
         }
 
-        _log.Skipped(report, double.IsFinite(result.Loss) ? "gradient" : "loss");
-        if (_trainer.SkippedInARow >= _arguments.MaxNonfiniteSteps)
-            throw new RunException(
-                $"{_trainer.SkippedInARow} steps in a row gave a loss or gradients that are not finite, the "
-                + $"last one step {result.Step}: lower learning_rate, or look at the rows of these steps");
-    }
-
-    private void Evaluate(int step)
-    {
-        TrainingRows rows = _evaluationRows!;
-        int size = _arguments.PerDeviceEvalBatchSize;
-        long batches = (rows.Count + size - 1) / size;
-        using var loader =
-            new BatchLoader(rows, size, batches, _workers, ahead: 2, (batch, numbers) =>
-        {
-            int begin = (int)(batch * size), count = Math.Min(size, rows.Count - begin);
-            for (int i = 0; i < count; i++) numbers[i] = begin + i;
-            return count;
-        });
-        Evaluation found = Evaluation.Run(_model, loader, batches);
-        _log.Evaluation(new EvaluationReport(
-            step, found.Loss, found.TokenAccuracy, found.AnswerAccuracy, found.Rows,
-            found.Seconds));
+        string checkpoint = RunFolder.Checkpoint(_arguments.OutputDir, done);
+        if (!Directory.Exists(checkpoint)) Save(done);
+        throw new RunException(
+            $"{_arguments.ModelNameOrPath}: its weights were changed during the run, so those that were not "
+            + $"trained cannot be saved; what was trained is in {checkpoint}: put the weights back, then "
+            + "--resume_from_checkpoint true writes the whole model");
     }
 
     private void Save(int step)
@@ -176,10 +124,14 @@ public sealed class TrainRun : IDisposable
         {
             if (Directory.Exists(unfinished)) Directory.Delete(unfinished, recursive: true);
             Directory.CreateDirectory(unfinished);
-            ModelFiles.Save(unfinished, _model, _arguments);
-            if (!_arguments.SaveOnlyModel) State(step).Save(unfinished, _model);
+            bool whole = ModelFiles.SaveCheckpoint(unfinished, _model, _arguments);
+            if (!whole)
+                _log.Message(
+                    $"{_arguments.ModelNameOrPath}: its weights were changed during the run: {folder} has "
+                    + "what was trained alone; put them back before its end");
+            if (!whole || !_arguments.SaveOnlyModel) State(step).Save(unfinished, _model);
             _log.SaveState(unfinished, step);
-            Directory.Move(unfinished, folder);
+            _folder.Place(unfinished, folder);
         }
         catch (Exception failure)
         {
@@ -190,18 +142,23 @@ public sealed class TrainRun : IDisposable
             throw;
         }
 
+        _saved = step;
         _log.Saved(folder);
         RunFolder.Rotate(_arguments.OutputDir, _arguments.SaveTotalLimit);
     }
 
     private RunState State(int step) => new(
         step, _trainer.Optimizer.Updates, _trainer.SkippedInARow, _arguments.Seed,
-        _arguments.DataSeed ?? _arguments.Seed, _rows.Count, _rows.Digest);
+        _arguments.DataSeed ?? _arguments.Seed, _rows.Count, _rows.Digest, _rows.Absent,
+        _rows.LeftOut);
 
     private int Resume(string folder)
     {
         ModelFiles.Load(folder, _model, _arguments);
         RunState state = RunState.Load(folder, _model);
+        // The same places for the same rows, whichever of them have become bad since.
+        _rows.Restore(state.Absent, state.LeftOut);
+        Plan();
         RunState now = State(0);
         if ((state.Rows, state.DataDigest) != (now.Rows, now.DataDigest))
             throw new InputException(

@@ -47,6 +47,12 @@ public sealed class Trainer
     /// <summary>Steps in a row whose loss or gradient was not finite.</summary>
     public int SkippedInARow { get; set; }
 
+    /// <summary>
+    /// Whether the trained values are those after whole steps; false when a failure left an update
+    /// of which it is not known how far it came.
+    /// </summary>
+    public bool IsWhole { get; private set; } = true;
+
     /// <summary>As Queue, then waits for its result.</summary>
     public StepResult Step(int step, ReadOnlySpan<Batch> batches, double learningRate)
     {
@@ -89,12 +95,13 @@ public sealed class Trainer
         _optimizer.Measure(losses);
         if (_isQueued) Settle();
         // Without a supervised token there is no mean, and nothing to learn.
+        IsWhole = false;
         if (isWeighted) _optimizer.Step(learningRate);
         _results!.Start(_optimizer.Norm, losses);
         for (int i = 0; i < batches.Length; i++) _weights[i] = Weight(batches, i, supervised);
         _queued = new(step + 1, batches.Length, learningRate, tokens, supervised, isWeighted,
             started);
-        _isQueued = true;
+        (_isQueued, IsWhole) = (true, true);
     }
 
     /// <summary>

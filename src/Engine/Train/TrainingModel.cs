@@ -14,9 +14,14 @@ namespace MiniCpmNative.Engine.Train;
 public sealed class TrainingModel : IDisposable
 {
     private readonly LoadedModel _loaded;
+    private readonly bool _owns;
 
-    private TrainingModel(LoadedModel loaded, TrainedParts parts, Trainables trainables) =>
-        (_loaded, Parts, Trainables) = (loaded, parts, trainables);
+    private TrainingModel(
+        BaseModel source, LoadedModel loaded, bool owns, Trainables trainables) =>
+        (Base, _loaded, _owns, Trainables) = (source, loaded, owns, trainables);
+
+    /// <summary>What it was loaded from.</summary>
+    public BaseModel Base { get; }
 
     public Device Device => _loaded.Device;
 
@@ -27,14 +32,14 @@ public sealed class TrainingModel : IDisposable
 
     public ModelSpec Spec => _loaded.Spec;
 
-    public TrainedParts Parts { get; }
+    public TrainedParts Parts => Base.Parts;
 
     public Trainables Trainables { get; }
 
     public MiniCpmModel Model => _loaded.Model;
 
     /// <summary>Trainable and frozen numbers together, adapters included.</summary>
-    public long TotalParameters => Spec.Parameters.Count
+    public long TotalParameters => Spec.Parameters.Count + Base.Untouched.Sum(t => t.Count)
         + Parts.Adapters.List.Sum(a => (long)a.Rank * (a.Inputs + a.Outputs));
 
     /// <summary>Storage type of weights: fp16, bf16, else F32, as the official flags say.</summary>
@@ -53,38 +58,44 @@ public sealed class TrainingModel : IDisposable
     public static TrainingModel Open(
         TrainArguments arguments, DeviceSource? devices = null, Action<string>? say = null)
     {
-        string folder = arguments.ModelNameOrPath!;
-        ModelSpec spec = ModelSpec.Read(folder);
-        using Checkpoint checkpoint = Checkpoint.Open(folder);
-        checkpoint.MustMatch(spec.Parameters, Families.Explain);
-        using AdapterFile? start = arguments.LoraWeightPath is { } path
-            ? AdapterFile.Open(path) : null;
-        // An adapter to start from brings its own rank, scale and targets.
-        AdapterConfig? adapter = start is null
-            ? TrainedParts.AdapterOf(arguments, spec)
-            : start.Config with { BaseModel = folder, ModelClass = spec.ModelClass };
-        DType storage = StorageOf(arguments);
-        TrainedParts parts = TrainedParts.Choose(spec, arguments, adapter, storage);
-
-        OpenDevice device = (devices ?? DeviceSource.Default).Open(arguments, say);
+        BaseModel source = BaseModel.Open(arguments, say);
+        OpenDevice? device = null;
         try
         {
-            var trainables = new Trainables(device.Device, parts.Tensors, MomentsOf(arguments));
-            var model = new TrainingModel(LoadedModel.Load(
-                device, spec, checkpoint, storage, trainables, parts.Adapters,
-                arguments.GradientCheckpointing), parts, trainables);
-            foreach (Trainable tensor in trainables.List)
-                if (checkpoint.Find(tensor.Name) is { } stored)
-                    trainables.Write(tensor.Name, stored.ToFloats());
-            parts.Adapters.Initialise(trainables, (ulong)arguments.Seed);
-            if (start is not null) model.CopyFrom(start);
-            return model;
+            device = (devices ?? DeviceSource.Default).Open(arguments, say);
+            source.MustFitOn(device);
+            return Load(source, device, arguments, owns: true);
         }
         catch
         {
-            device.Dispose();
+            device?.Dispose();
+            source.Dispose();
             throw;
         }
+    }
+
+    /// <summary>Loads onto a device that is open.</summary>
+    /// <param name="source">What is loaded.</param>
+    /// <param name="device">Where to.</param>
+    /// <param name="arguments">The run's configuration.</param>
+    /// <param name="owns">Whether source and device are disposed with the model.</param>
+    /// <exception cref="InputException">The weights cannot be read.</exception>
+    public static TrainingModel Load(
+        BaseModel source, OpenDevice device, TrainArguments arguments, bool owns = false)
+    {
+        TrainedParts parts = source.Parts;
+        var trainables = new Trainables(device.Device, parts.Tensors, MomentsOf(arguments));
+        LoadedModel loaded = LoadedModel.Load(
+            device, source.Spec, source.Weights, source.Storage, trainables, parts.Adapters,
+            arguments.GradientCheckpointing);
+        var model = new TrainingModel(source, loaded, owns, trainables);
+        foreach (Trainable tensor in trainables.List)
+            if (source.Weights.Find(tensor.Name) is { } stored)
+                trainables.Write(tensor.Name, stored.ToFloats());
+        parts.Adapters.Initialise(trainables, (ulong)arguments.Seed);
+        if (source.Start is { } start) model.CopyFrom(start);
+        source.EndLoading();
+        return model;
     }
 
     /// <summary>Takes the trained values of an adapter of the same layout.</summary>
@@ -100,6 +111,7 @@ public sealed class TrainingModel : IDisposable
         {
             if (!Trainables.Contains(name))
                 throw new InputException($"{adapter.Directory}: {name} is not trained in this run");
+            stored.MustBeFinite(Trainables.Value(name).Type);
             Trainables.Write(name, stored.ToFloats());
         }
     }
@@ -128,5 +140,10 @@ public sealed class TrainingModel : IDisposable
     /// <inheritdoc cref="LoadedModel.Loss"/>
     public Tensor Loss(Batch batch, Span<Tensor> perRow = default) => _loaded.Loss(batch, perRow);
 
-    public void Dispose() => _loaded.Dispose();
+    public void Dispose()
+    {
+        if (!_owns) return;
+        _loaded.Dispose();
+        Base.Dispose();
+    }
 }

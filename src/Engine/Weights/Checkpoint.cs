@@ -27,6 +27,9 @@ public sealed class Checkpoint : IDisposable
         File.Exists(Path.Combine(directory, SingleFile))
         || File.Exists(Path.Combine(directory, IndexFile));
 
+    /// <summary>The weight files.</summary>
+    public IReadOnlyList<SafetensorsFile> Files => _files;
+
     /// <exception cref="InputException">
     /// No weights there, a shard is missing or broken, or index and shards disagree.
     /// </exception>

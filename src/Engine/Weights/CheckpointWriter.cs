@@ -50,6 +50,13 @@ public static class CheckpointWriter
         return written;
     }
 
+    /// <summary>Whether a file of a model's folder holds weights, or names those that do.</summary>
+    public static bool IsWeights(string name) =>
+        name is Checkpoint.SingleFile or Checkpoint.IndexFile
+        || (name.StartsWith("model-", StringComparison.Ordinal)
+            && name.Contains("-of-", StringComparison.Ordinal)
+            && name.EndsWith(".safetensors", StringComparison.Ordinal));
+
     // A tensor larger than a shard gets its own.
     private static List<List<TensorToSave>> Split(IReadOnlyList<TensorToSave> tensors,
         long maxBytes)
@@ -101,11 +108,7 @@ public static class CheckpointWriter
         foreach (string path in Directory.EnumerateFiles(directory, "model*.safetensors*"))
         {
             string name = Path.GetFileName(path);
-            bool weights = name is Checkpoint.SingleFile or Checkpoint.IndexFile
-                || (name.StartsWith("model-", StringComparison.Ordinal)
-                    && name.Contains("-of-", StringComparison.Ordinal)
-                    && name.EndsWith(".safetensors", StringComparison.Ordinal));
-            if (weights && !written.Contains(name)) Delete(path);
+            if (IsWeights(name) && !written.Contains(name)) Delete(path);
         }
     }
 

@@ -1,43 +1,42 @@
 using System.Buffers.Binary;
-using System.IO.MemoryMappedFiles;
+using System.Runtime.InteropServices;
 
 namespace MiniCpmNative.Engine.Weights;
 
 /// <summary>
-/// A safetensors file, memory-mapped: 8 bytes header length (little-endian), JSON header, data.
-/// Opening reads and checks the header only; tensor bytes are read when they are touched. The
-/// header is checked completely: types, shapes, sizes, and that the tensors tile the data without
-/// gap or overlap. The file must not be shortened while it is open
-/// (writers rename whole files into place).
+/// A safetensors file, held open: 8 bytes header length (little-endian), JSON header, data. Opening
+/// reads and checks the header only; tensor bytes are read when they are asked for. The header is
+/// checked completely: types, shapes, sizes, and that the tensors tile the data without gap or
+/// overlap. Nothing is mapped, so a file that is cut, or a disk that fails, is an error and no
+/// fault; a file that is renamed over or removed is still read as it was.
 /// </summary>
 public sealed unsafe class SafetensorsFile : IDisposable
 {
     // The format's own limit.
     private const long MaxHeaderBytes = 100_000_000;
 
-    private readonly MemoryMappedFile _map;
-    private readonly MemoryMappedViewAccessor _view;
-    private readonly Dictionary<string, StoredTensor> _tensors;
-    private byte* _start;
+    // Large reads are split, so that all processors copy from the page cache.
+    private const long PieceBytes = 16 << 20;
 
-    private SafetensorsFile(string path, MemoryMappedFile map, long bytes)
+    private readonly FileStream _stream;
+    private readonly long _bytes;
+    private readonly DateTime _written;
+    private readonly Dictionary<string, StoredTensor> _tensors;
+    private void* _buffer;
+    private long _bufferBytes;
+    private StoredTensor? _buffered;
+
+    private SafetensorsFile(string path, FileStream stream)
     {
-        (Path, _map) = (path, map);
-        _view = map.CreateViewAccessor(0, bytes, MemoryMappedFileAccess.Read);
-        _view.SafeMemoryMappedViewHandle.AcquirePointer(ref _start);
-        _start += _view.PointerOffset;
-        try
-        {
-            long header = HeaderBytes(path, new ReadOnlySpan<byte>(_start, 8), bytes);
-            var json = new ReadOnlySpan<byte>(_start + 8, (int)header);
-            var parsed = SafetensorsHeader.Parse(this, json, 8 + header, bytes - 8 - header);
-            (_tensors, Metadata) = (parsed.Tensors, parsed.Metadata);
-        }
-        catch
-        {
-            Dispose();
-            throw;
-        }
+        (Path, _stream, _bytes) = (path, stream, stream.Length);
+        _written = File.GetLastWriteTimeUtc(stream.SafeFileHandle);
+        Span<byte> prefix = stackalloc byte[8];
+        fixed (byte* to = prefix) Read(0, to, prefix.Length);
+        var json = new byte[HeaderBytes(path, prefix, _bytes)];
+        fixed (byte* to = json) Read(8, to, json.Length);
+        var parsed = SafetensorsHeader.Parse(
+            this, json, 8 + json.Length, _bytes - 8 - json.Length);
+        (_tensors, Metadata) = (parsed.Tensors, parsed.Metadata);
     }
 
     /// <summary>The path it was opened by; errors begin with it.</summary>
@@ -48,23 +47,39 @@ public sealed unsafe class SafetensorsFile : IDisposable
 
     public IReadOnlyDictionary<string, string> Metadata { get; }
 
+    /// <summary>
+    /// Whether the open file was written to since it was opened: what is read now may differ.
+    /// </summary>
+    public bool HasChanged
+    {
+        get
+        {
+            try
+            {
+                return RandomAccess.GetLength(_stream.SafeFileHandle) != _bytes
+                    || File.GetLastWriteTimeUtc(_stream.SafeFileHandle) != _written;
+            }
+            catch (IOException)
+            {
+                return true;
+            }
+        }
+    }
+
     /// <exception cref="InputException">
     /// The file is missing, unreadable or breaks the format.
     /// </exception>
     public static SafetensorsFile Open(string path)
     {
-        using var stream = InputFile.Open(path, leastBytes: 8, buffer: 0);
+        var stream = InputFile.Open(path, leastBytes: 8, buffer: 0);
         try
         {
-            var map = MemoryMappedFile.CreateFromFile(
-                stream, null, 0, MemoryMappedFileAccess.Read, HandleInheritability.None,
-                leaveOpen: true);
-            return new SafetensorsFile(path, map, stream.Length);
+            return new SafetensorsFile(path, stream);
         }
-        catch (IOException failure)
+        catch
         {
-            throw new InputException($"{path}: cannot map: {Messages.OneLine(failure.Message)}",
-                failure);
+            stream.Dispose();
+            throw;
         }
     }
 
@@ -74,19 +89,76 @@ public sealed unsafe class SafetensorsFile : IDisposable
     public StoredTensor Get(string name) => Find(name)
         ?? throw new InputException($"{Path}: there is no tensor {Messages.Quote(name)}");
 
-    public void Dispose()
+    /// <summary>Frees the memory behind <see cref="StoredTensor.Data"/>.</summary>
+    public void Trim()
     {
-        if (_start is null) return;
-        _start = null;
-        _view.SafeMemoryMappedViewHandle.ReleasePointer();
-        _view.Dispose();
-        _map.Dispose();
+        NativeMemory.Free(_buffer);
+        _buffer = null;
+        (_bufferBytes, _buffered) = (0, null);
     }
 
-    internal nint Address(long offset)
+    public void Dispose()
     {
-        ObjectDisposedException.ThrowIf(_start is null, this);
-        return (nint)(_start + offset);
+        Trim();
+        _stream.Dispose();
+    }
+
+    /// <summary>Reads bytes offset to offset + bytes of the file.</summary>
+    /// <exception cref="InputException">
+    /// They cannot be read, or the file was written to since it was opened.
+    /// </exception>
+    internal void Read(long offset, void* target, long bytes)
+    {
+        ObjectDisposedException.ThrowIf(_stream.SafeFileHandle.IsClosed, this);
+        int pieces = (int)((bytes + PieceBytes - 1) / PieceBytes);
+        Exception? failure = null;
+        if (pieces <= 1) ReadPiece(0);
+        else Parallel.For(0, pieces, ReadPiece);
+        if (failure is not null)
+            throw new InputException(
+                $"{Path}: cannot read: {Messages.OneLine(failure.Message)}", failure);
+        if (HasChanged)
+            throw new InputException(
+                $"{Path}: was changed or cut while it was in use (it had {_bytes:N0} bytes): "
+                + "put the file back and start again");
+
+        void ReadPiece(int piece)
+        {
+            long at = piece * PieceBytes, end = Math.Min(bytes, at + PieceBytes);
+            try
+            {
+                while (at < end)
+                {
+                    int read = RandomAccess.Read(
+                        _stream.SafeFileHandle,
+                        new Span<byte>((byte*)target + at, (int)(end - at)), offset + at);
+                    // The end of a file that was cut, which HasChanged tells.
+                    if (read == 0) return;
+                    at += read;
+                }
+            }
+            catch (Exception problem) when (problem is IOException or UnauthorizedAccessException)
+            {
+                failure = problem;
+            }
+        }
+    }
+
+    /// <summary>The bytes of a tensor in memory that the next call uses again.</summary>
+    internal nint Load(StoredTensor tensor, long offset)
+    {
+        if (ReferenceEquals(_buffered, tensor)) return (nint)_buffer;
+        _buffered = null;
+        if (_bufferBytes < tensor.Bytes || _buffer is null)
+        {
+            Trim();
+            _buffer = NativeMemory.Alloc((nuint)Math.Max(tensor.Bytes, 1));
+            _bufferBytes = tensor.Bytes;
+        }
+
+        Read(offset, _buffer, tensor.Bytes);
+        _buffered = tensor;
+        return (nint)_buffer;
     }
 
     private static long HeaderBytes(string path, ReadOnlySpan<byte> prefix, long fileBytes)

@@ -7,7 +7,7 @@ namespace MiniCpmNative.Engine.Weights;
 /// <summary>
 /// Parser of a safetensors header: {"__metadata__": {text: text}, name: {"dtype", "shape",
 /// "data_offsets": [begin, end]}, ...}, UTF-8, padded with spaces. It reads tokens straight from
-/// the mapped bytes, so what it allocates is bounded by the header that is there. The tensors must
+/// the bytes, so what it allocates is bounded by the header that is there. The tensors must
 /// tile the data exactly, as the format demands: neither gaps nor overlaps can hide anything.
 /// </summary>
 internal ref struct SafetensorsHeader

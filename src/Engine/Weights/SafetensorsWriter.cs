@@ -16,14 +16,6 @@ public sealed unsafe record TensorToSave(string Name, DType Type, Shape Shape, A
 
     public long Bytes => checked(Shape.Count * Type.Size());
 
-    /// <summary>Saves memory that already holds elements of the type.</summary>
-    public static TensorToSave Raw(string name, DType type, Shape shape, nint data)
-    {
-        long bytes = checked(shape.Count * type.Size());
-        return new TensorToSave(name, type, shape, stream =>
-            WriteBytes(stream, (byte*)data, bytes));
-    }
-
     /// <summary>Saves floats rounded to a float type, chunk by chunk.</summary>
     public static TensorToSave Floats(string name, DType type, Shape shape, nint floats)
     {
@@ -42,13 +34,6 @@ public sealed unsafe record TensorToSave(string Name, DType Type, Shape Shape, A
                 }
             }
         });
-    }
-
-    private static void WriteBytes(Stream stream, byte* data, long bytes)
-    {
-        const int Piece = 1 << 30;
-        for (long at = 0; at < bytes; at += Piece)
-            stream.Write(new ReadOnlySpan<byte>(data + at, (int)Math.Min(Piece, bytes - at)));
     }
 }
 

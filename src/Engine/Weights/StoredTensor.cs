@@ -5,13 +5,16 @@ using MiniCpmNative.Kernels.Cpu;
 namespace MiniCpmNative.Engine.Weights;
 
 /// <summary>
-/// One tensor of an open <see cref="SafetensorsFile"/>: its description and where its bytes are
-/// mapped. Row-major, little-endian, not necessarily aligned.
+/// One tensor of an open <see cref="SafetensorsFile"/>: its description and where its bytes are.
+/// Row-major, little-endian. The tensors of one file are read by one thread at a time.
 /// </summary>
 public sealed unsafe class StoredTensor
 {
+    private const int PieceElements = 1 << 20;
+
     private readonly SafetensorsFile _file;
     private readonly long _offset;
+    private DType? _kept;
 
     internal StoredTensor(
         SafetensorsFile file, string name, StoredType storedType, ImmutableArray<long> sizes,
@@ -32,6 +35,9 @@ public sealed unsafe class StoredTensor
     public ImmutableArray<long> Sizes { get; }
 
     public long Bytes { get; }
+
+    /// <summary>Where its bytes begin in the file.</summary>
+    internal long Offset => _offset;
 
     public long Count => Bytes / StoredType.Size;
 
@@ -65,9 +71,31 @@ public sealed unsafe class StoredTensor
 
     public string SizesText => "[" + string.Join(", ", Sizes) + "]";
 
-    /// <summary>Address of the first byte; valid until the file is disposed.</summary>
+    /// <summary>
+    /// Address of all its bytes, read now: valid until the bytes of another tensor of the file are
+    /// asked for, or the file is trimmed or disposed.
+    /// </summary>
     /// <exception cref="ObjectDisposedException">The file was closed.</exception>
-    public nint Data => _file.Address(_offset);
+    /// <exception cref="InputException">
+    /// The file cannot be read, or was changed; or see <see cref="MustBeFinite"/>.
+    /// </exception>
+    public nint Data
+    {
+        get
+        {
+            nint data = _file.Load(this, _offset);
+            if (_kept is not { } kept) return data;
+            _kept = null;
+            FiniteValues.Require(this, kept);
+            return data;
+        }
+    }
+
+    /// <summary>
+    /// Lets the first reading of the values fail unless all are finite in the type that a run keeps
+    /// them in.
+    /// </summary>
+    public void MustBeFinite(DType kept) => _kept = kept;
 
     /// <summary>
     /// The bytes of a tensor below 2 GiB; larger ones are read through <see cref="Data"/>.
@@ -77,21 +105,73 @@ public sealed unsafe class StoredTensor
         ? new ReadOnlySpan<byte>((void*)Data, (int)Bytes)
         : throw new InvalidOperationException($"{Place} has {Bytes:N0} bytes, too many for a span");
 
+    /// <summary>Reads bytes from..from + target.Length of the tensor.</summary>
+    /// <exception cref="InputException">The file cannot be read, or was changed.</exception>
+    public void Read(long from, Span<byte> target)
+    {
+        ArgumentOutOfRangeException.ThrowIfNegative(from);
+        ArgumentOutOfRangeException.ThrowIfGreaterThan(target.Length, Bytes - from);
+        fixed (byte* to = target) _file.Read(_offset + from, to, target.Length);
+    }
+
     /// <summary>target[i] = (float)tensor[i] for all <see cref="Count"/> elements.</summary>
-    /// <exception cref="InputException">The tensor does not hold floats.</exception>
+    /// <exception cref="InputException">The tensor does not hold floats, or cannot be
+    /// read.</exception>
     public void CopyTo(float* target)
     {
         if (!Type.IsFloat())
             throw new InputException($"{Place} has type {StoredType.Name}, expected floats");
-        FloatBits.Widen((void*)Data, Type, target, (nint)Count);
+        if (_kept is not null)
+        {
+            FloatBits.Widen((void*)Data, Type, target, (nint)Count);
+            return;
+        }
+
+        long piece = Math.Min(Count, PieceElements);
+        var bytes = new byte[piece * StoredType.Size];
+        for (long done = 0; done < Count; done += piece)
+        {
+            int count = (int)Math.Min(piece, Count - done);
+            Span<byte> part = bytes.AsSpan(0, count * StoredType.Size);
+            Read(done * StoredType.Size, part);
+            fixed (byte* from = part) FloatBits.Widen(from, Type, target + done, count);
+        }
     }
 
     /// <summary>All elements as floats, for small tensors and tests.</summary>
-    /// <exception cref="InputException">The tensor does not hold floats.</exception>
+    /// <exception cref="InputException">As <see cref="CopyTo"/>.</exception>
     public float[] ToFloats()
     {
         var values = new float[checked((int)Count)];
         fixed (float* target = values) CopyTo(target);
         return values;
     }
+
+    /// <summary>
+    /// The tensor as it goes into a file of its own, rounded to a type, read piece by piece.
+    /// </summary>
+    public TensorToSave ToSave(DType type) => new(Name, type, Shape, stream =>
+    {
+        long piece = Math.Min(Count, PieceElements);
+        var bytes = new byte[piece * StoredType.Size];
+        var values = new float[type == Type ? 0 : piece];
+        for (long done = 0; done < Count; done += piece)
+        {
+            int count = (int)Math.Min(piece, Count - done);
+            Span<byte> part = bytes.AsSpan(0, count * StoredType.Size);
+            Read(done * StoredType.Size, part);
+            if (type == Type)
+            {
+                stream.Write(part);
+                continue;
+            }
+
+            fixed (byte* from = part)
+            fixed (float* wide = values)
+            {
+                FloatBits.Widen(from, Type, wide, count);
+                TensorToSave.Floats(Name, type, new Shape(count), (nint)wide).Write(stream);
+            }
+        }
+    });
 }

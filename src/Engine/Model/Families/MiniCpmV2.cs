@@ -16,6 +16,8 @@ internal sealed class MiniCpmV2() : Family("MiniCPM-V-2")
     // Of so400m; the tensors tell everything else.
     private const int HeadDim = 72, Blocks = 27;
 
+    public override string? SlicingKey => null;
+
     public override bool Is(ModelConfig config) => config.IsVision("2.0");
 
     public override ModelSpec Read(ModelConfig config)
@@ -32,14 +34,12 @@ internal sealed class MiniCpmV2() : Family("MiniCPM-V-2")
             OutputScale = Scale("dim_model_base") / decoder.HiddenSize,
             FinalNormDecays = false,
         };
-        VisionSpec vision = Vision(config);
-        ModelSpec spec = config.Spec(this, decoder, vision);
+        ModelSpec spec = config.Spec(this, decoder, Vision(config));
         // The first MiniCPM-V, which is much alike, has no keys of slicing.
         _ = (json["max_slice_nums"], json["scale_resolution"]);
         return spec with
         {
             Resampler = spec.Resampler with { QueryPositions = true },
-            Slicing = ModelConfig.Slicing(json, vision),
         };
 
         double Scale(string key) => json[key].Number(1e-6, 1e6);

@@ -1,0 +1,156 @@
+using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Model;
+using MiniCpmNative.Engine.Weights;
+using MiniCpmNative.Kernels;
+
+namespace MiniCpmNative.Engine.Train;
+
+/// <summary>
+/// What a run starts from: the model's files and the adapter's, opened and checked, nothing large
+/// read. What a save takes over is held from here on, so that a run does not depend on its model's
+/// folder once it trains: small files as their bytes, frozen weights as open files.
+/// </summary>
+public sealed class BaseModel : IDisposable
+{
+    private BaseModel(
+        ModelSpec spec, Checkpoint weights, AdapterFile? start, TrainedParts parts, DType storage)
+    {
+        (Spec, Weights, Start, Parts, Storage) = (spec, weights, start, parts, storage);
+        Saved = [];
+    }
+
+    public ModelSpec Spec { get; }
+
+    public Checkpoint Weights { get; }
+
+    /// <summary>The adapter to start from, or null.</summary>
+    public AdapterFile? Start { get; }
+
+    public TrainedParts Parts { get; }
+
+    /// <summary>Type that weights are stored in.</summary>
+    public DType Storage { get; }
+
+    /// <summary>
+    /// Small files that a whole model is saved with, as it was trained; none with adapters.
+    /// </summary>
+    public IReadOnlyList<(string Name, byte[] Content)> Saved { get; private init; }
+
+    /// <summary>Tensors of parts that are not run, which a save hands on as they are.</summary>
+    public IReadOnlyList<StoredTensor> Untouched { get; private init; } = [];
+
+    /// <summary>Bytes of what the run saves.</summary>
+    public SavedBytes SavedBytes => new(
+        Parts.Config is null
+            ? (Spec.Parameters.Count * Storage.Size()) + Untouched.Sum(t => t.Bytes)
+            : Parts.Tensors.Sum(t => t.Shape.Count * t.Type.Size()),
+        Parts.Tensors.Sum(t => t.Shape.Count * ((2 * Moments.Size()) + MasterBytes(t))));
+
+    /// <summary>
+    /// Bytes of weights, gradients and optimizer state on the device, activations not counted.
+    /// </summary>
+    public long DeviceBytes
+    {
+        get
+        {
+            var trained = Parts.Tensors.Select(t => t.Name).ToHashSet(StringComparer.Ordinal);
+            long frozen = Weights.Tensors.Where(t =>
+                !trained.Contains(t.Name) && !Spec.Parameters.IsUntouched(t.Name)).Sum(t =>
+                t.Count * Math.Min(t.StoredType.Size, Storage.Size()));
+            const int gradient = 4;
+            return frozen + SavedBytes.State
+                + Parts.Tensors.Sum(t => t.Shape.Count * (t.Type.Size() + gradient));
+        }
+    }
+
+    /// <summary>
+    /// Whether the weights on the disk are no longer those that were loaded: frozen ones cannot be
+    /// saved any more.
+    /// </summary>
+    public bool HasChanged => Weights.Files.Any(file => file.HasChanged);
+
+    private DType Moments { get; init; }
+
+    /// <param name="arguments">Say what is loaded, and what of it is trained.</param>
+    /// <param name="say">Takes a line on the adapter, and on files that are not taken over.</param>
+    /// <exception cref="InputException">The model, the adapter or what is to be trained is
+    /// unusable.</exception>
+    public static BaseModel Open(TrainArguments arguments, Action<string>? say = null)
+    {
+        string folder = arguments.ModelNameOrPath!;
+        ModelSpec spec = ModelSpec.Read(folder);
+        Checkpoint weights = Checkpoint.Open(folder);
+        AdapterFile? start = null;
+        try
+        {
+            weights.MustMatch(spec.Parameters, Families.Explain);
+            DType storage = TrainingModel.StorageOf(arguments);
+            foreach (StoredTensor tensor in weights.Tensors) tensor.MustBeFinite(storage);
+            AdapterConfig? adapter = TrainedParts.AdapterOf(arguments, spec);
+            if (arguments.LoraWeightPath is { } path)
+            {
+                start = AdapterFile.Open(path);
+                adapter = adapter! with { LayersPattern = start.Config.LayersPattern };
+            }
+
+            TrainedParts parts = TrainedParts.Choose(spec, arguments, adapter, storage);
+            if (start is not null)
+            {
+                AdapterStart.MustFit(arguments, parts.Layout!, start, spec.Parameters);
+                start.Match(spec.Parameters);
+                say?.Invoke(FormattableString.Invariant(
+                    $"starting from adapter {start.Directory}: lora_r {arguments.LoraR}, ")
+                    + FormattableString.Invariant(
+                        $"lora_alpha {arguments.LoraAlpha}, lora_dropout {arguments.LoraDropout}")
+                    + (arguments.TrainedWhole is { Count: > 0 } whole
+                        ? $", modules_to_save {string.Join(' ', whole)}" : ""));
+            }
+
+            return new BaseModel(spec, weights, start, parts, storage)
+            {
+                Moments = TrainingModel.MomentsOf(arguments),
+                Untouched = [.. weights.Tensors.Where(t => spec.Parameters.IsUntouched(t.Name))],
+                Saved = adapter is null ? SavedFiles.Read(arguments, spec, say) : [],
+            };
+        }
+        catch
+        {
+            start?.Dispose();
+            weights.Dispose();
+            throw;
+        }
+    }
+
+    /// <summary>Refuses a device whose free memory the weights alone exceed.</summary>
+    /// <exception cref="RunException">Says how much is needed and free, and what takes less.</exception>
+    public void MustFitOn(OpenDevice device)
+    {
+        if (device.FreeBytes is not { } free || DeviceBytes <= free) return;
+        throw new RunException(
+            $"out of memory: weights, gradients and optimizer state take {RunPlaces.Gib(DeviceBytes)}, "
+            + $"{RunPlaces.Gib(free)} are free on {device.Name}; bf16, use_lora or optim=adamw_bf16 "
+            + "take less, and device=cpu uses the machine's memory");
+    }
+
+    /// <summary>Closes what no save needs, and frees what reading took.</summary>
+    /// <exception cref="InputException">The weights were changed while they were read.</exception>
+    public void EndLoading()
+    {
+        foreach (SafetensorsFile file in Weights.Files) file.Trim();
+        if (HasChanged)
+            throw new InputException(
+                $"{Weights.Directory}: its weights were changed while they were read; start again");
+        Start?.Dispose();
+        if (Parts.Config is not null
+            || (Parts.Tensors.Count == Spec.Parameters.All.Count && Untouched.Count == 0))
+            Weights.Dispose();
+    }
+
+    public void Dispose()
+    {
+        Start?.Dispose();
+        Weights.Dispose();
+    }
+
+    private static int MasterBytes(Trainable tensor) => tensor.Type == DType.F32 ? 0 : 4;
+}

@@ -1,0 +1,92 @@
+using MiniCpmNative.Engine.Config;
+
+namespace MiniCpmNative.Engine.Weights;
+
+/// <summary>
+/// Starting from an adapter (lora_weight_path). Its rank, alpha, targets and biases stay: what is
+/// given beside it must be the same. Dropout may change, and modules may be added that are trained
+/// whole. What is not given is the adapter's, so that the configuration says what ran.
+/// </summary>
+public static class AdapterStart
+{
+    /// <summary>The configuration with the adapter's settings where none is given.</summary>
+    /// <param name="arguments">A configuration with lora_weight_path.</param>
+    /// <param name="isGiven">Whether the user set a key.</param>
+    /// <exception cref="InputException">The adapter's configuration cannot be used.</exception>
+    public static TrainArguments Complete(TrainArguments arguments, Func<string, bool> isGiven)
+    {
+        string folder = arguments.LoraWeightPath!;
+        if (!Directory.Exists(folder))
+            throw new InputException($"lora_weight_path {folder}: there is no such folder");
+        string file = Path.Combine(folder, AdapterConfig.FileName);
+        AdapterConfig its = AdapterConfig.Read(file);
+        if (!isGiven("lora_dropout") && its.Dropout >= 1)
+            throw new InputException(
+                $"{file}: key \"lora_dropout\" is 1, which drops everything: give lora_dropout below 1");
+        // A regular expression names its layers itself.
+        bool layers = isGiven("lora_layers_to_transform")
+            || (isGiven("lora_target_modules") && arguments.LoraTargetModules.Pattern is not null);
+        return arguments with
+        {
+            LoraR = isGiven("lora_r") ? arguments.LoraR : its.Rank,
+            LoraAlpha = isGiven("lora_alpha") ? arguments.LoraAlpha : its.Alpha,
+            LoraDropout = isGiven("lora_dropout") ? arguments.LoraDropout : its.Dropout,
+            LoraBias = isGiven("lora_bias") ? arguments.LoraBias : its.Bias,
+            LoraTargetModules = isGiven("lora_target_modules")
+                ? arguments.LoraTargetModules : its.Targets,
+            LoraLayersToTransform = layers
+                ? arguments.LoraLayersToTransform : its.LayersToTransform,
+            ModulesToSave = isGiven("modules_to_save")
+                ? arguments.ModulesToSave : its.ModulesToSave,
+        };
+    }
+
+    /// <summary>Holds a configuration against the adapter it starts from.</summary>
+    /// <param name="arguments">The configuration.</param>
+    /// <param name="own">What it trains.</param>
+    /// <param name="start">The adapter.</param>
+    /// <param name="table">The model's parameters.</param>
+    /// <exception cref="InputException">Lists all differences with both values.</exception>
+    internal static void MustFit(
+        TrainArguments arguments, AdapterLayout own, AdapterFile start, ParameterTable table)
+    {
+        AdapterConfig its = start.Config;
+        var layout = AdapterLayout.Create(
+            table, its, Path.Combine(start.Directory, AdapterConfig.FileName));
+        var problems = new List<string>();
+        void Same<T>(string key, T mine, T theirs, bool same)
+        {
+            if (!same)
+                problems.Add(FormattableString.Invariant(
+                    $"{key} is {mine}, the adapter's is {theirs}"));
+        }
+
+        Same("lora_r", arguments.LoraR, its.Rank, arguments.LoraR == its.Rank);
+        Same("lora_alpha", arguments.LoraAlpha, its.Alpha, arguments.LoraAlpha == its.Alpha);
+        Same("lora_bias", Name(arguments.LoraBias), Name(its.Bias), arguments.LoraBias == its.Bias);
+        Same("lora_target_modules",
+            Shown(arguments.LoraTargetModules, arguments.LoraLayersToTransform),
+            Shown(its.Targets, its.LayersToTransform),
+            own.Targets.Select(t => t.Name).ToHashSet().SetEquals(
+                layout.Targets.Select(t => t.Name)));
+        if (problems.Count > 0)
+            throw new InputException(
+                $"lora_weight_path {start.Directory}: {string.Join("; ", problems)}: an adapter keeps "
+                + "its own; leave these keys out, or start without it");
+        List<string> lost = [.. layout.Saved.Except(own.Saved).Select(t => t.Name)];
+        if (lost.Count > 0)
+            throw new InputException(
+                $"lora_weight_path {start.Directory}: the adapter holds trained values of modules that "
+                + $"modules_to_save leaves out ({Messages.List(lost)}): name its modules "
+                + $"{Messages.List([.. its.ModulesToSave])} too");
+    }
+
+    private static string Name(LoraBias bias) => TrainKeys.SnakeCase(bias.ToString());
+
+    private static string Shown(TargetModules targets, IReadOnlyList<int>? layers)
+    {
+        string names = targets.Pattern is { } pattern
+            ? Messages.Quote(pattern) : $"[{Messages.List([.. targets.Suffixes])}]";
+        return layers is null ? names : $"{names} in layers {string.Join(", ", layers)}";
+    }
+}
