@@ -23,6 +23,10 @@ internal static class ReferenceText
     public static byte[] Family(string name) =>
         Unpacked(Path.Combine(ReferenceFile.Root, "families", name));
 
+    /// <summary>A .json file of tests/reference, whatever folder is in use.</summary>
+    public static JsonElement CommittedJson(string name) => Parse(
+        System.Text.Encoding.UTF8.GetString(Unpacked(Path.Combine(ReferenceFile.Root, name))));
+
     /// <summary>A .json file of tests/reference/families.</summary>
     public static JsonElement FamilyJson(string name) =>
         Parse(System.Text.Encoding.UTF8.GetString(Family(name)));

@@ -103,7 +103,7 @@ public sealed class ModelConfig
                 "a multiple of 4 that hidden_size / 128 (rounded down) heads can share");
         bool useImageId = Flag("use_image_id", true);
         return new ModelSpec(
-            family, Directory, vision, resampler, decoder, Slicing(vision), useImageId,
+            family, Directory, vision, resampler, decoder, Slicing(family, vision), useImageId,
             Flag("slice_mode", true), Processor(vision, resampler, useImageId),
             Generation(), ModelClass());
     }
@@ -191,14 +191,14 @@ public sealed class ModelConfig
     }
 
     // The class cuts nothing without a slice_config; with one its own defaults hold.
-    private SlicingSpec Slicing(VisionSpec vision)
+    private SlicingSpec Slicing(Family family, VisionSpec vision)
     {
-        if (Json.Find("slice_config") is not { } slice)
+        if ((family.SlicingKey is { } key ? Json.Find(key) : Json) is not { } slice)
             return new SlicingSpec(1, 448, vision.PatchSize);
         SlicingSpec slicing = SlicingOf(slice);
         return slicing.PatchSize == vision.PatchSize
             ? slicing : throw Disagrees(slice, "patch_size", slicing.PatchSize,
-                "vision_config.patch_size", vision.PatchSize);
+                "the vision tower's patch_size", vision.PatchSize);
     }
 
     private static SlicingSpec SlicingOf(JsonValue json) => new(

@@ -95,7 +95,10 @@ public sealed record VisionSpec(
 /// <summary>
 /// Cross-attention of learned queries on the patches; HiddenSize is the decoder's.
 /// </summary>
-public sealed record ResamplerSpec(int HiddenSize, int VisionSize, int Queries)
+/// <param name="QueryPositions">Whether queries have positions too, from a stored table (version
+/// 2.0).</param>
+public sealed record ResamplerSpec(
+    int HiddenSize, int VisionSize, int Queries, bool QueryPositions = false)
 {
     // Fixed in the official code: heads of 128, LayerNorm of 1e-6.
     public int Heads => HiddenSize / 128;
