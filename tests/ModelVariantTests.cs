@@ -176,8 +176,9 @@ public sealed class ModelVariantTests
                 (128, 201, 448);
         }
 
+        var random = new Random(3);
         ModelSpec spec = Spec(Edit);
-        var values = ModelVariant.Values(spec, seed: 3);
+        var values = spec.Parameters.All.ToDictionary(p => p.Name, p => MadeModel.Values(p, random));
         TrainArguments arguments = Variant(Edit, spec, name => values[name], DType.F32) with
         {
             OfficialCompat = true,
@@ -189,7 +190,7 @@ public sealed class ModelVariantTests
         Assert.That(loss, Is.InRange(0.5 * Math.Log(531), 3 * Math.Log(531)));
         foreach (string part in (string[])["vpm.", "resampler.", "llm.model.layers.0.",
             "llm.model.layers.1.", "llm.model.embed_tokens"])
-            ModelVariant.AssertSlope(model, batch, values, part);
+            MadeModel.AssertSlope(model, batch, part);
     }
 
     [Test]
@@ -269,9 +270,31 @@ public sealed class ModelVariantTests
         long shardBytes = CheckpointWriter.DefaultShardBytes)
     {
         string folder = Files(edit);
-        ModelVariant.Write(folder, spec, value, type, shardBytes);
+        MadeModel.Write(folder, spec, value, type, shardBytes);
         return V26.Full with { ModelNameOrPath = folder };
     }
 
-    private string Files(Action<JsonNode> edit) => ModelVariant.Files(V26.Model, _folder, edit);
+    private string Files(Action<JsonNode> edit)
+    {
+        string folder =
+            Directory.CreateDirectory(Path.Combine(_folder, Path.GetRandomFileName())).FullName;
+        foreach (string file in Directory.GetFiles(V26.Model, "*.json"))
+            File.Copy(file, Path.Combine(folder, Path.GetFileName(file)));
+        JsonNode config =
+            JsonNode.Parse(File.ReadAllBytes(Path.Combine(V26.Model, "config.json")))!;
+        edit(config);
+        Write("config.json", config);
+        JsonNode processor = JsonNode.Parse(
+            File.ReadAllBytes(Path.Combine(V26.Model, "preprocessor_config.json")))!;
+        processor["image_feature_size"] = config["query_num"]!.DeepClone();
+        Write("preprocessor_config.json", processor);
+        return folder;
+
+        void Write(string name, JsonNode json)
+        {
+            string path = Path.Combine(folder, name);
+            File.Delete(path);
+            File.WriteAllText(path, json.ToJsonString());
+        }
+    }
 }

@@ -14,7 +14,7 @@ namespace MiniCpmNative.Tests;
 /// configuration. Everything that families share is in <see cref="FamilyModelTests"/>.
 /// </summary>
 [TestFixture]
-public sealed class Llama3V25Tests
+public sealed class MiniCpmLlama3V25Tests
 {
     // config.json of the released model.
     private const string Released = """
@@ -125,8 +125,7 @@ public sealed class Llama3V25Tests
     {
         TrainArguments arguments = s_family.Full with
         {
-            ModelNameOrPath = ModelVariant.Files(
-                s_family.Model, _folder, config => config["batch_vision_input"] = false),
+            ModelNameOrPath = Files(config => config["batch_vision_input"] = false),
         };
         File.Copy(Path.Combine(s_family.Model, Checkpoint.SingleFile),
             Path.Combine(arguments.ModelNameOrPath!, Checkpoint.SingleFile));
@@ -148,8 +147,8 @@ public sealed class Llama3V25Tests
             original.Get(name).ToFloats(), v => (float)(Half)v);
         string Make(DType type, long shard)
         {
-            string folder = ModelVariant.Files(s_family.Model, _folder, _ => { });
-            ModelVariant.Write(folder, s_family.Spec, Rounded, type, shard);
+            string folder = Files(_ => { });
+            MadeModel.Write(folder, s_family.Spec, Rounded, type, shard);
             return folder;
         }
 
@@ -170,7 +169,7 @@ public sealed class Llama3V25Tests
     {
         // Heads of 64, three query heads per key head, 16 queries, a tied head, a dropped vision
         // layer, a position table of 32 x 32; a picture of one row of patches beside others.
-        void Edit(JsonNode config)
+        void Edit(JsonObject config)
         {
             foreach (var (key, value) in new Dictionary<string, JsonNode>
             {
@@ -191,10 +190,12 @@ public sealed class Llama3V25Tests
                 (128, 201, 448);
         }
 
-        string folder = ModelVariant.Files(s_family.Model, _folder, Edit);
+        string folder = Files(Edit);
         ModelSpec spec = ModelSpec.Read(folder);
-        var values = ModelVariant.Values(spec, seed: 5);
-        ModelVariant.Write(folder, spec, name => values[name], DType.F32);
+        var random = new Random(5);
+        var values = spec.Parameters.All.ToDictionary(
+            p => p.Name, p => MadeModel.Values(p, random));
+        MadeModel.Write(folder, spec, name => values[name], DType.F32);
         TrainArguments arguments = s_family.Full with { ModelNameOrPath = folder };
         using var model = TrainingModel.Open(arguments);
         Assert.That(model.Trainables.Count, Is.EqualTo(model.TotalParameters));
@@ -204,7 +205,30 @@ public sealed class Llama3V25Tests
         Assert.That(loss, Is.InRange(0.5 * Math.Log(631), 3 * Math.Log(631)));
         foreach (string part in (string[])["vpm.", "resampler.", "llm.model.layers.0.",
             "llm.model.layers.1.", "llm.model.embed_tokens"])
-            ModelVariant.AssertSlope(model, batch, values, part);
+            MadeModel.AssertSlope(model, batch, part);
+    }
+
+    /// <summary>A new folder with the model's small files, its configuration edited.</summary>
+    private string Files(Action<JsonObject> edit)
+    {
+        string folder =
+            Directory.CreateDirectory(Path.Combine(_folder, Path.GetRandomFileName())).FullName;
+        foreach (string file in Directory.GetFiles(s_family.Model, "*.json"))
+            File.WriteAllBytes(
+                Path.Combine(folder, Path.GetFileName(file)), File.ReadAllBytes(file));
+        JsonObject config = Edit("config.json", edit);
+        Edit("preprocessor_config.json",
+            json => json["image_feature_size"] = (int)config["query_num"]!);
+        return folder;
+
+        JsonObject Edit(string name, Action<JsonObject> change)
+        {
+            string path = Path.Combine(folder, name);
+            JsonObject json = JsonNode.Parse(File.ReadAllBytes(path))!.AsObject();
+            change(json);
+            File.WriteAllText(path, json.ToJsonString());
+            return json;
+        }
     }
 
     private static float[] Logits(TrainArguments arguments, params string[] rows)
