@@ -178,7 +178,7 @@ public sealed class ModelVariantTests
 
         var random = new Random(3);
         ModelSpec spec = Spec(Edit);
-        var values = spec.Parameters.All.ToDictionary(p => p.Name, p => Initial(p, random));
+        var values = spec.Parameters.All.ToDictionary(p => p.Name, p => MadeModel.Values(p, random));
         TrainArguments arguments = Variant(Edit, spec, name => values[name], DType.F32) with
         {
             OfficialCompat = true,
@@ -190,7 +190,7 @@ public sealed class ModelVariantTests
         Assert.That(loss, Is.InRange(0.5 * Math.Log(531), 3 * Math.Log(531)));
         foreach (string part in (string[])["vpm.", "resampler.", "llm.model.layers.0.",
             "llm.model.layers.1.", "llm.model.embed_tokens"])
-            AssertSlope(model, batch, values, part);
+            MadeModel.AssertSlope(model, batch, part);
     }
 
     [Test]
@@ -243,46 +243,6 @@ public sealed class ModelVariantTests
         Assert.That(again.TotalParameters, Is.EqualTo(3153472));
     }
 
-    // (L(w + e d) - L(w - e d)) / 2e along the part's own gradient is that gradient's norm.
-    private static void AssertSlope(
-        TrainingModel model, Batch batch, Dictionary<string, float[]> values, string part)
-    {
-        Trace.Run(model, batch, gradients: true);
-        var gradients = values.Keys.Where(n => n.StartsWith(part, StringComparison.Ordinal))
-            .ToDictionary(n => n, n => V26.Gradient(model, n));
-        Assert.That(gradients, Is.Not.Empty);
-        double norm = Math.Sqrt(gradients.Values.Sum(g => g.Sum(v => (double)v * v)));
-        double step = 0.01 / norm;
-        double Loss(double along)
-        {
-            foreach (var (name, g) in gradients)
-                model.Trainables.Write(
-                    name, [.. values[name].Zip(g, (w, d) => (float)(w + (along * d / norm)))]);
-            return Trace.Run(model, batch, gradients: false).Floats["loss"].Values[0];
-        }
-
-        double slope = (Loss(step) - Loss(-step)) / (2 * step);
-        Loss(0);
-        TestContext.Out.WriteLine($"{part} norm {norm:G6}, slope {slope:G6}");
-        Assert.That(slope, Is.EqualTo(norm).Within(1e-3 * norm), part);
-    }
-
-    private static float[] Initial(ExpectedTensor parameter, Random random)
-    {
-        var values = new float[parameter.Shape.Count];
-        bool vector = parameter.Shape.Rank == 1;
-        bool norm = vector && parameter.Name.EndsWith("weight", StringComparison.Ordinal);
-        double size = vector ? 0.1 : 1 / Math.Sqrt(parameter.Shape.Cols);
-        for (int i = 0; i < values.Length; i++)
-        {
-            double normal = Math.Sqrt(-2 * Math.Log(1 - random.NextDouble()))
-                * Math.Cos(2 * Math.PI * random.NextDouble());
-            values[i] = (float)((norm ? 1 : 0) + (size * normal));
-        }
-
-        return values;
-    }
-
     private static Batch Batch(TrainArguments arguments, params string[] ids)
     {
         string model = arguments.ModelNameOrPath!;
@@ -310,22 +270,9 @@ public sealed class ModelVariantTests
         long shardBytes = CheckpointWriter.DefaultShardBytes)
     {
         string folder = Files(edit);
-        CheckpointWriter.Write(
-            folder, [.. spec.Parameters.All.Select(p => Tensor(p, value(p.Name), type))],
-            shardBytes);
+        MadeModel.Write(folder, spec, value, type, shardBytes);
         return V26.Full with { ModelNameOrPath = folder };
     }
-
-    private static TensorToSave Tensor(ExpectedTensor parameter, float[] values, DType type) =>
-        new(parameter.Name, type, parameter.Shape, stream =>
-        {
-            unsafe
-            {
-                fixed (float* data = values)
-                    TensorToSave.Floats(parameter.Name, type, parameter.Shape, (nint)data)
-                        .Write(stream);
-            }
-        });
 
     private string Files(Action<JsonNode> edit)
     {

@@ -47,16 +47,16 @@ public sealed class BatchUpload(Device device)
     public Tensor Ints(ReadOnlySpan<int> values, string name) =>
         _input.Push(DType.I32, new Shape(values.Length), name, values);
 
+    /// <summary>Numbers in F32, whatever the activations.</summary>
+    public Tensor Floats(ReadOnlySpan<float> values, string name) => Push(
+        new Spec(device.Activations.Statistics(), new Shape(values.Length)), values, name);
+
     /// <summary>Patches of so many numbers each, rounded to the activations' type.</summary>
-    public unsafe Tensor Patches(ReadOnlySpan<float> pixels, int length)
+    public Tensor Patches(ReadOnlySpan<float> pixels, int length)
     {
         var spec = new Spec(device.Activations, new Shape(pixels.Length / length, length));
-        if (pixels.Length != spec.Shape.Count)
-            throw new ShapeException($"{pixels.Length} pixels for patches {spec}");
-        Tensor patches = _input.Push(spec, "patches", out nint host);
-        fixed (float* from = pixels)
-            FloatBits.Narrow(from, (void*)host, spec.Type, pixels.Length);
-        return patches;
+        return pixels.Length == spec.Shape.Count ? Push(spec, pixels, "patches")
+            : throw new ShapeException($"{pixels.Length} pixels for patches {spec}");
     }
 
     /// <summary>
@@ -69,5 +69,12 @@ public sealed class BatchUpload(Device device)
         Tensor table = device.Allocate(new Spec(device.Activations.Statistics(), shape), name);
         device.WriteFloats(table, values);
         return table;
+    }
+
+    private unsafe Tensor Push(Spec spec, ReadOnlySpan<float> values, string name)
+    {
+        Tensor tensor = _input.Push(spec, name, out nint host);
+        fixed (float* from = values) FloatBits.Narrow(from, (void*)host, spec.Type, values.Length);
+        return tensor;
     }
 }

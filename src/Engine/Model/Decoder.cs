@@ -34,7 +34,8 @@ public sealed class Decoder : IBatchInput
         _layers = new DecoderLayer[spec.Layers];
         for (int i = 0; i < _layers.Length; i++)
             _layers[i] = new DecoderLayer(spec, model.In("layers").In(i));
-        _norm = model.RmsNorm("norm", spec.HiddenSize, spec.RmsNormEpsilon);
+        _norm = model.RmsNorm(
+            "norm", spec.HiddenSize, spec.RmsNormEpsilon, spec.FinalNormDecays);
         model.Module("rotary_emb");
         _vocabulary = spec.TiedHead
             ? scope.Tied("lm_head", "model.embed_tokens", _embedding)

@@ -13,6 +13,11 @@ public abstract class Family(string name)
 {
     public string Name { get; } = name;
 
+    /// <summary>
+    /// The key of config.json with the numbers of slicing; null where they stand beside the others.
+    /// </summary>
+    public virtual string? SlicingKey => "slice_config";
+
     /// <summary>Whether a model's config.json says that it is of this family.</summary>
     public abstract bool Is(ModelConfig config);
 
@@ -70,6 +75,8 @@ public static class Families
 {
     public static IReadOnlyList<Family> All { get; } =
     [
+        new MiniCpmV2(),
+        new MiniCpmLlama3V25(),
         new MiniCpmV26(),
         new MiniCpmO26(),
         new MiniCpmV4(),
@@ -94,7 +101,6 @@ public static class Families
         if (StartsWith("vpm.encoder.layers."))
             return "vision layer that config.json does not have or drops";
         if (tensor == "llm.lm_head.weight") return "config.json ties it to embed_tokens";
-        if (StartsWith("vpm.blocks.")) return "vision tower of MiniCPM-V-2";
         if (StartsWith("model.")) return "a model of another kind";
         if (StartsWith("base_model.")) return "a PEFT adapter";
         if (tensor == "resampler.pos_embed" || EndsWith("inv_freq") || EndsWith("position_ids"))

@@ -31,7 +31,8 @@ public sealed class ModelConfig
     {
         get
         {
-            string? line = IsOmniModel ? "MiniCPM-o" : IsMiniCpmV ? "MiniCPM-V" : null;
+            string? line = IsOmniModel ? "MiniCPM-o" : !IsMiniCpmV ? null
+                : Version == "2.5" ? "MiniCPM-Llama3-V" : "MiniCPM-V";
             if (line is not null)
                 return Version.EndsWith(".0", StringComparison.Ordinal)
                     ? $"{line}-{Version[..^2]}" : $"{line}-{Version.Replace('.', '_')}";
@@ -102,7 +103,7 @@ public sealed class ModelConfig
                 "a multiple of 4 that hidden_size / 128 (rounded down) heads can share");
         bool useImageId = Flag("use_image_id", true);
         return new ModelSpec(
-            family, Directory, vision, resampler, decoder, Slicing(vision), useImageId,
+            family, Directory, vision, resampler, decoder, Slicing(family, vision), useImageId,
             Flag("slice_mode", true), Processor(vision, resampler, useImageId),
             Generation(), ModelClass());
     }
@@ -190,14 +191,14 @@ public sealed class ModelConfig
     }
 
     // The class cuts nothing without a slice_config; with one its own defaults hold.
-    private SlicingSpec Slicing(VisionSpec vision)
+    private SlicingSpec Slicing(Family family, VisionSpec vision)
     {
-        if (Json.Find("slice_config") is not { } slice)
+        if ((family.SlicingKey is { } key ? Json.Find(key) : Json) is not { } slice)
             return new SlicingSpec(1, 448, vision.PatchSize);
         SlicingSpec slicing = SlicingOf(slice);
         return slicing.PatchSize == vision.PatchSize
             ? slicing : throw Disagrees(slice, "patch_size", slicing.PatchSize,
-                "vision_config.patch_size", vision.PatchSize);
+                "the vision tower's patch_size", vision.PatchSize);
     }
 
     private static SlicingSpec SlicingOf(JsonValue json) => new(
@@ -270,7 +271,8 @@ public sealed class ModelConfig
     private static int Size(JsonValue json, string key, int most, int? otherwise = null) =>
         otherwise is { } value && json.Find(key) is null ? value : json[key].Int(1, most);
 
-    private bool Flag(string key, bool otherwise) => Json.Find(key)?.Bool() ?? otherwise;
+    /// <summary>A switch of config.json.</summary>
+    public bool Flag(string key, bool otherwise) => Json.Find(key)?.Bool() ?? otherwise;
 
     private static string Text(JsonValue json, string key, string otherwise)
     {

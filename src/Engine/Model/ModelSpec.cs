@@ -84,6 +84,8 @@ public sealed record VisionSpec(
     int HiddenSize, int IntermediateSize, int Layers, int Heads, int Channels, int PatchSize,
     int PositionsPerSide, float LayerNormEpsilon, bool DropsLastLayer)
 {
+    public PatchLayout Layout { get; init; } = new GridLayout();
+
     public int HeadDim => HiddenSize / Heads;
 
     /// <summary>Numbers in a patch, in (channel, y, x) order.</summary>
@@ -93,7 +95,10 @@ public sealed record VisionSpec(
 /// <summary>
 /// Cross-attention of learned queries on the patches; HiddenSize is the decoder's.
 /// </summary>
-public sealed record ResamplerSpec(int HiddenSize, int VisionSize, int Queries)
+/// <param name="QueryPositions">Whether queries have positions too, from a stored table (version
+/// 2.0).</param>
+public sealed record ResamplerSpec(
+    int HiddenSize, int VisionSize, int Queries, bool QueryPositions = false)
 {
     // Fixed in the official code: heads of 128, LayerNorm of 1e-6.
     public int Heads => HiddenSize / 128;
@@ -117,11 +122,14 @@ public sealed record ResamplerSpec(int HiddenSize, int VisionSize, int Queries)
 /// sqrt(layers)).</param>
 /// <param name="OutputScale">Factor of the last norm's output before the head (MiniCPM:
 /// dim_model_base / hidden_size).</param>
+/// <param name="FinalNormDecays">Whether weight decay applies to the last norm, by the Hugging Face
+/// Trainer's rule: it takes Llama's and MiniCPM's norms for LayerNorms, Qwen's not.</param>
 public sealed record DecoderSpec(
     int VocabSize, int HiddenSize, int IntermediateSize, int Layers, int Heads, int KvHeads,
     int HeadDim, float RmsNormEpsilon, bool QkvBias, bool TiedHead, double RopeTheta,
     ImmutableArray<double> RopeFactors, int MaxPositions, bool QkNorm = false,
-    double EmbeddingScale = 1, double ResidualScale = 1, double OutputScale = 1)
+    double EmbeddingScale = 1, double ResidualScale = 1, double OutputScale = 1,
+    bool FinalNormDecays = true)
 {
     /// <summary>
     /// cos and sin [positions, HeadDim/2] of position * theta^(-2k/HeadDim) / factor_k; frequencies

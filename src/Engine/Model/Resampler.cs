@@ -7,9 +7,10 @@ namespace MiniCpmNative.Engine.Model;
 
 /// <summary>
 /// One layer of cross-attention that turns the patches of each picture into a fixed number of
-/// features of the decoder's width (Qwen-VL's resampler, as in MiniCPM-V 2.5 and later): kv =
+/// features of the decoder's width (Qwen-VL's resampler, as MiniCPM-V has it): kv =
 /// LN(kv_proj(x)), keys get the 2-D sine-cosine position and values do not, the learned queries get
-/// none; y = LN(out_proj(attention)) proj, with proj multiplied from the right.
+/// none, or in version 2.0 a stored one; y = LN(out_proj(attention)) proj, with proj multiplied from
+/// the right.
 /// </summary>
 public sealed class Resampler : IJoiner
 {
@@ -23,7 +24,7 @@ public sealed class Resampler : IJoiner
     private readonly Attention _attention;
     private readonly Projection _keysAndValues, _query, _key, _value, _output;
     private readonly Norm _queryNorm, _keyNorm, _postNorm;
-    private readonly Tensor _queries, _projection;
+    private readonly Tensor _queryPositions, _queries, _projection;
     private readonly int _width, _queryCount;
     private Tensor _queryStarts, _queryIds, _coordinateIds, _coordinates;
 
@@ -32,6 +33,9 @@ public sealed class Resampler : IJoiner
         (_width, _queryCount) = (spec.HiddenSize, spec.Queries);
         _attention = new Attention(
             spec.Heads, spec.Heads, spec.HeadDim, Causal: false, 1 / Math.Sqrt(spec.HeadDim));
+        // A constant of the official class, and yet trained with the module in modules_to_save.
+        if (spec.QueryPositions)
+            _queryPositions = scope.Table("pos_embed", isFixed: true, spec.Queries, _width);
         _queries = scope.Table("query", false, spec.Queries, _width);
         _projection = scope.Matrix("proj", _width, _width);
         _keysAndValues = scope.Linear("kv_proj", spec.VisionSize, _width, bias: false);
@@ -58,8 +62,10 @@ public sealed class Resampler : IJoiner
         Tensor v = _value.Run(graph, values);
         // The queries are the same for all pictures: computed once, then repeated.
         // Looking them up first brings them from their storage type to that of activations.
-        Tensor q = graph.Run(_repeat, _queries, _queryIds.Slice(0, _queryCount));
-        q = _query.Run(graph, _queryNorm.Run(graph, q));
+        Tensor ids = _queryIds.Slice(0, _queryCount);
+        Tensor q = _queryNorm.Run(graph, graph.Run(_repeat, _queries, ids));
+        if (_queryPositions.Exists) q = graph.Run(_gather, q, _queryPositions, ids);
+        q = _query.Run(graph, q);
         q = graph.Run(_repeat, q, _queryIds);
         Tensor y = graph.Run(_attention, q, k, v, _queryStarts, pictureStarts);
         y = _postNorm.Run(graph, _output.Run(graph, y));

@@ -99,8 +99,10 @@ internal static class SavedFiles
         SlicingSpec slicing = spec.TrainedSlicing(arguments);
         // Without slice_mode nothing is sliced, whatever the number.
         if (!spec.SliceMode || slicing == spec.Slicing) return true;
-        if (json["slice_config"] is not JsonObject slices)
-            json["slice_config"] = slices = new JsonObject
+        JsonObject slices = json;
+        if (spec.Family.SlicingKey is { } key && json[key] is JsonObject its) slices = its;
+        else if (spec.Family.SlicingKey is { } absent)
+            json[absent] = slices = new JsonObject
             {
                 ["patch_size"] = slicing.PatchSize,
                 ["scale_resolution"] = slicing.ScaleResolution,

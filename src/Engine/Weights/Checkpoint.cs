@@ -22,6 +22,11 @@ public sealed class Checkpoint : IDisposable
     /// <summary>All tensors, in the order of the index or of the single file.</summary>
     public IReadOnlyCollection<StoredTensor> Tensors => _tensors.Values;
 
+    /// <summary>Whether a directory holds weights that can be opened.</summary>
+    public static bool IsIn(string directory) =>
+        File.Exists(Path.Combine(directory, SingleFile))
+        || File.Exists(Path.Combine(directory, IndexFile));
+
     /// <summary>The weight files.</summary>
     public IReadOnlyList<SafetensorsFile> Files => _files;
 

@@ -29,10 +29,29 @@ internal sealed class BicubicWeights
     /// <summary>Inputs that one output reads at most.</summary>
     public int MaxTaps { get; private set; }
 
+    /// <summary>
+    /// The inputs first..end that output i reads; their weights, which sum to 1, go into taps, which
+    /// has room for all inputs or for MaxTaps.
+    /// </summary>
+    public static (int First, int End) Taps(
+        int inputs, int outputs, int i, Span<double> taps)
+    {
+        double scale = (double)inputs / outputs;
+        double stretch = Math.Max(scale, 1.0), inverse = 1.0 / stretch;
+        double centre = (i + 0.5) * scale;
+        var (first, end) = Reach(centre, 2.0 * stretch, inputs);
+        double sum = 0;
+        for (int t = 0; t < end - first; t++)
+            sum += taps[t] = Keys((t + first - centre + 0.5) * inverse);
+        if (sum == 0) return (first, end);
+        for (int t = 0; t < end - first; t++) taps[t] /= sum;
+        return (first, end);
+    }
+
     public void Compute(int inputs, int outputs)
     {
         double scale = (double)inputs / outputs;
-        double stretch = Math.Max(scale, 1.0), support = 2.0 * stretch, inverse = 1.0 / stretch;
+        double support = 2.0 * Math.Max(scale, 1.0);
         MaxTaps = 0;
         for (int i = 0; i < outputs; i++)
         {
@@ -48,19 +67,15 @@ internal sealed class BicubicWeights
         Packed.AsSpan(0, outputs * stride).Clear();
         for (int i = 0; i < outputs; i++)
         {
-            double centre = (i + 0.5) * scale;
-            var (first, end) = Reach(centre, support, inputs);
+            var (first, end) = Taps(inputs, outputs, i, _taps);
             int count = end - first;
-            double sum = 0;
-            for (int t = 0; t < count; t++)
-                sum += _taps[t] = Keys((t + first - centre + 0.5) * inverse);
 
             // Every output reads MaxTaps inputs; at the end that begins earlier, with taps of 0.
             First[i] = Math.Min(first, inputs - MaxTaps);
             int skipped = first - First[i];
             for (int t = 0; t < count; t++)
             {
-                double w = sum != 0 ? _taps[t] / sum : _taps[t];
+                double w = _taps[t];
                 Pack(i, t + skipped, (int)((w < 0 ? -0.5 : 0.5) + (w * (1 << Precision))));
             }
         }
