@@ -12,6 +12,7 @@ namespace MiniCpmNative.Tests;
 /// </summary>
 [TestFixture("v2")]
 [TestFixture("l3")]
+[TestFixture("v4")]
 public sealed class FamilyCudaTests(string name)
 {
     private readonly FamilyCase _family = FamilyCase.Of(name);
@@ -21,7 +22,7 @@ public sealed class FamilyCudaTests(string name)
     public void ReferenceTensorsAreReached(bool bf16)
     {
         TrainArguments arguments = _family.Full with { Bf16 = bf16, Device = DeviceChoice.Cuda };
-        var expected = _family.Results.GetProperty("full");
+        var expected = _family.FullResult;
         using var gpu = new CudaSource();
         using var model = TrainingModel.Open(arguments, gpu.Source);
         Trace trace = Trace.Run(
@@ -29,7 +30,7 @@ public sealed class FamilyCudaTests(string name)
         double loss = expected.GetProperty("loss").GetDouble();
         Assert.That(trace.Floats["loss"].Values[0],
             Is.EqualTo(loss).Within((bf16 ? 1.0 / 128 : 1e-5) * loss));
-        foreach (JsonProperty tensor in _family.Json("activations.json").EnumerateObject())
+        foreach (JsonProperty tensor in _family.Activations.EnumerateObject())
         {
             if (!bf16) V26.AssertClose(tensor.Name, trace.Floats[tensor.Name], tensor.Value);
             var wanted = Fingerprint.Read(tensor.Value);

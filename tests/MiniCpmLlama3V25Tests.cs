@@ -64,7 +64,7 @@ public sealed class MiniCpmLlama3V25Tests
             }));
         Assert.That(spec.Resampler, Is.EqualTo(new ResamplerSpec(4096, 1152, 96)));
         Assert.That(spec.Decoder, Is.EqualTo(new DecoderSpec(128256, 4096, 14336, 32, 32, 8, 128,
-            1e-5f, false, false, 500000, [], 8192, FinalNormDecays: false)));
+            1e-5f, false, false, 500000, RopeScaling.None, 8192, FinalNormDecays: false)));
         Assert.That(spec.Slicing, Is.EqualTo(new SlicingSpec(9, 448, 14)));
         Assert.That(spec.Parameters.Find("llm.model.norm.weight")!.Decays, Is.False);
     }

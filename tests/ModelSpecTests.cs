@@ -40,7 +40,8 @@ public sealed class ModelSpecTests
         Assert.That(spec.Resampler, Is.EqualTo(new ResamplerSpec(256, 144, 64)));
         Assert.That((spec.Resampler.Heads, spec.Resampler.HeadDim), Is.EqualTo((2, 128)));
         Assert.That(spec.Decoder, Is.EqualTo(
-            new DecoderSpec(576, 256, 512, 2, 2, 1, 128, 1e-6f, true, false, 1e6, [], 32768)));
+            new DecoderSpec(576, 256, 512, 2, 2, 1, 128, 1e-6f, true, false, 1e6,
+                RopeScaling.None, 32768)));
         Assert.That(spec.Slicing, Is.EqualTo(new SlicingSpec(9, 448, 14)));
         Assert.That((spec.UseImageId, spec.SliceMode), Is.EqualTo((true, true)));
         Assert.That(spec.Processor.Slicing, Is.EqualTo(new SlicingSpec(9, 448, 14)));
@@ -228,8 +229,19 @@ public sealed class ModelSpecTests
     [TestCase("rope_theta", "0", "key \"rope_theta\" is 0")]
     [TestCase("rope_scaling", """{"type": "yarn", "factor": 4}""",
         "key \"rope_scaling.type\" is \"yarn\", which is not supported")]
+    [TestCase("rope_parameters", """{"rope_type": "llama3"}""",
+        "\"llama3\", which is not supported for MiniCPM-V-2_6; expected \"default\", \"longrope\"")]
     [TestCase("rope_parameters", """{"rope_type": "longrope"}""",
-        "\"longrope\", which is not supported")]
+        "key \"rope_parameters.short_factor\" is missing")]
+    [TestCase("rope_scaling", """{"type": "longrope", "short_factor": [1, 2]}""",
+        "key \"rope_scaling.short_factor\" is an array, expected 64 numbers, half of head_dim")]
+    [TestCase("rope_scaling", """{"type": "longrope", "original_max_position_embeddings": 1}""",
+        "key \"rope_scaling.original_max_position_embeddings\" is 1, expected")]
+    [TestCase("rope_scaling", """{"type": "longrope", "factor": 0}""",
+        "key \"rope_scaling.factor\" is 0, expected")]
+    [TestCase("rope_scaling", """{"type": "longrope", "attention_factor": "1"}""",
+        "key \"rope_scaling.attention_factor\" is \"1\", expected")]
+    [TestCase("rope_scaling", "3", "key \"rope_scaling\" is 3, expected an object")]
     [TestCase("quantization_config", """{"load_in_4bit": true}""", "the weights are quantised")]
     [TestCase("vision_config", "[]", "key \"vision_config\" is an array, expected an object")]
     [TestCase("vision_config.hidden_size", "145", "expected a multiple of num_attention_heads (2)")]
@@ -309,7 +321,10 @@ public sealed class ModelSpecTests
             Assert.That(sin[i], Is.EqualTo(Math.Sin(angle)).Within(1e-6 + (position * 3e-7)));
         }
 
-        var halved = decoder with { RopeFactors = [.. Enumerable.Repeat(2.0, headDim / 2)] };
+        var halved = decoder with
+        {
+            RopeScaling = RopeScaling.None with { Short = [.. Enumerable.Repeat(2.0, headDim / 2)] },
+        };
         Assert.That(halved.RopeTable(3).Cos[headDim], Is.EqualTo(cos[headDim / 2]).Within(1e-7));
     }
 

@@ -97,7 +97,7 @@ public sealed class PositionTableTests
         bool scaled = name.StartsWith("longrope", StringComparison.Ordinal);
         var decoder = new DecoderSpec(
             1, headDim, 1, 1, 1, 1, headDim, 1e-6f, false, false, theta,
-            scaled ? [.. s_factorsOfV4] : [], 4096);
+            RopeScaling.None with { Short = scaled ? [.. s_factorsOfV4] : [] }, 4096);
         var (cos, sin) = decoder.RopeTable(4096);
         double[] frequencies = reference.Doubles($"table/{name}/inv_freq");
         double[] cosRows = reference.Doubles($"table/{name}/cos_rows");

@@ -96,6 +96,8 @@ public sealed class Decoder : IBatchInput
 /// </summary>
 public sealed class DecoderContext
 {
+    private readonly (Tensor Cos, Tensor Sin)[] _ropeTables = new (Tensor, Tensor)[2];
+
     /// <summary>I32[tokens]: the place of each token in its sequence.</summary>
     public Tensor Positions { get; set; }
 
@@ -105,19 +107,27 @@ public sealed class DecoderContext
     /// <summary>I32[sequences + 1]: the same of its keys, which may be more.</summary>
     public Tensor KeyStarts { get; set; }
 
-    /// <summary>F32[positions, headDim / 2].</summary>
+    /// <summary>F32[positions, headDim / 2], of the batch's longest sequence.</summary>
     public Tensor RopeCos { get; private set; }
 
-    /// <summary>F32[positions, headDim / 2].</summary>
+    /// <summary>The same.</summary>
     public Tensor RopeSin { get; private set; }
 
-    /// <summary>Makes the rotary tables reach at least so many positions.</summary>
+    /// <summary>
+    /// Makes the rotary tables reach at least so many positions, the batch's longest sequence:
+    /// which divisors of the frequencies they have depends on it.
+    /// </summary>
     public void Reach(DecoderSpec spec, int positions, BatchUpload upload)
     {
-        if (RopeCos.Exists && RopeCos.Shape[0] >= positions) return;
-        int count = Math.Max(positions, RopeCos.Exists ? 2 * RopeCos.Shape[0] : 2048);
-        var (cos, sin) = spec.RopeTable(count);
-        RopeCos = upload.Table(cos, count, "rope cos");
-        RopeSin = upload.Table(sin, count, "rope sin");
+        bool isLong = spec.RopeScaling.IsLong(positions);
+        ref (Tensor Cos, Tensor Sin) tables = ref _ropeTables[isLong ? 1 : 0];
+        if (!tables.Cos.Exists || tables.Cos.Shape[0] < positions)
+        {
+            int count = Math.Max(positions, tables.Cos.Exists ? 2 * tables.Cos.Shape[0] : 2048);
+            var (cos, sin) = spec.RopeTable(count, isLong);
+            tables = (upload.Table(cos, count, "rope cos"), upload.Table(sin, count, "rope sin"));
+        }
+
+        (RopeCos, RopeSin) = tables;
     }
 }

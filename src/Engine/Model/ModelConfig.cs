@@ -127,12 +127,13 @@ public sealed class ModelConfig
         RefuseSlidingWindow(layers);
         RequireText(Json, "hidden_act", "silu");
         RequireZero(Json, "attention_dropout");
+        int positions = Size(Json, "max_position_embeddings", int.MaxValue, 32768);
         return new DecoderSpec(
             Size(Json, "vocab_size", MaxVocabulary), hidden,
             Size(Json, "intermediate_size", 1 << 20), layers, heads, kvHeads, headDim,
             (float)(Json.Find("rms_norm_eps")?.Number(1e-12, 1) ?? 1e-6), qkvBias,
-            Flag("tie_word_embeddings", false), RopeTheta(), [],
-            Size(Json, "max_position_embeddings", int.MaxValue, 32768), qkNorm);
+            Flag("tie_word_embeddings", false), RopeTheta(),
+            RopeScaling.Read(this, headDim, positions), positions, qkNorm);
     }
 
     /// <summary>The vision tower of version 2.5 and later.</summary>
@@ -162,22 +163,9 @@ public sealed class ModelConfig
             side / patch, (float)(vision.Find("layer_norm_eps")?.Number(1e-12, 1) ?? 1e-6), drops);
     }
 
-    // Newer transformers write rope_parameters in place of rope_theta and rope_scaling.
-    private double RopeTheta()
-    {
-        foreach (string key in new[] { "rope_scaling", "rope_parameters" })
-        {
-            if (Json.Find(key) is not { } scaling) continue;
-            if ((scaling.Find("rope_type") ?? scaling.Find("type")) is { } type
-                && type.Text() != "default")
-                throw type.Error($"is {Messages.Quote(type.Text())}, which is not supported for"
-                    + $" {ModelName}; expected \"default\" or no {key}");
-        }
-
-        JsonValue? theta = Json.Find("rope_theta")
-            ?? Json.Find("rope_parameters")?.Find("rope_theta");
-        return theta?.Number(1, 1e12) ?? 10000;
-    }
+    // Newer transformers write rope_parameters in place of rope_theta.
+    private double RopeTheta() => (Json.Find("rope_theta")
+        ?? Json.Find("rope_parameters")?.Find("rope_theta"))?.Number(1, 1e12) ?? 10000;
 
     private void RefuseSlidingWindow(int layers)
     {

@@ -113,8 +113,6 @@ public sealed record ResamplerSpec(
 /// </summary>
 /// <param name="QkvBias">Whether the query, key and value projections have biases (Qwen2).</param>
 /// <param name="TiedHead">lm_head is embed_tokens; no tensor of its own is stored.</param>
-/// <param name="RopeFactors">Divisors of the rotary frequencies, HeadDim / 2 of them, or
-/// none.</param>
 /// <param name="MaxPositions">max_position_embeddings.</param>
 /// <param name="QkNorm">Whether queries and keys are normalised per head (Qwen3).</param>
 /// <param name="EmbeddingScale">Factor of token embeddings (MiniCPM's scale_emb).</param>
@@ -127,31 +125,36 @@ public sealed record ResamplerSpec(
 public sealed record DecoderSpec(
     int VocabSize, int HiddenSize, int IntermediateSize, int Layers, int Heads, int KvHeads,
     int HeadDim, float RmsNormEpsilon, bool QkvBias, bool TiedHead, double RopeTheta,
-    ImmutableArray<double> RopeFactors, int MaxPositions, bool QkNorm = false,
+    RopeScaling RopeScaling, int MaxPositions, bool QkNorm = false,
     double EmbeddingScale = 1, double ResidualScale = 1, double OutputScale = 1,
     bool FinalNormDecays = true)
 {
     /// <summary>
-    /// cos and sin [positions, HeadDim/2] of position * theta^(-2k/HeadDim) / factor_k; frequencies
-    /// and angles are rounded to float as transformers has them.
+    /// amplitude * cos and sin [positions, HeadDim/2] of position * theta^(-2k/HeadDim) / divisor_k;
+    /// frequencies and angles are rounded to float as transformers has them.
     /// </summary>
-    public (float[] Cos, float[] Sin) RopeTable(int positions)
+    /// <param name="positions">Rows of the tables.</param>
+    /// <param name="isLong">Whether they have the long divisors.</param>
+    public (float[] Cos, float[] Sin) RopeTable(int positions, bool isLong = false)
     {
         int half = HeadDim / 2;
+        ImmutableArray<double> divisors = isLong ? RopeScaling.Long : RopeScaling.Short;
         var frequencies = new float[half];
         for (int k = 0; k < half; k++)
         {
             float power = (float)Math.Pow(RopeTheta, 2f * k / HeadDim);
-            float factor = RopeFactors.IsDefaultOrEmpty ? 1 : (float)RopeFactors[k];
-            frequencies[k] = 1 / (factor * power);
+            float divisor = divisors.IsEmpty ? 1 : (float)divisors[k];
+            frequencies[k] = 1 / (divisor * power);
         }
 
+        float amplitude = (float)RopeScaling.Amplitude;
         var cos = new float[checked(positions * half)];
         var sin = new float[cos.Length];
         for (int i = 0; i < cos.Length; i++)
         {
             float angle = i / half * frequencies[i % half];
-            (cos[i], sin[i]) = ((float)Math.Cos(angle), (float)Math.Sin(angle));
+            cos[i] = amplitude * (float)Math.Cos(angle);
+            sin[i] = amplitude * (float)Math.Sin(angle);
         }
 
         return (cos, sin);

@@ -10,8 +10,8 @@ internal sealed class MiniCpmV4() : Family("MiniCPM-V-4")
 {
     public override bool Is(ModelConfig config) => config.IsVision("4.0");
 
-    public override ModelSpec Read(ModelConfig config) =>
-        config.Spec(this, config.Decoder(), config.Siglip());
+    public override ModelSpec Read(ModelConfig config) => config.Spec(
+        this, config.Decoder() with { FinalNormDecays = false }, config.Siglip());
 
     // The official documentation says "llama", for which the official script has no format.
     public override RowFormat Rows(ModelSpec spec) =>
