@@ -5,6 +5,7 @@ using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Train;
 using MiniCpmNative.Engine.Weights;
+using MiniCpmNative.Kernels;
 
 namespace MiniCpmNative.Tests;
 
@@ -129,6 +130,11 @@ internal sealed class FamilyCase
             File.WriteAllBytes(Path.Combine(folder, to), File.ReadAllBytes(from));
         return folder;
     }
+
+    /// <summary>A traced tensor; whole numbers become floats.</summary>
+    public static (Shape Shape, float[] Values) Traced(Trace trace, string name) =>
+        trace.Ints.TryGetValue(name, out var ints)
+            ? (ints.Shape, Array.ConvertAll(ints.Values, v => (float)v)) : trace.Floats[name];
 
     /// <summary>Loads the adapter whose gradients are recorded.</summary>
     public TrainingModel OpenAdapted(TrainArguments arguments)

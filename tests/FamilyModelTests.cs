@@ -26,7 +26,7 @@ public sealed class FamilyModelTests(string name)
         Batch batch = _family.Batch(_family.Full, _family.Pair);
         Trace trace = Trace.Run(model, batch, gradients: true);
         foreach (var tensor in _family.Activations.EnumerateObject())
-            V26.AssertClose(tensor.Name, trace.Floats[tensor.Name], tensor.Value,
+            V26.AssertClose(tensor.Name, FamilyCase.Traced(trace, tensor.Name), tensor.Value,
                 tensor.Name.StartsWith("grad.", StringComparison.Ordinal) ? 1e-4 : 1e-5);
         if (ReferenceText.Has($"{name}/forward.safetensors"))
         {
