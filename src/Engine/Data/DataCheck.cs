@@ -44,7 +44,8 @@ public static class DataCheck
             arguments.ModelMaxLength);
         output.WriteLine(
             $"  longer than model_max_length {Number(arguments.ModelMaxLength)}, would be cut: "
-            + $"{Number(counts.Cut)}; answers that would lose their end: {Number(counts.AnswersCut)}");
+            + $"{Number(counts.Cut)}; answers that would lose their end: "
+            + Number(counts.AnswersCut));
         output.WriteLine(
             $"  pictures: {Number(counts.Pictures)}, {Number(counts.Turned)} {counts.TurnedText}");
         Show(rows, Array.FindIndex(checks, c => c.Bad is null), output);
