@@ -9,6 +9,8 @@ namespace MiniCpmNative.Engine.Model;
 /// </summary>
 internal sealed class MiniCpmLlama3V25() : Family("MiniCPM-Llama3-V-2_5")
 {
+    public override bool NumbersPictures => false;
+
     public override bool Is(ModelConfig config) => config.IsVision("2.5");
 
     // Its configuration class has no other slice_mode.
