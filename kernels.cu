@@ -1322,7 +1322,8 @@ extern "C" __global__ void __launch_bounds__(256) columns_backward(
     put_row(behind, 0, 1, accumulate, cols - begin - count);
 }
 
-// cache[slots[i]] = x[i]; slots rise, and one behind a slot outside is held to nothing. One block per row of x. Moves 2 R C S.
+// cache[slots[i]] = x[i]; slots rise, and one behind a slot outside is held to nothing. One block
+// per row of x. Moves 2 R C S.
 extern "C" __global__ void __launch_bounds__(256) cache_append(
     real* cache, const real* x, const int* slots, int limit, int cols, int* faults)
 {

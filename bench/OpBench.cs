@@ -12,8 +12,8 @@ using MiniCpmNative.Kernels.Cpu;
 namespace MiniCpmNative.Bench;
 
 /// <summary>
-/// Forward and backward of every operation at the production shapes of <see cref="OpCases"/>, float, on
-/// all cores. `bench ops [name ...]`: the operations named, or all.
+/// Forward and backward of every operation at the production shapes of <see cref="OpCases"/>,
+/// float, on all cores. `bench ops [name ...]`: the operations named, or all.
 /// </summary>
 public class OpBench
 {

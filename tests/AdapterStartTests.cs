@@ -42,7 +42,8 @@ public sealed class AdapterStartTests
     [TestCase("--lora_bias all", "lora_bias is all, the adapter's is none")]
     [TestCase("--lora_target_modules [\"v_proj\"]",
         "lora_target_modules is [v_proj], the adapter's is [gate_proj, v_proj,")]
-    [TestCase("--lora_target_modules .*v_proj", "lora_target_modules is \".*v_proj\", the")]
+    [TestCase("--lora_r 16 --lora_target_modules v_proj",
+        "lora_r is 16, the adapter's is 4; lora_target_modules is \"v_proj\", the adapter's is [gate_")]
     [TestCase("--lora_target_modules q_proj v_proj", "lora_target_modules is [q_proj, v_proj]")]
     [TestCase("--lora_target_modules " + All + " --lora_layers_to_transform 1",
         "in layers 1, the adapter's is [gate_proj")]

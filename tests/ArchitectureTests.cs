@@ -33,6 +33,35 @@ public sealed class ArchitectureTests
         Assert.That(used, Has.None.AnyOf(above));
     }
 
+    // Both devices are below operations, and neither knows the other. Only the declarations of what
+    // runs on both, Op and Weight, name them; only the cases name everything.
+    [TestCase("", "")]
+    [TestCase("Op.cs", "Cpu Cuda")]
+    [TestCase("Weight.cs", "Cpu Cuda")]
+    [TestCase("Device.cs", "Updates")]
+    [TestCase("Updates", "")]
+    [TestCase("Cpu", "Updates")]
+    [TestCase("Cuda", "Updates")]
+    [TestCase("Ops", "Cpu Cuda")]
+    [TestCase("Cases", "Cpu Cuda Ops")]
+    public void A_part_of_Kernels_uses_those_below_it_only(string part, string below)
+    {
+        string[] parts = ["Cpu", "Cuda", "Ops", "Updates", "Cases"];
+        string folder = Path.Combine(s_root, "src/Kernels");
+        IEnumerable<string> files = part.Length == 0
+            ? Directory.EnumerateFiles(folder, "*.cs").Where(
+                f => Path.GetFileName(f) is not ("Op.cs" or "Weight.cs" or "Device.cs"))
+            : part.EndsWith(".cs", StringComparison.Ordinal)
+                ? [Path.Combine(folder, part)]
+                : Directory.EnumerateFiles(Path.Combine(folder, part), "*.cs");
+        Assert.That(files, Is.Not.Empty);
+        foreach (string file in files)
+            foreach (string other in parts.Except([part, .. below.Split(' ')]))
+                Assert.That(File.ReadAllText(file), Does.Not.Match(
+                    $@"using (static )?MiniCpmNative\.Kernels\.{other}\b"
+                    + $@"|\b{other}\.[A-Z]\w*[.(<]"), Path.GetRelativePath(s_root, file));
+    }
+
     [Test]
     public void The_tape_names_no_operation()
     {

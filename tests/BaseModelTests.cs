@@ -78,12 +78,16 @@ public sealed class BaseModelTests
             AssertSame(name, "model.safetensors", "config.json", "tokenizer.json", "merges.txt");
     }
 
-    [TestCase("overwritten")]
-    [TestCase("cut")]
-    public void WeightsThatChangeInPlaceLoseNothingThatWasTrained(string what)
+    [TestCase("overwritten", When.Steps)]
+    [TestCase("cut", When.Steps)]
+    [TestCase("cut", When.No)]
+    public void WeightsThatChangeInPlaceLoseNothingThatWasTrained(string what, When saving)
     {
         byte[] original = File.ReadAllBytes(Weights);
         Runs.Train(_arguments with { OutputDir = At("undisturbed") });
+        _arguments = _arguments with { SaveStrategy = saving, OverwriteOutputDir = true };
+        // Of an older run, which this one replaces.
+        Directory.CreateDirectory(RunFolder.Checkpoint(_arguments.OutputDir, 2));
         var screen = new Watching("step 1/", () => Change(what));
         var failure = Assert.Throws<RunException>(() => Runs.Train(_arguments, screen: screen))!;
         Assert.That(failure.Message, Does.StartWith(
@@ -91,7 +95,11 @@ public sealed class BaseModelTests
         Assert.That(screen.ToString(), Does.Contain("has what was trained alone"));
         Assert.That(File.Exists(Path.Combine(_arguments.OutputDir, "model.safetensors")), Is.False);
         File.WriteAllBytes(Weights, original);
-        Runs.Train(_arguments with { ResumeFromCheckpoint = new ResumePoint(null) });
+        Runs.Train(_arguments with
+        {
+            OverwriteOutputDir = false,
+            ResumeFromCheckpoint = new ResumePoint(null),
+        });
         AssertSame("", "model.safetensors");
     }
 

@@ -312,7 +312,8 @@ public sealed class CudaAttentionTests
 
     private static string Name(AttentionProblem p) =>
         $"{p.Heads}/{p.KvHeads} heads of {p.HeadDim}, starts {Starts(p.StartsQ)} and {Starts(p.StartsK)}"
-        + (p.Causal ? ", causal" : "") + (p.Cached ? ", cached" : p.KeyLengths is null ? "" : ", cut")
+        + (p.Causal ? ", causal" : "")
+        + (p.Cached ? ", cached" : p.KeyLengths is null ? "" : ", cut")
         + (p.Q.Length > 0 && p.Q.Max() > 2 ? ", large" : "");
 
     private static string Starts(int[] starts) =>

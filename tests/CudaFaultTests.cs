@@ -38,7 +38,7 @@ public sealed class CudaFaultTests
         Terms(2, 2, 2, "starts[2] is 2, expected to rise from 0 to 6, the ids"),
         Terms(2, 3, 7, "starts[3] is 7, expected to rise from 0 to 6, the ids"),
         Terms(2, 4, 5, "starts[4] is 5, expected to rise from 0 to 6, the ids"),
-        Terms(2, 1, int.MinValue, "starts[1] is -2147483648, expected to rise from 0 to 6, the ids"),
+        Terms(2, 1, -7, "starts[1] is -7, expected to rise from 0 to 6, the ids"),
         Terms(3, 1, 40, "ids[1] is 40, expected 0 to 39"),
         Terms(3, 5, -1, "ids[5] is -1, expected 0 to 39"),
     ];

@@ -25,7 +25,7 @@ internal sealed class FamilyCase
     private FamilyCase(string name, string question, string answer)
     {
         (Name, _text) = (name, (question, answer));
-        _rows = ReferenceText.FamilyJson($"{name}/rows.json");
+        _rows = ReferenceText.Json($"families/{name}/rows.json");
     }
 
     public string Name { get; }
@@ -61,7 +61,7 @@ internal sealed class FamilyCase
         return s_all[name] = new FamilyCase(name, question, answer);
     }
 
-    public JsonElement Json(string file) => ReferenceText.CommittedJson($"{Name}/{file}");
+    public JsonElement Json(string file) => ReferenceText.Json($"{Name}/{file}");
 
     /// <summary>A data file with these rows, by name, and "text", which has no picture.</summary>
     public string Data(string folder, params string[] names)

@@ -4,6 +4,7 @@ using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Data.Images;
 using MiniCpmNative.Engine.Data.Text;
+using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;
 
@@ -13,9 +14,6 @@ namespace MiniCpmNative.Tests;
 /// </summary>
 internal static class FamilyFormats
 {
-    private static readonly PlaceholderTokens s_tokens = new(
-        "<image>", "</image>", "<slice>", "</slice>", "<unk>", "<image_id>", "</image_id>");
-
     private static readonly Dictionary<string, RowFormat> s_formats = [];
 
     public static string Folder(string family) =>
@@ -29,7 +27,7 @@ internal static class FamilyFormats
     {
         folder ??= Folder(family);
         var tokenizer = Tokenizer.Load(folder);
-        var config = ReferenceText.FamilyJson(family + ".json");
+        var config = ReferenceText.Json($"families/{family}.json");
         int queries = config.GetProperty("query_num").GetInt32();
         var slicing = config.TryGetProperty("slice_config", out var slices) ? slices : config;
         bool old = family is "v2" or "l3";
@@ -40,8 +38,8 @@ internal static class FamilyFormats
                 "l3" => new Llama3Format(tokenizer, folder),
                 _ => ChatMlFormat.Load(folder, tokenizer),
             },
-            old ? PlaceholderScheme.Old(tokenizer, s_tokens, queries, folder)
-                : PlaceholderScheme.New(tokenizer, s_tokens, queries, folder),
+            old ? PlaceholderScheme.Old(tokenizer, RowFormats.Tokens, queries, folder)
+                : PlaceholderScheme.New(tokenizer, RowFormats.Tokens, queries, folder),
             Numbered: true,
             new SlicingSpec(slicing.GetProperty("max_slice_nums").GetInt32(),
                 slicing.GetProperty("scale_resolution").GetInt32(), 14),
@@ -66,6 +64,11 @@ internal static class FamilyFormats
         new PictureSize(size[0].GetInt32(), size[1].GetInt32()), slicing.MaxSliceNums,
         slicing.ScaleResolution, slicing.PatchSize);
 
+    /// <summary>The plan of one of V-2_6's pictures, which other references use too.</summary>
+    public static SlicePlan SharedPlan(JsonElement picture) => Slicer.Plan(
+        new PictureSize(picture.GetProperty("width").GetInt32(),
+            picture.GetProperty("height").GetInt32()), 9, 448, 14);
+
     /// <summary>Width and height of every view, in model order.</summary>
     public static IEnumerable<PictureSize> Views(IEnumerable<SlicePlan> plans) =>
         plans.SelectMany(plan => Enumerable.Repeat(plan.Tile, plan.Views - 1)
@@ -74,4 +77,8 @@ internal static class FamilyFormats
     /// <summary>Rows and columns of patches of every view, flat.</summary>
     public static IEnumerable<int> Grids(IEnumerable<SlicePlan> plans) =>
         Views(plans).SelectMany(view => (int[])[view.Height / 14, view.Width / 14]);
+
+    public static void AssertBounds(ImageBound[] bounds, JsonElement expected, string name) =>
+        Assert.That(bounds.SelectMany(b => (int[])[b.Start, b.End]), Is.EqualTo(
+            expected.EnumerateArray().SelectMany(ReferenceText.Ints)), name);
 }

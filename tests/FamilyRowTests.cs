@@ -9,16 +9,15 @@ using static MiniCpmNative.Tests.FamilyFormats;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// Rows and prompts of every family's reference model, against what its official data set,
-/// processor and chat() made of them.
+/// Rows of every family's reference model, against what the official data set made of them.
 /// </summary>
 [TestFixture]
 public class FamilyRowTests
 {
     private static IEnumerable<(JsonElement Line, SlicePlan[] Plans)> OwnRows(string family)
     {
-        var images = ReferenceText.FamilyJson($"{family}/images.json");
-        foreach (var line in ReferenceText.FamilyJson($"{family}/rows.json").EnumerateArray())
+        var images = ReferenceText.Json($"families/{family}/images.json");
+        foreach (var line in ReferenceText.Json($"families/{family}/rows.json").EnumerateArray())
         {
             var slices = line.GetProperty("slice_config");
             var slicing = new SlicingSpec(Number("max_slice_nums"), Number("scale_resolution"),
@@ -39,17 +38,13 @@ public class FamilyRowTests
         var sizes = ReferenceText.Json("v26/data/images.json").EnumerateArray().ToDictionary(
             item => Path.GetFileName(item.GetProperty("file").GetString()!));
         var rows = RowFile.Parse("rows.json", ReferenceText.Bytes("v26/data/rows.json")).Rows;
-        foreach (var line in ReferenceText.FamilyJson($"{family}/rows.json").EnumerateArray())
+        foreach (var line in ReferenceText.Json($"families/{family}/rows.json").EnumerateArray())
         {
             var row = rows.Single(item => item.Id == line.GetProperty("id").GetString());
             yield return (row, [.. row.Pictures.Select(picture =>
-                Picture(sizes[Path.GetFileName(picture.Path)], 9))], line);
+                SharedPlan(sizes[Path.GetFileName(picture.Path)]))], line);
         }
     }
-
-    private static SlicePlan Picture(JsonElement picture, int slices) => Engine.Data.Images.Slicer
-        .Plan(new PictureSize(picture.GetProperty("width").GetInt32(),
-            picture.GetProperty("height").GetInt32()), slices, 448, 14);
 
     [TestCase("v2")]
     [TestCase("l3")]
@@ -102,7 +97,7 @@ public class FamilyRowTests
     {
         var format = Of("o45");
         var builder = new SampleBuilder(format, 2048, official: true);
-        foreach (var line in ReferenceText.FamilyJson("o45/rows.json").EnumerateArray())
+        foreach (var line in ReferenceText.Json("families/o45/rows.json").EnumerateArray())
         {
             var images = line.GetProperty("images").EnumerateObject().ToArray();
             SlicePlan[] plans = [.. images.Select(image => Plan(image.Value, format.Slicing))];
@@ -166,7 +161,7 @@ public class FamilyRowTests
     [TestCase("l3", "What is this?", "A star.")]
     public void RowsWithoutPictures(string family, string question, string answer)
     {
-        var expected = ReferenceText.FamilyJson($"{family}/text_only.json");
+        var expected = ReferenceText.Json($"families/{family}/text_only.json");
         var sample = new SampleBuilder(Of(family), 2048).Build(Row(Talk(question, answer)), []);
         Assert.That(sample.InputIds,
             Is.EqualTo(ReferenceText.Ints(expected.GetProperty("input_ids")[0])));
@@ -175,150 +170,25 @@ public class FamilyRowTests
         Assert.That(sample.Bounds, Is.Empty);
     }
 
-    [TestCase("v2", 4)]
-    [TestCase("l3", 4)]
-    public void PromptsOfTheOldScheme(string family, int least)
+    // A whole batch on V-2_6's pictures: what the model gets has the format's own sizes.
+    [TestCase("v2", 64)]
+    [TestCase("l3", 96)]
+    [TestCase("v45", 64)]
+    public void BatchesHoldAPlaceForEveryFeature(string family, int queries)
     {
-        var format = Of(family);
-        var images = ReferenceText.FamilyJson($"{family}/images.json");
-        int seen = 0;
-        foreach (var line in ReferenceText.FamilyJson($"{family}/prompts.json").EnumerateArray())
-        {
-            // Llama3-V-2_5's chat() fails without a picture.
-            if (line.TryGetProperty("error", out _)) continue;
-            string[] paths = !line.TryGetProperty("images", out var several)
-                ? line.GetProperty("image") is { ValueKind: JsonValueKind.String } one
-                    ? [one.GetString()!] : []
-                : [.. several.EnumerateArray().Select(item => item.GetString()!)];
-            SlicePlan[] plans =
-                [.. paths.Select(path => Plan(images.GetProperty(path), format.Slicing))];
-            var turns = line.GetProperty("msgs").EnumerateArray().Select((message, i) =>
-                new PromptTurn(message.GetProperty("role").GetString()!,
-                    [.. Enumerable.Range(0, i == 0 ? plans.Length : 0)
-                        .Select(k => (PromptPart)k), message.GetProperty("content").GetString()!]))
-                .ToArray();
-            string? system = line.TryGetProperty("system_prompt", out var text)
-                ? text.GetString() : null;
-            AssertPrompt(format, "input_ids");
-            if (family == "l3")
-                AssertPrompt(Make(family, Path.Combine(Folder(family), "bos")),
-                    "input_ids_other_tokenizer");
-            seen++;
-
-            void AssertPrompt(RowFormat format, string name)
-            {
-                var prompt = new SampleBuilder(format, 2048).BuildPrompt(turns, plans, system);
-                Assert.That(prompt.InputIds,
-                    Is.EqualTo(ReferenceText.Ints(line.GetProperty(name))), name);
-                if (name == "input_ids")
-                    AssertBounds(prompt.Bounds, line.GetProperty("image_bound"), name);
-            }
-        }
-
-        Assert.That(seen, Is.EqualTo(least));
-    }
-
-    [TestCase("v4")]
-    [TestCase("v45")]
-    public void PromptsOfTheNewScheme(string family)
-    {
-        var sizes = ReferenceText.Json("v26/data/images.json").EnumerateArray().ToArray();
-        foreach (var line in ReferenceText.FamilyJson($"{family}/prompts.json").EnumerateArray())
-        {
-            var arguments = line.GetProperty("case");
-            var plans = new List<SlicePlan>();
-            var turns = arguments.GetProperty("msgs").EnumerateArray().Select((message, i) =>
-            {
-                var parts = new List<PromptPart>();
-                if (i == 0 && arguments.TryGetProperty("image", out var image)) Show(image);
-                var content = message.GetProperty("content");
-                foreach (var part in content.ValueKind == JsonValueKind.Array
-                    ? content.EnumerateArray().ToArray() : [content])
-                    if (part.ValueKind == JsonValueKind.Number) Show(part);
-                    else parts.Add(part.GetString()!);
-                return new PromptTurn(message.GetProperty("role").GetString()!, parts);
-
-                void Show(JsonElement number)
-                {
-                    parts.Add(plans.Count);
-                    plans.Add(Picture(sizes.Single(item => Path.GetFileNameWithoutExtension(
-                        item.GetProperty("file").GetString()!) == $"p{number.GetInt32()}"), 9));
-                }
-            }).ToArray();
-            var prompt = new SampleBuilder(Of(family), 2048).BuildPrompt(turns, plans);
-            Assert.That(prompt.InputIds,
-                Is.EqualTo(ReferenceText.Ints(line.GetProperty("input_ids")[0])));
-            AssertBounds(prompt.Bounds, line.GetProperty("image_bound")[0], family);
-        }
-    }
-
-    [Test]
-    public void ProcessorsPromptsOfO45()
-    {
-        int seen = 0;
-        var all = ReferenceText.FamilyJson("o45/processor.json").GetProperty("processor");
-        foreach (var line in all.EnumerateArray())
-        {
-            if (!line.TryGetProperty("image_sizes", out var sizes)) continue;
-            var options = line.GetProperty("options");
-            var slicing = Of("o45").Slicing;
-            if (options.TryGetProperty("max_slice_nums", out var most))
-                slicing = slicing with { MaxSliceNums = most.GetInt32() };
-            SlicePlan[] plans = [.. sizes.EnumerateArray().Select(size => Plan(size, slicing))];
-            bool numbered = !options.TryGetProperty("use_image_id", out var id) || id.GetBoolean();
-            var prompt = new SampleBuilder(Of("o45") with { Numbered = numbered }, 2048)
-                .BuildPrompt([new PromptTurn("user",
-                    [.. Enumerable.Range(0, plans.Length).Select(k => (PromptPart)k),
-                        "What is it?"])], plans);
-            Assert.That(prompt.InputIds,
-                Is.EqualTo(ReferenceText.Ints(line.GetProperty("input_ids")[0])));
-            AssertBounds(prompt.Bounds, line.GetProperty("image_bound")[0], line.ToString());
-            Assert.That(Grids(plans), Is.EqualTo(line.GetProperty("tgt_sizes")[0].EnumerateArray()
-                .SelectMany(ReferenceText.Ints)));
-            seen++;
-        }
-
-        Assert.That(seen, Is.EqualTo(6));
-    }
-
-    [Test]
-    public void TextsAndIdsOfO45sTemplate()
-    {
-        var prompts = (ChatMlFormat)Of("o45").Prompts;
-        int seen = 0;
-        var all = ReferenceText.FamilyJson("o45/processor.json").GetProperty("template");
-        foreach (var line in all.EnumerateArray())
-        {
-            ChatTurn[] turns = [.. line.GetProperty("messages").EnumerateArray().Select(message =>
-                new ChatTurn(message.GetProperty("role").GetString()!,
-                    message.GetProperty("content").GetString()!))];
-            var options = line.GetProperty("options");
-            bool? thinks = options.TryGetProperty("enable_thinking", out var thinking)
-                ? thinking.GetBoolean() : null;
-            string text = !line.GetProperty("add_generation_prompt").GetBoolean()
-                ? prompts.Render(turns)
-                : options.TryGetProperty("use_tts_template", out _)
-                    ? prompts.SpokenPrompt(turns, thinks) : prompts.Prompt(turns, thinks);
-            Assert.That(text, Is.EqualTo(line.GetProperty("text").GetString()));
-            Assert.That(prompts.Tokenizer.Encode(text),
-                Is.EqualTo(ReferenceText.Ints(line.GetProperty("input_ids"))));
-            seen++;
-        }
-
-        Assert.That(seen, Is.EqualTo(48));
-    }
-
-    [TestCase("v2")]
-    [TestCase("l3")]
-    public void TheirTokenizersEncodeAsTheOfficialOnes(string family)
-    {
-        var tokenizer = Of(family).Tokenizer;
-        var cases = ReferenceText.FamilyJson($"{family}/tokenizer_cases.json");
-        foreach (var line in cases.EnumerateArray())
-            Assert.That(
-                tokenizer.Encode(line.GetProperty("text").GetString()!, special: true),
-                Is.EqualTo(ReferenceText.Ints(line.GetProperty("ids"))), line.ToString());
-        Assert.That(cases.GetArrayLength(), Is.EqualTo(33));
+        var rows = TrainingRows.Read(
+            V26.Rows, V26.Full with { OfficialCompat = false }, Of(family));
+        var batch = new Batch();
+        batch.Clear();
+        foreach (string id in (string[])["two-small", "wide"]) rows.Append(rows.Find(id), batch);
+        int views = batch.Grids.Count / 2;
+        Assert.That(views, Is.GreaterThan(4));
+        Assert.That(batch.ImageBounds.Count, Is.EqualTo(2 * views));
+        Assert.That(batch.SlotFeatures.Span.ToArray(),
+            Is.EqualTo(Enumerable.Range(0, views * queries)));
+        int unknown = Of(family).Placeholders.UnknownId;
+        foreach (int slot in batch.Slots.Span)
+            Assert.That(batch.Tokens[slot], Is.EqualTo(unknown));
     }
 
     [TestCase("v2", "minicpm")]
@@ -372,6 +242,37 @@ public class FamilyRowTests
         Assert.That(failure.Message, Does.Contain($"turn 1: the text holds the special token {token}"));
     }
 
+    [TestCase("<image>")]
+    [TestCase("<|im_end|>")]
+    public void ThePlaceOfAFeatureIsNoTagOfItsOwn(string unknown)
+    {
+        var prompts = Of("v4").Prompts;
+        var placeholders = PlaceholderScheme.New(
+            prompts.Tokenizer, RowFormats.Tokens with { Unknown = unknown }, 64);
+        var failure = Assert.Throws<InputException>(() => new RowFormat(prompts, placeholders,
+            true, new SlicingSpec(9, 448, 14), true, [0.5, 0.5, 0.5], [0.5, 0.5, 0.5], 576))!;
+        Assert.That(failure.Message, Does.StartWith(Folder("v4")).And.Contain(
+            $"one token for \"{unknown}\" and \"{unknown}\"").And.Not.Contain("\n"));
+    }
+
+    [TestCase("<image_id>")]
+    [TestCase("</slice>")]
+    [TestCase("<unk>")]
+    public void TokenizersMustHaveTheSchemesTokens(string missing)
+    {
+        // A token of that name that the tokenizer does not cut out of texts.
+        string text = System.Text.Encoding.UTF8.GetString(
+            ReferenceText.Bytes("families/v45/tokenizer.json"));
+        string other = text.Replace($"\"content\": \"{missing}\"", "\"content\": \"<none>\"",
+            StringComparison.Ordinal);
+        Assert.That(other, Is.Not.EqualTo(text));
+        var tokenizer = Tokenizer.Parse(System.Text.Encoding.UTF8.GetBytes(other), null);
+        var failure = Assert.Throws<InputException>(
+            () => PlaceholderScheme.New(tokenizer, RowFormats.Tokens, 64, "model"))!;
+        Assert.That(failure.Message,
+            Does.StartWith($"model: the tokenizer has no special token \"{missing}\""));
+    }
+
     // The official script adds the places of heads' starts and ends as two arrays of one length.
     [TestCase("<|start_header_id|>")]
     [TestCase("<|end_header_id|>")]
@@ -387,14 +288,6 @@ public class FamilyRowTests
             () => builder.Build(row, [new SlicePlan(new(448, 448), 0, 0, default)]))!;
         Assert.That(failure.Message, Does.StartWith("rows.json row 1: the text has ")
             .And.Contain("<|start_header_id|> and ").And.Contain("official script fails"));
-    }
-
-    [Test]
-    public void TheFormatOfV2HasNoSystemTurn()
-    {
-        var failure = Assert.Throws<InputException>(() => new SampleBuilder(Of("v2"), 2048)
-            .BuildPrompt([new PromptTurn("user", ["Hello"])], [], system: "Be short."))!;
-        Assert.That(failure.Message, Does.Contain("no turn of role \"system\""));
     }
 
     private static JsonElement Talk(string question, string answer) =>
@@ -415,10 +308,6 @@ public class FamilyRowTests
             Is.EqualTo(ReferenceText.Ints(expected.GetProperty("labels"))), name);
         AssertBounds(sample.Bounds, expected.GetProperty("image_bound"), name);
     }
-
-    private static void AssertBounds(ImageBound[] bounds, JsonElement expected, string name) =>
-        Assert.That(bounds.SelectMany(b => (int[])[b.Start, b.End]), Is.EqualTo(
-            expected.EnumerateArray().SelectMany(ReferenceText.Ints)), name);
 
     private static void AssertGrids(SlicePlan[] plans, JsonElement expected, string name) =>
         Assert.That(Grids(plans), Is.EqualTo(expected.GetProperty("tgt_sizes").EnumerateArray()

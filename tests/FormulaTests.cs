@@ -43,7 +43,8 @@ public sealed class FormulaTests
             using var run = new OpRun(device, new Columns(begin, 3), [Value.Float("x", [4, 9], x)]);
             run.Forward();
             run.Want(_ => true);
-            run.Backward([.. Enumerable.Range(0, 12).Select(i => dy[(i / 3 * 9) + begin + (i % 3)])]);
+            run.Backward(
+                [.. Enumerable.Range(0, 12).Select(i => dy[(i / 3 * 9) + begin + (i % 3)])]);
             sum = [.. sum.Zip(run.Gradient(0), (a, b) => a + b)];
         }
 

@@ -30,7 +30,8 @@ internal sealed unsafe class Int8Weight : Weight
     public Int8Weight(Device device, int outputs, int inputs, int seed)
     {
         (Outputs, Inputs) = (outputs, inputs);
-        sbyte[] elements = [.. Fill.Below(seed, outputs * inputs, 255).Select(v => (sbyte)(v - 127))];
+        sbyte[] elements =
+            [.. Fill.Below(seed, outputs * inputs, 255).Select(v => (sbyte)(v - 127))];
         float[] scales = [.. Enumerable.Range(0, outputs).Select(r => MathF.Pow(2, (r % 5) - 8))];
         Dequantised = new double[elements.Length];
         for (int i = 0; i < elements.Length; i++)

@@ -184,7 +184,11 @@ public sealed class LateFailureTests
         }))!;
         Assert.That(failure.Message, Does.StartWith("none of 3 steps was applied"));
         Assert.That(File.ReadAllBytes(file), Is.EqualTo(before));
-        Assert.That(RunFolder.Checkpoints(arguments.OutputDir), Is.Empty);
+        // The first run's, which no checkpoint of the second has replaced.
+        Assert.That(RunFolder.Checkpoints(arguments.OutputDir).Select(c => c.Step),
+            Is.EqualTo([1, 2, 3]));
+        Assert.That(File.ReadAllBytes(Path.Combine(
+            arguments.OutputDir, "checkpoint-3", "adapter_model.safetensors")), Is.EqualTo(before));
     }
 
     [Test]

@@ -54,8 +54,8 @@ internal static partial class Plants
             "attention_backward_by_tiles", "wait_copies<0>();", "wait_copies<1>();"),
         BackwardFault(Check.OutOfBounds, "rows behind the last are written", "store_gradient",
             "if (g + half * 8 >= rows) continue;", ""),
-        Backward("keys see the queries before them", "seen_range", "row - (at.keys - at.queries)",
-            "row - (at.keys - at.queries) - 1"),
+        Backward("keys see the queries before them", "seen_range", "row - at.before",
+            "row - at.before - 1"),
         Backward("dq without its scale", "attention_backward_by_tiles", "rows, dx, a.scale,",
             "rows, dx, 1,"),
     ];

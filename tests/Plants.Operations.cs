@@ -55,6 +55,18 @@ internal static partial class Plants
             "lora_gradient_a", "d[m][2][i], d[m][3][i]);\n        __syncthreads();",
             "d[m][2][i], d[m][3][i]);", "lora_linear_dropout"),
 
+        // 7: resampled positions, columns; 10: a cache
+        new("terms are not weighted", "weighted_gather", "v[i] += weights[k] * w[i]",
+            "v[i] += w[i]", "weighted_gather_whole") { Size = 16, With = [6] },
+        new("a row's first term goes to the row before", "row_of_term", "starts[middle] <= k",
+            "starts[middle] < k", "weighted_gather") { With = [6] },
+        new("columns behind the part keep what was there", "columns_backward",
+            "put_row(behind, 0, 1, accumulate,", "put_row(behind, 0, 1, 1,", "columns"),
+        new("rows of a cache begin at its start", "cache_append", "(u64)slot * cols",
+            "(u64)i * cols", "cache_append"),
+        new("counted from the end of the cache's room", "find_tile", "mask.causal == 2",
+            "mask.causal == 3", "attention_cached") { With = [11] },
+
         // 9: cross-entropy
         Other("the sum is not rescaled when the largest rises", "add_exponentials",
             "sum *= expf(max - raised);", "",

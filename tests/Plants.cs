@@ -121,7 +121,7 @@ internal static partial class Plants
             "head % kv_heads", 72),
         Attention("left and right half exchanged", "narrow_left",
             "a[1] = narrow2(left[2], left[3])", "a[1] = narrow2(right[2], right[3])", 64),
-        Attention("counted from the start, not the end", "keys_seen", "+ at.keys - at.queries",
+        Attention("counted from the start, not the end", "keys_seen", "+ at.before",
             "", 64),
         Attention("earlier output is not shrunk", "attention_forward_any", "out[r][i] *= keep",
             "out[r][i] *= 1", 8),

@@ -15,35 +15,26 @@ internal static class ReferenceText
             ? full : ReferenceFile.Root;
 
     /// <summary>All bytes of NAME or NAME.gz, for instance "tokenizers/strings.jsonl".</summary>
-    public static byte[] Bytes(string name) => Unpacked(Path.Combine(Root, name));
-
-    /// <summary>
-    /// All bytes of tests/reference/families/NAME or NAME.gz; these files are there whole.
-    /// </summary>
-    public static byte[] Family(string name) =>
-        Unpacked(Path.Combine(ReferenceFile.Root, "families", name));
-
-    /// <summary>A .json file of tests/reference, whatever folder is in use.</summary>
-    public static JsonElement CommittedJson(string name) => Parse(
-        System.Text.Encoding.UTF8.GetString(Unpacked(Path.Combine(ReferenceFile.Root, name))));
-
-    /// <summary>A .json file of tests/reference/families.</summary>
-    public static JsonElement FamilyJson(string name) =>
-        Parse(System.Text.Encoding.UTF8.GetString(Family(name)));
-
-    private static byte[] Unpacked(string path)
+    public static byte[] Bytes(string name)
     {
-        if (File.Exists(path)) return File.ReadAllBytes(path);
-        using var file = File.OpenRead(path + ".gz");
+        string path = Find(name) ?? throw new FileNotFoundException(name);
+        if (!path.EndsWith(".gz", StringComparison.Ordinal)) return File.ReadAllBytes(path);
+        using var file = File.OpenRead(path);
         using var unpacked = new GZipStream(file, CompressionMode.Decompress);
         using var bytes = new MemoryStream();
         unpacked.CopyTo(bytes);
         return bytes.ToArray();
     }
 
-    /// <summary>Whether the folder in use has the file.</summary>
-    public static bool Has(string name) =>
-        File.Exists(Path.Combine(Root, name)) || File.Exists(Path.Combine(Root, name + ".gz"));
+    /// <summary>Whether there is such a file.</summary>
+    public static bool Has(string name) => Find(name) is not null;
+
+    // What the full set lacks is read from the committed one.
+    private static string? Find(string name) => new[]
+    {
+        Path.Combine(Root, name), Path.Combine(Root, name + ".gz"),
+        Path.Combine(ReferenceFile.Root, name), Path.Combine(ReferenceFile.Root, name + ".gz"),
+    }.FirstOrDefault(File.Exists);
 
     /// <summary>The objects of a .jsonl file.</summary>
     public static JsonElement[] Lines(string name)

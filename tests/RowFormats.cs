@@ -9,7 +9,8 @@ namespace MiniCpmNative.Tests;
 /// </summary>
 internal static class RowFormats
 {
-    private static readonly PlaceholderTokens s_tokens = new(
+    /// <summary>The texts that every released checkpoint has.</summary>
+    public static PlaceholderTokens Tokens { get; } = new(
         "<image>", "</image>", "<slice>", "</slice>", "<unk>", "<image_id>", "</image_id>");
 
     /// <summary>A tokenizer as the official class of its family reads it.</summary>
@@ -44,8 +45,8 @@ internal static class RowFormats
     public static PlaceholderScheme Placeholders(string tokenizer, int queries)
     {
         var loaded = Tokenizer(tokenizer);
-        return IsOld(tokenizer) ? PlaceholderScheme.Old(loaded, s_tokens, queries)
-            : PlaceholderScheme.New(loaded, s_tokens, queries);
+        return IsOld(tokenizer) ? PlaceholderScheme.Old(loaded, Tokens, queries)
+            : PlaceholderScheme.New(loaded, Tokens, queries);
     }
 
     public static RowFormat Of(string tokenizer, int queries, bool numbered = true) => new(

@@ -4,6 +4,7 @@ using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Data.Text;
 using MiniCpmNative.Engine;
 using NUnit.Framework;
+using static MiniCpmNative.Tests.FamilyFormats;
 
 namespace MiniCpmNative.Tests;
 
@@ -374,8 +375,4 @@ public class SampleTests
             Is.EqualTo(ReferenceText.Ints(expected.GetProperty(labels))), name);
         AssertBounds(sample.Bounds, expected.GetProperty("image_bound"), name);
     }
-
-    private static void AssertBounds(ImageBound[] bounds, JsonElement expected, string name) =>
-        Assert.That(bounds.SelectMany(b => (int[])[b.Start, b.End]), Is.EqualTo(
-            expected.EnumerateArray().SelectMany(ReferenceText.Ints)), name);
 }

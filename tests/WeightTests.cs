@@ -168,7 +168,8 @@ public sealed class WeightTests
         Assert.That(block.Held, Is.Zero);
 
         block.Throws = true;
-        Assert.That(() => graph.Run(block, x, block, checkpoint), Throws.TypeOf<InvalidOperationException>());
+        Assert.That(() => graph.Run(block, x, block, checkpoint),
+            Throws.TypeOf<InvalidOperationException>());
         Assert.That(block.Held, Is.Zero);
         graph.EndStep();
         block.Throws = false;

@@ -4,8 +4,8 @@ namespace MiniCpmNative.Engine;
 
 /// <summary>
 /// Files that are there whole or not at all: written under a temporary name in the same directory,
-/// flushed to the disk, then renamed over the old one. A failed write leaves the old file as it was;
-/// a killed one leaves its temporary file, which is locked while its writer lives.
+/// flushed to the disk, then renamed over the old one. A failed write leaves the old file as it
+/// was; a killed one leaves its temporary file, which is locked while its writer lives.
 /// </summary>
 public static partial class AtomicFile
 {

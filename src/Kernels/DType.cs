@@ -2,8 +2,8 @@ namespace MiniCpmNative.Kernels;
 
 /// <summary>
 /// Element types of stored tensors. BF16 and F16 are storage types: the CPU computes in F32 (F64
-/// only in gradient checks), a GPU in F32 or BF16; F16 is a type of weights in files. Statistics saved for backward are always F32,
-/// or F64 in a gradient check.
+/// only in gradient checks), a GPU in F32 or BF16; F16 is a type of weights in files. Statistics
+/// saved for backward are always F32, or F64 in a gradient check.
 /// </summary>
 public enum DType : byte
 {

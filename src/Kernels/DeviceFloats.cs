@@ -1,5 +1,3 @@
-using MiniCpmNative.Kernels.Cpu;
-
 namespace MiniCpmNative.Kernels;
 
 /// <summary>

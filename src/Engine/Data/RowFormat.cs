@@ -29,6 +29,22 @@ public sealed record RowFormat(
 
     public Tokenizer Tokenizer => Prompts.Tokenizer;
 
+    /// <summary>
+    /// What a text must not hold: it would be read as a turn or a picture. No two are one token.
+    /// </summary>
+    internal IReadOnlyList<string> Markers { get; } = Distinct(Prompts, Placeholders);
+
+    private static string[] Distinct(PromptFormat prompts, PlaceholderScheme placeholders)
+    {
+        string[] markers = [.. prompts.Markers, .. placeholders.Markers];
+        foreach (var same in markers.GroupBy(prompts.Tokenizer.IdOfAdded))
+            if (same.Key is not null && same.Count() > 1)
+                throw new InputException($"{prompts.Place}: the tokenizer has one token for "
+                    + $"{string.Join(" and ", same.Select(Messages.Quote))}, which must be "
+                    + "different ones (\"unk\" holds the places of picture features)");
+        return markers;
+    }
+
     /// <summary>The slicing of a run that allows this many slices.</summary>
     public SlicingSpec SlicingUpTo(int maxSliceNums) =>
         Slicing with { MaxSliceNums = Slices ? maxSliceNums : 1 };

@@ -17,7 +17,7 @@ internal static partial class RowText
     /// <param name="placeholder">Text of a picture and its number in the conversation.</param>
     /// <exception cref="BadRowException">A tag, a picture or a text is at fault.</exception>
     public static (ChatTurn[] Turns, int[] Pictures) Compose(
-        Row row, Func<int, int, string> placeholder, string[] structural)
+        Row row, Func<int, int, string> placeholder, IReadOnlyList<string> markers)
     {
         var places = Places(row);
         var turns = row.Turns.ToArray();
@@ -44,7 +44,7 @@ internal static partial class RowText
         // Everything between the tags is the user's own text.
         ReadOnlySpan<char> Own(ReadOnlySpan<char> text, int turn)
         {
-            foreach (string token in structural)
+            foreach (string token in markers)
                 if (text.Contains(token, StringComparison.Ordinal))
                     throw row.Bad(
                         $"the text holds the special token {token}, which would be taken for "

@@ -14,7 +14,6 @@ public sealed class SampleBuilder
     private readonly PlaceholderScheme _placeholders;
     private readonly int _maxLength;
     private readonly bool _official;
-    private readonly string[] _markers;
 
     /// <param name="format">What the model wants.</param>
     /// <param name="maxLength">Longest sample in tokens (model_max_length).</param>
@@ -23,7 +22,6 @@ public sealed class SampleBuilder
     {
         (_format, _maxLength, _official) = (format, maxLength, official);
         (_prompts, _placeholders) = (format.Prompts, format.Placeholders);
-        _markers = [.. _prompts.Markers, .. _placeholders.Markers];
     }
 
     /// <summary>The sample of a row; plans are those of row.Pictures, one each.</summary>
@@ -90,7 +88,8 @@ public sealed class SampleBuilder
     }
 
     private (ChatTurn[] Turns, int[] Pictures) Compose(Row row, IReadOnlyList<SlicePlan> plans) =>
-        RowText.Compose(row, (picture, number) => PictureText(plans[picture], number), _markers);
+        RowText.Compose(row, (picture, number) => PictureText(plans[picture], number),
+            _format.Markers);
 
     private string PictureText(SlicePlan plan, int number) =>
         _placeholders.Text(plan, _format.Numbered ? number : null);

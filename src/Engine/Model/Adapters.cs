@@ -1,4 +1,4 @@
-using MiniCpmNative.Kernels.Cpu;
+using MiniCpmNative.Kernels;
 
 namespace MiniCpmNative.Engine.Model;
 

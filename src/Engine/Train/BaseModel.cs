@@ -91,12 +91,13 @@ public sealed class BaseModel : IDisposable
             {
                 start = AdapterFile.Open(path);
                 adapter = adapter! with { LayersPattern = start.Config.LayersPattern };
+                AdapterStart.MustFit(adapter, start, spec.Parameters);
             }
 
             TrainedParts parts = TrainedParts.Choose(spec, arguments, adapter, storage);
             if (start is not null)
             {
-                AdapterStart.MustFit(arguments, parts.Layout!, start, spec.Parameters);
+                AdapterStart.MustKeepModules(parts.Layout!, start, spec.Parameters);
                 start.Match(spec.Parameters);
                 say?.Invoke(FormattableString.Invariant(
                     $"starting from adapter {start.Directory}: lora_r {arguments.LoraR}, ")
@@ -122,7 +123,7 @@ public sealed class BaseModel : IDisposable
     }
 
     /// <summary>Refuses a device whose free memory the weights alone exceed.</summary>
-    /// <exception cref="RunException">Says how much is needed and free, and what takes less.</exception>
+    /// <exception cref="RunException">Says what is needed, free, and takes less.</exception>
     public void MustFitOn(OpenDevice device)
     {
         if (device.FreeBytes is not { } free || DeviceBytes <= free) return;

@@ -23,7 +23,7 @@ internal static class ResultFiles
     public static bool IsWritten(string name) => s_copied.Contains(Path.GetExtension(name))
         || Path.GetExtension(name) is ".safetensors" or ".jsonl";
 
-    /// <summary>Whether a run writes the name into its output folder, its result or a log.</summary>
+    /// <summary>Whether a run writes the name into its output folder.</summary>
     public static bool IsWrittenBy(TrainArguments arguments, string name) =>
         IsLog(name) || (arguments.UseLora
             ? IsAdapter(name)

@@ -8,7 +8,7 @@ namespace MiniCpmNative.Engine.Train;
 /// </summary>
 internal static class RunPlaces
 {
-    /// <exception cref="InputException">A log cannot be written; names it and the reason.</exception>
+    /// <exception cref="InputException">A log cannot be written.</exception>
     public static void MustBeWritable(TrainArguments arguments)
     {
         string log = Path.Combine(arguments.OutputDir, LogLines.FileName);
@@ -61,7 +61,7 @@ internal static class RunPlaces
                 + $"{Gib(there)} are free on its disk: save_total_limit keeps fewer";
     }
 
-    /// <summary>Bytes free for this user on a folder's disk, or null when that is unknown.</summary>
+    /// <summary>Bytes free for this user on a folder's disk, or null when unknown.</summary>
     public static long? Free(string folder)
     {
         try

@@ -109,7 +109,7 @@ public sealed partial class TrainRun
         }
 
         string checkpoint = RunFolder.Checkpoint(_arguments.OutputDir, done);
-        if (!Directory.Exists(checkpoint)) Save(done);
+        if (_saved != done) Save(done);
         throw new RunException(
             $"{_arguments.ModelNameOrPath}: its weights were changed during the run, so those that were not "
             + $"trained cannot be saved; what was trained is in {checkpoint}: put the weights back, then "

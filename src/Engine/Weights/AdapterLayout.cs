@@ -135,8 +135,11 @@ public sealed partial class AdapterLayout
         return targets;
     }
 
-    // A module named in full is taken whatever its layer.
-    private static bool LayerIsChosen(string module, AdapterConfig config)
+    /// <summary>
+    /// Whether a module's layer is among layers_to_transform, if there is such a choice; a module
+    /// named in full is taken whatever its layer.
+    /// </summary>
+    internal static bool LayerIsChosen(string module, AdapterConfig config)
     {
         if (config.LayersToTransform is not { } layers || config.Targets.Suffixes.Contains(module))
             return true;

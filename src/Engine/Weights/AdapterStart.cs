@@ -41,18 +41,15 @@ public static class AdapterStart
         };
     }
 
-    /// <summary>Holds a configuration against the adapter it starts from.</summary>
-    /// <param name="arguments">The configuration.</param>
-    /// <param name="own">What it trains.</param>
+    /// <summary>Holds what cannot change against the adapter's.</summary>
+    /// <param name="own">What the configuration asks for.</param>
     /// <param name="start">The adapter.</param>
     /// <param name="table">The model's parameters.</param>
     /// <exception cref="InputException">Lists all differences with both values.</exception>
     internal static void MustFit(
-        TrainArguments arguments, AdapterLayout own, AdapterFile start, ParameterTable table)
+        AdapterConfig own, AdapterFile start, ParameterTable table)
     {
         AdapterConfig its = start.Config;
-        var layout = AdapterLayout.Create(
-            table, its, Path.Combine(start.Directory, AdapterConfig.FileName));
         var problems = new List<string>();
         void Same<T>(string key, T mine, T theirs, bool same)
         {
@@ -61,32 +58,47 @@ public static class AdapterStart
                     $"{key} is {mine}, the adapter's is {theirs}"));
         }
 
-        Same("lora_r", arguments.LoraR, its.Rank, arguments.LoraR == its.Rank);
-        Same("lora_alpha", arguments.LoraAlpha, its.Alpha, arguments.LoraAlpha == its.Alpha);
-        Same("lora_bias", Name(arguments.LoraBias), Name(its.Bias), arguments.LoraBias == its.Bias);
-        Same("lora_target_modules",
-            Shown(arguments.LoraTargetModules, arguments.LoraLayersToTransform),
-            Shown(its.Targets, its.LayersToTransform),
-            own.Targets.Select(t => t.Name).ToHashSet().SetEquals(
-                layout.Targets.Select(t => t.Name)));
+        Same("lora_r", own.Rank, its.Rank, own.Rank == its.Rank);
+        Same("lora_alpha", own.Alpha, its.Alpha, own.Alpha == its.Alpha);
+        Same("lora_bias", Name(own.Bias), Name(its.Bias), own.Bias == its.Bias);
+        string given = Shown(own), theirs = Shown(its);
+        // Other spellings of the same layers are the same.
+        Same("lora_target_modules", given, theirs, given == theirs
+            || Layers(own, table).SetEquals(Layers(its, table)));
         if (problems.Count > 0)
             throw new InputException(
                 $"lora_weight_path {start.Directory}: {string.Join("; ", problems)}: an adapter keeps "
                 + "its own; leave these keys out, or start without it");
-        List<string> lost = [.. layout.Saved.Except(own.Saved).Select(t => t.Name)];
-        if (lost.Count > 0)
-            throw new InputException(
-                $"lora_weight_path {start.Directory}: the adapter holds trained values of modules that "
-                + $"modules_to_save leaves out ({Messages.List(lost)}): name its modules "
-                + $"{Messages.List([.. its.ModulesToSave])} too");
     }
+
+    /// <summary>Refuses to leave out a module that the adapter has trained whole.</summary>
+    /// <exception cref="InputException">Names what would be lost.</exception>
+    internal static void MustKeepModules(
+        AdapterLayout own, AdapterFile start, ParameterTable table)
+    {
+        AdapterConfig its = start.Config;
+        AdapterLayout layout = AdapterLayout.Create(
+            table, its, Path.Combine(start.Directory, AdapterConfig.FileName));
+        List<string> lost = [.. layout.Saved.Except(own.Saved).Select(t => t.Name)];
+        if (lost.Count == 0) return;
+        throw new InputException(
+            $"lora_weight_path {start.Directory}: the adapter holds trained values of modules that "
+            + $"modules_to_save leaves out ({Messages.List(lost)}): name its modules "
+            + $"{Messages.List([.. its.ModulesToSave])} too");
+    }
+
+    private static HashSet<string> Layers(AdapterConfig config, ParameterTable table) =>
+        [.. table.Linears.Select(linear => linear.Name)
+            .Where(name => config.Targets.Matches(name)
+                && AdapterLayout.LayerIsChosen(name, config))];
 
     private static string Name(LoraBias bias) => TrainKeys.SnakeCase(bias.ToString());
 
-    private static string Shown(TargetModules targets, IReadOnlyList<int>? layers)
+    private static string Shown(AdapterConfig config)
     {
-        string names = targets.Pattern is { } pattern
-            ? Messages.Quote(pattern) : $"[{Messages.List([.. targets.Suffixes])}]";
-        return layers is null ? names : $"{names} in layers {string.Join(", ", layers)}";
+        string names = config.Targets.Pattern is { } pattern
+            ? Messages.Quote(pattern) : $"[{string.Join(", ", config.Targets.Suffixes)}]";
+        return config.LayersToTransform is { } layers
+            ? $"{names} in layers {string.Join(", ", layers)}" : names;
     }
 }

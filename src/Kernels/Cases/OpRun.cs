@@ -64,7 +64,8 @@ public sealed unsafe class OpRun : IDisposable
         {
             _targets[i] = GradientTarget.None;
             if (!HasGradient(i) || !wanted(i)) continue;
-            var spec = new Spec(_values[i].IsParameter ? parameters : other ?? type, _inputs[i].Shape);
+            DType kind = _values[i].IsParameter ? parameters : other ?? type;
+            var spec = new Spec(kind, _inputs[i].Shape);
             var data = new double[spec.Shape.Count];
             Array.Fill(data, start);
             _targets[i] = new GradientTarget(New(spec, data), accumulate);

@@ -51,8 +51,8 @@ internal static unsafe class Indices
     /// <summary>
     /// into[row] = scale * sum of dy over the tokens whose id is row, or adds it; rows without a
     /// token become zero unless the gradient accumulates. Tokens are sorted by id first, and each
-    /// row sums its own in token order, so any number of threads gives the same bits. With rowOf and
-    /// weights term k is weights[k] times row rowOf[k] of dy.
+    /// row sums its own in token order, so any number of threads gives the same bits. With rowOf
+    /// and weights term k is weights[k] times row rowOf[k] of dy.
     /// </summary>
     public static void SumById<T>(
         in CpuCall<T> call, Matrix<int> ids, Matrix<T> dy, T scale, Gradient<T> into,

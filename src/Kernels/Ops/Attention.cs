@@ -9,8 +9,8 @@ namespace MiniCpmNative.Kernels.Ops;
 /// I32[sequences + 1] (starts and the end), optional key_lengths I32[sequences] (keys from there on
 /// are masked) -> o like q; saves lse[tokens, Heads]. Causal: a query sees the keys up to its own
 /// position, counted from the end. Cached: a sequence's keys are rows of a cache with room for
-/// more, the first key_lengths of them count, and the position is counted from their end. Key head j serves the query heads j g .. j g + g - 1, g = Heads
-/// / KvHeads. See <see cref="FlashAttention"/>.
+/// more, the first key_lengths of them count, and the position is counted from their end.
+/// Key head j serves the query heads j g .. j g + g - 1, g = Heads / KvHeads. See <see cref="FlashAttention"/>.
 /// </summary>
 /// <exception cref="ShapeException">
 /// A shape does not fit, the starts do not cover the tokens, or a cache comes without key_lengths.
@@ -132,8 +132,8 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
                 Grid.SequenceTiles(keyTokens, sequences, rows, KvHeads, threads),
                 dk.Buffer, dv.Buffer, q, k, v, dO, statistics, startsQ, startsK, lengths,
                 call.Faults,
-                sequences, tokens, keyTokens, CausalMode, Heads, KvHeads, HeadDim, Scale, dk.Accumulate,
-                dv.Accumulate);
+                sequences, tokens, keyTokens, CausalMode, Heads, KvHeads, HeadDim, Scale,
+                dk.Accumulate, dv.Accumulate);
         }
         else if (dk.Wanted || dv.Wanted)
         {

@@ -14,7 +14,8 @@ public abstract class PromptFormat
 
     public Tokenizer Tokenizer { get; }
 
-    private protected string Place { get; }
+    /// <summary>The model directory, for messages.</summary>
+    internal string Place { get; }
 
     /// <summary>The name that the official script gives the format, as its llm_type.</summary>
     public abstract string LlmType { get; }

@@ -1,3 +1,4 @@
+using System.Diagnostics;
 using System.Globalization;
 using System.Text.RegularExpressions;
 
@@ -9,8 +10,15 @@ namespace MiniCpmNative.Engine.Data.Text;
 /// pieces between matches are pieces too (Hugging Face's behaviour "Isolated"). A pattern that the
 /// engine does not know, or that takes seconds on one text, is refused by name.
 /// </summary>
+/// <remarks>
+/// Backtracking has no bound that grows with the text, so time has one: two seconds and 10 us a
+/// character, some hundred times of what the patterns of known models take.
+/// </remarks>
 internal sealed class RegexSplitter : Splitter
 {
+    private static readonly TimeSpan s_least = TimeSpan.FromSeconds(2);
+    private static readonly TimeSpan s_each = TimeSpan.FromMicroseconds(10);
+
     private readonly Regex _regex;
     private readonly string _file;
 
@@ -22,7 +30,7 @@ internal sealed class RegexSplitter : Splitter
             // \s, \S and \p mean the same in both engines; only the long s is missing from (?i:'s).
             _regex = new Regex(
                 pattern.Replace("(?i:'s|", "(?i:'[s\u017F]|", StringComparison.Ordinal),
-                RegexOptions.CultureInvariant, TimeSpan.FromSeconds(10));
+                RegexOptions.CultureInvariant, s_least);
         }
         catch (ArgumentException e)
         {
@@ -47,10 +55,13 @@ internal sealed class RegexSplitter : Splitter
         }
         starts[count] = text.Length;
         int end = 0;
+        var limit = s_least + (s_each * text.Length);
+        var watch = Stopwatch.StartNew();
         try
         {
             foreach (var match in _regex.EnumerateMatches(seen.AsSpan(0, count)))
             {
+                if (watch.Elapsed > limit) throw TooSlow(text.Length, null);
                 if (match.Length == 0) continue;
                 if (match.Index > end) ends.Add(starts[match.Index]);
                 end = match.Index + match.Length;
@@ -59,11 +70,15 @@ internal sealed class RegexSplitter : Splitter
         }
         catch (RegexMatchTimeoutException e)
         {
-            throw new InputException($"{_file}: pre_tokenizer: the pattern "
-                + $"{Messages.Quote(_regex.ToString())} takes too long on a text of {text.Length:N0} characters", e);
+            throw TooSlow(text.Length, e);
         }
         if (end < count) ends.Add(text.Length);
     }
+
+    private InputException TooSlow(int length, Exception? inner) => new(
+        $"{_file}: pre_tokenizer: the pattern {Messages.Quote(_regex.ToString())} takes too long on "
+        + $"a text of {Messages.Number(length)} characters; shorten the text or simplify the pattern",
+        inner);
 
     // One rare plane 0 character for each category that planes 1 to 16 use.
     private static char Like(int codePoint) => CharUnicodeInfo.GetUnicodeCategory(codePoint) switch

@@ -1,12 +1,10 @@
-using MiniCpmNative.Kernels.Cpu;
-
 namespace MiniCpmNative.Kernels.Cuda;
 
 /// <summary>
 /// The products of a low-rank adapter that a dropout mask goes through, as <see cref="Philox"/>
 /// defines it: section 8 of kernels.cu. Each reads x, or reads and writes its gradient, once.
 /// </summary>
-internal readonly ref struct CudaDropout
+internal readonly ref struct CudaLoraProducts
 {
     private const int BlocksPerMultiprocessor = 2;
 
@@ -15,7 +13,7 @@ internal readonly ref struct CudaDropout
     private readonly uint _threshold;
     private readonly double _scale;
 
-    public CudaDropout(in CudaCall call, int layer, double p)
+    public CudaLoraProducts(in CudaCall call, int layer, double p)
     {
         (_random, _layer, _threshold) = (call.Random, layer, Philox.Threshold(p));
         _scale = 1 / (1 - p);

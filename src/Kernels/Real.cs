@@ -1,7 +1,7 @@
 using System.Numerics;
 using System.Runtime.CompilerServices;
 
-namespace MiniCpmNative.Kernels.Cpu;
+namespace MiniCpmNative.Kernels;
 
 /// <summary>
 /// Conversions between double and the type of computation, float or double. The generic ones of

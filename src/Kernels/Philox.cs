@@ -1,7 +1,7 @@
 using System.Runtime.CompilerServices;
 using System.Runtime.Intrinsics;
 
-namespace MiniCpmNative.Kernels.Cpu;
+namespace MiniCpmNative.Kernels;
 
 /// <summary>
 /// Counter-based random numbers, Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as

@@ -1,7 +1,7 @@
 using System.Numerics.Tensors;
 using System.Runtime.Intrinsics;
 
-namespace MiniCpmNative.Kernels.Cpu;
+namespace MiniCpmNative.Kernels;
 
 /// <summary>
 /// Conversions between F32 and the storage types BF16 and F16. Widening is exact; narrowing rounds
