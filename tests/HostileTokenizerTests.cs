@@ -44,7 +44,8 @@ public class HostileTokenizerTests
                   {"role": "assistant", "content": "Yes."}]}]
                 """);
             var rows = TrainingRows.Read(
-                data, V26.Full with { ModelNameOrPath = folder, OfficialCompat = false }, V26.Spec);
+                data, V26.Full with { ModelNameOrPath = folder, OfficialCompat = false },
+                (V26.Spec with { Directory = folder }).Rows());
             var e = Assert.Throws<InputException>(() => rows.Check(decode: false));
             Assert.That(e!.Message, Does.Contain("(?<=a.*)b|."));
         }
