@@ -6,9 +6,9 @@ using MiniCpmNative.Engine.Data.Text;
 namespace MiniCpmNative.Bench;
 
 /// <summary>
-/// Megabytes of UTF-8 per second of processor time on one thread: bench tokenizer [FOLDER [TEXT...]].
-/// FOLDER holds a model's tokenizer, or tokenizer.json.gz alone, by default the real MiniCPM-o 4.5
-/// vocabulary of the tests.
+/// Megabytes of UTF-8 per second of processor time on one thread: bench tokenizer [FOLDER
+/// [TEXT...]]. FOLDER holds a model's tokenizer, or tokenizer.json.gz alone, by default the real
+/// MiniCPM-o 4.5 vocabulary of the tests.
 /// Without text files it draws English and Chinese from that vocabulary, words and characters by
 /// Zipf's law: the Chinese runs hardly repeat, so there the merging itself is measured.
 /// </summary>
@@ -23,8 +23,8 @@ public static class TokenizerBench
         var before = Environment.CpuUsage.TotalTime;
         var tokenizer = File.Exists(packed) ? Tokenizer.Parse(Unpacked(packed), null)
             : Tokenizer.Load(folder);
-        Console.WriteLine(
-            $"load                {(Environment.CpuUsage.TotalTime - before).TotalMilliseconds,7:F0} ms");
+        var load = Environment.CpuUsage.TotalTime - before;
+        Console.WriteLine($"load                {load.TotalMilliseconds,7:F0} ms");
         if (args.Length < 2)
         {
             Measure("english", English(tokenizer), tokenizer);

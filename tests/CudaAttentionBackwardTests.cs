@@ -45,7 +45,8 @@ public sealed class CudaAttentionBackwardTests
         from cached in (bool[])[false, true]
         let problem = cached
             ? AttentionProblem.Random(3, 1, headDim, [1, 5, 0, 20], [70, 40, 4, 30], causal: true,
-                [60, 33, 3, 20]) with { Cached = true }
+                [60, 33, 3, 20]) with
+            { Cached = true }
             : Self(3, 1, headDim, [1, 5, 1, 33], causal: true)
         select new TestCaseData(problem, type).SetArgDisplayNames(Name(problem), type.ToString());
 

@@ -61,7 +61,8 @@ public sealed class CudaAttentionTests
     // One query, several and a whole sequence behind keys in a cache with room for more.
     private static AttentionProblem Cached(int headDim) =>
         AttentionProblem.Random(6, 2, headDim, [1, 5, 1, 0, 40], [130, 80, 9, 4, 70], causal: true,
-            [100, 70, 1, 3, 40]) with { Cached = true };
+            [100, 70, 1, 3, 40]) with
+        { Cached = true };
 
     [SetUp]
     public void Make()

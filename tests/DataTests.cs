@@ -57,6 +57,16 @@ public sealed class DataTests
     }
 
     [Test]
+    public void AFailureInParallelIsThatOfOneRow()
+    {
+        var failure = Assert.Throws<InputException>(() => TrainingRows.InParallel(100, i =>
+        {
+            if (i % 2 == 1) throw new InputException($"row {i}");
+        }))!;
+        Assert.That(failure.Message, Does.StartWith("row "));
+    }
+
+    [Test]
     public void ThePixelsDoNotDependOnTheScheme()
     {
         // The two schemes write different texts around the same views of the same pictures.

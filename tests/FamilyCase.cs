@@ -55,7 +55,7 @@ internal sealed class FamilyCase
         if (s_all.TryGetValue(name, out var found)) return found;
         var (question, answer) = name switch
         {
-            "v2" => ("What is this?", "A star."),
+            "v2" or "l3" => ("What is this?", "A star."),
             _ => throw new ArgumentException(name),
         };
         return s_all[name] = new FamilyCase(name, question, answer);

@@ -11,6 +11,7 @@ namespace MiniCpmNative.Tests;
 /// differ by one step of a BF16 number, 2^-7 of itself.
 /// </summary>
 [TestFixture("v2")]
+[TestFixture("l3")]
 public sealed class FamilyCudaTests(string name)
 {
     private readonly FamilyCase _family = FamilyCase.Of(name);

@@ -12,6 +12,7 @@ namespace MiniCpmNative.Tests;
 /// Trainer's parameter groups and PEFT's files.
 /// </summary>
 [TestFixture("v2")]
+[TestFixture("l3")]
 public sealed class FamilyTrainTests(string name)
 {
     private readonly FamilyCase _family = FamilyCase.Of(name);

@@ -21,6 +21,14 @@ internal static class ImageReference
         return [.. json.RootElement.EnumerateArray().Select(e => e.Clone())];
     }
 
+    /// <summary>Small GIF, BMP and TGA files, which only the repository has.</summary>
+    public static IEnumerable<JsonElement> Corners()
+    {
+        using var json = JsonDocument.Parse(
+            File.ReadAllBytes(Path.Combine(ReferenceFile.Root, "images", "corners.json")));
+        return [.. json.RootElement.EnumerateArray().Select(e => e.Clone())];
+    }
+
     /// <summary>Lines of slices.jsonl, stored compressed in the repository.</summary>
     public static IEnumerable<string> SliceLines()
     {

@@ -177,6 +177,7 @@ public sealed class ModelSpecTests
     }
 
     [TestCase("v2", "MiniCPM-V-2")]
+    [TestCase("l3", "MiniCPM-Llama3-V-2_5")]
     [TestCase("v4", "MiniCPM-V-4")]
     [TestCase("v45", "MiniCPM-V-4_5")]
     [TestCase("o45", "MiniCPM-o-4_5")]

@@ -68,6 +68,7 @@ public class PngTests
     {
         NeedLibDeflate();
         byte[] rows = FilteredRows();
+        byte[] dictionary = [0x78, 0x20, 0, 0, 0, 1, .. Compress(rows)[2..]];
         byte[] data = Compress(rows), small = Compress(rows[..(20 * Stride)]);
         byte[] wrongSum = [.. data[..^1], (byte)(data[^1] ^ 1)];
         var files = new Dictionary<string, (byte[] File, bool Whole, bool Refused)>
@@ -82,6 +83,7 @@ public class PngTests
             ["half a row missing"] = (Png([Compress(rows[..^60])]), false, true),
             ["no checksum"] = (Png([data[..^4]]), false, false),
             ["wrong checksum"] = (Png([wrongSum]), false, true),
+            ["preset dictionary"] = (Png([dictionary]), false, true),
             ["no data"] = (Png([[]]), false, true),
             ["cut"] = (Png([data[..^40]]), false, true),
             ["cut inside the last chunk, behind the data"] =

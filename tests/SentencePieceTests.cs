@@ -14,10 +14,9 @@ namespace MiniCpmNative.Tests;
 public class SentencePieceTests
 {
     /// <summary>
-    /// 42 random models with the ids that SentencePiece 0.1.97 gave to random texts, and the texts to
-    /// random ids: runs of equal
-    /// letters, equal scores, user-defined pieces, letters that are no pieces, with and without byte
-    /// fallback, dummy prefix and removal of extra spaces.
+    /// 42 random models with the ids that SentencePiece 0.1.97 gave to random texts, and the texts
+    /// to random ids: runs of equal letters, equal scores, user-defined pieces, letters that are no
+    /// pieces, with and without byte fallback, dummy prefix and removal of extra spaces.
     /// </summary>
     [Test]
     public void RandomModelsGiveTheIdsOfSentencePiece()
@@ -138,7 +137,8 @@ public class SentencePieceTests
     [TestCase("split_special_tokens", "true", null)]
     public void ConfigurationsOfModelFiles(string key, string value, string? refused)
     {
-        var config = JsonNode.Parse(ReferenceText.Bytes("tokenizers/tiny-sp/tokenizer_config.json"))!;
+        var config = JsonNode.Parse(
+            ReferenceText.Bytes("tokenizers/tiny-sp/tokenizer_config.json"))!;
         config[key] = JsonNode.Parse(value);
         byte[] model = ReferenceText.Bytes("tokenizers/tiny-sp/tokenizer.model");
         byte[] bytes = Encoding.UTF8.GetBytes(config.ToJsonString());

@@ -25,8 +25,8 @@ public class TokenizerTests
     private static readonly Dictionary<string, Tokenizer> s_loaded = [];
 
     /// <summary>
-    /// A tokenizer of tests/reference/tokenizers; NAME.raw is its tokenizer.json alone, NAME.slow its
-    /// tokenizer.model.
+    /// A tokenizer of tests/reference/tokenizers; NAME.raw is its tokenizer.json alone, NAME.slow
+    /// its tokenizer.model.
     /// </summary>
     internal static Tokenizer Load(string name)
     {

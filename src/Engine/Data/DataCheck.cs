@@ -45,6 +45,11 @@ public static class DataCheck
             + $"{Number(counts.Cut)}; answers that would lose their end: {Number(counts.AnswersCut)}");
         output.WriteLine(
             $"  pictures: {Number(counts.Pictures)}, {Number(counts.Turned)} {counts.TurnedText}");
+        var kinds = usable.SelectMany(c => c.Kinds ?? []).CountBy(k => k)
+            .OrderByDescending(k => k.Value).ThenBy(k => k.Key, StringComparer.Ordinal)
+            .Select(k => $"{Number(k.Value)} {k.Key}").ToList();
+        if (kinds.Count > 0) output.WriteLine("  kinds of pictures: " + string.Join(", ", kinds));
+        if (TrainingRows.JpegFallback(checks) is { } fallback) output.WriteLine("  " + fallback);
         Show(rows, Array.FindIndex(checks, c => c.Bad is null), output);
         return bad.Count == 0;
     }

@@ -9,9 +9,10 @@ namespace MiniCpmNative.Engine.Data;
 /// <param name="Pictures">Pictures it names.</param>
 /// <param name="Turned">Those of them with an EXIF orientation.</param>
 /// <param name="Pixels">Pixels of all of them.</param>
+/// <param name="Kinds">The kind of each of them, in words; null for a bad row.</param>
 public readonly record struct RowCheck(
     BadRow? Bad, int Tokens, int Supervised, bool Cut, int AnswersCut, int Pictures, int Turned,
-    long Pixels);
+    long Pixels, IReadOnlyList<string>? Kinds);
 
 /// <summary>What the usable rows of a file are like together; see <see cref="RowCheck"/>.</summary>
 /// <param name="Rows">Rows that are used.</param>

@@ -38,6 +38,7 @@ public sealed partial class TrainingRows
         var bad = Bad(checks);
         if (bad.Count > 0 && !_skip) throw Refused(bad);
         foreach (BadRow row in bad) _message($"skipped: {row}");
+        if (JpegFallback(checks) is { } fallback) _message($"{Path}: {fallback}");
         Counts = RowCounts.Of(checks, Unreadable.Count, _orient, maxLength);
         if (Counts.Rows == 0) throw new InputException($"{Path}: no usable row is left");
         _bad = [.. checks.Select(c => c.Bad).OfType<BadRow>()];
@@ -143,7 +144,10 @@ public sealed partial class TrainingRows
         _rows.Zip(checks).Where(pair => pair.Second.Bad is null)
             .Select(pair => (pair.First, pair.Second.Pixels)), damaged, _message);
 
-    // What fails for another reason than its row comes out as it was thrown.
+    /// <summary>
+    /// Parallel.For whose failure is that of one row, not a bundle of them: what is wrong with the
+    /// input goes first.
+    /// </summary>
     internal static void InParallel(int count, Action<int> work)
     {
         try
@@ -152,8 +156,21 @@ public sealed partial class TrainingRows
         }
         catch (AggregateException several)
         {
-            ExceptionDispatchInfo.Throw(several.InnerExceptions[0]);
+            ExceptionDispatchInfo.Throw(
+                several.InnerExceptions.FirstOrDefault(e => e is InputException)
+                ?? several.InnerExceptions[0]);
         }
+    }
+
+    /// <summary>
+    /// What is to be known of JPEG pictures among the rows, where libturbojpeg is missing.
+    /// </summary>
+    public static string? JpegFallback(RowCheck[] checks)
+    {
+        int count = checks.Sum(c => (c.Kinds ?? []).Count(
+            k => k.StartsWith("JPEG", StringComparison.Ordinal)));
+        return count > 0 && JpegDecoder.Fallback is { } how
+            ? $"JPEG pictures: {Messages.Number(count)}, {how}" : null;
     }
 
     private RowCheck Check(Row row)
@@ -165,7 +182,8 @@ public sealed partial class TrainingRows
             return new RowCheck(
                 null, sample.FullLength, sample.Supervised, sample.Cut, sample.AnswersCut,
                 pictures.Length, pictures.Count(picture => picture.Orientation != 1),
-                pictures.Sum(picture => (long)picture.Size.Width * picture.Size.Height));
+                pictures.Sum(picture => (long)picture.Size.Width * picture.Size.Height),
+                [.. pictures.Select(picture => picture.Kind)]);
         }
         catch (BadRowException failure)
         {

@@ -29,6 +29,7 @@ public static class Diagnosis
         output.WriteLine($"pictures {WebPDecoder.Describe()}");
         output.WriteLine("pictures PNG: built in, inflated by "
             + (LibDeflate.Available ? "libdeflate" : ".NET (libdeflate would be faster)"));
+        output.WriteLine("pictures GIF, BMP, TGA: built in");
         return Gpu(output, cuda ?? (() => CudaApi.Load())) && well;
     }
 

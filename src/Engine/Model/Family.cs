@@ -76,6 +76,7 @@ public static class Families
     public static IReadOnlyList<Family> All { get; } =
     [
         new MiniCpmV2(),
+        new MiniCpmLlama3V25(),
         new MiniCpmV26(),
         new MiniCpmO26(),
         new MiniCpmV4(),

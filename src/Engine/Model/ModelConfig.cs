@@ -31,7 +31,8 @@ public sealed class ModelConfig
     {
         get
         {
-            string? line = IsOmniModel ? "MiniCPM-o" : IsMiniCpmV ? "MiniCPM-V" : null;
+            string? line = IsOmniModel ? "MiniCPM-o" : !IsMiniCpmV ? null
+                : Version == "2.5" ? "MiniCPM-Llama3-V" : "MiniCPM-V";
             if (line is not null)
                 return Version.EndsWith(".0", StringComparison.Ordinal)
                     ? $"{line}-{Version[..^2]}" : $"{line}-{Version.Replace('.', '_')}";
@@ -270,7 +271,8 @@ public sealed class ModelConfig
     private static int Size(JsonValue json, string key, int most, int? otherwise = null) =>
         otherwise is { } value && json.Find(key) is null ? value : json[key].Int(1, most);
 
-    private bool Flag(string key, bool otherwise) => Json.Find(key)?.Bool() ?? otherwise;
+    /// <summary>A switch of config.json.</summary>
+    public bool Flag(string key, bool otherwise) => Json.Find(key)?.Bool() ?? otherwise;
 
     private static string Text(JsonValue json, string key, string otherwise)
     {

@@ -84,6 +84,8 @@ public sealed record VisionSpec(
     int HiddenSize, int IntermediateSize, int Layers, int Heads, int Channels, int PatchSize,
     int PositionsPerSide, float LayerNormEpsilon, bool DropsLastLayer)
 {
+    public PatchLayout Layout { get; init; } = new GridLayout();
+
     public int HeadDim => HiddenSize / Heads;
 
     /// <summary>Numbers in a patch, in (channel, y, x) order.</summary>
@@ -120,8 +122,8 @@ public sealed record ResamplerSpec(
 /// sqrt(layers)).</param>
 /// <param name="OutputScale">Factor of the last norm's output before the head (MiniCPM:
 /// dim_model_base / hidden_size).</param>
-/// <param name="FinalNormDecays">Whether weight decay applies to the last norm: the Trainer of
-/// transformers 4.40 exempts RMS norms by their class, that of 4.51 by their name.</param>
+/// <param name="FinalNormDecays">Whether weight decay applies to the last norm, by the Hugging Face
+/// Trainer's rule: it takes Llama's and MiniCPM's norms for LayerNorms, Qwen's not.</param>
 public sealed record DecoderSpec(
     int VocabSize, int HiddenSize, int IntermediateSize, int Layers, int Heads, int KvHeads,
     int HeadDim, float RmsNormEpsilon, bool QkvBias, bool TiedHead, double RopeTheta,

@@ -15,8 +15,8 @@ namespace MiniCpmNative.Engine.Model;
 /// </summary>
 public sealed class ModuleScope
 {
-    // RMS norms are exempt from decay only where their name says so: the Hugging Face Trainer looks
-    // for the type nn.LayerNorm and for these words. So the decoder's last norm decays.
+    // The Hugging Face Trainer exempts the type nn.LayerNorm, classes that register beside it, and
+    // names with these words.
     private static readonly string[] s_exempt = ["bias", "layernorm", "rmsnorm"];
 
     private readonly ParameterTable.Builder _table;

@@ -6,22 +6,24 @@ using MiniCpmNative.Kernels.Ops;
 namespace MiniCpmNative.Engine.Model;
 
 /// <summary>
-/// SigLIP/NaViT vision transformer over packed pictures of any grid: patches[P, channels*p*p] ->
-/// features[P, width]. Pre-norm layers, full attention inside each picture, tanh GELU; the position
-/// table is read at the buckets of <see cref="PositionBuckets"/>. The official code pads pictures
-/// to a batch and masks; packing gives the same numbers without the padding.
+/// SigLIP/NaViT vision transformer over pictures of any grid: patches[P, channels*p*p] ->
+/// features[P, width]. Pre-norm layers, full attention inside each picture, tanh GELU. Where
+/// pictures lie and how the position table is read says their <see cref="PatchLayout"/>; rows that
+/// it adds are computed with and left out of the features.
 /// </summary>
 public sealed class SiglipTower : IVisionTower
 {
     private readonly Linear _embed = new();
     private readonly PositionGather _gather = new();
+    private readonly Embedding _select = new();
+    private readonly Growing<float> _padded = new();
     private readonly VisionSpec _spec;
     private readonly Tensor _patchWeight, _patchBias, _positions;
     private readonly VisionLayer[] _layers;
     private readonly Norm _post;
     private readonly VisionContext _context = new();
     private readonly bool _checkpoint;
-    private Tensor _patches;
+    private Tensor _patches, _filled;
 
     public SiglipTower(VisionSpec spec, ModuleScope scope, bool checkpoint)
     {
@@ -52,25 +54,66 @@ public sealed class SiglipTower : IVisionTower
 
         x = _post.Run(graph, x);
         probe?.Visit("vision.post_layernorm", x);
-        return x;
+        return _filled.Exists ? graph.Run(_select, x, _filled) : x;
     }
 
-    public long Count(Batch batch) =>
-        batch.Patches.Count + (batch.Patches.Count / _spec.PatchLength) + batch.PictureStarts.Count;
+    public long Count(Batch batch)
+    {
+        int pictures = batch.Grids.Count / 2, longest = Longest(batch);
+        long rows = 0;
+        for (int i = 0; i < pictures; i++) rows += Rows(batch, i, longest);
+        return (rows * (_spec.PatchLength + 1)) + pictures + 1 + batch.PictureStarts[pictures];
+    }
 
     public void Load(Batch batch, BatchUpload upload)
     {
-        _patches = upload.Patches(batch.Patches.Span, _spec.PatchLength);
-        _context.PictureStarts = upload.Ints(batch.PictureStarts.Span, "picture starts");
-        Growing<int> ids = upload.Scratch;
-        ids.Clear();
-        for (int i = 0; i < batch.Grids.Count; i += 2)
+        int pictures = batch.Grids.Count / 2, longest = Longest(batch);
+        Growing<int> ints = upload.Scratch;
+        ints.Clear();
+        ints.Add(0);
+        for (int i = 0; i < pictures; i++) ints.Add(ints[i] + Rows(batch, i, longest));
+        bool packed = ints[pictures] == batch.PictureStarts[pictures];
+        _context.PictureStarts = upload.Ints(ints.Span, "picture starts");
+        ints.Clear();
+        for (int i = 0; i < pictures; i++)
+            _spec.Layout.Positions(batch.Grids[2 * i], batch.Grids[(2 * i) + 1],
+                _spec.PositionsPerSide, ints.Extend(Rows(batch, i, longest)));
+        PositionIds = upload.Ints(ints.Span, "patch positions");
+        _filled = Tensor.None;
+        if (packed) _patches = upload.Patches(batch.Patches.Span, _spec.PatchLength);
+        else Pad(batch, longest, upload);
+    }
+
+    // Zeros behind the patches of each picture, and which rows are patches.
+    private void Pad(Batch batch, int longest, BatchUpload upload)
+    {
+        Growing<int> filled = upload.Scratch;
+        filled.Clear();
+        _padded.Clear();
+        for (int i = 0, row = 0; i < batch.Grids.Count / 2; i++)
         {
-            int rows = batch.Grids[i], cols = batch.Grids[i + 1];
-            PositionBuckets.Write(rows, cols, _spec.PositionsPerSide, ids.Extend(rows * cols));
+            int begin = batch.PictureStarts[i], count = batch.PictureStarts[i + 1] - begin;
+            int rows = Rows(batch, i, longest), length = _spec.PatchLength;
+            _padded.Add(batch.Patches.Span.Slice(begin * length, count * length));
+            _padded.Extend((rows - count) * length).Clear();
+            foreach (ref int id in filled.Extend(count)) id = row++;
+            row += rows - count;
         }
 
-        PositionIds = upload.Ints(ids.Span, "patch positions");
+        _patches = upload.Patches(_padded.Span, _spec.PatchLength);
+        _filled = upload.Ints(filled.Span, "patch rows");
+    }
+
+    private int Rows(Batch batch, int picture, int longest) => _spec.Layout.Rows(
+        batch.PictureStarts[picture + 1] - batch.PictureStarts[picture], longest);
+
+    private static int Longest(Batch batch)
+    {
+        int longest = 0;
+        ReadOnlySpan<int> starts = batch.PictureStarts.Span;
+        for (int i = 1; i < starts.Length; i++)
+            longest = Math.Max(longest, starts[i] - starts[i - 1]);
+        return longest;
     }
 }
 

@@ -6,7 +6,8 @@ namespace MiniCpmNative.Engine.Data.Images;
 /// JPEG through libturbojpeg's TurboJPEG 2 interface (also in version 3), called with its defaults:
 /// accurate integer IDCT and fancy upsampling, the bytes Pillow gets. CMYK is taken as inverted,
 /// with or without Adobe's marker, as Pillow takes it. Warnings about damaged data are passed over
-/// as there; a file without its end marker is refused.
+/// as there; a file without its end marker is refused. Where the library is missing StbImageSharp
+/// decodes what it can: three components or one, Huffman coded, of slightly other pixels.
 /// </summary>
 internal static unsafe class JpegDecoder
 {
@@ -36,19 +37,42 @@ internal static unsafe class JpegDecoder
             "/usr/local/opt/jpeg-turbo/lib/libturbojpeg.dylib", "libturbojpeg.dll",
         ]);
 
+    /// <summary>What is to be known where the library is missing; null where it is there.</summary>
+    public static string? Fallback => s_library.Found
+        ? null
+        : $"read by StbImageSharp, {s_library.Name} was not found: slower, and pixels differ from "
+            + "Pillow's by up to 3 of 255 levels, at 4:2:2 by up to 131 in the last columns; for "
+            + $"equal ones {s_library.Install}";
+
     /// <summary>Whether the library is there.</summary>
-    public static string Describe() => s_library.Describe();
+    public static string Describe() =>
+        Fallback is { } fallback ? $"JPEG: {fallback}" : s_library.Describe();
+
+    /// <summary>
+    /// Bytes in memory at once for one pixel: RGB, the inks of four components, and all
+    /// coefficients of a picture that comes in several scans.
+    /// </summary>
+    public static int BytesPerPixel(JpegHeader header) => !s_library.Found
+        ? StbDecoder.BytesPerPixel
+        : 3 + (header.Components == 4 ? 4 : 0)
+            + (header.KeepsCoefficients ? 2 * header.Components : 0);
 
     /// <exception cref="InputException">The library is missing, or the file is damaged.</exception>
     public static Picture Decode(ByteSource source, byte[] file, JpegHeader header)
     {
         var data = file.AsSpan(0, (int)source.Length);
-        if (!header.Ends(data)) throw source.Error("damaged JPEG: its pixels are cut off");
+        var scans = new JpegScans(header, source, data);
+        if (scans.End == 0) throw source.Error("damaged JPEG: its pixels are cut off");
         long pixels = (long)header.Width * header.Height;
         if (!header.Arithmetic && pixels > (source.Length * PixelsPerByte) + 65536)
             throw source.Error(
                 $"damaged JPEG: {header.Width}x{header.Height} pixels do not fit into "
                 + $"{source.Length} bytes");
+        if (scans.Samples > JpegScans.MaxSamples)
+            throw source.Error(
+                $"is a JPEG picture of {header.Width}x{header.Height} pixels whose scans visit "
+                + $"{scans.Samples} samples, the limit is {JpegScans.MaxSamples}; save it anew");
+        if (!s_library.Found) return DecodeBuiltIn(source, file, header, scans);
         if (header.Components != 4)
         {
             var picture = new Picture(header.Width, header.Height);
@@ -61,6 +85,29 @@ internal static unsafe class JpegDecoder
         fixed (byte* into = inks) Run(source, data, header, converted, into, 4, Cmyk);
         FromInverseCmyk(inks, converted.Rgb);
         return converted;
+    }
+
+    private static Picture DecodeBuiltIn(
+        ByteSource source, byte[] file, JpegHeader header, JpegScans scans)
+    {
+        string? beyond = header switch
+        {
+            { Components: 4 } => "four colour components (CMYK or YCCK)",
+            { Arithmetic: true } => "arithmetic coding",
+            { FrameMarker: not (>= 0xc0 and <= 0xc2) } => "lossless or hierarchical coding",
+            _ => null,
+        };
+        if (beyond != null)
+            throw source.Error($"is a JPEG picture with {beyond}, which {s_library.Needed}");
+        string? irregular = header.Frames != 1 ? "has several frame headers" : scans.Irregular;
+        if (irregular != null) throw source.Error($"damaged JPEG: {irregular}");
+        var stream = new PictureStream([], file, 0, (int)source.Length);
+        var picture = StbDecoder.Decode(source, "JPEG", stream, new(header.Width, header.Height));
+        if (stream.Position == scans.End) return picture;
+
+        // The decoder has left off in silence, and did not write all pixels.
+        picture.Dispose();
+        throw source.Error("damaged JPEG: its pixels cannot be decoded to the end");
     }
 
     private static Picture Run(

@@ -18,6 +18,7 @@ public sealed class Picture : IDisposable
     internal const int LargestPooled = 1 << 26;
 
     private byte[]? _bytes;
+    private PictureMemory? _memory;
 
     /// <exception cref="ArgumentOutOfRangeException">A side below 1, or more than 2 GiB of
     /// pixels.</exception>
@@ -89,8 +90,12 @@ public sealed class Picture : IDisposable
         return result;
     }
 
+    /// <summary>A share of memory that is given back when the picture is disposed of.</summary>
+    internal void Holds(PictureMemory memory) => _memory = memory;
+
     public void Dispose()
     {
+        _memory?.Dispose();
         if (Interlocked.Exchange(ref _bytes, null) is { Length: <= LargestPooled } bytes)
             ArrayPool<byte>.Shared.Return(bytes);
     }

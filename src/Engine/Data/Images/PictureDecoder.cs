@@ -1,16 +1,22 @@
 using System.Buffers;
+using Microsoft.Win32.SafeHandles;
 
 namespace MiniCpmNative.Engine.Data.Images;
 
-/// <summary>What a picture file's header says. Orientation is EXIF's, 1 (upright) to 8.</summary>
-public readonly record struct PictureInfo(PictureFormat Format, PictureSize Size, int Orientation);
+/// <summary>
+/// What a picture file's header says. Orientation is EXIF's, 1 (upright) to 8; Kind names the
+/// format, and of a JPEG how its colours are sampled.
+/// </summary>
+public readonly record struct PictureInfo(
+    PictureFormat Format, PictureSize Size, int Orientation, string Kind);
 
 /// <summary>
 /// Picture files to RGB, byte for byte what Pillow's Image.open(path).convert("RGB") gives: the
 /// official script's input. The format is told by the content. PNG is managed code, faster with
-/// the system's libdeflate; JPEG and WebP go to its libturbojpeg and libwebp. These are looked for
-/// when the first such picture comes. Not applied, as in Pillow: EXIF orientation (see
-/// Picture.Oriented), gamma, colour profiles.
+/// the system's libdeflate; JPEG and WebP go to its libturbojpeg and libwebp, which are looked for
+/// when the first such picture comes. GIF (the first frame), BMP and TGA go to StbImageSharp, and
+/// so does JPEG where libturbojpeg is missing, with other pixels then. Not applied, as in Pillow:
+/// EXIF orientation (see Picture.Oriented), gamma, colour profiles.
 /// </summary>
 public static class PictureDecoder
 {
@@ -18,7 +24,7 @@ public static class PictureDecoder
     public const long MaxPixels = 178_956_970;
 
     /// <summary>Reads size and orientation from a file's header without decoding it.</summary>
-    /// <exception cref="InputException">Missing, unreadable, not a JPEG, PNG or WebP, or
+    /// <exception cref="InputException">Missing, unreadable, of a format that is not read, or
     /// damaged.</exception>
     public static PictureInfo Probe(string path)
     {
@@ -26,83 +32,125 @@ public static class PictureDecoder
         return Guard(path, () => Parse(new ByteSource(file, length, path), orientation: true).Info);
     }
 
-    /// <summary>Reads and decodes a file.</summary>
-    /// <exception cref="InputException">Missing, unreadable, not a JPEG, PNG or WebP, or
+    /// <summary>
+    /// Reads and decodes a file. Waits while the pictures of other threads, which count until they
+    /// are disposed of, leave too little memory (<see cref="PictureMemory"/>).
+    /// </summary>
+    /// <exception cref="InputException">Missing, unreadable, of a format that is not read, or
     /// damaged.</exception>
     public static Picture Decode(string path)
     {
         using var file = Open(path, out long length);
-        byte[] bytes = ArrayPool<byte>.Shared.Rent((int)length);
+        long needed = Guard(path, () => Needed(new ByteSource(file, length, path)));
+        var memory = PictureMemory.Enter(needed);
+        byte[]? bytes = null;
         try
         {
-            int got = Guard(path, () =>
-            {
-                int read = 0;
-                for (int n; (n =
-                    RandomAccess.Read(file, bytes.AsSpan(read, (int)length - read), read)) > 0;)
-                    read += n;
-                return read;
-            });
-            return Decode(bytes, got, path);
+            bytes = ArrayPool<byte>.Shared.Rent((int)length);
+            int got = Guard(path, () => Fill(file, bytes.AsSpan(0, (int)length)));
+            var picture = Decode(bytes, got, path);
+            memory.Shrink(picture.Bytes.Length);
+            picture.Holds(memory);
+            return picture;
+        }
+        catch
+        {
+            memory.Dispose();
+            throw;
         }
         finally
         {
-            ArrayPool<byte>.Shared.Return(bytes);
+            if (bytes != null) ArrayPool<byte>.Shared.Return(bytes);
         }
     }
 
     /// <summary>Decodes the first length bytes of file; name stands in errors.</summary>
-    /// <exception cref="InputException">Not a JPEG, PNG or WebP, or damaged.</exception>
+    /// <exception cref="InputException">Of a format that is not read, or damaged.</exception>
     public static Picture Decode(byte[] file, int length, string name) =>
         Decode(file, length, name, streamed: false);
 
     /// <summary>
     /// Decodes; streamed leaves libdeflate out, which changes nothing but the time.
     /// </summary>
-    internal static Picture Decode(byte[] file, int length, string name, bool streamed)
-    {
-        var source = new ByteSource(file, length, name);
-        var (info, header) = Parse(source, orientation: false);
-        return header switch
+    internal static Picture Decode(byte[] file, int length, string name, bool streamed) =>
+        Guard(name, () =>
         {
-            PngHeader png => PngDecoder.Decode(source, file, png, streamed),
-            JpegHeader jpeg => JpegDecoder.Decode(source, file, jpeg),
-            WebPHeader webp => WebPDecoder.Decode(source, file, webp),
-            _ => throw new InvalidOperationException($"{info.Format} has no decoder"),
+            var source = new ByteSource(file, length, name);
+            var (info, header) = Parse(source, orientation: false);
+            return header switch
+            {
+                PngHeader png => PngDecoder.Decode(source, file, png, streamed),
+                JpegHeader jpeg => JpegDecoder.Decode(source, file, jpeg),
+                WebPHeader webp => WebPDecoder.Decode(source, file, webp),
+                GifHeader gif => gif.Decode(file),
+                BmpHeader bmp => bmp.Decode(file),
+                TgaHeader tga => tga.Decode(file),
+                _ => throw new InvalidOperationException($"{info.Format} has no decoder"),
+            };
+        });
+
+    // Bytes that reading and decoding take at most at one time: the file, for PNG its data in one
+    // piece too, and what the decoders keep for each pixel.
+    private static long Needed(ByteSource source)
+    {
+        var (info, header) = Parse(source, orientation: false);
+        long perPixel = header switch
+        {
+            PngHeader => 3,
+            JpegHeader jpeg => JpegDecoder.BytesPerPixel(jpeg),
+            WebPHeader => 3 + 4,
+            _ => StbDecoder.BytesPerPixel,
         };
+        return (perPixel * info.Size.Width * info.Size.Height)
+            + (source.Length * (header is PngHeader ? 2 : 1));
     }
 
     private static (PictureInfo Info, object Header) Parse(ByteSource source, bool orientation)
     {
         var format = PictureFormats.Identify(source);
-        object header;
-        long width, height;
-        int turn;
-        switch (format)
-        {
-            case PictureFormat.Png:
-                var png = new PngHeader(source);
-                (header, width, height) = (png, png.Width, png.Height);
-                turn = orientation ? png.FindOrientation() : 1;
-                break;
-            case PictureFormat.Jpeg:
-                var jpeg = new JpegHeader(source);
-                (header, width, height, turn) = (jpeg, jpeg.Width, jpeg.Height, jpeg.Orientation);
-                break;
-            default:
-                var webp = new WebPHeader(source);
-                (header, width, height, turn) = (webp, webp.Width, webp.Height, webp.Orientation);
-                break;
-        }
+        (object header, long width, long height, int turn, string kind) = Header();
 
         // Both sides are below 2^32, so that the product fits into 64 bits without a sign.
         if ((ulong)width * (ulong)height > MaxPixels)
             throw source.Error(
                 $"has {width}x{height} pixels, the limit is {MaxPixels}; scale it down");
-        return (new(format, new((int)width, (int)height), turn), header);
+        return (new(format, new((int)width, (int)height), turn, kind), header);
+
+        (object, long, long, int, string) Header()
+        {
+            switch (format)
+            {
+                case PictureFormat.Png:
+                    var png = new PngHeader(source);
+                    return (png, png.Width, png.Height, orientation ? png.FindOrientation() : 1,
+                        "PNG");
+                case PictureFormat.Jpeg:
+                    var jpeg = new JpegHeader(source);
+                    return (jpeg, jpeg.Width, jpeg.Height, jpeg.Orientation, jpeg.Kind);
+                case PictureFormat.Gif:
+                    var gif = new GifHeader(source);
+                    return (gif, gif.Width, gif.Height, 1, "GIF");
+                case PictureFormat.Bmp:
+                    var bmp = new BmpHeader(source);
+                    return (bmp, bmp.Width, bmp.Height, 1, "BMP");
+                case PictureFormat.Tga:
+                    var tga = new TgaHeader(source);
+                    return (tga, tga.Width, tga.Height, 1, "TGA");
+                default:
+                    var webp = new WebPHeader(source);
+                    return (webp, webp.Width, webp.Height, webp.Orientation, "WebP");
+            }
+        }
     }
 
-    private static Microsoft.Win32.SafeHandles.SafeFileHandle Open(string path, out long length)
+    private static int Fill(SafeFileHandle file, Span<byte> bytes)
+    {
+        int read = 0;
+        for (int n; (n = RandomAccess.Read(file, bytes[read..], read)) > 0;) read += n;
+        return read;
+    }
+
+    private static SafeFileHandle Open(string path, out long length)
     {
         (var handle, length) = Guard(path, () =>
         {
@@ -113,7 +161,7 @@ public static class PictureDecoder
             if (!info.Exists) throw new InputException($"{path}: no such file");
             if (info.Length == 0)
                 throw new InputException(
-                    $"{path}: file is empty, expected a JPEG, PNG or WebP picture");
+                    $"{path}: file is empty, expected a {PictureFormats.Read} picture");
             if (info.Length > Array.MaxLength)
                 throw new InputException(
                     $"{path}: has {info.Length} bytes, at most {Array.MaxLength} are read");
@@ -122,6 +170,7 @@ public static class PictureDecoder
         return handle;
     }
 
+    // Whatever goes wrong is about this file: one row among many, which may be left out.
     private static T Guard<T>(string path, Func<T> read)
     {
         try
@@ -132,8 +181,12 @@ public static class PictureDecoder
             or ArgumentException
             or NotSupportedException)
         {
+            throw new InputException($"{path}: cannot be read: {Messages.OneLine(e.Message)}", e);
+        }
+        catch (Exception e) when (e is not InputException)
+        {
             throw new InputException(
-                $"{path}: cannot be read: {e.Message.ReplaceLineEndings(" ")}", e);
+                $"{path}: cannot be decoded: {e.GetType().Name}: {Messages.OneLine(e.Message)}", e);
         }
     }
 }

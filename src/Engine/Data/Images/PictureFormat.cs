@@ -1,3 +1,4 @@
+using System.Buffers.Binary;
 using System.Text;
 
 namespace MiniCpmNative.Engine.Data.Images;
@@ -8,6 +9,9 @@ public enum PictureFormat
     Jpeg,
     Png,
     WebP,
+    Gif,
+    Bmp,
+    Tga,
 }
 
 /// <summary>Tells a file's kind by its first bytes; the name's ending is never looked at.</summary>
@@ -16,8 +20,6 @@ internal static class PictureFormats
     // First bytes -> name; a name with an article is what the refusal says the file is.
     private static readonly (byte[] Prefix, string Kind)[] s_refused =
     [
-        ("GIF87a"u8.ToArray(), "a GIF picture"), ("GIF89a"u8.ToArray(), "a GIF picture"),
-        ("BM"u8.ToArray(), "a BMP picture"),
         ("II*\0"u8.ToArray(), "a TIFF picture"), ("MM\0*"u8.ToArray(), "a TIFF picture"),
         ("II+\0"u8.ToArray(), "a TIFF picture"), ("MM\0+"u8.ToArray(), "a TIFF picture"),
         ("8BPS"u8.ToArray(), "a Photoshop picture"), ("qoif"u8.ToArray(), "a QOI picture"),
@@ -31,42 +33,66 @@ internal static class PictureFormats
         ("PK\x03\x04"u8.ToArray(), "a zip archive"),
     ];
 
+    // How to make a PNG of it, where that is not what every viewer can do.
+    private static readonly (string Kind, string Way)[] s_ways =
+    [
+        ("a TIFF picture", "magick IN.tif OUT.png, or tiff2png"),
+        ("a HEIC picture", "heif-convert IN.heic OUT.png, or magick IN.heic OUT.png"),
+        ("an AVIF picture", "avifdec IN.avif OUT.png, or magick IN.avif OUT.png"),
+        ("a video", "one picture of it: ffmpeg -i IN.mp4 -frames:v 1 OUT.png"),
+    ];
+
+    /// <summary>What is read, for messages.</summary>
+    public const string Read = "JPEG, PNG, WebP, GIF, BMP or TGA";
+
     /// <summary>The format of a file.</summary>
-    /// <exception cref="InputException">Empty, or no JPEG, PNG or WebP: named when
+    /// <exception cref="InputException">Empty, or of no format that is read: named when
     /// known.</exception>
     public static PictureFormat Identify(ByteSource source)
     {
         var head = source.At(0, 512);
-        if (head.IsEmpty) throw source.Error("file is empty, expected a JPEG, PNG or WebP picture");
+        if (head.IsEmpty) throw source.Error($"file is empty, expected a {Read} picture");
         if (head.StartsWith((ReadOnlySpan<byte>)[0xff, 0xd8, 0xff])) return PictureFormat.Jpeg;
         if (head.StartsWith(PngHeader.Signature)) return PictureFormat.Png;
         if (WebPHeader.Accepts(head)) return PictureFormat.WebP;
-        throw source.Error(Refused(source, head) is { } kind
-            ? $"is {kind}, expected JPEG, PNG or WebP; convert it to PNG"
-            : "is no picture that can be read, expected JPEG, PNG or WebP");
+        if (GifHeader.Accepts(head)) return PictureFormat.Gif;
+        if (BmpHeader.Accepts(head)) return PictureFormat.Bmp;
+        string? kind = Refused(head);
+        if (kind == null && TgaHeader.Accepts(source)) return PictureFormat.Tga;
+        if (kind == null)
+            throw source.Error($"is no picture that can be read, expected {Read}");
+        string way = s_ways.FirstOrDefault(w => w.Kind == kind).Way is { } known
+            ? $" ({known})" : "";
+        throw source.Error($"is {kind}, expected {Read}; convert it to PNG{way}");
     }
 
-    private static string? Refused(ByteSource source, ReadOnlySpan<byte> head)
+    private static string? Refused(ReadOnlySpan<byte> head)
     {
         foreach (var (prefix, kind) in s_refused)
             if (head.StartsWith(prefix)) return kind;
         if (head.Length > 2 && head[0] == 'P' && head[1] is >= (byte)'1' and <= (byte)'7'
             && head[2] is (byte)' ' or (byte)'\n' or (byte)'\r' or (byte)'\t')
             return "a PBM, PGM, PPM or PAM picture";
-        if (head.Length >= 12 && head[4..8].SequenceEqual("ftyp"u8))
-        {
-            bool avif = head[8..12].SequenceEqual("avif"u8) || head[8..12].SequenceEqual("avis"u8);
-            return avif ? "an AVIF picture" : "a HEIC picture or a video";
-        }
-
-        if (source.At(source.Length - 18, 18).StartsWith("TRUEVISION-XFILE."u8))
-            return "a TGA picture";
+        if (head.Length >= 12 && head[4..8].SequenceEqual("ftyp"u8)) return Brand(head);
+        if (head.StartsWith((ReadOnlySpan<byte>)[0x1a, 0x45, 0xdf, 0xa3])
+            || (head.Length >= 12 && head.StartsWith("RIFF"u8)
+                && head[8..12].SequenceEqual("AVI "u8)))
+            return "a video";
         string text = Encoding.Latin1.GetString(head);
         if (text.Contains("<svg", StringComparison.OrdinalIgnoreCase)) return "an SVG drawing";
-        if (text.Contains("<html", StringComparison.OrdinalIgnoreCase)
-            || text.Contains("<!doctype html", StringComparison.OrdinalIgnoreCase))
-            return "an HTML page";
-        return source.Name.EndsWith(".tga", StringComparison.OrdinalIgnoreCase)
-            ? "a TGA picture" : null;
+        return text.Contains("<html", StringComparison.OrdinalIgnoreCase)
+            || text.Contains("<!doctype html", StringComparison.OrdinalIgnoreCase)
+            ? "an HTML page" : null;
+    }
+
+    // ISO base media files say what they are by a list of brands: the main one, a version, others.
+    private static string Brand(ReadOnlySpan<byte> head)
+    {
+        int length = (int)Math.Min(
+            (uint)head.Length, BinaryPrimitives.ReadUInt32BigEndian(head));
+        string brands = Encoding.Latin1.GetString(head[8..Math.Max(12, length)]);
+        if (brands.Contains("avif") || brands.Contains("avis")) return "an AVIF picture";
+        string[] heic = ["heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "msf1"];
+        return heic.Any(brands.Contains) ? "a HEIC picture" : "a video";
     }
 }

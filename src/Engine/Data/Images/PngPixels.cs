@@ -67,11 +67,11 @@ internal sealed class PngPixels : IDisposable
             for (int n; got < length && (n = _inflate!.Read(_buffer, got, length - got)) > 0;)
                 got += n;
         }
-        catch (InvalidDataException e) when (!_data.Exhausted)
+        catch (Exception e) when (Damaged(e) && !_data.Exhausted)
         {
             throw Broken("compressed data is damaged", e);
         }
-        catch (InvalidDataException)
+        catch (Exception e) when (Damaged(e))
         {
             throw Truncated();
         }
@@ -91,10 +91,10 @@ internal sealed class PngPixels : IDisposable
         {
             _inflate?.ReadByte();
         }
-        catch (InvalidDataException) when (_data.Exhausted)
+        catch (Exception e) when (Damaged(e) && _data.Exhausted)
         {
         }
-        catch (InvalidDataException e)
+        catch (Exception e) when (Damaged(e))
         {
             throw Broken("compressed data is damaged", e);
         }
@@ -113,6 +113,9 @@ internal sealed class PngPixels : IDisposable
         ArrayPool<byte>.Shared.Return(_buffer);
         _buffer = [];
     }
+
+    // A stream that asks for a dictionary is an IOException to ZLibStream.
+    private static bool Damaged(Exception e) => e is InvalidDataException or IOException;
 
     // libdeflate wants the chunks' data in one piece.
     private bool InflateWhole(PngDataStream data, int stored, int length)

@@ -4,10 +4,10 @@ using System.Runtime.InteropServices;
 namespace MiniCpmNative.Engine.Data.Text;
 
 /// <summary>
-/// precompiled_charsmap of a SentencePiece model: which bytes of UTF-8 are replaced by which. A size,
-/// a trie as a double array in units of 32 bits (darts-clone: bits 0 to 7 label, bit 8 "a value
-/// follows", bit 9 "offset in units of 256", bits 10 to 30 offset; of a value bits 0 to 30), and the
-/// replacements, each ended by a zero.
+/// precompiled_charsmap of a SentencePiece model: which bytes of UTF-8 are replaced by which. A
+/// size, a trie as a double array in units of 32 bits (darts-clone: bits 0 to 7 label, bit 8 "a
+/// value follows", bit 9 "offset in units of 256", bits 10 to 30 offset; of a value bits 0 to 30),
+/// and the replacements, each ended by a zero.
 /// </summary>
 internal sealed class CharacterMap
 {
@@ -28,11 +28,11 @@ internal sealed class CharacterMap
         if (_texts.Length == 0 || _texts[^1] != 0) throw Bad();
     }
 
-    private InputException Bad() => new($"{_path}: normalizer_spec.precompiled_charsmap is damaged; "
-        + "download tokenizer.model again");
+    private InputException Bad() => new($"{_path}: normalizer_spec.precompiled_charsmap is "
+        + "damaged; download tokenizer.model again");
 
     /// <summary>
-    /// The replacement of the longest sequence that text begins with; false when none is in the map.
+    /// The replacement of the longest sequence that text begins with; false when the map has none.
     /// </summary>
     public bool Replaces(
         ReadOnlySpan<byte> text, out int length, out ReadOnlySpan<byte> replacement)

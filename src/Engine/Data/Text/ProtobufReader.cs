@@ -65,7 +65,8 @@ internal ref struct ProtobufReader(ReadOnlySpan<byte> bytes, string path)
         }
     }
 
-    private const string What = "expected a SentencePiece model (tokenizer.model), whole and unchanged";
+    private const string What =
+        "expected a SentencePiece model (tokenizer.model), whole and unchanged";
 
     private readonly InputException Bad() => new($"{path}: is damaged or of another kind; {What}");
 

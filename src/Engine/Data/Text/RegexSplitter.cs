@@ -76,9 +76,9 @@ internal sealed class RegexSplitter : Splitter
     }
 
     private InputException TooSlow(int length, Exception? inner) => new(
-        $"{_file}: pre_tokenizer: the pattern {Messages.Quote(_regex.ToString())} takes too long on "
-        + $"a text of {Messages.Number(length)} characters; shorten the text or simplify the pattern",
-        inner);
+        $"{_file}: pre_tokenizer: the pattern {Messages.Quote(_regex.ToString())} takes too long "
+        + $"on a text of {Messages.Number(length)} characters; shorten the text or simplify the "
+        + "pattern", inner);
 
     // One rare plane 0 character for each category that planes 1 to 16 use.
     private static char Like(int codePoint) => CharUnicodeInfo.GetUnicodeCategory(codePoint) switch

@@ -71,14 +71,14 @@ internal sealed class SentencePieceFile : VocabularyFile
             }
         if (pieces.Count == 0) throw Bad("has no pieces; expected a SentencePiece model");
         if (type != 2)
-            throw Bad($"model_type is {type switch { 1 => "UNIGRAM", 3 => "WORD", 4 => "CHAR", _ => $"{type}" }}, "
-                + "only BPE is supported");
+            throw Bad($"model_type is {(type == 1 ? "UNIGRAM" : type)}, only BPE (2) is supported");
         if (Unknown is null) throw Bad("has no unknown piece");
         FusesUnknown = true;
         CheckByteTokens();
         UserDefined = new AddedTokens(pieces.Index().Where(p => Kinds[p.Index] == Kind.UserDefined)
             .Select(p => new AddedToken(p.Index, p.Item.Text, false, false, false, false, false)));
-        Normalizer = new SentencePieceNormalizer(_characters, UserDefined, _prepends, _removesExtra);
+        Normalizer =
+            new SentencePieceNormalizer(_characters, UserDefined, _prepends, _removesExtra);
         AddMerges(pieces);
     }
 

@@ -19,11 +19,11 @@ internal sealed class SentencePieceModelTokenizer : SentencePieceTokenizer
         : base(file, file.Mergeable, config.WithDefaults(file), path, ignoreMerges: false)
     {
         if (config.Legacy == false)
-            throw new InputException($"{path}: tokenizer_config.json has legacy false, which is not "
-                + "supported for tokenizer.model; save the tokenizer as tokenizer.json");
+            throw new InputException($"{path}: tokenizer_config.json has legacy false, which is "
+                + "not supported for tokenizer.model; save the tokenizer as tokenizer.json");
         if (Added.FirstOrDefault(token => token.SingleWord) is { } word)
-            throw new InputException($"{path}: token {Messages.Quote(word.Content)} is single_word, "
-                + "which is not supported for tokenizer.model");
+            throw new InputException($"{path}: token {Messages.Quote(word.Content)} is "
+                + "single_word, which is not supported for tokenizer.model");
         _file = file;
         _prefixSpace = config.PrefixSpace ?? true;
         _apart = [.. Added.Where(token => !IsSpecial(token.Id) || (token.Id >= file.Kinds.Count

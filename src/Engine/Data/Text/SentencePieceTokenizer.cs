@@ -87,7 +87,8 @@ internal class SentencePieceTokenizer : Tokenizer
         while (word[at..].IndexOfAnyExcept(_known) is var offset and >= 0)
         {
             at += offset;
-            int width = word.Length - at > 1 && char.IsSurrogatePair(word[at], word[at + 1]) ? 2 : 1;
+            int width = word.Length - at > 1 && char.IsSurrogatePair(word[at], word[at + 1])
+                ? 2 : 1;
             var letter = word.Slice(at, width);
             at += width;
             if (lookup.ContainsKey(letter)) continue;

@@ -5,8 +5,8 @@ namespace MiniCpmNative.Engine.Data.Text;
 /// <summary>
 /// Text to token ids and back, equal to Hugging Face's tokenizers. What every kind shares is here:
 /// added and special tokens, named ids, clean-up. How the text between added tokens is encoded is
-/// the kind's own: ByteLevelTokenizer or SentencePieceTokenizer, as the model's files say. Any number
-/// of threads may use one tokenizer.
+/// the kind's own: ByteLevelTokenizer or SentencePieceTokenizer, as the model's files say. Any
+/// number of threads may use one tokenizer.
 /// </summary>
 public abstract class Tokenizer
 {
@@ -88,8 +88,8 @@ public abstract class Tokenizer
     public bool CleansUp => _config?.CleanUp ?? false;
 
     /// <summary>
-    /// Reads the tokenizer of a model as transformers would: tokenizer.json, or tokenizer.model where
-    /// there is no other or tokenizer_config.json has a Python class only; and what
+    /// Reads the tokenizer of a model as transformers would: tokenizer.json, or tokenizer.model
+    /// where there is no other or tokenizer_config.json has a Python class only; and what
     /// tokenizer_config.json adds.
     /// </summary>
     /// <exception cref="InputException">A file is missing, broken, or of another kind.</exception>
@@ -103,8 +103,8 @@ public abstract class Tokenizer
         if (File.Exists(model) && (!File.Exists(path) || config is { OnlySlow: true }))
             return OfModel(Bytes(model, SentencePieceFile.MaxBytes), config, model);
         if (!File.Exists(path))
-            throw new InputException($"{path}: not found; a model directory needs tokenizer.json or "
-                + "tokenizer.model" + (File.Exists(Path.Combine(directory, "vocab.json"))
+            throw new InputException($"{path}: not found; a model directory needs tokenizer.json "
+                + "or tokenizer.model" + (File.Exists(Path.Combine(directory, "vocab.json"))
                     ? ", vocab.json alone is not read: save the tokenizer with transformers' "
                         + "AutoTokenizer, which writes tokenizer.json" : ""));
         return OfJson(Bytes(path, MaxFileBytes), config, path);

@@ -14,9 +14,9 @@ internal enum SectionMarks
 }
 
 /// <summary>
-/// tokenizer.json of a BPE model, byte-level or SentencePiece's, read strictly: every part that would
-/// change the ids is either understood or refused by name. The vocabulary and the merges, nearly all
-/// of the file, are read without a document tree.
+/// tokenizer.json of a BPE model, byte-level or SentencePiece's, read strictly: every part that
+/// would change the ids is either understood or refused by name. The vocabulary and the merges,
+/// nearly all of the file, are read without a document tree.
 /// </summary>
 internal sealed class TokenizerFile : VocabularyFile
 {
@@ -217,8 +217,8 @@ internal sealed class TokenizerFile : VocabularyFile
                 foreach (var item in part.Member("normalizers").Items()) ReadNormalizer(item);
                 break;
             case var other:
-                throw Bad($"normalizer {Messages.Quote(other ?? "")} is not supported, expected NFC, "
-                    + "or Prepend and Replace of SentencePiece's \"\u2581\"");
+                throw Bad($"normalizer {Messages.Quote(other ?? "")} is not supported, expected "
+                    + "NFC, or Prepend and Replace of SentencePiece's \"\u2581\"");
         }
     }
 
@@ -232,7 +232,7 @@ internal sealed class TokenizerFile : VocabularyFile
         JsonElement[] parts = sequence ? [.. part.Member("pretokenizers").Items()]
             : part.IsNull() ? [] : [part];
         if (sequence && parts.Length == 0)
-            throw Bad("pre_tokenizer is a Sequence whose pretokenizers are no list, or an empty one");
+            throw Bad("pre_tokenizer is a Sequence whose pretokenizers are no list, or empty");
         IsByteLevel = parts.Length > 0 && parts[^1].Member("type").Text() == "ByteLevel";
         if (IsByteLevel)
         {
@@ -245,14 +245,14 @@ internal sealed class TokenizerFile : VocabularyFile
         if (parts is [var only]) ReadMetaspace(only);
         else if (parts.Length > 1 || !_marksSpaces)
             throw Bad("is neither byte-level BPE (the pre_tokenizer ends in \"ByteLevel\") nor "
-                + "SentencePiece's (the normalizer, or a pre_tokenizer \"Metaspace\" alone, replaces "
-                + "spaces by \"\u2581\")");
+                + "SentencePiece's (the normalizer, or a pre_tokenizer \"Metaspace\" alone, "
+                + "replaces spaces by \"\u2581\")");
     }
 
     private void ReadByteLevel(JsonElement[] parts)
     {
         if (_prepends || _marksSpaces || ByteFallback)
-            throw Bad("mixes byte-level BPE with SentencePiece (Prepend, Replace or byte_fallback)");
+            throw Bad("mixes byte-level BPE with SentencePiece (Prepend, Replace, byte_fallback)");
         OnlyByteLevel = parts.Length == 1;
         foreach (var item in parts[..^1]) Splitters.Add(Split(item));
         PrefixSpace = parts[^1].Member("add_prefix_space").ValueKind != JsonValueKind.False;
@@ -336,9 +336,9 @@ internal sealed class TokenizerFile : VocabularyFile
         string[] types = [.. parts.Select(item => item.Member("type").Text() ?? "null")];
         bool known = IsByteLevel ? types is ["ByteLevel"] : IsSentencePieceDecoder(parts, types);
         if (!known)
-            throw Bad($"decoder {string.Join(", ", types.Select(Messages.Quote))} is not supported, "
-                + "expected " + (IsByteLevel ? "\"ByteLevel\"" : "Replace of \"\u2581\", ByteFallback, "
-                    + "Fuse and Strip of one space at the start"));
+            throw Bad($"decoder {Messages.List([.. types.Select(Messages.Quote)])} is not "
+                + "supported, expected " + (IsByteLevel ? "\"ByteLevel\"" : "Replace of "
+                    + "\"\u2581\", ByteFallback, Fuse and Strip of one space at the start"));
     }
 
     private bool IsSentencePieceDecoder(JsonElement[] parts, string[] types)

@@ -2,7 +2,7 @@ using System.Globalization;
 
 namespace MiniCpmNative.Engine.Data.Text;
 
-/// <summary>What every kind of tokenizer file says, before tokenizer_config.json adds to it.</summary>
+/// <summary>What each kind of tokenizer file says; tokenizer_config.json adds to it.</summary>
 internal abstract class VocabularyFile(string path)
 {
     /// <summary>Every token and its id; no two share an id.</summary>

@@ -4,13 +4,13 @@ using Microsoft.ML.Tokenizers;
 namespace MiniCpmNative.Engine.Data.Text;
 
 /// <summary>
-/// Byte pair encoding of one word (Sennrich et al. 2016): while any two neighbours have a merge, the
-/// pair of lowest rank, the leftmost of equals, becomes one token. A word is written in the
+/// Byte pair encoding of one word (Sennrich et al. 2016): while any two neighbours have a merge,
+/// the pair of lowest rank, the leftmost of equals, becomes one token. A word is written in the
 /// vocabulary's own letters; a letter without a token is left out.
 ///
-/// Microsoft.ML.Tokenizers does it. Its time is quadratic in a word's length, so a word of more than
-/// <see cref="LongWord"/> letters is merged here, in n log n, to the same ids; so is every word where
-/// merges share a rank, which the package's list of merges cannot say.
+/// Microsoft.ML.Tokenizers does it. Its time is quadratic in a word's length, so a word of more
+/// than <see cref="LongWord"/> letters is merged here, in n log n, to the same ids; so is every
+/// word where merges share a rank, which the package's list of merges cannot say.
 /// </summary>
 internal sealed class WordMerges
 {

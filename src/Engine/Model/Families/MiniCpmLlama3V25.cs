@@ -1,0 +1,27 @@
+using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Data.Text;
+
+namespace MiniCpmNative.Engine.Model;
+
+/// <summary>
+/// MiniCPM-Llama3-V 2.5: SigLIP over pictures as strips (<see cref="StripLayout"/>), the resampler,
+/// Llama 3 8B with its template, slices in one pair of tokens.
+/// </summary>
+internal sealed class MiniCpmLlama3V25() : Family("MiniCPM-Llama3-V-2_5")
+{
+    public override bool Is(ModelConfig config) => config.IsVision("2.5");
+
+    // Its configuration class has no other slice_mode.
+    public override ModelSpec Read(ModelConfig config) => config.Spec(
+        this, config.Decoder() with { FinalNormDecays = false }, config.Siglip() with
+        {
+            Layout = new StripLayout(config.Flag("batch_vision_input", true)),
+        }) with { SliceMode = true };
+
+    public override RowFormat Rows(ModelSpec spec)
+    {
+        var tokenizer = Tokenizer.Load(spec.Directory);
+        return Rows(spec, new Llama3Format(tokenizer, spec.Directory), PlaceholderScheme.Old(
+            tokenizer, spec.Processor.Tokens, spec.Resampler.Queries, spec.Directory));
+    }
+}
