@@ -85,6 +85,10 @@ public sealed class MiniCpmLlama3V25Tests
         Assert.That((spec.Vision.Layers, spec.Resampler.Queries, spec.SliceMode),
             Is.EqualTo((26, 64, true)));
         Assert.That(spec.Slicing, Is.EqualTo(new SlicingSpec(1, 448, 14)));
+        // Neither file writes numbers of pictures, which its placeholders do not have.
+        foreach (bool official in (bool[])[false, true])
+            Assert.That(spec.TrainsImageId(new TrainArguments { OfficialCompat = official }),
+                Is.EqualTo(spec.UseImageId).And.False);
     }
 
     [Test]
@@ -135,7 +139,8 @@ public sealed class MiniCpmLlama3V25Tests
         Trace trace = Trace.Run(
             model, s_family.Batch(arguments, s_family.Pair), gradients: false);
         Assert.That(trace.Floats["loss"].Values[0], Is.EqualTo(loss).Within(1e-5 * loss));
-        Assert.That(trace.Ints["vision.position_ids"].Values, Has.Length.EqualTo(63 + 70 + 63 + 63));
+        Assert.That(trace.Ints["vision.position_ids"].Values,
+            Has.Length.EqualTo(63 + 70 + 63 + 63));
     }
 
     [Test]
