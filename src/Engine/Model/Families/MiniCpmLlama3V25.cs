@@ -9,6 +9,8 @@ namespace MiniCpmNative.Engine.Model;
 /// </summary>
 internal sealed class MiniCpmLlama3V25() : Family("MiniCPM-Llama3-V-2_5")
 {
+    public override bool NumbersPictures => false;
+
     public override bool Is(ModelConfig config) => config.IsVision("2.5");
 
     public override ModelSpec Read(ModelConfig config)
@@ -18,13 +20,8 @@ internal sealed class MiniCpmLlama3V25() : Family("MiniCPM-Llama3-V-2_5")
             {
                 Layout = new StripLayout(config.Flag("batch_vision_input", true)),
             });
-        // Its class of config.json slices whatever slice_mode says; its pictures have no numbers.
-        return spec with
-        {
-            SliceMode = true,
-            UseImageId = false,
-            Processor = spec.Processor with { UseImageId = false },
-        };
+        // Its class of config.json slices whatever slice_mode says.
+        return spec with { SliceMode = true };
     }
 
     public override RowFormat Rows(ModelSpec spec)

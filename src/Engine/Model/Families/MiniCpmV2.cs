@@ -18,6 +18,8 @@ internal sealed class MiniCpmV2() : Family("MiniCPM-V-2")
 
     public override string? SlicingKey => null;
 
+    public override bool NumbersPictures => false;
+
     public override bool Is(ModelConfig config) => config.IsVision("2.0");
 
     public override ModelSpec Read(ModelConfig config)
