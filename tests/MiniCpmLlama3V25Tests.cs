@@ -85,10 +85,21 @@ public sealed class MiniCpmLlama3V25Tests
         Assert.That((spec.Vision.Layers, spec.Resampler.Queries, spec.SliceMode),
             Is.EqualTo((26, 64, true)));
         Assert.That(spec.Slicing, Is.EqualTo(new SlicingSpec(1, 448, 14)));
-        // Neither file writes numbers of pictures, which its placeholders do not have.
         foreach (bool official in (bool[])[false, true])
             Assert.That(spec.TrainsImageId(new TrainArguments { OfficialCompat = official }),
-                Is.EqualTo(spec.UseImageId).And.False);
+                Is.False);
+    }
+
+    [TestCase("batch_vision_input", "\"yes\"",
+        "key \"batch_vision_input\" is \"yes\", expected true or false")]
+    [TestCase("rope_scaling", """{"type": "linear", "factor": 2}""",
+        "is \"linear\", which is not supported for MiniCPM-Llama3-V-2_5")]
+    public void WhatItCannotBeIsRefused(string key, string value, string expected)
+    {
+        JsonNode config = JsonNode.Parse(Released)!;
+        config[key] = JsonNode.Parse(value);
+        File.WriteAllText(Path.Combine(_folder, "config.json"), config.ToJsonString());
+        Assert.That(() => ModelSpec.Read(_folder), SafetensorsTests.Refuses(expected));
     }
 
     [Test]
