@@ -14,7 +14,6 @@ namespace MiniCpmNative.Tests;
 /// </summary>
 [TestFixture("v2")]
 [TestFixture("l3")]
-[TestFixture("v4")]
 public sealed class FamilyTrainTests(string name)
 {
     private readonly FamilyCase _family = FamilyCase.Of(name);
@@ -30,12 +29,12 @@ public sealed class FamilyTrainTests(string name)
     [TestCase("full")]
     public void TenStepsAreEqual(string name)
     {
-        var expected = _family.Training(name);
+        var expected = _family.Json("training.json").GetProperty(name);
         TrainArguments arguments = TenSteps(name == "full" ? _family.Full : _family.Lora with
         {
-            LoraWeightPath = _family.InitialAdapter(Path.Combine(_folder, "initial")),
+            LoraWeightPath = Path.Combine(_family.Folder, "adapter_init"),
         });
-        AssertDecays(arguments, name);
+        AssertDecays(arguments, expected);
         Runs.Train(arguments);
         JsonElement[] steps = [.. expected.GetProperty("steps").EnumerateArray()];
         JsonElement[] log =
@@ -46,25 +45,21 @@ public sealed class FamilyTrainTests(string name)
         {
             Assert.That(log[i].GetProperty("learning_rate").GetDouble(),
                 Is.EqualTo(steps[i].GetProperty("lr").GetDouble()).Within(1e-12));
-            loss = Math.Max(loss, Error(
-                log[i], "loss", steps[i].GetProperty("loss").GetDouble()));
-            norm = Math.Max(norm, Error(log[i], "grad_norm", _family.StepNorm(steps[i])));
+            loss = Math.Max(loss, Error(log[i], "loss", steps[i], "loss"));
+            // PyTorch adds the squares up in F32; in F64 the norm is right.
+            norm = Math.Max(norm, Error(log[i], "grad_norm", steps[i], "grad_norm_f64_run"));
         }
 
         TestContext.Out.WriteLine($"worst loss {loss:E2}, norm {norm:E2}");
         Assert.That(Math.Max(loss, norm), Is.LessThan(1e-4));
         AssertFinal(arguments, expected.GetProperty("final"));
         if (name == "lora_only") AssertFinalAdapter(arguments);
-        if (expected.TryGetProperty("case_a_after", out var after)) AssertAfter(arguments, after);
     }
 
     [Test]
     public void AdaptersAreWrittenAsPeftWritesThemAndReadBack()
     {
-        bool official = _family.Results.TryGetProperty("lora_official", out var expected);
-        if (!official) expected = _family.Results.GetProperty("lora_only");
-        TrainArguments arguments = TenSteps(
-            _family.Lora with { ModulesToSave = official ? null : [] }) with
+        TrainArguments arguments = TenSteps(_family.Lora with { ModulesToSave = null }) with
         {
             MaxSteps = 3,
         };
@@ -72,8 +67,10 @@ public sealed class FamilyTrainTests(string name)
         using (var written = SafetensorsFile.Open(
             Path.Combine(arguments.OutputDir, AdapterFile.WeightsName)))
         {
+            var gradients =
+                _family.Results.GetProperty("lora_official").GetProperty("gradients");
             Assert.That(written.Tensors.Select(t => $"{t.Name} {t.Shape}"),
-                Is.EquivalentTo(expected.GetProperty("gradients").EnumerateObject().Select(p => $"{p.Name} "
+                Is.EquivalentTo(gradients.EnumerateObject().Select(p => $"{p.Name} "
                     + $"[{string.Join(", ", ReferenceText.Ints(p.Value.GetProperty("shape")))}]")));
         }
 
@@ -145,7 +142,7 @@ public sealed class FamilyTrainTests(string name)
     [Test]
     public void TheCommandsTakeTheModel()
     {
-        string rows = _family.Data(_folder, [.. _family.Pair, "text"]);
+        string rows = _family.Data(_folder, "one", "sliced", "text");
         string trace = Path.Combine(_folder, "trace.safetensors");
         string[] model = ["--model_name_or_path", _family.Model, "--data_path", rows];
         string said = Run(["data", "check", .. model]);
@@ -153,7 +150,7 @@ public sealed class FamilyTrainTests(string name)
         Run(["trace", "--rows", "one,2", "--out", trace, "--gradients", .. model]);
         using var file = SafetensorsFile.Open(trace);
         Assert.That(file.Tensors.Select(t => t.Name), Is.SupersetOf(
-            _family.Activations.EnumerateObject().Select(p => p.Name)));
+            _family.Json("activations.json").EnumerateObject().Select(p => p.Name)));
         Assert.That(file.Tensors.Select(t => t.Name), Is.SupersetOf(
             _family.Spec.Parameters.All.Where(p => !p.Fixed).Select(p => "grad." + p.Name)));
     }
@@ -169,7 +166,8 @@ public sealed class FamilyTrainTests(string name)
     // Rows in turn, as the reference's loop takes them.
     private TrainArguments TenSteps(TrainArguments arguments) => arguments with
     {
-        DataPath = _family.Data(_folder, _family.TrainedRows),
+        DataPath = _family.Data(_folder, [.. _family.Json("training.json").GetProperty("rows")
+            .EnumerateArray().Select(r => r.GetString()!)]),
         OutputDir = Path.Combine(_folder, "out"),
         TrainSamplingStrategy = SamplingStrategy.Sequential,
         MaxSteps = 10,
@@ -181,15 +179,13 @@ public sealed class FamilyTrainTests(string name)
         LoggingSteps = new Interval(1),
     };
 
-    private void AssertDecays(TrainArguments arguments, string name)
+    private static void AssertDecays(TrainArguments arguments, JsonElement expected)
     {
         using var model = TrainingModel.Open(arguments);
-        string[] exempt = [.. _family.NotDecayed(name).Select(V26.Name)];
-        Assert.That(model.Trainables.List.Where(t => !t.Decays).Select(t => t.Name),
-            Is.EquivalentTo(exempt));
-        Assert.That(model.Trainables.List.Where(t => t.Decays).Select(t => t.Name),
-            Is.EquivalentTo(_family.Training(name).GetProperty("final").EnumerateObject()
-                .Select(p => V26.Name(p.Name)).Except(exempt)));
+        foreach (bool decays in (bool[])[false, true])
+            Assert.That(model.Trainables.List.Where(t => t.Decays == decays).Select(t => t.Name),
+                Is.EquivalentTo(expected.GetProperty(decays ? "weight_decay" : "no_weight_decay")
+                    .EnumerateArray().Select(n => V26.Name(n.GetString()!))));
     }
 
     private static void AssertFinal(TrainArguments arguments, JsonElement final)
@@ -214,25 +210,11 @@ public sealed class FamilyTrainTests(string name)
     {
         using var files = SafetensorsFile.Open(
             Path.Combine(arguments.OutputDir, AdapterFile.WeightsName));
-        var whole = ReferenceFile.Open(_family.AdapterTensors.Trained);
+        var whole = ReferenceFile.Open($"{_family.Name}/lora_only_final");
         Assert.That(whole.Names.Count(), Is.EqualTo(16));
         foreach (string tensor in whole.Names)
             Assert.That(V26.NormError(files.Get(tensor).ToFloats(), whole.Doubles(tensor)),
                 Is.LessThan(1e-4), tensor);
-    }
-
-    // Loss and logits of the recorded batch with what the run has left.
-    private void AssertAfter(TrainArguments run, JsonElement expected)
-    {
-        using var model = TrainingModel.Open(run.UseLora
-            ? run with { LoraWeightPath = run.OutputDir }
-            : run with { ModelNameOrPath = run.OutputDir });
-        Trace trace = Trace.Run(
-            model, _family.Batch(_family.Full, _family.Pair), gradients: false);
-        double loss = expected.GetProperty("loss").GetDouble();
-        Assert.That(trace.Floats["loss"].Values[0], Is.EqualTo(loss).Within(1e-4 * loss));
-        V26.AssertClose("logits", trace.Floats["logits"],
-            expected.GetProperty(run.UseLora ? "reloaded" : "logits"), 1e-4);
     }
 
     // What a run has left is read again, and has learned.
@@ -248,6 +230,9 @@ public sealed class FamilyTrainTests(string name)
         Assert.That(Loss(after), Is.LessThan(Loss(before) - 0.01));
     }
 
-    private static double Error(JsonElement got, string name, double expected) =>
-        Math.Abs(got.GetProperty(name).GetDouble() - expected) / expected;
+    private static double Error(JsonElement got, string name, JsonElement expected, string wanted)
+    {
+        double value = expected.GetProperty(wanted).GetDouble();
+        return Math.Abs(got.GetProperty(name).GetDouble() - value) / value;
+    }
 }

@@ -321,10 +321,8 @@ public sealed class ModelSpecTests
             Assert.That(sin[i], Is.EqualTo(Math.Sin(angle)).Within(1e-6 + (position * 3e-7)));
         }
 
-        var halved = decoder with
-        {
-            RopeScaling = RopeScaling.None with { Short = [.. Enumerable.Repeat(2.0, headDim / 2)] },
-        };
+        var scaling = RopeScaling.None with { Short = [.. Enumerable.Repeat(2.0, headDim / 2)] };
+        var halved = decoder with { RopeScaling = scaling };
         Assert.That(halved.RopeTable(3).Cos[headDim], Is.EqualTo(cos[headDim / 2]).Within(1e-7));
     }
 

@@ -12,6 +12,7 @@ namespace MiniCpmNative.Tests;
 /// Reference models of families against the official code under PyTorch (F32): activations,
 /// logits, loss, every gradient, adapters. The bars are those of V-2_6's.
 /// </summary>
+[TestFixture("v4")]
 [TestFixture("v45")]
 [TestFixture("o45")]
 public sealed class ReferenceModelTests(string name)

@@ -14,6 +14,7 @@ namespace MiniCpmNative.Tests;
 /// Whole runs of `cpmx train` on reference models of families, against PyTorch with the official
 /// loss and PEFT's files.
 /// </summary>
+[TestFixture("v4")]
 [TestFixture("v45")]
 [TestFixture("o45")]
 public sealed class ReferenceTrainTests(string name)

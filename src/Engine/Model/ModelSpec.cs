@@ -130,8 +130,8 @@ public sealed record DecoderSpec(
     bool FinalNormDecays = true)
 {
     /// <summary>
-    /// amplitude * cos and sin [positions, HeadDim/2] of position * theta^(-2k/HeadDim) / divisor_k;
-    /// frequencies and angles are rounded to float as transformers has them.
+    /// cos and sin [positions, HeadDim/2] of position * theta^(-2k/HeadDim) / divisor_k, times the
+    /// amplitude; frequencies and angles are rounded to float as transformers has them.
     /// </summary>
     /// <param name="positions">Rows of the tables.</param>
     /// <param name="isLong">Whether they have the long divisors.</param>
