@@ -79,8 +79,8 @@ public sealed class MiniCpm45Tests(string name, string family)
         Assert.That((spec.Vision, spec.Resampler, spec.Decoder, spec.Slicing),
             Is.EqualTo((plain.Vision, plain.Resampler, plain.Decoder, plain.Slicing)));
         Assert.That(spec.Processor.Tokens, Is.EqualTo(plain.Processor.Tokens));
-        foreach (string part in (string[])["apm.conv1.weight", "audio_projection_layer.linear1.bias",
-            "tts.head_code.0"])
+        foreach (string part in (string[])[
+            "apm.conv1.weight", "audio_projection_layer.linear1.bias", "tts.head_code.0"])
             Assert.That(spec.Parameters.IsUntouched(part), Is.EqualTo(name == "o45"), part);
     }
 

@@ -132,7 +132,8 @@ public sealed class MiniCpmO26Tests
         }
 
         long all = V26.Spec.Parameters.Count;
-        Assert.That(said.Replace(",", ""), Does.Contain($"{all}").And.Contains($"{all + s_numbers}"));
+        Assert.That(said.Replace(",", ""),
+            Does.Contain($"{all}").And.Contains($"{all + s_numbers}"));
         Assert.That(after.Get("llm.model.norm.weight").ToFloats(),
             Is.Not.EqualTo(before.Get("llm.model.norm.weight").ToFloats()));
         Assert.That(ModelSpec.Read(arguments.OutputDir).Family.Name, Is.EqualTo("MiniCPM-o-2_6"));
@@ -173,7 +174,8 @@ public sealed class MiniCpmO26Tests
         Run(["data", "check", .. model]);
         Run(["trace", "--rows", "one", "--out", trace, "--gradients", .. model]);
         using var file = SafetensorsFile.Open(trace);
-        string[] gradients = [.. file.Tensors.Select(t => t.Name).Where(n => n.StartsWith("grad."))];
+        string[] gradients =
+            [.. file.Tensors.Select(t => t.Name).Where(n => n.StartsWith("grad."))];
         Assert.That(gradients, Is.SupersetOf(V26.Spec.Parameters.Names.Select(n => "grad." + n)));
         Assert.That(gradients, Has.None.Contains("apm").And.None.Contains("tts"));
     }
