@@ -17,8 +17,8 @@ namespace MiniCpmNative.Tests;
 [TestFixture]
 public sealed class WeightKindTests
 {
-    // Seven projections of each decoder layer, six of each vision layer, and the resampler's kv_proj,
-    // query, key, value and out_proj.
+    // Seven projections of each decoder layer, six of each vision layer, and the resampler's
+    // kv_proj, query, key, value and out_proj.
     private static readonly int s_projections =
         (7 * V26.Spec.Decoder.Layers) + (6 * V26.Spec.Vision.Layers) + 5;
 
@@ -103,7 +103,8 @@ public sealed class WeightKindTests
         using var model = TrainingModel.Load(
             source, new OpenDevice(cuda.Device(DType.F32), "GPU"), arguments, kind: there);
         CopyAdapter(model);
-        Assert.That(V26.Gradients(model, arguments, batch).Loss, Is.EqualTo(loss).Within(1e-5 * loss));
+        Assert.That(V26.Gradients(model, arguments, batch).Loss,
+            Is.EqualTo(loss).Within(1e-5 * loss));
         Assert.That(there.Weights, Has.Count.EqualTo(s_projections));
         foreach (Trainable tensor in model.Trainables.List)
             AssertEqual(

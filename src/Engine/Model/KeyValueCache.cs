@@ -65,6 +65,7 @@ public sealed class KeyValueCache : IBatchInput
         return cached;
     }
 
+    // Asked before anything is brought over, so what does not fit is refused here.
     /// <exception cref="ShapeException">
     /// The batch has another number of rows, or one of them has no room any more; nothing changed.
     /// </exception>

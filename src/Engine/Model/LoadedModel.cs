@@ -67,7 +67,7 @@ public sealed class LoadedModel : IDisposable
 
     /// <summary>
     /// Brings a batch over and runs it: h[tokens, width] after the decoder's final norm. Over a
-    /// cache the batch is the next tokens of the cache's sequences.
+    /// cache the batch is the next tokens of the cache's sequences, and nothing is recorded.
     /// </summary>
     public Tensor Hidden(Batch batch, ITensorProbe? probe = null, KeyValueCache? cache = null)
     {
