@@ -1,4 +1,5 @@
 using System.Collections.Immutable;
+using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Weights;
 
