@@ -1,0 +1,195 @@
+using System.Globalization;
+using System.Text.Json;
+using System.Text.Json.Nodes;
+using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Model;
+using MiniCpmNative.Engine.Train;
+using MiniCpmNative.Kernels;
+using NUnit.Framework;
+
+namespace MiniCpmNative.Tests;
+
+/// <summary>
+/// examples/models: the official scripts' settings for each real model, and the memory that
+/// docs/models.md says they take.
+/// </summary>
+[TestFixture]
+public sealed class ModelExampleTests
+{
+    private const string Vision = """
+        "vision_config": {"model_type": "siglip", "hidden_size": 1152, "image_size": 980,
+          "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27,
+          "patch_size": 14}, "drop_vision_last_layer": false,
+          "slice_config": {"max_slice_nums": 9, "patch_size": 14}
+        """;
+
+    // Of the released config.json files, what decides the sizes (V-4's rotary factors do not), with
+    // the number of parameters without audio and speech.
+    private static readonly Dictionary<string, (long Parameters, string Config)> s_models = new()
+    {
+        ["MiniCPM-V-2"] = (3_434_965_792, """
+            "model_type": "minicpmv", "vision_encoder": "vit_so400m_patch14_siglip_384.webli",
+            "vocab_size": 122753, "hidden_size": 2304, "intermediate_size": 5760,
+            "num_hidden_layers": 40, "num_attention_heads": 36, "num_key_value_heads": 36,
+            "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256, "query_num": 64,
+            "drop_vision_last_layer": true, "max_slice_nums": 9, "scale_resolution": 448,
+            "patch_size": 14
+            """),
+        ["MiniCPM-Llama3-V-2_5"] = (8_537_092_336, $$"""
+            {{Vision}}, "version": "2.5", "query_num": 96,
+            "model_type": "minicpmv", "vocab_size": 128256, "hidden_size": 4096,
+            "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+            "num_key_value_heads": 8
+            """),
+        ["MiniCPM-V-2_6"] = (8_099_175_152, $$"""
+            {{Vision}}, "version": 2.6, "model_type": "minicpmv", "vocab_size": 151666,
+            "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+            "num_attention_heads": 28, "num_key_value_heads": 4
+            """),
+        ["MiniCPM-o-2_6"] = (8_099_418_864, $$"""
+            {{Vision}}, "version": "2.6", "model_type": "minicpmo", "vocab_size": 151700,
+            "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+            "num_attention_heads": 28, "num_key_value_heads": 4
+            """),
+        ["MiniCPM-V-4"] = (4_059_533_040, $$"""
+            {{Vision}}, "version": 4.0, "model_type": "minicpmv", "vocab_size": 73448,
+            "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128
+            """),
+        ["MiniCPM-V-4_5"] = (8_695_895_280, $$"""
+            {{Vision}}, "version": 4.5, "model_type": "minicpmv", "vocab_size": 151748,
+            "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128
+            """),
+        ["MiniCPM-o-4_5"] = (8_695_895_280, $$"""
+            {{Vision}}, "version": 4.5, "model_type": "minicpmo", "vocab_size": 151748,
+            "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128
+            """),
+    };
+
+    // What both official scripts pass, eight processes of one row each as eight rows here.
+    private const string Both = """
+        {"bf16": true, "tune_vision": true, "gradient_checkpointing": true,
+         "model_max_length": 2048, "max_slice_nums": 9, "max_steps": 10000,
+         "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+         "gradient_accumulation_steps": 8, "learning_rate": 1e-6, "weight_decay": 0.1,
+         "adam_beta2": 0.95, "warmup_ratio": 0.01, "lr_scheduler_type": "cosine",
+         "eval_strategy": "steps", "eval_steps": 1000, "save_strategy": "steps",
+         "save_steps": 1000, "save_total_limit": 10, "logging_steps": 1,
+         "report_to": "tensorboard"
+        """;
+
+    private static readonly Dictionary<string, string> s_settings = new()
+    {
+        ["lora"] = Both + """
+            , "use_lora": true, "tune_llm": false, "lora_r": 64, "lora_alpha": 64,
+            "lora_dropout": 0.05, "modules_to_save": ["embed_tokens", "resampler", "vpm"],
+            "lora_target_modules":
+            "llm\\..*layers\\.\\d+\\.self_attn\\.(q_proj|k_proj|v_proj|o_proj)"}
+            """,
+        ["full"] = Both + """, "tune_llm": true}""",
+    };
+
+    private static readonly string s_examples =
+        Path.Combine(ArchitectureTests.Root, "examples", "models");
+
+    private string _folder = "";
+
+    private static IEnumerable<string> Models => s_models.Keys;
+
+    [SetUp]
+    public void MakeFolder() => _folder = Directory.CreateTempSubdirectory("cpmx-").FullName;
+
+    [TearDown]
+    public void RemoveFolder() => Directory.Delete(_folder, recursive: true);
+
+    [Test]
+    public void EveryFamilyHasItsExamples()
+    {
+        Assert.That(Models, Is.EquivalentTo(Families.All.Select(f => f.Name)));
+        Assert.That(Directory.GetFiles(s_examples).Select(Path.GetFileName), Is.EquivalentTo(
+            Models.SelectMany(m => new[] { $"{m}-lora.json", $"{m}-full.json" })));
+    }
+
+    // What is not named has its default: a key too many changes what TrainWriter writes.
+    [Test]
+    public void TheyHaveTheOfficialSettings(
+        [ValueSource(nameof(Models))] string model, [Values("lora", "full")] string kind)
+    {
+        var notices = new List<string>();
+        string name = $"{model}-{kind}";
+        TrainArguments arguments = TrainReader.Read(
+            [Path.Combine(s_examples, name + ".json")], _folder, notices.Add);
+        Assert.That(notices, Is.Empty);
+        JsonObject settings = JsonNode.Parse(s_settings[kind])!.AsObject();
+        settings["model_name_or_path"] = Path.Combine(s_examples, model);
+        settings["data_path"] = Path.Combine(s_examples, "train.json");
+        settings["eval_data_path"] = Path.Combine(s_examples, "test.json");
+        settings["output_dir"] = Path.GetFullPath(Path.Combine(s_examples, "../output", name));
+        settings["llm_type"] = model switch
+        {
+            "MiniCPM-V-2" => "minicpm",
+            "MiniCPM-Llama3-V-2_5" => "llama3",
+            _ => "qwen",
+        };
+        string file = Path.Combine(_folder, "expected.json");
+        File.WriteAllText(file, settings.ToJsonString());
+        Assert.That(Text(arguments), Is.EqualTo(Text(TrainReader.Read([file], _folder))));
+
+        static string Text(TrainArguments a) => JsonSerializer.Serialize(
+            JsonSerializer.Deserialize<JsonElement>(TrainWriter.ToJson(a)));
+    }
+
+    // Values, gradients, two moments and the F32 master of what is trained; values of the rest.
+    [TestCase(false, false)]
+    [TestCase(false, true)]
+    [TestCase(true, false)]
+    [TestCase(true, true)]
+    public void TheFormulaOfTheDocumentationIsTheRunsOwnCount(bool lora, bool narrow)
+    {
+        using BaseModel source = BaseModel.Open((lora ? V26.Lora : V26.Full) with
+        {
+            Bf16 = true,
+            Optim = narrow ? OptimizerKind.AdamwBf16 : OptimizerKind.AdamwTorch,
+        });
+        Assert.That(Bytes(source.Spec, source.Parts, narrow), Is.EqualTo(source.DeviceBytes));
+    }
+
+    [TestCaseSource(nameof(Models))]
+    public void TheDocumentedMemoryIsThatOfTheFormula(string model)
+    {
+        File.WriteAllText(Path.Combine(_folder, "config.json"), $"{{{s_models[model].Config}}}");
+        ModelSpec spec = ModelSpec.Read(_folder);
+        Assert.That(spec.Family.Name, Is.EqualTo(model));
+        Assert.That(spec.Parameters.Count, Is.EqualTo(s_models[model].Parameters));
+        string row = string.Join(" | ", (string[])[
+            $"| {model}", spec.Parameters.Count.ToString("N0", CultureInfo.InvariantCulture),
+            Gib("lora", a => a), Gib("lora", a => a with { ModulesToSave = [] }),
+            Gib("full", a => a), Gib("full", a => a, narrow: true),
+            Gib("full", a => a with { TuneLlm = false }) + " |"]);
+        TestContext.Out.WriteLine(row);
+        string documentation = File.ReadAllText(
+            Path.Combine(ArchitectureTests.Root, "docs", "models.md"));
+        Assert.That(documentation.Split('\n'), Does.Contain(row));
+
+        string Gib(string kind, Func<TrainArguments, TrainArguments> change, bool narrow = false)
+        {
+            TrainArguments arguments = change(TrainReader.Read(
+                [Path.Combine(s_examples, $"{model}-{kind}.json")], _folder));
+            TrainedParts parts = TrainedParts.Choose(
+                spec, arguments, TrainedParts.AdapterOf(arguments, spec), DType.BF16);
+            return (Bytes(spec, parts, narrow) / (double)(1 << 30))
+                .ToString("0.0", CultureInfo.InvariantCulture);
+        }
+    }
+
+    private static long Bytes(ModelSpec spec, TrainedParts parts, bool narrow)
+    {
+        int moments = narrow ? 2 + 2 : 4 + 4;
+        long whole = parts.Tensors.Where(t => t.Type == DType.BF16).Sum(t => t.Shape.Count);
+        long adapters = parts.Tensors.Where(t => t.Type == DType.F32).Sum(t => t.Shape.Count);
+        return (2 * (spec.Parameters.Count - whole)) + ((2 + 4 + moments + 4) * whole)
+            + ((4 + 4 + moments) * adapters);
+    }
+}
