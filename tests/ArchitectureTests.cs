@@ -108,6 +108,20 @@ public sealed partial class ArchitectureTests
         Assert.That(Sources("src/Engine").Select(PartOf).Distinct(), Is.EquivalentTo(EngineParts));
     }
 
+    [Test]
+    public void The_page_on_it_is_true()
+    {
+        string page = File.ReadAllText(Path.Combine(Root, "docs", "architecture.md"));
+        foreach (var (part, below) in s_engine.Skip(1))
+            Assert.That(page, Does.Match($@"(?m)^\| `{part}` \| .* \| ?{below} ?\|$"));
+        string[] files = [.. Sources("src").Concat(Sources("tests"))];
+        foreach (Match name in SourceName().Matches(page))
+            Assert.That(files.Count(f => f.EndsWith("/" + name.Value, StringComparison.Ordinal)),
+                name.Value.StartsWith("NAME", StringComparison.Ordinal)
+                    || name.Value.EndsWith("/NAME.cs", StringComparison.Ordinal)
+                    ? Is.Zero : Is.EqualTo(1), name.Value);
+    }
+
     // A using, a name that the namespace around makes visible without one (Data's in Data.Text), or
     // one that is qualified from there (Train.Trainer).
     [TestCaseSource(nameof(EngineParts))]
@@ -192,6 +206,9 @@ public sealed partial class ArchitectureTests
 
     [GeneratedRegex(@"(?<!:)//.*")]
     private static partial Regex Comment();
+
+    [GeneratedRegex(@"[\w./]+\.cs\b")]
+    private static partial Regex SourceName();
 
     private static string FindRoot()
     {
