@@ -155,7 +155,7 @@ public sealed class BaseModelTests
 
     // The slicing that is trained with is config.json's with the configuration's number; what the
     // saved processor says must lead to the same. Values: the number, config.json's slice_config,
-    // slice_mode of both files, whether official_compat takes use_image_id from config.json.
+    // slice_mode of both files, official_compat.
     [TestCase(1, 9, true, true, false)]
     [TestCase(4, 9, true, true, false)]
     [TestCase(9, 9, true, true, false)]
@@ -194,8 +194,9 @@ public sealed class BaseModelTests
         Assert.That(slices, Is.EqualTo(mode ? number : 1));
         // A folder without slice_config has the class's own 448.
         Assert.That((int?)processor["scale_resolution"], Is.EqualTo(448));
-        Assert.That((bool?)processor["use_image_id"], Is.EqualTo(!official));
-        Assert.That((bool?)config["use_image_id"], Is.EqualTo(!official));
+        // The official script numbers pictures whatever use_image_id says.
+        Assert.That((bool?)processor["use_image_id"], Is.True);
+        Assert.That((bool?)config["use_image_id"], Is.True);
     }
 
     [TestCase(false)]

@@ -1,8 +1,9 @@
 using System.Text.Json;
+using MiniCpmNative.Cli;
 using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Train;
 using MiniCpmNative.Engine.Weights;
-using MiniCpmNative.Cli;
 using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;
@@ -94,11 +95,17 @@ public sealed class FamilyTrainTests(string name)
         foreach (string path in Directory.GetFiles(_family.Model))
         {
             string file = Path.GetFileName(path);
-            if (file is "config.json" or Checkpoint.SingleFile) continue;
+            // These two say what the run trained with.
+            if (file is "config.json" or "preprocessor_config.json" or Checkpoint.SingleFile)
+                continue;
             Assert.That(File.ReadAllBytes(Path.Combine(arguments.OutputDir, file)),
                 Is.EqualTo(File.ReadAllBytes(path)), file);
         }
 
+        Assert.That(File.Exists(Path.Combine(arguments.OutputDir, "preprocessor_config.json")),
+            Is.EqualTo(File.Exists(Path.Combine(_family.Model, "preprocessor_config.json"))));
+        Assert.That(ModelSpec.Read(arguments.OutputDir).Slicing,
+            Is.EqualTo(_family.Spec.Slicing));
         AssertLossFell(arguments with { ModelNameOrPath = arguments.OutputDir }, arguments);
     }
 

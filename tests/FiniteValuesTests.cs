@@ -73,6 +73,18 @@ public sealed class FiniteValuesTests
             .With.Message.Contains("element 1,000,000 is NaN"));
     }
 
+    [Test]
+    public void AFileThatIsCutWhileItIsOpenIsOneClearLine()
+    {
+        if (!OperatingSystem.IsLinux()) Assert.Ignore("only Linux tells");
+        using var file = Write("F32", new double[100_000]);
+        StoredTensor tensor = file.Get("a.weight");
+        tensor.MustBeFinite(DType.F32);
+        Assert.That(Truncate(file.Path, 4096), Is.Zero);
+        Assert.That(() => tensor.Data, Throws.TypeOf<InputException>()
+            .With.Message.EndsWith("cannot be read: the file was cut, or its disk has an error"));
+    }
+
     // Frozen, packed, looked up, fused and trained tensors are read in different ways.
     [TestCase("llm.model.layers.0.mlp.up_proj.weight", true)]
     [TestCase("llm.model.embed_tokens.weight", true)]
@@ -111,6 +123,10 @@ public sealed class FiniteValuesTests
             stream.Write(BitConverter.GetBytes(bits));
         }
     }
+
+    // .NET's own way respects the lock on the open file, which other programs do not.
+    [DllImport("libc", EntryPoint = "truncate")]
+    private static extern int Truncate(string path, long bytes);
 
     private SafetensorsFile Write(string type, double[] values)
     {

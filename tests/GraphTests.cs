@@ -206,7 +206,10 @@ public sealed class GraphTests
         return tensor;
     }
 
-    /// <summary>Two blocks x + silu(u) * lora(norm(x)), then the loss.</summary>
+    /// <summary>
+    /// Two blocks x + silu(u) * lora(norm(x)), each half of x's columns normalised by itself, then
+    /// the loss.
+    /// </summary>
     private sealed class Network : IDisposable
     {
         private readonly CpuDevice _device;
@@ -313,7 +316,7 @@ public sealed class GraphTests
             {
                 CpuDevice device = network._device;
                 _lora = new LoraLinear(index, 2, 0.25);
-                _scale = Some(device, 10 + index, Cols);
+                _scale = Some(device, 10 + index, Cols / 2);
                 _w = Some(device, 20 + index, Cols, Cols);
                 _u = Some(device, 30 + index, Tokens, Cols);
                 int first = index * 2 * Rank * Cols;
@@ -325,7 +328,8 @@ public sealed class GraphTests
 
             public Tensor Forward(Graph graph, Tensor x, object context)
             {
-                Tensor y = graph.Run(_norm, x, _scale);
+                Tensor y = graph.Run(_norm, x.Reshape(2 * Tokens, Cols / 2), _scale);
+                y = y.Reshape(Tokens, Cols);
                 y = graph.Run(_lora, y, _w, Tensor.None, _a, _b);
                 return graph.Run(_add, x, graph.Run(_gate, _u, y));
             }

@@ -46,8 +46,8 @@ public class HostileTokenizerTests
             var rows = TrainingRows.Read(
                 data, V26.Full with { ModelNameOrPath = folder, OfficialCompat = false },
                 (V26.Spec with { Directory = folder }).Rows());
-            var e = Assert.Throws<InputException>(() => rows.Check(decode: false));
-            Assert.That(e!.Message, Does.Contain("(?<=a.*)b|."));
+            Assert.That(rows.Check(decode: false).Single().Bad?.Reason,
+                Does.Contain("(?<=a.*)b|.").And.Not.Contain("AggregateException"));
         }
         finally
         {

@@ -85,6 +85,21 @@ public sealed class MiniCpmLlama3V25Tests
         Assert.That((spec.Vision.Layers, spec.Resampler.Queries, spec.SliceMode),
             Is.EqualTo((26, 64, true)));
         Assert.That(spec.Slicing, Is.EqualTo(new SlicingSpec(1, 448, 14)));
+        foreach (bool official in (bool[])[false, true])
+            Assert.That(spec.TrainsImageId(new TrainArguments { OfficialCompat = official }),
+                Is.False);
+    }
+
+    [TestCase("batch_vision_input", "\"yes\"",
+        "key \"batch_vision_input\" is \"yes\", expected true or false")]
+    [TestCase("rope_scaling", """{"type": "linear", "factor": 2}""",
+        "is \"linear\", which is not supported for MiniCPM-Llama3-V-2_5")]
+    public void WhatItCannotBeIsRefused(string key, string value, string expected)
+    {
+        JsonNode config = JsonNode.Parse(Released)!;
+        config[key] = JsonNode.Parse(value);
+        File.WriteAllText(Path.Combine(_folder, "config.json"), config.ToJsonString());
+        Assert.That(() => ModelSpec.Read(_folder), SafetensorsTests.Refuses(expected));
     }
 
     [Test]
@@ -135,7 +150,8 @@ public sealed class MiniCpmLlama3V25Tests
         Trace trace = Trace.Run(
             model, s_family.Batch(arguments, s_family.Pair), gradients: false);
         Assert.That(trace.Floats["loss"].Values[0], Is.EqualTo(loss).Within(1e-5 * loss));
-        Assert.That(trace.Ints["vision.position_ids"].Values, Has.Length.EqualTo(63 + 70 + 63 + 63));
+        Assert.That(trace.Ints["vision.position_ids"].Values,
+            Has.Length.EqualTo(63 + 70 + 63 + 63));
     }
 
     [Test]

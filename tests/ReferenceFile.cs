@@ -49,6 +49,9 @@ internal sealed class ReferenceFile
         return new ReferenceFile(Path.Combine(root, name));
     }
 
+    /// <summary>The committed file, for those that the full set has in another layout.</summary>
+    public static ReferenceFile OpenCommitted(string name) => new(Path.Combine(Root, name));
+
     /// <summary>The committed folder tests/reference.</summary>
     public static string Root { get; } = FindRoot();
 

@@ -133,6 +133,15 @@ public class RowTests
     [TestCase("{\"image\":{\"<image_00>\":\"a\",\"<image_00>\":\"b\"},\"conversations\":TALK}",
         "twice")]
     [TestCase("{\"images\":[\"a\"],\"conversations\":TALK}", "key \"images\" is not used here")]
+    [TestCase("{\"system\":\"Shout.\",\"conversations\":TALK}", "key \"system\" is not used here")]
+    [TestCase("{\"objects\":{\"ref\":[\"a\"]},\"conversations\":TALK}",
+        "key \"objects\" is not used here")]
+    [TestCase("{\"rejected\":\"no\",\"conversations\":TALK}", "key \"rejected\" is not used here")]
+    [TestCase("{\"history\":[[\"a\",\"b\"]],\"conversations\":TALK}",
+        "key \"history\" is not used here")]
+    [TestCase("{\"conversations\":[{\"role\":\"user\",\"content\":\"a\"},"
+        + "{\"role\":\"assistant\",\"content\":\"b\",\"loss\":false}]}",
+        "key \"loss\" is not used here")]
     [TestCase("{\"conversations\":[{\"role\":\"user\",\"content\":\"\\ud800\"},{}]}", "surrogate")]
     public void FaultyRowsAreNamed(string row, string reason)
     {

@@ -13,19 +13,23 @@ internal static class Runs
     /// <summary>
     /// A data file with these reference rows in this order; it finds their pictures.
     /// </summary>
-    public static string Data(string folder, params string[] ids)
+    public static string Data(string folder, params string[] ids) =>
+        DataOf(V26.Rows, folder, ids);
+
+    /// <summary>The same with the rows of another file.</summary>
+    public static string DataOf(string file, string folder, params string[] ids)
     {
-        JsonArray all = JsonNode.Parse(File.ReadAllBytes(V26.Rows))!.AsArray();
+        JsonArray all = JsonNode.Parse(File.ReadAllBytes(file))!.AsArray();
         var rows = new JsonArray();
         foreach (string id in ids)
         {
             JsonNode row = all.First(r => (string?)r!["id"] == id)!.DeepClone();
             JsonNode image = row["image"]!;
             if (image.GetValueKind() == JsonValueKind.String)
-                row["image"] = Absolute((string)image!);
+                row["image"] = Absolute(file, (string)image!);
             else
                 foreach (string tag in image.AsObject().Select(p => p.Key).ToList())
-                    image[tag] = Absolute((string)image[tag]!);
+                    image[tag] = Absolute(file, (string)image[tag]!);
             rows.Add(row);
         }
 
@@ -58,6 +62,6 @@ internal static class Runs
     public static IEnumerable<double> Losses(TrainArguments arguments) => History(arguments)
         .Where(e => e.TryGetProperty("loss", out _)).Select(e => e.GetProperty("loss").GetDouble());
 
-    private static string Absolute(string picture) =>
-        Path.GetFullPath(Path.Combine(Path.GetDirectoryName(V26.Rows)!, picture));
+    private static string Absolute(string file, string picture) =>
+        Path.GetFullPath(Path.Combine(Path.GetDirectoryName(file)!, picture));
 }

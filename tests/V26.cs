@@ -69,11 +69,15 @@ internal static class V26
     public static string Adapter(string name) => Path.Combine(Folder, "adapters", name);
 
     /// <summary>Rows by their id, those without a picture included, as one batch.</summary>
-    public static Batch Batch(TrainArguments arguments, params string[] ids)
+    public static Batch Batch(TrainArguments arguments, params string[] ids) =>
+        Batch(Format, arguments, ids);
+
+    /// <summary>The same in another model's format.</summary>
+    public static Batch Batch(RowFormat format, TrainArguments arguments, string[] ids)
     {
-        var rows = TrainingRows.Read(arguments.DataPath!, arguments, Format);
+        var rows = TrainingRows.Read(arguments.DataPath!, arguments, format);
         var text = ids.Any(id => id.StartsWith("text", StringComparison.Ordinal))
-            ? Text(arguments) : null;
+            ? Text(format, arguments) : null;
         var batch = new Batch();
         batch.Clear();
         foreach (string id in ids)
@@ -182,13 +186,13 @@ internal static class V26
         return Math.Sqrt(error / norm);
     }
 
-    private static TrainingRows Text(TrainArguments arguments)
+    private static TrainingRows Text(RowFormat format, TrainArguments arguments)
     {
         string file = Path.GetTempFileName();
         try
         {
             File.WriteAllText(file, TextRows);
-            return TrainingRows.Read(file, arguments with { OfficialCompat = false }, Format);
+            return TrainingRows.Read(file, arguments with { OfficialCompat = false }, format);
         }
         finally
         {

@@ -260,9 +260,10 @@ public sealed class Graph
             Variable variable = _variables[node.Output.Variable];
             if (variable.Written)
             {
-                if (node.Again is not null) Replay(node, variable.Gradient);
-                else Differentiate(node, variable.Gradient);
-                GradientVisitor?.Invoke(node.Output.Variable, variable.Gradient);
+                Tensor gradient = Seen(variable.Gradient, node.Output.Shape);
+                if (node.Again is not null) Replay(node, gradient);
+                else Differentiate(node, gradient);
+                GradientVisitor?.Invoke(node.Output.Variable, gradient);
                 _pool.Return(variable.Gradient);
             }
 
@@ -312,15 +313,16 @@ public sealed class Graph
     {
         ref Variable variable = ref _variables[tensor.Variable];
         if (!variable.Gradient.Exists) variable.Gradient = _pool.Take(tensor.Spec);
-        // A tensor may be seen in another shape than the one in which it was made.
-        Tensor buffer = variable.Gradient with
-        {
-            Spec = new Spec(variable.Gradient.Type, tensor.Shape),
-        };
-        var target = new GradientTarget(buffer, Accumulate: variable.Written);
+        var target = new GradientTarget(
+            Seen(variable.Gradient, tensor.Shape), Accumulate: variable.Written);
         variable.Written = true;
         return target;
     }
+
+    // A tensor may be used in another shape than the one in which it was made; each gradient has
+    // the shape of its place.
+    private static Tensor Seen(Tensor gradient, Shape shape) =>
+        gradient with { Spec = new Spec(gradient.Type, shape) };
 
     private int NewVariable(Tensor gradient)
     {

@@ -47,7 +47,8 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
         {
             return Fail(failure, failure.Message, 1);
         }
-        catch (AggregateException several) when (several.GetBaseException() is InputException problem)
+        catch (AggregateException several)
+            when (several.GetBaseException() is InputException problem)
         {
             return Fail(several, problem.Message, 2);
         }

@@ -27,7 +27,9 @@ public static class Messages
         return line.ToString();
     }
 
-    /// <summary>Why a file could not be used, without the path that the message begins with.</summary>
+    /// <summary>
+    /// Why a file could not be used, without the path that the message begins with.
+    /// </summary>
     public static string Reason(Exception failure, string path) =>
         OneLine(failure.Message.Replace($" : '{path}'", "", StringComparison.Ordinal));
 

@@ -57,8 +57,8 @@ internal static class TrainChecks
         Refuse(a.WarmupSteps >= 1 && a.WarmupSteps != Math.Floor(a.WarmupSteps),
             $"warmup_steps is {a.WarmupSteps}, expected a whole number, or a share of all steps below 1");
         Refuse((float)a.AdamEpsilon < SmallestNormal,
-            FormattableString.Invariant($"adam_epsilon is {a.AdamEpsilon}, which is 0 in 32 bits: where a gradient is 0, ")
-            + "as in every new adapter, its step would be 0 / 0; Adam's usual value is 1e-8");
+            FormattableString.Invariant($"adam_epsilon is {a.AdamEpsilon}, which is 0 in 32 bits: ")
+            + "where a gradient is 0, as in every new adapter, its step would be 0 / 0; Adam's usual value is 1e-8");
         Schedule(a, problems);
         if (problems.Count > 0) throw new InputException(string.Join("; ", problems));
     }

@@ -42,7 +42,8 @@ public static class DataCheck
             arguments.ModelMaxLength);
         output.WriteLine(
             $"  longer than model_max_length {Number(arguments.ModelMaxLength)}, would be cut: "
-            + $"{Number(counts.Cut)}; answers that would lose their end: {Number(counts.AnswersCut)}");
+            + $"{Number(counts.Cut)}; answers that would lose their end: "
+            + Number(counts.AnswersCut));
         output.WriteLine(
             $"  pictures: {Number(counts.Pictures)}, {Number(counts.Turned)} {counts.TurnedText}");
         var kinds = usable.SelectMany(c => c.Kinds ?? []).CountBy(k => k)

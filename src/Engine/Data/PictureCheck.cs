@@ -18,8 +18,8 @@ public sealed class PictureCheck
     private long _told;
 
     /// <param name="rows">The rows, and how many pixels all pictures of each have.</param>
-    /// <param name="damaged">Takes a row that names a damaged picture, which one, and why it is; called
-    /// by any thread, once for each file.</param>
+    /// <param name="damaged">Takes a row that names a damaged picture, which one, and why it is;
+    /// called by any thread, once for each file.</param>
     /// <param name="message">Takes lines on the progress.</param>
     public PictureCheck(
         IEnumerable<(Row Row, long Pixels)> rows, Action<Row, int, string> damaged,

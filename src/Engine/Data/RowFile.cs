@@ -15,6 +15,17 @@ public static class RowFile
     private static readonly string[] s_otherKeys =
         ["images", "picture", "pictures", "video", "videos", "audio", "audios"];
 
+    // What changes a row's meaning in other tools: passed over, it would be trained without.
+    private static readonly string[] s_otherMeanings =
+    [
+        "system", "tools", "functions", "history", "query", "instruction", "response", "messages",
+        "rejected", "rejected_response", "rejected_messages", "rejected_images", "chosen",
+        "objects", "solution", "label", "kto_tag", "loss", "loss_scale", "margin",
+    ];
+
+    private static readonly string[] s_otherTurnMeanings =
+        ["loss", "loss_scale", "weight", "tool_calls", "reasoning_content", "images", "image"];
+
     /// <exception cref="InputException">
     /// Missing, not UTF-8, not JSON, not rows, or empty.
     /// </exception>
@@ -89,6 +100,7 @@ public static class RowFile
                 if (!row.Member(key).IsNull())
                     throw new FormatException(
                         $"key \"{key}\" is not used here; pictures belong in \"image\"");
+            MustNotHave(row, s_otherMeanings);
             var (names, pictures) = Pictures(row.Member("image"));
             var turns = Turns(row.Member("conversations"), ref turn);
             rows.Add(new Row(path, number, id, names, pictures, turns));
@@ -105,6 +117,25 @@ public static class RowFile
         {
             bad.Add(new BadRow(path, number, id, turn, "has an unpaired surrogate escape"));
         }
+    }
+
+    // Known keys that say nothing, such as an empty system text, lose nothing.
+    private static void MustNotHave(JsonElement of, string[] keys)
+    {
+        foreach (string key in keys)
+            if (of.Member(key) is { ValueKind: not JsonValueKind.Undefined } value
+                && !value.IsNull() && !IsEmpty(value))
+                throw new FormatException($"key \"{key}\" is not used here, and without it the row "
+                    + "would mean something else: take the key out, or put what it says into the "
+                    + "turns' texts");
+
+        static bool IsEmpty(JsonElement value) => value.ValueKind switch
+        {
+            JsonValueKind.String => value.GetString() == "",
+            JsonValueKind.Array => value.GetArrayLength() == 0,
+            JsonValueKind.Object => !value.EnumerateObject().Any(),
+            _ => false,
+        };
     }
 
     private static string? Id(JsonElement id) => id.ValueKind switch
@@ -162,6 +193,7 @@ public static class RowFile
         {
             turn = i + 1;
             string role = Text(item, "role");
+            MustNotHave(item, s_otherTurnMeanings);
             if (role is not ("user" or "assistant"))
                 throw new FormatException(
                     $"role is {Messages.Quote(role)}, expected \"user\" or \"assistant\"");

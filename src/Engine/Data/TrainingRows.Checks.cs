@@ -46,8 +46,8 @@ public sealed partial class TrainingRows
         _leftOut = new bool[_rows.Count];
         if (!later) return;
         _pictures = pictures;
-        _message($"{Path}: idle threads check its {Messages.Number(pictures.Count)} pictures in full "
-            + "while training");
+        _message($"{Path}: idle threads check its {Messages.Number(pictures.Count)} pictures in "
+            + "full while training");
     }
 
     private InputException Refused(List<BadRow> bad)

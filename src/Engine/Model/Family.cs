@@ -18,6 +18,9 @@ public abstract class Family(string name)
     /// </summary>
     public virtual string? SlicingKey => "slice_config";
 
+    /// <summary>Whether placeholders have room for a picture's number.</summary>
+    public virtual bool NumbersPictures => true;
+
     /// <summary>Whether a model's config.json says that it is of this family.</summary>
     public abstract bool Is(ModelConfig config);
 

@@ -12,8 +12,7 @@ namespace MiniCpmNative.Engine.Model;
 /// </summary>
 /// <param name="Family">The member of the family it is, which knows how it is built.</param>
 /// <param name="Directory">The Hugging Face model directory it was read from.</param>
-/// <param name="UseImageId">config.json's use_image_id (true when absent); training reads
-/// it.</param>
+/// <param name="UseImageId">config.json's use_image_id (true when absent).</param>
 /// <param name="SliceMode">config.json's slice_mode.</param>
 /// <param name="ModelClass">Class and module of the model's code, as PEFT's auto_mapping names
 /// them.</param>
@@ -60,10 +59,11 @@ public sealed record ModelSpec(
     public SlicingSpec TrainedSlicing(TrainArguments arguments) =>
         Slicing with { MaxSliceNums = SliceMode ? arguments.MaxSliceNums : 1 };
 
-    /// <summary>Whether a run writes image ids: officially as config.json says, else as the
-    /// processor does.</summary>
+    /// <summary>
+    /// Whether a run numbers pictures: the official script always does, else as the processor says.
+    /// </summary>
     public bool TrainsImageId(TrainArguments arguments) =>
-        arguments.OfficialCompat ? UseImageId : Processor.UseImageId;
+        Family.NumbersPictures && (arguments.OfficialCompat || Processor.UseImageId);
 
     private ParameterTable Describe()
     {

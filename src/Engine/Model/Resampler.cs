@@ -9,8 +9,8 @@ namespace MiniCpmNative.Engine.Model;
 /// One layer of cross-attention that turns the patches of each picture into a fixed number of
 /// features of the decoder's width (Qwen-VL's resampler, as MiniCPM-V has it): kv =
 /// LN(kv_proj(x)), keys get the 2-D sine-cosine position and values do not, the learned queries get
-/// none, or in version 2.0 a stored one; y = LN(out_proj(attention)) proj, with proj multiplied from
-/// the right.
+/// none, or a stored one in version 2.0; y = LN(out_proj(attention)) proj, with proj multiplied
+/// from the right.
 /// </summary>
 public sealed class Resampler : IJoiner
 {

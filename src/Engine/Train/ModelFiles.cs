@@ -39,7 +39,7 @@ public static class ModelFiles
                     model.Trainables.Contains(expected.Name)
                         ? model.ToSave(expected.Name, model.Trainables.Value(expected.Name))
                         : source.Weights.Get(expected.Name).ToSave(source.Storage)),
-                    .. source.Untouched.Select(tensor => tensor.ToSave(tensor.Type))]));
+                    .. source.Untouched.Select(tensor => tensor.ToSave())]));
         }
         catch (InputException) when (source.HasChanged)
         {

@@ -16,7 +16,7 @@ namespace MiniCpmNative.Engine.Train;
 /// <param name="LeftOut">Numbers of the rows that keep theirs and are left out.</param>
 public sealed record RunState(
     int Step, int Updates, int SkippedInARow, long Seed, long DataSeed, int Rows, string DataDigest,
-    IReadOnlyList<int> Absent, IReadOnlyList<int> LeftOut)
+    IReadOnlyList<int>? Absent, IReadOnlyList<int>? LeftOut)
 {
     public const string FileName = "run_state.json", OptimizerFile = "optimizer.safetensors";
 
@@ -66,8 +66,8 @@ public sealed record RunState(
         return state;
 
         // Checkpoints of earlier versions have no such lists.
-        int[] Numbers(string key) =>
-            json.Find(key) is { } list ? [.. list.Items().Select(item => item.Int(1))] : [];
+        int[]? Numbers(string key) =>
+            json.Find(key) is { } list ? [.. list.Items().Select(item => item.Int(1))] : null;
 
         void Copy(string prefix, Tensor to, string name)
         {

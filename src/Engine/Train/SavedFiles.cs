@@ -95,7 +95,7 @@ internal static class SavedFiles
             _ => "float32",
         };
         bool imageId = spec.TrainsImageId(arguments);
-        if (imageId != spec.UseImageId) json["use_image_id"] = imageId;
+        if (spec.Family.NumbersPictures && imageId != spec.UseImageId) json["use_image_id"] = imageId;
         SlicingSpec slicing = spec.TrainedSlicing(arguments);
         // Without slice_mode nothing is sliced, whatever the number.
         if (!spec.SliceMode || slicing == spec.Slicing) return true;
@@ -117,7 +117,8 @@ internal static class SavedFiles
         SlicingSpec slicing = spec.TrainedSlicing(arguments);
         bool imageId = spec.TrainsImageId(arguments), changed = false;
         int slices = its.SliceMode ? its.Slicing.MaxSliceNums : 1;
-        Set("use_image_id", its.UseImageId != imageId, imageId);
+        Set("use_image_id",
+            spec.Family.NumbersPictures && its.UseImageId != imageId, imageId);
         Set("max_slice_nums", slices != slicing.MaxSliceNums, slicing.MaxSliceNums);
         Set("slice_mode", !its.SliceMode && slicing.MaxSliceNums > 1, true);
         Set("scale_resolution", its.Slicing.ScaleResolution != slicing.ScaleResolution,

@@ -8,9 +8,9 @@ namespace MiniCpmNative.Engine.Train;
 
 /// <summary>
 /// Runs one batch and keeps its named intermediate tensors, for comparing with other
-/// implementations. Text tensors are packed: the rows' tokens follow each other without padding,
-/// and so do the pictures' patches. Gradients are those of the
-/// mean loss over all supervised tokens.
+/// implementations. Text tensors are packed: the rows' tokens follow each other without padding.
+/// The pictures' patches lie as their tower has them. Gradients are those of the mean loss over all
+/// supervised tokens.
 /// </summary>
 public sealed class Trace : ITensorProbe
 {

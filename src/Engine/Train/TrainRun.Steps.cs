@@ -12,8 +12,8 @@ namespace MiniCpmNative.Engine.Train;
 /// </summary>
 public sealed partial class TrainRun
 {
-    // What Slurm (KillWait) and Kubernetes leave between SIGTERM and SIGKILL, and the bytes a second
-    // that any disk takes.
+    // What Slurm (KillWait) and Kubernetes leave between SIGTERM and SIGKILL, and the bytes that
+    // any disk takes in a second.
     private const int NoticeSeconds = 30;
     private const double SurelyWritten = 200e6;
 
@@ -54,8 +54,8 @@ public sealed partial class TrainRun
 
         if (done > begin && _ended == StopReason.None && !IsAnyApplied)
             throw new RunException(
-                $"none of {done - begin:N0} steps was applied, each gave a loss or gradients that are "
-                + "not finite; nothing was saved: lower learning_rate, or look at the rows");
+                $"none of {done - begin:N0} steps was applied, each gave a loss or gradients that "
+                + "are not finite; nothing was saved: lower learning_rate, or look at the rows");
         return done;
     }
 
@@ -142,8 +142,8 @@ public sealed partial class TrainRun
         string goOn = _saved > 0 ? "; go on with --resume_from_checkpoint true" : "";
         if (failure is BadRowException bad)
             throw new RunException(
-                $"{bad.Message}: bad since the run began, or not checked before (cpmx data check lists "
-                + "all such rows); repair it, or leave it out with --on_bad_row skip" + goOn, bad);
+                $"{bad.Message}: bad since the run began, or not checked before (cpmx data check "
+                + "lists all such rows); repair it, or leave it out with --on_bad_row skip" + goOn, bad);
         // The input was good when the run began.
         if (failure is InputException) throw new RunException(failure.Message + goOn, failure);
         if (_saved > 0) _log.Message($"failed after step {done}{goOn}");
@@ -178,8 +178,9 @@ public sealed partial class TrainRun
             Tell(result);
             if (result.Skipped && _trainer.SkippedInARow >= _arguments.MaxNonfiniteSteps)
                 throw new RunException(
-                    $"{_trainer.SkippedInARow} steps in a row gave a loss or gradients that are not finite, the "
-                    + $"last one step {result.Step}: lower learning_rate, or look at the rows of these steps");
+                    $"{_trainer.SkippedInARow} steps in a row gave a loss or gradients that are not "
+                    + $"finite, the last one step {result.Step}: lower learning_rate, or look at "
+                    + "the rows of these steps");
         }
     }
 
@@ -231,7 +232,8 @@ public sealed partial class TrainRun
     internal static string? LargeCheckpoint(long bytes) => bytes < NoticeSeconds * SurelyWritten
         ? null
         : FormattableString.Invariant(
-            $"a checkpoint has {bytes / 1e9:0.0} GB: saved within {NoticeSeconds} s of SIGTERM only if ")
+            $"a checkpoint has {bytes / 1e9:0.0} GB: saved within {NoticeSeconds} s of SIGTERM only ")
+            + "if "
             + FormattableString.Invariant(
                 $"output_dir takes {bytes / 1e9 / NoticeSeconds:0.0} GB a second; else ask for a ")
             + "longer notice (Slurm: --signal=TERM@SECONDS, Kubernetes: "

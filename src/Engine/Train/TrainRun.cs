@@ -157,8 +157,12 @@ public sealed partial class TrainRun
         ModelFiles.Load(folder, _model, _arguments);
         RunState state = RunState.Load(folder, _model);
         // The same places for the same rows, whichever of them have become bad since.
-        _rows.Restore(state.Absent, state.LeftOut);
-        Plan();
+        if (state is { Absent: { } absent, LeftOut: { } leftOut })
+        {
+            _rows.Restore(absent, leftOut);
+            Plan();
+        }
+
         RunState now = State(0);
         if ((state.Rows, state.DataDigest) != (now.Rows, now.DataDigest))
             throw new InputException(

@@ -70,7 +70,8 @@ public sealed class AdapterFile : IDisposable
         List<TensorToSave> renamed = [];
         foreach (var tensor in layout.Tensors)
         {
-            if (!byName.Remove(tensor.Name, out var given) || given.Shape != tensor.Shape)
+            if (!byName.Remove(tensor.Name, out var given)
+                || !given.Sizes.SequenceEqual(TensorToSave.SizesOf(tensor.Shape)))
                 throw new ArgumentException(
                     $"{tensor.Name} {tensor.Shape} is missing or misshaped");
             renamed.Add(given with { Name = tensor.FileName });

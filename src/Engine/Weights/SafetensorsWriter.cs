@@ -1,4 +1,5 @@
 using System.Buffers.Binary;
+using System.Collections.Immutable;
 using System.Text.Encodings.Web;
 using System.Text.Json;
 using MiniCpmNative.Kernels;
@@ -10,11 +11,23 @@ namespace MiniCpmNative.Engine.Weights;
 /// A tensor to be saved: its description, and what writes its <see cref="Bytes"/> row-major,
 /// little-endian bytes when its turn comes, so that a model larger than memory can stream.
 /// </summary>
-public sealed unsafe record TensorToSave(string Name, DType Type, Shape Shape, Action<Stream> Write)
+public sealed unsafe record TensorToSave(
+    string Name, StoredType Type, ImmutableArray<long> Sizes, Action<Stream> Write)
 {
     private const int ChunkElements = 1 << 16;
 
-    public long Bytes => checked(Shape.Count * Type.Size());
+    /// <summary>A tensor of a type that kernels take.</summary>
+    public TensorToSave(string name, DType type, Shape shape, Action<Stream> write)
+        : this(name, StoredType.Of(type), SizesOf(shape), write)
+    {
+    }
+
+    public long Bytes =>
+        Sizes.Aggregate((long)Type.Size, (bytes, size) => checked(bytes * size));
+
+    /// <summary>The sizes of a shape's axes.</summary>
+    public static ImmutableArray<long> SizesOf(Shape shape) =>
+        [.. Enumerable.Range(0, shape.Rank).Select(axis => (long)shape[axis])];
 
     /// <summary>Saves floats rounded to a float type, chunk by chunk.</summary>
     public static TensorToSave Floats(string name, DType type, Shape shape, nint floats)
@@ -55,7 +68,7 @@ public static class SafetensorsWriter
     public static void Write(string path, IEnumerable<TensorToSave> tensors)
     {
         TensorToSave[] ordered = [.. tensors
-            .OrderByDescending(tensor => StoredType.Of(tensor.Type).Order)
+            .OrderByDescending(tensor => tensor.Type.Order)
             .ThenBy(tensor => tensor.Name, StringComparer.Ordinal)];
         byte[] header = Header(ordered);
         AtomicFile.Write(path, stream =>
@@ -105,10 +118,9 @@ public static class SafetensorsWriter
     private static void WriteTensor(Utf8JsonWriter json, TensorToSave tensor, long offset)
     {
         json.WriteStartObject(tensor.Name);
-        json.WriteString("dtype", StoredType.Of(tensor.Type).Name);
+        json.WriteString("dtype", tensor.Type.Name);
         json.WriteStartArray("shape");
-        for (int axis = 0; axis < tensor.Shape.Rank; axis++)
-            json.WriteNumberValue(tensor.Shape[axis]);
+        foreach (long size in tensor.Sizes) json.WriteNumberValue(size);
         json.WriteEndArray();
         json.WriteStartArray("data_offsets");
         json.WriteNumberValue(offset);

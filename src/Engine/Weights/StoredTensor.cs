@@ -148,6 +148,20 @@ public sealed unsafe class StoredTensor
     }
 
     /// <summary>
+    /// The tensor as it goes into a file of its own, its bytes as they are, read piece by piece.
+    /// </summary>
+    public TensorToSave ToSave() => new(Name, StoredType, Sizes, stream =>
+    {
+        var bytes = new byte[Math.Min(Bytes, PieceElements)];
+        for (long done = 0; done < Bytes; done += bytes.Length)
+        {
+            Span<byte> part = bytes.AsSpan(0, (int)Math.Min(bytes.Length, Bytes - done));
+            Read(done, part);
+            stream.Write(part);
+        }
+    });
+
+    /// <summary>
     /// The tensor as it goes into a file of its own, rounded to a type, read piece by piece.
     /// </summary>
     public TensorToSave ToSave(DType type) => new(Name, type, Shape, stream =>

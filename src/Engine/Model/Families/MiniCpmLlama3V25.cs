@@ -9,14 +9,20 @@ namespace MiniCpmNative.Engine.Model;
 /// </summary>
 internal sealed class MiniCpmLlama3V25() : Family("MiniCPM-Llama3-V-2_5")
 {
+    public override bool NumbersPictures => false;
+
     public override bool Is(ModelConfig config) => config.IsVision("2.5");
 
-    // Its configuration class has no other slice_mode.
-    public override ModelSpec Read(ModelConfig config) => config.Spec(
-        this, config.Decoder() with { FinalNormDecays = false }, config.Siglip() with
-        {
-            Layout = new StripLayout(config.Flag("batch_vision_input", true)),
-        }) with { SliceMode = true };
+    public override ModelSpec Read(ModelConfig config)
+    {
+        ModelSpec spec = config.Spec(
+            this, config.Decoder() with { FinalNormDecays = false }, config.Siglip() with
+            {
+                Layout = new StripLayout(config.Flag("batch_vision_input", true)),
+            });
+        // Its class of config.json slices whatever slice_mode says.
+        return spec with { SliceMode = true };
+    }
 
     public override RowFormat Rows(ModelSpec spec)
     {

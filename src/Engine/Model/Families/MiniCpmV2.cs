@@ -18,6 +18,8 @@ internal sealed class MiniCpmV2() : Family("MiniCPM-V-2")
 
     public override string? SlicingKey => null;
 
+    public override bool NumbersPictures => false;
+
     public override bool Is(ModelConfig config) => config.IsVision("2.0");
 
     public override ModelSpec Read(ModelConfig config)
@@ -37,10 +39,7 @@ internal sealed class MiniCpmV2() : Family("MiniCPM-V-2")
         ModelSpec spec = config.Spec(this, decoder, Vision(config));
         // The first MiniCPM-V, which is much alike, has no keys of slicing.
         _ = (json["max_slice_nums"], json["scale_resolution"]);
-        return spec with
-        {
-            Resampler = spec.Resampler with { QueryPositions = true },
-        };
+        return spec with { Resampler = spec.Resampler with { QueryPositions = true } };
 
         double Scale(string key) => json[key].Number(1e-6, 1e6);
     }
