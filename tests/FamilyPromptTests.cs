@@ -1,6 +1,7 @@
 using System.Text.Json;
 using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Data.Images;
 using MiniCpmNative.Engine.Data.Text;
 using NUnit.Framework;
 using static MiniCpmNative.Tests.FamilyFormats;

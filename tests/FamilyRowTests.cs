@@ -2,6 +2,7 @@ using System.Text.Json;
 using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Data.Images;
 using MiniCpmNative.Engine.Data.Text;
 using NUnit.Framework;
 using static MiniCpmNative.Tests.FamilyFormats;
@@ -116,7 +117,7 @@ public class FamilyRowTests
             Assert.That(sample.InputIds, Is.EqualTo(ids[..length]));
             Assert.That(sample.Labels, Is.EqualTo(labels[..length]));
             Assert.That(ids[length..], Is.All.Zero);
-            Assert.That(labels[length..], Is.All.EqualTo(Sample.Ignored));
+            Assert.That(labels[length..], Is.All.EqualTo(PromptFormat.Ignored));
             AssertBounds(sample.Bounds, line.GetProperty("image_bound"), row.Id ?? "");
             AssertGrids(plans, line, row.Id ?? "");
         }

@@ -28,16 +28,40 @@ internal sealed unsafe class Int8Weight : Weight
     private readonly Tensor _elements, _scales;
 
     public Int8Weight(Device device, int outputs, int inputs, int seed)
+        : this(device, inputs,
+            [.. Fill.Below(seed, outputs * inputs, 255).Select(v => (sbyte)(v - 127))],
+            [.. Enumerable.Range(0, outputs).Select(r => MathF.Pow(2, (r % 5) - 8))])
     {
-        (Outputs, Inputs) = (outputs, inputs);
-        sbyte[] elements =
-            [.. Fill.Below(seed, outputs * inputs, 255).Select(v => (sbyte)(v - 127))];
-        float[] scales = [.. Enumerable.Range(0, outputs).Select(r => MathF.Pow(2, (r % 5) - 8))];
+    }
+
+    /// <summary>
+    /// The nearest such weight: each row by the least power of two that its largest magnitude fits.
+    /// </summary>
+    public static Int8Weight Nearest(Device device, int inputs, ReadOnlySpan<float> values)
+    {
+        var elements = new sbyte[values.Length];
+        var scales = new float[values.Length / inputs];
+        for (int r = 0; r < scales.Length; r++)
+        {
+            float largest = 0;
+            foreach (float v in values.Slice(r * inputs, inputs))
+                largest = Math.Max(largest, Math.Abs(v));
+            scales[r] = largest == 0 ? 1 : MathF.Pow(2, MathF.Ceiling(MathF.Log2(largest / 127)));
+            for (int i = r * inputs; i < (r + 1) * inputs; i++)
+                elements[i] = (sbyte)MathF.Round(values[i] / scales[r]);
+        }
+
+        return new Int8Weight(device, inputs, elements, scales);
+    }
+
+    private Int8Weight(Device device, int inputs, sbyte[] elements, float[] scales)
+    {
+        (Outputs, Inputs) = (scales.Length, inputs);
         Dequantised = new double[elements.Length];
         for (int i = 0; i < elements.Length; i++)
             Dequantised[i] = elements[i] * (double)scales[i / inputs];
-        _elements = device.Allocate(new Spec(DType.U8, new Shape(outputs, inputs)), "int8");
-        _scales = device.Allocate(new Spec(DType.F32, new Shape(outputs)), "scales");
+        _elements = device.Allocate(new Spec(DType.U8, new Shape(Outputs, inputs)), "int8");
+        _scales = device.Allocate(new Spec(DType.F32, new Shape(Outputs)), "scales");
         device.Write<byte>(_elements, MemoryMarshal.AsBytes<sbyte>(elements));
         device.Write<float>(_scales, scales);
     }
@@ -53,6 +77,16 @@ internal sealed unsafe class Int8Weight : Weight
 
     /// <summary>Products so far.</summary>
     public int Products { get; private set; }
+
+    /// <summary>Blocks that said so far that they run.</summary>
+    public int Acquired { get; private set; }
+
+    /// <summary>Blocks that said so far that they have run.</summary>
+    public int Released { get; private set; }
+
+    public override void Acquire() => Acquired++;
+
+    public override void Release() => Released++;
 
     public override void Multiply<T>(in CpuCall<T> call, Matrix<T> x, Matrix<T> y, double alpha,
         double beta, Matrix<T> bias) =>

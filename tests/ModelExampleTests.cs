@@ -1,40 +1,209 @@
+using System.Globalization;
+using System.Text.Json;
+using System.Text.Json.Nodes;
 using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Model;
+using MiniCpmNative.Engine.Train;
+using MiniCpmNative.Kernels;
 using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;
 
-/// <summary>The official scripts' settings for each model, in examples/models.</summary>
+/// <summary>
+/// examples/models: the official scripts' settings for each real model, and the memory that
+/// docs/models.md says they take.
+/// </summary>
 [TestFixture]
 public sealed class ModelExampleTests
 {
-    private static readonly string s_folder = Path.GetFullPath(
-        Path.Combine(ReferenceFile.Root, "..", "..", "examples", "models"));
+    private const string Vision = """
+        "vision_config": {"model_type": "siglip", "hidden_size": 1152, "image_size": 980,
+          "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27,
+          "patch_size": 14}, "drop_vision_last_layer": false,
+          "slice_config": {"max_slice_nums": 9, "patch_size": 14}
+        """;
 
-    private static IEnumerable<string> Files =>
-        Directory.GetFiles(s_folder, "*.json").Select(f => Path.GetFileName(f)!).Order();
-
-    [TestCaseSource(nameof(Files))]
-    public void EachIsReadAndIsTheOfficialScripts(string file)
+    // Of the released config.json files, what decides the sizes (V-4's rotary factors do not), with
+    // the number of parameters without audio and speech.
+    private static readonly Dictionary<string, (long Parameters, string Config)> s_models = new()
     {
-        var notices = new List<string>();
-        TrainArguments a = TrainReader.Read([file], s_folder, notices.Add);
-        bool lora = file.EndsWith("-lora.json", StringComparison.Ordinal);
-        Assert.That(lora || file.EndsWith("-full.json", StringComparison.Ordinal));
-        Assert.That(notices, Is.Empty);
-        Assert.That((a.UseLora, a.Fp16, a.Bf16), Is.EqualTo((lora, lora, !lora)));
-        Assert.That((a.TuneVision, a.TuneLlm, a.OfficialCompat), Is.EqualTo((true, false, true)));
-        Assert.That(a.TrainedWhole,
-            Is.EqualTo(lora ? (string[])["embed_tokens", "resampler", "vpm"] : []));
-        Assert.That((a.LearningRate, a.WeightDecay, a.AdamBeta2), Is.EqualTo((1e-6, 0.1, 0.95)));
-        Assert.That((a.MaxSteps, a.WarmupOf(a.MaxSteps), a.MaxSliceNums),
-            Is.EqualTo((10000, 100, 9)));
-        Assert.That(a.GradientAccumulationSteps * a.PerDeviceTrainBatchSize, Is.EqualTo(8));
-        Assert.That((a.LrSchedulerType, a.WeightDecayScope, a.LossNormalization),
-            Is.EqualTo((LrSchedule.WarmupLr, DecayScope.All, LossNormalization.MicroBatchMean)));
-    }
+        ["MiniCPM-V-2"] = (3_434_965_792, """
+            "model_type": "minicpmv", "vision_encoder": "vit_so400m_patch14_siglip_384.webli",
+            "vocab_size": 122753, "hidden_size": 2304, "intermediate_size": 5760,
+            "num_hidden_layers": 40, "num_attention_heads": 36, "num_key_value_heads": 36,
+            "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256, "query_num": 64,
+            "drop_vision_last_layer": true, "max_slice_nums": 9, "scale_resolution": 448,
+            "patch_size": 14
+            """),
+        ["MiniCPM-Llama3-V-2_5"] = (8_537_092_336, $$"""
+            {{Vision}}, "version": "2.5", "query_num": 96,
+            "model_type": "minicpmv", "vocab_size": 128256, "hidden_size": 4096,
+            "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+            "num_key_value_heads": 8
+            """),
+        ["MiniCPM-V-2_6"] = (8_099_175_152, $$"""
+            {{Vision}}, "version": 2.6, "model_type": "minicpmv", "vocab_size": 151666,
+            "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+            "num_attention_heads": 28, "num_key_value_heads": 4
+            """),
+        ["MiniCPM-o-2_6"] = (8_099_418_864, $$"""
+            {{Vision}}, "version": "2.6", "model_type": "minicpmo", "vocab_size": 151700,
+            "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+            "num_attention_heads": 28, "num_key_value_heads": 4
+            """),
+        ["MiniCPM-V-4"] = (4_059_533_040, $$"""
+            {{Vision}}, "version": 4.0, "model_type": "minicpmv", "vocab_size": 73448,
+            "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128
+            """),
+        ["MiniCPM-V-4_5"] = (8_695_895_280, $$"""
+            {{Vision}}, "version": 4.5, "model_type": "minicpmv", "vocab_size": 151748,
+            "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128
+            """),
+        ["MiniCPM-o-4_5"] = (8_695_895_280, $$"""
+            {{Vision}}, "version": 4.5, "model_type": "minicpmo", "vocab_size": 151748,
+            "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128
+            """),
+    };
+
+    // What both official scripts pass and, of DeepSpeed's file, what wins over it; eight processes
+    // of one row each as eight rows here.
+    private const string Both = """
+        {"tune_vision": true, "tune_llm": false, "gradient_checkpointing": true,
+         "model_max_length": 2048, "max_slice_nums": 9, "max_steps": 10000,
+         "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+         "gradient_accumulation_steps": 8, "loss_normalization": "micro_batch_mean",
+         "learning_rate": 1e-6, "weight_decay": 0.1, "weight_decay_scope": "all",
+         "adam_beta2": 0.95, "warmup_ratio": 0.01, "lr_scheduler_type": "warmup_lr",
+         "eval_strategy": "steps", "eval_steps": 1000, "save_strategy": "steps",
+         "save_steps": 1000, "save_total_limit": 10, "logging_steps": 1,
+         "report_to": "tensorboard"
+        """;
+
+    private static readonly Dictionary<string, string> s_settings = new()
+    {
+        ["lora"] = Both + """
+            , "fp16": true, "use_lora": true, "lora_r": 64, "lora_alpha": 64,
+            "lora_dropout": 0.05, "lora_target_modules":
+            "llm\\..*layers\\.\\d+\\.self_attn\\.(q_proj|k_proj|v_proj|o_proj)"}
+            """,
+        ["full"] = Both + """, "bf16": true}""",
+    };
+
+    private static readonly string s_examples =
+        Path.Combine(ArchitectureTests.Root, "examples", "models");
+
+    private string _folder = "";
+
+    private static IEnumerable<string> Models => s_models.Keys;
+
+    [SetUp]
+    public void MakeFolder() => _folder = Directory.CreateTempSubdirectory("cpmx-").FullName;
+
+    [TearDown]
+    public void RemoveFolder() => Directory.Delete(_folder, recursive: true);
 
     [Test]
-    public void EachModelHasBoth() => Assert.That(
-        Files.Where(f => f.EndsWith("-lora.json")).Select(f => f.Replace("-lora", "-full")),
-        Is.EquivalentTo(Files.Where(f => f.EndsWith("-full.json"))).And.Not.Empty);
+    public void EveryFamilyHasItsExamples()
+    {
+        Assert.That(Models, Is.EquivalentTo(Families.All.Select(f => f.Name)));
+        Assert.That(Directory.GetFiles(s_examples).Select(Path.GetFileName), Is.EquivalentTo(
+            Models.SelectMany(m => new[] { FileOf(m, "lora"), FileOf(m, "full") })));
+    }
+
+    // What is not named has its default: a key too many changes what TrainWriter writes.
+    [Test]
+    public void TheyHaveTheOfficialSettings(
+        [ValueSource(nameof(Models))] string model, [Values("lora", "full")] string kind)
+    {
+        var notices = new List<string>();
+        string name = FileOf(model, kind);
+        TrainArguments arguments = TrainReader.Read(
+            [Path.Combine(s_examples, name)], _folder, notices.Add);
+        if (kind == "lora")
+            Assert.That(arguments.TrainedWhole,
+                Is.EqualTo((string[])["embed_tokens", "resampler", "vpm"]));
+        Assert.That(notices, Is.Empty);
+        JsonObject settings = JsonNode.Parse(s_settings[kind])!.AsObject();
+        settings["model_name_or_path"] = Path.Combine(s_examples, model);
+        settings["data_path"] = Path.Combine(s_examples, "train.json");
+        settings["eval_data_path"] = Path.Combine(s_examples, "eval.json");
+        settings["output_dir"] = Path.GetFullPath(
+            Path.Combine(s_examples, "../output", Path.GetFileNameWithoutExtension(name)));
+        settings["llm_type"] = model switch
+        {
+            "MiniCPM-V-2" => "minicpm",
+            "MiniCPM-Llama3-V-2_5" => "llama3",
+            _ => "qwen",
+        };
+        // The script cannot train these, so there is nothing to be equal to.
+        if (model is not ("MiniCPM-V-4_5" or "MiniCPM-o-4_5")) settings["official_compat"] = true;
+        else if (kind == "lora")
+            settings["modules_to_save"] = new JsonArray("embed_tokens", "resampler", "vpm");
+        string file = Path.Combine(_folder, "expected.json");
+        File.WriteAllText(file, settings.ToJsonString());
+        Assert.That(Text(arguments), Is.EqualTo(Text(TrainReader.Read([file], _folder))));
+
+        static string Text(TrainArguments a) => JsonSerializer.Serialize(
+            JsonSerializer.Deserialize<JsonElement>(TrainWriter.ToJson(a)));
+    }
+
+    // Values, gradients, two moments and the F32 master of what is trained; values of the rest.
+    [TestCase(false, false)]
+    [TestCase(false, true)]
+    [TestCase(true, false)]
+    [TestCase(true, true)]
+    public void TheFormulaOfTheDocumentationIsTheRunsOwnCount(bool lora, bool narrow)
+    {
+        using BaseModel source = BaseModel.Open((lora ? V26.Lora : V26.Full) with
+        {
+            Bf16 = true,
+            Optim = narrow ? OptimizerKind.AdamwBf16 : OptimizerKind.AdamwTorch,
+        });
+        Assert.That(Bytes(source.Spec, source.Parts, narrow), Is.EqualTo(source.DeviceBytes));
+    }
+
+    [TestCaseSource(nameof(Models))]
+    public void TheDocumentedMemoryIsThatOfTheFormula(string model)
+    {
+        File.WriteAllText(Path.Combine(_folder, "config.json"), $"{{{s_models[model].Config}}}");
+        ModelSpec spec = ModelSpec.Read(_folder);
+        Assert.That(spec.Family.Name, Is.EqualTo(model));
+        Assert.That(spec.Parameters.Count, Is.EqualTo(s_models[model].Parameters));
+        string row = string.Join(" | ", (string[])[
+            $"| {model}", spec.Parameters.Count.ToString("N0", CultureInfo.InvariantCulture),
+            Gib("lora"), Gib("lora", "--modules_to_save", "resampler"),
+            Gib("lora", "--modules_to_save", "[]"), Gib("full"),
+            Gib("full", "--tune_llm", "true"),
+            Gib("full", "--tune_llm", "true", "--optim", "adamw_bf16") + " |"]);
+        string[] documented = [.. File.ReadLines(
+            Path.Combine(ArchitectureTests.Root, "docs", "models.md")).Where(
+            line => line.StartsWith($"| {model} | ", StringComparison.Ordinal)
+                && char.IsAsciiDigit(line[$"| {model} | ".Length]))];
+        Assert.That(documented, Is.EqualTo((string[])[row]));
+
+        string Gib(string kind, params string[] over)
+        {
+            TrainArguments arguments = TrainReader.Read(
+                [Path.Combine(s_examples, FileOf(model, kind)), .. over], _folder);
+            TrainedParts parts = TrainedParts.Choose(
+                spec, arguments, TrainedParts.AdapterOf(arguments, spec), DType.BF16);
+            return (Bytes(spec, parts, over.Contains("adamw_bf16")) / (double)(1 << 30))
+                .ToString("0.0", CultureInfo.InvariantCulture);
+        }
+    }
+
+    private static string FileOf(string model, string kind) =>
+        $"{model.ToLowerInvariant()}-{kind}.json";
+
+    private static long Bytes(ModelSpec spec, TrainedParts parts, bool narrow)
+    {
+        int moments = narrow ? 2 + 2 : 4 + 4;
+        long whole = parts.Tensors.Where(t => t.Type == DType.BF16).Sum(t => t.Shape.Count);
+        long adapters = parts.Tensors.Where(t => t.Type == DType.F32).Sum(t => t.Shape.Count);
+        return (2 * (spec.Parameters.Count - whole)) + ((2 + 4 + moments + 4) * whole)
+            + ((4 + 4 + moments) * adapters);
+    }
 }

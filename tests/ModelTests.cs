@@ -163,7 +163,7 @@ public sealed class ModelTests
         // PEFT does not save the biases that bias_lora_only trains: the adapter is the random one.
         using var model = name == "bias_lora_only"
             ? Open(V26.Lora with { LoraBias = LoraBias.LoraOnly }, "random_lora_only")
-            : TrainingModel.Open(AdapterStart.Complete(
+            : TrainingModel.Open(AdapterSettings.Complete(
                 V26.Lora with { LoraWeightPath = V26.Adapter("variant_" + name) }, _ => false));
         Assert.That(model.Trainables.List, Has.Count.EqualTo(tensors));
         AssertCase(model, expected);

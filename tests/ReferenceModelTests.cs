@@ -85,9 +85,14 @@ public sealed class ReferenceModelTests(string name)
     [TestCase(false)]
     public void AWarmStepAllocatesNothing(bool lora)
     {
-        TrainArguments arguments = (lora
-            ? _reference.Lora with { LoraDropout = 0.1, GradientCheckpointing = true }
-            : _reference.Full with { Bf16 = true }) with { ModulesToSave = null };
+        TrainArguments arguments = lora
+            ? _reference.Lora with
+            {
+                LoraDropout = 0.1,
+                GradientCheckpointing = true,
+                ModulesToSave = null,
+            }
+            : _reference.Full with { Bf16 = true };
         using var model = TrainingModel.Open(arguments);
         var trainer = new Trainer(arguments, model);
         Batch[][] steps = [[_reference.Batch(arguments, _reference.CaseA[0])],

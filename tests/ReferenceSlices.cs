@@ -1,5 +1,6 @@
 using System.Text.Json;
 using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Data.Images;
 
 namespace MiniCpmNative.Tests;
 

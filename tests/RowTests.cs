@@ -1,6 +1,7 @@
 using System.Text;
 using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Data.Images;
 using MiniCpmNative.Engine.Data.Text;
 using NUnit.Framework;
 
@@ -271,12 +272,12 @@ public class RowTests
     public void LongTextIsCutPicturesAreNot()
     {
         var whole = Build("\"a\"", Turns("What?", "One two three four five."));
-        int answer = Array.FindIndex(whole.Labels, label => label != Sample.Ignored);
+        int answer = Array.FindIndex(whole.Labels, label => label != PromptFormat.Ignored);
         var cut = Build("\"a\"", Turns("What?", "One two three four five."), Builder(answer + 3));
         Assert.That(cut.Cut);
         Assert.That(cut.InputIds, Is.EqualTo(whole.InputIds[..(answer + 3)]));
         Assert.That(cut.Labels[..^1], Is.EqualTo(whole.Labels[..(answer + 2)]));
-        Assert.That(cut.Labels[^1], Is.EqualTo(Sample.Ignored));
+        Assert.That(cut.Labels[^1], Is.EqualTo(PromptFormat.Ignored));
         Assert.That(Refused("\"a\"", Turns("What?", "One."), Builder(answer)),
             Does.Contain("no answer is left within model_max_length"));
         int end = whole.Bounds[0].End;
@@ -348,7 +349,7 @@ public class RowTests
     {
         var sample = Build("null", Turns("assistant?", "assistant"));
         int[] said = [.. TokenizerTests.Load("tiny-qwen").Encode("assistant<|im_end|>")];
-        Assert.That(sample.Labels.Where(label => label != Sample.Ignored).Take(said.Length),
+        Assert.That(sample.Labels.Where(label => label != PromptFormat.Ignored).Take(said.Length),
             Is.EqualTo(said));
     }
 }

@@ -1,6 +1,7 @@
 using System.Text;
 using System.Text.Json;
 using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Data.Images;
 using MiniCpmNative.Engine.Data.Text;
 using MiniCpmNative.Engine;
 using NUnit.Framework;
@@ -318,7 +319,7 @@ public class SampleTests
             int length = prompt.Length;
             Assert.That(sample.InputIds[..length], Is.EqualTo(prompt), item.Name);
             Assert.That(sample.Labels[length - 1], Is.EqualTo(sample.InputIds[length]), item.Name);
-            Assert.That(sample.Labels[length - 2], Is.EqualTo(Sample.Ignored), item.Name);
+            Assert.That(sample.Labels[length - 2], Is.EqualTo(PromptFormat.Ignored), item.Name);
             seen++;
         }
         Assert.That(seen, Is.GreaterThan(20));

@@ -1,5 +1,3 @@
-using MiniCpmNative.Engine.Weights;
-
 namespace MiniCpmNative.Engine.Config;
 
 /// <summary>
@@ -141,7 +139,7 @@ public sealed class TrainReader
         if (!_given.ContainsKey("output_dir"))
             result = result with { OutputDir = Path.Combine(_workingDirectory, result.OutputDir) };
         return result is { UseLora: true, LoraWeightPath: not null }
-            ? AdapterStart.Complete(result, key => _given.TryGetValue(key, out var given)
+            ? AdapterSettings.Complete(result, key => _given.TryGetValue(key, out var given)
                 && given.Value is not null)
             : result;
     }

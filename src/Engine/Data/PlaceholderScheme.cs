@@ -1,6 +1,6 @@
 using System.Globalization;
 using System.Text;
-using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data.Images;
 using MiniCpmNative.Engine.Data.Text;
 
 namespace MiniCpmNative.Engine.Data;

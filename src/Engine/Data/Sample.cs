@@ -1,3 +1,5 @@
+using MiniCpmNative.Engine.Data.Text;
+
 namespace MiniCpmNative.Engine.Data;
 
 /// <summary>Rows [Start, End) of the token sequence that take the features of one view.</summary>
@@ -19,13 +21,10 @@ public sealed record Sample(
     int[] InputIds, int[] Labels, ImageBound[] Bounds, int[] Pictures, int FullLength,
     int AnswersCut, int Views)
 {
-    /// <summary>The label of positions that are not learned.</summary>
-    public const int Ignored = -100;
-
     public bool Cut => FullLength > InputIds.Length;
 
     /// <summary>Positions that carry a label.</summary>
-    public int Supervised => Labels.Length - Labels.AsSpan().Count(Ignored);
+    public int Supervised => Labels.Length - Labels.AsSpan().Count(PromptFormat.Ignored);
 }
 
 /// <summary>A prompt for generation, as Sample without labels.</summary>

@@ -1,3 +1,4 @@
+using MiniCpmNative.Engine.Data.Images;
 using MiniCpmNative.Engine.Data.Text;
 
 namespace MiniCpmNative.Engine.Data;

@@ -1,6 +1,7 @@
 using System.Security.Cryptography;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data.Images;
+using MiniCpmNative.Engine.Data.Text;
 
 namespace MiniCpmNative.Engine.Data;
 
@@ -117,7 +118,7 @@ public sealed partial class TrainingRows : IRowLoader
         for (int t = 0; t < sample.InputIds.Length; t++)
         {
             batch.Positions.Add(t);
-            if (sample.Labels[t] == Data.Sample.Ignored) continue;
+            if (sample.Labels[t] == PromptFormat.Ignored) continue;
             batch.LabelRows.Add(start + t);
             batch.Targets.Add(sample.Labels[t]);
         }

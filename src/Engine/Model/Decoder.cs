@@ -33,7 +33,7 @@ public sealed class Decoder : IBatchInput
         _embedding = model.In("embed_tokens").Table("weight", false, spec.VocabSize, spec.HiddenSize);
         _layers = new DecoderLayer[spec.Layers];
         for (int i = 0; i < _layers.Length; i++)
-            _layers[i] = new DecoderLayer(spec, model.In("layers").In(i));
+            _layers[i] = new DecoderLayer(spec, model.In("layers").In(i), i);
         _norm = model.RmsNorm(
             "norm", spec.HiddenSize, spec.RmsNormEpsilon, spec.FinalNormDecays);
         model.Module("rotary_emb");
@@ -76,17 +76,20 @@ public sealed class Decoder : IBatchInput
     /// <summary>h[rows, width] -> logits[rows, vocabulary]: training never has them.</summary>
     public Tensor Logits(Graph graph, Tensor hidden) => graph.Run(_head, hidden, _vocabulary);
 
+    /// <summary>
+    /// What the batches loaded from now on continue; null when their rows are whole.
+    /// </summary>
+    public void Continue(KeyValueCache? cache) => _context.Cache = cache;
+
     public long Count(Batch batch) => batch.Positions.Count + batch.SequenceStarts.Count;
 
     public void Load(Batch batch, BatchUpload upload)
     {
         _context.Positions = upload.Ints(batch.Positions.Span, "positions");
-        _context.QueryStarts = _context.KeyStarts =
-            upload.Ints(batch.SequenceStarts.Span, "sequence starts");
-        int longest = 1;
-        for (int i = 1; i < batch.SequenceStarts.Count; i++)
-            longest = Math.Max(longest, batch.SequenceStarts[i] - batch.SequenceStarts[i - 1]);
-        _context.Reach(_spec, longest, upload);
+        _context.Starts = upload.Ints(batch.SequenceStarts.Span, "sequence starts");
+        int last = 0;
+        foreach (int position in batch.Positions.Span) last = Math.Max(last, position);
+        _context.Reach(_spec, last + 1, upload);
     }
 }
 
@@ -101,11 +104,14 @@ public sealed class DecoderContext
     /// <summary>I32[tokens]: the place of each token in its sequence.</summary>
     public Tensor Positions { get; set; }
 
-    /// <summary>I32[sequences + 1]: where each sequence's new tokens start, and the end.</summary>
-    public Tensor QueryStarts { get; set; }
+    /// <summary>I32[sequences + 1]: where each sequence's tokens start, and the end.</summary>
+    public Tensor Starts { get; set; }
 
-    /// <summary>I32[sequences + 1]: the same of its keys, which may be more.</summary>
-    public Tensor KeyStarts { get; set; }
+    /// <summary>
+    /// Has the keys and values of the tokens before these and takes theirs; null where sequences
+    /// are whole.
+    /// </summary>
+    public KeyValueCache? Cache { get; set; }
 
     /// <summary>F32[positions, headDim / 2], of the batch's longest sequence.</summary>
     public Tensor RopeCos { get; private set; }

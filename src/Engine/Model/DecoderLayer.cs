@@ -17,12 +17,13 @@ internal sealed class DecoderLayer : IBlock<DecoderContext>
     private readonly Projection[] _projections;
     private readonly Add _add;
     private readonly Rope _rope;
-    private readonly Attention _attention;
+    private readonly Attention _attention, _cachedAttention;
     private readonly DecoderSpec _spec;
+    private readonly int _index;
 
-    public DecoderLayer(DecoderSpec spec, ModuleScope scope)
+    public DecoderLayer(DecoderSpec spec, ModuleScope scope, int index)
     {
-        _spec = spec;
+        (_spec, _index) = (spec, index);
         int width = spec.HiddenSize, keys = spec.KvHeads * spec.HeadDim;
         ModuleScope attention = scope.In("self_attn"), mlp = scope.In("mlp");
         _query = attention.Linear("q_proj", width, spec.Heads * spec.HeadDim, spec.QkvBias);
@@ -46,6 +47,7 @@ internal sealed class DecoderLayer : IBlock<DecoderContext>
         _rope = new Rope(spec.HeadDim);
         _attention = new Attention(
             spec.Heads, spec.KvHeads, spec.HeadDim, Causal: true, 1 / Math.Sqrt(spec.HeadDim));
+        _cachedAttention = _attention with { Cached = true };
         Trainable = Array.Exists(_projections, p => p.Trainable)
             || _inputNorm.Trainable || _postNorm.Trainable
             || _queryNorm is { Trainable: true } || _keyNorm is { Trainable: true };
@@ -69,11 +71,20 @@ internal sealed class DecoderLayer : IBlock<DecoderContext>
         Tensor q = Turned(graph, _query.Run(graph, a), _queryNorm, context);
         Tensor k = Turned(graph, _key.Run(graph, a), _keyNorm, context);
         Tensor v = _value.Run(graph, a);
-        a = graph.Run(_attention, q, k, v, context.QueryStarts, context.KeyStarts);
+        a = Attend(graph, q, k, v, context);
         x = graph.Run(_add, x, _output.Run(graph, a));
         a = _postNorm.Run(graph, x);
         a = graph.Run(s_swiGlu, _gate.Run(graph, a), _up.Run(graph, a));
         return graph.Run(_add, x, _down.Run(graph, a));
+    }
+
+    private Tensor Attend(Graph graph, Tensor q, Tensor k, Tensor v, DecoderContext context)
+    {
+        if (context.Cache is not { } cache)
+            return graph.Run(_attention, q, k, v, context.Starts, context.Starts);
+        (k, v) = cache.Append(graph, _index, k, v);
+        return graph.Run(
+            _cachedAttention, q, k, v, context.Starts, cache.KeyStarts, cache.KeyLengths);
     }
 
     // Queries or keys [tokens, heads * headDim], normalised per head where the model does, turned

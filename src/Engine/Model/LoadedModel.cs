@@ -1,5 +1,6 @@
 using MiniCpmNative.Autograd;
 using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Data.Text;
 using MiniCpmNative.Engine.Weights;
 using MiniCpmNative.Kernels;
 
@@ -13,6 +14,7 @@ public sealed class LoadedModel : IDisposable
 {
     private readonly OpenDevice _device;
     private readonly BatchUpload _upload;
+    private RowFormat? _rows;
 
     private LoadedModel(OpenDevice device, Graph graph, ModelSpec spec, MiniCpmModel model)
     {
@@ -30,6 +32,15 @@ public sealed class LoadedModel : IDisposable
     public ModelSpec Spec { get; }
 
     public MiniCpmModel Model { get; }
+
+    /// <summary>How rows become tokens and patches; read when first asked for.</summary>
+    /// <exception cref="InputException">
+    /// The tokenizer or the chat template cannot be used.
+    /// </exception>
+    public RowFormat Rows => _rows ??= Spec.Rows();
+
+    /// <inheritdoc cref="Rows"/>
+    public Tokenizer Tokenizer => Rows.Tokenizer;
 
     /// <summary>Loads the weights of a checkpoint that matches the model.</summary>
     /// <param name="device">Taken over, and disposed of with the model.</param>
@@ -55,11 +66,12 @@ public sealed class LoadedModel : IDisposable
     }
 
     /// <summary>
-    /// Brings a batch over and runs it: h[tokens, width] after the decoder's final norm.
+    /// Brings a batch over and runs it: h[tokens, width] after the decoder's final norm. Over a
+    /// cache the batch is the next tokens of the cache's sequences, and nothing is recorded.
     /// </summary>
-    public Tensor Hidden(Batch batch, ITensorProbe? probe = null)
+    public Tensor Hidden(Batch batch, ITensorProbe? probe = null, KeyValueCache? cache = null)
     {
-        Model.Load(batch, _upload);
+        Model.Load(batch, _upload, cache);
         return Model.Hidden(Graph, probe);
     }
 

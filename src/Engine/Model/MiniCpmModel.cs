@@ -35,17 +35,26 @@ public sealed class MiniCpmModel(
 {
     private readonly Embedding _select = new();
     private readonly Splice _splice = new();
-    private readonly IBatchInput[] _inputs =
-        [new BatchTensors(spec.Resampler.Queries), decoder, vision, joiner];
+    // Those of pictures first, and last the cache, if there is one.
+    private readonly IBatchInput?[] _inputs =
+        [vision, joiner, new BatchTensors(spec.Resampler.Queries), decoder, null];
 
     /// <summary>The batch that is on the device.</summary>
-    public BatchTensors Batch => (BatchTensors)_inputs[0];
+    public BatchTensors Batch => (BatchTensors)_inputs[2]!;
 
     public IVisionTower Vision => vision;
 
-    /// <summary>Brings a batch over; see <see cref="IBatchInput.Load"/>.</summary>
-    public void Load(Batch batch, BatchUpload upload) => upload.Run(
-        batch, batch.Grids.Count > 0 ? _inputs : _inputs.AsSpan(0, 2));
+    /// <summary>
+    /// Brings a batch over, see <see cref="IBatchInput.Load"/>: whole rows, or the next tokens of
+    /// those in the cache, with positions that go on.
+    /// </summary>
+    public void Load(Batch batch, BatchUpload upload, KeyValueCache? cache = null)
+    {
+        _inputs[^1] = cache;
+        decoder.Continue(cache);
+        upload.Run(batch, _inputs.AsSpan(
+            (batch.Grids.Count > 0 ? 0 : 2)..(cache is null ? 4 : 5))!);
+    }
 
     /// <summary>
     /// Token and picture input -> h[tokens, width] after the decoder's final norm.

@@ -1,4 +1,5 @@
 using System.Collections.Immutable;
+using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Weights;
 
@@ -24,21 +25,22 @@ public sealed class ModelConfig
     public JsonValue Json { get; }
 
     /// <summary>
-    /// What the model calls itself: a name of this family's making, or "model type ... (architecture
-    /// ...)" of a foreign one.
+    /// What a model that no family takes calls itself: line and version, or "model type ...
+    /// (architecture ...)" of a foreign one.
     /// </summary>
     public string ModelName
     {
         get
         {
-            string? line = IsOmniModel ? "MiniCPM-o" : !IsMiniCpmV ? null
-                : Version == "2.5" ? "MiniCPM-Llama3-V" : "MiniCPM-V";
-            if (line is not null)
-                return Version.EndsWith(".0", StringComparison.Ordinal)
-                    ? $"{line}-{Version[..^2]}" : $"{line}-{Version.Replace('.', '_')}";
-            return Type.StartsWith("minicpmv", StringComparison.Ordinal)
-                ? "MiniCPM-V-" + Messages.OneLine(Type["minicpmv".Length..])
-                : $"model type {Messages.Quote(Type)} (architecture {Messages.Quote(Architecture)})";
+            // Later ones have their version in the type, as minicpmv4_6.
+            const string Later = "minicpmv";
+            bool isLater = !IsMiniCpmV && Type.StartsWith(Later, StringComparison.Ordinal);
+            if (!IsOmniModel && !IsMiniCpmV && !isLater)
+                return $"model type {Messages.Quote(Type)} (architecture {Messages.Quote(Architecture)})";
+            string version = isLater && !IsOmniModel
+                ? Messages.OneLine(Type[Later.Length..]) : Version;
+            if (version.EndsWith(".0", StringComparison.Ordinal)) version = version[..^2];
+            return $"MiniCPM-{(IsOmniModel ? 'o' : 'V')}-{version.Replace('.', '_')}";
         }
     }
 

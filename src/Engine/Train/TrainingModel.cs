@@ -53,10 +53,12 @@ public sealed class TrainingModel : IDisposable
     /// <param name="arguments">Say what is loaded where, and what of it is trained.</param>
     /// <param name="devices">Opens the device; null takes the machine's.</param>
     /// <param name="say">Takes a line on the choice of the device.</param>
+    /// <param name="kind">See <see cref="LoadedModel.Load"/>.</param>
     /// <exception cref="InputException">The model, the adapter, the device or what is to be trained
     /// is unusable.</exception>
     public static TrainingModel Open(
-        TrainArguments arguments, DeviceSource? devices = null, Action<string>? say = null)
+        TrainArguments arguments, DeviceSource? devices = null, Action<string>? say = null,
+        IWeightKind? kind = null)
     {
         BaseModel source = BaseModel.Open(arguments, say);
         OpenDevice? device = null;
@@ -64,7 +66,7 @@ public sealed class TrainingModel : IDisposable
         {
             device = (devices ?? DeviceSource.Default).Open(arguments, say);
             source.MustFitOn(device);
-            return Load(source, device, arguments, owns: true);
+            return Load(source, device, arguments, owns: true, kind);
         }
         catch
         {
@@ -79,15 +81,17 @@ public sealed class TrainingModel : IDisposable
     /// <param name="device">Where to.</param>
     /// <param name="arguments">The run's configuration.</param>
     /// <param name="owns">Whether source and device are disposed with the model.</param>
+    /// <param name="kind">See <see cref="LoadedModel.Load"/>.</param>
     /// <exception cref="InputException">The weights cannot be read.</exception>
     public static TrainingModel Load(
-        BaseModel source, OpenDevice device, TrainArguments arguments, bool owns = false)
+        BaseModel source, OpenDevice device, TrainArguments arguments, bool owns = false,
+        IWeightKind? kind = null)
     {
         TrainedParts parts = source.Parts;
         var trainables = new Trainables(device.Device, parts.Tensors, MomentsOf(arguments));
         LoadedModel loaded = LoadedModel.Load(
             device, source.Spec, source.Weights, source.Storage, trainables, parts.Adapters,
-            arguments.GradientCheckpointing);
+            arguments.GradientCheckpointing, kind);
         var model = new TrainingModel(source, loaded, owns, trainables);
         foreach (Trainable tensor in trainables.List)
             if (source.Weights.Find(tensor.Name) is { } stored)

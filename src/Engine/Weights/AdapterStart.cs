@@ -5,48 +5,16 @@ namespace MiniCpmNative.Engine.Weights;
 /// <summary>
 /// Starting from an adapter (lora_weight_path). Its rank, alpha, targets and biases stay: what is
 /// given beside it must be the same. Dropout may change, and modules may be added that are trained
-/// whole. What is not given is the adapter's, so that the configuration says what ran.
+/// whole. What is not given is the adapter's (<see cref="AdapterSettings"/>).
 /// </summary>
-public static class AdapterStart
+internal static class AdapterStart
 {
-    /// <summary>The configuration with the adapter's settings where none is given.</summary>
-    /// <param name="arguments">A configuration with lora_weight_path.</param>
-    /// <param name="isGiven">Whether the user set a key.</param>
-    /// <exception cref="InputException">The adapter's configuration cannot be used.</exception>
-    public static TrainArguments Complete(TrainArguments arguments, Func<string, bool> isGiven)
-    {
-        string folder = arguments.LoraWeightPath!;
-        if (!Directory.Exists(folder))
-            throw new InputException($"lora_weight_path {folder}: there is no such folder");
-        string file = Path.Combine(folder, AdapterConfig.FileName);
-        AdapterConfig its = AdapterConfig.Read(file);
-        if (!isGiven("lora_dropout") && its.Dropout >= 1)
-            throw new InputException(
-                $"{file}: key \"lora_dropout\" is 1, which drops everything: give lora_dropout below 1");
-        // A regular expression names its layers itself.
-        bool layers = isGiven("lora_layers_to_transform")
-            || (isGiven("lora_target_modules") && arguments.LoraTargetModules.Pattern is not null);
-        return arguments with
-        {
-            LoraR = isGiven("lora_r") ? arguments.LoraR : its.Rank,
-            LoraAlpha = isGiven("lora_alpha") ? arguments.LoraAlpha : its.Alpha,
-            LoraDropout = isGiven("lora_dropout") ? arguments.LoraDropout : its.Dropout,
-            LoraBias = isGiven("lora_bias") ? arguments.LoraBias : its.Bias,
-            LoraTargetModules = isGiven("lora_target_modules")
-                ? arguments.LoraTargetModules : its.Targets,
-            LoraLayersToTransform = layers
-                ? arguments.LoraLayersToTransform : its.LayersToTransform,
-            ModulesToSave = isGiven("modules_to_save")
-                ? arguments.ModulesToSave : its.ModulesToSave,
-        };
-    }
-
     /// <summary>Holds what cannot change against the adapter's.</summary>
     /// <param name="own">What the configuration asks for.</param>
     /// <param name="start">The adapter.</param>
     /// <param name="table">The model's parameters.</param>
     /// <exception cref="InputException">Lists all differences with both values.</exception>
-    internal static void MustFit(
+    public static void MustFit(
         AdapterConfig own, AdapterFile start, ParameterTable table)
     {
         AdapterConfig its = start.Config;
@@ -73,7 +41,7 @@ public static class AdapterStart
 
     /// <summary>Refuses to leave out a module that the adapter has trained whole.</summary>
     /// <exception cref="InputException">Names what would be lost.</exception>
-    internal static void MustKeepModules(
+    public static void MustKeepModules(
         AdapterLayout own, AdapterFile start, ParameterTable table)
     {
         AdapterConfig its = start.Config;

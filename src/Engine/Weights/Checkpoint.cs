@@ -1,5 +1,3 @@
-using MiniCpmNative.Engine.Config;
-
 namespace MiniCpmNative.Engine.Weights;
 
 /// <summary>

@@ -1,6 +1,5 @@
 using System.Text;
 using System.Text.RegularExpressions;
-using MiniCpmNative.Engine.Config;
 
 namespace MiniCpmNative.Engine.Data.Text;
 

@@ -1,5 +1,4 @@
 using System.Text.Json;
-using MiniCpmNative.Engine.Config;
 
 namespace MiniCpmNative.Engine.Data.Text;
 

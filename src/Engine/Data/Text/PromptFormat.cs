@@ -7,6 +7,9 @@ namespace MiniCpmNative.Engine.Data.Text;
 /// </summary>
 public abstract class PromptFormat
 {
+    /// <summary>The label of positions that are not learned.</summary>
+    public const int Ignored = -100;
+
     /// <param name="tokenizer">The checkpoint's tokenizer.</param>
     /// <param name="place">The model directory, for messages.</param>
     private protected PromptFormat(Tokenizer tokenizer, string place) =>
@@ -62,7 +65,7 @@ public abstract class PromptFormat
     public int[] Labels(ReadOnlySpan<int> ids, ReadOnlySpan<bool> answer)
     {
         var labels = new int[ids.Length];
-        labels.AsSpan().Fill(Sample.Ignored);
+        labels.AsSpan().Fill(Ignored);
         for (int i = 1; i < ids.Length; i++)
             if (answer[i]) labels[i - 1] = ids[i];
             else if (answer[i - 1]) labels[i - 1] = EndOfAnswer;

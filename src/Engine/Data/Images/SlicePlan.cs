@@ -1,4 +1,4 @@
-namespace MiniCpmNative.Engine.Data;
+namespace MiniCpmNative.Engine.Data.Images;
 
 /// <summary>Width and height in pixels.</summary>
 public readonly record struct PictureSize(int Width, int Height);

@@ -2,9 +2,8 @@ using System.Globalization;
 using System.Text;
 using System.Text.Encodings.Web;
 using System.Text.Json;
-using MiniCpmNative.Engine.Config;
 
-namespace MiniCpmNative.Engine.Weights;
+namespace MiniCpmNative.Engine.Config;
 
 /// <summary>
 /// adapter_config.json of a PEFT LoRA adapter, the part of it that this program does. Written with

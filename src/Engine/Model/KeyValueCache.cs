@@ -1,0 +1,96 @@
+using MiniCpmNative.Autograd;
+using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Ops;
+
+namespace MiniCpmNative.Engine.Model;
+
+/// <summary>
+/// Keys and values that the layers of a decoder have computed for some sequences, so that only the
+/// tokens that follow need to be run. Every sequence has the same room, in each layer rows of its
+/// own. A batch brings the next tokens of all sequences, none for one that rests. The memory stays
+/// allocated as long as the device: a cache is cleared and used again. Nothing trained runs over
+/// one, for the keys in it have no gradient.
+/// </summary>
+public sealed class KeyValueCache : IBatchInput
+{
+    private readonly CacheAppend _append = new();
+    private readonly (Tensor Keys, Tensor Values)[] _layers;
+    private readonly int[] _lengths, _starts;
+    private Tensor _slots;
+
+    /// <param name="device">Holds it, in its type of activations.</param>
+    /// <param name="spec">The decoder.</param>
+    /// <param name="sequences">How many rows a batch has.</param>
+    /// <param name="room">Most tokens of a sequence.</param>
+    public KeyValueCache(Device device, DecoderSpec spec, int sequences, int room)
+    {
+        Room = room;
+        _lengths = new int[sequences];
+        _starts = new int[sequences + 1];
+        for (int s = 0; s <= sequences; s++) _starts[s] = checked(s * room);
+        var rows = new Spec(
+            device.Activations, new Shape(_starts[sequences], spec.KvHeads * spec.HeadDim));
+        _layers = new (Tensor, Tensor)[spec.Layers];
+        foreach (ref var layer in _layers.AsSpan())
+            layer = (device.Allocate(rows, "cached keys"), device.Allocate(rows, "cached values"));
+    }
+
+    /// <summary>Most tokens of a sequence.</summary>
+    public int Room { get; }
+
+    /// <summary>
+    /// Tokens of each sequence, those of the batch that was loaded last included.
+    /// </summary>
+    public ReadOnlySpan<int> Lengths => _lengths;
+
+    /// <summary>I32[sequences + 1]: where the rows of each sequence start, and the end.</summary>
+    public Tensor KeyStarts { get; private set; }
+
+    /// <summary>I32[sequences]: how many of its rows count.</summary>
+    public Tensor KeyLengths { get; private set; }
+
+    /// <summary>Forgets all sequences.</summary>
+    public void Clear() => Array.Clear(_lengths);
+
+    /// <summary>
+    /// Puts keys and values[tokens, kvHeads * headDim] of the loaded batch behind those that a
+    /// layer has, and returns the layer's whole cache, [sequences * room, kvHeads * headDim].
+    /// </summary>
+    public (Tensor Keys, Tensor Values) Append(Graph graph, int layer, Tensor keys, Tensor values)
+    {
+        var cached = _layers[layer];
+        graph.Run(_append, cached.Keys, keys, _slots);
+        graph.Run(_append, cached.Values, values, _slots);
+        return cached;
+    }
+
+    // Asked before anything is brought over, so what does not fit is refused here.
+    /// <exception cref="ShapeException">
+    /// The batch has another number of rows, or one of them has no room any more; nothing changed.
+    /// </exception>
+    public long Count(Batch batch)
+    {
+        ReadOnlySpan<int> starts = batch.SequenceStarts.Span;
+        if (starts.Length != _starts.Length)
+            throw new ShapeException($"key/value cache: a batch of {starts.Length - 1} sequences, "
+                + $"expected {_lengths.Length}, those of the cache");
+        for (int s = 0; s < _lengths.Length; s++)
+            if (starts[s + 1] - starts[s] > Room - _lengths[s])
+                throw new ShapeException($"key/value cache: {starts[s + 1] - starts[s]} tokens for "
+                    + $"sequence {s}, which has {_lengths[s]} of at most {Room}");
+        return (long)batch.Tokens.Count + _starts.Length + _lengths.Length;
+    }
+
+    public void Load(Batch batch, BatchUpload upload)
+    {
+        ReadOnlySpan<int> starts = batch.SequenceStarts.Span;
+        Growing<int> slots = upload.Scratch;
+        slots.Clear();
+        for (int s = 0; s < _lengths.Length; s++)
+            for (int i = starts[s]; i < starts[s + 1]; i++) slots.Add(_starts[s] + _lengths[s]++);
+        _slots = upload.Ints(slots.Span, "cache slots");
+        KeyStarts = upload.Ints(_starts, "key starts");
+        KeyLengths = upload.Ints(_lengths, "key lengths");
+    }
+}
