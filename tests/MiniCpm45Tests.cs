@@ -52,7 +52,7 @@ public sealed class MiniCpm45Tests(string name, string family)
         ModelSpec spec = ModelSpec.Read(_folder);
         Assert.That(spec.Parameters.Count, Is.EqualTo(8_695_895_280));
         Assert.That(spec.Decoder, Is.EqualTo(new DecoderSpec(151748, 4096, 12288, 36, 32, 8, 128,
-            1e-6f, QkvBias: false, TiedHead: false, 1e6, [], 40960, QkNorm: true)));
+            1e-6f, QkvBias: false, TiedHead: false, 1e6, RopeScaling.None, 40960, QkNorm: true)));
     }
 
     [Test]
