@@ -7,14 +7,13 @@ namespace MiniCpmNative.Engine.Model;
 /// <summary>
 /// One layer: x += attention(norm(x)); x += SwiGLU(norm(x)).
 /// </summary>
-internal sealed class DecoderLayer : IBlock<DecoderContext>
+internal sealed class DecoderLayer : Layer<DecoderContext>
 {
     private static readonly SwiGlu s_swiGlu = new();
 
     private readonly Norm _inputNorm, _postNorm;
     private readonly Norm? _queryNorm, _keyNorm;
     private readonly Projection _query, _key, _value, _output, _gate, _up, _down;
-    private readonly Projection[] _projections;
     private readonly Add _add;
     private readonly Rope _rope;
     private readonly Attention _attention, _cachedAttention;
@@ -42,30 +41,16 @@ internal sealed class DecoderLayer : IBlock<DecoderContext>
         mlp.Module("act_fn");
         _inputNorm = scope.RmsNorm("input_layernorm", width, spec.RmsNormEpsilon);
         _postNorm = scope.RmsNorm("post_attention_layernorm", width, spec.RmsNormEpsilon);
-        _projections = [_query, _key, _value, _output, _gate, _up, _down];
         _add = new Add(spec.ResidualScale);
         _rope = new Rope(spec.HeadDim);
         _attention = new Attention(
             spec.Heads, spec.KvHeads, spec.HeadDim, Causal: true, 1 / Math.Sqrt(spec.HeadDim));
         _cachedAttention = _attention with { Cached = true };
-        Trainable = Array.Exists(_projections, p => p.Trainable)
-            || _inputNorm.Trainable || _postNorm.Trainable
-            || _queryNorm is { Trainable: true } || _keyNorm is { Trainable: true };
+        Holds([_query, _key, _value, _output, _gate, _up, _down],
+            _inputNorm, _postNorm, _queryNorm, _keyNorm);
     }
 
-    public bool Trainable { get; }
-
-    public void Acquire()
-    {
-        foreach (Projection projection in _projections) projection.Weight.Acquire();
-    }
-
-    public void Release()
-    {
-        foreach (Projection projection in _projections) projection.Weight.Release();
-    }
-
-    public Tensor Forward(Graph graph, Tensor x, DecoderContext context)
+    public override Tensor Forward(Graph graph, Tensor x, DecoderContext context)
     {
         Tensor a = _inputNorm.Run(graph, x);
         Tensor q = Turned(graph, _query.Run(graph, a), _queryNorm, context);

@@ -139,8 +139,11 @@ public sealed class ModuleScope
         return Matrix(name + ".weight", outputs, inputs);
     }
 
-    /// <summary>A part that is not run: its tensors are handed on as they are.</summary>
-    public void PassOver(string name) => _table.PassOver(Name(name) + ".");
+    /// <summary>Parts that are not run: their tensors are handed on as they are.</summary>
+    public void PassOver(params ReadOnlySpan<string> names)
+    {
+        foreach (string name in names) _table.PassOver(Name(name) + ".");
+    }
 
     private static System.Globalization.CultureInfo Invariant =>
         System.Globalization.CultureInfo.InvariantCulture;

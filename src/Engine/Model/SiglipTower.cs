@@ -127,14 +127,13 @@ public sealed class VisionContext
 /// <summary>
 /// One layer: x += attention(norm(x)); x += mlp(norm(x)).
 /// </summary>
-internal sealed class VisionLayer : IBlock<VisionContext>
+internal sealed class VisionLayer : Layer<VisionContext>
 {
     private static readonly Add s_add = new();
     private static readonly Gelu s_gelu = new(GeluKind.Tanh);
 
     private readonly Norm _norm1, _norm2;
     private readonly Projection _query, _key, _value, _output, _up, _down;
-    private readonly Projection[] _projections;
     private readonly Attention _attention;
 
     public VisionLayer(VisionSpec spec, ModuleScope scope)
@@ -152,24 +151,10 @@ internal sealed class VisionLayer : IBlock<VisionContext>
         _norm2 = scope.LayerNorm("layer_norm2", width, spec.LayerNormEpsilon);
         _attention = new Attention(
             spec.Heads, spec.Heads, spec.HeadDim, Causal: false, 1 / Math.Sqrt(spec.HeadDim));
-        _projections = [_query, _key, _value, _output, _up, _down];
-        Trainable = Array.Exists(_projections, p => p.Trainable)
-            || _norm1.Trainable || _norm2.Trainable;
+        Holds([_query, _key, _value, _output, _up, _down], _norm1, _norm2);
     }
 
-    public bool Trainable { get; }
-
-    public void Acquire()
-    {
-        foreach (Projection projection in _projections) projection.Weight.Acquire();
-    }
-
-    public void Release()
-    {
-        foreach (Projection projection in _projections) projection.Weight.Release();
-    }
-
-    public Tensor Forward(Graph graph, Tensor x, VisionContext context)
+    public override Tensor Forward(Graph graph, Tensor x, VisionContext context)
     {
         Tensor a = _norm1.Run(graph, x);
         Tensor q = _query.Run(graph, a), k = _key.Run(graph, a), v = _value.Run(graph, a);

@@ -89,7 +89,7 @@ public sealed class TimmTower : IVisionTower
 /// One layer: x += attention(norm(x)); x += mlp(norm(x)); queries, keys and values come from one
 /// matrix, which PEFT adapts as the one module it is.
 /// </summary>
-internal sealed class TimmLayer : IBlock<VisionContext>
+internal sealed class TimmLayer : Layer<VisionContext>
 {
     private static readonly Add s_add = new();
     private static readonly Gelu s_gelu = new(GeluKind.Erf);
@@ -97,7 +97,6 @@ internal sealed class TimmLayer : IBlock<VisionContext>
     private readonly Norm _norm1, _norm2;
     private readonly Projection _qkv, _output, _up, _down;
     private readonly Columns _query, _key, _value;
-    private readonly Projection[] _projections;
     private readonly Attention _attention;
 
     public TimmLayer(VisionSpec spec, ModuleScope scope)
@@ -118,24 +117,10 @@ internal sealed class TimmLayer : IBlock<VisionContext>
         (_query, _key, _value) = (new(0, width), new(width, width), new(2 * width, width));
         _attention = new Attention(
             spec.Heads, spec.Heads, spec.HeadDim, Causal: false, 1 / Math.Sqrt(spec.HeadDim));
-        _projections = [_qkv, _output, _up, _down];
-        Trainable = Array.Exists(_projections, p => p.Trainable)
-            || _norm1.Trainable || _norm2.Trainable;
+        Holds([_qkv, _output, _up, _down], _norm1, _norm2);
     }
 
-    public bool Trainable { get; }
-
-    public void Acquire()
-    {
-        foreach (Projection projection in _projections) projection.Weight.Acquire();
-    }
-
-    public void Release()
-    {
-        foreach (Projection projection in _projections) projection.Weight.Release();
-    }
-
-    public Tensor Forward(Graph graph, Tensor x, VisionContext context)
+    public override Tensor Forward(Graph graph, Tensor x, VisionContext context)
     {
         Tensor a = _qkv.Run(graph, _norm1.Run(graph, x));
         Tensor q = graph.Run(_query, a), k = graph.Run(_key, a), v = graph.Run(_value, a);

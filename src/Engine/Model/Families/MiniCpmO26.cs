@@ -13,10 +13,8 @@ internal sealed class MiniCpmO26() : Family("MiniCPM-o-2_6")
 
     public override MiniCpmModel Build(ModelSpec spec, ModuleScope root, bool checkpoint)
     {
-        MiniCpmModel model = base.Build(spec, root, checkpoint);
-        foreach (string part in (string[])["apm", "audio_projection_layer", "tts"])
-            root.PassOver(part);
-        return model;
+        root.PassOver("apm", "audio_projection_layer", "tts");
+        return base.Build(spec, root, checkpoint);
     }
 
     public override string? Explain(string tensor) =>

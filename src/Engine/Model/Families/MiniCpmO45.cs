@@ -13,9 +13,7 @@ internal sealed class MiniCpmO45() : Family("MiniCPM-o-4_5")
 
     public override MiniCpmModel Build(ModelSpec spec, ModuleScope root, bool checkpoint)
     {
-        MiniCpmModel model = base.Build(spec, root, checkpoint);
-        foreach (string part in (string[])["apm", "audio_projection_layer", "tts"])
-            root.PassOver(part);
-        return model;
+        root.PassOver("apm", "audio_projection_layer", "tts");
+        return base.Build(spec, root, checkpoint);
     }
 }
