@@ -1,4 +1,3 @@
-using System.Collections.Immutable;
 using System.Diagnostics;
 using MiniCpmNative.Autograd;
 using MiniCpmNative.Engine.Config;
@@ -76,7 +75,7 @@ internal static class StepBench
         {
             var decoder = new DecoderSpec(
                 Vocabulary, Width, Intermediate, Layers, Heads, Heads, Width / Heads, 1e-6f,
-                QkvBias: false, TiedHead: false, 10000, ImmutableArray<double>.Empty, Tokens);
+                QkvBias: false, TiedHead: false, 10000, RopeScaling.None, Tokens);
             _device = new CpuDevice(threads);
             _graph = new Graph(_device);
             string folder = Directory.CreateTempSubdirectory("cpmx-bench-").FullName;

@@ -1,10 +1,10 @@
 using System.Text.Json;
 using System.Text.Json.Nodes;
+using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Train;
-using MiniCpmNative.Engine;
 using MiniCpmNative.GpuEmulator;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Cuda;

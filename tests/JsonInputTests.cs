@@ -1,6 +1,6 @@
 using System.Text;
-using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine;
+using MiniCpmNative.Engine.Config;
 using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;

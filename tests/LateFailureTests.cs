@@ -1,8 +1,8 @@
 using System.Text.Json;
 using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
-using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Train;
 using MiniCpmNative.Kernels;
 using NUnit.Framework;

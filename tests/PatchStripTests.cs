@@ -1,8 +1,8 @@
 using System.Runtime.InteropServices;
 using System.Text.Json;
+using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Data.Images;
-using MiniCpmNative.Engine;
 using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;

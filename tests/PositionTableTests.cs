@@ -1,7 +1,7 @@
 using System.Text.Json;
+using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Model;
-using MiniCpmNative.Engine;
 using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;

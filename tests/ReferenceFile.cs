@@ -1,6 +1,6 @@
-using MiniCpmNative.Engine;
 using System.Buffers.Binary;
 using System.Text.Json;
+using MiniCpmNative.Engine;
 
 namespace MiniCpmNative.Tests;
 

@@ -1,9 +1,9 @@
 using System.Text.Json;
 using System.Text.Json.Nodes;
+using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Train;
-using MiniCpmNative.Engine;
 
 namespace MiniCpmNative.Tests;
 

@@ -1,9 +1,9 @@
 using System.Text;
 using System.Text.Json;
+using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Data.Images;
 using MiniCpmNative.Engine.Data.Text;
-using MiniCpmNative.Engine;
 using NUnit.Framework;
 using static MiniCpmNative.Tests.FamilyFormats;
 

@@ -1,6 +1,6 @@
 using System.Text.Json;
-using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine;
+using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Cpu;
 using MiniCpmNative.Kernels.Cuda;

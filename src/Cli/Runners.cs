@@ -1,7 +1,7 @@
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
-using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Doctor;
+using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Train;
 
 namespace MiniCpmNative.Cli;
