@@ -25,13 +25,14 @@ public sealed class ModelConfig
     public JsonValue Json { get; }
 
     /// <summary>
-    /// What a model that no family takes calls itself: line and version, or "model type ...
-    /// (architecture ...)" of a foreign one.
+    /// The model's family; where there is none what it calls itself: line and version, or "model
+    /// type ... (architecture ...)" of a foreign one.
     /// </summary>
     public string ModelName
     {
         get
         {
+            if (Families.All.FirstOrDefault(f => f.Is(this)) is { } family) return family.Name;
             // Later ones have their version in the type, as minicpmv4_6.
             const string Later = "minicpmv";
             bool isLater = !IsMiniCpmV && Type.StartsWith(Later, StringComparison.Ordinal);
