@@ -37,7 +37,8 @@ public sealed class ModelConfig
             const string Later = "minicpmv";
             bool isLater = !IsMiniCpmV && Type.StartsWith(Later, StringComparison.Ordinal);
             if (!IsOmniModel && !IsMiniCpmV && !isLater)
-                return $"model type {Messages.Quote(Type)} (architecture {Messages.Quote(Architecture)})";
+                return $"model type {Messages.Quote(Type)} "
+                    + $"(architecture {Messages.Quote(Architecture)})";
             string version = isLater && !IsOmniModel
                 ? Messages.OneLine(Type[Later.Length..]) : Version;
             if (version.EndsWith(".0", StringComparison.Ordinal)) version = version[..^2];
