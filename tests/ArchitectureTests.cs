@@ -140,7 +140,8 @@ public sealed partial class ArchitectureTests
                     .Select(t => t.Name.Split('`')[0]));
                 string last = other[(other.LastIndexOf('.') + 1)..];
                 Assert.That(code, Does.Not.Match(
-                    $@"{Engine}\.{other}(;|\.({types})\b)|(?<![\w.]){last}\.({types})\b"), place);
+                    $@"{Engine}\.{other}(;|\.({types})\b)|(?<![\w.]){last}\.({types})\b"),
+                    place);
                 if (part.StartsWith(other + ".", StringComparison.Ordinal))
                     Assert.That(code, Does.Not.Match(TypeUse(types)), place);
             }
@@ -167,7 +168,8 @@ public sealed partial class ArchitectureTests
         string types = string.Join('|', Families.All.Select(f => f.GetType().Name));
         string registry = Path.Combine("Model", "Family.cs");
         string[] files = [.. Sources("src").Where(f => !f.Contains(own, StringComparison.Ordinal))];
-        Assert.That(files.Count(f => f.EndsWith(registry, StringComparison.Ordinal)), Is.EqualTo(1));
+        Assert.That(
+            files.Count(f => f.EndsWith(registry, StringComparison.Ordinal)), Is.EqualTo(1));
         foreach (string file in files)
         {
             string code = Code(file), place = Path.GetRelativePath(Root, file);

@@ -25,18 +25,20 @@ public sealed class ModelConfig
     public JsonValue Json { get; }
 
     /// <summary>
-    /// What a model that no family takes calls itself: line and version, or "model type ...
-    /// (architecture ...)" of a foreign one.
+    /// The model's family; where there is none what it calls itself: line and version, or "model
+    /// type ... (architecture ...)" of a foreign one.
     /// </summary>
     public string ModelName
     {
         get
         {
+            if (Families.All.FirstOrDefault(f => f.Is(this)) is { } family) return family.Name;
             // Later ones have their version in the type, as minicpmv4_6.
             const string Later = "minicpmv";
             bool isLater = !IsMiniCpmV && Type.StartsWith(Later, StringComparison.Ordinal);
             if (!IsOmniModel && !IsMiniCpmV && !isLater)
-                return $"model type {Messages.Quote(Type)} (architecture {Messages.Quote(Architecture)})";
+                return $"model type {Messages.Quote(Type)} "
+                    + $"(architecture {Messages.Quote(Architecture)})";
             string version = isLater && !IsOmniModel
                 ? Messages.OneLine(Type[Later.Length..]) : Version;
             if (version.EndsWith(".0", StringComparison.Ordinal)) version = version[..^2];
