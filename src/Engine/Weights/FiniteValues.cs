@@ -8,15 +8,10 @@ namespace MiniCpmNative.Engine.Weights;
 /// Whether a stored tensor's values are numbers, in the type that a run keeps them in: one NaN or
 /// infinity among the weights makes every loss NaN, and a value beyond the type's largest becomes
 /// an infinity. As integers without their sign floats are ordered by magnitude, infinities and NaNs
-/// last, so that one bound finds all of them. A pass over the bytes, at memory speed; the mapped
-/// pages are brought in as a whole before it, which saves more than the pass takes.
+/// last, so that one bound finds all of them. A pass over the bytes, at memory speed.
 /// </summary>
-public static unsafe partial class FiniteValues
+public static unsafe class FiniteValues
 {
-    // Linux: read ahead into the page table (5.14 and newer; others refuse), and its answer when
-    // the file has no such bytes any more.
-    private const int PopulateRead = 22, BadAddress = 14;
-
     // A piece stays in a core's cache, and is worth a thread.
     private const long PieceBytes = 1 << 20;
 
@@ -27,7 +22,6 @@ public static unsafe partial class FiniteValues
     public static void Require(StoredTensor tensor, DType kept)
     {
         if (tensor.StoredType.Kernel is not { } type || !type.IsFloat()) return;
-        Populate(tensor);
         switch (type)
         {
             case DType.BF16:
@@ -45,19 +39,6 @@ public static unsafe partial class FiniteValues
                 break;
         }
     }
-
-    private static void Populate(StoredTensor tensor)
-    {
-        if (!OperatingSystem.IsLinux() || tensor.Bytes == 0) return;
-        nint data = tensor.Data, begin = data & ~(nint)(Environment.SystemPageSize - 1);
-        if (Advise(begin, data + (nint)tensor.Bytes - begin, PopulateRead) == 0) return;
-        if (Marshal.GetLastPInvokeError() == BadAddress)
-            throw new InputException(
-                $"{tensor.Place} cannot be read: the file was cut, or its disk has an error");
-    }
-
-    [LibraryImport("libc", EntryPoint = "madvise", SetLastError = true)]
-    private static partial int Advise(nint address, nint length, int advice);
 
     // The least magnitude, as F32, that rounds to infinity: F16's largest is 65504 and BF16's
     // 0x7F7F; half a step above it ties to even, which is the infinity.
