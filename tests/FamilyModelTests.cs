@@ -121,41 +121,17 @@ public sealed class FamilyModelTests(string name)
             GradientCheckpointing = kind.EndsWith("checkpointed", StringComparison.Ordinal),
             Bf16 = kind.Contains("bf16"),
         };
-        using var model = TrainingModel.Open(arguments);
-        var trainer = new Trainer(arguments, model);
-        Batch[][] steps = [[_family.Batch(arguments, "one")],
+        ModelChecks.AssertWarmStepsAllocateNothing(arguments,
+            [[_family.Batch(arguments, "one")],
             [_family.Batch(arguments, "text", "very_long", "sliced")],
-            [_family.Batch(arguments, "text")]];
-        var bytes = new long[steps.Length];
-        // The first round meets every shape.
-        for (int step = 0; step < 2 * steps.Length; step++)
-        {
-            long before = GC.GetAllocatedBytesForCurrentThread();
-            StepResult result = trainer.Step(step, steps[step % steps.Length], 1e-5);
-            bytes[step % steps.Length] = GC.GetAllocatedBytesForCurrentThread() - before;
-            Assert.That(result.Skipped, Is.False);
-        }
-
-        Assert.That(bytes, Is.All.Zero);
+            [_family.Batch(arguments, "text")]]);
     }
 
     [Test]
     public void CheckpointingGivesTheSameBits()
     {
         Batch batch = _family.Batch(_family.Full, "sliced", "text");
-        var results = new List<(double Loss, float[] Gradients, long Peak)>();
-        foreach (bool checkpointing in (bool[])[false, true])
-        {
-            TrainArguments arguments = _family.Full with { GradientCheckpointing = checkpointing };
-            using var model = TrainingModel.Open(arguments);
-            double loss = V26.Gradients(model, arguments, batch).Loss;
-            results.Add((loss, model.Device.ReadFloats(model.Trainables.Gradients),
-                model.Graph.PeakBytes));
-        }
-
-        Assert.That(results[1].Loss, Is.EqualTo(results[0].Loss));
-        Assert.That(results[1].Gradients.AsSpan().SequenceEqual(results[0].Gradients), Is.True);
-        Assert.That(results[1].Peak, Is.LessThan(results[0].Peak), "bytes");
+        ModelChecks.AssertCheckpointingGivesTheSameBits(_family.Full, batch);
     }
 
     private static void AssertLoss(Trace trace, JsonElement expected, string what = "loss") =>

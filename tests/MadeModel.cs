@@ -37,6 +37,14 @@ internal static class MadeModel
             folder, [.. spec.Parameters.All.Select(p => Tensor(p, value(p.Name), type))],
             shardBytes);
 
+    /// <summary>The same with made-up values, which follow from the seed.</summary>
+    public static void Write(string folder, ModelSpec spec, int seed)
+    {
+        var random = new Random(seed);
+        var values = spec.Parameters.All.ToDictionary(p => p.Name, p => Values(p, random));
+        Write(folder, spec, name => values[name], DType.F32);
+    }
+
     /// <summary>
     /// (L(w + e d) - L(w - e d)) / 2e along the own gradient of the trained tensors whose names
     /// begin so is that gradient's norm. Two steps e, by Richardson's rule: the loss bends.

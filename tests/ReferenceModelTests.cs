@@ -93,42 +93,17 @@ public sealed class ReferenceModelTests(string name)
                 ModulesToSave = null,
             }
             : _reference.Full with { Bf16 = true };
-        using var model = TrainingModel.Open(arguments);
-        var trainer = new Trainer(arguments, model);
-        Batch[][] steps = [[_reference.Batch(arguments, _reference.CaseA[0])],
+        ModelChecks.AssertWarmStepsAllocateNothing(arguments,
+            [[_reference.Batch(arguments, _reference.CaseA[0])],
             [_reference.Batch(arguments, "text0", _reference.CaseA[1])],
-            [_reference.Batch(arguments, "text1")]];
-        var bytes = new long[steps.Length];
-        // The first round meets every shape.
-        for (int step = 0; step < 2 * steps.Length; step++)
-        {
-            long before = GC.GetAllocatedBytesForCurrentThread();
-            StepResult result = trainer.Step(step, steps[step % steps.Length], 1e-5);
-            bytes[step % steps.Length] = GC.GetAllocatedBytesForCurrentThread() - before;
-            Assert.That(result.Skipped, Is.False);
-        }
-
-        Assert.That(bytes, Is.All.Zero);
+            [_reference.Batch(arguments, "text1")]]);
     }
 
     [Test]
     public void CheckpointingGivesTheSameBits()
     {
         Batch batch = _reference.Batch(_reference.Full, _reference.CaseA[0], "text0");
-        var results = new List<(double Loss, float[] Gradients, long Peak)>();
-        foreach (bool checkpointing in (bool[])[false, true])
-        {
-            TrainArguments arguments =
-                _reference.Full with { GradientCheckpointing = checkpointing };
-            using var model = TrainingModel.Open(arguments);
-            double loss = V26.Gradients(model, arguments, batch).Loss;
-            results.Add((loss, model.Device.ReadFloats(model.Trainables.Gradients),
-                model.Graph.PeakBytes));
-        }
-
-        Assert.That(results[1].Loss, Is.EqualTo(results[0].Loss));
-        Assert.That(results[1].Gradients.AsSpan().SequenceEqual(results[0].Gradients), Is.True);
-        Assert.That(results[1].Peak, Is.LessThan(results[0].Peak), "bytes");
+        ModelChecks.AssertCheckpointingGivesTheSameBits(_reference.Full, batch);
     }
 
     private static void AssertLoss(Trace trace, JsonElement expected)

@@ -18,7 +18,9 @@ public abstract class Family(string name)
     /// </summary>
     public virtual string? SlicingKey => "slice_config";
 
-    /// <summary>Whether placeholders have room for a picture's number.</summary>
+    /// <summary>
+    /// Whether placeholders are the new ones: a picture's number, a token of their own for slices.
+    /// </summary>
     public virtual bool NumbersPictures => true;
 
     /// <summary>Whether a model's config.json says that it is of this family.</summary>
@@ -31,7 +33,7 @@ public abstract class Family(string name)
 
     /// <summary>
     /// Composes the model; with a scope without tensors that only describes it. Most members are
-    /// SigLIP, a resampler and a decoder of the Llama kind.
+    /// a vision tower, a resampler and a decoder of the Llama kind.
     /// </summary>
     /// <param name="spec">What Read returned.</param>
     /// <param name="root">The root of the module tree.</param>
@@ -40,14 +42,13 @@ public abstract class Family(string name)
     {
         // In state_dict's order.
         var decoder = new Decoder(spec.Decoder, root.In("llm"), checkpoint);
-        var vision = new SiglipTower(spec.Vision, root.As(ModelPart.Vision).In("vpm"), checkpoint);
+        IVisionTower vision = Tower(spec.Vision, root.As(ModelPart.Vision).In("vpm"), checkpoint);
         var joiner = new Resampler(spec.Resampler, root.As(ModelPart.Joiner).In("resampler"));
         return new MiniCpmModel(spec, vision, joiner, decoder);
     }
 
     /// <summary>
-    /// How rows become tokens and patches. Most members have ChatML as their template says, and
-    /// slices that are marked each by a token of their own.
+    /// How rows become tokens and patches.
     /// </summary>
     /// <exception cref="InputException">
     /// The tokenizer or the chat template cannot be used.
@@ -55,15 +56,24 @@ public abstract class Family(string name)
     public virtual RowFormat Rows(ModelSpec spec)
     {
         var tokenizer = Tokenizer.Load(spec.Directory);
-        return Rows(spec, ChatMlFormat.Load(spec.Directory, tokenizer), PlaceholderScheme.New(
-            tokenizer, spec.Processor.Tokens, spec.Resampler.Queries, spec.Directory));
+        PlaceholderTokens tokens = spec.Processor.Tokens;
+        int queries = spec.Resampler.Queries;
+        PromptFormat prompts = Prompts(tokenizer, spec.Directory);
+        return new RowFormat(
+            prompts, NumbersPictures
+                ? PlaceholderScheme.New(tokenizer, tokens, queries, spec.Directory)
+                : PlaceholderScheme.Old(tokenizer, tokens, queries, spec.Directory),
+            spec.Processor.UseImageId, spec.Slicing, spec.SliceMode,
+            spec.Processor.Mean, spec.Processor.Std, spec.Decoder.VocabSize);
     }
 
-    /// <summary>The format of these prompts and placeholders.</summary>
-    protected static RowFormat Rows(
-        ModelSpec spec, PromptFormat prompts, PlaceholderScheme placeholders) => new(
-            prompts, placeholders, spec.Processor.UseImageId, spec.Slicing, spec.SliceMode,
-            spec.Processor.Mean, spec.Processor.Std, spec.Decoder.VocabSize);
+    /// <summary>Most members have SigLIP.</summary>
+    protected virtual IVisionTower Tower(VisionSpec spec, ModuleScope scope, bool checkpoint) =>
+        new SiglipTower(spec, scope, checkpoint);
+
+    /// <summary>Most members have ChatML, as their template says.</summary>
+    protected virtual PromptFormat Prompts(Tokenizer tokenizer, string directory) =>
+        ChatMlFormat.Load(directory, tokenizer);
 
     /// <summary>
     /// What a tensor of this family is, for a message of another one that has no place for it.

@@ -1,4 +1,3 @@
-using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Data.Text;
 
 namespace MiniCpmNative.Engine.Model;
@@ -24,10 +23,6 @@ internal sealed class MiniCpmLlama3V25() : Family("MiniCPM-Llama3-V-2_5")
         return spec with { SliceMode = true };
     }
 
-    public override RowFormat Rows(ModelSpec spec)
-    {
-        var tokenizer = Tokenizer.Load(spec.Directory);
-        return Rows(spec, new Llama3Format(tokenizer, spec.Directory), PlaceholderScheme.Old(
-            tokenizer, spec.Processor.Tokens, spec.Resampler.Queries, spec.Directory));
-    }
+    protected override PromptFormat Prompts(Tokenizer tokenizer, string directory) =>
+        new Llama3Format(tokenizer, directory);
 }

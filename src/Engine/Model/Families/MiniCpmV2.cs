@@ -1,4 +1,3 @@
-using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Data.Text;
 using MiniCpmNative.Engine.Weights;
 
@@ -44,20 +43,12 @@ internal sealed class MiniCpmV2() : Family("MiniCPM-V-2")
         double Scale(string key) => json[key].Number(1e-6, 1e6);
     }
 
-    public override MiniCpmModel Build(ModelSpec spec, ModuleScope root, bool checkpoint)
-    {
-        var decoder = new Decoder(spec.Decoder, root.In("llm"), checkpoint);
-        var vision = new TimmTower(spec.Vision, root.As(ModelPart.Vision).In("vpm"), checkpoint);
-        var joiner = new Resampler(spec.Resampler, root.As(ModelPart.Joiner).In("resampler"));
-        return new MiniCpmModel(spec, vision, joiner, decoder);
-    }
+    protected override IVisionTower Tower(
+        VisionSpec spec, ModuleScope scope, bool checkpoint) =>
+        new TimmTower(spec, scope, checkpoint);
 
-    public override RowFormat Rows(ModelSpec spec)
-    {
-        var tokenizer = Tokenizer.Load(spec.Directory);
-        return Rows(spec, new MiniCpmFormat(tokenizer, spec.Directory), PlaceholderScheme.Old(
-            tokenizer, spec.Processor.Tokens, spec.Resampler.Queries, spec.Directory));
-    }
+    protected override PromptFormat Prompts(Tokenizer tokenizer, string directory) =>
+        new MiniCpmFormat(tokenizer, directory);
 
     public override string? Explain(string tensor) =>
         tensor is "vpm.pos_embed" or "vpm.norm.weight" or "vpm.norm.bias"
