@@ -1724,10 +1724,11 @@ DEVICE int beats(float x, int c, float own, int target)
 
 // Per row of logits: losses = ln sum exp(logits) - logits[target], correct = 1 where the target is
 // the first largest, and gradient = scale * (softmax - one at the target), times *by if given;
-// losses or gradient may be absent. Rows start `stride` elements apart, a multiple of 16 bytes. One
-// block per row; a row of a large vocabulary (600 kB) fits no block's registers, so logits are read
-// twice when there is a gradient: moves R C (8 + S) bytes with it and 4 R C without, one or two
-// exponentials per element: memory-bound.
+// losses or gradient may be absent. The gradient takes the logits' place: its rows start where
+// theirs do, `stride` floats apart, a multiple of 16 bytes. One block per row; a row of a large
+// vocabulary (600 kB) fits no block's registers, so logits are read twice when there is a gradient:
+// moves R C (8 + S) bytes with it and 4 R C without, one or two exponentials per element:
+// memory-bound.
 extern "C" __global__ void __launch_bounds__(LOGITS_THREADS) cross_entropy_rows(
     float* losses, float* correct, real* gradient, const float* logits, const int* targets,
     int vocabulary, int stride, float scale, const float* by)
@@ -1768,21 +1769,24 @@ extern "C" __global__ void __launch_bounds__(LOGITS_THREADS) cross_entropy_rows(
     if (gradient == 0) return;
     if (by != 0) scale *= *by;
     float factor = scale / sum;
-    real* out = gradient + (u64)blockIdx.x * stride;
-    whole = vocabulary / VECTOR * VECTOR;
-    for (int c = threadIdx.x * VECTOR; c < whole; c += LOGITS_THREADS * VECTOR)
+    // Element c is written over float c / 2 or c, which was read in this round or before it.
+    real* out = (real*)((float*)gradient + (u64)blockIdx.x * stride);
+    for (int first = 0; first < vocabulary; first += LOGITS_THREADS * VECTOR)
     {
+        int c = first + threadIdx.x * VECTOR;
         float v[VECTOR];
-        load_floats(v, row + c);
+        if (c + VECTOR <= vocabulary) load_floats(v, row + c);
+        else
+        {
+#pragma unroll
+            for (int i = 0; i < VECTOR; i++) v[i] = c + i < vocabulary ? row[c + i] : 0;
+        }
 #pragma unroll
         for (int i = 0; i < VECTOR; i++)
             v[i] = expf(v[i] - top) * factor - (c + i == target ? scale : 0);
-        store_vector(out + c, v);
-    }
-    if (whole + threadIdx.x < vocabulary)
-    {
-        int c = whole + threadIdx.x;
-        out[c] = narrow(expf(row[c] - top) * factor - (c == target ? scale : 0));
+        __syncthreads();
+        // Rows are padded to whole vectors, which no product reads.
+        if (c < vocabulary) store_vector(out + c, v);
     }
 }
 
