@@ -83,7 +83,8 @@ public sealed class ModelWeights(
     }
 
     private Tensor Parameter(string name, int begin, int count) => graph.Parameter(
-        trainables.Value(name).Slice(begin, count), trainables.Gradient(name).Slice(begin, count));
+        trainables.Operand(name).Slice(begin, count),
+        trainables.Gradient(name).Slice(begin, count));
 
     private unsafe Tensor Packed(string name, int begin, int rows, int cols)
     {
