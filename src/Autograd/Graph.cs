@@ -261,10 +261,11 @@ public sealed class Graph
             if (variable.Written)
             {
                 Tensor gradient = Seen(variable.Gradient, node.Output.Shape);
-                if (node.Again is not null) Replay(node, gradient);
-                else Differentiate(node, gradient);
                 GradientVisitor?.Invoke(node.Output.Variable, gradient);
-                _pool.Return(variable.Gradient);
+                bool kept = node.Again is not null
+                    ? Replay(node, variable)
+                    : Differentiate(node, variable, gradient);
+                if (!kept && !variable.Borrowed) _pool.Return(variable.Gradient);
             }
 
             Device.Step.Pop(node.Mark);
@@ -273,17 +274,65 @@ public sealed class Graph
         }
     }
 
-    private void Differentiate(in Node node, Tensor outputGradient)
+    // Whether the gradient's memory is another variable's now.
+    private bool Differentiate(in Node node, in Variable variable, Tensor outputGradient)
     {
         ReadOnlySpan<Tensor> inputs = _tensors.AsSpan(node.FirstTensor, node.Inputs);
+        int owner = HandOver(node, variable, inputs);
+        bool wanted = false;
         for (int i = 0; i < inputs.Length; i++)
-            _targets[i] = inputs[i].Variable == 0 ? GradientTarget.None : Wanted(inputs[i]);
-        Device.Backward(node.Op!, new OpCall(
-            inputs, node.Output, _tensors.AsSpan(node.FirstTensor + node.Inputs, node.Saved),
-            recorded: true, outputGradient, _targets.AsSpan(0, inputs.Length)));
+        {
+            int at = inputs[i].Variable;
+            bool handed = at != 0 && (at == owner || _variables[at].Borrowed);
+            wanted |= at != 0 && !handed;
+            _targets[i] = at == 0 || handed ? GradientTarget.None : Wanted(inputs[i]);
+        }
+
+        if (wanted)
+            Device.Backward(node.Op!, new OpCall(
+                inputs, node.Output, _tensors.AsSpan(node.FirstTensor + node.Inputs, node.Saved),
+                recorded: true, outputGradient, _targets.AsSpan(0, inputs.Length)));
+        return owner != 0;
     }
 
-    private void Replay(in Node node, Tensor outputGradient)
+    // Gives the memory of an output's gradient to an input whose gradient is the same numbers, and
+    // lends it to the one whose operation is undone next, which only reads it and is done with it
+    // before anything is added. The owner; 0 where there is none.
+    private int HandOver(in Node node, in Variable variable, ReadOnlySpan<Tensor> inputs)
+    {
+        int owner = 0, next = 0;
+        if (variable.Borrowed) return 0;
+        for (int i = 0; i < inputs.Length; i++)
+        {
+            int at = inputs[i].Variable;
+            if (at <= _parameterCount || _variables[at].Written || !node.Op!.PassesGradient(i)
+                || inputs[i].Type != variable.Gradient.Type)
+                continue;
+            if (next == 0 && _nodeCount > 0 && _nodes[_nodeCount - 1].Output.Variable == at) next = at;
+            else if (owner == 0) owner = at;
+        }
+
+        if (owner == 0) (owner, next) = (next, 0);
+        if (owner != 0) Give(owner, variable.Gradient, borrowed: false);
+        if (next != 0 && !Reads(_nodes[_nodeCount - 1], owner))
+            Give(next, variable.Gradient, borrowed: true);
+        return owner;
+    }
+
+    private bool Reads(in Node node, int variable)
+    {
+        foreach (ref readonly Tensor input in _tensors.AsSpan(node.FirstTensor, node.Inputs))
+            if (input.Variable == variable) return true;
+        return false;
+    }
+
+    private void Give(int variable, in Tensor gradient, bool borrowed)
+    {
+        ref Variable to = ref _variables[variable];
+        (to.Gradient, to.Written, to.Borrowed) = (gradient, true, borrowed);
+    }
+
+    private bool Replay(in Node node, in Variable variable)
     {
         Tensor x = _tensors[node.FirstTensor];
         int bottom = _nodeCount;
@@ -295,15 +344,15 @@ public sealed class Graph
             if (y.Spec != node.Output.Spec)
                 throw new InvalidOperationException(
                     $"a block gave {node.Output.Spec}, then {y.Spec}");
-            ref Variable variable = ref _variables[y.Variable];
-            (variable.Gradient, variable.Written) = (_pool.Take(y.Spec), true);
-            Device.Copy(outputGradient, variable.Gradient);
+            Give(y.Variable, variable.Gradient, variable.Borrowed);
             Unwind(bottom);
         }
         finally
         {
             block.Release();
         }
+
+        return true;
     }
 
     /// <summary>
@@ -335,6 +384,10 @@ public sealed class Graph
     {
         public Tensor Gradient;
         public bool Written;
+
+        /// <summary>The memory is another's, who has it when this variable's node is undone.
+        /// </summary>
+        public bool Borrowed;
     }
 
     /// <summary>
