@@ -95,7 +95,7 @@ internal static class KernelBench
     }
 
     // Where no driver is, any NVRTC will do, also the one of tests/install-cuda-tools.sh.
-    private static NvrtcApi Nvrtc()
+    internal static NvrtcApi Nvrtc()
     {
         var search =
             new CudaSearch(name => Environment.GetEnvironmentVariable(name) is { Length: > 0 } set
