@@ -8,7 +8,6 @@ using MiniCpmNative.Engine.Train;
 using MiniCpmNative.GpuEmulator;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Cuda;
-using MiniCpmNative.Kernels.Ops;
 
 namespace MiniCpmNative.Bench.Real;
 
@@ -97,35 +96,9 @@ internal sealed class RealBench
     // On a device of its own, whose memory is free again afterwards.
     private void MeasurePeaks()
     {
-        int side = _options.IsTiny ? 128 : 8192;
         var arguments = new TrainArguments { Device = DeviceChoice.Cuda, Bf16 = true };
         using OpenDevice open = _devices.Open(arguments, Console.WriteLine);
-        var device = (CudaDevice)open.Device;
-        Console.WriteLine(open.Name);
-        Tensor New(int rows, int cols) => device.Allocate(
-            new Spec(DType.BF16, new Shape(rows, cols)), "peaks");
-        Tensor x = New(side, side), w = New(side, side), y = New(side, side);
-        DeviceNoise.Fill(device, x, w);
-        var linear = new Linear();
-        double product = Seconds(device, 20, () => device.Forward(
-            linear, new OpCall([x, w], y, [], recorded: false)));
-        Tensor from = New(side * 8, side), to = New(side * 8, side);
-        double copy = Seconds(device, 20, () => device.Copy(from, to));
-        _peaks = new Peaks(2 * from.Spec.Bytes / copy, 2.0 * side * side * side / product);
-        Console.WriteLine($"measured: product of {side}^3 {_peaks.FlopsPerSecond / 1e12:f0} TFLOP/s, "
-            + $"copy {_peaks.BytesPerSecond / 1e12:f2} TB/s");
-    }
-
-    private static double Seconds(CudaDevice device, int times, Action action)
-    {
-        for (int i = 0; i < 3; i++) action();
-        using var start = new CudaEvent(device.Context, timing: true);
-        using var end = new CudaEvent(device.Context, timing: true);
-        start.Record(device.Stream);
-        for (int i = 0; i < times; i++) action();
-        end.Record(device.Stream);
-        device.Stream.Synchronise();
-        return Math.Max(1e-9, end.MillisecondsSince(start) / 1e3 / times);
+        _peaks = Peaks.Measure((CudaDevice)open.Device, _options.IsTiny ? 128 : 8192);
     }
 
     // What one case fails of, the others need not.
@@ -226,7 +199,7 @@ internal sealed class RealBench
         training.Graph.Recording = false;
         training.Hidden(batch);
         training.Graph.EndStep();
-        double seconds = Seconds(device, 10, () =>
+        double seconds = Peaks.Seconds(device, 10, () =>
         {
             training.Model.Vision.Forward(training.Graph, null);
             training.Graph.EndStep();
@@ -239,7 +212,7 @@ internal sealed class RealBench
     private void Profile(
         TrainingModel training, Trainer trainer, Batch batch, CudaDevice device, double median)
     {
-        using var profile = new StepProfile(device, batch);
+        using var profile = new StepProfile(device, StepProfile.PairsOf(batch));
         device.Watch = profile;
         trainer.Step(Warm + _options.Steps, [batch], 1e-4);
         device.Watch = null;

@@ -5,19 +5,15 @@ using MiniCpmNative.Kernels.Ops;
 
 namespace MiniCpmNative.Bench.Real;
 
-/// <summary>What the card reaches, measured by a large product and a large copy.</summary>
-internal sealed record Peaks(double BytesPerSecond, double FlopsPerSecond)
-{
-    /// <summary>The time in microseconds below which such work cannot be.</summary>
-    public double Bound(double bytes, double flops) =>
-        1e6 * Math.Max(bytes / BytesPerSecond, flops / FlopsPerSecond);
-}
-
 /// <summary>
 /// Time by kernel: an event before and behind everything that is queued, so that a profiled step is
 /// slower than others by some microseconds a launch.
 /// </summary>
-internal sealed class StepProfile(CudaDevice device, Batch? batch = null) : ILaunchWatch, IDisposable
+/// <param name="device">Whose work is timed.</param>
+/// <param name="pairs">Pairs of a query and a key that it sees: of an attention, its queries and
+/// keys.</param>
+internal sealed class StepProfile(CudaDevice device, Func<Attention, int, int, double> pairs)
+    : ILaunchWatch, IDisposable
 {
     private readonly List<(QueuedWork Work, CudaEvent Start, CudaEvent End)> _queued = [];
     private double _attention;
@@ -27,9 +23,9 @@ internal sealed class StepProfile(CudaDevice device, Batch? batch = null) : ILau
     {
         // All of the operation's on one kernel: how several share it is their own affair.
         _kernel = backward ? "attention_keys_backward" : "attention";
-        _attention = op is Attention attention && batch is not null
+        _attention = op is Attention attention
             ? (backward ? 10.0 : 4.0) * attention.HeadDim * attention.Heads
-                * Pairs(attention, call.Inputs[0].Shape[0], call.Inputs[1].Shape[0])
+                * pairs(attention, call.Inputs[0].Shape[0], call.Inputs[1].Shape[0])
             : 0;
     }
 
@@ -68,28 +64,30 @@ internal sealed class StepProfile(CudaDevice device, Batch? batch = null) : ILau
         _queued.Clear();
     }
 
-    // Pairs of a query and a key that it sees.
-    private double Pairs(Attention attention, int queries, int keys)
-    {
-        double pairs = 0;
-        if (attention.Causal)
+    /// <summary>Of a training step on a batch.</summary>
+    public static Func<Attention, int, int, double> PairsOf(Batch batch) =>
+        (attention, queries, keys) =>
         {
-            for (int i = 0; i + 1 < batch!.SequenceStarts.Count; i++)
-                pairs += Half(batch.SequenceStarts[i + 1] - batch.SequenceStarts[i]);
+            double pairs = 0;
+            if (attention.Causal)
+            {
+                for (int i = 0; i + 1 < batch.SequenceStarts.Count; i++)
+                    pairs += Causal(batch.SequenceStarts[i + 1] - batch.SequenceStarts[i]);
+                return pairs;
+            }
+
+            int pictures = batch.PictureStarts.Count - 1;
+            for (int i = 0; i < pictures; i++)
+            {
+                double patches = batch.PictureStarts[i + 1] - batch.PictureStarts[i];
+                pairs += patches * (queries == keys ? patches : queries / (double)pictures);
+            }
+
             return pairs;
-        }
+        };
 
-        int pictures = batch!.PictureStarts.Count - 1;
-        for (int i = 0; i < pictures; i++)
-        {
-            double patches = batch.PictureStarts[i + 1] - batch.PictureStarts[i];
-            pairs += patches * (queries == keys ? patches : queries / (double)pictures);
-        }
-
-        return pairs;
-    }
-
-    private static double Half(double n) => n * (n + 1) / 2;
+    /// <summary>Of a causal sequence.</summary>
+    public static double Causal(double n) => n * (n + 1) / 2;
 }
 
 /// <summary>Launches of one name in a step.</summary>
