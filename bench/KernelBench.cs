@@ -12,7 +12,8 @@ namespace MiniCpmNative.Bench;
 /// backward of every operation at the production shapes of <see cref="OpCases"/> in bf16, and one
 /// optimizer step of 4 million parameters, counted by the emulated GPU while it runs them, and the
 /// time below which no GPU of a kind can be: the longest of bytes, float and matrix work at the
-/// datasheet's peaks. Where a GPU is, each launch is timed on it as well.
+/// datasheet's peaks. Where a GPU is, each launch is timed on it as well. --cold: see
+/// <see cref="Real.ColdKernels"/>.
 /// </summary>
 internal static class KernelBench
 {
@@ -50,6 +51,7 @@ internal static class KernelBench
 
     public static int Run(string[] args)
     {
+        if (args is ["--cold", .. var rest]) return Real.ColdKernels.Run(rest);
         Subject[] subjects = [.. Subjects];
         if (args.Except(subjects.Select(c => c.Name)).FirstOrDefault() is { } wrong)
         {
@@ -59,7 +61,7 @@ internal static class KernelBench
         }
 
         if (args.Length > 0) subjects = [.. subjects.Where(c => args.Contains(c.Name))];
-        CudaApi? real = Real();
+        CudaApi? real = Installed();
         NvrtcApi nvrtc;
         try
         {
@@ -81,7 +83,7 @@ internal static class KernelBench
     private static bool HasKernels(OpCase c) =>
         c.Op.GetType().GetMethod(nameof(Op.CudaBackward))!.DeclaringType != typeof(Op);
 
-    private static CudaApi? Real()
+    private static CudaApi? Installed()
     {
         try
         {
@@ -95,7 +97,7 @@ internal static class KernelBench
     }
 
     // Where no driver is, any NVRTC will do, also the one of tests/install-cuda-tools.sh.
-    private static NvrtcApi Nvrtc()
+    internal static NvrtcApi Nvrtc()
     {
         var search =
             new CudaSearch(name => Environment.GetEnvironmentVariable(name) is { Length: > 0 } set
@@ -130,22 +132,23 @@ internal static class KernelBench
         CudaApi api)
     {
         var timed = new Dictionary<string, Dictionary<string, double>>();
-        LaunchClock.Attach(api.Driver);
         using var context = new CudaContext(api);
         using CudaDevice device = Device(context);
         foreach (Subject c in subjects)
         {
             (Action again, IDisposable? owner) = c.Prepare(device);
-            LaunchClock.Take();
+            using var profile = new Real.StepProfile(device, (_, _, _) => 0);
+            device.Watch = profile;
             var best = new Dictionary<string, double>();
             for (int round = 0; round < Rounds; round++)
             {
                 again();
-                foreach ((string kernel, double milliseconds) in LaunchClock.Take())
-                    best[kernel] = Math.Min(
-                        best.GetValueOrDefault(kernel, double.MaxValue), milliseconds * 1e3);
+                foreach (Real.KernelTime time in profile.Take())
+                    best[time.Name] = Math.Min(
+                        best.GetValueOrDefault(time.Name, double.MaxValue), time.Microseconds);
             }
 
+            device.Watch = null;
             timed[c.Name] = best;
             owner?.Dispose();
         }

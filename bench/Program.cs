@@ -1,4 +1,5 @@
 using MiniCpmNative.Bench;
+using MiniCpmNative.Bench.Real;
 
 switch (args)
 {
@@ -18,11 +19,13 @@ switch (args)
         return 0;
     case ["pictures", .. var rest]:
         return PictureBench.Run(rest);
+    case ["real", .. var rest]:
+        return RealBench.Run(rest);
     case ["step", .. var rest]:
         StepBench.Run(rest);
         return 0;
     default:
         Console.Error.WriteLine(
-            "bench: expected a benchmark: attention, gemm, kernels, ops, pictures, step, tokenizer");
+            "bench: expected a benchmark: attention, gemm, kernels, ops, pictures, real, step, tokenizer");
         return 2;
 }

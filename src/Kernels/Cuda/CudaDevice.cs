@@ -74,6 +74,9 @@ public sealed unsafe class CudaDevice : Device
 
     public int CublasVersion => _gemm.Version;
 
+    /// <summary>Sees what is queued from now on; null, as at first, for nobody.</summary>
+    public ILaunchWatch? Watch { get; set; }
+
     public override Arena Step { get; }
 
     public override DType Activations { get; }
@@ -141,6 +144,7 @@ public sealed unsafe class CudaDevice : Device
     public override void Forward(Op op, in OpCall call)
     {
         Check(call);
+        Watch?.Operation(op, call, backward: false);
         ArenaMark mark = Step.Mark();
         op.CudaForward(new CudaCall(this, op, call));
         Step.Pop(mark);
@@ -149,6 +153,7 @@ public sealed unsafe class CudaDevice : Device
     public override void Backward(Op op, in OpCall call)
     {
         Check(call);
+        Watch?.Operation(op, call, backward: true);
         ArenaMark mark = Step.Mark();
         _castCount = 0;
         op.CudaBackward(new CudaCall(this, op, call));
@@ -172,13 +177,19 @@ public sealed unsafe class CudaDevice : Device
         Step.Check(tensor);
         long count = tensor.Shape.Count;
         if (count == 0) return;
-        if (value == 0)
-            Stream.Fill((ulong)tensor.Data, 0, tensor.Spec.Bytes);
-        else if (tensor.Type == DType.F32 && Activations != DType.F32)
-            Stream.FillWords((ulong)tensor.Data,
-                BitConverter.SingleToUInt32Bits((float)value), count);
-        else
+        bool words = tensor.Type == DType.F32 && Activations != DType.F32;
+        if (value != 0 && !words)
+        {
             Launch("fill_real", Grid.Eights(count), [tensor, value, count]);
+            return;
+        }
+
+        Watch?.Begin(new("fill", tensor.Spec.Bytes));
+        if (value == 0) Stream.Fill((ulong)tensor.Data, 0, tensor.Spec.Bytes);
+        else
+            Stream.FillWords(
+                (ulong)tensor.Data, BitConverter.SingleToUInt32Bits((float)value), count);
+        Watch?.End();
     }
 
     public override void Copy(in Tensor from, in Tensor to)
@@ -188,21 +199,22 @@ public sealed unsafe class CudaDevice : Device
         if (from.Spec != to.Spec) throw new ShapeException($"copy of {from.Spec} to {to.Spec}");
         long bytes = to.Spec.Bytes, distance = Math.Abs(from.Data - to.Data);
         if (bytes == 0 || distance == 0) return;
-        if (distance >= bytes)
-        {
-            Stream.Copy((ulong)to.Data, (ulong)from.Data, bytes);
-            return;
-        }
+        Watch?.Begin(new("copy", 2 * bytes));
+        if (distance >= bytes) Stream.Copy((ulong)to.Data, (ulong)from.Data, bytes);
+        else CopyOverlapping(from.Data, to.Data, bytes, distance);
+        Watch?.End();
+    }
 
-        // A copy between overlapping ranges is undefined: by way of scratch, it is two that are
-        // not. The source may have left the stack and lie above its top,
-        // so the scratch lies as far above.
+    // A copy between overlapping ranges is undefined: by way of scratch, it is two that are not.
+    // The source may have left the stack and lie above its top, so the scratch lies as far above.
+    private void CopyOverlapping(nint from, nint to, long bytes, long distance)
+    {
         ArenaMark mark = Step.Mark();
         long words = (bytes + distance + 7) / 8, rows = (words + 1023) / 1024;
         Tensor room = Step.Push(new Spec(DType.I64, new Shape((int)rows, 1024)), "copy");
         ulong scratch = (ulong)room.Data + (ulong)distance;
-        Stream.Copy(scratch, (ulong)from.Data, bytes);
-        Stream.Copy((ulong)to.Data, scratch, bytes);
+        Stream.Copy(scratch, (ulong)from, bytes);
+        Stream.Copy((ulong)to, scratch, bytes);
         Step.Pop(mark);
     }
 
@@ -251,15 +263,24 @@ public sealed unsafe class CudaDevice : Device
         function.AllowShared(grid.SharedBytes);
         LaunchArguments packed = function.Arguments();
         foreach (ref readonly KernelArgument argument in arguments) packed.Add(argument);
+        Watch?.Begin(QueuedWork.Kernel(kernel, arguments));
         packed.Launch(Stream, grid.Blocks, grid.Threads, grid.SharedBytes);
+        Watch?.End();
     }
 
     /// <summary>c = alpha a b + beta c.</summary>
     internal void Multiply(CudaMatrix a, CudaMatrix b, CudaMatrix c, double alpha, double beta)
     {
         if (c.Rows == 0 || c.Cols == 0) return;
-        if (a.Cols > 0) _gemm.Multiply(a, b, c, alpha, beta);
-        else if (beta == 0) Fill(c.Data, 0);
+        if (a.Cols == 0)
+        {
+            if (beta == 0) Fill(c.Data, 0);
+            return;
+        }
+
+        Watch?.Begin(QueuedWork.Product(a, b, c, adds: beta != 0));
+        _gemm.Multiply(a, b, c, alpha, beta);
+        Watch?.End();
     }
 
     /// <summary>to = from in to's type, or adds it.</summary>

@@ -15,9 +15,15 @@ public readonly struct KernelArgument
 
     internal DType Type { get; }
 
+    /// <summary>Of a tensor, those of its elements.</summary>
+    internal long Bytes { get; init; }
+
     /// <summary>Its address; null where there is no tensor.</summary>
     public static implicit operator KernelArgument(in Tensor tensor) =>
-        new(ParameterKind.Pointer, tensor.Data, tensor.Type);
+        new(ParameterKind.Pointer, tensor.Data, tensor.Type)
+        {
+            Bytes = tensor.Exists ? tensor.Spec.Bytes : 0,
+        };
 
     public static implicit operator KernelArgument(int value) => new(ParameterKind.Int32, value);
 
