@@ -27,9 +27,12 @@ public sealed class Trainables
     /// <param name="device">Holds the ranges.</param>
     /// <param name="tensors">What is trained.</param>
     /// <param name="moments">Type of both moments, F32 or BF16.</param>
-    public Trainables(Device device, IEnumerable<Trainable> tensors, DType moments = DType.F32)
+    /// <param name="learns">False where values are only set and read: nothing else is kept.</param>
+    public Trainables(
+        Device device, IEnumerable<Trainable> tensors, DType moments = DType.F32,
+        bool learns = true)
     {
-        _device = device;
+        (_device, Learns) = (device, learns);
         List = [.. tensors.OrderBy(t => t.Type != DType.F32).ThenBy(t => !t.Decays)];
         long offset = 0;
         var runs = new List<Run>();
@@ -47,14 +50,18 @@ public sealed class Trainables
         }
 
         _runs = [.. runs];
-        Gradients = Allocate(DType.F32, offset, "gradients");
-        FirstMoments = Allocate(moments, offset, "first moments");
-        SecondMoments = Allocate(moments, offset, "second moments");
+        if (learns)
+        {
+            Gradients = Allocate(DType.F32, offset, "gradients");
+            FirstMoments = Allocate(moments, offset, "first moments");
+            SecondMoments = Allocate(moments, offset, "second moments");
+        }
+
         foreach (var type in runs.GroupBy(r => r.Type))
         {
             long begin = type.First().Begin, count = type.Sum(r => r.Count);
             _values.Add(type.Key, (Allocate(type.Key, count, "trained values"), begin, count));
-            if (type.Key == DType.F32) continue;
+            if (type.Key == DType.F32 || !learns) continue;
             (MasterBegin, Masters) = (begin, Allocate(DType.F32, count, "master weights"));
         }
     }
@@ -79,6 +86,9 @@ public sealed class Trainables
 
     /// <summary>Where the masters begin in the order of the ranges.</summary>
     public long MasterBegin { get; }
+
+    /// <summary>Whether they have gradients and an optimizer's state.</summary>
+    public bool Learns { get; }
 
     public bool Contains(string name) => _places.ContainsKey(name);
 
@@ -111,7 +121,8 @@ public sealed class Trainables
     public void Write(string name, ReadOnlySpan<float> values)
     {
         _device.WriteFloats(Value(name), values);
-        if (_places[name].Tensor.Type != DType.F32) _device.WriteFloats(Master(name), values);
+        if (Masters.Exists && _places[name].Tensor.Type != DType.F32)
+            _device.WriteFloats(Master(name), values);
     }
 
     /// <summary>A stretch of the values.</summary>
