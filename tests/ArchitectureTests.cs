@@ -27,6 +27,7 @@ public sealed partial class ArchitectureTests
         ("Data.Text", ""),
         ("Data", "Config Data.Images Data.Text"),
         ("Model", "Config Weights Data Data.Images Data.Text"),
+        ("Generate", "Config Weights Data Data.Images Data.Text Model"),
         ("Train", "Config Weights Data Model"),
         ("Doctor", "Data.Images"),
     ];

@@ -33,6 +33,23 @@ public sealed record Row(
     IReadOnlyList<ChatTurn> Turns)
 {
     /// <summary>
+    /// The turn (from 0) that is asked for when the row is answered: its last answer, or behind
+    /// its last question.
+    /// </summary>
+    public int Answer
+    {
+        get
+        {
+            int last = Turns.Count - 1;
+            while (last > 0 && Turns[last].Role != "assistant") last--;
+            return last > 0 ? last : Turns.Count;
+        }
+    }
+
+    /// <summary>What that turn says; null where the row leaves it open.</summary>
+    public string? Expected => Answer < Turns.Count ? Turns[Answer].Content : null;
+
+    /// <summary>
     /// What makes the row unusable, as an exception to throw; turn counts from 1.
     /// </summary>
     public BadRowException Bad(string reason, int? turn = null) =>

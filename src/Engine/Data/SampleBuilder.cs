@@ -39,12 +39,14 @@ public sealed class SampleBuilder
         }
     }
 
-    /// <summary>The prompt that asks for the answer in a turn of the row (index from 0).</summary>
+    /// <summary>The prompt that asks for the answer in a turn of the row (index from 0; behind
+    /// the last one where nothing answers it).</summary>
     /// <exception cref="BadRowException">The row cannot be trained on.</exception>
     public Prompt BuildPrompt(Row row, IReadOnlyList<SlicePlan> plans, int answer)
     {
         var (turns, pictures) = Compose(row, plans);
-        bool thinks = turns[answer].Content.Contains("</think>", StringComparison.Ordinal);
+        bool thinks = answer < turns.Length
+            && turns[answer].Content.Contains("</think>", StringComparison.Ordinal);
         var prompt = BuildPrompt(turns[..answer], pictures, enableThinking: thinks);
         int shown = 0;
         for (int views = 0; views < prompt.Bounds.Length && shown < pictures.Length; shown++)

@@ -114,36 +114,42 @@ public sealed partial class TrainingRows : IRowLoader
         SlicePlan[] plans = Plans(row, out PictureInfo[] pictures);
         Sample sample = Build(row, plans);
         int start = batch.Tokens.Count, firstView = batch.Grids.Count / 2;
-        batch.Tokens.Add(sample.InputIds);
-        for (int t = 0; t < sample.InputIds.Length; t++)
+        for (int t = 0; t < sample.Labels.Length; t++)
         {
-            batch.Positions.Add(t);
             if (sample.Labels[t] == PromptFormat.Ignored) continue;
             batch.LabelRows.Add(start + t);
             batch.Targets.Add(sample.Labels[t]);
         }
 
-        batch.SequenceStarts.Add(batch.Tokens.Count);
-        batch.Samples++;
-        for (int view = 0; view < sample.Bounds.Length; view++)
-        {
-            int queries = _format.Placeholders.Queries;
-            (int begin, int end) = (sample.Bounds[view].Start, sample.Bounds[view].End);
-            if (end - begin != queries)
-                throw row.Bad($"a picture's place has {end - begin} tokens, expected {queries}");
-            batch.ImageBounds.Add(begin);
-            batch.ImageBounds.Add(end);
-            for (int q = 0; q < queries; q++)
-            {
-                batch.Slots.Add(start + begin + q);
-                batch.SlotFeatures.Add(((firstView + view) * queries) + q);
-            }
-        }
-
-        foreach (int picture in sample.Pictures)
-            AppendPicture(row, picture, plans[picture], Turn(pictures[picture]), batch);
+        Show(row, sample.InputIds, sample.Bounds, sample.Pictures, plans, pictures, batch);
         if (batch.Grids.Count / 2 < firstView + sample.Bounds.Length)
             throw row.Bad("its text has more places for pictures than there are views");
+    }
+
+    /// <summary>The prompt of a row's last answer; Append puts it into a batch.</summary>
+    /// <exception cref="BadRowException">The row cannot be asked.</exception>
+    public (int Tokens, Action<Batch> Append) Prompt(int row)
+    {
+        Row asked = _rows[row];
+        SlicePlan[] plans = Plans(asked, out PictureInfo[] pictures);
+        int answer = asked.Answer;
+        Prompt prompt = _builder.BuildPrompt(asked, plans, answer);
+        return (prompt.InputIds.Length, batch => Show(
+            asked, prompt.InputIds, prompt.Bounds, prompt.Pictures, plans, pictures, batch));
+    }
+
+    private void Show(
+        Row row, int[] ids, ImageBound[] bounds, int[] shown, SlicePlan[] plans,
+        PictureInfo[] pictures, Batch batch)
+    {
+        int queries = _format.Placeholders.Queries;
+        foreach (ImageBound bound in bounds)
+            if (bound.End - bound.Start != queries)
+                throw row.Bad($"a picture's place has {bound.End - bound.Start} tokens, "
+                    + $"expected {queries}");
+        batch.AddRow(ids, bounds);
+        foreach (int picture in shown)
+            AppendPicture(row, picture, plans[picture], Turn(pictures[picture]), batch);
     }
 
     private Sample Build(Row row, SlicePlan[] plans)
@@ -159,21 +165,9 @@ public sealed partial class TrainingRows : IRowLoader
 
     private void AppendPicture(Row row, int index, SlicePlan plan, int orientation, Batch batch)
     {
-        PatchStrips strips = _strips.Value!;
         using Picture picture = Decode(row, index, orientation);
-        for (int view = 0; view < plan.Views; view++)
-        {
-            PatchGrid grid = strips.Grid(plan, view);
-            batch.Grids.Add(grid.Rows);
-            batch.Grids.Add(grid.Columns);
-            batch.PictureStarts.Add(batch.PictureStarts[batch.PictureStarts.Count - 1]
-                + grid.Patches);
-        }
-
-        long floats = strips.Patches(plan) * strips.PatchLength;
-        if (floats > Array.MaxLength)
+        if (!batch.TryAddPicture(_strips.Value!, picture, plan))
             throw row.Bad($"picture \"{row.Pictures[index].Path}\" has too many patches");
-        strips.Write(picture, plan, batch.Patches.Extend((int)floats));
     }
 
     /// <summary>A row's picture as it is stored.</summary>

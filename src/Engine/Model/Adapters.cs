@@ -1,3 +1,5 @@
+using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Weights;
 using MiniCpmNative.Kernels;
 
 namespace MiniCpmNative.Engine.Model;
@@ -17,6 +19,12 @@ public sealed class Adapters(IReadOnlyList<Adapter> list, double dropout)
     private readonly Dictionary<string, Adapter> _byModule = list.ToDictionary(a => a.Module);
 
     public static Adapters None { get; } = new([], 0);
+
+    /// <summary>Those of an adapter's configuration, as its layout places them.</summary>
+    public static Adapters Of(AdapterConfig config, AdapterLayout layout) => new(
+        [.. layout.Targets.Select((module, i) => new Adapter(
+            module.Name, i, config.Rank, config.Scale, module.Inputs, module.Outputs))],
+        config.Dropout);
 
     public IReadOnlyList<Adapter> List { get; } = list;
 

@@ -23,6 +23,9 @@ public abstract class Family(string name)
     /// </summary>
     public virtual bool NumbersPictures => true;
 
+    /// <summary>What the official chat() generates by, where nothing is said.</summary>
+    public virtual ChatDefaults Chat => new();
+
     /// <summary>Whether a model's config.json says that it is of this family.</summary>
     public abstract bool Is(ModelConfig config);
 
@@ -82,6 +85,13 @@ public abstract class Family(string name)
 
     public sealed override string ToString() => Name;
 }
+
+/// <summary>
+/// What the official chat() hands to generation: drawn with temperature 0.7, top_p 0.8, top_k 100
+/// and this penalty, or 3 beams with a penalty of 1.2, whatever generation_config.json says.
+/// </summary>
+public sealed record ChatDefaults(
+    int MaxNewTokens = 2048, int MaxPromptTokens = 8192, double RepetitionPenalty = 1.05);
 
 /// <summary>All members that can be run, and telling them apart.</summary>
 public static class Families

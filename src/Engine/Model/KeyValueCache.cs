@@ -15,8 +15,10 @@ namespace MiniCpmNative.Engine.Model;
 public sealed class KeyValueCache : IBatchInput
 {
     private readonly CacheAppend _append = new();
+    private readonly Device _device;
     private readonly (Tensor Keys, Tensor Values)[] _layers;
-    private readonly int[] _lengths, _starts;
+    private readonly long _rows;
+    private int[] _lengths = [], _starts = [];
     private Tensor _slots;
 
     /// <param name="device">Holds it, in its type of activations.</param>
@@ -25,19 +27,18 @@ public sealed class KeyValueCache : IBatchInput
     /// <param name="room">Most tokens of a sequence.</param>
     public KeyValueCache(Device device, DecoderSpec spec, int sequences, int room)
     {
-        Room = room;
-        _lengths = new int[sequences];
-        _starts = new int[sequences + 1];
-        for (int s = 0; s <= sequences; s++) _starts[s] = checked(s * room);
+        _device = device;
+        _rows = checked(sequences * room);
         var rows = new Spec(
-            device.Activations, new Shape(_starts[sequences], spec.KvHeads * spec.HeadDim));
+            device.Activations, new Shape((int)_rows, spec.KvHeads * spec.HeadDim));
         _layers = new (Tensor, Tensor)[spec.Layers];
         foreach (ref var layer in _layers.AsSpan())
             layer = (device.Allocate(rows, "cached keys"), device.Allocate(rows, "cached values"));
+        Clear(sequences, room);
     }
 
     /// <summary>Most tokens of a sequence.</summary>
-    public int Room { get; }
+    public int Room { get; private set; }
 
     /// <summary>
     /// Tokens of each sequence, those of the batch that was loaded last included.
@@ -53,6 +54,42 @@ public sealed class KeyValueCache : IBatchInput
     /// <summary>Forgets all sequences.</summary>
     public void Clear() => Array.Clear(_lengths);
 
+    /// <summary>Whether the memory is enough for so many sequences of so many tokens.</summary>
+    public bool Holds(int sequences, int room) => (long)sequences * room <= _rows;
+
+    /// <summary>Forgets all sequences and shares the memory out anew.</summary>
+    /// <exception cref="ShapeException">There is too little of it.</exception>
+    public void Clear(int sequences, int room)
+    {
+        if (!Holds(sequences, room))
+            throw new ShapeException($"key/value cache: {sequences} sequences of {room} tokens, "
+                + $"there is room for {_rows} tokens in all");
+        Room = room;
+        _lengths = new int[sequences];
+        _starts = new int[sequences + 1];
+        for (int s = 0; s <= sequences; s++) _starts[s] = s * room;
+    }
+
+    /// <summary>Forgets a sequence's tokens from this one on.</summary>
+    public void Cut(int sequence, int length) =>
+        _lengths[sequence] = Math.Min(length, _lengths[sequence]);
+
+    /// <summary>
+    /// Sequence s goes on from what sequence from[s] has, as the beams of a search do.
+    /// </summary>
+    public void Reorder(ReadOnlySpan<int> from)
+    {
+        int[] lengths = new int[from.Length];
+        for (int s = 0; s < from.Length; s++) lengths[s] = _lengths[from[s]];
+        foreach (var (keys, values) in _layers)
+        {
+            Move(keys, from, lengths);
+            Move(values, from, lengths);
+        }
+
+        _lengths = lengths;
+    }
+
     /// <summary>
     /// Puts keys and values[tokens, kvHeads * headDim] of the loaded batch behind those that a
     /// layer has, and returns the layer's whole cache, [sequences * room, kvHeads * headDim].
@@ -62,7 +99,8 @@ public sealed class KeyValueCache : IBatchInput
         var cached = _layers[layer];
         graph.Run(_append, cached.Keys, keys, _slots);
         graph.Run(_append, cached.Values, values, _slots);
-        return cached;
+        int rows = _starts[^1];
+        return (cached.Keys.Slice(0, rows), cached.Values.Slice(0, rows));
     }
 
     // Asked before anything is brought over, so what does not fit is refused here.
@@ -92,5 +130,23 @@ public sealed class KeyValueCache : IBatchInput
         _slots = upload.Ints(slots.Span, "cache slots");
         KeyStarts = upload.Ints(_starts, "key starts");
         KeyLengths = upload.Ints(_lengths, "key lengths");
+    }
+
+    // All that moves is copied out first, since what is written may be another one's source.
+    private void Move(Tensor rows, ReadOnlySpan<int> from, int[] lengths)
+    {
+        ArenaMark mark = _device.Step.Mark();
+        var copies = new Tensor[from.Length];
+        for (int s = 0; s < from.Length; s++)
+        {
+            if (from[s] == s || lengths[s] == 0) continue;
+            Tensor source = rows.Slice(_starts[from[s]], lengths[s]);
+            copies[s] = _device.Step.Push(source.Spec, "moved keys");
+            _device.Copy(source, copies[s]);
+        }
+
+        for (int s = 0; s < from.Length; s++)
+            if (copies[s].Exists) _device.Copy(copies[s], rows.Slice(_starts[s], lengths[s]));
+        _device.Step.Pop(mark);
     }
 }

@@ -76,6 +76,12 @@ public sealed class MiniCpmModel(
     /// <inheritdoc cref="Decoder.Logits"/>
     public Tensor Logits(Graph graph, Tensor hidden) => decoder.Logits(graph, hidden);
 
+    /// <summary>
+    /// h[tokens, width] -> logits[rows, vocabulary] of the tokens that the batch's LabelRows name.
+    /// </summary>
+    public Tensor LabelLogits(Graph graph, Tensor hidden) =>
+        decoder.Logits(graph, graph.Run(_select, hidden, Batch.LabelRows));
+
     private Tensor Features(Graph graph, ITensorProbe? probe)
     {
         ArenaMark mark = graph.Device.Step.Mark();

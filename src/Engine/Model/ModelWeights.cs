@@ -45,10 +45,11 @@ public sealed class ModelWeights(
     public Tensor Matrix(string name, int begin, int rows, int cols)
     {
         if (!trainables.Contains(name)) return Packed(name, begin, rows, cols);
-        Tensor value = trainables.Value(name), gradient = trainables.Gradient(name);
+        Tensor value = trainables.Value(name);
         int all = checked((int)(value.Shape.Count / cols));
-        return graph.Parameter(value.Reshape(all, cols).Slice(begin, rows),
-            gradient.Reshape(all, cols).Slice(begin, rows));
+        Tensor matrix = value.Reshape(all, cols).Slice(begin, rows);
+        return !trainables.Learns ? matrix : graph.Parameter(
+            matrix, trainables.Gradient(name).Reshape(all, cols).Slice(begin, rows));
     }
 
     // Row-major also when frozen.
@@ -82,9 +83,12 @@ public sealed class ModelWeights(
             Parameter(Adapters.NameOfB(module), 0, adapter.Outputs));
     }
 
-    private Tensor Parameter(string name, int begin, int count) => graph.Parameter(
-        trainables.Operand(name).Slice(begin, count),
-        trainables.Gradient(name).Slice(begin, count));
+    private Tensor Parameter(string name, int begin, int count)
+    {
+        Tensor value = trainables.Operand(name).Slice(begin, count);
+        return !trainables.Learns ? value
+            : graph.Parameter(value, trainables.Gradient(name).Slice(begin, count));
+    }
 
     private unsafe Tensor Packed(string name, int begin, int rows, int cols)
     {

@@ -29,9 +29,12 @@ public sealed class Trainables
     /// <param name="device">Holds the ranges.</param>
     /// <param name="tensors">What is trained.</param>
     /// <param name="moments">Type of both moments, F32 or BF16.</param>
-    public Trainables(Device device, IEnumerable<Trainable> tensors, DType moments = DType.F32)
+    /// <param name="learns">False where values are only set and read: nothing else is kept.</param>
+    public Trainables(
+        Device device, IEnumerable<Trainable> tensors, DType moments = DType.F32,
+        bool learns = true)
     {
-        _device = device;
+        (_device, Learns) = (device, learns);
         List = [.. tensors.OrderBy(t => t.Type != DType.F32).ThenBy(t => !t.Decays)];
         long offset = 0;
         var runs = new List<Run>();
@@ -49,17 +52,21 @@ public sealed class Trainables
         }
 
         _runs = [.. runs];
-        Gradients = Allocate(DType.F32, offset, "gradients");
-        FirstMoments = Allocate(moments, offset, "first moments");
-        SecondMoments = Allocate(moments, offset, "second moments");
+        if (learns)
+        {
+            Gradients = Allocate(DType.F32, offset, "gradients");
+            FirstMoments = Allocate(moments, offset, "first moments");
+            SecondMoments = Allocate(moments, offset, "second moments");
+        }
+
         foreach (var type in runs.GroupBy(r => r.Type))
         {
             long begin = type.First().Begin, count = type.Sum(r => r.Count);
             _values.Add(type.Key, (Allocate(type.Key, count, "trained values"), begin, count));
-            if (type.Key != DType.F32)
-                (MasterBegin, Masters) = (begin, Allocate(DType.F32, count, "master weights"));
-            else if (device.Activations == DType.BF16)
+            if (type.Key == DType.F32 && device.Activations == DType.BF16)
                 Rounded = Allocate(DType.BF16, count, "rounded values");
+            if (type.Key == DType.F32 || !learns) continue;
+            (MasterBegin, Masters) = (begin, Allocate(DType.F32, count, "master weights"));
         }
     }
 
@@ -89,6 +96,9 @@ public sealed class Trainables
     /// absent where that is F32 too.
     /// </summary>
     public Tensor Rounded { get; }
+
+    /// <summary>Whether they have gradients and an optimizer's state.</summary>
+    public bool Learns { get; }
 
     public bool Contains(string name) => _places.ContainsKey(name);
 
@@ -125,7 +135,9 @@ public sealed class Trainables
     /// <summary>Sets a tensor: its F32 value and, rounded, the one that is stored.</summary>
     public void Write(string name, ReadOnlySpan<float> values)
     {
-        Tensor master = Master(name), operand = Operand(name);
+        Tensor master = Masters.Exists || _places[name].Tensor.Type == DType.F32
+            ? Master(name) : Value(name);
+        Tensor operand = Operand(name);
         _device.WriteFloats(operand, values);
         if (operand != master) _device.WriteFloats(master, values);
     }

@@ -34,11 +34,8 @@ public sealed record TrainedParts(
 
         var layout = AdapterLayout.Create(spec.Parameters, adapter, "lora_target_modules");
         RefuseHead(spec.Parameters, adapter, layout);
-        var adapters = new Adapters(
-            [.. layout.Targets.Select((m, i) => new Adapter(
-                m.Name, i, adapter.Rank, adapter.Scale, m.Inputs, m.Outputs))], adapter.Dropout);
         var whole = layout.Saved.Concat(layout.Biases).Select(p => p.Name).ToHashSet();
-        return new TrainedParts(adapters, adapter, layout,
+        return new TrainedParts(Adapters.Of(adapter, layout), adapter, layout,
             [.. layout.Tensors.Select(t => new Trainable(
             t.Name, t.Shape, whole.Contains(t.Name) ? storage : DType.F32,
             Decays(t.Name)))]);

@@ -29,6 +29,8 @@ public sealed class MiniCpmFormat : PromptFormat
 
     public override IReadOnlyList<string> Markers { get; }
 
+    public override IReadOnlyList<int> StopIds => [EndOfAnswer];
+
     private protected override int EndOfAnswer { get; }
 
     /// <inheritdoc/>

@@ -28,6 +28,9 @@ public abstract class PromptFormat
     /// </summary>
     public abstract IReadOnlyList<string> Markers { get; }
 
+    /// <summary>Tokens that end a generated answer, as the official chat() has them.</summary>
+    public abstract IReadOnlyList<int> StopIds { get; }
+
     /// <summary>
     /// What the last token of an answer is to predict where something follows it, besides being
     /// predicted itself: the official script's eot_id, or eos_id where its tokenizer has none.

@@ -25,6 +25,11 @@ public abstract class TemplateFormat : PromptFormat
 
     private protected int EndId { get; }
 
+    /// <summary>The end of a turn, and of a text.</summary>
+    public override IReadOnlyList<int> StopIds =>
+        [.. ((int?[])[EndId, Tokenizer.EosId, Tokenizer.IdOfAdded("<|endoftext|>")])
+            .OfType<int>().Distinct()];
+
     /// <summary>What stands in front of the first turn.</summary>
     private protected virtual string Begin => "";
 

@@ -8,6 +8,8 @@ internal sealed class MiniCpmO26() : Family("MiniCPM-o-2_6")
 {
     public override bool Is(ModelConfig config) => config.IsOmni("2.6");
 
+    public override ChatDefaults Chat => new(MaxPromptTokens: 32768);
+
     public override ModelSpec Read(ModelConfig config) =>
         config.Spec(this, config.Decoder(qkvBias: true), config.Siglip());
 

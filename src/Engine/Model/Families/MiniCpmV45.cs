@@ -8,6 +8,8 @@ internal sealed class MiniCpmV45() : Family("MiniCPM-V-4_5")
 {
     public override bool Is(ModelConfig config) => config.IsVision("4.5");
 
+    public override ChatDefaults Chat => new(MaxPromptTokens: 16384);
+
     public override ModelSpec Read(ModelConfig config) =>
         config.Spec(this, config.Decoder(qkNorm: true), config.Siglip());
 

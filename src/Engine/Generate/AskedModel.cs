@@ -1,0 +1,111 @@
+using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Model;
+using MiniCpmNative.Engine.Weights;
+using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Cuda;
+
+namespace MiniCpmNative.Engine.Generate;
+
+/// <summary>
+/// A model that is opened to be asked, with or without an adapter, which can be turned off: its B
+/// become zero, and what it has trained whole becomes the model's own again. So one model serves
+/// both, at no cost but the adapter's size.
+/// </summary>
+public sealed class AskedModel : IDisposable
+{
+    private readonly Checkpoint _checkpoint;
+    private readonly AdapterFile? _adapter;
+    private readonly IReadOnlyDictionary<string, StoredTensor> _trained;
+    private readonly Trainables _values;
+    private bool _isAdapted;
+
+    private AskedModel(
+        LoadedModel model, Checkpoint checkpoint, AdapterFile? adapter,
+        IReadOnlyDictionary<string, StoredTensor> trained, Trainables values)
+    {
+        (Model, _checkpoint, _adapter, _trained, _values) =
+            (model, checkpoint, adapter, trained, values);
+        foreach (Trainable tensor in values.List)
+            if (checkpoint.Find(tensor.Name) is { } own) values.Write(tensor.Name, own.ToFloats());
+        IsAdapted = adapter is not null;
+    }
+
+    public LoadedModel Model { get; }
+
+    public RowFormat Rows => Model.Rows;
+
+    /// <summary>The adapter's folder, or null.</summary>
+    public string? Adapter => _adapter?.Directory;
+
+    /// <summary>Whether the adapter is at work; without one it never is.</summary>
+    public bool IsAdapted
+    {
+        get => _isAdapted;
+        set
+        {
+            if (value == _isAdapted || _adapter is null) return;
+            _isAdapted = value;
+            foreach (var (name, stored) in _trained)
+                _values.Write(name, value ? stored.ToFloats()
+                    : _checkpoint.Find(name) is { } own ? own.ToFloats()
+                    : name.EndsWith(".lora_B.weight", StringComparison.Ordinal)
+                        ? new float[stored.Count] : stored.ToFloats());
+        }
+    }
+
+    /// <param name="arguments">model_name_or_path, device, threads, bf16 and fp16.</param>
+    /// <param name="adapter">A PEFT adapter's folder, or null.</param>
+    /// <param name="devices">Opens the device; null takes the machine's.</param>
+    /// <param name="say">Takes a line on the choice of the device.</param>
+    /// <exception cref="InputException">The model, the adapter or the device is
+    /// unusable.</exception>
+    public static AskedModel Open(
+        TrainArguments arguments, string? adapter, DeviceSource? devices = null,
+        Action<string>? say = null)
+    {
+        string folder = arguments.ModelNameOrPath!;
+        ModelSpec spec = ModelSpec.Read(folder);
+        Checkpoint? checkpoint = null;
+        AdapterFile? file = null;
+        OpenDevice? device = null;
+        try
+        {
+            checkpoint = Checkpoint.Open(folder);
+            checkpoint.MustMatch(spec.Parameters, Families.Explain);
+            file = adapter is null ? null : AdapterFile.Open(adapter);
+            var trained = file?.Match(spec.Parameters)
+                ?? new Dictionary<string, StoredTensor>();
+            AdapterLayout? layout = file is null ? null : AdapterLayout.Create(
+                spec.Parameters, file.Config, Path.Combine(adapter!, AdapterConfig.FileName));
+            device = (devices ?? DeviceSource.Default).Open(arguments, say);
+            // On the CPU activations are F32 in any case, and weights stay as they are stored.
+            DType storage = arguments.Fp16 ? DType.F16
+                : arguments.Bf16 && device.Device is CudaDevice ? DType.BF16 : DType.F32;
+            foreach (StoredTensor tensor in checkpoint.Tensors) tensor.MustBeFinite(storage);
+            foreach (StoredTensor tensor in trained.Values) tensor.MustBeFinite(DType.F32);
+            var whole = layout?.Saved.Concat(layout.Biases).Select(t => t.Name).ToHashSet();
+            var values = new Trainables(device.Device,
+                [.. (layout?.Tensors ?? []).Select(t => new Trainable(t.Name, t.Shape,
+                    whole!.Contains(t.Name) ? storage : DType.F32, Decays: false))],
+                learns: false);
+            LoadedModel model = LoadedModel.Load(device, spec, checkpoint, storage, values,
+                file is null ? Adapters.None : Adapters.Of(file.Config, layout!));
+            return new AskedModel(model, checkpoint, file, trained, values);
+        }
+        catch
+        {
+            device?.Dispose();
+            file?.Dispose();
+            checkpoint?.Dispose();
+            throw;
+        }
+    }
+
+    public void Dispose()
+    {
+        Model.Dispose();
+        _adapter?.Dispose();
+        _checkpoint.Dispose();
+    }
+}

@@ -1,0 +1,138 @@
+using System.Numerics.Tensors;
+using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Model;
+using MiniCpmNative.Kernels;
+
+namespace MiniCpmNative.Engine.Generate;
+
+/// <summary>A prompt that is to be answered.</summary>
+/// <param name="Tokens">Tokens of the prompt.</param>
+/// <param name="Append">Puts it, with its pictures, into a batch as a row.</param>
+/// <param name="Number">Keys its random numbers: what is drawn for it does not depend on what is
+/// generated beside it.</param>
+public sealed record GenerationInput(int Tokens, Action<Batch> Append, ulong Number = 0)
+{
+    /// <summary>Its tokens, where they are known.</summary>
+    public IReadOnlyList<int> Ids { get; init; } = [];
+}
+
+/// <summary>An answer in tokens.</summary>
+/// <param name="Ids">The stop token included, where one came.</param>
+/// <param name="Stopped">Whether a stop token came, before max_new_tokens did.</param>
+/// <param name="Score">Of beams: the mean of the log-probabilities, by length_penalty.</param>
+public sealed record GeneratedTokens(int[] Ids, bool Stopped, double? Score = null);
+
+/// <summary>
+/// Answers prompts: each runs once, with its pictures, then all go on a token at a time over a
+/// cache of keys and values; an answer that has ended rests while others go on. Prompts run one
+/// after the other: they are long enough to fill a device, and need the least memory so.
+/// </summary>
+public sealed class Generator(LoadedModel model)
+{
+    private readonly CachedModel _cached = new(model);
+
+    /// <summary>Takes the memory for so many sequences of so many tokens in advance.</summary>
+    public void Reserve(int sequences, int room) => _cached.Begin(sequences, room);
+
+    /// <param name="inputs">The prompts of a batch.</param>
+    /// <param name="settings">How tokens are chosen.</param>
+    /// <param name="said">Called with the number of a prompt and each token of its answer as it
+    /// comes, stop tokens not; not with beams, which decide at the end.</param>
+    /// <param name="goesOn">Asked before each step; false ends all answers where they are.</param>
+    /// <exception cref="InputException">The settings make no sense.</exception>
+    public GeneratedTokens[] Run(
+        IReadOnlyList<GenerationInput> inputs, GenerationSettings settings,
+        Action<int, int>? said = null, Func<bool>? goesOn = null)
+    {
+        settings.Checked();
+        bool recording = model.Graph.Recording;
+        Randomness random = model.Device.Random;
+        model.Graph.Recording = false;
+        model.Device.Random = random with { Dropout = false };
+        try
+        {
+            int room = inputs.Max(input => input.Tokens) + settings.MaxNewTokens;
+            _cached.Begin(inputs.Count * settings.NumBeams, room);
+            return settings.NumBeams > 1
+                ? BeamSearch.Run(_cached, inputs, settings, goesOn ?? (() => true))
+                : Choose(inputs, settings, said, goesOn ?? (() => true));
+        }
+        finally
+        {
+            model.Graph.EndStep();
+            model.Graph.Recording = recording;
+            model.Device.Random = random;
+        }
+    }
+
+    private GeneratedTokens[] Choose(
+        IReadOnlyList<GenerationInput> inputs, GenerationSettings settings,
+        Action<int, int>? said, Func<bool> goesOn)
+    {
+        var answers = new Growing<int>[inputs.Count];
+        var next = new int[inputs.Count];
+        var stopped = new bool[inputs.Count];
+        next.AsSpan().Fill(-1);
+        for (int i = 0; i < inputs.Count && goesOn(); i++)
+        {
+            answers[i] = new Growing<int>();
+            Take(i, _cached.Append(i, inputs[i].Append));
+        }
+
+        while (next.AsSpan().ContainsAnyExcept(-1) && goesOn())
+        {
+            Span<float> logits = _cached.Next(next);
+            for (int i = 0, row = 0; i < next.Length; i++)
+                if (next[i] >= 0)
+                    Take(i, logits.Slice(row++ * _cached.Vocabulary, _cached.Vocabulary));
+        }
+
+        return [.. answers.Select((ids, i) =>
+            new GeneratedTokens(ids is null ? [] : ids.Span.ToArray(), stopped[i]))];
+
+        void Take(int i, Span<float> logits)
+        {
+            int id = Token(logits, answers[i].Span, settings, inputs[i].Number);
+            answers[i].Add(id);
+            stopped[i] = settings.StopIds.Contains(id);
+            if (!stopped[i]) said?.Invoke(i, id);
+            next[i] = stopped[i] || answers[i].Count == settings.MaxNewTokens ? -1 : id;
+        }
+    }
+
+    /// <summary>The token behind those generated so far.</summary>
+    internal static int Token(
+        Span<float> logits, ReadOnlySpan<int> generated, GenerationSettings settings, ulong number)
+    {
+        Span<float> scores = settings.RepetitionPenalty == 1 ? logits : logits.ToArray();
+        Process(logits, scores, generated, settings);
+        if (!settings.DoSample)
+        {
+            int best = TensorPrimitives.IndexOfMax<float>(scores);
+            return !float.IsNaN(scores[best]) ? best : throw new RunException(
+                "the model's logits are not numbers: its weights or its adapter are damaged");
+        }
+
+        Narrow(scores, settings);
+        return TokenScores.Draw(
+            scores, TokenScores.Uniform(settings.Seed, number, generated.Length));
+    }
+
+    /// <summary>What rules out tokens, drawn or not.</summary>
+    internal static void Process(
+        ReadOnlySpan<float> logits, Span<float> scores, ReadOnlySpan<int> generated,
+        GenerationSettings settings)
+    {
+        TokenScores.Penalise(logits, scores, generated, settings.RepetitionPenalty);
+        if (generated.Length < settings.MinNewTokens)
+            TokenScores.Forbid(scores, settings.StopIds);
+    }
+
+    /// <summary>What shapes the probabilities that are drawn from.</summary>
+    internal static void Narrow(Span<float> scores, GenerationSettings settings)
+    {
+        TokenScores.Warm(scores, settings.Temperature);
+        TokenScores.KeepTop(scores, settings.TopK);
+        TokenScores.KeepNucleus(scores, settings.TopP);
+    }
+}

@@ -1,0 +1,91 @@
+using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Data.Images;
+using MiniCpmNative.Engine.Model;
+
+namespace MiniCpmNative.Engine.Generate;
+
+/// <summary>A picture that is shown to a model, as it is cut; decoded when it is needed.</summary>
+public sealed record PromptPicture(string Name, Func<Picture> Decode, SlicePlan Plan);
+
+/// <summary>
+/// Makes prompts of conversations with pictures, as the official chat() does; a conversation that
+/// is too long is refused, where that cuts it.
+/// </summary>
+public sealed class PromptMaker
+{
+    private readonly RowFormat _format;
+    private readonly SampleBuilder _builder;
+    private readonly SlicingSpec _slicing;
+    private readonly PatchStrips _strips;
+
+    /// <param name="spec">The model.</param>
+    /// <param name="format">Its rows.</param>
+    /// <param name="maxSliceNums">Most tiles of a picture; null takes the model's number.</param>
+    public PromptMaker(ModelSpec spec, RowFormat format, int? maxSliceNums = null)
+    {
+        _format = format;
+        _slicing = format.SlicingUpTo(maxSliceNums ?? format.Slicing.MaxSliceNums);
+        _strips = format.NewStrips();
+        MaxTokens = Math.Min(spec.Family.Chat.MaxPromptTokens, spec.Decoder.MaxPositions);
+        _builder = new SampleBuilder(format, MaxTokens);
+    }
+
+    /// <summary>Most tokens of a prompt.</summary>
+    public int MaxTokens { get; }
+
+    /// <exception cref="InputException">The file is missing or no picture.</exception>
+    public PromptPicture Open(string path)
+    {
+        PictureInfo info = PictureDecoder.Probe(path);
+        return Cut(path, () => PictureDecoder.Decode(path), info.Size);
+    }
+
+    /// <summary>The same of a file's content; name stands in messages.</summary>
+    /// <inheritdoc cref="Open"/>
+    public PromptPicture Open(byte[] content, string name)
+    {
+        using Picture picture = PictureDecoder.Decode(content, content.Length, name);
+        return Cut(name, () => PictureDecoder.Decode(content, content.Length, name),
+            picture.Size);
+    }
+
+    /// <param name="turns">The conversation; pictures are indices.</param>
+    /// <param name="pictures">What they stand for.</param>
+    /// <param name="system">A system prompt in place of the format's.</param>
+    /// <param name="enableThinking">Leaves the answer's thoughts open.</param>
+    /// <param name="number">See <see cref="GenerationInput"/>.</param>
+    /// <exception cref="InputException">The conversation cannot be asked.</exception>
+    public GenerationInput Make(
+        IReadOnlyList<PromptTurn> turns, IReadOnlyList<PromptPicture> pictures,
+        string? system = null, bool enableThinking = false, ulong number = 0)
+    {
+        Prompt prompt = _builder.BuildPrompt(
+            turns, [.. pictures.Select(picture => picture.Plan)], system, enableThinking);
+        int tokens = prompt.InputIds.Length, largest = prompt.InputIds.Max();
+        if (tokens > MaxTokens)
+            throw new InputException(
+                $"the conversation has {Messages.Number(tokens)} tokens, the model is asked with "
+                + $"{Messages.Number(MaxTokens)} at most: begin anew, say less, or show fewer or "
+                + "smaller pictures");
+        if (largest >= _format.Vocabulary)
+            throw new InputException(
+                $"the tokenizer gives the token id {largest}, the model has "
+                + $"{Messages.Number(_format.Vocabulary)}: they do not belong together");
+        return new GenerationInput(tokens, Append, number) { Ids = prompt.InputIds };
+
+        void Append(Batch batch)
+        {
+            batch.AddRow(prompt.InputIds, prompt.Bounds);
+            foreach (int index in prompt.Pictures)
+            {
+                using Picture picture = pictures[index].Decode();
+                if (!batch.TryAddPicture(_strips, picture, pictures[index].Plan))
+                    throw new InputException($"{pictures[index].Name}: has too many patches");
+            }
+        }
+    }
+
+    private PromptPicture Cut(string name, Func<Picture> decode, PictureSize size) => new(
+        name, decode, Slicer.Plan(
+            size, _slicing.MaxSliceNums, _slicing.ScaleResolution, _slicing.PatchSize));
+}
