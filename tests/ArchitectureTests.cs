@@ -28,6 +28,7 @@ public sealed partial class ArchitectureTests
         ("Data", "Config Data.Images Data.Text"),
         ("Model", "Config Weights Data Data.Images Data.Text"),
         ("Train", "Config Weights Data Model"),
+        ("Export", "Config Weights Data Data.Images Model Train"),
         ("Doctor", "Data.Images"),
     ];
 

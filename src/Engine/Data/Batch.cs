@@ -60,6 +60,15 @@ public sealed class Batch
         SequenceStarts.Add(0);
         PictureStarts.Add(0);
     }
+
+    /// <summary>Begins a row: its tokens, at positions from 0.</summary>
+    public void Add(ReadOnlySpan<int> tokens)
+    {
+        Tokens.Add(tokens);
+        for (int t = 0; t < tokens.Length; t++) Positions.Add(t);
+        SequenceStarts.Add(Tokens.Count);
+        Samples++;
+    }
 }
 
 /// <summary>A list whose memory stays when it is cleared.</summary>
