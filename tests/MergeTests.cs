@@ -109,7 +109,10 @@ public sealed class MergeTests
         ModelSpec spec = ModelSpec.Read(model);
         var config = new AdapterConfig
         {
-            Rank = 4, Alpha = 4, Targets = new(["q_proj"]), ModulesToSave = ["embed_tokens"],
+            Rank = 4,
+            Alpha = 4,
+            Targets = new(["q_proj"]),
+            ModulesToSave = ["embed_tokens"],
         };
         WriteAdapter(spec, config, t => MadeModel.Values(
             new ExpectedTensor(t.Name, t.Shape), new Random(t.Name.Length)));

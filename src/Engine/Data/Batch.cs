@@ -1,3 +1,5 @@
+using MiniCpmNative.Engine.Data.Images;
+
 namespace MiniCpmNative.Engine.Data;
 
 /// <summary>
@@ -61,13 +63,47 @@ public sealed class Batch
         PictureStarts.Add(0);
     }
 
-    /// <summary>Begins a row: its tokens, at positions from 0.</summary>
-    public void Add(ReadOnlySpan<int> tokens)
+    /// <summary>
+    /// Adds a row's tokens and the places of its pictures, which are added behind it.
+    /// </summary>
+    public void AddRow(ReadOnlySpan<int> ids, ReadOnlySpan<ImageBound> bounds)
     {
-        Tokens.Add(tokens);
-        for (int t = 0; t < tokens.Length; t++) Positions.Add(t);
+        int start = Tokens.Count;
+        Tokens.Add(ids);
+        for (int t = 0; t < ids.Length; t++) Positions.Add(t);
         SequenceStarts.Add(Tokens.Count);
         Samples++;
+        int view = Grids.Count / 2;
+        foreach (ImageBound bound in bounds)
+        {
+            ImageBounds.Add(bound.Start);
+            ImageBounds.Add(bound.End);
+            int queries = bound.End - bound.Start;
+            for (int q = 0; q < queries; q++)
+            {
+                Slots.Add(start + bound.Start + q);
+                SlotFeatures.Add((view * queries) + q);
+            }
+
+            view++;
+        }
+    }
+
+    /// <summary>Adds the views of a picture; false where they are too many patches.</summary>
+    public bool TryAddPicture(PatchStrips strips, Picture picture, SlicePlan plan)
+    {
+        long floats = strips.Patches(plan) * strips.PatchLength;
+        if (floats > Array.MaxLength) return false;
+        for (int view = 0; view < plan.Views; view++)
+        {
+            PatchGrid grid = strips.Grid(plan, view);
+            Grids.Add(grid.Rows);
+            Grids.Add(grid.Columns);
+            PictureStarts.Add(PictureStarts[PictureStarts.Count - 1] + grid.Patches);
+        }
+
+        strips.Write(picture, plan, Patches.Extend((int)floats));
+        return true;
     }
 }
 

@@ -114,14 +114,17 @@ public sealed partial class TrainingRows : IRowLoader
         SlicePlan[] plans = Plans(row, out PictureInfo[] pictures);
         Sample sample = Build(row, plans);
         int start = batch.Tokens.Count, firstView = batch.Grids.Count / 2;
-        batch.Add(sample.InputIds);
+        batch.Tokens.Add(sample.InputIds);
         for (int t = 0; t < sample.InputIds.Length; t++)
         {
+            batch.Positions.Add(t);
             if (sample.Labels[t] == PromptFormat.Ignored) continue;
             batch.LabelRows.Add(start + t);
             batch.Targets.Add(sample.Labels[t]);
         }
 
+        batch.SequenceStarts.Add(batch.Tokens.Count);
+        batch.Samples++;
         for (int view = 0; view < sample.Bounds.Length; view++)
         {
             int queries = _format.Placeholders.Queries;

@@ -90,19 +90,8 @@ internal static class LogitCheck
 
         var batch = new Batch();
         batch.Clear();
-        batch.Add(prompt.InputIds);
-        int queries = format.Placeholders.Queries;
-        for (int i = 0; i < queries; i++)
-        {
-            batch.Slots.Add(prompt.Bounds[0].Start + i);
-            batch.SlotFeatures.Add(i);
-        }
-
-        PatchStrips strips = format.NewStrips();
-        PatchGrid grid = strips.Grid(plan, 0);
-        batch.Grids.Add([grid.Rows, grid.Columns]);
-        batch.PictureStarts.Add(grid.Patches);
-        strips.Write(picture, plan, batch.Patches.Extend(grid.Patches * strips.PatchLength));
+        batch.AddRow(prompt.InputIds, prompt.Bounds);
+        batch.TryAddPicture(format.NewStrips(), picture, plan);
         return batch;
     }
 
