@@ -29,6 +29,7 @@ public sealed partial class ArchitectureTests
         ("Model", "Config Weights Data Data.Images Data.Text"),
         ("Generate", "Config Weights Data Data.Images Data.Text Model"),
         ("Train", "Config Weights Data Model"),
+        ("Export", "Config Weights Data Data.Images Model Train"),
         ("Doctor", "Data.Images"),
     ];
 

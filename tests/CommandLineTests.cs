@@ -17,6 +17,7 @@ public sealed partial class CommandLineTests
     [TestCase("train --help", 0, "--lora_r 64")]
     [TestCase("data check --help", 0, "usage: cpmx data check")]
     [TestCase("trace --help", 0, "usage: cpmx trace")]
+    [TestCase("merge --help", 0, "usage: cpmx merge")]
     [TestCase("doctor --help", 0, "usage: cpmx doctor")]
     public void HelpIsThere(string line, int code, string expected)
     {
@@ -34,6 +35,13 @@ public sealed partial class CommandLineTests
     [TestCase("doctor now", "cpmx: doctor takes no arguments, got now")]
     [TestCase("trace --out=x", "cpmx: --rows is missing: the rows to run, as ID,ID")]
     [TestCase("trace --rows 1 --out", "cpmx: --out is missing: the safetensors file to write")]
+    [TestCase("merge", "cpmx: merge: expected one argument, the model's folder, got 0")]
+    [TestCase("merge m --adaptor a", "unknown option \"--adaptor\" (did you mean \"--adapter\"?)")]
+    [TestCase("merge m --adapter a", "cpmx: merge: --out is missing: the folder to make")]
+    [TestCase("merge m --adapter a --out", "cpmx: merge: --out has no value")]
+    [TestCase("merge m --adapter a --adapter=b", "cpmx: merge: --adapter is given twice")]
+    [TestCase("merge m --no-check=1", "cpmx: merge: --no-check takes no value")]
+    [TestCase("merge m --adapter a --out b", "cpmx: m: there is no such directory")]
     public void WrongArgumentsAreOneLineAndExitCode2(string line, string expected)
     {
         var (result, _, error) = Run(new Runners(), line.Split(' '));

@@ -20,6 +20,7 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
                                                    read every row; name bad ones, show statistics
           trace CONFIG.json --rows ID,ID --out FILE.safetensors [--gradients]
                                                    write the intermediate tensors of some rows
+          merge MODEL --adapter DIR --out DIR      put an adapter into the model's weights
           doctor                                   show processor, libraries and GPU, and test them
           --version                                print the version
 
@@ -28,7 +29,7 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
         (SIGUSR1: saves and goes on)
         """;
 
-    private static readonly string[] s_commands = ["train", "data", "trace", "doctor", "help"];
+    private static readonly string[] s_commands = ["train", "data", "trace", "merge", "doctor", "help"];
 
     public int Run(IReadOnlyList<string> args)
     {
@@ -87,6 +88,8 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
                 throw new InputException("data: expected the command data check CONFIG.json");
             case "trace":
                 return TraceCommand.Run(Rest(args, 1), help, output, runners);
+            case "merge":
+                return MergeCommand.Run(Rest(args, 1), help, output, runners);
             case "doctor":
                 return DoctorCommand.Run(Rest(args, 1), help, output, runners);
             default:

@@ -1,6 +1,7 @@
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Doctor;
+using MiniCpmNative.Engine.Export;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Train;
 
@@ -18,6 +19,8 @@ internal sealed record Runners
             arguments, ModelSpec.Read(arguments.ModelNameOrPath!).Rows(), output);
 
     public Action<TrainArguments, TraceRequest, TextWriter> Trace { get; init; } = TraceRun.Run;
+
+    public Action<MergeRequest, TextWriter> Merge { get; init; } = MergeRun.Run;
 
     public Func<TextWriter, bool> Diagnose { get; init; } = output => Diagnosis.Run(output);
 }

@@ -111,7 +111,8 @@ public sealed class BaseModel : IDisposable
             {
                 Moments = TrainingModel.MomentsOf(arguments),
                 Untouched = [.. weights.Tensors.Where(t => spec.Parameters.IsUntouched(t.Name))],
-                Saved = adapter is null ? SavedFiles.Read(arguments, spec, say) : [],
+                Saved = adapter is null
+                    ? SavedFiles.Read(folder, spec, arguments, storage, say) : [],
             };
         }
         catch

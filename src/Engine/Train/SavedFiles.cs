@@ -22,15 +22,18 @@ internal static class SavedFiles
         Encoder = System.Text.Encodings.Web.JavaScriptEncoder.UnsafeRelaxedJsonEscaping,
     };
 
-    /// <param name="arguments">The run's configuration.</param>
+    /// <param name="folder">The model's folder.</param>
     /// <param name="spec">The model, as its files say.</param>
+    /// <param name="arguments">The configuration it was trained with; null where that is not
+    /// known, and nothing is changed.</param>
+    /// <param name="storage">Type of the weights that are saved.</param>
     /// <param name="say">Takes a line for each file that cannot be taken over: links to nothing,
     /// pipes, devices, what is unreadable or too large.</param>
     /// <exception cref="InputException">The folder cannot be listed.</exception>
     public static IReadOnlyList<(string Name, byte[] Content)> Read(
-        TrainArguments arguments, ModelSpec spec, Action<string>? say)
+        string folder, ModelSpec spec, TrainArguments? arguments, DType storage,
+        Action<string>? say)
     {
-        string folder = arguments.ModelNameOrPath!;
         string[] files;
         try
         {
@@ -54,7 +57,8 @@ internal static class SavedFiles
                 if (content.Length == 0)
                     throw new InputException($"{file}: has no content (empty, a pipe or a device)");
                 left -= content.Length;
-                saved.Add((name, Edited(name, content, arguments, spec)));
+                saved.Add((name, arguments is null
+                    ? content : Edited(name, content, arguments, spec, storage)));
             }
             catch (InputException failure)
             {
@@ -66,15 +70,17 @@ internal static class SavedFiles
     }
 
     private static byte[] Edited(
-        string name, byte[] content, TrainArguments arguments, ModelSpec spec) => name switch
+        string name, byte[] content, TrainArguments arguments, ModelSpec spec,
+        DType storage) => name switch
         {
-            "config.json" => Edit(content, json => Configure(json, arguments, spec)),
+            "config.json" => Edit(content, json => Configure(json, arguments, spec, storage)),
             "preprocessor_config.json" => Edit(content, json => Configure(json, arguments, spec,
                 spec.Processor)),
             _ => content,
         };
 
-    private static byte[] Edit(byte[] content, Func<JsonObject, bool> change)
+    /// <summary>A JSON file with a change, which says whether there was one.</summary>
+    public static byte[] Edit(byte[] content, Func<JsonObject, bool> change)
     {
         ReadOnlySpan<byte> text = content;
         if (text.StartsWith("\uFEFF"u8)) text = text[3..];
@@ -84,11 +90,12 @@ internal static class SavedFiles
             : content;
     }
 
-    private static bool Configure(JsonObject json, TrainArguments arguments, ModelSpec spec)
+    private static bool Configure(
+        JsonObject json, TrainArguments arguments, ModelSpec spec, DType storage)
     {
         // Newer versions of transformers call it dtype.
         string type = json.ContainsKey("dtype") ? "dtype" : "torch_dtype";
-        json[type] = TrainingModel.StorageOf(arguments) switch
+        json[type] = storage switch
         {
             DType.BF16 => "bfloat16",
             DType.F16 => "float16",
