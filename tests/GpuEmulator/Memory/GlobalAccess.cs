@@ -78,6 +78,7 @@ internal static unsafe class GlobalAccess
         w.Counters.GlobalWriteRequests++;
         w.Counters.GlobalWriteBytes += bytes * BitOperations.PopCount(exec);
         w.Counters.GlobalWriteSectors += CountSectors(w, i, exec, bytes, write: true);
+        if (i.Volatile) w.Block.Changed();
         Lanes.FromRegisters(w, i, w.Staging, exec);
         if (exec == uint.MaxValue && address[0] % (ulong)bytes == 0
             && Address.IsRow(address, bytes))
