@@ -1941,7 +1941,7 @@ struct AttentionMask
 // A tile of one sequence's queries, or keys. Queries and keys count within the sequence.
 struct SequenceTile
 {
-    int first_token, queries, first_key_token, keys;
+    int first_token, queries, first_key_token, keys, sequence;
     int visible; // keys that are not masked for all
     int before;  // keys that stand before the first query's own, where the mask is causal
     int first;   // of the tile
@@ -1986,6 +1986,7 @@ DEVICE bool find_tile(SequenceTile& at, const AttentionMask& mask, int tile, int
         int owner = __ffs(behind) - 1;
         s = base + owner;
         at.first = (tile - __shfl_sync(ALL_LANES, end - tiles, owner)) * rows;
+        at.sequence = s;
         at.first_token = mask.starts_q[s];
         at.queries = mask.starts_q[s + 1] - at.first_token;
         at.first_key_token = mask.starts_k[s];
@@ -1998,12 +1999,49 @@ DEVICE bool find_tile(SequenceTile& at, const AttentionMask& mask, int tile, int
     return false;
 }
 
+// Takes tile number `tile` of `rows` queries (or keys) each from a list that AttentionTiles.cs
+// describes, which says longest work first; false behind the end of a sequence or of the list.
+DEVICE bool take_tile(SequenceTile& at, const int4* tiles, int tile, int rows, bool of_keys,
+    const int* key_lengths, int causal)
+{
+    int of_row = ATTENTION_TILE_ROWS / rows;
+    int4 tokens = tiles[2 * (tile / of_row)], place = tiles[2 * (tile / of_row) + 1];
+    at.first_token = tokens.x;
+    at.queries = tokens.y;
+    at.first_key_token = tokens.z;
+    at.keys = tokens.w;
+    at.first = place.y + tile % of_row * rows;
+    at.visible = key_lengths ? max(0, min(at.keys, key_lengths[place.x])) : at.keys;
+    at.before = (causal == 2 ? at.visible : at.keys) - at.queries;
+    return at.first < (of_keys ? at.keys : at.queries);
+}
+
 DEVICE void check_starts(int* faults, const AttentionMask& mask)
 {
     check_starts(
         faults, FAULT_ATTENTION_QUERY_STARTS, mask.starts_q, mask.sequences, mask.tokens);
     check_starts(
         faults, FAULT_ATTENTION_KEY_STARTS, mask.starts_k, mask.sequences, mask.key_tokens);
+}
+
+// The list of tiles where only the device knows the starts: the last tiles first, as causal ones
+// have the most keys; rows of zeros behind the last. A warp per row, which are tokens / 128 +
+// sequences at most; checks the starts. Writes 32 bytes a row.
+extern "C" __global__ void __launch_bounds__(256) attention_tiles(
+    int* tiles, const int* starts_q, const int* starts_k, int* faults, int sequences, int tokens,
+    int key_tokens, int count, int of_keys)
+{
+    AttentionMask mask = {starts_q, starts_k, 0, sequences, tokens, key_tokens, 0};
+    if (blockIdx.x == 0) check_starts(faults, mask);
+    int row = blockIdx.x * 8 + threadIdx.x / WARP;
+    if (row >= count) return;
+    SequenceTile at;
+    bool found = find_tile(at, mask, count - 1 - row, ATTENTION_TILE_ROWS, of_keys);
+    if (threadIdx.x % WARP != 0) return;
+    int4 none = make_int4(0, 0, 0, 0);
+    int4* into = (int4*)tiles + 2 * row;
+    into[0] = found ? make_int4(at.first_token, at.queries, at.first_key_token, at.keys) : none;
+    into[1] = found ? make_int4(at.sequence, at.first, 0, 0) : none;
 }
 
 // -- softmax, tile by tile (Milakov and Gimelshein 2018) --
