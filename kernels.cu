@@ -1948,10 +1948,14 @@ struct SequenceTile
 };
 
 // Keys that a query sees.
+DEVICE int keys_seen(int causal, const SequenceTile& at, int query)
+{
+    return causal ? max(0, min(at.visible, query + 1 + at.before)) : at.visible;
+}
+
 DEVICE int keys_seen(const AttentionMask& mask, const SequenceTile& at, int query)
 {
-    if (!mask.causal) return at.visible;
-    return max(0, min(at.visible, query + 1 + at.before));
+    return keys_seen(mask.causal, at, query);
 }
 
 // Finds tile number `tile` of `rows` queries (or keys) each, counted over the sequences; false when
@@ -2288,22 +2292,20 @@ extern "C" __global__ void __launch_bounds__(128, 3) attention_forward_128(
 // queries, four per warp; 32 keys at a time, a key per lane for the scores, a column per lane for
 // the output. Shared memory: with w = dim rounded up to 32, floats q[16, w], k[32, w + 1], v[32, w
 // + 1], zeros behind dim and behind the last key; the odd width puts a column's keys into different
-// banks. Grid: (tokens / 16 + sequences) * heads blocks or more. 4 dim FLOP per query and key, no
+// banks. Grid: 8 blocks per row of the list of tiles and head. 4 dim FLOP per query and key, no
 // tensor cores: for float, and for the small heads of tests.
 extern "C" __global__ void __launch_bounds__(128) attention_forward_any(
-    real* o, float* lse, const real* q, const real* k, const real* v, const int* starts_q,
-    const int* starts_k, const int* key_lengths, int* faults, int sequences, int tokens,
-    int key_tokens, int heads, int kv_heads, int causal, float scale, int dim)
+    real* o, float* lse, const real* q, const real* k, const real* v, const int* tiles,
+    const int* key_lengths, int heads, int kv_heads, int causal, float scale, int dim)
 {
     constexpr int WARPS = 4, ROWS = ATTENTION_ANY_ROWS, KEYS = ATTENTION_ANY_KEYS;
     constexpr int PARTS = ATTENTION_MOST_COLS / WARP;
     static_assert(ROWS == 4 * WARPS && KEYS == WARP, "four rows a warp, a key a lane");
     extern __shared__ float4 attention_any_shared[];
-    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
-    if (blockIdx.x == 0) check_starts(faults, mask);
     SequenceTile at;
-    int head = blockIdx.x % heads, tile = gridDim.x / heads - 1 - blockIdx.x / heads;
-    if (!find_tile(at, mask, tile, ROWS, false)) return;
+    int head = blockIdx.x % heads;
+    if (!take_tile(at, (const int4*)tiles, blockIdx.x / heads, ROWS, false, key_lengths, causal))
+        return;
 
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int width = (dim + WARP - 1) / WARP * WARP, kv_head = head / (heads / kv_heads);
@@ -2324,7 +2326,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_forward_any(
         max[r] = MINUS_INFINITY;
         sum[r] = 0;
     }
-    int end = keys_seen(mask, at, at.first + queries - 1);
+    int end = keys_seen(causal, at, at.first + queries - 1);
     for (int first = 0; first < end; first += KEYS)
     {
         __syncthreads();
@@ -2354,7 +2356,8 @@ extern "C" __global__ void __launch_bounds__(128) attention_forward_any(
 #pragma unroll
         for (int r = 0; r < 4; r++)
         {
-            if (first + lane >= keys_seen(mask, at, at.first + 4 * warp + r)) p[r] = MINUS_INFINITY;
+            if (first + lane >= keys_seen(causal, at, at.first + 4 * warp + r))
+                p[r] = MINUS_INFINITY;
             float before = max[r];
             max[r] = fmaxf(before, warp_max(p[r]));
             float offset = softmax_offset(max[r], factor);

@@ -76,9 +76,10 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
 
         int width = (HeadDim + 31) / 32 * 32;
         int shared = sizeof(float) * ((OtherRows * width) + (2 * OtherKeys * (width + 1)));
-        call.Launch("attention_forward_any", new Grid(Blocks(OtherRows), Threads, shared),
-            o, call.Saved(0), q, k, v, startsQ, startsK, lengths, call.Faults, sequences, tokens,
-            keyTokens, Heads, KvHeads, CausalMode, Scale, HeadDim);
+        Tensor tiles = Tiles(call, ofKeys: false);
+        int blocks = checked(tiles.Shape[0] * (AttentionTiles.Rows / OtherRows) * Heads);
+        call.Launch("attention_forward_any", new Grid(blocks, Threads, shared), o, call.Saved(0),
+            q, k, v, tiles, lengths, Heads, KvHeads, CausalMode, Scale, HeadDim);
 
         // As many tiles as there can be, since only the device knows the lengths; one at least,
         // which checks the starts.
