@@ -10,7 +10,9 @@ namespace MiniCpmNative.Kernels.Ops;
 /// are masked) -> o like q; saves lse[tokens, Heads]. Causal: a query sees the keys up to its own
 /// position, counted from the end. Cached: a sequence's keys are rows of a cache with room for
 /// more, the first key_lengths of them count, and the position is counted from their end.
-/// Key head j serves the query heads j g .. j g + g - 1, g = Heads / KvHeads. See <see cref="FlashAttention"/>.
+/// Key head j serves the query heads j g .. j g + g - 1, g = Heads / KvHeads. Optional lists of the
+/// tiles of queries and of keys, I32[tiles, 8], made once per batch (<see cref="AttentionTiles"/>),
+/// spare the GPU making them in every call. See <see cref="FlashAttention"/>.
 /// </summary>
 /// <exception cref="ShapeException">
 /// A shape does not fit, the starts do not cover the tokens, or a cache comes without key_lengths.
@@ -33,6 +35,13 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         inputs.Int(this, 4, "cu_seqlens_k").MustBe(this, "cu_seqlens_k", sequences + 1);
         if (Cached || (inputs.Length > 5 && inputs[5].Exists))
             inputs.Int(this, 5, "key_lengths").MustBe(this, "key_lengths", sequences);
+        foreach (var (input, name) in ((int, string)[])[(6, "query_tiles"), (7, "key_tiles")])
+        {
+            if (input >= inputs.Length || !inputs[input].Exists) continue;
+            Spec tiles = inputs.Int(this, input, name);
+            tiles.MustBe(this, name, (int)tiles.Shape.Rows, AttentionTiles.Fields);
+        }
+
         return new(q.As(activations),
             new Spec(activations.Statistics(), new Shape((int)q.Shape.Rows, Heads)));
     }
@@ -67,9 +76,10 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
 
         int width = (HeadDim + 31) / 32 * 32;
         int shared = sizeof(float) * ((OtherRows * width) + (2 * OtherKeys * (width + 1)));
-        call.Launch("attention_forward_any", new Grid(Blocks(OtherRows), Threads, shared),
-            o, call.Saved(0), q, k, v, startsQ, startsK, lengths, call.Faults, sequences, tokens,
-            keyTokens, Heads, KvHeads, CausalMode, Scale, HeadDim);
+        Tensor tiles = Tiles(call, ofKeys: false);
+        int blocks = checked(tiles.Shape[0] * (AttentionTiles.Rows / OtherRows) * Heads);
+        call.Launch("attention_forward_any", new Grid(blocks, Threads, shared), o, call.Saved(0),
+            q, k, v, tiles, lengths, Heads, KvHeads, CausalMode, Scale, HeadDim);
 
         // As many tiles as there can be, since only the device knows the lengths; one at least,
         // which checks the starts.
@@ -177,6 +187,21 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         Tensor part = call.Scratch(DType.F32, parts, checked((int)gradient.Buffer.Shape.Count));
         call.Clear(part);
         return part;
+    }
+
+    // The list of tiles that came with the batch, else one that the device makes.
+    private static Tensor Tiles(in CudaCall call, bool ofKeys)
+    {
+        Tensor tiles = call.Input(ofKeys ? 7 : 6), startsQ = call.Input(3);
+        if (tiles.Exists) return tiles;
+        int tokens = (int)call.Input(0).Shape.Rows, keyTokens = (int)call.Input(1).Shape.Rows;
+        int sequences = (int)startsQ.Shape.Count - 1;
+        int count = Math.Max(
+            1, ((ofKeys ? keyTokens : tokens) / AttentionTiles.Rows) + sequences);
+        tiles = call.Scratch(DType.I32, count, AttentionTiles.Fields);
+        call.Launch("attention_tiles", Grid.Blocks256((count + 7) / 8), tiles, startsQ,
+            call.Input(4), call.Faults, sequences, tokens, keyTokens, count, ofKeys ? 1 : 0);
+        return tiles;
     }
 
     private AttentionArguments<T> Arguments<T>(in CpuCall<T> call, bool backward)
