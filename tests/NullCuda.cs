@@ -9,14 +9,19 @@ namespace MiniCpmNative.Tests;
 /// </summary>
 internal static unsafe class NullCuda
 {
+    private static readonly Dictionary<nint, string> s_names = [];
     private static ulong s_next = 1UL << 40;
     private static nint s_host;
+
+    /// <summary>Counts launches by kernel, products, fills and copies, where there is one.</summary>
+    public static Dictionary<string, int>? Calls { get; set; }
 
     public static CudaApi Api() => new(Driver(), new(), Cublas());
 
     /// <summary>A device for a type of activations with every kernel of kernels.cu.</summary>
-    public static CudaDevice Device(CudaContext context, Kernels.DType activations) => new(
-        context, activations, 1L << 30,
+    public static CudaDevice Device(
+        CudaContext context, Kernels.DType activations, long stepBytes = 1L << 30) => new(
+        context, activations, stepBytes,
         new CudaKernels(CudaModule.LoadPtx(context, [0], CudaKernels.Source, activations)));
 
     private static CudaDriverApi Driver() => new()
@@ -164,13 +169,13 @@ internal static unsafe class NullCuda
     }
 
     [UnmanagedCallersOnly]
-    private static int Copy(ulong to, ulong from, nuint bytes, nint stream) => 0;
+    private static int Copy(ulong to, ulong from, nuint bytes, nint stream) => Count("copy");
 
     [UnmanagedCallersOnly]
-    private static int Fill(ulong to, byte value, nuint bytes, nint stream) => 0;
+    private static int Fill(ulong to, byte value, nuint bytes, nint stream) => Count("fill");
 
     [UnmanagedCallersOnly]
-    private static int FillWords(ulong to, uint value, nuint bytes, nint stream) => 0;
+    private static int FillWords(ulong to, uint value, nuint bytes, nint stream) => Count("fill");
 
     [UnmanagedCallersOnly]
     private static int Create(nint* handle, uint flags)
@@ -197,6 +202,7 @@ internal static unsafe class NullCuda
     private static int Function(nint* function, nint module, byte* name)
     {
         *function = ++s_host;
+        s_names[*function] = Marshal.PtrToStringUTF8((nint)name)!;
         return 0;
     }
 
@@ -206,7 +212,7 @@ internal static unsafe class NullCuda
     [UnmanagedCallersOnly]
     private static int Launch(
         nint function, uint gx, uint gy, uint gz, uint bx, uint by, uint bz, uint shared,
-        nint stream, void** arguments, void** extra) => 0;
+        nint stream, void** arguments, void** extra) => Count(s_names[function]);
 
     [UnmanagedCallersOnly] private static int MathMode(nint handle, int mode) => 0;
 
@@ -217,5 +223,11 @@ internal static unsafe class NullCuda
     private static int Gemm(
         nint handle, int transA, int transB, int m, int n, int k, void* alpha, ulong a, int typeA,
         int lda, ulong b, int typeB, int ldb, void* beta, ulong c, int typeC, int ldc, int compute,
-        int algorithm) => 0;
+        int algorithm) => Count("product");
+
+    private static int Count(string call)
+    {
+        if (Calls is { } calls) calls[call] = calls.GetValueOrDefault(call) + 1;
+        return 0;
+    }
 }
