@@ -61,7 +61,7 @@ public sealed class KernelBudgetTests
     [
         "sum_parts", "gradient_norm_finish", "attention_forward_any", "attention_keys_backward",
         "attention_queries_backward", "lora_down_parts",
-        "order_by_id", "row_of_term", "splice_invert", "cross_entropy_check", "cross_entropy_sum",
+        "dropout_mask", "order_by_id", "row_of_term", "splice_invert", "cross_entropy_check", "cross_entropy_sum",
     ];
 
     private KernelBuild[] _builds = null!;
