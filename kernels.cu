@@ -1413,38 +1413,38 @@ extern "C" __global__ void __launch_bounds__(256) splice_text_backward(
 
 // ---- 8. low-rank adapters with dropout ----------------------------------------------------------
 
-// A mask is drawn where it is used and never stored. One that drops nothing needs none of this:
-// then the products below are plain ones, whose traffic is the same minimum.
+// The mask of an operation is drawn as bits into scratch, forward and again backward, and not kept.
+// Adapters of one input are computed together, at most LORA_ADAPTERS of them: x comes from memory
+// once, and dx is written once; h and t have theirs side by side. An operation that drops nothing
+// needs none of this: then the products below are plain ones.
 //
 // The kernels multiply on the tensor cores, straight from global memory to registers. Which k, m or
 // n of a product means which column or row is free as long as both sides agree; it is chosen here
 // such that a lane loads neighbours in a row (16 bytes of x, 8 where a transposed operand is made
-// of four rows), and so that the elements of a lane are whole blocks of random numbers:
-// each is drawn once.
+// of four rows).
 
-struct Dropout
+// mask[y, r, w] = the bits of columns 32 w to 32 w + 31 of row r for the adapter whose layer is y's:
+// set where the element is kept. Writes rows words 4 bytes for each adapter; a draw for four
+// elements, which is what it waits for.
+extern "C" __global__ void __launch_bounds__(256) dropout_mask(
+    int* mask, int rows, int cols, int words, long long seed, long long step, int layer0,
+    int layer1, int layer2, int threshold)
 {
-    u64 seed, step;
-    u32 layer, threshold;
-};
-
-// Bit i says whether element 4 * block + i is kept.
-DEVICE u32 kept_of_block(const Dropout& dropout, u32 block)
-{
-    uint4 words = philox(dropout.seed, dropout.step, dropout.layer, block);
-    u32 limit = dropout.threshold;
-    return (words.x >= limit) | (words.y >= limit) << 1 | (words.z >= limit) << 2
-        | (words.w >= limit) << 3;
-}
-
-// Bit i says whether element + i is kept, for i < N, which is 4 or 8.
-template <int N> DEVICE u32 kept(const Dropout& dropout, u64 element)
-{
-    u32 block = (u32)(element >> 2), shift = (u32)element & 3, bits = 0;
+    u32 i = blockIdx.x * blockDim.x + threadIdx.x, count = (u32)rows * words, limit = threshold;
+    if (i >= count) return;
+    u64 element = (u64)(i / words) * cols + i % words * 32, bits = 0;
+    u32 layer = blockIdx.y == 0 ? layer0 : blockIdx.y == 1 ? layer1 : layer2;
+    u32 block = (u32)(element >> 2), shift = (u32)element & 3;
 #pragma unroll
-    for (int i = 0; i < N / 4; i++) bits |= kept_of_block(dropout, block + i) << 4 * i;
-    if (shift != 0) bits |= kept_of_block(dropout, block + N / 4) << N;
-    return bits >> shift;
+    for (int k = 0; k < 9; k++)
+    {
+        if (k == 8 && shift == 0) break;
+        uint4 draw = philox((u64)seed, (u64)step, layer, block + k);
+        u32 kept = (draw.x >= limit) | (draw.y >= limit) << 1 | (draw.z >= limit) << 2
+            | (draw.w >= limit) << 3;
+        bits |= (u64)kept << 4 * k;
+    }
+    mask[(u64)blockIdx.y * count + i] = (int)(u32)(bits >> shift);
 }
 
 // A product with 0 or 1: a NaN stays one. The factor 1 / (1 - p) comes when sums are done.
@@ -1479,56 +1479,67 @@ DEVICE void columns_of(real2 (*b)[2], real2 (*row)[2])
 #define LORA_BLOCKS 1
 #endif
 
-// h[r, k] = scale * sum over c of mask x[r, c] a[k, c], or its sum over the columns of part z in
-// part[z, r, k]. A block has 32 rows and 64 ranks; its 8 warps take 32 columns in turn. Reads R C S
-// of x once from memory (for each 64 ranks), and a from cache; writes h. 2 R C rank FLOP, and one
-// draw for four elements of x, which is what it waits for where memory is not.
+// Of up to three adapters the one of a number.
+template <typename T> DEVICE T* of_adapter(int n, T* first, T* second, T* third)
+{
+    return n == 0 ? first : n == 1 ? second : third;
+}
+
+// h[r, n, k] = scale * sum over c of mask x[r, c] a_n[k, c], or its sum over the columns of part z
+// in part[z, r, n, k]. A block has 32 rows, and 64 ranks of an adapter; its 8 warps take 32 columns
+// in turn. Reads R C S of x once from memory, and a from cache; writes h. 2 R C rank FLOP for each
+// adapter.
 extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_down(
-    real* h, float* part, const real* x, const real* a, int rows, int cols, int rank,
-    int cols_per_part,
-    long long seed, long long step, int layer, int threshold, float scale)
+    real* h, float* part, const real* x, const int* mask, const real* a0, const real* a1,
+    const real* a2, int rows, int cols, int rank, int adapters, int words, int cols_per_part,
+    float scale)
 {
     static_assert(LORA_DOWN_ROWS == 32 && LORA_DOWN_COLS == 8 * 32, "what eight warps have");
     __shared__ float sums[8][2][32][8];
-    Dropout dropout = {(u64)seed, (u64)step, (u32)layer, (u32)threshold};
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-    int chunks = (rank + LORA_RANKS - 1) / LORA_RANKS;
-    int first_row = blockIdx.x / chunks * LORA_DOWN_ROWS;
-    int first_rank = blockIdx.x % chunks * LORA_RANKS;
-    int ranks = min(LORA_RANKS, rank - first_rank);
+    int chunks = (rank + LORA_RANKS - 1) / LORA_RANKS, chunk = blockIdx.x % (chunks * adapters);
+    int first_row = blockIdx.x / (chunks * adapters) * LORA_DOWN_ROWS;
+    int adapter = chunk / chunks, first_rank = chunk % chunks * LORA_RANKS;
+    int ranks = min(LORA_RANKS, rank - first_rank), width = adapters * rank;
     int begin = blockIdx.z * cols_per_part, end = min(cols, begin + cols_per_part);
+    const real* a = of_adapter(adapter, a0, a1, a2);
     bool wide = aligned16(x, cols, sizeof(real)) && aligned16(a, cols, sizeof(real));
     float d[2][LORA_RANKS / 8][4] = {};
-    const real *own_x = x + (u64)first_row * cols, *own_a = a + (u64)(first_rank + g) * cols;
-    u64 first_element = (u64)first_row * cols;
+    const real* own_x = x + (u64)(first_row + g) * cols;
+    const real* own_a = a + (u64)(first_rank + g) * cols;
+    // A lane has the mask of a row.
+    const int* own_mask = mask + ((u64)adapter * rows + first_row + lane) * words;
 #pragma unroll 1
     for (int base = begin + warp * 32; base < end; base += LORA_DOWN_COLS)
     {
+        u32 word = first_row + lane < rows ? (u32)own_mask[base / 32] : 0;
         // Of the 32 columns 8t to 8t + 3 are k = 2t, 2t + 1, 2t + 8, 2t + 9 of a first product, 8t
         // + 4 to 8t + 7 of a second.
         int c = base + 8 * t;
         real2 left[2][2][4];
+        // Offsets hidden from the compiler, which would keep all addresses and spill.
+        u32 at_x = 0, at_a = 0;
 #pragma unroll
         for (int i = 0; i < 4; i++)
         {
             int r = g + 8 * i;
             real2 p[4];
-            load_pairs<8>(p, own_x + r * cols, c, first_row + r < rows ? end : 0, wide);
-            u32 keep = kept<8>(dropout, first_element + r * cols + c);
+            load_pairs<8>(p, own_x + at_x, c, first_row + r < rows ? end : 0, wide);
+            at_x += 8 * cols;
+            asm("" : "+r"(at_x));
+            u32 keep = __shfl_sync(ALL_LANES, word, r) >> 8 * t;
 #pragma unroll
             for (int j = 0; j < 4; j++)
                 left[i / 2][j / 2][j % 2 * 2 + i % 2] = drop(p[j], keep >> 2 * j);
         }
-        const real* row = own_a;
 #pragma unroll
         for (int n = 0; n < LORA_RANKS / 8; n++)
         {
             if (n * 8 >= ranks) break;
             real2 right[4];
-            load_pairs<8>(right, row, c, n * 8 + g < ranks ? end : 0, wide);
-            // Hidden from the compiler, which would keep all eight addresses and spill.
-            row += 8 * cols;
-            asm("" : "+l"(row));
+            load_pairs<8>(right, own_a + at_a, c, n * 8 + g < ranks ? end : 0, wide);
+            at_a += 8 * cols;
+            asm("" : "+r"(at_a));
 #pragma unroll
             for (int m = 0; m < 2; m++)
             {
@@ -1558,8 +1569,8 @@ extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_down(
 #pragma unroll
             for (int w = 0; w < 8; w++) sum += sums[w][i % 16 / 8][i / 16][i % 8];
             if (r >= rows || k >= ranks) continue;
-            u64 at = (u64)r * rank + first_rank + k;
-            if (part != nullptr) part[(u64)blockIdx.z * rows * rank + at] = scale * sum;
+            u64 at = (u64)r * width + adapter * rank + first_rank + k;
+            if (part != nullptr) part[(u64)blockIdx.z * rows * width + at] = scale * sum;
             else h[at] = narrow(scale * sum);
         }
         __syncthreads();
@@ -1577,85 +1588,104 @@ extern "C" __global__ void __launch_bounds__(256) lora_down_parts(
     h[i] = narrow(sum);
 }
 
-// dx[r, c] = scale * mask * sum over k of t[r, k] a[k, c], or adds it. A warp has 32 rows and 32
-// columns, a block 2 x 4 of them. Writes (or reads and writes) R C S of dx, the rest from cache. 2
-// R C rank FLOP, a draw for four elements.
+// dx[r, c] = scale * sum over n of mask_n * sum over k of t[r, n, k] a_n[k, c], or adds it. A warp
+// has 32 rows, 16 at a time, and 32 columns, a block 2 x 4 of them. Writes (or reads and writes)
+// R C S of dx, the rest from cache. 2 R C rank FLOP for each adapter.
 extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_x(
-    real* dx, const real* t, const real* a, int rows, int cols, int rank, int accumulate,
-    long long seed, long long step, int layer, int threshold, float scale)
+    real* dx, const real* t, const int* mask, const real* a0, const real* a1, const real* a2,
+    int rows, int cols, int rank, int adapters, int words, int accumulate, float scale)
 {
-    Dropout dropout = {(u64)seed, (u64)step, (u32)layer, (u32)threshold};
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, q = lane % 4;
     static_assert(LORA_X_ROWS == 2 * 32 && LORA_X_COLS == 4 * 32, "what eight warps have");
-    int first_row = blockIdx.x * LORA_X_ROWS + warp / 4 * 32;
-    int first_col = blockIdx.y * LORA_X_COLS + warp % 4 * 32;
-    bool wide = aligned16(dx, cols, sizeof(real)) && aligned16(a, cols, sizeof(real));
-    bool wide_t = aligned16(t, rank, sizeof(real));
-    int c = first_col + 8 * q;
-    real2 values[4][4];
-#pragma unroll
-    for (int i = 0; i < 4; i++)
+    int first_col = blockIdx.y * LORA_X_COLS + warp % 4 * 32, c = first_col + 8 * q;
+    int width = adapters * rank;
+    bool wide = aligned16(dx, cols, sizeof(real));
+    bool wide_t = aligned16(t, width, sizeof(real)) && aligned16(t, rank, sizeof(real));
+#pragma unroll 1
+    for (int half = 0; half < 2; half++)
     {
-        int r = first_row + g + 8 * i;
-        load_pairs<8>(values[i], dx + (u64)r * cols, c, accumulate && r < rows ? cols : 0, wide);
-    }
-    float d[2][4][4] = {};
-    for (int base = 0; base < rank; base += 16)
-    {
-        // Ranks 4q to 4q + 3 are k = 2q, 2q + 1, 2q + 8, 2q + 9; column 4n + j is n of product j.
-        real2 left[2][4], row[4][2], right[4][2];
-#pragma unroll
-        for (int i = 0; i < 4; i++)
+        int first_row = blockIdx.x * LORA_X_ROWS + warp / 4 * 32 + half * 16 + g;
+        float sum[2][8] = {};
+#pragma unroll 1
+        for (int n = 0; n < adapters; n++)
         {
-            int r = first_row + g + 8 * i, k = base + 4 * q + i;
-            real2 p[2];
-            load_pairs<4>(p, t + (u64)r * rank, base + 4 * q, r < rows ? rank : 0, wide_t);
-            left[i / 2][i % 2] = p[0];
-            left[i / 2][2 + i % 2] = p[1];
-            load_pairs<4>(row[i], a + (u64)k * cols, first_col + 4 * g, k < rank ? cols : 0, wide);
-        }
-        columns_of(right, row);
+            const real *a = of_adapter(n, a0, a1, a2), *own_t = t + n * rank;
+            bool wide_a = aligned16(a, cols, sizeof(real));
+            float d[4][4] = {};
+            for (int base = 0; base < rank; base += 16)
+            {
+                // Ranks 4q to 4q + 3 are k = 2q, 2q + 1, 2q + 8, 2q + 9; column 4n + j is n of
+                // product j.
+                real2 left[4], row[4][2], right[4][2];
 #pragma unroll
-        for (int m = 0; m < 2; m++)
+                for (int i = 0; i < 2; i++)
+                {
+                    int r = first_row + 8 * i;
+                    real2 p[2];
+                    load_pairs<4>(
+                        p, own_t + (u64)r * width, base + 4 * q, r < rows ? rank : 0, wide_t);
+                    left[i] = p[0];
+                    left[2 + i] = p[1];
+                }
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                {
+                    int k = base + 4 * q + i;
+                    load_pairs<4>(
+                        row[i], a + (u64)k * cols, first_col + 4 * g, k < rank ? cols : 0, wide_a);
+                }
+                columns_of(right, row);
+#pragma unroll
+                for (int j = 0; j < 4; j++) multiply_add_16x8x16(d[j], left, right[j]);
+            }
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+            {
+                int r = first_row + 8 * i;
+                if (r >= rows || first_col >= cols) continue;
+                u32 keep = (u32)mask[((u64)n * rows + r) * words + first_col / 32] >> 8 * q;
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+                    sum[i][j] += d[j % 4][i * 2 + j / 4] * (keep >> j & 1 ? scale : 0.0f);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++)
         {
+            int r = first_row + 8 * i;
+            if (r >= rows || c >= cols) continue;
+            real2 values[4];
+            load_pairs<8>(values, dx + (u64)r * cols, c, accumulate ? cols : 0, wide);
 #pragma unroll
-            for (int j = 0; j < 4; j++) multiply_add_16x8x16(d[m][j], left[m], right[j]);
+            for (int j = 0; j < 4; j++)
+                values[j] = narrow_pair(widen_low(values[j]) + sum[i][2 * j],
+                    widen_high(values[j]) + sum[i][2 * j + 1]);
+            store_pairs(dx + (u64)r * cols, values, c, cols, wide);
         }
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-    {
-        int r = first_row + g + 8 * i;
-        if (r >= rows || c >= cols) continue;
-        u32 keep = kept<8>(dropout, (u64)r * cols + c);
-        float v[8];
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-            v[j] = d[i / 2][j % 4][i % 2 * 2 + j / 4] * (keep >> j & 1 ? scale : 0.0f);
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            values[i][j] = narrow_pair(
-                widen_low(values[i][j]) + v[2 * j], widen_high(values[i][j]) + v[2 * j + 1]);
-        store_pairs(dx + (u64)r * cols, values[i], c, cols, wide);
     }
 }
 
-// da[y, k, c] = scale * sum of t[r, k] mask x[r, c] over the rows r of part y, or adds it. A block
-// has 32 columns and 64 ranks, each of its 8 warps 16 rows in turn. Reads R C S of x once from
-// memory (for each 64 ranks), t from cache; writes 4 rank C for each part. 2 R C rank FLOP, a draw
-// for four elements of x.
+// da_n[y, k, c] = scale * sum of t[r, n, k] mask_n x[r, c] over the rows r of part y, or adds it
+// where bit n of accumulate is set; a da that is not there is not wanted. A block has 32 columns,
+// and 64 ranks of an adapter, each of its 8 warps 16 rows in turn. Reads R C S of x once from
+// memory, t from cache; writes 4 rank C for each adapter and part. 2 R C rank FLOP for each.
 extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_a(
-    float* da, const real* t, const real* x, int rows, int cols, int rank, int rows_per_part,
-    int accumulate, long long seed, long long step, int layer, int threshold, float scale)
+    float* da0, float* da1, float* da2, const real* t, const real* x, const int* mask, int rows,
+    int cols, int rank, int adapters, int words, int rows_per_part, int accumulate, float scale)
 {
     static_assert(LORA_A_ROWS == 8 * 16 && LORA_A_COLS == 32, "what eight warps have");
     __shared__ float sums[8][16][32];
-    Dropout dropout = {(u64)seed, (u64)step, (u32)layer, (u32)threshold};
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, q = lane % 4;
-    int first_col = blockIdx.x * LORA_A_COLS, first_rank = blockIdx.z * LORA_RANKS;
-    int ranks = min(LORA_RANKS, rank - first_rank);
+    int chunks = (rank + LORA_RANKS - 1) / LORA_RANKS, adapter = blockIdx.z / chunks;
+    int first_col = blockIdx.x * LORA_A_COLS, first_rank = blockIdx.z % chunks * LORA_RANKS;
+    int ranks = min(LORA_RANKS, rank - first_rank), width = adapters * rank;
     int begin = blockIdx.y * rows_per_part, end = min(rows, begin + rows_per_part);
-    bool wide = aligned16(x, cols, sizeof(real)), wide_t = aligned16(t, rank, sizeof(real));
+    float* da = of_adapter(adapter, da0, da1, da2);
+    if (da == nullptr) return;
+    accumulate = accumulate >> adapter & 1;
+    bool wide = aligned16(x, cols, sizeof(real));
+    bool wide_t = aligned16(t, width, sizeof(real)) && aligned16(t, rank, sizeof(real));
+    const int* own_mask = mask + (u64)adapter * rows * words + blockIdx.x;
     float d[LORA_RANKS / 16][4][4] = {};
     for (int base = begin + warp * 16; base < end; base += LORA_A_ROWS)
     {
@@ -1668,7 +1698,7 @@ extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_a(
         {
             int r = base + 4 * q + i;
             load_pairs<4>(row[i], x + (u64)r * cols, c, r < end ? cols : 0, wide);
-            u32 keep = kept<4>(dropout, (u64)r * cols + c);
+            u32 keep = r < end ? (u32)own_mask[(u64)r * words] >> 4 * g : 0;
             row[i][0] = drop(row[i][0], keep);
             row[i][1] = drop(row[i][1], keep >> 2);
         }
@@ -1682,7 +1712,7 @@ extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_a(
             for (int i = 0; i < 4; i++)
             {
                 int r = base + 4 * q + i;
-                const real* from = t + (u64)r * rank + first_rank;
+                const real* from = t + (u64)r * width + adapter * rank + first_rank;
                 load_pairs<2>(p + i, from, m * 16 + 2 * g, r < end ? ranks : 0, wide_t);
             }
             real2 left[4] =
@@ -3312,6 +3342,7 @@ DEVICE void store_rounded(void* rounded, int type, long long i, const float* p, 
     bool wide)
 {
     u32 bits[4];
+#pragma unroll
     for (int j = 0; j < 4; j++) bits[j] = type == DTYPE_BF16 ? narrow_bf16(p[j]) : narrow_f16(p[j]);
     if (wide)
     {
@@ -3319,7 +3350,10 @@ DEVICE void store_rounded(void* rounded, int type, long long i, const float* p, 
             make_uint2(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
         return;
     }
-    for (int j = 0; j < count; j++) ((bf16*)rounded)[i + j] = (bf16)bits[j];
+    // Loops over fewer than four are unrolled, so that no array needs an address.
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        if (j < count) ((bf16*)rounded)[i + j] = (bf16)bits[j];
 }
 
 // AdamW on p[count] with gradients g and moments m, v, all float; rounded, if given, is p's copy in
@@ -3357,8 +3391,10 @@ extern "C" __global__ void __launch_bounds__(256) adamw(
     }
     else
     {
-        for (int j = 0; j < mine; j++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
         {
+            if (j >= mine) break;
             x[j] = adamw_element(s, p[i + j], g[i + j] * factor, &m[i + j], &v[i + j]);
             p[i + j] = x[j];
         }
@@ -3408,8 +3444,10 @@ extern "C" __global__ void __launch_bounds__(256) adamw_bf16_moments(
     }
     else
     {
-        for (int j = 0; j < mine; j++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
         {
+            if (j >= mine) break;
             x[j] = p[i + j], gradients[j] = g[i + j];
             means[j] = m[i + j], squares[j] = v[i + j];
         }
@@ -3430,8 +3468,10 @@ extern "C" __global__ void __launch_bounds__(256) adamw_bf16_moments(
     }
     else
     {
-        for (int j = 0; j < mine; j++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
         {
+            if (j >= mine) break;
             p[i + j] = x[j];
             m[i + j] = (bf16)means[j];
             v[i + j] = (bf16)squares[j];

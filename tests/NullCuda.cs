@@ -114,7 +114,7 @@ internal static unsafe class NullCuda
     [UnmanagedCallersOnly]
     private static int Attribute(int* value, int attribute, int device)
     {
-        *value = attribute == 97 ? 163 << 10 : 8;
+        *value = attribute switch { 97 => 163 << 10, 16 => 132, _ => 8 };
         return 0;
     }
 

@@ -135,8 +135,8 @@ public sealed unsafe record LoraLinear : Op
     {
         CudaMatrix x = call.In(0);
         Tensor a = call.In(3), y = call.Output, h = call.Saved(0), b = call.Floats(2);
-        var masked = new CudaLoraProducts(call, Layer, Dropout);
-        if (masked.Active) masked.Down(call, x, a, h);
+        if (CudaLoraProducts.Drops(call, Dropout))
+            new CudaLoraProducts(call, x, [a], [Layer], Dropout).Down(call, x, h);
         else call.Multiply(x, ((CudaMatrix)a).T, h);
         if (b.Exists) call.FillRows(y, b);
         call.Multiply(h, ((CudaMatrix)call.In(4)).T, y, Scale, beta: b.Exists ? 1 : 0);
@@ -154,11 +154,11 @@ public sealed unsafe record LoraLinear : Op
         if (!dx.Wanted && !da.Wanted) return;
         Tensor t = call.Scratch(call.Real, x.Rows, h.Shape.Cols);
         call.Multiply(dy, call.In(4), t, Scale);
-        var masked = new CudaLoraProducts(call, Layer, Dropout);
-        if (masked.Active)
+        if (CudaLoraProducts.Drops(call, Dropout))
         {
-            if (da.Wanted) masked.GradientA(call, x, t, da);
-            if (dx.Wanted) masked.GradientX(call, t, call.In(3), dx);
+            var masked = new CudaLoraProducts(call, x, [call.In(3)], [Layer], Dropout);
+            if (da.Wanted) masked.GradientA(call, x, t, [da]);
+            if (dx.Wanted) masked.GradientX(call, t, dx);
         }
         else
         {
