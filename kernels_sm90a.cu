@@ -82,6 +82,8 @@ DEVICE u64 further(u64 descriptor, int bytes) { return descriptor + (u64)(bytes 
 // between multiply_begin and multiply_wait.
 
 #define WORDS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define WORDS_24 WORDS_16 \
+    ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define WORDS_32 WORDS_16 \
     ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define WORDS_40 WORDS_32 \
@@ -96,45 +98,48 @@ DEVICE u64 further(u64 descriptor, int bytes) { return descriptor + (u64)(bytes 
     ", %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108" \
     ", %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123" \
     ", %124, %125, %126, %127"
-#define FLOATS_8(i)                                                                                \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]),    \
-        "+f"(d[i + 6]), "+f"(d[i + 7])
-#define FLOATS_16 FLOATS_8(0), FLOATS_8(8)
-#define FLOATS_32 FLOATS_16, FLOATS_8(16), FLOATS_8(24)
-#define FLOATS_40 FLOATS_32, FLOATS_8(32)
-#define FLOATS_48 FLOATS_40, FLOATS_8(40)
-#define FLOATS_64 FLOATS_48, FLOATS_8(48), FLOATS_8(56)
-#define FLOATS_128                                                                                 \
-    FLOATS_64, FLOATS_8(64), FLOATS_8(72), FLOATS_8(80), FLOATS_8(88), FLOATS_8(96),               \
-        FLOATS_8(104), FLOATS_8(112), FLOATS_8(120)
+#define FLOATS_8(F, i)                                                                             \
+    F(d[i]), F(d[i + 1]), F(d[i + 2]), F(d[i + 3]), F(d[i + 4]), F(d[i + 5]), F(d[i + 6]), F(d[i + 7])
+#define FLOATS_16(F) FLOATS_8(F, 0), FLOATS_8(F, 8)
+#define FLOATS_24(F) FLOATS_16(F), FLOATS_8(F, 16)
+#define FLOATS_32(F) FLOATS_24(F), FLOATS_8(F, 24)
+#define FLOATS_40(F) FLOATS_32(F), FLOATS_8(F, 32)
+#define FLOATS_48(F) FLOATS_40(F), FLOATS_8(F, 40)
+#define FLOATS_64(F) FLOATS_48(F), FLOATS_8(F, 48), FLOATS_8(F, 56)
+#define FLOATS_128(F)                                                                              \
+    FLOATS_64(F), FLOATS_8(F, 64), FLOATS_8(F, 72), FLOATS_8(F, 80), FLOATS_8(F, 88),              \
+        FLOATS_8(F, 96), FLOATS_8(F, 104), FLOATS_8(F, 112), FLOATS_8(F, 120)
 
-// d += a b, or d = a b where `add` is 0. A and B say where the operand is M- or N-major. Overloads
-// by the number of d's floats: N / 2 for N of 32, 64, 80, 96, 128, 256.
-#define DEFINE_MULTIPLY(N, COUNT, I0, I1, I2, I3, I4, I5, I6)                                      \
-    template <bool A, bool B>                                                                      \
-    DEVICE void multiply(float (&d)[COUNT], u64 a, u64 b, int add)                                 \
+// multiply_first: d = a b; multiply: d += a b. A and B say where the operand is M- or N-major.
+// Overloads by the number of d's floats: N / 2 for N of 32, 48, 64, 80, 96, 128, 256. (Two asm
+// statements, as only an output that is no input leaves the assembler free to overlap products.)
+#define DEFINE_MULTIPLY(NAME, F, ADD, N, COUNT, I0, I1, I2, I3, I4, I5)                            \
+    template <bool A, bool B> DEVICE void NAME(float (&d)[COUNT], u64 a, u64 b)                    \
     {                                                                                              \
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %" I2 ", 0; "                                  \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, " ADD ", 0; "                                  \
             "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" WORDS_##COUNT             \
-            "}, %" I0 ", %" I1 ", p, 1, 1, %" I3 ", %" I4 ";}"                                     \
-            : FLOATS_##COUNT : "l"(a), "l"(b), "r"(add), "n"((int)A), "n"((int)B));                \
+            "}, %" I0 ", %" I1 ", p, 1, 1, %" I2 ", %" I3 ";}"                                     \
+            : FLOATS_##COUNT(F) : "l"(a), "l"(b), "n"((int)A), "n"((int)B));                       \
     }                                                                                              \
-    template <bool B>                                                                              \
-    DEVICE void multiply(float (&d)[COUNT], const u32 (&a)[4], u64 b, int add)                     \
+    template <bool B> DEVICE void NAME(float (&d)[COUNT], const u32 (&a)[4], u64 b)                \
     {                                                                                              \
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %" I5 ", 0; "                                  \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, " ADD ", 0; "                                  \
             "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" WORDS_##COUNT             \
-            "}, {%" I0 ", %" I1 ", %" I2 ", %" I3 "}, %" I4 ", p, 1, 1, %" I6 ";}"                 \
-            : FLOATS_##COUNT                                                                       \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"((int)B));          \
+            "}, {%" I0 ", %" I1 ", %" I2 ", %" I3 "}, %" I4 ", p, 1, 1, %" I5 ";}"                 \
+            : FLOATS_##COUNT(F)                                                                    \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"((int)B));                    \
     }
+#define DEFINE_MULTIPLIES(...)                                                                     \
+    DEFINE_MULTIPLY(multiply_first, "=f", "0", __VA_ARGS__)                                        \
+    DEFINE_MULTIPLY(multiply, "+f", "1", __VA_ARGS__)
 
-DEFINE_MULTIPLY(32, 16, "16", "17", "18", "19", "20", "21", "22")
-DEFINE_MULTIPLY(64, 32, "32", "33", "34", "35", "36", "37", "38")
-DEFINE_MULTIPLY(80, 40, "40", "41", "42", "43", "44", "45", "46")
-DEFINE_MULTIPLY(96, 48, "48", "49", "50", "51", "52", "53", "54")
-DEFINE_MULTIPLY(128, 64, "64", "65", "66", "67", "68", "69", "70")
-DEFINE_MULTIPLY(256, 128, "128", "129", "130", "131", "132", "133", "134")
+DEFINE_MULTIPLIES(32, 16, "16", "17", "18", "19", "20", "21")
+DEFINE_MULTIPLIES(48, 24, "24", "25", "26", "27", "28", "29")
+DEFINE_MULTIPLIES(64, 32, "32", "33", "34", "35", "36", "37")
+DEFINE_MULTIPLIES(80, 40, "40", "41", "42", "43", "44", "45")
+DEFINE_MULTIPLIES(96, 48, "48", "49", "50", "51", "52", "53")
+DEFINE_MULTIPLIES(128, 64, "64", "65", "66", "67", "68", "69")
+DEFINE_MULTIPLIES(256, 128, "128", "129", "130", "131", "132", "133")
 
 // Before the first product after registers or shared memory changed.
 DEVICE void multiply_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -162,6 +167,20 @@ DEVICE void store_matrix_x4(u32 address, const u32 (&r)[4])
 {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
         :: "r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+
+DEVICE float4 load_shared(u32 address)
+{
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+        : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(address) : "memory");
+    return x;
+}
+
+DEVICE void store_shared(u32 address, float4 x)
+{
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
+        :: "r"(address), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
 }
 
 // -- mbarriers: 8 bytes of shared memory that count arrivals, phase after phase --
@@ -287,4 +306,691 @@ DEVICE int load_acquire(const int* p)
 DEVICE void store_release(int* p, int x)
 {
     asm volatile("st.release.gpu.global.b32 [%0], %1;" :: "l"(p), "r"(x) : "memory");
+}
+
+// ---- 2. packed sequences, as in kernels.cu ------------------------------------------------------
+
+DEVICE void report(int* faults, int what, int position, int value, int limit)
+{
+    if (atomicCAS(faults, 0, what) != 0) return;
+    faults[1] = position;
+    faults[2] = value;
+    faults[3] = limit;
+}
+
+DEVICE void check_starts(int* faults, int what, const int* starts, int sequences, int tokens)
+{
+    for (int s = threadIdx.x; s <= sequences; s += blockDim.x)
+    {
+        int lowest = s == 0 ? 0 : starts[s - 1], highest = s == 0 ? 0 : tokens;
+        if (s == sequences) lowest = tokens;
+        if (starts[s] < lowest || starts[s] > highest) report(faults, what, s, starts[s], tokens);
+    }
+}
+
+// The arguments that say which query sees which key, as the kernels take them.
+struct AttentionMask
+{
+    const int *starts_q, *starts_k; // [sequences + 1]
+    const int* key_lengths;         // [sequences]; may be null
+    int sequences, tokens, key_tokens;
+    int causal; // 1: the last query's own key is the last one; 2: it is the last that counts
+};
+
+// A tile of one sequence's queries, or keys. Queries and keys count within the sequence.
+struct SequenceTile
+{
+    int sequence, first_token, queries, first_key_token, keys;
+    int visible; // keys that are not masked for all
+    int before;  // keys that stand before the first query's own, where the mask is causal
+    int first;   // of the tile
+};
+
+// Finds tile number `tile` of `rows` queries (or keys) each, counted over the sequences; false when
+// there are fewer. Every warp looks for itself, a sequence per lane; sequences outside the tokens
+// have none.
+DEVICE bool find_tile(SequenceTile& at, const AttentionMask& mask, int tile, int rows, bool of_keys)
+{
+    int lane = threadIdx.x % WARP;
+    for (int base = 0; base < mask.sequences; base += WARP)
+    {
+        int s = base + lane, tiles = 0;
+        if (s < mask.sequences)
+        {
+            int q = mask.starts_q[s], q_end = mask.starts_q[s + 1];
+            int k = mask.starts_k[s], k_end = mask.starts_k[s + 1];
+            bool inside = 0 <= q && q <= q_end && q_end <= mask.tokens
+                && 0 <= k && k <= k_end && k_end <= mask.key_tokens;
+            if (inside) tiles = ((of_keys ? k_end - k : q_end - q) + rows - 1) / rows;
+        }
+        int end = tiles; // the sum up to this lane
+        for (int step = 1; step < WARP; step *= 2)
+        {
+            int before = __shfl_up_sync(ALL_LANES, end, step);
+            if (lane >= step) end += before;
+        }
+        u32 behind = __ballot_sync(ALL_LANES, tile < end);
+        if (behind == 0)
+        {
+            tile -= __shfl_sync(ALL_LANES, end, WARP - 1);
+            continue;
+        }
+        int owner = __ffs(behind) - 1;
+        s = base + owner;
+        at.sequence = s;
+        at.first = (tile - __shfl_sync(ALL_LANES, end - tiles, owner)) * rows;
+        at.first_token = mask.starts_q[s];
+        at.queries = mask.starts_q[s + 1] - at.first_token;
+        at.first_key_token = mask.starts_k[s];
+        at.keys = mask.starts_k[s + 1] - at.first_key_token;
+        at.visible = at.keys;
+        if (mask.key_lengths) at.visible = max(0, min(at.keys, mask.key_lengths[s]));
+        at.before = (mask.causal == 2 ? at.visible : at.keys) - at.queries;
+        return true;
+    }
+    return false;
+}
+
+// A place for each tile of packed sequences: tiles of different sequences never share one, and
+// tokens / rows + sequences of them are enough.
+DEVICE int place_of_tile(int first_token, int sequence, int first, int rows)
+{
+    return first_token / rows + sequence + first / rows;
+}
+
+// 2^x, a few units in the last place.
+DEVICE float exp2_approx(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+#define LOG2_E 1.4426950408889634f
+
+// exp(scale product - lse). The difference is rounded once,
+// so that large logits keep their precision.
+DEVICE float probability(float product, float scale, float lse)
+{
+    return exp2_approx(fmaf(product, scale, -lse) * LOG2_E);
+}
+
+// ---- 3. attention, backward ---------------------------------------------------------------------
+//
+// With p = exp(scale q.k - lse), dp = dO.v and ds = p (dp - delta):
+//   dv = sum p dO,  dk = scale sum ds q  over the queries that see a key,
+//   dq = scale sum ds k  over the keys that a query sees: five products of 2 DIM FLOP per pair.
+// A block has 128 keys and one query head and goes over the tiles of queries that see them, from
+// the last to the first. Its two multiplying warpgroups have 64 keys each; they compute scores
+// transposed, keys by queries, so that p and ds feed dv and dk from registers; ds goes through
+// shared memory for dq, of which each has half. dk and dv stay in registers to the end (floats, one
+// part per query head where heads share a key head). dq of a tile is a sum over blocks: floats in
+// global memory, to which the blocks add in the order of their keys, each when `turns` of the tile
+// and head says that it is its turn: the same sums in the same order in every run. A block waits
+// only for blocks with smaller numbers, which the device starts first, so that none waits for ever;
+// as all begin with the last queries, a block is a step behind the one before it and seldom waits.
+// attention_backward_finish sums the parts and rounds.
+//
+// Accumulators that wait for that are kept as they lay in registers, "fragments": 64 rows of DIM
+// (rounded up to 16), as [DIM / 8][128 threads] x 4 floats; see multiply.
+
+// Columns of a head's tiles, the last of them zeros where the head has fewer.
+#define BACKWARD_COLS(DIM) (((DIM) + 15) / 16 * 16)
+
+// Tiles of a head dimension in shared memory: chunks of 64 columns, or of 16 where 64 do not fit.
+template <int DIM> struct Backward
+{
+    static constexpr int COLS = BACKWARD_COLS(DIM);
+    static constexpr int CHUNK = COLS % 64 == 0 ? 64 : 16, ROW = CHUNK * 2;
+    static constexpr int SWIZZLE = CHUNK == 64 ? SWIZZLE_128 : SWIZZLE_32;
+    static constexpr int KEYS = 128, QUERIES = 64;
+    // Columns of dq that a warpgroup has, the first or the last; of 80, both have the middle 16.
+    static constexpr int DQ_COLS = (COLS + 31) / 32 * 16, DQ_SECOND = COLS - DQ_COLS;
+    static constexpr int KEY_BYTES = KEYS * COLS * 2, QUERY_BYTES = QUERIES * COLS * 2;
+    static constexpr int DS_BYTES = KEYS * QUERIES * 2, DQ_BYTES = QUERIES * COLS * 4;
+    static constexpr int STATISTICS_BYTES = QUERIES * 8;
+    // Places in shared memory.
+    static constexpr int K = 0, V = K + KEY_BYTES, Q = V + KEY_BYTES, DO = Q + 2 * QUERY_BYTES;
+    static constexpr int DS = DO + 2 * QUERY_BYTES, DQ = DS + 2 * DS_BYTES;
+    static constexpr int STATISTICS = DQ + DQ_BYTES;
+    static constexpr int BARRIERS = STATISTICS + 2 * STATISTICS_BYTES;
+    static constexpr int BYTES = BARRIERS + 128;
+
+    // Of an operand with `rows` rows: K-major from columns 16 i, or N-major from rows 16 i.
+    static __device__ __forceinline__ u64 by_rows(u32 tile) { return matrix_descriptor(tile, 16, 8 * ROW, SWIZZLE); }
+    DEVICE u64 by_cols(u32 tile, int rows)
+    {
+        return matrix_descriptor(tile, rows * ROW, 8 * ROW, SWIZZLE);
+    }
+    DEVICE int col_step(int i, int rows)
+    {
+        return i * 16 / CHUNK * rows * ROW + i * 16 % CHUNK * 2;
+    }
+    DEVICE int row_step(int i) { return i * 16 * ROW; }
+};
+
+// What the three kinds of warps of a block know of its work.
+struct BackwardBlock
+{
+    const real *q, *d_output, *k, *v; // first query or key of the sequence and head, tile of keys
+    const float2* statistics;
+    float* dq; // of the sequence's first tile and head; tiles follow one another
+    int* turns;
+    int stride, key_stride; // elements from a token to the next
+    int queries, keys;      // rows left from the pointers
+    int first_tile, steps;  // tiles of queries: the first one that sees the keys, and how many
+    int turn;
+};
+
+// A warp's copy of ROWS rows of DIM elements into a tile; rows from `rows` on and columns from DIM
+// on become zeros.
+template <int DIM, int ROWS>
+DEVICE void copy_rows(u32 tile, const real* from, int stride, int rows)
+{
+    typedef Backward<DIM> S;
+    constexpr int PIECES = S::CHUNK / 8, ROWS_AT_ONCE = WARP / PIECES;
+    int row = threadIdx.x % WARP / PIECES, piece = threadIdx.x % PIECES;
+    u32 to = tile + (PIECES == 8 ? swizzled(row, piece) : swizzled_narrow(row, piece));
+    const real* line = from + row * stride + piece * 8;
+#pragma unroll 2
+    for (int i = 0; i < ROWS; i += ROWS_AT_ONCE)
+    {
+        u32 at = (PIECES == 8 ? to ^ (i & 4) * 16 : to) + i * S::ROW;
+#pragma unroll
+        for (int c = 0; c < S::COLS; c += S::CHUNK)
+            copy_async_16(at + c * ROWS * 2, line + c, row + i < rows && c + piece * 8 < DIM);
+        line += ROWS_AT_ONCE * stride;
+    }
+}
+
+// Phases of a ring of two stages: the parity of the wait for step `step` to be filled; a filler
+// waits with the opposite.
+DEVICE int ring_parity(int step) { return step >> 1 & 1; }
+
+// The barriers of a block, by number; those of rings have one per stage.
+#define Q_FULL 0
+#define Q_EMPTY 2
+#define DO_FULL 4
+#define DO_EMPTY 6
+#define DQ_FULL 8
+#define DQ_EMPTY 9
+#define CONSUMER_WARPS 8
+
+// One warp brings K and the tiles of q with (lse, delta), another V and the tiles of dO.
+template <int DIM, bool OF_Q> DEVICE void backward_load(const BackwardBlock& b, u32 memory)
+{
+    typedef Backward<DIM> S;
+    int lane = threadIdx.x % WARP;
+    u32 full = memory + S::BARRIERS + (OF_Q ? Q_FULL : DO_FULL) * 8;
+    u32 empty = memory + S::BARRIERS + (OF_Q ? Q_EMPTY : DO_EMPTY) * 8;
+    copy_rows<DIM, S::KEYS>(memory + (OF_Q ? S::K : S::V), OF_Q ? b.k : b.v, b.key_stride, b.keys);
+    for (int step = 0; step < b.steps; step++)
+    {
+        int stage = step & 1, first = (b.first_tile + b.steps - 1 - step) * S::QUERIES;
+        barrier_wait(empty + stage * 8, ring_parity(step) ^ 1);
+        copy_rows<DIM, S::QUERIES>(memory + (OF_Q ? S::Q : S::DO) + stage * S::QUERY_BYTES,
+            (OF_Q ? b.q : b.d_output) + (u64)first * b.stride, b.stride, b.queries - first);
+        if (OF_Q)
+        {
+#pragma unroll
+            for (int i = lane; i < S::QUERIES; i += WARP)
+            {
+                bool valid = first + i < b.queries;
+                copy_async_8(memory + S::STATISTICS + stage * S::STATISTICS_BYTES + i * 8,
+                    b.statistics + (valid ? first + i : 0), valid);
+            }
+        }
+        barrier_arrive_after_copies(full + stage * 8);
+    }
+}
+
+// One thread adds the tiles of dq to global memory, each when its turn has come.
+template <int DIM> DEVICE void backward_add_dq(const BackwardBlock& b, u32 memory)
+{
+    typedef Backward<DIM> S;
+    u32 full = memory + S::BARRIERS + DQ_FULL * 8, empty = memory + S::BARRIERS + DQ_EMPTY * 8;
+    for (int step = 0; step < b.steps; step++)
+    {
+        int tile = b.first_tile + b.steps - 1 - step;
+        float* to = b.dq + (u64)tile * (S::DQ_BYTES / 4);
+        barrier_wait(full, step & 1);
+        if (b.turn == 0) bulk_store(to, memory + S::DQ, S::DQ_BYTES);
+        else
+        {
+            while (load_acquire(b.turns + tile) != b.turn) {}
+            async_fence();
+            bulk_add_floats(to, memory + S::DQ, S::DQ_BYTES);
+        }
+        bulk_commit();
+        bulk_wait_read();
+        barrier_arrive(empty);
+        bulk_wait();
+        async_fence();
+        store_release(b.turns + tile, b.turn + 1);
+    }
+}
+
+// d[64, all], a fragment, to memory at fragments.
+template <int N> DEVICE void store_fragment(float* to, const float (&d)[N])
+{
+    float4* at = (float4*)to + threadIdx.x % WARPGROUP;
+#pragma unroll
+    for (int n = 0; n < N / 4; n++)
+        at[n * WARPGROUP] = make_float4(d[4 * n], d[4 * n + 1], d[4 * n + 2], d[4 * n + 3]);
+}
+
+// 64 rows of a gradient from a fragment, rounded; rows that exist.
+template <int DIM, int N>
+DEVICE void store_gradient(
+    real* to, int stride, int rows, const float (&d)[N], float scale, int accumulate)
+{
+    int lane = threadIdx.x % WARP, g = threadIdx.x % WARPGROUP / WARP * 16 + lane / 4;
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+    {
+        if (g + half * 8 >= rows) continue;
+        u32* words = (u32*)(to + (u64)(g + half * 8) * stride) + lane % 4;
+#pragma unroll
+        for (int n = 0; n < DIM / 8; n++)
+        {
+            float low = scale * d[4 * n + half * 2], high = scale * d[4 * n + half * 2 + 1];
+            if (accumulate)
+            {
+                u32 before = words[n * 4];
+                low += widen((real)before);
+                high += widen((real)(before >> 16));
+            }
+            words[n * 4] = narrow2(low, high);
+        }
+    }
+}
+
+// Where a multiplying warpgroup leaves its dk and dv.
+struct BackwardResult
+{
+    real *dk, *dv;              // its first key, or null
+    float *dk_parts, *dv_parts; // its fragment, or null
+    int rows;                   // keys from there
+    int accumulate_k, accumulate_v;
+    float scale;
+};
+
+template <int DIM>
+DEVICE void backward_multiply(const BackwardBlock& b, const BackwardResult& result, u32 memory,
+    const AttentionMask& mask, const SequenceTile& at)
+{
+    typedef Backward<DIM> S;
+    constexpr int COLS = S::COLS, QUERIES = S::QUERIES, FLOATS = QUERIES / 2;
+    int group = threadIdx.x / WARPGROUP - 1, thread = threadIdx.x % WARPGROUP;
+    int lane = thread % WARP, warp_key = group * 64 + thread / WARP * 16;
+    u32 barriers = memory + S::BARRIERS;
+
+    // Where each warpgroup's operands begin; the stages of q and dO and of ds lie further on.
+    constexpr int KEY_ROWS = 64 * S::ROW;
+    u64 k_rows = S::by_rows(memory + S::K + group * KEY_ROWS);
+    u64 v_rows = S::by_rows(memory + S::V + group * KEY_ROWS);
+    u64 k_cols = further(
+        S::by_cols(memory + S::K, S::KEYS), group * S::col_step(S::DQ_SECOND / 16, S::KEYS));
+    u64 q_rows = S::by_rows(memory + S::Q), q_cols = S::by_cols(memory + S::Q, QUERIES);
+    u64 do_rows = S::by_rows(memory + S::DO), do_cols = S::by_cols(memory + S::DO, QUERIES);
+    u64 ds_cols = matrix_descriptor(memory + S::DS, 16, 8 * ROW_BYTES);
+    // A lane's row of the matrices of ds that store_matrix_x4 writes, and which half of 16 queries.
+    int ds_row = warp_key + lane / 8 % 2 * 8 + lane % 8, ds_piece = lane / 16;
+
+    // The first query that sees each of a lane's two keys.
+    int low[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+    {
+        int key = at.first + warp_key + lane / 4 + half * 8;
+        low[half] = key >= at.visible ? 0x7fffffff : mask.causal ? key - at.before : -0x7fffffff;
+    }
+    // From this query on all of the tile's keys are seen.
+    int unmasked = at.first + S::KEYS > at.visible ? 0x7fffffff
+        : mask.causal ? at.first + S::KEYS - 1 - at.before : -0x7fffffff;
+
+    float dk[COLS / 2], dv[COLS / 2], s[FLOATS], dp[FLOATS];
+#pragma unroll
+    for (int i = 0; i < COLS / 2; i++) dk[i] = dv[i] = 0;
+
+    auto multiply_scores = [&](int step)
+    {
+        int stage = step & 1;
+        barrier_wait(barriers + (Q_FULL + stage) * 8, ring_parity(step));
+        async_fence_shared();
+        u64 tile = further(q_rows, stage * S::QUERY_BYTES);
+        multiply_begin();
+#pragma unroll
+        for (int i = 0; i < COLS / 16; i++)
+        {
+            u64 left = further(k_rows, S::col_step(i, S::KEYS));
+            u64 right = further(tile, S::col_step(i, QUERIES));
+            if (i == 0) multiply_first<false, false>(s, left, right);
+            else multiply<false, false>(s, left, right);
+        }
+        multiply_commit();
+    };
+
+    for (int step = 0; step < b.steps; step++)
+    {
+        int stage = step & 1, first = (b.first_tile + b.steps - 1 - step) * QUERIES;
+        multiply_scores(step);
+        barrier_wait(barriers + (DO_FULL + stage) * 8, ring_parity(step));
+        async_fence_shared();
+        u64 do_tile = further(do_rows, stage * S::QUERY_BYTES);
+        multiply_begin();
+#pragma unroll
+        for (int i = 0; i < COLS / 16; i++)
+        {
+            u64 left = further(v_rows, S::col_step(i, S::KEYS));
+            u64 right = further(do_tile, S::col_step(i, QUERIES));
+            if (i == 0) multiply_first<false, false>(dp, left, right);
+            else multiply<false, false>(dp, left, right);
+        }
+        multiply_commit();
+        multiply_wait<1>(); // scores, and dk of the step before
+        hold(s);
+        hold(dk);
+        if (step > 0 && lane == 0) barrier_arrive(barriers + (Q_EMPTY + (stage ^ 1)) * 8);
+
+        // (lse, delta) of queries 8n + 2t and the next one.
+        u32 statistics = memory + S::STATISTICS + stage * S::STATISTICS_BYTES + lane % 4 * 16;
+        bool masked = first < unmasked;
+        u32 p[QUERIES / 16][4], ds[QUERIES / 16][4];
+#pragma unroll
+        for (int n = 0; n < QUERIES / 8; n++)
+        {
+            float4 two = load_shared(statistics + n * 64);
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+            {
+                float x = probability(s[4 * n + i], result.scale, i % 2 ? two.z : two.x);
+                s[4 * n + i] =
+                    masked && first + n * 8 + lane % 4 * 2 + i % 2 < low[i / 2] ? 0 : x;
+            }
+            p[n / 2][n % 2 * 2] = narrow2(s[4 * n], s[4 * n + 1]);
+            p[n / 2][n % 2 * 2 + 1] = narrow2(s[4 * n + 2], s[4 * n + 3]);
+        }
+
+        u64 do_rows_of = further(do_cols, stage * S::QUERY_BYTES);
+        hold(dv);
+        multiply_begin();
+#pragma unroll
+        for (int i = 0; i < QUERIES / 16; i++)
+            multiply<true>(dv, p[i], further(do_rows_of, S::row_step(i)));
+        multiply_commit();
+        multiply_wait<1>(); // dp
+        hold(dp);
+
+#pragma unroll
+        for (int n = 0; n < QUERIES / 8; n++)
+        {
+            float4 two = load_shared(statistics + n * 64);
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+            {
+                float x = s[4 * n + i] * (dp[4 * n + i] - (i % 2 ? two.w : two.y));
+                dp[4 * n + i] = x;
+            }
+            ds[n / 2][n % 2 * 2] = narrow2(dp[4 * n], dp[4 * n + 1]);
+            ds[n / 2][n % 2 * 2 + 1] = narrow2(dp[4 * n + 2], dp[4 * n + 3]);
+        }
+        u32 ds_tile = memory + S::DS + stage * S::DS_BYTES;
+#pragma unroll
+        for (int i = 0; i < QUERIES / 16; i++)
+            store_matrix_x4(ds_tile + swizzled(ds_row, i * 2 + ds_piece), ds[i]);
+        async_fence_shared();
+        group_sync(1, 2 * WARPGROUP); // ds of both is there; two stages, so that nobody reads these
+
+        multiply_wait<0>(); // dv
+        hold(dv);
+        if (lane == 0) barrier_arrive(barriers + (DO_EMPTY + stage) * 8);
+        float dq[S::DQ_COLS / 2];
+        hold(dk);
+        multiply_begin();
+        u64 ds_of = further(ds_cols, stage * S::DS_BYTES);
+#pragma unroll
+        for (int i = 0; i < S::KEYS / 16; i++)
+        {
+            u64 left = further(ds_of, i * 16 * ROW_BYTES);
+            u64 right = further(k_cols, S::row_step(i));
+            if (i == 0) multiply_first<true, true>(dq, left, right);
+            else multiply<true, true>(dq, left, right);
+        }
+        multiply_commit();
+        u64 q_of = further(q_cols, stage * S::QUERY_BYTES);
+#pragma unroll
+        for (int i = 0; i < QUERIES / 16; i++)
+            multiply<true>(dk, ds[i], further(q_of, S::row_step(i)));
+        multiply_commit();
+        multiply_wait<1>();                          // dq
+        hold(dq);
+
+        barrier_wait(barriers + DQ_EMPTY * 8, step & 1 ^ 1);
+        u32 dq_tile = memory + S::DQ + (group * S::DQ_SECOND / 8 * WARPGROUP + thread) * 16;
+#pragma unroll
+        for (int n = 0; n < S::DQ_COLS / 8; n++)
+            if (group == 0 || n >= (S::DQ_COLS - S::DQ_SECOND) / 8) store_shared(dq_tile + n * WARPGROUP * 16,
+                make_float4(dq[4 * n], dq[4 * n + 1], dq[4 * n + 2], dq[4 * n + 3]));
+        async_fence_shared();
+        barrier_arrive(barriers + DQ_FULL * 8);
+    }
+    multiply_wait<0>();
+    hold(dk);
+    hold(dv);
+    if (result.dk_parts) store_fragment(result.dk_parts, dk);
+    else if (result.dk)
+        store_gradient<DIM>(
+            result.dk, b.key_stride, result.rows, dk, result.scale, result.accumulate_k);
+    if (result.dv_parts) store_fragment(result.dv_parts, dv);
+    else if (result.dv)
+        store_gradient<DIM>(result.dv, b.key_stride, result.rows, dv, 1, result.accumulate_v);
+}
+
+template <int DIM>
+DEVICE void attention_backward_block(real* dk, real* dv, float* dq, float* dk_parts,
+    float* dv_parts, int* turns, const real* q, const real* k, const real* v, const real* d_output,
+    const float* statistics, const AttentionMask& mask, int* faults, int heads, int kv_heads,
+    float scale, int accumulate_k, int accumulate_v, int neighbours)
+{
+    typedef Backward<DIM> S;
+    extern __shared__ __align__(1024) uint4 shared[];
+    u32 memory = shared_address(shared);
+    if (blockIdx.x == 0)
+    {
+        check_starts(
+            faults, FAULT_ATTENTION_QUERY_STARTS, mask.starts_q, mask.sequences, mask.tokens);
+        check_starts(
+            faults, FAULT_ATTENTION_KEY_STARTS, mask.starts_k, mask.sequences, mask.key_tokens);
+    }
+    // `neighbours` heads at a time; of these the first tile of each, then the second of each.
+    int tiles = gridDim.x / heads, first_head = blockIdx.x / (tiles * neighbours) * neighbours;
+    int rest = blockIdx.x - first_head * tiles, together = min(neighbours, heads - first_head);
+    int head = first_head + rest % together, kv_head = head / (heads / kv_heads);
+    SequenceTile at;
+    if (!find_tile(at, mask, rest / together, S::KEYS, true)) return;
+
+    int first_query = mask.causal ? max(0, at.first - at.before) : 0;
+    u64 token = at.first_token, key = at.first_key_token + at.first;
+    BackwardBlock b;
+    b.stride = heads * DIM;
+    b.key_stride = kv_heads * DIM;
+    b.q = q + token * b.stride + head * DIM;
+    b.d_output = d_output + token * b.stride + head * DIM;
+    b.k = k + key * b.key_stride + kv_head * DIM;
+    b.v = v + key * b.key_stride + kv_head * DIM;
+    b.statistics = (const float2*)statistics + (u64)head * mask.tokens + token;
+    b.queries = at.queries;
+    b.keys = at.visible - at.first;
+    b.first_tile = first_query / S::QUERIES;
+    b.steps = b.keys <= 0 ? 0
+        : max(0, (at.queries + S::QUERIES - 1) / S::QUERIES - b.first_tile);
+    b.turn = at.first / S::KEYS;
+    u64 place = (u64)head * (mask.tokens / S::QUERIES + mask.sequences)
+        + place_of_tile(at.first_token, at.sequence, 0, S::QUERIES);
+    b.dq = dq + place * (S::DQ_BYTES / 4);
+    b.turns = turns + place;
+
+    u32 barriers = memory + S::BARRIERS;
+    if (threadIdx.x == 0)
+    {
+#pragma unroll
+        for (int stage = 0; stage < 2; stage++)
+        {
+            barrier_init(barriers + (Q_FULL + stage) * 8, WARP);
+            barrier_init(barriers + (DO_FULL + stage) * 8, WARP);
+            barrier_init(barriers + (Q_EMPTY + stage) * 8, CONSUMER_WARPS);
+            barrier_init(barriers + (DO_EMPTY + stage) * 8, CONSUMER_WARPS);
+        }
+        barrier_init(barriers + DQ_FULL * 8, 2 * WARPGROUP);
+        barrier_init(barriers + DQ_EMPTY * 8, 1);
+        barrier_init_done();
+    }
+    __syncthreads();
+
+    if (threadIdx.x < WARPGROUP)
+    {
+        keep_registers<24>();
+        int warp = threadIdx.x / WARP;
+        if (b.steps == 0) return;
+        if (warp == 0) backward_load<DIM, true>(b, memory);
+        else if (warp == 1) backward_load<DIM, false>(b, memory);
+        else if (warp == 2 && threadIdx.x % WARP == 0) backward_add_dq<DIM>(b, memory);
+    }
+    else
+    {
+        take_registers<240>();
+        int half = threadIdx.x / WARPGROUP - 1;
+        u64 own = (key + half * 64) * b.key_stride + kv_head * DIM;
+        u64 part = ((u64)head * (mask.key_tokens / S::KEYS + mask.sequences)
+            + place_of_tile(at.first_key_token, at.sequence, at.first, S::KEYS)) * 2 + half;
+        part *= 64 * S::COLS;
+        BackwardResult result = {dk ? dk + own : 0, dv ? dv + own : 0,
+            dk_parts ? dk_parts + part : 0, dv_parts ? dv_parts + part : 0,
+            at.keys - at.first - half * 64, accumulate_k, accumulate_v, scale};
+        backward_multiply<DIM>(b, result, memory, mask, at);
+    }
+}
+
+#define ATTENTION_BACKWARD(DIM)                                                                    \
+    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal}; \
+    attention_backward_block<DIM>(dk, dv, dq_tiles, dk_parts, dv_parts, turns, q, k, v,            \
+        output_gradient, statistics, mask, faults, heads, kv_heads, scale, accumulate_k,           \
+        accumulate_v, neighbours)
+
+extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_64(
+    real* dk, real* dv, float* dq_tiles, float* dk_parts, float* dv_parts, int* turns,
+    const real* q, const real* k, const real* v, const real* output_gradient,
+    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
+    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
+    float scale, int accumulate_k, int accumulate_v, int neighbours)
+{
+    ATTENTION_BACKWARD(64);
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_72(
+    real* dk, real* dv, float* dq_tiles, float* dk_parts, float* dv_parts, int* turns,
+    const real* q, const real* k, const real* v, const real* output_gradient,
+    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
+    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
+    float scale, int accumulate_k, int accumulate_v, int neighbours)
+{
+    ATTENTION_BACKWARD(72);
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_80(
+    real* dk, real* dv, float* dq_tiles, float* dk_parts, float* dv_parts, int* turns,
+    const real* q, const real* k, const real* v, const real* output_gradient,
+    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
+    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
+    float scale, int accumulate_k, int accumulate_v, int neighbours)
+{
+    ATTENTION_BACKWARD(80);
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_96(
+    real* dk, real* dv, float* dq_tiles, float* dk_parts, float* dv_parts, int* turns,
+    const real* q, const real* k, const real* v, const real* output_gradient,
+    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
+    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
+    float scale, int accumulate_k, int accumulate_v, int neighbours)
+{
+    ATTENTION_BACKWARD(96);
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_128(
+    real* dk, real* dv, float* dq_tiles, float* dk_parts, float* dv_parts, int* turns,
+    const real* q, const real* k, const real* v, const real* output_gradient,
+    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
+    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
+    float scale, int accumulate_k, int accumulate_v, int neighbours)
+{
+    ATTENTION_BACKWARD(128);
+}
+
+// to[rows, heads, head_dim] = scale times the sum of `parts` fragments, or adds it, rounded: of
+// queries where `turns` says how many blocks added to the fragments (0: none, whose content is
+// undefined), else of keys. A block of 128 threads per 64 rows, head, and 32 columns. Reads
+// 4 parts and writes 2 bytes per element.
+extern "C" __global__ void __launch_bounds__(128) attention_backward_finish(
+    real* to, const float* fragments, const int* turns, const int* starts_q, const int* starts_k,
+    int sequences, int tokens, int key_tokens, int heads, int parts, int head_dim, int tile_rows,
+    float scale, int accumulate)
+{
+    AttentionMask mask = {starts_q, starts_k, 0, sequences, tokens, key_tokens, 0};
+    bool of_keys = turns == 0;
+    int halves = tile_rows / 64, head = blockIdx.y, half = blockIdx.x % halves;
+    SequenceTile at;
+    if (!find_tile(at, mask, blockIdx.x / halves, tile_rows, of_keys)) return;
+    int token = of_keys ? at.first_key_token : at.first_token;
+    int lane = threadIdx.x % WARP;
+    int row = at.first + half * 64 + threadIdx.x / WARP * 16 + lane / 4;
+    int rows = of_keys ? at.keys : at.queries;
+    u64 places = (of_keys ? key_tokens : tokens) / tile_rows + sequences;
+    u64 place = places * head * parts + place_of_tile(token, at.sequence, at.first, tile_rows);
+    int cols = BACKWARD_COLS(head_dim), first = blockIdx.z * 4;
+    u64 words = cols / 8 * WARPGROUP; // of a fragment, four floats each
+    const float4* from = (const float4*)fragments + (place * halves + half) * words
+        + first * WARPGROUP + threadIdx.x;
+    float4 sum[4];
+#pragma unroll
+    for (int n = 0; n < 4; n++) sum[n] = make_float4(0, 0, 0, 0);
+    if (of_keys || turns[place] != 0)
+    {
+        for (int p = 0; p < parts; p++)
+        {
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+            {
+                if ((first + n) * 8 >= head_dim) continue;
+                float4 x = from[n * WARPGROUP];
+                sum[n].x += x.x;
+                sum[n].y += x.y;
+                sum[n].z += x.z;
+                sum[n].w += x.w;
+            }
+            from += places * halves * words;
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < 4; n++)
+    {
+        int col = (first + n) * 8 + lane % 4 * 2;
+        if (col >= head_dim) continue;
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+        {
+            if (row + i * 8 >= rows) continue;
+            u32* word = (u32*)(to + ((u64)(token + row + i * 8) * heads + head) * head_dim + col);
+            float low = scale * (i ? sum[n].z : sum[n].x);
+            float high = scale * (i ? sum[n].w : sum[n].y);
+            if (accumulate)
+            {
+                u32 before = *word;
+                low += widen((real)before);
+                high += widen((real)(before >> 16));
+            }
+            *word = narrow2(low, high);
+        }
+    }
 }
