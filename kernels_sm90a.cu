@@ -434,6 +434,10 @@ DEVICE float probability(float product, float scale, float lse)
 // Accumulators that wait for that are kept as they lay in registers, "fragments": 64 rows of DIM
 // (rounded up to 16), as [DIM / 8][128 threads] x 4 floats; see multiply.
 
+#ifndef AHEAD
+#define AHEAD 1
+#endif
+
 // Columns of a head's tiles, the last of them zeros where the head has fewer.
 #define BACKWARD_COLS(DIM) (((DIM) + 15) / 16 * 16)
 
@@ -454,7 +458,7 @@ template <int DIM> struct Backward
     static constexpr int DS = DO + 2 * QUERY_BYTES, DQ = DS + 2 * DS_BYTES;
     static constexpr int STATISTICS = DQ + DQ_BYTES;
     static constexpr int BARRIERS = STATISTICS + 2 * STATISTICS_BYTES;
-    static constexpr int BYTES = BARRIERS + 128;
+    static constexpr int BLOCK = BARRIERS + 128, BYTES = BLOCK + 128;
 
     // Of an operand with `rows` rows: K-major from columns 16 i, or N-major from rows 16 i.
     static __device__ __forceinline__ u64 by_rows(u32 tile) { return matrix_descriptor(tile, 16, 8 * ROW, SWIZZLE); }
@@ -469,7 +473,8 @@ template <int DIM> struct Backward
     DEVICE int row_step(int i) { return i * 16 * ROW; }
 };
 
-// What the three kinds of warps of a block know of its work.
+// What the three kinds of warps of a block know of its work: in shared memory, since those that
+// copy have few registers.
 struct BackwardBlock
 {
     const real *q, *d_output, *k, *v; // first query or key of the sequence and head, tile of keys
@@ -517,30 +522,31 @@ DEVICE int ring_parity(int step) { return step >> 1 & 1; }
 #define CONSUMER_WARPS 8
 
 // One warp brings K and the tiles of q with (lse, delta), another V and the tiles of dO.
-template <int DIM, bool OF_Q> DEVICE void backward_load(const BackwardBlock& b, u32 memory)
+template <int DIM> DEVICE void backward_load(const BackwardBlock& b, u32 memory, bool of_q)
 {
     typedef Backward<DIM> S;
-    int lane = threadIdx.x % WARP;
-    u32 full = memory + S::BARRIERS + (OF_Q ? Q_FULL : DO_FULL) * 8;
-    u32 empty = memory + S::BARRIERS + (OF_Q ? Q_EMPTY : DO_EMPTY) * 8;
-    copy_rows<DIM, S::KEYS>(memory + (OF_Q ? S::K : S::V), OF_Q ? b.k : b.v, b.key_stride, b.keys);
+    u32 tiles = memory + (of_q ? S::Q : S::DO), lane = threadIdx.x % WARP;
+    u32 full = memory + S::BARRIERS + (of_q ? Q_FULL : DO_FULL) * 8;
+    copy_rows<DIM, S::KEYS>(
+        memory + (of_q ? S::K : S::V), of_q ? b.k : b.v, b.key_stride, b.keys);
+    int first = (b.first_tile + b.steps - 1) * S::QUERIES;
+    const real* from = (of_q ? b.q : b.d_output) + (u64)first * b.stride;
     for (int step = 0; step < b.steps; step++)
     {
-        int stage = step & 1, first = (b.first_tile + b.steps - 1 - step) * S::QUERIES;
-        barrier_wait(empty + stage * 8, ring_parity(step) ^ 1);
-        copy_rows<DIM, S::QUERIES>(memory + (OF_Q ? S::Q : S::DO) + stage * S::QUERY_BYTES,
-            (OF_Q ? b.q : b.d_output) + (u64)first * b.stride, b.stride, b.queries - first);
-        if (OF_Q)
+        int stage = step & 1;
+        barrier_wait(full + (Q_EMPTY - Q_FULL + stage) * 8, ring_parity(step) ^ 1);
+        copy_rows<DIM, S::QUERIES>(
+            tiles + stage * S::QUERY_BYTES, from, b.stride, b.queries - first);
+        if (of_q)
         {
 #pragma unroll
-            for (int i = lane; i < S::QUERIES; i += WARP)
-            {
-                bool valid = first + i < b.queries;
-                copy_async_8(memory + S::STATISTICS + stage * S::STATISTICS_BYTES + i * 8,
-                    b.statistics + (valid ? first + i : 0), valid);
-            }
+            for (int i = 0; i < S::QUERIES; i += WARP)
+                copy_async_8(memory + S::STATISTICS + stage * S::STATISTICS_BYTES + (lane + i) * 8,
+                    b.statistics + first + lane + i, first + (int)lane + i < b.queries);
         }
         barrier_arrive_after_copies(full + stage * 8);
+        first -= S::QUERIES;
+        from -= S::QUERIES * b.stride;
     }
 }
 
@@ -624,6 +630,7 @@ DEVICE void backward_multiply(const BackwardBlock& b, const BackwardResult& resu
     int group = threadIdx.x / WARPGROUP - 1, thread = threadIdx.x % WARPGROUP;
     int lane = thread % WARP, warp_key = group * 64 + thread / WARP * 16;
     u32 barriers = memory + S::BARRIERS;
+    int steps = b.steps, first_tile = b.first_tile;
 
     // Where each warpgroup's operands begin; the stages of q and dO and of ds lie further on.
     constexpr int KEY_ROWS = 64 * S::ROW;
@@ -671,10 +678,16 @@ DEVICE void backward_multiply(const BackwardBlock& b, const BackwardResult& resu
         multiply_commit();
     };
 
-    for (int step = 0; step < b.steps; step++)
+    if (AHEAD && steps > 0)
     {
-        int stage = step & 1, first = (b.first_tile + b.steps - 1 - step) * QUERIES;
-        multiply_scores(step);
+        multiply_scores(0);
+        multiply_wait<0>();
+        hold(s);
+    }
+    for (int step = 0; step < steps; step++)
+    {
+        int stage = step & 1, first = (first_tile + steps - 1 - step) * QUERIES;
+        if (!AHEAD) multiply_scores(step);
         barrier_wait(barriers + (DO_FULL + stage) * 8, ring_parity(step));
         async_fence_shared();
         u64 do_tile = further(do_rows, stage * S::QUERY_BYTES);
@@ -688,10 +701,13 @@ DEVICE void backward_multiply(const BackwardBlock& b, const BackwardResult& resu
             else multiply<false, false>(dp, left, right);
         }
         multiply_commit();
-        multiply_wait<1>(); // scores, and dk of the step before
-        hold(s);
-        hold(dk);
-        if (step > 0 && lane == 0) barrier_arrive(barriers + (Q_EMPTY + (stage ^ 1)) * 8);
+        if (!AHEAD)
+        {
+            multiply_wait<1>(); // scores, and dk of the step before
+            hold(s);
+            hold(dk);
+            if (step > 0 && lane == 0) barrier_arrive(barriers + (Q_EMPTY + (stage ^ 1)) * 8);
+        }
 
         // (lse, delta) of queries 8n + 2t and the next one.
         u32 statistics = memory + S::STATISTICS + stage * S::STATISTICS_BYTES + lane % 4 * 16;
@@ -763,7 +779,8 @@ DEVICE void backward_multiply(const BackwardBlock& b, const BackwardResult& resu
         for (int i = 0; i < QUERIES / 16; i++)
             multiply<true>(dk, ds[i], further(q_of, S::row_step(i)));
         multiply_commit();
-        multiply_wait<1>();                          // dq
+        if (AHEAD) multiply_scores(min(step + 1, steps - 1)); // after the last step for nothing
+        multiply_wait<AHEAD ? 2 : 1>();                       // dq
         hold(dq);
 
         barrier_wait(barriers + DQ_EMPTY * 8, step & 1 ^ 1);
@@ -774,6 +791,13 @@ DEVICE void backward_multiply(const BackwardBlock& b, const BackwardResult& resu
                 make_float4(dq[4 * n], dq[4 * n + 1], dq[4 * n + 2], dq[4 * n + 3]));
         async_fence_shared();
         barrier_arrive(barriers + DQ_FULL * 8);
+        if (AHEAD)
+        {
+            multiply_wait<0>();
+            hold(s);
+            hold(dk);
+            if (lane == 0) barrier_arrive(barriers + (Q_EMPTY + stage) * 8);
+        }
     }
     multiply_wait<0>();
     hold(dk);
@@ -810,30 +834,30 @@ DEVICE void attention_backward_block(real* dk, real* dv, float* dq, float* dk_pa
     SequenceTile at;
     if (!find_tile(at, mask, rest / together, S::KEYS, true)) return;
 
-    int first_query = mask.causal ? max(0, at.first - at.before) : 0;
-    u64 token = at.first_token, key = at.first_key_token + at.first;
-    BackwardBlock b;
-    b.stride = heads * DIM;
-    b.key_stride = kv_heads * DIM;
-    b.q = q + token * b.stride + head * DIM;
-    b.d_output = d_output + token * b.stride + head * DIM;
-    b.k = k + key * b.key_stride + kv_head * DIM;
-    b.v = v + key * b.key_stride + kv_head * DIM;
-    b.statistics = (const float2*)statistics + (u64)head * mask.tokens + token;
-    b.queries = at.queries;
-    b.keys = at.visible - at.first;
-    b.first_tile = first_query / S::QUERIES;
-    b.steps = b.keys <= 0 ? 0
-        : max(0, (at.queries + S::QUERIES - 1) / S::QUERIES - b.first_tile);
-    b.turn = at.first / S::KEYS;
-    u64 place = (u64)head * (mask.tokens / S::QUERIES + mask.sequences)
-        + place_of_tile(at.first_token, at.sequence, 0, S::QUERIES);
-    b.dq = dq + place * (S::DQ_BYTES / 4);
-    b.turns = turns + place;
-
     u32 barriers = memory + S::BARRIERS;
+    BackwardBlock& b = *(BackwardBlock*)((char*)shared + S::BLOCK);
+    u64 key = at.first_key_token + at.first;
     if (threadIdx.x == 0)
     {
+        int first_query = mask.causal ? max(0, at.first - at.before) : 0;
+        u64 token = at.first_token;
+        b.stride = heads * DIM;
+        b.key_stride = kv_heads * DIM;
+        b.q = q + token * b.stride + head * DIM;
+        b.d_output = d_output + token * b.stride + head * DIM;
+        b.k = k + key * b.key_stride + kv_head * DIM;
+        b.v = v + key * b.key_stride + kv_head * DIM;
+        b.statistics = (const float2*)statistics + (u64)head * mask.tokens + token;
+        b.queries = at.queries;
+        b.keys = at.visible - at.first;
+        b.first_tile = first_query / S::QUERIES;
+        b.steps = b.keys <= 0 ? 0
+            : max(0, (at.queries + S::QUERIES - 1) / S::QUERIES - b.first_tile);
+        b.turn = at.first / S::KEYS;
+        u64 place = (u64)head * (mask.tokens / S::QUERIES + mask.sequences)
+            + place_of_tile(at.first_token, at.sequence, 0, S::QUERIES);
+        b.dq = dq + place * (S::DQ_BYTES / 4);
+        b.turns = turns + place;
 #pragma unroll
         for (int stage = 0; stage < 2; stage++)
         {
@@ -853,8 +877,7 @@ DEVICE void attention_backward_block(real* dk, real* dv, float* dq, float* dk_pa
         keep_registers<24>();
         int warp = threadIdx.x / WARP;
         if (b.steps == 0) return;
-        if (warp == 0) backward_load<DIM, true>(b, memory);
-        else if (warp == 1) backward_load<DIM, false>(b, memory);
+        if (warp < 2) backward_load<DIM>(b, memory, warp == 0);
         else if (warp == 2 && threadIdx.x % WARP == 0) backward_add_dq<DIM>(b, memory);
     }
     else
