@@ -99,7 +99,8 @@ DEVICE u64 further(u64 descriptor, int bytes) { return descriptor + (u64)(bytes 
     ", %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123" \
     ", %124, %125, %126, %127"
 #define FLOATS_8(F, i)                                                                             \
-    F(d[i]), F(d[i + 1]), F(d[i + 2]), F(d[i + 3]), F(d[i + 4]), F(d[i + 5]), F(d[i + 6]), F(d[i + 7])
+    F(d[i]), F(d[i + 1]), F(d[i + 2]), F(d[i + 3]), F(d[i + 4]), F(d[i + 5]), F(d[i + 6]),         \
+        F(d[i + 7])
 #define FLOATS_16(F) FLOATS_8(F, 0), FLOATS_8(F, 8)
 #define FLOATS_24(F) FLOATS_16(F), FLOATS_8(F, 16)
 #define FLOATS_32(F) FLOATS_24(F), FLOATS_8(F, 24)
@@ -110,36 +111,45 @@ DEVICE u64 further(u64 descriptor, int bytes) { return descriptor + (u64)(bytes 
     FLOATS_64(F), FLOATS_8(F, 64), FLOATS_8(F, 72), FLOATS_8(F, 80), FLOATS_8(F, 88),              \
         FLOATS_8(F, 96), FLOATS_8(F, 104), FLOATS_8(F, 112), FLOATS_8(F, 120)
 
-// multiply_first: d = a b; multiply: d += a b. A and B say where the operand is M- or N-major.
-// Overloads by the number of d's floats: N / 2 for N of 32, 48, 64, 80, 96, 128, 256. (Two asm
-// statements, as only an output that is no input leaves the assembler free to overlap products.)
-#define DEFINE_MULTIPLY(NAME, F, ADD, N, COUNT, I0, I1, I2, I3, I4, I5)                            \
-    template <bool A, bool B> DEVICE void NAME(float (&d)[COUNT], u64 a, u64 b)                    \
+// multiply: d += a b, or d = a b where `add` is 0; multiply_first: d = a b, which leaves the
+// registers of the old d to others. A and B say where the operand is M- or N-major. Overloads by the number of
+// d's floats: N / 2 for N of 32, 48, 64, 80, 96, 128, 256.
+#define OLD_FLOAT "+f"
+#define NEW_FLOAT "=f"
+#define DEFINE_MULTIPLY(N, COUNT, I0, I1, I2, I3, I4, I5, I6)                                      \
+    template <bool A, bool B>                                                                      \
+    DEVICE void multiply(float (&d)[COUNT], u64 a, u64 b, int add)                                 \
     {                                                                                              \
-        asm volatile("{.reg .pred p; setp.ne.b32 p, " ADD ", 0; "                                  \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %" I2 ", 0; "                                  \
+            "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" WORDS_##COUNT             \
+            "}, %" I0 ", %" I1 ", p, 1, 1, %" I3 ", %" I4 ";}"                                     \
+            : FLOATS_##COUNT(OLD_FLOAT)                                                            \
+            : "l"(a), "l"(b), "r"(add), "n"((int)A), "n"((int)B));                                 \
+    }                                                                                              \
+    template <bool A, bool B> DEVICE void multiply_first(float (&d)[COUNT], u64 a, u64 b)          \
+    {                                                                                              \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, 0, 0; "                                        \
             "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" WORDS_##COUNT             \
             "}, %" I0 ", %" I1 ", p, 1, 1, %" I2 ", %" I3 ";}"                                     \
-            : FLOATS_##COUNT(F) : "l"(a), "l"(b), "n"((int)A), "n"((int)B));                       \
+            : FLOATS_##COUNT(NEW_FLOAT) : "l"(a), "l"(b), "n"((int)A), "n"((int)B));               \
     }                                                                                              \
-    template <bool B> DEVICE void NAME(float (&d)[COUNT], const u32 (&a)[4], u64 b)                \
+    template <bool B>                                                                              \
+    DEVICE void multiply(float (&d)[COUNT], const u32 (&a)[4], u64 b, int add)                     \
     {                                                                                              \
-        asm volatile("{.reg .pred p; setp.ne.b32 p, " ADD ", 0; "                                  \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %" I5 ", 0; "                                  \
             "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" WORDS_##COUNT             \
-            "}, {%" I0 ", %" I1 ", %" I2 ", %" I3 "}, %" I4 ", p, 1, 1, %" I5 ";}"                 \
-            : FLOATS_##COUNT(F)                                                                    \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"((int)B));                    \
+            "}, {%" I0 ", %" I1 ", %" I2 ", %" I3 "}, %" I4 ", p, 1, 1, %" I6 ";}"                 \
+            : FLOATS_##COUNT(OLD_FLOAT)                                                            \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"((int)B));          \
     }
-#define DEFINE_MULTIPLIES(...)                                                                     \
-    DEFINE_MULTIPLY(multiply_first, "=f", "0", __VA_ARGS__)                                        \
-    DEFINE_MULTIPLY(multiply, "+f", "1", __VA_ARGS__)
 
-DEFINE_MULTIPLIES(32, 16, "16", "17", "18", "19", "20", "21")
-DEFINE_MULTIPLIES(48, 24, "24", "25", "26", "27", "28", "29")
-DEFINE_MULTIPLIES(64, 32, "32", "33", "34", "35", "36", "37")
-DEFINE_MULTIPLIES(80, 40, "40", "41", "42", "43", "44", "45")
-DEFINE_MULTIPLIES(96, 48, "48", "49", "50", "51", "52", "53")
-DEFINE_MULTIPLIES(128, 64, "64", "65", "66", "67", "68", "69")
-DEFINE_MULTIPLIES(256, 128, "128", "129", "130", "131", "132", "133")
+DEFINE_MULTIPLY(32, 16, "16", "17", "18", "19", "20", "21", "22")
+DEFINE_MULTIPLY(48, 24, "24", "25", "26", "27", "28", "29", "30")
+DEFINE_MULTIPLY(64, 32, "32", "33", "34", "35", "36", "37", "38")
+DEFINE_MULTIPLY(80, 40, "40", "41", "42", "43", "44", "45", "46")
+DEFINE_MULTIPLY(96, 48, "48", "49", "50", "51", "52", "53", "54")
+DEFINE_MULTIPLY(128, 64, "64", "65", "66", "67", "68", "69", "70")
+DEFINE_MULTIPLY(256, 128, "128", "129", "130", "131", "132", "133", "134")
 
 // Before the first product after registers or shared memory changed.
 DEVICE void multiply_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -461,7 +471,7 @@ template <int DIM> struct Backward
     static constexpr int BLOCK = BARRIERS + 128, BYTES = BLOCK + 128;
 
     // Of an operand with `rows` rows: K-major from columns 16 i, or N-major from rows 16 i.
-    static __device__ __forceinline__ u64 by_rows(u32 tile) { return matrix_descriptor(tile, 16, 8 * ROW, SWIZZLE); }
+    DEVICE u64 by_rows(u32 tile) { return matrix_descriptor(tile, 16, 8 * ROW, SWIZZLE); }
     DEVICE u64 by_cols(u32 tile, int rows)
     {
         return matrix_descriptor(tile, rows * ROW, 8 * ROW, SWIZZLE);
@@ -621,6 +631,27 @@ struct BackwardResult
     float scale;
 };
 
+// Starts d = a b^T for a tile of 64 queries, of which b has the rows, in the stage of `step`.
+template <int DIM>
+DEVICE void backward_scores(float (&d)[32], u64 a, u64 b, u32 full, int step)
+{
+    typedef Backward<DIM> S;
+    int stage = step & 1;
+    barrier_wait(full + stage * 8, ring_parity(step));
+    async_fence_shared();
+    b = further(b, stage * S::QUERY_BYTES);
+    multiply_begin();
+#pragma unroll
+    for (int i = 0; i < S::COLS / 16; i++)
+    {
+        u64 left = further(a, S::col_step(i, S::KEYS));
+        u64 right = further(b, S::col_step(i, S::QUERIES));
+        if (i == 0) multiply_first<false, false>(d, left, right);
+        else multiply<false, false>(d, left, right, 1);
+    }
+    multiply_commit();
+}
+
 template <int DIM>
 DEVICE void backward_multiply(const BackwardBlock& b, const BackwardResult& result, u32 memory,
     const AttentionMask& mask, const SequenceTile& at)
@@ -660,47 +691,17 @@ DEVICE void backward_multiply(const BackwardBlock& b, const BackwardResult& resu
 #pragma unroll
     for (int i = 0; i < COLS / 2; i++) dk[i] = dv[i] = 0;
 
-    auto multiply_scores = [&](int step)
-    {
-        int stage = step & 1;
-        barrier_wait(barriers + (Q_FULL + stage) * 8, ring_parity(step));
-        async_fence_shared();
-        u64 tile = further(q_rows, stage * S::QUERY_BYTES);
-        multiply_begin();
-#pragma unroll
-        for (int i = 0; i < COLS / 16; i++)
-        {
-            u64 left = further(k_rows, S::col_step(i, S::KEYS));
-            u64 right = further(tile, S::col_step(i, QUERIES));
-            if (i == 0) multiply_first<false, false>(s, left, right);
-            else multiply<false, false>(s, left, right);
-        }
-        multiply_commit();
-    };
-
     if (AHEAD && steps > 0)
     {
-        multiply_scores(0);
+        backward_scores<DIM>(s, k_rows, q_rows, barriers + Q_FULL * 8, 0);
         multiply_wait<0>();
         hold(s);
     }
     for (int step = 0; step < steps; step++)
     {
         int stage = step & 1, first = (first_tile + steps - 1 - step) * QUERIES;
-        if (!AHEAD) multiply_scores(step);
-        barrier_wait(barriers + (DO_FULL + stage) * 8, ring_parity(step));
-        async_fence_shared();
-        u64 do_tile = further(do_rows, stage * S::QUERY_BYTES);
-        multiply_begin();
-#pragma unroll
-        for (int i = 0; i < COLS / 16; i++)
-        {
-            u64 left = further(v_rows, S::col_step(i, S::KEYS));
-            u64 right = further(do_tile, S::col_step(i, QUERIES));
-            if (i == 0) multiply_first<false, false>(dp, left, right);
-            else multiply<false, false>(dp, left, right);
-        }
-        multiply_commit();
+        if (!AHEAD) backward_scores<DIM>(s, k_rows, q_rows, barriers + Q_FULL * 8, step);
+        backward_scores<DIM>(dp, v_rows, do_rows, barriers + DO_FULL * 8, step);
         if (!AHEAD)
         {
             multiply_wait<1>(); // scores, and dk of the step before
@@ -728,12 +729,12 @@ DEVICE void backward_multiply(const BackwardBlock& b, const BackwardResult& resu
             p[n / 2][n % 2 * 2 + 1] = narrow2(s[4 * n + 2], s[4 * n + 3]);
         }
 
-        u64 do_rows_of = further(do_cols, stage * S::QUERY_BYTES);
+        u64 do_of = further(do_cols, stage * S::QUERY_BYTES);
         hold(dv);
         multiply_begin();
 #pragma unroll
         for (int i = 0; i < QUERIES / 16; i++)
-            multiply<true>(dv, p[i], further(do_rows_of, S::row_step(i)));
+            multiply<true>(dv, p[i], further(do_of, S::row_step(i)), 1);
         multiply_commit();
         multiply_wait<1>(); // dp
         hold(dp);
@@ -771,24 +772,29 @@ DEVICE void backward_multiply(const BackwardBlock& b, const BackwardResult& resu
             u64 left = further(ds_of, i * 16 * ROW_BYTES);
             u64 right = further(k_cols, S::row_step(i));
             if (i == 0) multiply_first<true, true>(dq, left, right);
-            else multiply<true, true>(dq, left, right);
+            else multiply<true, true>(dq, left, right, 1);
         }
         multiply_commit();
         u64 q_of = further(q_cols, stage * S::QUERY_BYTES);
 #pragma unroll
         for (int i = 0; i < QUERIES / 16; i++)
-            multiply<true>(dk, ds[i], further(q_of, S::row_step(i)));
+            multiply<true>(dk, ds[i], further(q_of, S::row_step(i)), 1);
         multiply_commit();
-        if (AHEAD) multiply_scores(min(step + 1, steps - 1)); // after the last step for nothing
-        multiply_wait<AHEAD ? 2 : 1>();                       // dq
+        if (AHEAD) // after the last step for nothing
+            backward_scores<DIM>(
+                s, k_rows, q_rows, barriers + Q_FULL * 8, min(step + 1, steps - 1));
+        multiply_wait<AHEAD ? 2 : 1>(); // dq
         hold(dq);
 
         barrier_wait(barriers + DQ_EMPTY * 8, step & 1 ^ 1);
         u32 dq_tile = memory + S::DQ + (group * S::DQ_SECOND / 8 * WARPGROUP + thread) * 16;
 #pragma unroll
         for (int n = 0; n < S::DQ_COLS / 8; n++)
-            if (group == 0 || n >= (S::DQ_COLS - S::DQ_SECOND) / 8) store_shared(dq_tile + n * WARPGROUP * 16,
+        {
+            if (group == 1 && n < (S::DQ_COLS - S::DQ_SECOND) / 8) continue;
+            store_shared(dq_tile + n * WARPGROUP * 16,
                 make_float4(dq[4 * n], dq[4 * n + 1], dq[4 * n + 2], dq[4 * n + 3]));
+        }
         async_fence_shared();
         barrier_arrive(barriers + DQ_FULL * 8);
         if (AHEAD)
@@ -818,7 +824,7 @@ DEVICE void attention_backward_block(real* dk, real* dv, float* dq, float* dk_pa
     float scale, int accumulate_k, int accumulate_v, int neighbours)
 {
     typedef Backward<DIM> S;
-    extern __shared__ __align__(1024) uint4 shared[];
+    alignas(1024) extern __shared__ uint4 shared[];
     u32 memory = shared_address(shared);
     if (blockIdx.x == 0)
     {
