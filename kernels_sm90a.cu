@@ -4,8 +4,9 @@
 // too.
 //
 //   1  primitives: wgmma, matrix descriptors, mbarriers, copies, named barriers
-//   2  packed sequences, as in kernels.cu
-//   3  attention, backward
+//   2  packed sequences and softmax, as in kernels.cu
+//   3  attention, forward
+//   4  attention, backward
 //
 // How work is divided: a block is one warpgroup (4 warps) that moves data and gives its registers
 // away, and two that multiply. Tiles come by asynchronous copies and mbarriers tell of their
@@ -86,6 +87,7 @@ DEVICE u64 further(u64 descriptor, int bytes) { return descriptor + (u64)(bytes 
     ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define WORDS_32 WORDS_16 \
     ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define WORDS_36 WORDS_32 ", %32, %33, %34, %35"
 #define WORDS_40 WORDS_32 \
     ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define WORDS_48 WORDS_40 \
@@ -104,6 +106,7 @@ DEVICE u64 further(u64 descriptor, int bytes) { return descriptor + (u64)(bytes 
 #define FLOATS_16(F) FLOATS_8(F, 0), FLOATS_8(F, 8)
 #define FLOATS_24(F) FLOATS_16(F), FLOATS_8(F, 16)
 #define FLOATS_32(F) FLOATS_24(F), FLOATS_8(F, 24)
+#define FLOATS_36(F) FLOATS_32(F), F(d[32]), F(d[33]), F(d[34]), F(d[35])
 #define FLOATS_40(F) FLOATS_32(F), FLOATS_8(F, 32)
 #define FLOATS_48(F) FLOATS_40(F), FLOATS_8(F, 40)
 #define FLOATS_64(F) FLOATS_48(F), FLOATS_8(F, 48), FLOATS_8(F, 56)
@@ -112,8 +115,8 @@ DEVICE u64 further(u64 descriptor, int bytes) { return descriptor + (u64)(bytes 
         FLOATS_8(F, 96), FLOATS_8(F, 104), FLOATS_8(F, 112), FLOATS_8(F, 120)
 
 // multiply: d += a b, or d = a b where `add` is 0; multiply_first: d = a b, which leaves the
-// registers of the old d to others. A and B say where the operand is M- or N-major. Overloads by the number of
-// d's floats: N / 2 for N of 32, 48, 64, 80, 96, 128, 256.
+// registers of the old d to others. A and B say where the operand is M- or N-major. Overloads by
+// the number of d's floats: N / 2 for N of 32, 48, 64, 72, 80, 96, 128, 256.
 #define OLD_FLOAT "+f"
 #define NEW_FLOAT "=f"
 #define DEFINE_MULTIPLY(N, COUNT, I0, I1, I2, I3, I4, I5, I6)                                      \
@@ -146,6 +149,7 @@ DEVICE u64 further(u64 descriptor, int bytes) { return descriptor + (u64)(bytes 
 DEFINE_MULTIPLY(32, 16, "16", "17", "18", "19", "20", "21", "22")
 DEFINE_MULTIPLY(48, 24, "24", "25", "26", "27", "28", "29", "30")
 DEFINE_MULTIPLY(64, 32, "32", "33", "34", "35", "36", "37", "38")
+DEFINE_MULTIPLY(72, 36, "36", "37", "38", "39", "40", "41", "42")
 DEFINE_MULTIPLY(80, 40, "40", "41", "42", "43", "44", "45", "46")
 DEFINE_MULTIPLY(96, 48, "48", "49", "50", "51", "52", "53", "54")
 DEFINE_MULTIPLY(128, 64, "64", "65", "66", "67", "68", "69", "70")
@@ -318,34 +322,7 @@ DEVICE void store_release(int* p, int x)
     asm volatile("st.release.gpu.global.b32 [%0], %1;" :: "l"(p), "r"(x) : "memory");
 }
 
-// ---- 2. packed sequences, as in kernels.cu ------------------------------------------------------
-
-DEVICE void report(int* faults, int what, int position, int value, int limit)
-{
-    if (atomicCAS(faults, 0, what) != 0) return;
-    faults[1] = position;
-    faults[2] = value;
-    faults[3] = limit;
-}
-
-DEVICE void check_starts(int* faults, int what, const int* starts, int sequences, int tokens)
-{
-    for (int s = threadIdx.x; s <= sequences; s += blockDim.x)
-    {
-        int lowest = s == 0 ? 0 : starts[s - 1], highest = s == 0 ? 0 : tokens;
-        if (s == sequences) lowest = tokens;
-        if (starts[s] < lowest || starts[s] > highest) report(faults, what, s, starts[s], tokens);
-    }
-}
-
-// The arguments that say which query sees which key, as the kernels take them.
-struct AttentionMask
-{
-    const int *starts_q, *starts_k; // [sequences + 1]
-    const int* key_lengths;         // [sequences]; may be null
-    int sequences, tokens, key_tokens;
-    int causal; // 1: the last query's own key is the last one; 2: it is the last that counts
-};
+// ---- 2. packed sequences and softmax, as in kernels.cu ------------------------------------------
 
 // A tile of one sequence's queries, or keys. Queries and keys count within the sequence.
 struct SequenceTile
@@ -356,59 +333,33 @@ struct SequenceTile
     int first;   // of the tile
 };
 
-// Finds tile number `tile` of `rows` queries (or keys) each, counted over the sequences; false when
-// there are fewer. Every warp looks for itself, a sequence per lane; sequences outside the tokens
-// have none.
-DEVICE bool find_tile(SequenceTile& at, const AttentionMask& mask, int tile, int rows, bool of_keys)
+// Keys that a query sees.
+DEVICE int keys_seen(int causal, const SequenceTile& at, int query)
 {
-    int lane = threadIdx.x % WARP;
-    for (int base = 0; base < mask.sequences; base += WARP)
-    {
-        int s = base + lane, tiles = 0;
-        if (s < mask.sequences)
-        {
-            int q = mask.starts_q[s], q_end = mask.starts_q[s + 1];
-            int k = mask.starts_k[s], k_end = mask.starts_k[s + 1];
-            bool inside = 0 <= q && q <= q_end && q_end <= mask.tokens
-                && 0 <= k && k <= k_end && k_end <= mask.key_tokens;
-            if (inside) tiles = ((of_keys ? k_end - k : q_end - q) + rows - 1) / rows;
-        }
-        int end = tiles; // the sum up to this lane
-        for (int step = 1; step < WARP; step *= 2)
-        {
-            int before = __shfl_up_sync(ALL_LANES, end, step);
-            if (lane >= step) end += before;
-        }
-        u32 behind = __ballot_sync(ALL_LANES, tile < end);
-        if (behind == 0)
-        {
-            tile -= __shfl_sync(ALL_LANES, end, WARP - 1);
-            continue;
-        }
-        int owner = __ffs(behind) - 1;
-        s = base + owner;
-        at.sequence = s;
-        at.first = (tile - __shfl_sync(ALL_LANES, end - tiles, owner)) * rows;
-        at.first_token = mask.starts_q[s];
-        at.queries = mask.starts_q[s + 1] - at.first_token;
-        at.first_key_token = mask.starts_k[s];
-        at.keys = mask.starts_k[s + 1] - at.first_key_token;
-        at.visible = at.keys;
-        if (mask.key_lengths) at.visible = max(0, min(at.keys, mask.key_lengths[s]));
-        at.before = (mask.causal == 2 ? at.visible : at.keys) - at.queries;
-        return true;
-    }
-    return false;
+    return causal ? max(0, min(at.visible, query + 1 + at.before)) : at.visible;
 }
 
-// A place for each tile of packed sequences: tiles of different sequences never share one, and
-// tokens / rows + sequences of them are enough.
-DEVICE int place_of_tile(int first_token, int sequence, int first, int rows)
+// Takes row `tile` of the list that AttentionTiles.cs describes; false behind its end.
+DEVICE bool take_tile(SequenceTile& at, const int4* tiles, int tile, bool of_keys,
+    const int* key_lengths, int causal)
 {
-    return first_token / rows + sequence + first / rows;
+    int4 tokens = tiles[2 * tile], place = tiles[2 * tile + 1];
+    at.sequence = place.x;
+    at.first_token = tokens.x;
+    at.queries = tokens.y;
+    at.first_key_token = tokens.z;
+    at.keys = tokens.w;
+    at.first = place.y;
+    at.visible = key_lengths ? max(0, min(at.keys, key_lengths[place.x])) : at.keys;
+    at.before = (causal == 2 ? at.visible : at.keys) - at.queries;
+    return at.first < (of_keys ? at.keys : at.queries);
 }
 
-// 2^x, a few units in the last place.
+#define LOG2_E 1.4426950408889634f
+#define LN_2 0.6931471805599453f
+#define MINUS_INFINITY __int_as_float(0xff800000)
+
+// 2^x, a few units in the last place; 0 for -infinity and where floats have few bits left.
 DEVICE float exp2_approx(float x)
 {
     float y;
@@ -416,16 +367,388 @@ DEVICE float exp2_approx(float x)
     return y;
 }
 
-#define LOG2_E 1.4426950408889634f
-
-// exp(scale product - lse). The difference is rounded once,
-// so that large logits keep their precision.
-DEVICE float probability(float product, float scale, float lse)
+// Starts the copy of a tile of ROWS rows of DIM elements that lie stride elements apart, by a
+// warpgroup; rows from `rows` on and columns from DIM to the next multiple of 16 become zeros.
+template <int DIM, int ROWS>
+DEVICE void copy_tile(u32 tile, const real* from, int stride, int rows)
 {
-    return exp2_approx(fmaf(product, scale, -lse) * LOG2_E);
+    constexpr int ALL_PIECES = (DIM + 15) / 16 * 2;
+    int thread = threadIdx.x % WARPGROUP;
+#pragma unroll
+    for (int first = 0; first < ALL_PIECES; first += 8)
+    {
+        const int pieces = ALL_PIECES - first < 8 ? ALL_PIECES - first : 8; // 8, 4 or 2
+        int row = thread / pieces, piece = thread % pieces;
+        u32 address = tile + first / 8 * ROWS * ROW_BYTES + swizzled(row, piece);
+        const real* line = from + row * stride + (first + piece) * 8;
+        bool inside = (first + piece) * 8 < DIM;
+#pragma unroll
+        for (int step = 0; step < ROWS; step += WARPGROUP / pieces)
+        {
+            copy_async_16(address + step * ROW_BYTES, line, inside && row + step < rows);
+            line += WARPGROUP / pieces * stride;
+        }
+    }
 }
 
-// ---- 3. attention, backward ---------------------------------------------------------------------
+// ---- 3. attention, forward ----------------------------------------------------------------------
+
+// o = softmax(scale q k^T + mask) v and lse = ln(sum exp(scale q k^T)); 0 and -infinity for a query
+// that sees no key. q and o [tokens, heads, DIM], k and v [key tokens, kv_heads, DIM], lse [tokens,
+// heads]. After Shah et al. 2024 (FlashAttention-3).
+//
+// As many blocks as multiprocessors at most; each takes rows of the list of tiles for a head, the
+// list there and back again, so that those with a long tile get short ones later. A tile is 128
+// queries: one warpgroup copies, each of the other two multiplies 64 queries by 128 keys (64 where
+// DIM is above 128) at a time, from the last key to the first, so that masked tiles come first.
+// While the products of one group run, the other has its softmax; within a group the scores of the
+// next keys are computed beside the output of these. 4 DIM FLOP per query and key seen, plus what
+// the mask cuts from the last tiles; q and o move once, k and v once per tile of queries and head,
+// mostly from L2.
+template <int DIM> struct Forward
+{
+    static constexpr int ROWS = ATTENTION_TILE_ROWS, KEYS = DIM > 128 ? 64 : 128, STAGES = 2;
+    static constexpr int CHUNKS = (DIM + CHUNK_COLS - 1) / CHUNK_COLS, STEPS = (DIM + 15) / 16;
+    static constexpr int ROWS_CHUNK = ROWS * ROW_BYTES, KEYS_CHUNK = KEYS * ROW_BYTES;
+    static constexpr int KEY_TILE = CHUNKS * KEYS_CHUNK;
+    static constexpr bool OWN_OUTPUT = DIM <= 128; // else the output leaves through the queries'
+    static constexpr int QUERY_AT = 0, KEY_AT = CHUNKS * ROWS_CHUNK;
+    static constexpr int VALUE_AT = KEY_AT + STAGES * KEY_TILE;
+    static constexpr int OUTPUT_AT = OWN_OUTPUT ? VALUE_AT + STAGES * KEY_TILE : QUERY_AT;
+    static constexpr int BARRIERS_AT = VALUE_AT + STAGES * KEY_TILE
+        + (OWN_OUTPUT ? CHUNKS * ROWS_CHUNK : 0);
+    static constexpr int QUERY_FULL = 0, QUERY_EMPTY = 8, KEY_FULL = 16, KEY_EMPTY = 32;
+    static constexpr int VALUE_FULL = 48, VALUE_EMPTY = 64;
+};
+
+// What a block does next: false where there is nothing.
+DEVICE bool next_tile(SequenceTile& at, int& head, int round, const int4* tiles, int rows,
+    const int* key_lengths, int heads, int causal)
+{
+    int blocks = gridDim.x;
+    int item = round * blocks + (round % 2 ? blocks - 1 - (int)blockIdx.x : (int)blockIdx.x);
+    if (item >= rows * heads) return false;
+    head = item % heads;
+    return take_tile(at, tiles, item / heads, false, key_lengths, causal);
+}
+
+// The copying warpgroup's part.
+template <int DIM>
+DEVICE void forward_copy(u32 shared, u32 barriers, const real* q, const real* k, const real* v,
+    const int4* tiles, int rows, const int* key_lengths, int heads, int kv_heads, int causal)
+{
+    typedef Forward<DIM> F;
+    int stride = heads * DIM, kv_stride = kv_heads * DIM, done = 0, count = 0;
+    for (int round = 0; round * (int)gridDim.x < rows * heads; round++)
+    {
+        SequenceTile at;
+        int head;
+        if (!next_tile(at, head, round, tiles, rows, key_lengths, heads, causal)) continue;
+        int queries = min(F::ROWS, at.queries - at.first);
+        int end = keys_seen(causal, at, at.first + queries - 1);
+        long long key_at = ((long long)at.first_key_token * kv_heads + head / (heads / kv_heads))
+            * DIM;
+        barrier_wait(barriers + F::QUERY_EMPTY, (done & 1) ^ 1);
+        copy_tile<DIM, F::ROWS>(shared + F::QUERY_AT,
+            q + ((long long)(at.first_token + at.first) * heads + head) * DIM, stride, queries);
+        barrier_arrive_after_copies(barriers + F::QUERY_FULL);
+        done++;
+        for (int first = (end + F::KEYS - 1) / F::KEYS * F::KEYS - F::KEYS; first >= 0;
+             first -= F::KEYS, count++)
+        {
+            int stage = count % F::STAGES, parity = count / F::STAGES & 1;
+            long long from = key_at + (long long)first * kv_stride;
+            barrier_wait(barriers + F::KEY_EMPTY + 8 * stage, parity ^ 1);
+            copy_tile<DIM, F::KEYS>(
+                shared + F::KEY_AT + stage * F::KEY_TILE, k + from, kv_stride, end - first);
+            barrier_arrive_after_copies(barriers + F::KEY_FULL + 8 * stage);
+            barrier_wait(barriers + F::VALUE_EMPTY + 8 * stage, parity ^ 1);
+            copy_tile<DIM, F::KEYS>(
+                shared + F::VALUE_AT + stage * F::KEY_TILE, v + from, kv_stride, end - first);
+            barrier_arrive_after_copies(barriers + F::VALUE_FULL + 8 * stage);
+        }
+    }
+}
+
+// Scores of a group's queries with a tile of keys, s = q k^T.
+template <int DIM>
+DEVICE void score(float (&s)[Forward<DIM>::KEYS / 2], u64 query, u64 key)
+{
+    typedef Forward<DIM> F;
+#pragma unroll
+    for (int step = 0; step < F::STEPS; step++)
+        multiply<false, false>(s, further(query, step / 4 * F::ROWS_CHUNK + step % 4 * 32),
+            further(key, step / 4 * F::KEYS_CHUNK + step % 4 * 32), step > 0);
+}
+
+// out += p v.
+template <int DIM>
+DEVICE void weigh(float (&out)[DIM / 2], const u32 (&p)[Forward<DIM>::KEYS / 16][4], u64 value)
+{
+#pragma unroll
+    for (int step = 0; step < Forward<DIM>::KEYS / 16; step++)
+        multiply<true>(out, p[step], further(value, step * 16 * ROW_BYTES), 1);
+}
+
+// This thread's two rows of a group's running softmax: raw scores' maximum, this thread's share of
+// the sum of p = 2^(factor s - offset), offset = factor maximum.
+struct Softmax
+{
+    float max[2], sum[2];
+};
+
+// Scores to p, in place; keep gets what earlier sums and outputs shrink by. A NaN and an infinite
+// score stay visible: fmaxf drops a NaN, but its own p keeps it, and infinity - infinity is one.
+template <int N>
+DEVICE void soften(float (&s)[N], Softmax& row, float (&keep)[2], float factor)
+{
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+    {
+        float before = row.max[i], top = before;
+#pragma unroll
+        for (int n = 2 * i; n < N; n += 4) top = fmaxf(top, fmaxf(s[n], s[n + 1]));
+        top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 2));
+        float offset = top == MINUS_INFINITY ? 0 : __fmul_rn(top, factor);
+        row.max[i] = top;
+        keep[i] = exp2_approx(fmaf(before, factor, -offset));
+        float sum = 0;
+#pragma unroll
+        for (int n = 2 * i; n < N; n += 4)
+        {
+            s[n] = exp2_approx(fmaf(s[n], factor, -offset));
+            s[n + 1] = exp2_approx(fmaf(s[n + 1], factor, -offset));
+            sum += s[n] + s[n + 1];
+        }
+        row.sum[i] = fmaf(row.sum[i], keep[i], sum);
+    }
+}
+
+// Masks what a query does not see; key is the key of the thread's first score.
+template <int N> DEVICE void mask(float (&s)[N], const int (&seen)[2], int key)
+{
+#pragma unroll
+    for (int n = 0; n < N; n++)
+        if (key + n / 4 * 8 + n % 2 >= seen[n / 2 % 2]) s[n] = MINUS_INFINITY;
+}
+
+// p as the left operand of the product with v.
+template <int N> DEVICE void narrow_tile(u32 (&p)[N / 8][4], const float (&s)[N])
+{
+#pragma unroll
+    for (int n = 0; n < N / 2; n++) p[n / 4][n % 4] = narrow2(s[2 * n], s[2 * n + 1]);
+}
+
+// Earlier output shrinks by keep, where any of the warp's maxima rose.
+template <int N> DEVICE void shrink(float (&out)[N], const float (&keep)[2])
+{
+    if (!__any_sync(ALL_LANES, keep[0] != 1 || keep[1] != 1)) return;
+#pragma unroll
+    for (int n = 0; n < N; n++) out[n] *= keep[n / 2 % 2];
+}
+
+// The part of each of the two warpgroups that multiply.
+template <int DIM>
+DEVICE void forward_multiply(u32 shared, char* output, u32 barriers, real* o, float* lse,
+    const int4* tiles, int rows, const int* key_lengths, int heads, int causal, float scale)
+{
+    typedef Forward<DIM> F;
+    constexpr int KEYS = F::KEYS, HALF = F::ROWS / 2;
+    int group = threadIdx.x / WARPGROUP - 1, warp = threadIdx.x / WARP % 4;
+    int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    float factor = scale * LOG2_E;
+    u64 query = matrix_descriptor(
+        shared + F::QUERY_AT + group * HALF * ROW_BYTES, 16, 8 * ROW_BYTES);
+    u64 keys = matrix_descriptor(shared + F::KEY_AT, 16, 8 * ROW_BYTES);
+    u64 values = matrix_descriptor(shared + F::VALUE_AT, F::KEYS_CHUNK, 8 * ROW_BYTES);
+    int done = 0, count = 0;
+    for (int round = 0; round * (int)gridDim.x < rows * heads; round++)
+    {
+        SequenceTile at;
+        int head;
+        if (!next_tile(at, head, round, tiles, rows, key_lengths, heads, causal)) continue;
+        int queries = min(F::ROWS, at.queries - at.first);
+        int end = keys_seen(causal, at, at.first + queries - 1);
+        int row = group * HALF + 16 * warp + g; // and row + 8: this lane's queries in the tile
+        int seen[2] = {min(end, keys_seen(causal, at, at.first + row)),
+            min(end, keys_seen(causal, at, at.first + row + 8))};
+        // Tiles of keys, and those that all of the group's queries see whole.
+        int all = (end + KEYS - 1) / KEYS;
+        int open = min(end, keys_seen(causal, at, at.first + group * HALF)) / KEYS;
+
+        float out[DIM / 2];
+        Softmax state;
+#pragma unroll
+        for (int i = 0; i < DIM / 2; i++) out[i] = 0;
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+        {
+            state.max[i] = MINUS_INFINITY;
+            state.sum[i] = 0;
+        }
+        barrier_wait(barriers + F::QUERY_FULL, done & 1);
+        if (all > 0)
+        {
+            float s[KEYS / 2], keep[2];
+            u32 p[KEYS / 16][4];
+            int stage = count % F::STAGES, parity = count / F::STAGES & 1;
+            barrier_wait(barriers + F::KEY_FULL + 8 * stage, parity);
+            async_fence_shared();
+            hold(s);
+            multiply_begin();
+            score<DIM>(s, query, further(keys, stage * F::KEY_TILE));
+            multiply_commit();
+            multiply_wait<0>();
+            hold(s);
+            if (lane == 0) barrier_arrive(barriers + F::KEY_EMPTY + 8 * stage);
+            if (open < all) mask(s, seen, (all - 1) * KEYS + 2 * t);
+            soften(s, state, keep, factor);
+            narrow_tile(p, s);
+            for (int tile = all - 2; tile >= 0; tile--)
+            {
+                int before = stage, parity_before = parity;
+                count++;
+                stage = count % F::STAGES;
+                parity = count / F::STAGES & 1;
+                barrier_wait(barriers + F::KEY_FULL + 8 * stage, parity);
+                barrier_wait(barriers + F::VALUE_FULL + 8 * before, parity_before);
+                async_fence_shared();
+                if (group == 1 || tile < all - 2) group_sync(1 + group, 2 * WARPGROUP);
+                hold(s);
+                hold(out);
+                multiply_begin();
+                score<DIM>(s, query, further(keys, stage * F::KEY_TILE));
+                multiply_commit();
+                weigh<DIM>(out, p, further(values, before * F::KEY_TILE));
+                multiply_commit();
+                if (group == 0 || tile > 0) group_arrive(2 - group, 2 * WARPGROUP);
+                multiply_wait<1>();
+                hold(s);
+                if (lane == 0) barrier_arrive(barriers + F::KEY_EMPTY + 8 * stage);
+                if (tile >= open) mask(s, seen, tile * KEYS + 2 * t);
+                soften(s, state, keep, factor);
+                multiply_wait<0>();
+                hold(out);
+                if (lane == 0) barrier_arrive(barriers + F::VALUE_EMPTY + 8 * before);
+                shrink(out, keep);
+                narrow_tile(p, s);
+            }
+
+            if (F::OWN_OUTPUT && lane == 0) barrier_arrive(barriers + F::QUERY_EMPTY);
+            barrier_wait(barriers + F::VALUE_FULL + 8 * stage, parity);
+            async_fence_shared();
+            hold(out);
+            multiply_begin();
+            weigh<DIM>(out, p, further(values, stage * F::KEY_TILE));
+            multiply_commit();
+            multiply_wait<0>();
+            hold(out);
+            if (lane == 0) barrier_arrive(barriers + F::VALUE_EMPTY + 8 * stage);
+            count++;
+        }
+        else if (F::OWN_OUTPUT && lane == 0)
+        {
+            barrier_arrive(barriers + F::QUERY_EMPTY);
+        }
+        done++;
+
+        // Through shared memory, the warp's own rows, to stores of 16 bytes.
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+        {
+            float sum = state.sum[i];
+            sum += __shfl_xor_sync(ALL_LANES, sum, 1);
+            sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+            float inverse = 1 / sum, top = state.max[i];
+            int r = row + 8 * i;
+            if (t == 0 && r < queries)
+            {
+                // The rounding of the offset is taken back, since it is large where scores are.
+                float rounding = fmaf(top, factor, -__fmul_rn(top, factor));
+                lse[(long long)(at.first_token + at.first + r) * heads + head] = sum == 0
+                    ? MINUS_INFINITY : fmaf(top, scale, logf(sum) - rounding * LN_2);
+            }
+#pragma unroll
+            for (int n = 0; n < DIM / 8; n++)
+            {
+                u32* pair = (u32*)(output + n / 8 * F::ROWS_CHUNK + swizzled(r, n % 8)) + t;
+                // Where all scores are -infinity, 0 / 0.
+                *pair = seen[i] == 0
+                    ? 0 : narrow2(out[4 * n + 2 * i] * inverse, out[4 * n + 2 * i + 1] * inverse);
+            }
+        }
+        __syncwarp();
+        for (int i = lane; i < 16 * (DIM / 8); i += WARP)
+        {
+            int r = group * HALF + 16 * warp + i / (DIM / 8), n = i % (DIM / 8);
+            if (r < queries)
+                *(uint4*)(o + ((long long)(at.first_token + at.first + r) * heads + head) * DIM
+                    + 8 * n) = *(const uint4*)(output + n / 8 * F::ROWS_CHUNK + swizzled(r, n % 8));
+        }
+        __syncwarp();
+        if (!F::OWN_OUTPUT && lane == 0) barrier_arrive(barriers + F::QUERY_EMPTY);
+    }
+}
+
+template <int DIM>
+DEVICE void attention_forward(real* o, float* lse, const real* q, const real* k, const real* v,
+    const int4* tiles, const int* key_lengths, int rows, int heads, int kv_heads, int causal,
+    float scale)
+{
+    typedef Forward<DIM> F;
+    extern __shared__ uint4 forward_shared[];
+    u32 shared = (shared_address(forward_shared) + 1023) / 1024 * 1024;
+    char* output = (char*)forward_shared + (shared - shared_address(forward_shared))
+        + F::OUTPUT_AT;
+    u32 barriers = shared + F::BARRIERS_AT;
+    if (threadIdx.x == 0)
+    {
+        constexpr int WARPS = 8; // that multiply
+        barrier_init(barriers + F::QUERY_FULL, WARPGROUP);
+        barrier_init(barriers + F::QUERY_EMPTY, WARPS);
+        for (int stage = 0; stage < F::STAGES; stage++)
+        {
+            barrier_init(barriers + F::KEY_FULL + 8 * stage, WARPGROUP);
+            barrier_init(barriers + F::KEY_EMPTY + 8 * stage, WARPS);
+            barrier_init(barriers + F::VALUE_FULL + 8 * stage, WARPGROUP);
+            barrier_init(barriers + F::VALUE_EMPTY + 8 * stage, WARPS);
+        }
+        barrier_init_done();
+    }
+    __syncthreads();
+    if (threadIdx.x < WARPGROUP)
+    {
+        keep_registers<40>();
+        forward_copy<DIM>(
+            shared, barriers, q, k, v, tiles, rows, key_lengths, heads, kv_heads, causal);
+    }
+    else
+    {
+        take_registers<232>();
+        forward_multiply<DIM>(shared, output, barriers, o, lse, tiles, rows, key_lengths, heads,
+            causal, scale);
+    }
+}
+
+#define DEFINE_FORWARD(DIM)                                                                        \
+    extern "C" __global__ void __launch_bounds__(384, 1) attention_forward_hopper_##DIM(           \
+        real* o, float* lse, const real* q, const real* k, const real* v, const int* tiles,        \
+        const int* key_lengths, int rows, int heads, int kv_heads, int causal, float scale)        \
+    {                                                                                              \
+        attention_forward<DIM>(o, lse, q, k, v, (const int4*)tiles, key_lengths, rows, heads,      \
+            kv_heads, causal, scale);                                                              \
+    }
+
+DEFINE_FORWARD(64)
+DEFINE_FORWARD(72)
+DEFINE_FORWARD(80)
+DEFINE_FORWARD(96)
+DEFINE_FORWARD(128)
+DEFINE_FORWARD(256)
+
+// ---- 4. attention, backward ---------------------------------------------------------------------
 //
 // With p = exp(scale q.k - lse), dp = dO.v and ds = p (dp - delta):
 //   dv = sum p dO,  dk = scale sum ds q  over the queries that see a key,
@@ -444,6 +767,20 @@ DEVICE float probability(float product, float scale, float lse)
 // Accumulators that wait for that are kept as they lay in registers, "fragments": 64 rows of DIM
 // (rounded up to 16), as [DIM / 8][128 threads] x 4 floats; see multiply.
 
+// exp(scale product - lse). The difference is rounded once,
+// so that large logits keep their precision.
+DEVICE float probability(float product, float scale, float lse)
+{
+    return exp2_approx(fmaf(product, scale, -lse) * LOG2_E);
+}
+
+// A place for each tile of packed sequences: tiles of different sequences never share one, and
+// tokens / rows + sequences of them are enough.
+DEVICE int place_of_tile(int first_token, int sequence, int first, int rows)
+{
+    return first_token / rows + sequence + first / rows;
+}
+
 #ifndef AHEAD
 #define AHEAD 1
 #endif
@@ -457,7 +794,7 @@ template <int DIM> struct Backward
     static constexpr int COLS = BACKWARD_COLS(DIM);
     static constexpr int CHUNK = COLS % 64 == 0 ? 64 : 16, ROW = CHUNK * 2;
     static constexpr int SWIZZLE = CHUNK == 64 ? SWIZZLE_128 : SWIZZLE_32;
-    static constexpr int KEYS = 128, QUERIES = 64;
+    static constexpr int KEYS = ATTENTION_TILE_ROWS, QUERIES = 64;
     // Columns of dq that a warpgroup has, the first or the last; of 80, both have the middle 16.
     static constexpr int DQ_COLS = (COLS + 31) / 32 * 16, DQ_SECOND = COLS - DQ_COLS;
     static constexpr int KEY_BYTES = KEYS * COLS * 2, QUERY_BYTES = QUERIES * COLS * 2;
@@ -654,7 +991,7 @@ DEVICE void backward_scores(float (&d)[32], u64 a, u64 b, u32 full, int step)
 
 template <int DIM>
 DEVICE void backward_multiply(const BackwardBlock& b, const BackwardResult& result, u32 memory,
-    const AttentionMask& mask, const SequenceTile& at)
+    const SequenceTile& at, int causal)
 {
     typedef Backward<DIM> S;
     constexpr int COLS = S::COLS, QUERIES = S::QUERIES, FLOATS = QUERIES / 2;
@@ -681,11 +1018,11 @@ DEVICE void backward_multiply(const BackwardBlock& b, const BackwardResult& resu
     for (int half = 0; half < 2; half++)
     {
         int key = at.first + warp_key + lane / 4 + half * 8;
-        low[half] = key >= at.visible ? 0x7fffffff : mask.causal ? key - at.before : -0x7fffffff;
+        low[half] = key >= at.visible ? 0x7fffffff : causal ? key - at.before : -0x7fffffff;
     }
     // From this query on all of the tile's keys are seen.
     int unmasked = at.first + S::KEYS > at.visible ? 0x7fffffff
-        : mask.causal ? at.first + S::KEYS - 1 - at.before : -0x7fffffff;
+        : causal ? at.first + S::KEYS - 1 - at.before : -0x7fffffff;
 
     float dk[COLS / 2], dv[COLS / 2], s[FLOATS], dp[FLOATS];
 #pragma unroll
@@ -818,34 +1155,28 @@ DEVICE void backward_multiply(const BackwardBlock& b, const BackwardResult& resu
 }
 
 template <int DIM>
-DEVICE void attention_backward_block(real* dk, real* dv, float* dq, float* dk_parts,
+DEVICE void attention_backward(real* dk, real* dv, float* dq, float* dk_parts,
     float* dv_parts, int* turns, const real* q, const real* k, const real* v, const real* d_output,
-    const float* statistics, const AttentionMask& mask, int* faults, int heads, int kv_heads,
-    float scale, int accumulate_k, int accumulate_v, int neighbours)
+    const float* statistics, const int4* list, const int* key_lengths, int rows, int sequences,
+    int tokens, int key_tokens, int causal, int heads, int kv_heads, float scale, int accumulate_k,
+    int accumulate_v, int neighbours)
 {
     typedef Backward<DIM> S;
     alignas(1024) extern __shared__ uint4 shared[];
     u32 memory = shared_address(shared);
-    if (blockIdx.x == 0)
-    {
-        check_starts(
-            faults, FAULT_ATTENTION_QUERY_STARTS, mask.starts_q, mask.sequences, mask.tokens);
-        check_starts(
-            faults, FAULT_ATTENTION_KEY_STARTS, mask.starts_k, mask.sequences, mask.key_tokens);
-    }
     // `neighbours` heads at a time; of these the first tile of each, then the second of each.
-    int tiles = gridDim.x / heads, first_head = blockIdx.x / (tiles * neighbours) * neighbours;
-    int rest = blockIdx.x - first_head * tiles, together = min(neighbours, heads - first_head);
+    int first_head = blockIdx.x / (rows * neighbours) * neighbours;
+    int rest = blockIdx.x - first_head * rows, together = min(neighbours, heads - first_head);
     int head = first_head + rest % together, kv_head = head / (heads / kv_heads);
     SequenceTile at;
-    if (!find_tile(at, mask, rest / together, S::KEYS, true)) return;
+    if (!take_tile(at, list, rest / together, true, key_lengths, causal)) return;
 
     u32 barriers = memory + S::BARRIERS;
     BackwardBlock& b = *(BackwardBlock*)((char*)shared + S::BLOCK);
     u64 key = at.first_key_token + at.first;
     if (threadIdx.x == 0)
     {
-        int first_query = mask.causal ? max(0, at.first - at.before) : 0;
+        int first_query = causal ? max(0, at.first - at.before) : 0;
         u64 token = at.first_token;
         b.stride = heads * DIM;
         b.key_stride = kv_heads * DIM;
@@ -853,14 +1184,14 @@ DEVICE void attention_backward_block(real* dk, real* dv, float* dq, float* dk_pa
         b.d_output = d_output + token * b.stride + head * DIM;
         b.k = k + key * b.key_stride + kv_head * DIM;
         b.v = v + key * b.key_stride + kv_head * DIM;
-        b.statistics = (const float2*)statistics + (u64)head * mask.tokens + token;
+        b.statistics = (const float2*)statistics + (u64)head * tokens + token;
         b.queries = at.queries;
         b.keys = at.visible - at.first;
         b.first_tile = first_query / S::QUERIES;
         b.steps = b.keys <= 0 ? 0
             : max(0, (at.queries + S::QUERIES - 1) / S::QUERIES - b.first_tile);
         b.turn = at.first / S::KEYS;
-        u64 place = (u64)head * (mask.tokens / S::QUERIES + mask.sequences)
+        u64 place = (u64)head * (tokens / S::QUERIES + sequences)
             + place_of_tile(at.first_token, at.sequence, 0, S::QUERIES);
         b.dq = dq + place * (S::DQ_BYTES / 4);
         b.turns = turns + place;
@@ -891,96 +1222,58 @@ DEVICE void attention_backward_block(real* dk, real* dv, float* dq, float* dk_pa
         take_registers<240>();
         int half = threadIdx.x / WARPGROUP - 1;
         u64 own = (key + half * 64) * b.key_stride + kv_head * DIM;
-        u64 part = ((u64)head * (mask.key_tokens / S::KEYS + mask.sequences)
+        u64 part = ((u64)head * (key_tokens / S::KEYS + sequences)
             + place_of_tile(at.first_key_token, at.sequence, at.first, S::KEYS)) * 2 + half;
         part *= 64 * S::COLS;
         BackwardResult result = {dk ? dk + own : 0, dv ? dv + own : 0,
             dk_parts ? dk_parts + part : 0, dv_parts ? dv_parts + part : 0,
             at.keys - at.first - half * 64, accumulate_k, accumulate_v, scale};
-        backward_multiply<DIM>(b, result, memory, mask, at);
+        backward_multiply<DIM>(b, result, memory, at, causal);
     }
 }
 
-#define ATTENTION_BACKWARD(DIM)                                                                    \
-    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal}; \
-    attention_backward_block<DIM>(dk, dv, dq_tiles, dk_parts, dv_parts, turns, q, k, v,            \
-        output_gradient, statistics, mask, faults, heads, kv_heads, scale, accumulate_k,           \
-        accumulate_v, neighbours)
+#define DEFINE_BACKWARD(DIM)                                                                       \
+    extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_hopper_##DIM(          \
+        real* dk, real* dv, float* dq, float* dk_parts, float* dv_parts, int* turns,               \
+        const real* q, const real* k, const real* v, const real* output_gradient,                  \
+        const float* statistics, const int* tiles, const int* key_lengths, int rows,               \
+        int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,            \
+        float scale, int accumulate_k, int accumulate_v, int neighbours)                           \
+    {                                                                                              \
+        attention_backward<DIM>(dk, dv, dq, dk_parts, dv_parts, turns, q, k, v, output_gradient,   \
+            statistics, (const int4*)tiles, key_lengths, rows, sequences, tokens, key_tokens,      \
+            causal, heads, kv_heads, scale, accumulate_k, accumulate_v, neighbours);               \
+    }
 
-extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_64(
-    real* dk, real* dv, float* dq_tiles, float* dk_parts, float* dv_parts, int* turns,
-    const real* q, const real* k, const real* v, const real* output_gradient,
-    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
-    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
-    float scale, int accumulate_k, int accumulate_v, int neighbours)
-{
-    ATTENTION_BACKWARD(64);
-}
-
-extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_72(
-    real* dk, real* dv, float* dq_tiles, float* dk_parts, float* dv_parts, int* turns,
-    const real* q, const real* k, const real* v, const real* output_gradient,
-    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
-    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
-    float scale, int accumulate_k, int accumulate_v, int neighbours)
-{
-    ATTENTION_BACKWARD(72);
-}
-
-extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_80(
-    real* dk, real* dv, float* dq_tiles, float* dk_parts, float* dv_parts, int* turns,
-    const real* q, const real* k, const real* v, const real* output_gradient,
-    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
-    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
-    float scale, int accumulate_k, int accumulate_v, int neighbours)
-{
-    ATTENTION_BACKWARD(80);
-}
-
-extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_96(
-    real* dk, real* dv, float* dq_tiles, float* dk_parts, float* dv_parts, int* turns,
-    const real* q, const real* k, const real* v, const real* output_gradient,
-    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
-    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
-    float scale, int accumulate_k, int accumulate_v, int neighbours)
-{
-    ATTENTION_BACKWARD(96);
-}
-
-extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_128(
-    real* dk, real* dv, float* dq_tiles, float* dk_parts, float* dv_parts, int* turns,
-    const real* q, const real* k, const real* v, const real* output_gradient,
-    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
-    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
-    float scale, int accumulate_k, int accumulate_v, int neighbours)
-{
-    ATTENTION_BACKWARD(128);
-}
+DEFINE_BACKWARD(64)
+DEFINE_BACKWARD(72)
+DEFINE_BACKWARD(80)
+DEFINE_BACKWARD(96)
+DEFINE_BACKWARD(128)
 
 // to[rows, heads, head_dim] = scale times the sum of `parts` fragments, or adds it, rounded: of
 // queries where `turns` says how many blocks added to the fragments (0: none, whose content is
 // undefined), else of keys. A block of 128 threads per 64 rows, head, and 32 columns. Reads
 // 4 parts and writes 2 bytes per element.
-extern "C" __global__ void __launch_bounds__(128) attention_backward_finish(
-    real* to, const float* fragments, const int* turns, const int* starts_q, const int* starts_k,
-    int sequences, int tokens, int key_tokens, int heads, int parts, int head_dim, int tile_rows,
-    float scale, int accumulate)
+extern "C" __global__ void __launch_bounds__(128) attention_backward_hopper_finish(
+    real* to, const float* fragments, const int* turns, const int* tiles, int sequences,
+    int tokens, int heads, int parts, int head_dim, float scale, int accumulate)
 {
-    AttentionMask mask = {starts_q, starts_k, 0, sequences, tokens, key_tokens, 0};
+    constexpr int KEYS = ATTENTION_TILE_ROWS, QUERIES = 64;
     bool of_keys = turns == 0;
-    int halves = tile_rows / 64, head = blockIdx.y, half = blockIdx.x % halves;
+    int head = blockIdx.y, half = blockIdx.x % 2, lane = threadIdx.x % WARP;
     SequenceTile at;
-    if (!find_tile(at, mask, blockIdx.x / halves, tile_rows, of_keys)) return;
+    if (!take_tile(at, (const int4*)tiles, blockIdx.x / 2, of_keys, 0, 0)) return;
+    int first_row = at.first + half * 64, row = first_row + threadIdx.x / WARP * 16 + lane / 4;
     int token = of_keys ? at.first_key_token : at.first_token;
-    int lane = threadIdx.x % WARP;
-    int row = at.first + half * 64 + threadIdx.x / WARP * 16 + lane / 4;
-    int rows = of_keys ? at.keys : at.queries;
-    u64 places = (of_keys ? key_tokens : tokens) / tile_rows + sequences;
-    u64 place = places * head * parts + place_of_tile(token, at.sequence, at.first, tile_rows);
+    int rows = of_keys ? at.keys : at.queries, tile_rows = of_keys ? KEYS : QUERIES;
+    if (first_row >= rows) return;
+    u64 places = tokens / tile_rows + sequences;
+    u64 place = places * head * parts + place_of_tile(token, at.sequence, first_row, tile_rows);
     int cols = BACKWARD_COLS(head_dim), first = blockIdx.z * 4;
     u64 words = cols / 8 * WARPGROUP; // of a fragment, four floats each
-    const float4* from = (const float4*)fragments + (place * halves + half) * words
-        + first * WARPGROUP + threadIdx.x;
+    const float4* from = (const float4*)fragments
+        + (of_keys ? place * 2 + half : place) * words + first * WARPGROUP + threadIdx.x;
     float4 sum[4];
 #pragma unroll
     for (int n = 0; n < 4; n++) sum[n] = make_float4(0, 0, 0, 0);
@@ -998,7 +1291,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_backward_finish(
                 sum[n].z += x.z;
                 sum[n].w += x.w;
             }
-            from += places * halves * words;
+            from += places * (tile_rows / 64) * words;
         }
     }
 #pragma unroll
