@@ -1232,24 +1232,65 @@ DEVICE void attention_backward(real* dk, real* dv, float* dq, float* dk_parts,
     }
 }
 
-#define DEFINE_BACKWARD(DIM)                                                                       \
-    extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_hopper_##DIM(          \
-        real* dk, real* dv, float* dq, float* dk_parts, float* dv_parts, int* turns,               \
-        const real* q, const real* k, const real* v, const real* output_gradient,                  \
-        const float* statistics, const int* tiles, const int* key_lengths, int rows,               \
-        int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,            \
-        float scale, int accumulate_k, int accumulate_v, int neighbours)                           \
-    {                                                                                              \
-        attention_backward<DIM>(dk, dv, dq, dk_parts, dv_parts, turns, q, k, v, output_gradient,   \
-            statistics, (const int4*)tiles, key_lengths, rows, sequences, tokens, key_tokens,      \
-            causal, heads, kv_heads, scale, accumulate_k, accumulate_v, neighbours);               \
-    }
+extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_hopper_64(
+    real* dk, real* dv, float* dq, float* dk_parts, float* dv_parts, int* turns, const real* q,
+    const real* k, const real* v, const real* output_gradient, const float* statistics,
+    const int* tiles, const int* key_lengths, int rows, int sequences, int tokens, int key_tokens,
+    int causal, int heads, int kv_heads, float scale, int accumulate_k, int accumulate_v,
+    int neighbours)
+{
+    attention_backward<64>(dk, dv, dq, dk_parts, dv_parts, turns, q, k, v, output_gradient,
+        statistics, (const int4*)tiles, key_lengths, rows, sequences, tokens, key_tokens, causal,
+        heads, kv_heads, scale, accumulate_k, accumulate_v, neighbours);
+}
 
-DEFINE_BACKWARD(64)
-DEFINE_BACKWARD(72)
-DEFINE_BACKWARD(80)
-DEFINE_BACKWARD(96)
-DEFINE_BACKWARD(128)
+extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_hopper_72(
+    real* dk, real* dv, float* dq, float* dk_parts, float* dv_parts, int* turns, const real* q,
+    const real* k, const real* v, const real* output_gradient, const float* statistics,
+    const int* tiles, const int* key_lengths, int rows, int sequences, int tokens, int key_tokens,
+    int causal, int heads, int kv_heads, float scale, int accumulate_k, int accumulate_v,
+    int neighbours)
+{
+    attention_backward<72>(dk, dv, dq, dk_parts, dv_parts, turns, q, k, v, output_gradient,
+        statistics, (const int4*)tiles, key_lengths, rows, sequences, tokens, key_tokens, causal,
+        heads, kv_heads, scale, accumulate_k, accumulate_v, neighbours);
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_hopper_80(
+    real* dk, real* dv, float* dq, float* dk_parts, float* dv_parts, int* turns, const real* q,
+    const real* k, const real* v, const real* output_gradient, const float* statistics,
+    const int* tiles, const int* key_lengths, int rows, int sequences, int tokens, int key_tokens,
+    int causal, int heads, int kv_heads, float scale, int accumulate_k, int accumulate_v,
+    int neighbours)
+{
+    attention_backward<80>(dk, dv, dq, dk_parts, dv_parts, turns, q, k, v, output_gradient,
+        statistics, (const int4*)tiles, key_lengths, rows, sequences, tokens, key_tokens, causal,
+        heads, kv_heads, scale, accumulate_k, accumulate_v, neighbours);
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_hopper_96(
+    real* dk, real* dv, float* dq, float* dk_parts, float* dv_parts, int* turns, const real* q,
+    const real* k, const real* v, const real* output_gradient, const float* statistics,
+    const int* tiles, const int* key_lengths, int rows, int sequences, int tokens, int key_tokens,
+    int causal, int heads, int kv_heads, float scale, int accumulate_k, int accumulate_v,
+    int neighbours)
+{
+    attention_backward<96>(dk, dv, dq, dk_parts, dv_parts, turns, q, k, v, output_gradient,
+        statistics, (const int4*)tiles, key_lengths, rows, sequences, tokens, key_tokens, causal,
+        heads, kv_heads, scale, accumulate_k, accumulate_v, neighbours);
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_hopper_128(
+    real* dk, real* dv, float* dq, float* dk_parts, float* dv_parts, int* turns, const real* q,
+    const real* k, const real* v, const real* output_gradient, const float* statistics,
+    const int* tiles, const int* key_lengths, int rows, int sequences, int tokens, int key_tokens,
+    int causal, int heads, int kv_heads, float scale, int accumulate_k, int accumulate_v,
+    int neighbours)
+{
+    attention_backward<128>(dk, dv, dq, dk_parts, dv_parts, turns, q, k, v, output_gradient,
+        statistics, (const int4*)tiles, key_lengths, rows, sequences, tokens, key_tokens, causal,
+        heads, kv_heads, scale, accumulate_k, accumulate_v, neighbours);
+}
 
 // to[rows, heads, head_dim] = scale times the sum of `parts` fragments, or adds it, rounded: of
 // queries where `turns` says how many blocks added to the fragments (0: none, whose content is
