@@ -27,9 +27,9 @@ internal sealed unsafe partial class Assembler
                 i.Run = &Moves.Trap;
                 return true;
             case "membar":
-                if (op.Any("gl", "cta", "sys").Length == 0)
-                    throw new PtxException("the fence's level is missing");
-                i.Run = &Moves.Nothing;
+                string level = op.Any("gl", "cta", "sys");
+                if (level.Length == 0) throw new PtxException("the fence's level is missing");
+                i.Run = level == "cta" ? &Moves.Nothing : &Moves.Fence;
                 return true;
             case "fence": return BuildFence(i, op);
             case "griddepcontrol":
