@@ -9,6 +9,7 @@ public enum Check : byte
     SharedRaceBetweenWarps, SharedRaceWithinWarp, GlobalRace, NonCoherentRead,
     BarrierDivergence, Deadlock, LaneMissing, Endless, Trap,
     AsyncCopyNotWaitedFor, AsyncCopyShape,
+    MemoryBarrier, Descriptor,
     /// <summary>The emulator itself failed; the detail is its exception.</summary>
     Internal,
 }

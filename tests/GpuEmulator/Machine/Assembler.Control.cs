@@ -27,14 +27,36 @@ internal sealed unsafe partial class Assembler
                 i.Run = &Moves.Trap;
                 return true;
             case "membar":
-                if (op.Any("gl", "cta", "sys").Length == 0)
-                    throw new PtxException("the fence's level is missing");
+                string level = op.Any("gl", "cta", "sys");
+                if (level.Length == 0) throw new PtxException("the fence's level is missing");
+                i.Run = level == "cta" ? &Moves.Nothing : &Moves.Fence;
+                return true;
+            case "fence": return BuildFence(i, op);
+            case "griddepcontrol":
+                // The grid before has ended: a stream's work runs in order here.
+                if (op.Any("launch_dependents", "wait").Length == 0)
+                    throw new PtxException("griddepcontrol.launch_dependents or .wait are known");
                 i.Run = &Moves.Nothing;
                 return true;
-            case "fence":
-                op.Any("acq_rel", "sc", "acquire", "release");
-                op.Any("gpu", "cta", "sys", "cluster");
-                i.Run = &Moves.Nothing;
+            case "wgmma": return BuildWarpgroup(i, p, op);
+            case "mbarrier": return BuildMemoryBarrier(i, p, op);
+            case "setmaxnreg": return BuildRegisterCount(i, p, op);
+            case "elect":
+                Sync(i, op);
+                Operands(p, 2);
+                TakePair(i, p.Operands[0], 4);
+                i.E = Row(p.Operands[1], 4);
+                i.Run = &Collectives.Elect;
+                return true;
+            case "mapa":
+                // A cluster is one block: its address is the same everywhere.
+                op.Any("shared::cluster");
+                string width = op.Last();
+                Operands(p, 3);
+                i.D = Result(p.Operands[0], Width(width));
+                i.A = Row(p.Operands[1], Width(width));
+                i.Run = width == "u64" ? &Maps.Unary<Copy<ulong>, ulong>
+                    : &Maps.Unary<Copy<uint>, uint>;
                 return true;
             case "nanosleep":
                 op.Has("u32");
@@ -242,6 +264,17 @@ internal sealed unsafe partial class Assembler
                 ? -1
                 : Number(p.Operands[0]);
             i.Run = &AsyncCopies.WaitFor;
+            return true;
+        }
+        if (op.Has("mbarrier"))
+        {
+            if (!op.Has("arrive") || !op.Has("b64"))
+                throw new PtxException("cp.async.mbarrier.arrive.b64 is known");
+            i.Mode = op.Has("noinc") ? 1 : 0;
+            TakeSpace(op);
+            Operands(p, 1);
+            TakeAddress(i, p.Operands[0], Space.Shared);
+            i.Run = &AsyncCopies.ArriveWhenDone;
             return true;
         }
         bool cg = op.Has("cg");

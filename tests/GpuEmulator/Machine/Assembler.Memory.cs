@@ -26,22 +26,26 @@ internal sealed unsafe partial class Assembler
     }
 
     private static Space TakeSpace(Opcode op) =>
-        op.Any("global", "shared", "shared::cta", "const", "local", "param") switch
+        op.Any("global", "shared", "shared::cta", "shared::cluster", "const", "local", "param",
+            "param::entry") switch
         {
             "global" => Space.Global,
-            "shared" or "shared::cta" => Space.Shared,
+            // A cluster is one block here.
+            "shared" or "shared::cta" or "shared::cluster" => Space.Shared,
             "const" => Space.Const,
             "local" => Space.Local,
-            "param" => Space.Param,
+            "param" or "param::entry" => Space.Param,
             _ => Space.Generic,
         };
 
     private bool BuildAccess(Instruction i, PtxInstruction p, Opcode op, bool load)
     {
         string type = op.Last();
-        i.Volatile = op.Any("volatile", "relaxed", "acquire", "release").Length > 0;
+        string order = op.Any("volatile", "relaxed", "acquire", "release");
+        (i.Volatile, i.Releases) = (order.Length > 0, order == "release");
         op.Has("weak");
         if (i.Volatile) op.Any("cta", "gpu", "sys", "cluster");
+        op.Has("mmio");
         i.NonCoherent = op.Has("nc");
         i.Space = TakeSpace(op);
         op.DropHints();
@@ -61,6 +65,8 @@ internal sealed unsafe partial class Assembler
             : Row(o, i.DWidth, type[0] == 'f'))];
         TakeAddress(i, address, i.Space);
         if (i.Size * i.Count > 16) throw new PtxException("accesses above 16 bytes are not known");
+        if (load && i.Volatile && i.Space is (Space.Global or Space.Generic))
+            (i.Flow, i.Looks) = (Flow.Poll, true);
         i.Run = i.Space switch
         {
             Space.Global => load ? &GlobalAccess.Load : &GlobalAccess.Store,
@@ -163,7 +169,7 @@ internal sealed unsafe partial class Assembler
     {
         bool returns = op.Stem == "atom";
         string type = op.Last();
-        op.Any("relaxed", "acquire", "release", "acq_rel");
+        i.Releases = op.Any("relaxed", "acquire", "release", "acq_rel") is "release" or "acq_rel";
         op.Any("cta", "gpu", "sys", "cluster");
         i.Space = TakeSpace(op);
         op.DropHints();
@@ -187,6 +193,8 @@ internal sealed unsafe partial class Assembler
         Operands(p, first + (name == "cas" ? 3 : 2));
         // Atomics are meant to meet other blocks' writes.
         i.Volatile = true;
+        if (returns && i.Space is (Space.Global or Space.Generic))
+            (i.Flow, i.Looks, i.DWidth) = (Flow.Poll, true, width);
         TakeAddress(i, p.Operands[first], i.Space);
         if (returns) i.D = Result(p.Operands[0], width);
         i.B = Row(p.Operands[first + 1], width, type[0] == 'f');

@@ -80,7 +80,7 @@ internal sealed unsafe partial class Assembler
         op.Finish();
     }
 
-    // Static shared memory first, the dynamic part behind it, 16-byte aligned.
+    // Static shared memory first, the dynamic part behind it, at its own alignment.
     private void PlaceVariables()
     {
         var used = _kernel.Instructions.SelectMany(i => i.Operands)
@@ -102,8 +102,10 @@ internal sealed unsafe partial class Assembler
                 _local += v.Bytes;
             }
         }
-        if (used.Any(v => v.Space == Space.Shared && v.Extern)) _static = Align(_static, 16);
-        foreach (var v in used.Where(v => v.Space == Space.Shared && v.Extern))
+        var dynamic = used.Where(v => v.Space == Space.Shared && v.Extern).ToList();
+        if (dynamic.Count > 0)
+            _static = Align(_static, Math.Max(16, dynamic.Max(v => v.Align)));
+        foreach (var v in dynamic)
             _places[v] = (ulong)(SharedMemory.First + _static);
     }
 

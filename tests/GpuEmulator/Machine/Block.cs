@@ -9,6 +9,10 @@ internal sealed record Launch(
 {
     public int Threads => Size.X * Size.Y * Size.Z;
     public long Blocks => (long)Grid.X * Grid.Y * Grid.Z;
+
+    /// <summary>One number: how often memory was changed for other blocks to see.</summary>
+    public long[] Changes { get; } = new long[1];
+    public Handovers Handovers { get; } = new();
 }
 
 /// <summary>
@@ -20,8 +24,11 @@ internal sealed unsafe class Block : IDisposable
 {
     private readonly Warp[] _warps;
     private readonly int[] _order;
+    private const int Patience = 64;
+
     private readonly int[] _arrived = new int[16];
     private ulong _random;
+    private int _fruitless;
 
     public Block(Launch launch)
     {
@@ -34,6 +41,7 @@ internal sealed unsafe class Block : IDisposable
         _order = new int[count];
         for (int w = 0; w < count; w++) _warps[w] = new(this, w);
         Shared = new(launch.Program.StaticShared + launch.DynamicShared, count);
+        Barriers = new(Shared);
     }
 
     public Launch Launch { get; }
@@ -44,6 +52,7 @@ internal sealed unsafe class Block : IDisposable
     public (int X, int Y, int Z) Size => Launch.Size;
     public int DynamicShared => Launch.DynamicShared;
     public int WarpCount => _warps.Length;
+    public ReadOnlySpan<Warp> Warps => _warps;
     public (int X, int Y, int Z) Place { get; private set; }
     public LaunchCounters Counters { get; }
 
@@ -51,6 +60,19 @@ internal sealed unsafe class Block : IDisposable
     public long[] Issued { get; }
     public long[] Lanes { get; }
     public SharedMemory Shared { get; }
+    public MemoryBarriers Barriers { get; }
+
+    /// <summary>Counts what others may wait for: barriers opened, memory changed for them.</summary>
+    public long Events { get; private set; }
+
+    /// <summary>Stamps of the blocks whose writes are visible here.</summary>
+    public HashSet<uint> Acquired { get; } = [];
+
+    /// <summary>A fence of the device has been executed.</summary>
+    public bool Fenced { get; set; }
+
+    /// <summary>The launch's changes when the block last looked in vain.</summary>
+    public long Seen { get; set; }
 
     /// <summary>This block's mark in <see cref="Allocation.Writers"/>.</summary>
     public uint Stamp { get; private set; }
@@ -58,7 +80,8 @@ internal sealed unsafe class Block : IDisposable
     /// <summary>Branches of one turn; 0 is the default.</summary>
     public int Quantum { get; private set; }
 
-    public void Run(long index)
+    /// <summary>Puts the block of that number at the kernel's start.</summary>
+    public void Begin(long index)
     {
         var grid = Launch.Grid;
         Place = ((int)(index % grid.X), (int)(index / grid.X % grid.Y),
@@ -66,22 +89,76 @@ internal sealed unsafe class Block : IDisposable
         Stamp = Launch.Memory.LaunchStamp + (uint)index;
         _random = Launch.Seed == 0 ? 0 : Launch.Seed ^ (ulong)index * 0x9E3779B97F4A7C15;
         Shared.Begin();
+        Barriers.Clear();
         Array.Clear(_arrived);
+        _fruitless = 0;
+        Seen = -1;
+        Acquired.Clear();
+        Fenced = false;
         for (int w = 0; w < _warps.Length; w++)
         {
             _order[w] = w;
             _warps[w].Prepare(Program, Math.Min(32, Launch.Threads - w * 32));
             _warps[w].Start(Program);
         }
-        while (Turn()) { }
+    }
+
+    /// <summary>Runs until all warps have returned, or (false) until they only wait for what other
+    /// blocks write.</summary>
+    public bool Run()
+    {
+        while (true)
+        {
+            var state = Turn();
+            if (state == BlockState.Done) return true;
+            if (state == BlockState.Starved) return false;
+        }
+    }
+
+    /// <summary>Memory has changed that other blocks may wait for.</summary>
+    public void Changed()
+    {
+        Events++;
+        Interlocked.Increment(ref Launch.Changes[0]);
     }
 
     /// <summary>A warp arrives at a numbered barrier without waiting for it.</summary>
-    public void Arrive(int barrier) => _arrived[barrier] += 32;
-
-    private bool Turn()
+    public void Arrive(Warp warp, int barrier)
     {
-        bool ran = false;
+        _arrived[barrier] += 32;
+        Shared.Arrive(warp.Index, barrier);
+    }
+
+    /// <summary>Runs a warpgroup's instruction when the last of its four warps has come to
+    /// it.</summary>
+    public bool RunGroup(Warp last, Instruction i)
+    {
+        int first = last.Index & ~3;
+        if (first + 4 > _warps.Length)
+            throw last.Fault(Check.BarrierDivergence, 0,
+                "a warpgroup is four warps whose first is a multiple of 4");
+        for (int v = first; v < first + 4; v++)
+        {
+            if (_warps[v].State != WarpState.AtGroup) return false;
+            if (_warps[v].Pc != last.Pc)
+                throw last.Fault(Check.BarrierDivergence, 0,
+                    $"warp {v} of the warpgroup is at another one: {Where(_warps[v])}");
+        }
+        i.Run(last, i);
+        for (int v = first; v < first + 4; v++) _warps[v].Advance();
+        Events++;
+        return true;
+    }
+
+    private enum BlockState : byte
+    {
+        Running, Starved, Done,
+    }
+
+    private BlockState Turn()
+    {
+        bool ran = false, idle = true;
+        long events = Events + Barriers.Completed;
         Shuffle();
         foreach (int w in _order)
         {
@@ -89,17 +166,46 @@ internal sealed unsafe class Block : IDisposable
             if (_random != 0) Quantum = 1 + (int)(Next() % 64);
             _warps[w].Run();
             ran = true;
+            idle &= _warps[w].Idle;
         }
-        if (OpenBarriers()) return true;
-        if (ran) return true;
-        var waiting = Array.Find(_warps, w => w.State == WarpState.AtBarrier);
-        if (waiting == null) return false;
+        if (OpenBarriers() || (ran && (!idle || events != Events + Barriers.Completed)))
+        {
+            _fruitless = 0;
+            return BlockState.Running;
+        }
+        if (ran && ++_fruitless < Patience) return BlockState.Running;
+        if (Array.TrueForAll(_warps, w => w.State == WarpState.Done)) return BlockState.Done;
+        if (!Array.Exists(_warps, w => w.IsSpinning)) throw Deadlock();
+        _fruitless = Patience - 4;
+        return BlockState.Starved;
+    }
+
+    /// <summary>Nobody can go on: what each warp waits for.</summary>
+    public FaultException Deadlock()
+    {
+        var waiting = Array.Find(_warps, w => w.State == WarpState.AtBarrier)
+            ?? Array.Find(_warps, w => w.State != WarpState.Done)!;
         string others = string.Join("; ", _warps.Where(w => w != waiting).Take(8).Select(w =>
-            w.State == WarpState.Done
-                ? $"warp {w.Index} has returned"
-                : $"warp {w.Index} waits at barrier {w.BarrierId}, {Program.Code[w.Pc].Source.Source}"));
-        throw waiting.Fault(Check.Deadlock, 0,
-            $"barrier {waiting.BarrierId} never opens: {others}");
+            w.State switch
+            {
+                WarpState.Done => $"warp {w.Index} has returned",
+                WarpState.AtBarrier =>
+                    $"warp {w.Index} waits at barrier {w.BarrierId}, {Where(w)}",
+                _ => $"warp {w.Index} waits at {Where(w)}",
+            }).Concat(Barriers.Describe().Take(8)));
+        string what = waiting.State switch
+        {
+            WarpState.AtBarrier => $"barrier {waiting.BarrierId} never opens",
+            WarpState.AtGroup => "the other warps of the warpgroup do not come",
+            _ => "what it waits for does not happen",
+        };
+        return waiting.Fault(Check.Deadlock, 0, $"{what}: {others}");
+    }
+
+    private string Where(Warp warp)
+    {
+        var source = Program.Code[warp.Pc].Source;
+        return source.Source.Line > 0 ? $"{source.Source}" : $"\"{source.Text}\"";
     }
 
     // A barrier opens when its threads have come; without a count, when all warps that live have.
@@ -118,11 +224,12 @@ internal sealed unsafe class Block : IDisposable
             }
             if (waiting == 0) continue;
             if (wanted == 0 ? waiting < live : waiting * 32 + _arrived[id] < wanted) continue;
-            Shared.Synchronise(_warps, id);
+            Shared.Synchronise(_warps, id, counted: wanted > 0);
             _arrived[id] = 0;
             foreach (var warp in _warps)
                 if (warp.State == WarpState.AtBarrier && warp.BarrierId == id) warp.Release();
             opened = true;
+            Events++;
         }
         return opened;
     }

@@ -130,6 +130,14 @@ internal static unsafe class Collectives
             Predicate(w, i.D2, result[BitOperations.TrailingZeroCount(w.Exec)] != 0 ? ~0u : 0);
     }
 
+    /// <summary>elect.sync D|D2: the lowest lane of the members is the leader.</summary>
+    public static void Elect(Warp w, Instruction i)
+    {
+        int leader = BitOperations.TrailingZeroCount(w.Exec);
+        if (i.D >= 0) Word(w, i.D, (uint)leader);
+        if (i.D2 >= 0) Predicate(w, i.D2, 1u << leader);
+    }
+
     public static void SynchroniseWarp(Warp w, Instruction i) =>
         w.Block.Shared.SynchroniseWarp(w.Index);
 
@@ -144,7 +152,7 @@ internal static unsafe class Collectives
         if (w.BarrierThreads % 32 != 0)
             throw w.Fault(Check.BarrierDivergence, 0,
                 $"{w.BarrierThreads} threads are not whole warps");
-        if (i.Mode2 == 1) w.Block.Arrive(w.BarrierId);
+        if (i.Mode2 == 1) w.Block.Arrive(w, w.BarrierId);
     }
 
     private static void Word(Warp w, int row, uint value)

@@ -2,8 +2,7 @@ using MiniCpmNative.GpuEmulator.Memory;
 
 namespace MiniCpmNative.GpuEmulator.Machine;
 
-/// <summary>Runs the blocks of a launch on the host's cores; they are independent of one
-/// another.</summary>
+/// <summary>Runs the blocks of a launch on the host's cores.</summary>
 internal static class GridRunner
 {
     /// <exception cref="FaultException">A check found something; the other blocks are
@@ -13,49 +12,21 @@ internal static class GridRunner
         launch.Memory.BeginLaunch(launch.Blocks);
         if (launch.Options.Footprint)
             foreach (var allocation in launch.Memory.Live) allocation.TrackSectors();
-        var counters = new LaunchCounters(launch.Program.Kernel.Name);
-        long next = 0, step = Step(launch);
-        FaultException? fault = null;
+        var run = new GridRun(launch, Step(launch));
         int threads = launch.Options.Threads > 0 ? launch.Options.Threads
             : Environment.ProcessorCount;
         threads = (int)Math.Min(threads, launch.Blocks);
-        if (threads == 1) Work();
+        if (threads == 1) run.Work();
         else
         {
             var workers = new Thread[threads - 1];
-            for (int t = 0; t < workers.Length; t++) (workers[t] = new(Work)).Start();
-            Work();
+            for (int t = 0; t < workers.Length; t++) (workers[t] = new(run.Work)).Start();
+            run.Work();
             foreach (var worker in workers) worker.Join();
         }
-        if (fault != null) throw new FaultException(fault.Fault);
-        if (launch.Options.Footprint) CountFootprint(launch.Memory, counters);
-        return counters;
-
-        void Work()
-        {
-            using var block = new Block(launch);
-            try
-            {
-                while (Volatile.Read(ref fault) == null)
-                {
-                    long n = Interlocked.Increment(ref next) - 1;
-                    if (n >= launch.Blocks) break;
-                    block.Run((long)((UInt128)n * (ulong)step % (ulong)launch.Blocks));
-                }
-            }
-            catch (FaultException e)
-            {
-                Interlocked.CompareExchange(ref fault, e, null);
-            }
-            catch (Exception e)
-            {
-                // Nothing may leave a thread of ours, nor the driver's entry points.
-                var report = new Fault(Check.Internal, e.ToString(), launch.Program.Kernel.Name);
-                Interlocked.CompareExchange(ref fault, new(report), null);
-            }
-            block.Count();
-            lock (counters) counters.Add(block.Counters);
-        }
+        if (run.Fault != null) throw new FaultException(run.Fault.Fault);
+        if (launch.Options.Footprint) CountFootprint(launch.Memory, run.Counters);
+        return run.Counters;
     }
 
     // A step without a common factor visits every block once, in an order that looks shuffled.

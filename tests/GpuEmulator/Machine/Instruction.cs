@@ -17,6 +17,13 @@ internal enum Flow : byte
     Branch,
     Exit,
     Barrier,
+
+    /// <summary>Runs once for a warpgroup, when its four warps are here.</summary>
+    Group,
+
+    /// <summary>May find that what it waits for is not there, and then gives up the warp's
+    /// turn.</summary>
+    Poll,
 }
 
 /// <summary>
@@ -59,6 +66,13 @@ internal sealed unsafe class Instruction(PtxInstruction source)
     /// <summary>Floating-point operations of one lane, for counters.</summary>
     public int Flops;
     public bool TensorFlops;
+
+    /// <summary>Reads what other blocks may write; stays where it is while it has to
+    /// wait.</summary>
+    public bool Looks, Holds;
+
+    /// <summary>Orders the accesses before it; Looks stands for those behind.</summary>
+    public bool Releases;
 
     /// <summary>The allocation the last access fell into: likely the next one's too.</summary>
     public Allocation? Nearby;

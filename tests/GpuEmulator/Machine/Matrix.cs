@@ -64,7 +64,7 @@ internal static unsafe class Matrix
         Part(s3, toEven + 12, toOdd + 12);
     }
 
-    private static Vector256<float> Interleave(float* even, float* odd)
+    internal static Vector256<float> Interleave(float* even, float* odd)
     {
         Vector128<float> e = Vector128.Load(even), o = Vector128.Load(odd);
         return Sse.IsSupported
@@ -72,14 +72,14 @@ internal static unsafe class Matrix
             : Vector256.Create(e[0], o[0], e[1], o[1], e[2], o[2], e[3], o[3]);
     }
 
-    private static void Part(Vector256<float> sum, float* even, float* odd)
+    internal static void Part(Vector256<float> sum, float* even, float* odd)
     {
         var lanes = Vector256.Shuffle(sum, Vector256.Create(0, 2, 4, 6, 1, 3, 5, 7));
         lanes.GetLower().Store(even);
         lanes.GetUpper().Store(odd);
     }
 
-    private static void WidenA<TWiden>(uint* piece, float* to, int stride) where TWiden : IWiden
+    internal static void WidenA<TWiden>(uint* piece, float* to, int stride) where TWiden : IWiden
     {
         for (int g = 0; g < 8; g++)
             TWiden.Row((ushort*)(piece + g * 4)).Store(to + g * stride);
@@ -145,7 +145,7 @@ internal static unsafe class Matrix
         }
     }
 
-    private static void Transpose(ushort* from, ushort* to)
+    internal static void Transpose(ushort* from, ushort* to)
     {
         if (!Sse2.IsSupported)
         {

@@ -10,7 +10,7 @@ internal static unsafe class SpecialRegisters
         or "%nctaid.x" or "%nctaid.y" or "%nctaid.z" or "%laneid" or "%warpid" or "%nwarpid"
         or "%lanemask_eq" or "%lanemask_lt" or "%lanemask_le" or "%lanemask_gt" or "%lanemask_ge"
         or "%smid" or "%nsmid" or "%gridid" or "%dynamic_smem_size" or "%total_smem_size"
-        or "WARP_SZ";
+        or "%cluster_ctarank" or "%cluster_nctarank" or "WARP_SZ";
 
     public static void Fill(Warp warp, string name, int row)
     {
@@ -45,8 +45,8 @@ internal static unsafe class SpecialRegisters
             "%lanemask_le" => (int)((2u << lane) - 1),
             "%lanemask_gt" => (int)~((2u << lane) - 1),
             "%lanemask_ge" => (int)~((1u << lane) - 1),
-            "%smid" or "%gridid" => 0,
-            "%nsmid" => 1,
+            "%smid" or "%gridid" or "%cluster_ctarank" => 0,
+            "%nsmid" or "%cluster_nctarank" => 1,
             "%dynamic_smem_size" => block.DynamicShared,
             "%total_smem_size" => block.Program.StaticShared + block.DynamicShared,
             "WARP_SZ" => 32,

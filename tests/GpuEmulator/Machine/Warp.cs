@@ -5,7 +5,17 @@ namespace MiniCpmNative.GpuEmulator.Machine;
 
 internal enum WarpState : byte
 {
-    Ready, AtBarrier, Done,
+    Ready, AtBarrier,
+
+    /// <summary>Waits for the other warps of its warpgroup to come to the same wgmma.</summary>
+    AtGroup,
+    Done,
+}
+
+/// <summary>Why a group of lanes does not run: it needs others of its warp, or another warp.</summary>
+internal enum Hold : byte
+{
+    None, Blocked, Polled,
 }
 
 /// <summary>
@@ -20,8 +30,9 @@ internal sealed unsafe class Warp
 
     private readonly int[] _pcs = new int[32];
     private readonly uint[] _masks = new uint[32];
-    private readonly bool[] _blocked = new bool[32];
-    private int _groups, _current, _bytes;
+    private readonly Hold[] _holds = new Hold[32];
+    private int _groups, _current, _bytes, _lastLook;
+    private bool _looked;
     private long _steps;
 
     public Warp(Block block, int index)
@@ -43,6 +54,16 @@ internal sealed unsafe class Warp
     /// <summary>Lanes that exist and have not returned.</summary>
     public uint Alive { get; private set; }
     public WarpState State { get; private set; }
+
+    /// <summary>Set by an instruction that did not get what it waits for.</summary>
+    public bool Polled { get; set; }
+
+    /// <summary>The last turn ended with a wait that failed, or looked for what others
+    /// write.</summary>
+    public bool Idle { get; private set; }
+
+    /// <summary>It looks again and again for what another block writes.</summary>
+    public bool IsSpinning => State == WarpState.Ready && _looked;
     public int BarrierId { get; set; }
     public int BarrierThreads { get; set; }
 
@@ -85,13 +106,22 @@ internal sealed unsafe class Warp
         _current = 0;
         _pcs[0] = 0;
         _masks[0] = Alive;
-        _blocked[0] = false;
+        _holds[0] = Hold.None;
+        _looked = false;
         _steps = 0;
         State = WarpState.Ready;
         Copies.Clear();
     }
 
     public void Release() => State = WarpState.Ready;
+
+    /// <summary>Goes on behind the instruction at which the warp waited for its
+    /// warpgroup.</summary>
+    public void Advance()
+    {
+        _pcs[_current]++;
+        State = WarpState.Ready;
+    }
 
     /// <summary>Frees the native memory; the warp cannot run again.</summary>
     public void Free()
@@ -109,6 +139,8 @@ internal sealed unsafe class Warp
         var code = Block.Program.Code;
         long[] issued = Block.Issued, lanes = Block.Lanes;
         byte* r = R;
+        Idle = false;
+        WakePolled();
         int pc = _pcs[_current];
         uint mask = _masks[_current];
         int quantum = Block.Quantum > 0 ? Block.Quantum : Quantum;
@@ -173,8 +205,7 @@ internal sealed unsafe class Warp
                 uint needed = Collectives.Members(this, i, exec) & Alive;
                 if (exec != 0 && (exec & needed) != needed)
                 {
-                    Wait($"needs lanes 0x{needed:x8}");
-                    return true;
+                    return Wait($"needs lanes 0x{needed:x8}");
                 }
                 if (exec != 0) i.Run(this, i);
                 _pcs[_current]++;
@@ -187,20 +218,45 @@ internal sealed unsafe class Warp
                 }
                 if (exec != Alive)
                 {
-                    Wait("is a barrier for the whole warp");
-                    return true;
+                    return Wait("is a barrier for the whole warp");
                 }
                 i.Run(this, i);
                 _pcs[_current]++;
                 if (i.Mode2 == 1) break; // bar.arrive does not wait
                 State = WarpState.AtBarrier;
                 return false;
+            case Flow.Group:
+                if (exec == 0)
+                {
+                    _pcs[_current]++;
+                    break;
+                }
+                if (exec != uint.MaxValue)
+                {
+                    return Wait("needs all lanes");
+                }
+                State = WarpState.AtGroup;
+                if (!Block.RunGroup(this, i)) return false;
+                break;
+            case Flow.Poll:
+                Polled = false;
+                if (exec != 0) i.Run(this, i);
+                if (!i.Holds || !Polled) _pcs[_current]++;
+                if (exec != 0 && i.Looks) Look(i);
+                if (!Polled) break;
+                _holds[_current] = Hold.Polled;
+                if (TryOtherLanes()) return true;
+                _holds[_current] = Hold.None;
+                Idle = true;
+                _steps++;
+                return false;
         }
         if (_groups > 1 && MustSwitch(_pcs[_current])) Reschedule();
         _steps++;
-        if (i.Flow != Flow.Branch || --quantum > 0) return true;
+        if (i.Flow != Flow.Branch || (--quantum > 0 && !_looked)) return true;
         if (_steps > Block.Options.WarpSteps)
             throw Fault(Check.Endless, -1, $"the warp has taken {_steps} branches and goes on");
+        Idle = _looked;
         return false;
     }
 
@@ -214,7 +270,8 @@ internal sealed unsafe class Warp
             Counters.DivergentBranches++;
             _masks[_current] = stay;
             _pcs[_current]++;
-            (_pcs[_groups], _masks[_groups], _blocked[_groups]) = (i.Target, taken, false);
+            (_pcs[_groups], _masks[_groups], _holds[_groups]) =
+                (i.Target, taken, Hold.None);
             _groups++;
             Reschedule();
         }
@@ -231,26 +288,27 @@ internal sealed unsafe class Warp
         }
         RemoveCurrent();
         // Lanes that have returned no longer keep the others waiting.
-        for (int g = 0; g < _groups; g++) _blocked[g] = false;
+        Array.Clear(_holds, 0, _groups);
         if (_groups > 0) Reschedule();
     }
 
     private void RemoveCurrent()
     {
         _groups--;
-        (_pcs[_current], _masks[_current], _blocked[_current]) =
-            (_pcs[_groups], _masks[_groups], _blocked[_groups]);
+        (_pcs[_current], _masks[_current], _holds[_current]) =
+            (_pcs[_groups], _masks[_groups], _holds[_groups]);
         _current = 0;
     }
 
-    private void Wait(string why)
+    // False: the warp's other lanes wait for other warps.
+    private bool Wait(string why)
     {
-        _blocked[_current] = true;
-        for (int g = 0; g < _groups; g++)
+        _holds[_current] = Hold.Blocked;
+        if (TryOtherLanes()) return true;
+        if (Array.IndexOf(_holds, Hold.Polled, 0, _groups) >= 0)
         {
-            if (_blocked[g]) continue;
-            Reschedule();
-            return;
+            Idle = true;
+            return false;
         }
         var here = Block.Program.Code[_pcs[_current]];
         bool barrier = here.Flow == Flow.Barrier;
@@ -266,11 +324,45 @@ internal sealed unsafe class Warp
             $"lanes 0x{_masks[_current]:x8} are here and the instruction {why}; {others}");
     }
 
+    // True when lanes elsewhere can go on.
+    private bool TryOtherLanes()
+    {
+        if (Array.IndexOf(_holds, Hold.None, 0, _groups) < 0) return false;
+        Reschedule();
+        return true;
+    }
+
+    private void WakePolled()
+    {
+        if (_groups < 2) return;
+        for (int g = 0; g < _groups; g++)
+            if (_holds[g] == Hold.Polled) _holds[g] = Hold.None;
+        Reschedule();
+    }
+
+    // A look at memory that finds what the last one found, at the same place, is a spin.
+    private void Look(Instruction i)
+    {
+        var hash = new HashCode();
+        hash.Add(Pc);
+        for (uint rest = Exec; rest != 0; rest &= rest - 1)
+        {
+            int lane = BitOperations.TrailingZeroCount(rest);
+            hash.Add(Addresses[lane]);
+            int row = i.D >= 0 || i.Rows.Length == 0 ? i.D : i.Rows[0];
+            if (row >= 0) hash.Add(((uint*)(R + row))[lane * (i.DWidth / 4)]);
+        }
+        int seen = hash.ToHashCode();
+        _looked = seen == _lastLook;
+        _lastLook = seen;
+    }
+
     private bool MustSwitch(int pc)
     {
         for (int g = 0; g < _groups; g++)
-            if (g != _current && (_pcs[g] == pc || (_pcs[g] < pc && !_blocked[g]))) return true;
-        return _blocked[_current];
+            if (g != _current && (_pcs[g] == pc || (_pcs[g] < pc && _holds[g] == Hold.None)))
+                return true;
+        return _holds[_current] != Hold.None;
     }
 
     // Merges groups at one place, then picks the lowest that can run.
@@ -282,15 +374,15 @@ internal sealed unsafe class Warp
             {
                 if (_pcs[b] != _pcs[a]) continue;
                 _masks[a] |= _masks[b];
-                _blocked[a] = false;
+                _holds[a] = Hold.None;
                 _groups--;
-                (_pcs[b], _masks[b], _blocked[b]) =
-                    (_pcs[_groups], _masks[_groups], _blocked[_groups]);
+                (_pcs[b], _masks[b], _holds[b]) =
+                    (_pcs[_groups], _masks[_groups], _holds[_groups]);
             }
         }
         _current = -1;
         for (int g = 0; g < _groups; g++)
-            if (!_blocked[g] && (_current < 0 || _pcs[g] < _pcs[_current])) _current = g;
+            if (_holds[g] == Hold.None && (_current < 0 || _pcs[g] < _pcs[_current])) _current = g;
     }
 
     /// <summary>A fault of the instruction being executed.</summary>

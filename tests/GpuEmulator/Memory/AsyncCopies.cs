@@ -89,7 +89,9 @@ internal sealed unsafe class AsyncCopies
 
     /// <summary>wait_group Mode, or all of them (Mode -1, which also takes what was not
     /// committed).</summary>
-    public static void WaitFor(Warp w, Instruction i)
+    public static void WaitFor(Warp w, Instruction i) => WaitFor(w, i, i.Mode);
+
+    private static void WaitFor(Warp w, Instruction i, int most)
     {
         var flying = w.Copies._flying;
         for (int c = 0; c < flying.Count; c++)
@@ -99,7 +101,7 @@ internal sealed unsafe class AsyncCopies
             for (uint rest = copy.Mask & w.Exec; rest != 0; rest &= rest - 1)
             {
                 int lane = System.Numerics.BitOperations.TrailingZeroCount(rest);
-                if (i.Mode >= 0 && copy.Group >= w.Copies._groups[lane] - i.Mode) continue;
+                if (most >= 0 && copy.Group >= w.Copies._groups[lane] - most) continue;
                 done |= 1u << lane;
                 if (!w.Block.Options.EarlyAsyncCopies)
                     Transfer(w, i, copy.Source[lane], copy.Target[lane], copy.Bytes,
@@ -109,6 +111,22 @@ internal sealed unsafe class AsyncCopies
             flying[c] = copy with { Mask = copy.Mask & ~done };
         }
         flying.RemoveAll(copy => copy.Mask == 0);
+    }
+
+    /// <summary>cp.async.mbarrier.arrive [A]: an arrival once the lane's copies so far are done,
+    /// which is at once here; without .noinc (Mode 0) it was not counted when the barrier was
+    /// made.</summary>
+    public static void ArriveWhenDone(Warp w, Instruction i)
+    {
+        WaitFor(w, i, -1);
+        Address.Fill(w, i.A, i.AddressIs64, i.Offset);
+        for (uint rest = w.Exec; rest != 0; rest &= rest - 1)
+        {
+            int lane = System.Numerics.BitOperations.TrailingZeroCount(rest);
+            var barrier = w.Block.Barriers.Find(w, Address.ToShared(w.Addresses[lane]), lane);
+            if (i.Mode == 0) barrier.Pending++;
+            w.Block.Barriers.Arrive(w, lane, barrier, 1);
+        }
     }
 
     private static void Transfer(Warp w, Instruction i, ulong source, nint target, int bytes,

@@ -27,6 +27,8 @@ internal static unsafe class Atomics
             if (local != 0) throw w.Fault(Check.ForeignPointer, 0, "an atomic on local memory");
         }
         w.Counters.AtomicLanes += BitOperations.PopCount(w.Exec);
+        bool changed = false;
+        if (i.Releases || w.Block.Fenced) GlobalAccess.Release(w, global);
         lock (s_lock)
         {
             for (uint rest = w.Exec; rest != 0; rest &= rest - 1)
@@ -47,15 +49,17 @@ internal static unsafe class Atomics
                     w.Block.Shared.ReadAtomic(w, at, sizeof(T), lane);
                     w.Block.Shared.Write(w, at, null, sizeof(T), lane, atomic: true);
                 }
-                Apply<T>(w, i, (T*)at, lane);
+                changed |= Apply<T>(w, i, (T*)at, lane);
             }
         }
+        if (changed) w.Block.Changed();
+        if (i.Looks || i.Releases) GlobalAccess.Acquire(w, global);
         if (global != 0)
             w.Counters.GlobalWriteSectors += GlobalAccess.CountSectors(w, i, global, sizeof(T),
             true);
     }
 
-    private static void Apply<T>(Warp w, Instruction i, T* at, int lane) where T : unmanaged,
+    private static bool Apply<T>(Warp w, Instruction i, T* at, int lane) where T : unmanaged,
         INumber<T>
     {
         T old = *at;
@@ -75,6 +79,7 @@ internal static unsafe class Atomics
             _ => FromBits<T>(oldBits ^ bits),
         };
         if (i.D >= 0) ((T*)(w.R + i.D))[lane] = old;
+        return Bits(*at) != oldBits;
     }
 
     private static ulong Bits<T>(T value) where T : unmanaged =>

@@ -12,12 +12,12 @@ namespace MiniCpmNative.GpuEmulator.Memory;
 /// is known, is a race. Words shared by narrower accesses of several lanes are not judged within a
 /// warp, and equal values written twice are no race: no report is ever wrong, a few may be missed.
 /// </summary>
-internal sealed unsafe class SharedMemory : IDisposable
+internal sealed unsafe partial class SharedMemory : IDisposable
 {
     /// <summary>The first address, as on devices that reserve the first KiB.</summary>
     public const int First = 1024;
 
-    private const byte Written = 1, Pending = 2;
+    private const byte Written = 1, Pending = 2, Barrier = 3;
     private const uint AllBytes = 15, SeveralLanes = 32, Narrow = 34, Atomic = 35,
         SeveralWarps = 63;
 
@@ -36,6 +36,7 @@ internal sealed unsafe class SharedMemory : IDisposable
         _writers = (uint*)NativeMemory.AlignedAlloc(padded, 64);
         _readers = (uint*)NativeMemory.AlignedAlloc(padded, 64);
         _known = new int[warps * warps];
+        for (int n = 0; n < _arrivals.Length; n++) _arrivals[n] = new int[warps];
     }
 
     public int Bytes { get; }
@@ -48,21 +49,21 @@ internal sealed unsafe class SharedMemory : IDisposable
         new Span<byte>(_state, Bytes).Clear();
         new Span<byte>(_writers, Bytes + 4).Clear();
         new Span<byte>(_readers, Bytes + 4).Clear();
-        Array.Clear(_known);
-        _time = 1;
-        _floor = 0x7fff;
+        Forget();
     }
 
     /// <summary>The warps that wait at this barrier meet.</summary>
-    public void Synchronise(Warp[] warps, int barrier)
+    public void Synchronise(Warp[] warps, int barrier, bool counted)
     {
         bool all = true;
         foreach (var warp in warps)
-            all &= warp.State == WarpState.Done
+            all &= (warp.State == WarpState.Done && !counted)
                 || (warp.State == WarpState.AtBarrier && warp.BarrierId == barrier);
         if (all)
         {
-            // Nobody is left behind: one limit says it, and warps that have returned count too.
+            // Nobody is left behind: one limit says it; warps that have returned count for a
+            // barrier of the whole block.
+            Array.Clear(_arrivals[barrier]);
             _floor = (_time << 15) | 0x7fff;
             Tick();
             return;
@@ -73,9 +74,11 @@ internal sealed unsafe class SharedMemory : IDisposable
             foreach (var w in warps)
                 if (Meets(w)) latest = Math.Max(latest, _known[w.Index * _warps + other]);
             if (Meets(warps[other])) latest = (int)_time;
+            latest = Math.Max(latest, _arrivals[barrier][other]);
             foreach (var w in warps)
                 if (Meets(w)) _known[w.Index * _warps + other] = latest;
         }
+        Array.Clear(_arrivals[barrier]);
         Tick();
 
         bool Meets(Warp w) => w.State == WarpState.AtBarrier && w.BarrierId == barrier;
@@ -94,9 +97,17 @@ internal sealed unsafe class SharedMemory : IDisposable
         if (++_time < 1u << 17) return;
         new Span<byte>(_writers, Bytes + 4).Clear();
         new Span<byte>(_readers, Bytes + 4).Clear();
+        Forget();
+    }
+
+    private void Forget()
+    {
         Array.Clear(_known);
+        foreach (uint[] reads in _groupReads) Array.Clear(reads);
+        foreach (int[] clock in _arrivals) Array.Clear(clock);
         _time = 1;
         _floor = 0x7fff;
+        Epoch++;
     }
 
     private uint Cell(int warp, uint lane, uint bytes) =>
@@ -173,14 +184,7 @@ internal sealed unsafe class SharedMemory : IDisposable
         long offset = at - Host;
         var states = new ReadOnlySpan<byte>(_state + offset, bytes);
         if (states.ContainsAnyExcept(Written))
-        {
-            int b = states.IndexOfAnyExcept(Written);
-            throw states[b] == Pending
-                ? w.Fault(Check.AsyncCopyNotWaitedFor, lane & 31,
-                    $"shared byte {offset + b} is read while cp.async may still write it")
-                : w.Fault(Check.Uninitialised, lane & 31,
-                $"shared byte {offset + b} was never written");
-        }
+            throw Unreadable(w, lane & 31, offset + states.IndexOfAnyExcept(Written));
         uint mask = bytes >= 4 ? AllBytes : ((1u << bytes) - 1) << (int)(offset & 3);
         uint who = lane >= 32 ? SeveralLanes : (uint)lane;
         for (long word = offset / 4; word < (offset + bytes + 3) / 4; word++)
@@ -231,6 +235,8 @@ internal sealed unsafe class SharedMemory : IDisposable
         if (states.Contains(Pending))
             throw w.Fault(Check.AsyncCopyNotWaitedFor, lane,
                 $"shared byte {offset + states.IndexOf(Pending)} is written while cp.async may still write it");
+        if (states.Contains(Barrier))
+            throw TouchesBarrier(w, lane, offset + states.IndexOf(Barrier), "written");
         bool same = value != null && !states.ContainsAnyExcept(Written)
             && new Span<byte>(at, bytes).SequenceEqual(new Span<byte>(value, bytes));
         states.Fill(Written);
@@ -239,6 +245,7 @@ internal sealed unsafe class SharedMemory : IDisposable
 
     private void NoteWrite(Warp w, long offset, int bytes, uint lane, bool atomic, bool same)
     {
+        if (!same && _groupReads.Length > 0) CheckGroupReads(w, offset, bytes, (int)lane);
         uint mask = bytes >= 4 ? AllBytes : ((1u << bytes) - 1) << (int)(offset & 3);
         for (long word = offset / 4; word < (offset + bytes + 3) / 4; word++)
         {

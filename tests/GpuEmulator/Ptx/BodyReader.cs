@@ -2,14 +2,14 @@ namespace MiniCpmNative.GpuEmulator.Ptx;
 
 /// <summary>
 /// Reads the braces of one kernel: declarations, labels, instructions. Scopes nest (inline assembly
-/// opens them); a register declared inside hides one of the same name outside. Labels of the whole
-/// kernel share one table: the compilers number them, and inline assembly uses unique names.
+/// opens them); a register declared inside hides one of the same name outside, and so does a label.
 /// </summary>
 internal sealed class BodyReader(PtxParser parser, PtxKernel kernel)
 {
     private readonly List<Dictionary<string, PtxRegister>> _scopes = [];
     private readonly Dictionary<string, PtxVariable> _variables = [];
     private (int File, int Line, int InlinedAt) _location;
+    private int _innerLabels;
 
     public void Read()
     {
@@ -21,6 +21,8 @@ internal sealed class BodyReader(PtxParser parser, PtxKernel kernel)
     {
         parser.Expect("{");
         _scopes.Add([]);
+        var labels = new Dictionary<string, string>();
+        int first = kernel.Instructions.Count;
         while (parser.Peek() != "}")
         {
             string word = parser.Peek();
@@ -33,13 +35,23 @@ internal sealed class BodyReader(PtxParser parser, PtxKernel kernel)
             else if (word == ";") parser.Next();
             else if (parser.Peek(1) == ":")
             {
-                kernel.Labels[parser.Next().Text] = kernel.Instructions.Count;
+                string label = parser.Next().Text;
+                if (_scopes.Count > 1) label = labels[label] = $"{label}#{++_innerLabels}";
+                kernel.Labels[label] = kernel.Instructions.Count;
                 parser.Next();
             }
             else ReadInstruction();
         }
         parser.Expect("}");
         _scopes.RemoveAt(_scopes.Count - 1);
+        // Branches may come before the label of their scope: they are directed at its end.
+        for (int n = first; labels.Count > 0 && n < kernel.Instructions.Count; n++)
+        {
+            var i = kernel.Instructions[n];
+            if (i.Opcode.StartsWith("bra", StringComparison.Ordinal) && i.Operands.Length == 1
+                && labels.TryGetValue(i.Operands[0].Text, out string? inner))
+                kernel.Instructions[n] = i with { Operands = [i.Operands[0] with { Text = inner }] };
+        }
     }
 
     private void ReadRegisters()
@@ -145,10 +157,8 @@ internal sealed class BodyReader(PtxParser parser, PtxKernel kernel)
                 return new(OperandKind.Immediate, parser.Next().Text) { Negated = true };
             case "!":
                 return ReadOperand() with { Negated = true };
-            case "_":
-                return new(OperandKind.Sink, "_");
         }
-        var operand = ReadName(token);
+        var operand = token.Text == "_" ? new(OperandKind.Sink, "_") : ReadName(token);
         if (parser.Peek() == "|")
         {
             parser.Next();
