@@ -2116,7 +2116,8 @@ extern "C" __global__ void __launch_bounds__(256) attention_tiles(
     int row = blockIdx.x * 8 + threadIdx.x / WARP;
     if (row >= count) return;
     SequenceTile at;
-    bool found = find_tile(at, mask, count - 1 - row, ATTENTION_TILE_ROWS, of_keys);
+    bool found = find_tile(
+        at, mask, of_keys ? row : count - 1 - row, ATTENTION_TILE_ROWS, of_keys);
     if (threadIdx.x % WARP != 0) return;
     int4 none = make_int4(0, 0, 0, 0);
     int4* into = (int4*)tiles + 2 * row;

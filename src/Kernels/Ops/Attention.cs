@@ -63,8 +63,19 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         Tensor startsQ = call.Input(3), startsK = call.Input(4), lengths = call.Input(5);
         int tokens = (int)q.Shape.Rows, keyTokens = (int)k.Shape.Rows;
         int sequences = (int)startsQ.Shape.Count - 1;
-        if (HeadDim is 64 or 72 or 128 && call.Real != DType.F32
-            && (q.Data | k.Data | v.Data | o.Data) % 16 == 0)
+        bool aligned = (q.Data | k.Data | v.Data | o.Data) % 16 == 0;
+        if (aligned && HopperForward is { } hopper && call.Has(hopper))
+        {
+            Tensor list = Tiles(call, ofKeys: false);
+            call.Launch(hopper,
+                new Grid(Math.Min(checked(list.Shape[0] * Heads), call.Multiprocessors),
+                    HopperThreads, HopperShared()),
+                o, call.Saved(0), q, k, v, list, lengths, list.Shape[0], Heads, KvHeads,
+                CausalMode, Scale);
+            return;
+        }
+
+        if (HeadDim is 64 or 72 or 128 && call.Real != DType.F32 && aligned)
         {
             string kernel = HeadDim == 64 ? "attention_forward_64"
                 : HeadDim == 72 ? "attention_forward_72" : "attention_forward_128";
@@ -97,8 +108,33 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
                 DV = Target(call.Gradient(2)),
             });
 
+    private const int HopperThreads = 384;
+
     // The mask as kernels take it: none, from the end of the room, or of the keys that count.
     private int CausalMode => !Causal ? 0 : Cached ? 2 : 1;
+
+    // Kernels of sm_90a, where the device has them.
+    private string? HopperForward => HeadDim switch
+    {
+        64 => "attention_forward_hopper_64",
+        72 => "attention_forward_hopper_72",
+        80 => "attention_forward_hopper_80",
+        96 => "attention_forward_hopper_96",
+        128 => "attention_forward_hopper_128",
+        256 => "attention_forward_hopper_256",
+        _ => null,
+    };
+
+    // A tile of queries and, up to 128 columns, one of output; two of keys and of values; barriers;
+    // and room to start at a multiple of 1024.
+    private int HopperShared()
+    {
+        const int RowBytes = 128, ChunkCols = 64, Barriers = 128, Alignment = 1024;
+        int chunks = (HeadDim + ChunkCols - 1) / ChunkCols;
+        int rows = HeadDim > 128
+            ? AttentionTiles.Rows + (4 * 64) : (2 * AttentionTiles.Rows) + (4 * 128);
+        return (chunks * rows * RowBytes) + Barriers + Alignment;
+    }
 
     // What the CPU's kernels check themselves.
     private void RequireLaunchable()
@@ -126,6 +162,14 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         bool aligned = (q.Data | k.Data | v.Data | dO.Data | call.AnyGradient(0).Buffer.Data
             | call.AnyGradient(1).Buffer.Data | call.AnyGradient(2).Buffer.Data) % 16 == 0;
         GradientTarget dq = call.Gradient(0), dk = call.Gradient(1), dv = call.Gradient(2);
+        if (aligned && HopperAttentionBackward.Kernel(call, HeadDim) is { } hopper)
+        {
+            Statistics(call, statistics, Tensor.None);
+            HopperAttentionBackward.Run(call, this, hopper, CausalMode, statistics,
+                Tiles(call, ofKeys: false), Tiles(call, ofKeys: true));
+            return;
+        }
+
         if (BackwardTiles.Backward(HeadDim, call.SmallShared) is { } tiles
             && call.Real != DType.F32 && aligned)
         {

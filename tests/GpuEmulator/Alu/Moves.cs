@@ -173,6 +173,8 @@ internal static unsafe class Moves
 
     /// <summary>Fences: blocks here see one another at once, so there is nothing to
     /// order.</summary>
+    public static void Fence(Warp w, Instruction i) => w.Block.Fenced = true;
+
     public static void Nothing(Warp w, Instruction i)
     {
     }

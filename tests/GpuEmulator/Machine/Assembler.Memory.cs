@@ -41,7 +41,8 @@ internal sealed unsafe partial class Assembler
     private bool BuildAccess(Instruction i, PtxInstruction p, Opcode op, bool load)
     {
         string type = op.Last();
-        i.Volatile = op.Any("volatile", "relaxed", "acquire", "release").Length > 0;
+        string order = op.Any("volatile", "relaxed", "acquire", "release");
+        (i.Volatile, i.Releases) = (order.Length > 0, order == "release");
         op.Has("weak");
         if (i.Volatile) op.Any("cta", "gpu", "sys", "cluster");
         op.Has("mmio");
@@ -168,7 +169,7 @@ internal sealed unsafe partial class Assembler
     {
         bool returns = op.Stem == "atom";
         string type = op.Last();
-        op.Any("relaxed", "acquire", "release", "acq_rel");
+        i.Releases = op.Any("relaxed", "acquire", "release", "acq_rel") is "release" or "acq_rel";
         op.Any("cta", "gpu", "sys", "cluster");
         i.Space = TakeSpace(op);
         op.DropHints();

@@ -135,8 +135,8 @@ internal sealed unsafe partial class Assembler
         }
         op.Any("acq_rel", "sc", "acquire", "release");
         op.Has("mbarrier_init");
-        op.Any("gpu", "cta", "sys", "cluster");
-        i.Run = &Moves.Nothing;
+        i.Run = op.Any("gpu", "cta", "sys", "cluster") is "gpu" or "sys" ? &Moves.Fence
+            : &Moves.Nothing;
         return true;
     }
 

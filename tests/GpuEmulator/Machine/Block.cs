@@ -12,6 +12,7 @@ internal sealed record Launch(
 
     /// <summary>One number: how often memory was changed for other blocks to see.</summary>
     public long[] Changes { get; } = new long[1];
+    public Handovers Handovers { get; } = new();
 }
 
 /// <summary>
@@ -64,6 +65,12 @@ internal sealed unsafe class Block : IDisposable
     /// <summary>Counts what others may wait for: barriers opened, memory changed for them.</summary>
     public long Events { get; private set; }
 
+    /// <summary>Stamps of the blocks whose writes are visible here.</summary>
+    public HashSet<uint> Acquired { get; } = [];
+
+    /// <summary>A fence of the device has been executed.</summary>
+    public bool Fenced { get; set; }
+
     /// <summary>The launch's changes when the block last looked in vain.</summary>
     public long Seen { get; set; }
 
@@ -86,6 +93,8 @@ internal sealed unsafe class Block : IDisposable
         Array.Clear(_arrived);
         _fruitless = 0;
         Seen = -1;
+        Acquired.Clear();
+        Fenced = false;
         for (int w = 0; w < _warps.Length; w++)
         {
             _order[w] = w;
@@ -215,7 +224,7 @@ internal sealed unsafe class Block : IDisposable
             }
             if (waiting == 0) continue;
             if (wanted == 0 ? waiting < live : waiting * 32 + _arrived[id] < wanted) continue;
-            Shared.Synchronise(_warps, id);
+            Shared.Synchronise(_warps, id, counted: wanted > 0);
             _arrived[id] = 0;
             foreach (var warp in _warps)
                 if (warp.State == WarpState.AtBarrier && warp.BarrierId == id) warp.Release();

@@ -71,6 +71,9 @@ internal sealed unsafe class Instruction(PtxInstruction source)
     /// wait.</summary>
     public bool Looks, Holds;
 
+    /// <summary>Orders the accesses before it; Looks stands for those behind.</summary>
+    public bool Releases;
+
     /// <summary>The allocation the last access fell into: likely the next one's too.</summary>
     public Allocation? Nearby;
 

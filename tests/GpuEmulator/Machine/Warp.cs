@@ -75,6 +75,7 @@ internal sealed unsafe class Warp
     public byte* Local { get; private set; }
     public byte* LocalState { get; private set; }
     public Memory.AsyncCopies Copies { get; } = new();
+    public Memory.BulkCopies Bulks { get; } = new();
     public int Pc { get; private set; }
     public LaunchCounters Counters => Block.Counters;
 
@@ -111,6 +112,7 @@ internal sealed unsafe class Warp
         _steps = 0;
         State = WarpState.Ready;
         Copies.Clear();
+        Bulks.Clear();
     }
 
     public void Release() => State = WarpState.Ready;

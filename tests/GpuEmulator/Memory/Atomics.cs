@@ -28,6 +28,7 @@ internal static unsafe class Atomics
         }
         w.Counters.AtomicLanes += BitOperations.PopCount(w.Exec);
         bool changed = false;
+        if (i.Releases || w.Block.Fenced) GlobalAccess.Release(w, global);
         lock (s_lock)
         {
             for (uint rest = w.Exec; rest != 0; rest &= rest - 1)
@@ -52,6 +53,7 @@ internal static unsafe class Atomics
             }
         }
         if (changed) w.Block.Changed();
+        if (i.Looks || i.Releases) GlobalAccess.Acquire(w, global);
         if (global != 0)
             w.Counters.GlobalWriteSectors += GlobalAccess.CountSectors(w, i, global, sizeof(T),
             true);

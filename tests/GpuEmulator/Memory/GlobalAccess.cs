@@ -48,6 +48,7 @@ internal static unsafe class GlobalAccess
         w.Counters.GlobalReadRequests++;
         w.Counters.GlobalReadBytes += bytes * BitOperations.PopCount(exec);
         w.Counters.GlobalReadSectors += CountSectors(w, i, exec, bytes, write: false);
+        if (i.Looks) Acquire(w, exec);
         if (exec == uint.MaxValue && address[0] % (ulong)bytes == 0
             && Address.IsRow(address, bytes))
         {
@@ -78,7 +79,11 @@ internal static unsafe class GlobalAccess
         w.Counters.GlobalWriteRequests++;
         w.Counters.GlobalWriteBytes += bytes * BitOperations.PopCount(exec);
         w.Counters.GlobalWriteSectors += CountSectors(w, i, exec, bytes, write: true);
-        if (i.Volatile) w.Block.Changed();
+        if (i.Volatile)
+        {
+            w.Block.Changed();
+            if (i.Releases || w.Block.Fenced) Release(w, exec);
+        }
         Lanes.FromRegisters(w, i, w.Staging, exec);
         if (exec == uint.MaxValue && address[0] % (ulong)bytes == 0
             && Address.IsRow(address, bytes))
@@ -108,6 +113,21 @@ internal static unsafe class GlobalAccess
             Unsafe.CopyBlock(to, value, (uint)bytes);
             MarkWritten(w, i, allocation, to, bytes);
         }
+    }
+
+    /// <summary>What was left at the lanes' addresses is visible from now on.</summary>
+    public static void Acquire(Warp w, uint exec)
+    {
+        for (uint rest = exec; rest != 0; rest &= rest - 1)
+            w.Block.Launch.Handovers.Acquire(w.Block,
+                w.Addresses[BitOperations.TrailingZeroCount(rest)]);
+    }
+
+    public static void Release(Warp w, uint exec)
+    {
+        for (uint rest = exec; rest != 0; rest &= rest - 1)
+            w.Block.Launch.Handovers.Release(w.Block,
+                w.Addresses[BitOperations.TrailingZeroCount(rest)]);
     }
 
     /// <summary>Host bytes of one lane's read, checked; alignment is the caller's.</summary>
@@ -188,7 +208,9 @@ internal static unsafe class GlobalAccess
         uint first = w.Block.Memory.LaunchStamp, mine = i.NonCoherent ? 0 : w.Block.Stamp;
         int words = (bytes + 3) / 4;
         for (int n = 0; n < words; n++)
-            if (writers[n] >= first && writers[n] != mine) return true;
+            if (writers[n] >= first && writers[n] != mine
+                && (i.NonCoherent || !w.Block.Acquired.Contains(writers[n])))
+                return true;
         return false;
     }
 

@@ -53,15 +53,16 @@ internal sealed unsafe partial class SharedMemory : IDisposable
     }
 
     /// <summary>The warps that wait at this barrier meet.</summary>
-    public void Synchronise(Warp[] warps, int barrier)
+    public void Synchronise(Warp[] warps, int barrier, bool counted)
     {
         bool all = true;
         foreach (var warp in warps)
-            all &= warp.State == WarpState.Done
+            all &= (warp.State == WarpState.Done && !counted)
                 || (warp.State == WarpState.AtBarrier && warp.BarrierId == barrier);
         if (all)
         {
-            // Nobody is left behind: one limit says it, and warps that have returned count too.
+            // Nobody is left behind: one limit says it; warps that have returned count for a
+            // barrier of the whole block.
             Array.Clear(_arrivals[barrier]);
             _floor = (_time << 15) | 0x7fff;
             Tick();
