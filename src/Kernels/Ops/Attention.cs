@@ -116,7 +116,7 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         bool aligned = (q.Data | k.Data | v.Data | dO.Data | call.AnyGradient(0).Buffer.Data
             | call.AnyGradient(1).Buffer.Data | call.AnyGradient(2).Buffer.Data) % 16 == 0;
         GradientTarget dq = call.Gradient(0), dk = call.Gradient(1), dv = call.Gradient(2);
-        if (AttentionTiles.Backward(HeadDim, call.SmallShared) is { } tiles
+        if (AttentionBlock.Backward(HeadDim, call.SmallShared) is { } tiles
             && call.Real != DType.F32 && aligned)
         {
             // Blocks that have begun, and per head and query those that have added to its dq.
