@@ -2890,7 +2890,7 @@ template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCa
     constexpr int THREADS = B::THREADS, STEP_CHUNKS = B::STEP_CHUNKS, COLUMNS = B::COLUMNS;
     constexpr int TILES = DIM / 8 / SPLIT; // of a warp's columns of dk and dv
     constexpr int GROUP = STEP < 32 ? STEP : 32; // queries whose scores a warp has at a time
-    extern __shared__ __align__(1024) uint4 attention_shared[];
+    alignas(1024) extern __shared__ uint4 attention_shared[];
     u32 k_tile = shared_address(attention_shared), v_tile = k_tile + B::OWN;
     u32 scores = v_tile + B::OWN, stages = scores + B::SCORES;
     constexpr int STATISTICS = 2 * B::OWN + B::SCORES + 4 * B::ROWS; // where they are
