@@ -170,7 +170,7 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
             return;
         }
 
-        if (AttentionBlock.Backward(HeadDim, call.SmallShared) is { } tiles
+        if (Cuda.AttentionBlock.Backward(HeadDim, call.SmallShared) is { } tiles
             && call.Real != DType.F32 && aligned)
         {
             // Blocks that have begun, and per head and query those that have added to its dq.
