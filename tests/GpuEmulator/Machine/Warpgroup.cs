@@ -68,10 +68,11 @@ internal static unsafe class Warpgroup
 
     private static ulong Same(Warp w, int row)
     {
-        ulong* values = (ulong*)(w.R + row);
-        if (new ReadOnlySpan<ulong>(values, 32).ContainsAnyExcept(values[0]))
-            throw w.Fault(Check.Descriptor, 0, "a descriptor differs among the lanes");
-        return values[0];
+        ulong first = *(ulong*)(w.R + row);
+        for (int v = w.Index & ~3; v <= (w.Index | 3); v++)
+            if (new ReadOnlySpan<ulong>(w.Block.Warps[v].R + row, 32).ContainsAnyExcept(first))
+                throw w.Fault(Check.Descriptor, 0, "a descriptor differs among the threads");
+        return first;
     }
 
     private static void TakeRegisters(Warp w, Instruction i, float* to)
