@@ -1941,17 +1941,21 @@ struct AttentionMask
 // A tile of one sequence's queries, or keys. Queries and keys count within the sequence.
 struct SequenceTile
 {
-    int first_token, queries, first_key_token, keys;
+    int first_token, queries, first_key_token, keys, sequence;
     int visible; // keys that are not masked for all
     int before;  // keys that stand before the first query's own, where the mask is causal
     int first;   // of the tile
 };
 
 // Keys that a query sees.
+DEVICE int keys_seen(int causal, const SequenceTile& at, int query)
+{
+    return causal ? max(0, min(at.visible, query + 1 + at.before)) : at.visible;
+}
+
 DEVICE int keys_seen(const AttentionMask& mask, const SequenceTile& at, int query)
 {
-    if (!mask.causal) return at.visible;
-    return max(0, min(at.visible, query + 1 + at.before));
+    return keys_seen(mask.causal, at, query);
 }
 
 // Finds tile number `tile` of `rows` queries (or keys) each, counted over the sequences; false when
@@ -1986,6 +1990,7 @@ DEVICE bool find_tile(SequenceTile& at, const AttentionMask& mask, int tile, int
         int owner = __ffs(behind) - 1;
         s = base + owner;
         at.first = (tile - __shfl_sync(ALL_LANES, end - tiles, owner)) * rows;
+        at.sequence = s;
         at.first_token = mask.starts_q[s];
         at.queries = mask.starts_q[s + 1] - at.first_token;
         at.first_key_token = mask.starts_k[s];
@@ -1998,12 +2003,50 @@ DEVICE bool find_tile(SequenceTile& at, const AttentionMask& mask, int tile, int
     return false;
 }
 
+// Takes tile number `tile` of `rows` queries (or keys) each from a list that AttentionTiles.cs
+// describes, which says longest work first; false behind the end of a sequence or of the list.
+DEVICE bool take_tile(SequenceTile& at, const int4* tiles, int tile, int rows, bool of_keys,
+    const int* key_lengths, int causal)
+{
+    int of_row = ATTENTION_TILE_ROWS / rows;
+    int4 tokens = tiles[2 * (tile / of_row)], place = tiles[2 * (tile / of_row) + 1];
+    at.first_token = tokens.x;
+    at.queries = tokens.y;
+    at.first_key_token = tokens.z;
+    at.keys = tokens.w;
+    at.first = place.y + tile % of_row * rows;
+    at.visible = key_lengths ? max(0, min(at.keys, key_lengths[place.x])) : at.keys;
+    at.before = (causal == 2 ? at.visible : at.keys) - at.queries;
+    return at.first < (of_keys ? at.keys : at.queries);
+}
+
 DEVICE void check_starts(int* faults, const AttentionMask& mask)
 {
     check_starts(
         faults, FAULT_ATTENTION_QUERY_STARTS, mask.starts_q, mask.sequences, mask.tokens);
     check_starts(
         faults, FAULT_ATTENTION_KEY_STARTS, mask.starts_k, mask.sequences, mask.key_tokens);
+}
+
+// The list of tiles where only the device knows the starts: the last tiles first, as causal ones
+// have the most keys; rows of zeros behind the last. A warp per row, which are tokens / 128 +
+// sequences at most; checks the starts. Writes 32 bytes a row.
+extern "C" __global__ void __launch_bounds__(256) attention_tiles(
+    int* tiles, const int* starts_q, const int* starts_k, int* faults, int sequences, int tokens,
+    int key_tokens, int count, int of_keys)
+{
+    AttentionMask mask = {starts_q, starts_k, 0, sequences, tokens, key_tokens, 0};
+    if (blockIdx.x == 0) check_starts(faults, mask);
+    int row = blockIdx.x * 8 + threadIdx.x / WARP;
+    if (row >= count) return;
+    SequenceTile at;
+    bool found = find_tile(
+        at, mask, of_keys ? row : count - 1 - row, ATTENTION_TILE_ROWS, of_keys);
+    if (threadIdx.x % WARP != 0) return;
+    int4 none = make_int4(0, 0, 0, 0);
+    int4* into = (int4*)tiles + 2 * row;
+    into[0] = found ? make_int4(at.first_token, at.queries, at.first_key_token, at.keys) : none;
+    into[1] = found ? make_int4(at.sequence, at.first, 0, 0) : none;
 }
 
 // -- softmax, tile by tile (Milakov and Gimelshein 2018) --
@@ -2250,22 +2293,20 @@ extern "C" __global__ void __launch_bounds__(128, 3) attention_forward_128(
 // queries, four per warp; 32 keys at a time, a key per lane for the scores, a column per lane for
 // the output. Shared memory: with w = dim rounded up to 32, floats q[16, w], k[32, w + 1], v[32, w
 // + 1], zeros behind dim and behind the last key; the odd width puts a column's keys into different
-// banks. Grid: (tokens / 16 + sequences) * heads blocks or more. 4 dim FLOP per query and key, no
+// banks. Grid: 8 blocks per row of the list of tiles and head. 4 dim FLOP per query and key, no
 // tensor cores: for float, and for the small heads of tests.
 extern "C" __global__ void __launch_bounds__(128) attention_forward_any(
-    real* o, float* lse, const real* q, const real* k, const real* v, const int* starts_q,
-    const int* starts_k, const int* key_lengths, int* faults, int sequences, int tokens,
-    int key_tokens, int heads, int kv_heads, int causal, float scale, int dim)
+    real* o, float* lse, const real* q, const real* k, const real* v, const int* tiles,
+    const int* key_lengths, int heads, int kv_heads, int causal, float scale, int dim)
 {
     constexpr int WARPS = 4, ROWS = ATTENTION_ANY_ROWS, KEYS = ATTENTION_ANY_KEYS;
     constexpr int PARTS = ATTENTION_MOST_COLS / WARP;
     static_assert(ROWS == 4 * WARPS && KEYS == WARP, "four rows a warp, a key a lane");
     extern __shared__ float4 attention_any_shared[];
-    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
-    if (blockIdx.x == 0) check_starts(faults, mask);
     SequenceTile at;
-    int head = blockIdx.x % heads, tile = gridDim.x / heads - 1 - blockIdx.x / heads;
-    if (!find_tile(at, mask, tile, ROWS, false)) return;
+    int head = blockIdx.x % heads;
+    if (!take_tile(at, (const int4*)tiles, blockIdx.x / heads, ROWS, false, key_lengths, causal))
+        return;
 
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int width = (dim + WARP - 1) / WARP * WARP, kv_head = head / (heads / kv_heads);
@@ -2286,7 +2327,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_forward_any(
         max[r] = MINUS_INFINITY;
         sum[r] = 0;
     }
-    int end = keys_seen(mask, at, at.first + queries - 1);
+    int end = keys_seen(causal, at, at.first + queries - 1);
     for (int first = 0; first < end; first += KEYS)
     {
         __syncthreads();
@@ -2316,7 +2357,8 @@ extern "C" __global__ void __launch_bounds__(128) attention_forward_any(
 #pragma unroll
         for (int r = 0; r < 4; r++)
         {
-            if (first + lane >= keys_seen(mask, at, at.first + 4 * warp + r)) p[r] = MINUS_INFINITY;
+            if (first + lane >= keys_seen(causal, at, at.first + 4 * warp + r))
+                p[r] = MINUS_INFINITY;
             float before = max[r];
             max[r] = fmaxf(before, warp_max(p[r]));
             float offset = softmax_offset(max[r], factor);

@@ -181,7 +181,7 @@ public sealed class CudaAttentionBackwardTests
         if (CudaUnderTest.IsReal) Assert.Ignore("mistakes are planted on the emulated GPU only");
         _cuda?.Dispose();
         _cuda = null!;
-        string source = KernelText.Replace(CudaDevice.Source, function, from, to);
+        string source = KernelText.Replace(CudaKernels.Source, function, from, to);
         using var spoilt =
             new CudaUnderTest(source: KernelText.Sections(source, [1, 2, 3, 4, 10, 11]));
         Exception? e = Assert.Catch(() => Compare(spoilt, problem, DType.BF16));

@@ -15,6 +15,7 @@ internal sealed class CudaUnderTest : IDisposable
 
     private readonly Dictionary<DType, CudaDevice> _devices = [];
     private readonly ModuleCompiler _compiler;
+    private readonly DeviceCompiler _kind;
     private readonly string _source;
 
     /// <param name="options">Of the emulator.</param>
@@ -23,7 +24,7 @@ internal sealed class CudaUnderTest : IDisposable
     public CudaUnderTest(EmulatorOptions? options = null,
         DeviceCompiler compiler = DeviceCompiler.Nvrtc, string? source = null)
     {
-        _source = source ?? CudaDevice.Source;
+        (_kind, _source) = (compiler, source ?? CudaKernels.Source);
         CudaApi api;
         if (IsReal)
         {
@@ -58,9 +59,17 @@ internal sealed class CudaUnderTest : IDisposable
     public CudaDevice Device(DType activations)
     {
         if (_devices.TryGetValue(activations, out CudaDevice? device)) return device;
-        var module = CudaModule.Load(Context, _compiler, _source, "kernels.cu",
-            new(activations, Context.Architecture, LineInfo: Emulator is not null));
-        return _devices[activations] = new(Context, activations, StepBytes, module);
+        return _devices[activations] = new(Context, activations, StepBytes, Kernels(activations));
+    }
+
+    // NVRTC 11.8 leaves the kernels of an emulated Hopper GPU to HopperPtx.
+    private CudaKernels Kernels(DType activations)
+    {
+        if (Emulator is null) return CudaKernels.Load(Context, _compiler, activations);
+        var all = CudaModule.Load(Context, _compiler, _source, "kernels.cu",
+            new(activations, Context.Architecture, LineInfo: true));
+        return activations == DType.F32 || Context.Architecture != 90
+            ? new(all) : new(all, HopperPtx.Load(Context, _kind));
     }
 
     /// <summary>

@@ -40,6 +40,7 @@ public sealed class DoctorTests
         Assert.That(gpu.Fault, Is.Null);
         Assert.That(well, text);
         Assert.That(text, Does.Contain("compute capability 8.0"));
+        Assert.That(text, Does.Contain("attention of bf16: for sm_80 and later (mma.sync)"));
         Assert.That(text, Does.Contain("self-test of the kernels for BF16"));
         Assert.That(text, Does.Contain("self-test of the kernels for F32"));
         Assert.That(text, Does.Not.Contain("not reached"));
@@ -48,7 +49,7 @@ public sealed class DoctorTests
     [Test]
     public void ADeviceThatComputesWronglyIsFound()
     {
-        string source = CudaDevice.Source, right = "p[j] += scale * q[j];";
+        string source = CudaKernels.Source, right = "p[j] += scale * q[j];";
         Assert.That(source.Split(right), Has.Length.EqualTo(2));
         var compiler = new ModuleCompiler(CudaTools.Compiler(DeviceCompiler.Nvrtc), cache: null);
         string wrong = source.Replace(right, "p[j] -= scale * q[j];");
@@ -56,7 +57,7 @@ public sealed class DoctorTests
         using var context = new CudaContext(gpu.Api);
         CudaModule module = CudaModule.Load(
             context, compiler, wrong, "kernels.cu", new(DType.F32, context.Architecture));
-        using var device = new CudaDevice(context, DType.F32, 64L << 20, module);
+        using var device = new CudaDevice(context, DType.F32, 64L << 20, new CudaKernels(module));
         using var test = new SelfTest(device);
         Assert.That(test.Run().Select(f => f.What), Has.Some.StartWith("Add { "));
     }

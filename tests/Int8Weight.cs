@@ -14,7 +14,7 @@ namespace MiniCpmNative.Tests;
 internal sealed unsafe class Int8Weight : Weight
 {
     /// <summary>kernels.cu with the kernel that unpacks.</summary>
-    public static string Source { get; } = CudaDevice.Source + """
+    public static string Source { get; } = CudaKernels.Source + """
 
         extern "C" __global__ void __launch_bounds__(256) unpack_int8(
             real* y, const signed char* x, const float* scales, int cols, long long count)

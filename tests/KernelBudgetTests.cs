@@ -60,7 +60,7 @@ public sealed class KernelBudgetTests
     private static readonly string[] s_narrow =
     [
         "sum_parts", "gradient_norm_finish", "attention_forward_any", "attention_keys_backward",
-        "attention_queries_backward", "lora_down_parts",
+        "attention_queries_backward", "lora_down_parts", "attention_tiles",
         "order_by_id", "row_of_term", "splice_invert", "cross_entropy_check", "cross_entropy_sum",
     ];
 

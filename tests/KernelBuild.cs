@@ -89,7 +89,7 @@ internal static partial class KernelBuilds
     private static byte[] Ptx(DType storage)
     {
         byte[] text = new ModuleCompiler(CudaTools.Nvrtc!, cache: null)
-            .Compile(CudaDevice.Source, "kernels.cu", new(storage, 80));
+            .Compile(CudaKernels.Source, "kernels.cu", new(storage, 80));
         return text[..^1];
     }
 

@@ -17,7 +17,7 @@ internal static unsafe class NullCuda
     /// <summary>A device for a type of activations with every kernel of kernels.cu.</summary>
     public static CudaDevice Device(CudaContext context, Kernels.DType activations) => new(
         context, activations, 1L << 30,
-        CudaModule.LoadPtx(context, [0], CudaDevice.Source, activations));
+        new CudaKernels(CudaModule.LoadPtx(context, [0], CudaKernels.Source, activations)));
 
     private static CudaDriverApi Driver() => new()
     {

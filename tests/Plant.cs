@@ -55,14 +55,14 @@ internal sealed record Plant(string Name, string Function, string From, string T
     public OpCase Problem => OpCases.All.Single(c => c.Name == Case);
 
     /// <summary>kernels.cu as it is, but only the sections that the case needs.</summary>
-    public string Sound => KernelText.Sections(CudaDevice.Source, Needed());
+    public string Sound => KernelText.Sections(CudaKernels.Source, Needed());
 
     /// <summary>The same with the mistake.</summary>
     public string Spoilt => KernelText.Sections(
-        KernelText.Replace(CudaDevice.Source, Function, From, To), Needed());
+        KernelText.Replace(CudaKernels.Source, Function, From, To), Needed());
 
     private int[] Needed() =>
-        [1, 2, 3, 4, .. With, KernelText.SectionOf(CudaDevice.Source, Function)];
+        [1, 2, 3, 4, .. With, KernelText.SectionOf(CudaKernels.Source, Function)];
 }
 
 /// <summary>Finds and replaces in the text of kernels.cu.</summary>

@@ -2,7 +2,7 @@
 # Unpacks what the CUDA tests use, as root on Debian, into /opt/cpmx-cuda (or $CPMX_CUDA_TOOLS):
 #   lib/  NVRTC 11.8 with its built-ins, and libcuda (the driver's library; it needs no driver to load)
 #   bin/  ptxas, cuobjdump and nvdisasm, taken from the toolkit package without its dependencies
-# and installs clang, the second compiler. The packages come from Debian's non-free component through
+# and installs clang, the second compiler, and clang 19 where it is to be had, which knows sm_90a. The packages come from Debian's non-free component through
 # a package list of its own, so the system's sources stay as they are. Runs again quickly; what cannot
 # be had is left out. The last line says what is there; the exit code is always 0.
 set -u
@@ -36,19 +36,21 @@ fetch() {
 
 have() { [ -e "$tools/$1" ]; }
 find_clang() {
-  for name in clang-14 clang-15 clang-16 clang-17 clang; do
+  for name in clang-14 clang-15 clang-16 clang-17 clang-18 clang-19 clang; do
     command -v $name >/dev/null 2>&1 && echo $name && return
   done
 }
 
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
   have lib/libnvrtc.so.11.2 && have lib/libcuda.so.1 && have bin/ptxas && have bin/cuobjdump || fetch
-  if [ -z "$(find_clang)" ]; then
-    install="apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=120 clang-14"
-    DEBIAN_FRONTEND=noninteractive $install </dev/null >/dev/null 2>&1 ||
-      { apt-get update -qq </dev/null >/dev/null 2>&1 &&
-        DEBIAN_FRONTEND=noninteractive $install </dev/null >/dev/null 2>&1; }
-  fi
+  export DEBIAN_FRONTEND=noninteractive
+  install="apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=120"
+  add() {
+    $install "$1" </dev/null >/dev/null 2>&1 ||
+      { apt-get update -qq </dev/null >/dev/null 2>&1 && $install "$1" </dev/null >/dev/null 2>&1; }
+  }
+  [ -n "$(find_clang)" ] || add clang-14
+  command -v clang-19 >/dev/null 2>&1 || add clang-19
 fi
 
 say() { have "$2" && printf '%s, ' "$1" || printf 'no %s, ' "$1"; }
@@ -58,5 +60,6 @@ say libcuda lib/libcuda.so.1
 say ptxas bin/ptxas
 say cuobjdump bin/cuobjdump
 compiler=$(find_clang)
-echo "${compiler:-no clang}"
+printf '%s, ' "${compiler:-no clang}"
+command -v clang-19 >/dev/null 2>&1 && echo clang-19 || echo 'no clang-19'
 exit 0

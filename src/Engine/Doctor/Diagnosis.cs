@@ -63,11 +63,13 @@ public static class Diagnosis
                         + $"{context.Architecture / 10}.{context.Architecture % 10}, "
                         + $"{context.Multiprocessors} multiprocessors, {Gib(total)} GiB memory, "
                         + $"{Gib(free)} free");
+                    output.WriteLine("gpu      attention of bf16: for "
+                        + CudaKernels.Generation(context, compiler));
                 }
 
                 first = false;
                 well &= Test(output, "gpu     ", device, $"kernels for {storage}");
-                string[] idle = [.. device.Module.Names.Except(device.Module.Used).Order()];
+                string[] idle = [.. device.Kernels.Names.Except(device.Kernels.Used).Order()];
                 if (idle.Length == 0) continue;
                 output.WriteLine(
                     $"gpu      not reached by the self-test: {string.Join(", ", idle)}");

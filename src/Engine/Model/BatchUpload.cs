@@ -47,6 +47,32 @@ public sealed class BatchUpload(Device device)
     public Tensor Ints(ReadOnlySpan<int> values, string name) =>
         _input.Push(DType.I32, new Shape(values.Length), name, values);
 
+    /// <summary>
+    /// The lists of attention's tiles over sequences that start there, of queries and of keys; see
+    /// <see cref="AttentionTiles"/>. They count as <see cref="TileNumbers"/>.
+    /// </summary>
+    public (Tensor OfQueries, Tensor OfKeys) Tiles(
+        ReadOnlySpan<int> startsQ, ReadOnlySpan<int> startsK, bool causal)
+    {
+        return (Push(startsQ, startsQ, startsK, ofKeys: false, "query tiles"),
+            Push(startsK, startsQ, startsK, ofKeys: true, "key tiles"));
+
+        unsafe Tensor Push(ReadOnlySpan<int> of, ReadOnlySpan<int> q, ReadOnlySpan<int> k,
+            bool ofKeys, string name)
+        {
+            var shape = new Shape(AttentionTiles.Count(of), AttentionTiles.Fields);
+            Tensor list = _input.Push(new Spec(DType.I32, shape), name, out nint host);
+            AttentionTiles.Fill(
+                new Span<int>((void*)host, (int)shape.Count), q, k, causal, ofKeys);
+            return list;
+        }
+    }
+
+    /// <summary>Numbers of both lists of tiles, at most.</summary>
+    public static long TileNumbers(long queries, long keys, int sequences) =>
+        AttentionTiles.Fields
+        * (((queries + keys) / AttentionTiles.Rows) + (2L * sequences));
+
     /// <summary>Numbers in F32, whatever the activations.</summary>
     public Tensor Floats(ReadOnlySpan<float> values, string name) => Push(
         new Spec(device.Activations.Statistics(), new Shape(values.Length)), values, name);

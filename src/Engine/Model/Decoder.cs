@@ -81,12 +81,17 @@ public sealed class Decoder : IBatchInput
     /// </summary>
     public void Continue(KeyValueCache? cache) => _context.Cache = cache;
 
-    public long Count(Batch batch) => batch.Positions.Count + batch.SequenceStarts.Count;
+    public long Count(Batch batch) => batch.Positions.Count + batch.SequenceStarts.Count
+        + BatchUpload.TileNumbers(
+            batch.Tokens.Count, batch.Tokens.Count, batch.SequenceStarts.Count);
 
     public void Load(Batch batch, BatchUpload upload)
     {
         _context.Positions = upload.Ints(batch.Positions.Span, "positions");
-        _context.Starts = upload.Ints(batch.SequenceStarts.Span, "sequence starts");
+        ReadOnlySpan<int> starts = batch.SequenceStarts.Span;
+        _context.Starts = upload.Ints(starts, "sequence starts");
+        _context.Tiles = _context.Cache is null
+            ? upload.Tiles(starts, starts, causal: true) : default;
         int last = 0;
         foreach (int position in batch.Positions.Span) last = Math.Max(last, position);
         _context.Reach(_spec, last + 1, upload);
@@ -106,6 +111,11 @@ public sealed class DecoderContext
 
     /// <summary>I32[sequences + 1]: where each sequence's tokens start, and the end.</summary>
     public Tensor Starts { get; set; }
+
+    /// <summary>
+    /// Attention's tiles of queries and of keys where sequences are whole; may be absent.
+    /// </summary>
+    public (Tensor OfQueries, Tensor OfKeys) Tiles { get; set; }
 
     /// <summary>
     /// Has the keys and values of the tokens before these and takes theirs; null where sequences

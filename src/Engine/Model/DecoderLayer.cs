@@ -66,7 +66,8 @@ internal sealed class DecoderLayer : Layer<DecoderContext>
     private Tensor Attend(Graph graph, Tensor q, Tensor k, Tensor v, DecoderContext context)
     {
         if (context.Cache is not { } cache)
-            return graph.Run(_attention, q, k, v, context.Starts, context.Starts);
+            return graph.Run(_attention, q, k, v, context.Starts, context.Starts, Tensor.None,
+                context.Tiles.OfQueries, context.Tiles.OfKeys);
         (k, v) = cache.Append(graph, _index, k, v);
         return graph.Run(
             _cachedAttention, q, k, v, context.Starts, cache.KeyStarts, cache.KeyLengths);

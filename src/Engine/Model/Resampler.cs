@@ -27,6 +27,7 @@ public sealed class Resampler : IJoiner
     private readonly Tensor _queryPositions, _queries, _projection;
     private readonly int _width, _queryCount;
     private Tensor _queryStarts, _queryIds, _coordinateIds, _coordinates;
+    private (Tensor OfQueries, Tensor OfKeys) _tiles;
 
     public Resampler(ResamplerSpec spec, ModuleScope scope)
     {
@@ -67,7 +68,8 @@ public sealed class Resampler : IJoiner
         if (_queryPositions.Exists) q = graph.Run(_gather, q, _queryPositions, ids);
         q = _query.Run(graph, q);
         q = graph.Run(_repeat, q, _queryIds);
-        Tensor y = graph.Run(_attention, q, k, v, _queryStarts, pictureStarts);
+        Tensor y = graph.Run(_attention, q, k, v, _queryStarts, pictureStarts, Tensor.None,
+            _tiles.OfQueries, _tiles.OfKeys);
         y = _postNorm.Run(graph, _output.Run(graph, y));
         y = graph.Run(_project, y, _projection);
         probe?.Visit("resampler", y);
@@ -77,8 +79,9 @@ public sealed class Resampler : IJoiner
     public long Count(Batch batch)
     {
         int pictures = batch.PictureStarts.Count - 1;
-        return pictures + 1 + ((long)pictures * _queryCount)
-            + (2L * batch.PictureStarts[pictures]);
+        long queries = (long)pictures * _queryCount, keys = batch.PictureStarts[pictures];
+        return pictures + 1 + queries + (2 * keys)
+            + BatchUpload.TileNumbers(queries, keys, pictures);
     }
 
     public void Load(Batch batch, BatchUpload upload)
@@ -88,6 +91,7 @@ public sealed class Resampler : IJoiner
         ints.Clear();
         for (int i = 0; i <= pictures; i++) ints.Add(i * _queryCount);
         _queryStarts = upload.Ints(ints.Span, "query starts");
+        _tiles = upload.Tiles(ints.Span, batch.PictureStarts.Span, causal: false);
         ints.Clear();
         for (int i = 0; i < pictures * _queryCount; i++) ints.Add(i % _queryCount);
         _queryIds = upload.Ints(ints.Span, "query ids");

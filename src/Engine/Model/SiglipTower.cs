@@ -62,7 +62,8 @@ public sealed class SiglipTower : IVisionTower
         int pictures = batch.Grids.Count / 2, longest = Longest(batch);
         long rows = 0;
         for (int i = 0; i < pictures; i++) rows += Rows(batch, i, longest);
-        return (rows * (_spec.PatchLength + 1)) + pictures + 1 + batch.PictureStarts[pictures];
+        return (rows * (_spec.PatchLength + 1)) + pictures + 1 + batch.PictureStarts[pictures]
+            + BatchUpload.TileNumbers(rows, rows, pictures);
     }
 
     public void Load(Batch batch, BatchUpload upload)
@@ -74,6 +75,7 @@ public sealed class SiglipTower : IVisionTower
         for (int i = 0; i < pictures; i++) ints.Add(ints[i] + Rows(batch, i, longest));
         bool packed = ints[pictures] == batch.PictureStarts[pictures];
         _context.PictureStarts = upload.Ints(ints.Span, "picture starts");
+        _context.Tiles = upload.Tiles(ints.Span, ints.Span, causal: false);
         ints.Clear();
         for (int i = 0; i < pictures; i++)
             _spec.Layout.Positions(batch.Grids[2 * i], batch.Grids[(2 * i) + 1],
@@ -122,6 +124,9 @@ public sealed class VisionContext
 {
     /// <summary>I32[pictures + 1]: where each picture's patches start, and the end.</summary>
     public Tensor PictureStarts { get; set; }
+
+    /// <summary>Attention's tiles of queries and of keys.</summary>
+    public (Tensor OfQueries, Tensor OfKeys) Tiles { get; set; }
 }
 
 /// <summary>
@@ -158,7 +163,8 @@ internal sealed class VisionLayer : Layer<VisionContext>
     {
         Tensor a = _norm1.Run(graph, x);
         Tensor q = _query.Run(graph, a), k = _key.Run(graph, a), v = _value.Run(graph, a);
-        a = graph.Run(_attention, q, k, v, context.PictureStarts, context.PictureStarts);
+        a = graph.Run(_attention, q, k, v, context.PictureStarts, context.PictureStarts,
+            Tensor.None, context.Tiles.OfQueries, context.Tiles.OfKeys);
         x = graph.Run(s_add, x, _output.Run(graph, a));
         a = _up.Run(graph, _norm2.Run(graph, x));
         return graph.Run(s_add, x, _down.Run(graph, graph.Run(s_gelu, a)));

@@ -65,8 +65,9 @@ public sealed class TimmTower : IVisionTower
 
     public long Count(Batch batch)
     {
-        long count = batch.Patches.Count + batch.PictureStarts.Count + 1
-            + (batch.Patches.Count / _spec.PatchLength);
+        long patches = batch.Patches.Count / _spec.PatchLength;
+        long count = batch.Patches.Count + batch.PictureStarts.Count + 1 + patches
+            + BatchUpload.TileNumbers(patches, patches, batch.PictureStarts.Count);
         for (int i = 0; i < batch.Grids.Count; i += 2)
             count += 2 * _resampling.MostTerms(batch.Grids[i], batch.Grids[i + 1]);
         return count;
@@ -75,7 +76,9 @@ public sealed class TimmTower : IVisionTower
     public void Load(Batch batch, BatchUpload upload)
     {
         _patches = upload.Patches(batch.Patches.Span, _spec.PatchLength);
-        _context.PictureStarts = upload.Ints(batch.PictureStarts.Span, "picture starts");
+        ReadOnlySpan<int> starts = batch.PictureStarts.Span;
+        _context.PictureStarts = upload.Ints(starts, "picture starts");
+        _context.Tiles = upload.Tiles(starts, starts, causal: false);
         _resampling.Clear();
         for (int i = 0; i < batch.Grids.Count; i += 2)
             _resampling.Add(batch.Grids[i], batch.Grids[i + 1]);
@@ -124,7 +127,8 @@ internal sealed class TimmLayer : Layer<VisionContext>
     {
         Tensor a = _qkv.Run(graph, _norm1.Run(graph, x));
         Tensor q = graph.Run(_query, a), k = graph.Run(_key, a), v = graph.Run(_value, a);
-        a = graph.Run(_attention, q, k, v, context.PictureStarts, context.PictureStarts);
+        a = graph.Run(_attention, q, k, v, context.PictureStarts, context.PictureStarts,
+            Tensor.None, context.Tiles.OfQueries, context.Tiles.OfKeys);
         x = graph.Run(s_add, x, _output.Run(graph, a));
         a = _up.Run(graph, _norm2.Run(graph, x));
         return graph.Run(s_add, x, _down.Run(graph, graph.Run(s_gelu, a)));

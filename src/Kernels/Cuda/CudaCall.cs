@@ -64,6 +64,9 @@ public readonly ref struct CudaCall(CudaDevice device, Op op, OpCall call)
     /// <summary>Queues zeros into a tensor.</summary>
     public void Clear(in Tensor tensor) => device.Fill(tensor, 0);
 
+    /// <summary>Whether the device has a kernel of that name.</summary>
+    public bool Has(string kernel) => device.Kernels.Has(kernel);
+
     /// <summary>Queues a kernel; an empty grid is no launch.</summary>
     public void Launch(string kernel, Grid grid, params ReadOnlySpan<KernelArgument> arguments) =>
         device.Launch(kernel, grid, arguments);

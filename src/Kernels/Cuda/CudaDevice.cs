@@ -1,4 +1,3 @@
-using System.Reflection;
 using System.Runtime.CompilerServices;
 using MiniCpmNative.Kernels.Updates;
 
@@ -18,7 +17,6 @@ public sealed unsafe class CudaDevice : Device
     // Left to the driver, cuBLAS and tables that grow later.
     private const double StepShare = 0.92;
 
-    private readonly CudaModule _module;
     private readonly CudaGemm _gemm;
     private readonly Staging _staging;
     private readonly List<DeviceSlab> _slabs = [];
@@ -29,7 +27,7 @@ public sealed unsafe class CudaDevice : Device
     private long _sharedLeft, _runBytes;
 
     /// <param name="context">The GPU; disposed by its owner.</param>
-    /// <param name="compiler">Compiles kernels.cu.</param>
+    /// <param name="compiler">Compiles the kernels.</param>
     /// <param name="activations">BF16 or F32.</param>
     /// <param name="stepBytes">Size of the step's memory; null takes what is free at the first
     /// step.</param>
@@ -37,17 +35,16 @@ public sealed unsafe class CudaDevice : Device
     public CudaDevice(CudaContext context, ModuleCompiler compiler, DType activations,
         long? stepBytes = null, bool lineInfo = false)
         : this(context, activations, stepBytes,
-            CudaModule.Load(context, compiler, Source, "kernels.cu",
-            new(activations, context.Architecture, lineInfo)))
+            CudaKernels.Load(context, compiler, activations, lineInfo))
     {
     }
 
-    /// <summary>With a module of kernels.cu that was compiled elsewhere.</summary>
-    public CudaDevice(CudaContext context, DType activations, long? stepBytes, CudaModule module)
+    /// <summary>With kernels that were compiled elsewhere.</summary>
+    public CudaDevice(CudaContext context, DType activations, long? stepBytes, CudaKernels kernels)
     {
         if (activations is not (DType.F32 or DType.BF16))
             throw new ArgumentException("a GPU computes in F32 or BF16", nameof(activations));
-        (Context, Activations, _module) = (context, activations, module);
+        (Context, Activations, Kernels) = (context, activations, kernels);
         Stream = new(context);
         _gemm = new(context, Stream);
         _staging = new(context, Stream);
@@ -63,14 +60,12 @@ public sealed unsafe class CudaDevice : Device
         });
     }
 
-    /// <summary>The text of kernels.cu, which the assembly carries.</summary>
-    public static string Source { get; } = ReadSource();
-
     public CudaContext Context { get; }
 
     public CudaStream Stream { get; }
 
-    public CudaModule Module => _module;
+    /// <summary>The kernels that it launches.</summary>
+    public CudaKernels Kernels { get; }
 
     public int CublasVersion => _gemm.Version;
 
@@ -240,14 +235,14 @@ public sealed unsafe class CudaDevice : Device
         _gemm.Dispose();
         foreach (DeviceSlab slab in _slabs) slab.Dispose();
         _slabs.Clear();
-        _module.Dispose();
+        Kernels.Dispose();
         Stream.Dispose();
     }
 
     internal void Launch(string kernel, Grid grid, ReadOnlySpan<KernelArgument> arguments)
     {
         if (grid.Blocks.X == 0 || grid.Blocks.Y == 0 || grid.Blocks.Z == 0) return;
-        CudaKernel function = _module.Kernel(kernel);
+        CudaKernel function = Kernels[kernel];
         function.AllowShared(grid.SharedBytes);
         LaunchArguments packed = function.Arguments();
         foreach (ref readonly KernelArgument argument in arguments) packed.Add(argument);
@@ -324,12 +319,5 @@ public sealed unsafe class CudaDevice : Device
         foreach (ref readonly Tensor tensor in call.Inputs) Step.Check(tensor);
         foreach (ref readonly Tensor tensor in call.Saved) Step.Check(tensor);
         Step.Check(call.Output);
-    }
-
-    private static string ReadSource()
-    {
-        using Stream stream = Assembly.GetExecutingAssembly()
-            .GetManifestResourceStream("kernels.cu")!;
-        return new StreamReader(stream).ReadToEnd();
     }
 }

@@ -93,8 +93,7 @@ public sealed unsafe class CudaModule : IDisposable
     /// <summary>Names of all kernels the source declares.</summary>
     public IEnumerable<string> Names => _signatures.Keys;
 
-    /// <summary>Names of the kernels that were asked for so far.</summary>
-    public IEnumerable<string> Used => _kernels.Keys;
+    public bool Has(string name) => _signatures.ContainsKey(name);
 
     public void Dispose() => _context.Api.Driver.ModuleUnload(_handle);
 }

@@ -16,6 +16,11 @@ public sealed record ModuleOptions(DType Storage, int Architecture, bool LineInf
     public string[] Extra { get; init; } = [];
 
     /// <summary>
+    /// Code for this very architecture, with what no later one has: 90a in place of 90.
+    /// </summary>
+    public bool Specific { get; init; }
+
+    /// <summary>
     /// C++17 and the architecture are always explicit, since NVRTC's defaults differ by version.
     /// The storage type arrives as STORAGE_F32 or STORAGE_BF16, the numbers that the host shares as
     /// <see cref="KernelConstants"/> names them.
@@ -23,7 +28,7 @@ public sealed record ModuleOptions(DType Storage, int Architecture, bool LineInf
     public string[] Arguments() =>
     [
         "-std=c++17",
-        $"--gpu-architecture={(Cubin ? "sm" : "compute")}_{Architecture}",
+        $"--gpu-architecture={(Cubin ? "sm" : "compute")}_{Architecture}{(Specific ? "a" : "")}",
         $"-DSTORAGE_{Storage}=1",
         .. KernelConstants.Macros,
         .. LineInfo ? (string[])["-lineinfo"] : [],

@@ -10,7 +10,9 @@ namespace MiniCpmNative.Kernels.Ops;
 /// are masked) -> o like q; saves lse[tokens, Heads]. Causal: a query sees the keys up to its own
 /// position, counted from the end. Cached: a sequence's keys are rows of a cache with room for
 /// more, the first key_lengths of them count, and the position is counted from their end.
-/// Key head j serves the query heads j g .. j g + g - 1, g = Heads / KvHeads. See <see cref="FlashAttention"/>.
+/// Key head j serves the query heads j g .. j g + g - 1, g = Heads / KvHeads. Optional lists of the
+/// tiles of queries and of keys, I32[tiles, 8], made once per batch (<see cref="AttentionTiles"/>),
+/// spare the GPU making them in every call. See <see cref="FlashAttention"/>.
 /// </summary>
 /// <exception cref="ShapeException">
 /// A shape does not fit, the starts do not cover the tokens, or a cache comes without key_lengths.
@@ -33,6 +35,13 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         inputs.Int(this, 4, "cu_seqlens_k").MustBe(this, "cu_seqlens_k", sequences + 1);
         if (Cached || (inputs.Length > 5 && inputs[5].Exists))
             inputs.Int(this, 5, "key_lengths").MustBe(this, "key_lengths", sequences);
+        foreach (var (input, name) in ((int, string)[])[(6, "query_tiles"), (7, "key_tiles")])
+        {
+            if (input >= inputs.Length || !inputs[input].Exists) continue;
+            Spec tiles = inputs.Int(this, input, name);
+            tiles.MustBe(this, name, (int)tiles.Shape.Rows, AttentionTiles.Fields);
+        }
+
         return new(q.As(activations),
             new Spec(activations.Statistics(), new Shape((int)q.Shape.Rows, Heads)));
     }
@@ -54,8 +63,19 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         Tensor startsQ = call.Input(3), startsK = call.Input(4), lengths = call.Input(5);
         int tokens = (int)q.Shape.Rows, keyTokens = (int)k.Shape.Rows;
         int sequences = (int)startsQ.Shape.Count - 1;
-        if (HeadDim is 64 or 72 or 128 && call.Real != DType.F32
-            && (q.Data | k.Data | v.Data | o.Data) % 16 == 0)
+        bool aligned = (q.Data | k.Data | v.Data | o.Data) % 16 == 0;
+        if (aligned && HopperForward is { } hopper && call.Has(hopper))
+        {
+            Tensor list = Tiles(call, ofKeys: false);
+            call.Launch(hopper,
+                new Grid(Math.Min(checked(list.Shape[0] * Heads), call.Multiprocessors),
+                    HopperThreads, HopperShared()),
+                o, call.Saved(0), q, k, v, list, lengths, list.Shape[0], Heads, KvHeads,
+                CausalMode, Scale);
+            return;
+        }
+
+        if (HeadDim is 64 or 72 or 128 && call.Real != DType.F32 && aligned)
         {
             string kernel = HeadDim == 64 ? "attention_forward_64"
                 : HeadDim == 72 ? "attention_forward_72" : "attention_forward_128";
@@ -67,9 +87,10 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
 
         int width = (HeadDim + 31) / 32 * 32;
         int shared = sizeof(float) * ((OtherRows * width) + (2 * OtherKeys * (width + 1)));
-        call.Launch("attention_forward_any", new Grid(Blocks(OtherRows), Threads, shared),
-            o, call.Saved(0), q, k, v, startsQ, startsK, lengths, call.Faults, sequences, tokens,
-            keyTokens, Heads, KvHeads, CausalMode, Scale, HeadDim);
+        Tensor tiles = Tiles(call, ofKeys: false);
+        int blocks = checked(tiles.Shape[0] * (AttentionTiles.Rows / OtherRows) * Heads);
+        call.Launch("attention_forward_any", new Grid(blocks, Threads, shared), o, call.Saved(0),
+            q, k, v, tiles, lengths, Heads, KvHeads, CausalMode, Scale, HeadDim);
 
         // As many tiles as there can be, since only the device knows the lengths; one at least,
         // which checks the starts.
@@ -87,8 +108,33 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
                 DV = Target(call.Gradient(2)),
             });
 
+    private const int HopperThreads = 384;
+
     // The mask as kernels take it: none, from the end of the room, or of the keys that count.
     private int CausalMode => !Causal ? 0 : Cached ? 2 : 1;
+
+    // Kernels of sm_90a, where the device has them.
+    private string? HopperForward => HeadDim switch
+    {
+        64 => "attention_forward_hopper_64",
+        72 => "attention_forward_hopper_72",
+        80 => "attention_forward_hopper_80",
+        96 => "attention_forward_hopper_96",
+        128 => "attention_forward_hopper_128",
+        256 => "attention_forward_hopper_256",
+        _ => null,
+    };
+
+    // A tile of queries and, up to 128 columns, one of output; two of keys and of values; barriers;
+    // and room to start at a multiple of 1024.
+    private int HopperShared()
+    {
+        const int RowBytes = 128, ChunkCols = 64, Barriers = 128, Alignment = 1024;
+        int chunks = (HeadDim + ChunkCols - 1) / ChunkCols;
+        int rows = HeadDim > 128
+            ? AttentionTiles.Rows + (4 * 64) : (2 * AttentionTiles.Rows) + (4 * 128);
+        return (chunks * rows * RowBytes) + Barriers + Alignment;
+    }
 
     // What the CPU's kernels check themselves.
     private void RequireLaunchable()
@@ -177,6 +223,21 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         Tensor part = call.Scratch(DType.F32, parts, checked((int)gradient.Buffer.Shape.Count));
         call.Clear(part);
         return part;
+    }
+
+    // The list of tiles that came with the batch, else one that the device makes.
+    private static Tensor Tiles(in CudaCall call, bool ofKeys)
+    {
+        Tensor tiles = call.Input(ofKeys ? 7 : 6), startsQ = call.Input(3);
+        if (tiles.Exists) return tiles;
+        int tokens = (int)call.Input(0).Shape.Rows, keyTokens = (int)call.Input(1).Shape.Rows;
+        int sequences = (int)startsQ.Shape.Count - 1;
+        int count = Math.Max(
+            1, ((ofKeys ? keyTokens : tokens) / AttentionTiles.Rows) + sequences);
+        tiles = call.Scratch(DType.I32, count, AttentionTiles.Fields);
+        call.Launch("attention_tiles", Grid.Blocks256((count + 7) / 8), tiles, startsQ,
+            call.Input(4), call.Faults, sequences, tokens, keyTokens, count, ofKeys ? 1 : 0);
+        return tiles;
     }
 
     private AttentionArguments<T> Arguments<T>(in CpuCall<T> call, bool backward)

@@ -19,17 +19,18 @@ public static unsafe class ClangNvrtc
         public byte[] Ptx = [];
     }
 
+    private const string Hopper = "90a";
+
     private static readonly List<Compilation> s_programs = [];
     private static readonly Lock s_gate = new();
     private static byte* s_error;
 
     /// <summary>The clang found on this machine, or null.</summary>
     public static string? Clang { get; } =
-        ((string[])["clang-14", "clang-15", "clang-16", "clang-17", "clang"])
-        .SelectMany(name => (Environment.GetEnvironmentVariable("PATH") ?? "")
-        .Split(Path.PathSeparator)
-            .Select(directory => Path.Combine(directory, name)))
-        .FirstOrDefault(File.Exists);
+        Find("clang-14", "clang-15", "clang-16", "clang-17", "clang-18", "clang-19", "clang");
+
+    /// <summary>One that knows sm_90a, or null.</summary>
+    public static string? HopperClang { get; } = Find("clang-19", "clang-18");
 
     public static NvrtcApi Table() => new()
     {
@@ -48,6 +49,12 @@ public static unsafe class ClangNvrtc
         GetNumSupportedArchs = &GetNumSupportedArchs,
         GetSupportedArchs = &GetSupportedArchs,
     };
+
+    private static string? Find(params string[] names) => names
+        .SelectMany(name => (Environment.GetEnvironmentVariable("PATH") ?? "")
+            .Split(Path.PathSeparator)
+            .Select(directory => Path.Combine(directory, name)))
+        .FirstOrDefault(File.Exists);
 
     [UnmanagedCallersOnly]
     private static int Version(int* major, int* minor)
@@ -103,8 +110,9 @@ public static unsafe class ClangNvrtc
         if (option.StartsWith("--gpu-architecture=", StringComparison.Ordinal))
         {
             // clang 14 knows up to sm_86; newer devices run older PTX.
-            int architecture = int.Parse(option.AsSpan(option.IndexOf('_') + 1));
-            into.Add($"--cuda-gpu-arch=sm_{Math.Min(architecture, 86)}");
+            string architecture = option[(option.IndexOf('_') + 1)..];
+            bool known = architecture == Hopper || int.Parse(architecture) <= 86;
+            into.Add($"--cuda-gpu-arch=sm_{(known ? architecture : "86")}");
         }
         else if (option == "-lineinfo") into.Add("-gline-tables-only");
         else if (option == "--use_fast_math") into.Add("-fcuda-flush-denormals-to-zero");
@@ -121,12 +129,16 @@ public static unsafe class ClangNvrtc
             string output = Path.Combine(folder, "out.ptx");
             File.WriteAllText(prelude, Prelude());
             File.WriteAllText(source, compilation.Source);
-            var start = new ProcessStartInfo(Clang ?? "clang") { RedirectStandardError = true };
+            bool hopper = arguments.Any(a => a.EndsWith(Hopper, StringComparison.Ordinal));
+            var start = new ProcessStartInfo((hopper ? HopperClang : Clang) ?? "clang")
+            {
+                RedirectStandardError = true,
+            };
             foreach (string argument in (string[])["-x", "cuda", "--cuda-device-only", "-nocudainc",
                 "-nocudalib", "-fdeclspec",
                 "-Wno-unknown-cuda-version", "-Wno-pass-failed", "-O2", "-ffp-contract=fast", "-S",
                 "-include", prelude,
-                "-Xclang", "-target-feature", "-Xclang", "+ptx71", .. arguments, source, "-o",
+                "-Xclang", "-target-feature", "-Xclang", hopper ? "+ptx80" : "+ptx71", .. arguments, source, "-o",
                 output])
                 start.ArgumentList.Add(argument);
             using var process = Process.Start(start)!;

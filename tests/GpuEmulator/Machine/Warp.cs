@@ -77,6 +77,7 @@ internal sealed unsafe class Warp
     public Memory.AsyncCopies Copies { get; } = new();
     /// <summary>Registers that wgmma uses, null without one.</summary>
     public Fragments? Fragments { get; private set; }
+    public Memory.BulkCopies Bulks { get; } = new();
     public int Pc { get; private set; }
     public LaunchCounters Counters => Block.Counters;
 
@@ -115,6 +116,7 @@ internal sealed unsafe class Warp
         State = WarpState.Ready;
         Copies.Clear();
         Fragments?.Clear();
+        Bulks.Clear();
     }
 
     public void Release() => State = WarpState.Ready;
