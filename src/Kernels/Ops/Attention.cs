@@ -160,6 +160,13 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         int sequences = (int)startsQ.Shape.Count - 1;
         bool aligned = (q.Data | k.Data | v.Data | dO.Data | call.AnyGradient(0).Buffer.Data
             | call.AnyGradient(1).Buffer.Data | call.AnyGradient(2).Buffer.Data) % 16 == 0;
+        if (aligned && HopperAttentionBackward.Kernel(call, HeadDim) is { } hopper)
+        {
+            HopperAttentionBackward.Run(call, this, hopper, CausalMode, Statistics(call, tokens),
+                Tiles(call, ofKeys: false), Tiles(call, ofKeys: true));
+            return;
+        }
+
         bool tensorCores = HeadDim is 64 or 72 or 128 && call.Real != DType.F32 && aligned;
         var (rows, threads) = tensorCores
             ? (KernelConstants.AttentionRows, 128)
@@ -168,9 +175,7 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         GradientTarget dq = call.Gradient(0);
         GradientTarget dk = parts > 1 ? call.FloatGradient(1) : call.Gradient(1);
         GradientTarget dv = parts > 1 ? call.FloatGradient(2) : call.Gradient(2);
-        Tensor statistics = call.Scratch(DType.F32, Heads, tokens, 2);
-        call.Launch("attention_statistics", Grid.SequenceTiles(tokens, 0, 8, Heads, 256),
-            statistics, dO, call.Output, call.Saved(0), tokens, Heads, HeadDim);
+        Tensor statistics = Statistics(call, tokens);
 
         if (!tensorCores && (dk.Wanted || dv.Wanted))
         {
@@ -209,6 +214,15 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
                 sequences,
                 tokens, keyTokens, CausalMode, Heads, KvHeads, HeadDim, Scale, dq.Accumulate);
         }
+    }
+
+    // lse and delta of each head and token.
+    private Tensor Statistics(in CudaCall call, int tokens)
+    {
+        Tensor statistics = call.Scratch(DType.F32, Heads, tokens, 2);
+        call.Launch("attention_statistics", Grid.SequenceTiles(tokens, 0, 8, Heads, 256),
+            statistics, call.OutputGradient, call.Output, call.Saved(0), tokens, Heads, HeadDim);
+        return statistics;
     }
 
     // Into how many blocks the query heads of a key head are divided: as many as make two blocks

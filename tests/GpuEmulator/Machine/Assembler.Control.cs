@@ -116,7 +116,8 @@ internal sealed unsafe partial class Assembler
                 if (type is not ("s32" or "u32" or "b32")) throw op.Unknown(type);
                 return true;
             case "match": return BuildMatch(i, p, op);
-            case "ldmatrix": return BuildMatrixLoad(i, p, op);
+            case "ldmatrix": return BuildMatrixMove(i, p, op, load: true);
+            case "stmatrix": return BuildMatrixMove(i, p, op, load: false);
             case "mma": return BuildMma(i, p, op);
             case "cp": return BuildAsyncCopy(i, p, op);
             default: return false;
@@ -204,13 +205,13 @@ internal sealed unsafe partial class Assembler
         return true;
     }
 
-    private bool BuildMatrixLoad(Instruction i, PtxInstruction p, Opcode op)
+    private bool BuildMatrixMove(Instruction i, PtxInstruction p, Opcode op, bool load)
     {
         Sync(i, op);
         if (!op.Has("aligned") || !op.Has("m8n8") || !op.Has("b16"))
-            throw new PtxException("only ldmatrix.sync.aligned.m8n8...b16 is known");
+            throw new PtxException("only .sync.aligned.m8n8...b16 is known");
         if (op.Any("shared", "shared::cta").Length == 0)
-            throw new PtxException("ldmatrix reads .shared");
+            throw new PtxException("matrices are in .shared");
         i.Count = op.Any("x1", "x2", "x4") switch
         {
             "x1" => 1,
@@ -220,10 +221,10 @@ internal sealed unsafe partial class Assembler
         };
         i.Mode = op.Has("trans") ? 1 : 0;
         Operands(p, 2);
-        i.Rows = Vector(p.Operands[0], 4);
+        i.Rows = Vector(p.Operands[load ? 0 : 1], 4);
         if (i.Rows.Length != i.Count) throw new PtxException($"expected {i.Count} registers");
-        TakeAddress(i, p.Operands[1], Space.Shared);
-        i.Run = &Matrix.Load;
+        TakeAddress(i, p.Operands[load ? 1 : 0], Space.Shared);
+        i.Run = load ? &Matrix.Load : &Matrix.Store;
         return true;
     }
 
@@ -250,9 +251,41 @@ internal sealed unsafe partial class Assembler
         return true;
     }
 
+    // Bulk copies from .shared::cta to .global, or added to its floats.
+    private bool BuildBulkCopy(Instruction i, PtxInstruction p, Opcode op, bool add)
+    {
+        if (op.Has("commit_group"))
+        {
+            i.Run = &BulkCopies.Commit;
+            return true;
+        }
+        if (op.Has("wait_group"))
+        {
+            i.Mode = op.Has("read") ? 1 : 0;
+            if (Number(p.Operands[0]) != 0)
+                throw new PtxException("only cp.async.bulk.wait_group 0 is known");
+            i.Run = &BulkCopies.WaitFor;
+            return true;
+        }
+        if (!op.Has("global") || !op.Has("shared::cta") || !op.Has("bulk_group")
+            || (add && !(op.Has("add") && op.Has("f32"))))
+            throw new PtxException("bulk copies go from .shared::cta to .global, or .add.f32 there");
+        op.DropHints();
+        Operands(p, 3);
+        i.B = Row(p.Operands[2], 4);
+        TakeAddress(i, p.Operands[1], Space.Shared);
+        (i.D, i.DWidth, i.Mode2) = (i.A, i.AddressIs64 ? 8 : 4, checked((int)i.Offset));
+        TakeAddress(i, p.Operands[0], Space.Global);
+        i.Mode = add ? 1 : 0;
+        i.Run = &BulkCopies.Issue;
+        return true;
+    }
+
     private bool BuildAsyncCopy(Instruction i, PtxInstruction p, Opcode op)
     {
+        bool reduce = op.Has("reduce");
         if (!op.Has("async")) throw new PtxException("only cp.async is known");
+        if (op.Has("bulk")) return BuildBulkCopy(i, p, op, reduce);
         if (op.Has("commit_group"))
         {
             i.Run = &AsyncCopies.Commit;

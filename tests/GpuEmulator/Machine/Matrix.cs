@@ -7,7 +7,7 @@ using MiniCpmNative.GpuEmulator.Memory;
 namespace MiniCpmNative.GpuEmulator.Machine;
 
 /// <summary>
-/// mma.sync and ldmatrix. With g = lane / 4 and t = lane % 4 a 16-bit fragment register holds
+/// mma.sync, ldmatrix and stmatrix. With g = lane / 4 and t = lane % 4 a 16-bit fragment register holds
 /// elements (g, 2t) and (g, 2t + 1) of an 8 x 8 piece: its row of 32 lanes is that piece,
 /// row-major. For m16n8k16, A is the pieces (rows 0-7, k 0-7), (8-15, 0-7), (0-7, 8-15), (8-15,
 /// 8-15); B is stored transposed, (n, k) pieces k 0-7 and k 8-15; C and D hold (g, 2t), (g, 2t+1),
@@ -142,6 +142,35 @@ internal static unsafe class Matrix
             ushort* piece = (ushort*)w.Staging;
             if (i.Mode == 0) new ReadOnlySpan<uint>(piece, 32).CopyTo(new Span<uint>(row, 32));
             else Transpose(piece, (ushort*)row);
+        }
+    }
+
+    /// <summary>stmatrix .x1/.x2/.x4 (Count), Mode 1 transposed: the reverse of Load.</summary>
+    public static void Store(Warp w, Instruction i)
+    {
+        Address.Fill(w, i.A, i.AddressIs64, i.Offset);
+        var shared = w.Block.Shared;
+        w.Counters.SharedRequests++;
+        for (int m = 0; m < i.Count; m++)
+        {
+            byte* piece = w.R + i.Rows[m];
+            if (i.Mode != 0)
+            {
+                Transpose((ushort*)piece, (ushort*)w.Staging);
+                piece = w.Staging;
+            }
+            uint banks = 0;
+            for (int n = 0; n < 8; n++)
+            {
+                int lane = m * 8 + n;
+                ulong address = Address.ToShared(w.Addresses[lane]);
+                byte* to = shared.Resolve(w, address, 16, lane);
+                uint bank = 1u << (int)(address >> 4 & 7);
+                if ((banks & bank) != 0) w.Counters.BankConflicts++;
+                banks |= bank;
+                shared.Write(w, to, piece + n * 16, 16, lane);
+                Vector128.Load(piece + n * 16).Store(to);
+            }
         }
     }
 

@@ -75,6 +75,9 @@ internal sealed unsafe class Warp
     public byte* Local { get; private set; }
     public byte* LocalState { get; private set; }
     public Memory.AsyncCopies Copies { get; } = new();
+    /// <summary>Registers that wgmma uses, null without one.</summary>
+    public Fragments? Fragments { get; private set; }
+    public Memory.BulkCopies Bulks { get; } = new();
     public int Pc { get; private set; }
     public LaunchCounters Counters => Block.Counters;
 
@@ -92,6 +95,7 @@ internal sealed unsafe class Warp
             Local = (byte*)NativeMemory.Realloc(Local, (nuint)local);
             LocalState = (byte*)NativeMemory.Realloc(LocalState, (nuint)local);
         }
+        if (program.FragmentRegisters > 0) Fragments ??= new(program.FragmentRegisters);
         Alive = threads >= 32 ? uint.MaxValue : (1u << threads) - 1;
     }
 
@@ -111,6 +115,8 @@ internal sealed unsafe class Warp
         _steps = 0;
         State = WarpState.Ready;
         Copies.Clear();
+        Fragments?.Clear();
+        Bulks.Clear();
     }
 
     public void Release() => State = WarpState.Ready;
