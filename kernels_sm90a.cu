@@ -732,21 +732,53 @@ DEVICE void attention_forward(real* o, float* lse, const real* q, const real* k,
     }
 }
 
-#define DEFINE_FORWARD(DIM)                                                                        \
-    extern "C" __global__ void __launch_bounds__(384, 1) attention_forward_hopper_##DIM(           \
-        real* o, float* lse, const real* q, const real* k, const real* v, const int* tiles,        \
-        const int* key_lengths, int rows, int heads, int kv_heads, int causal, float scale)        \
-    {                                                                                              \
-        attention_forward<DIM>(o, lse, q, k, v, (const int4*)tiles, key_lengths, rows, heads,      \
-            kv_heads, causal, scale);                                                              \
-    }
+extern "C" __global__ void __launch_bounds__(384, 1) attention_forward_hopper_64(
+    real* o, float* lse, const real* q, const real* k, const real* v, const int* tiles,
+    const int* key_lengths, int rows, int heads, int kv_heads, int causal, float scale)
+{
+    attention_forward<64>(o, lse, q, k, v, (const int4*)tiles, key_lengths, rows, heads, kv_heads,
+        causal, scale);
+}
 
-DEFINE_FORWARD(64)
-DEFINE_FORWARD(72)
-DEFINE_FORWARD(80)
-DEFINE_FORWARD(96)
-DEFINE_FORWARD(128)
-DEFINE_FORWARD(256)
+extern "C" __global__ void __launch_bounds__(384, 1) attention_forward_hopper_72(
+    real* o, float* lse, const real* q, const real* k, const real* v, const int* tiles,
+    const int* key_lengths, int rows, int heads, int kv_heads, int causal, float scale)
+{
+    attention_forward<72>(o, lse, q, k, v, (const int4*)tiles, key_lengths, rows, heads, kv_heads,
+        causal, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1) attention_forward_hopper_80(
+    real* o, float* lse, const real* q, const real* k, const real* v, const int* tiles,
+    const int* key_lengths, int rows, int heads, int kv_heads, int causal, float scale)
+{
+    attention_forward<80>(o, lse, q, k, v, (const int4*)tiles, key_lengths, rows, heads, kv_heads,
+        causal, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1) attention_forward_hopper_96(
+    real* o, float* lse, const real* q, const real* k, const real* v, const int* tiles,
+    const int* key_lengths, int rows, int heads, int kv_heads, int causal, float scale)
+{
+    attention_forward<96>(o, lse, q, k, v, (const int4*)tiles, key_lengths, rows, heads, kv_heads,
+        causal, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1) attention_forward_hopper_128(
+    real* o, float* lse, const real* q, const real* k, const real* v, const int* tiles,
+    const int* key_lengths, int rows, int heads, int kv_heads, int causal, float scale)
+{
+    attention_forward<128>(o, lse, q, k, v, (const int4*)tiles, key_lengths, rows, heads, kv_heads,
+        causal, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1) attention_forward_hopper_256(
+    real* o, float* lse, const real* q, const real* k, const real* v, const int* tiles,
+    const int* key_lengths, int rows, int heads, int kv_heads, int causal, float scale)
+{
+    attention_forward<256>(o, lse, q, k, v, (const int4*)tiles, key_lengths, rows, heads, kv_heads,
+        causal, scale);
+}
 
 // ---- 4. attention, backward ---------------------------------------------------------------------
 //

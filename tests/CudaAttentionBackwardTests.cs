@@ -333,7 +333,7 @@ public sealed class CudaAttentionBackwardTests
         int[]? keyLengths = null) =>
         AttentionProblem.Random(heads, kvHeads, headDim, lengths, lengths, causal, keyLengths);
 
-    private static string Name(AttentionProblem p) =>
+    internal static string Name(AttentionProblem p) =>
         $"{p.Heads}/{p.KvHeads} heads of {p.HeadDim}, {string.Join('+', Lengths(p.StartsQ))} queries, "
         + $"{string.Join('+', Lengths(p.StartsK))} keys{(p.Causal ? ", causal" : "")}"
         + (p.Cached ? ", cached" : p.KeyLengths is null ? "" : ", cut");

@@ -212,7 +212,8 @@ public sealed class CudaAttentionTests
         using OpRun run = Run(problem, type, device);
         AttentionProblem rounded = Rounded(problem, type);
         AttentionResult exact = rounded.Naive();
-        bool onTensorCores = type != DType.F32 && problem.HeadDim is 64 or 72 or 128;
+        bool onTensorCores = type != DType.F32 && (problem.HeadDim is 64 or 72 or 128
+            || (device.Context.Architecture == 90 && problem.HeadDim is 80 or 96 or 256));
         var (o, lse) = Plain(rounded, onTensorCores ? type : DType.F32);
         Agree(run.Output, Storage.Round(o, type), exact.O, "o");
         Agree(run.Saved(0), lse, exact.Lse, "lse");
@@ -311,7 +312,7 @@ public sealed class CudaAttentionTests
         int[]? keyLengths = null) =>
         AttentionProblem.Random(heads, kvHeads, headDim, lengths, lengths, causal, keyLengths);
 
-    private static string Name(AttentionProblem p) =>
+    internal static string Name(AttentionProblem p) =>
         $"{p.Heads}/{p.KvHeads} heads of {p.HeadDim}, starts {Starts(p.StartsQ)} and {Starts(p.StartsK)}"
         + (p.Causal ? ", causal" : "")
         + (p.Cached ? ", cached" : p.KeyLengths is null ? "" : ", cut")

@@ -10,6 +10,11 @@ public enum Check : byte
     BarrierDivergence, Deadlock, LaneMissing, Endless, Trap,
     AsyncCopyNotWaitedFor, AsyncCopyShape,
     MemoryBarrier, Descriptor,
+    /// <summary>wgmma without the fence or the wait that its registers need.</summary>
+    WarpgroupOrder,
+    /// <summary>Shared memory written by threads, read by wgmma or a bulk copy without
+    /// fence.proxy.async.</summary>
+    ProxyFenceMissing,
     /// <summary>The emulator itself failed; the detail is its exception.</summary>
     Internal,
 }

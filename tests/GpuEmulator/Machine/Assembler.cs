@@ -63,6 +63,7 @@ internal sealed unsafe partial class Assembler
             Specials = [.. assembler._specials.Select(s => (s.Key, s.Value))],
             StaticShared = assembler._static,
             LocalBytes = (assembler._local + 15) / 16 * 16,
+            FragmentRegisters = Fragments.Assign(code),
         };
     }
 

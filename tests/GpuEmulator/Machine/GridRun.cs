@@ -13,7 +13,7 @@ internal sealed class GridRun(Launch launch, long step)
 
     private readonly Lock _gate = new();
     private readonly long _most = Resident(launch);
-    private long _next, _begun;
+    private long _next, _begun, _changes, _idleSince = -1;
     private int _working, _idle;
     private FaultException? _fault;
 
@@ -34,7 +34,7 @@ internal sealed class GridRun(Launch launch, long step)
     {
         var waiting = new List<Block>();
         var free = new Stack<Block>();
-        Interlocked.Increment(ref _working);
+        lock (_gate) _working++;
         try
         {
             while (Volatile.Read(ref _fault) == null)
@@ -60,7 +60,7 @@ internal sealed class GridRun(Launch launch, long step)
             var report = new Fault(Check.Internal, e.ToString(), launch.Program.Kernel.Name);
             Interlocked.CompareExchange(ref _fault, new(report), null);
         }
-        Interlocked.Decrement(ref _working);
+        lock (_gate) _working--;
         foreach (var block in waiting.Concat(free)) Drop(block);
     }
 
@@ -98,8 +98,6 @@ internal sealed class GridRun(Launch launch, long step)
         return true;
     }
 
-    private long _changes;
-
     private void End(Block block, Stack<Block> free)
     {
         free.Push(block);
@@ -110,23 +108,25 @@ internal sealed class GridRun(Launch launch, long step)
         }
     }
 
-    // All blocks of this worker wait: for other workers' blocks, or for nothing.
+    // All blocks of this worker wait: for other workers' blocks, or for nothing. They have looked in
+    // vain since the change numbered Seen; when every worker says so of the last change, it is over.
     private void WaitForOthers(List<Block> waiting)
     {
         long seen = Changes();
         if (waiting.TrueForAll(b => b.Seen == seen))
         {
-            Interlocked.Increment(ref _idle);
-            for (int tries = 0; Changes() == seen && Volatile.Read(ref _fault) == null; tries++)
+            lock (_gate)
             {
-                if (Volatile.Read(ref _idle) == Volatile.Read(ref _working) && tries > 20)
-                {
-                    Interlocked.CompareExchange(ref _fault, waiting[0].Deadlock(), null);
-                    break;
-                }
-                Thread.Sleep(tries < 10 ? 0 : 1);
+                if (_idleSince != seen) (_idleSince, _idle) = (seen, 0);
+                _idle++;
             }
-            Interlocked.Decrement(ref _idle);
+            while (Changes() == seen && Volatile.Read(ref _fault) == null)
+            {
+                lock (_gate)
+                    if (_idleSince == seen && _idle == _working && Changes() == seen)
+                        Interlocked.CompareExchange(ref _fault, waiting[0].Deadlock(), null);
+                Thread.Sleep(0);
+            }
         }
         foreach (var block in waiting) block.Seen = seen;
     }

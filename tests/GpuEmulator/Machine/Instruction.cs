@@ -77,5 +77,8 @@ internal sealed unsafe class Instruction(PtxInstruction source)
     /// <summary>The allocation the last access fell into: likely the next one's too.</summary>
     public Allocation? Nearby;
 
+    /// <summary>Registers of wgmma that it uses, null when none.</summary>
+    public FragmentUse? Use;
+
     public PtxInstruction Source { get; } = source;
 }

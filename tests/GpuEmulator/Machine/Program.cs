@@ -19,6 +19,9 @@ internal sealed class Program(PtxKernel kernel)
     public int StaticShared { get; set; }
     public int LocalBytes { get; set; }
 
+    /// <summary>Registers that wgmma uses; 0 without one.</summary>
+    public int FragmentRegisters { get; set; }
+
     /// <summary>Set by cuFuncSetAttribute(MAX_DYNAMIC_SHARED_SIZE_BYTES).</summary>
     public int MaxDynamicShared { get; set; } = 48 << 10;
 

@@ -75,6 +75,8 @@ internal sealed unsafe class Warp
     public byte* Local { get; private set; }
     public byte* LocalState { get; private set; }
     public Memory.AsyncCopies Copies { get; } = new();
+    /// <summary>Registers that wgmma uses, null without one.</summary>
+    public Fragments? Fragments { get; private set; }
     public Memory.BulkCopies Bulks { get; } = new();
     public int Pc { get; private set; }
     public LaunchCounters Counters => Block.Counters;
@@ -93,6 +95,7 @@ internal sealed unsafe class Warp
             Local = (byte*)NativeMemory.Realloc(Local, (nuint)local);
             LocalState = (byte*)NativeMemory.Realloc(LocalState, (nuint)local);
         }
+        if (program.FragmentRegisters > 0) Fragments ??= new(program.FragmentRegisters);
         Alive = threads >= 32 ? uint.MaxValue : (1u << threads) - 1;
     }
 
@@ -112,6 +115,7 @@ internal sealed unsafe class Warp
         _steps = 0;
         State = WarpState.Ready;
         Copies.Clear();
+        Fragments?.Clear();
         Bulks.Clear();
     }
 

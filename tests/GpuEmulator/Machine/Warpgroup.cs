@@ -19,6 +19,17 @@ internal static unsafe class Warpgroup
     {
         int columns = i.Count, first = w.Index & ~3;
         var block = w.Block;
+        int open = w.Fragments!.Open;
+        for (int v = first; v < first + 4; v++)
+        {
+            var warp = block.Warps[v];
+            if (warp.Fragments!.Open != open)
+                throw warp.Fault(Check.WarpgroupOrder, 0,
+                    $"warp {w.Index} has committed {open - 1} groups, this one " +
+                    $"{warp.Fragments.Open - 1}");
+            warp.Fragments.Issue(warp, i.Use!);
+        }
+        block.Shared.BeginGroupReads(w, open);
         float* a = stackalloc float[64 * Depth];
         float* b = stackalloc float[Depth * 256];
         if (i.A < 0)
@@ -42,20 +53,26 @@ internal static unsafe class Warpgroup
         }
     }
 
-    public static void Fence(Warp w, Instruction i) { }
+    public static void Fence(Warp w, Instruction i) => w.Fragments?.Fence();
 
-    public static void Commit(Warp w, Instruction i) { }
+    public static void Commit(Warp w, Instruction i) => w.Fragments?.Commit();
 
-    public static void WaitFor(Warp w, Instruction i) { }
+    /// <summary>wait_group Mode.</summary>
+    public static void WaitFor(Warp w, Instruction i)
+    {
+        if (w.Fragments is { } fragments)
+            w.Block.Shared.EndGroupReads(w, fragments.Complete(i.Mode));
+    }
 
-    public static void ProxyFence(Warp w, Instruction i) { }
+    public static void ProxyFence(Warp w, Instruction i) => w.Block.Shared.FenceProxies(w.Index);
 
     private static ulong Same(Warp w, int row)
     {
-        ulong* values = (ulong*)(w.R + row);
-        if (new ReadOnlySpan<ulong>(values, 32).ContainsAnyExcept(values[0]))
-            throw w.Fault(Check.Descriptor, 0, "a descriptor differs among the lanes");
-        return values[0];
+        ulong first = *(ulong*)(w.R + row);
+        for (int v = w.Index & ~3; v <= (w.Index | 3); v++)
+            if (new ReadOnlySpan<ulong>(w.Block.Warps[v].R + row, 32).ContainsAnyExcept(first))
+                throw w.Fault(Check.Descriptor, 0, "a descriptor differs among the threads");
+        return first;
     }
 
     private static void TakeRegisters(Warp w, Instruction i, float* to)

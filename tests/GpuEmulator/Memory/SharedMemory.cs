@@ -36,7 +36,8 @@ internal sealed unsafe partial class SharedMemory : IDisposable
         _writers = (uint*)NativeMemory.AlignedAlloc(padded, 64);
         _readers = (uint*)NativeMemory.AlignedAlloc(padded, 64);
         _known = new int[warps * warps];
-        for (int n = 0; n < _arrivals.Length; n++) _arrivals[n] = new int[warps];
+        for (int n = 0; n < _arrivals.Length; n++) _arrivals[n] = new int[warps * 2];
+        _proxied = new int[warps * warps];
     }
 
     public int Bytes { get; }
@@ -50,6 +51,7 @@ internal sealed unsafe partial class SharedMemory : IDisposable
         new Span<byte>(_writers, Bytes + 4).Clear();
         new Span<byte>(_readers, Bytes + 4).Clear();
         Forget();
+        ForgetGroups(all: true);
     }
 
     /// <summary>The warps that wait at this barrier meet.</summary>
@@ -58,7 +60,8 @@ internal sealed unsafe partial class SharedMemory : IDisposable
         bool all = true;
         foreach (var warp in warps)
             all &= (warp.State == WarpState.Done && !counted)
-                || (warp.State == WarpState.AtBarrier && warp.BarrierId == barrier);
+                || Meets(warp, barrier);
+        MeetProxies(warps, barrier);
         if (all)
         {
             // Nobody is left behind: one limit says it; warps that have returned count for a
@@ -72,16 +75,14 @@ internal sealed unsafe partial class SharedMemory : IDisposable
         {
             int latest = 0;
             foreach (var w in warps)
-                if (Meets(w)) latest = Math.Max(latest, _known[w.Index * _warps + other]);
-            if (Meets(warps[other])) latest = (int)_time;
+                if (Meets(w, barrier)) latest = Math.Max(latest, _known[w.Index * _warps + other]);
+            if (Meets(warps[other], barrier)) latest = (int)_time;
             latest = Math.Max(latest, _arrivals[barrier][other]);
             foreach (var w in warps)
-                if (Meets(w)) _known[w.Index * _warps + other] = latest;
+                if (Meets(w, barrier)) _known[w.Index * _warps + other] = latest;
         }
         Array.Clear(_arrivals[barrier]);
         Tick();
-
-        bool Meets(Warp w) => w.State == WarpState.AtBarrier && w.BarrierId == barrier;
     }
 
     /// <summary>__syncwarp: the lanes of one warp meet.</summary>
@@ -103,7 +104,8 @@ internal sealed unsafe partial class SharedMemory : IDisposable
     private void Forget()
     {
         Array.Clear(_known);
-        foreach (uint[] reads in _groupReads) Array.Clear(reads);
+        Array.Clear(_proxied);
+        ForgetGroups(all: false);
         foreach (int[] clock in _arrivals) Array.Clear(clock);
         _time = 1;
         _floor = 0x7fff;
