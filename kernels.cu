@@ -2048,8 +2048,6 @@ DEVICE bool find_tile(SequenceTile& at, const AttentionMask& mask, int tile, int
             bool inside = 0 <= q && q <= q_end && q_end <= mask.tokens
                 && 0 <= k && k <= k_end && k_end <= mask.key_tokens;
             if (inside) tiles = ((of_keys ? k_end - k : q_end - q) + rows - 1) / rows;
-            // Queries without keys have a gradient too.
-            if (inside && of_keys && q < q_end) tiles = max(tiles, 1);
         }
         int end = tiles; // the sum up to this lane
         for (int step = 1; step < WARP; step *= 2)
@@ -2104,8 +2102,8 @@ DEVICE void check_starts(int* faults, const AttentionMask& mask)
         faults, FAULT_ATTENTION_KEY_STARTS, mask.starts_k, mask.sequences, mask.key_tokens);
 }
 
-// The list of tiles where only the device knows the starts: the last tiles first, as causal ones
-// have the most keys; rows of zeros behind the last. A warp per row, which are tokens / 128 +
+// The list of tiles where only the device knows the starts: the last tiles of queries first, as
+// causal ones have the most keys, and the first tiles of keys, which the most queries see; rows of zeros behind the last. A warp per row, which are tokens / 128 +
 // sequences at most; checks the starts. Writes 32 bytes a row.
 extern "C" __global__ void __launch_bounds__(256) attention_tiles(
     int* tiles, const int* starts_q, const int* starts_k, int* faults, int sequences, int tokens,
@@ -2494,11 +2492,12 @@ extern "C" __global__ void __launch_bounds__(128) attention_forward_any(
 //   queries:   x = q, y = dO,  u = k, w = v:    dx = scale sum ds u
 // Per visible pair and query head 8 DIM FLOP for keys (4 when only dv is wanted), 6 DIM for queries.
 
-// statistics[head, token] = (lse, delta): what is needed of a query beside its rows; and no turns
-// taken (see attention_backward_tile), where there are any. A warp per token and head, 8 tokens per
-// block. Reads 2 T H D S + 4 T H bytes, writes 8 T H or 12; 2 T H D FLOP.
+// statistics[head, token] = (lse, delta): what is needed of a query beside its rows. For
+// attention_backward_tile also no turns taken and, unless it adds to what is there, the dq of queries
+// that see no key. A warp per token and head, 8 tokens per block. Reads 2 T H D S + 4 T H bytes,
+// writes 8 T H or 12; 2 T H D FLOP.
 extern "C" __global__ void __launch_bounds__(256) attention_statistics(
-    float* statistics, int* turns, const real* output_gradient, const real* output,
+    float* statistics, int* turns, real* dq, const real* output_gradient, const real* output,
     const float* lse, int tokens, int heads, int head_dim)
 {
     int token = blockIdx.x * 8 + threadIdx.x / WARP, head = blockIdx.y, lane = threadIdx.x % WARP;
@@ -2524,9 +2523,12 @@ extern "C" __global__ void __launch_bounds__(256) attention_statistics(
         for (int c = lane; c < head_dim; c += WARP) delta += widen(a[c]) * widen(b[c]);
     }
     delta = warp_sum(delta);
+    float log_sum = lse[(u64)token * heads + head];
+    if (dq && log_sum == MINUS_INFINITY)
+        for (int c = lane; c < head_dim; c += WARP)
+            dq[((u64)token * heads + head) * head_dim + c] = (real)0;
     if (lane != 0) return;
-    ((float2*)statistics)[(u64)head * tokens + token] =
-        make_float2(lse[(u64)token * heads + head], delta);
+    ((float2*)statistics)[(u64)head * tokens + token] = make_float2(log_sum, delta);
     if (turns) turns[1 + head * tokens + token] = 0;
 }
 
@@ -2677,7 +2679,7 @@ extern "C" __global__ void __launch_bounds__(256) attention_queries_backward(
 // of dq += ds k from it. dq is a sum over blocks. They add in turn, in the order of their keys, to
 // floats that the last one narrows: turns[head, first query] counts those that have added. Blocks
 // take numbers as they begin, and wait only for lower ones, so that they wait for blocks that run.
-// All blocks of one number of tiles are neighbours, those with the most queries first.
+// The blocks of a tile's key heads are neighbours; tiles come as listed, with the most queries first.
 //
 // Shared memory: tiles k, v [KEYS, DIM], ds [KEYS, STEP], two stages of q, dO [STEP, DIM] and of
 // (lse, delta) [STEP], the block's number: 145 KiB for DIM 128. Where a multiprocessor has not as much
@@ -2712,8 +2714,9 @@ struct AttentionBackwardCall
     int* turns;         // [1 + heads tokens], the first the number of blocks that have begun
     const real *q, *k, *v, *output_gradient;
     const float2* statistics; // [heads, tokens]
-    AttentionMask mask;
-    int heads, kv_heads;
+    const int4* tiles;        // of keys, as AttentionTiles.cs lists them
+    const int* key_lengths;   // may be null
+    int tokens, key_tokens, causal, heads, kv_heads;
     float scale;
     int accumulate_q, accumulate_k, accumulate_v, parts;
 };
@@ -2900,7 +2903,7 @@ template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCa
     __syncthreads();
     int columns = a.kv_heads * a.parts, column = *begun % columns;
     SequenceTile at;
-    if (!find_tile(at, a.mask, *begun / columns, KEYS, true)) return;
+    if (!take_tile(at, a.tiles, *begun / columns, KEYS, true, a.key_lengths, a.causal)) return;
 
     int group = a.heads / a.kv_heads, key_head = column / a.parts, part = column % a.parts;
     int head = key_head * group + part * group / a.parts;
@@ -2908,16 +2911,15 @@ template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCa
     int stride = a.heads * DIM, key_stride = a.kv_heads * DIM;
     u64 own = (u64)(at.first_key_token + at.first) * key_stride + key_head * DIM;
 
-    // The queries of tile `tile` of the keys begin at a multiple of STEP. The first tile takes all,
-    // also those that see no key, since someone must write their dq.
+    // The queries of tile `tile` of the keys begin at a multiple of STEP.
     auto lowest_of = [&](int tile)
     {
-        return a.mask.causal && tile > 0 ? max(0, tile * KEYS - at.before) / STEP * STEP : 0;
+        return a.causal ? max(0, tile * KEYS - at.before) / STEP * STEP : 0;
     };
     int tile = at.first / KEYS, lowest = lowest_of(tile), next_lowest = lowest_of(tile + 1);
     int highest = (at.queries - 1) / STEP * STEP;
     if (at.first + KEYS >= at.visible) next_lowest = at.queries; // there is no next
-    bool any = lowest < at.queries && (tile == 0 || at.first < at.visible);
+    bool any = lowest < at.queries && at.first < at.visible;
 
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     int key_row = warp / SPLIT * 16, key_column = warp % SPLIT * (DIM / SPLIT);
@@ -2941,7 +2943,7 @@ template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCa
         copy_tile<DIM, STEP, THREADS>(to + B::ROWS, a.output_gradient + from, stride, rows);
         if ((int)threadIdx.x < STEP)
             copy_async_8(k_tile + STATISTICS + stage * B::STATISTICS + threadIdx.x * 8,
-                a.statistics + (u64)head * a.mask.tokens + at.first_token + first + threadIdx.x,
+                a.statistics + (u64)head * a.tokens + at.first_token + first + threadIdx.x,
                 (int)threadIdx.x < rows);
         commit_copies();
     };
@@ -2973,12 +2975,12 @@ template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCa
         stage ^= 1;
         if (more) copy_step(stage, head, first);
 
-        int place = 1 + now_head * a.mask.tokens + at.first_token + now;
+        int place = 1 + now_head * a.tokens + at.first_token + now;
         bool waits = a.dq && tile > 0, ends = now < next_lowest;
         int turn = waits && threadIdx.x == 0 ? load_turn(a.turns + place) : tile;
         // Rows of zeros behind the last query have p = 1 and ds = 0, which nothing is added to by.
         bool masked = at.first + KEYS > at.visible
-            || (a.mask.causal && at.first + KEYS > now + 1 + at.before);
+            || (a.causal && at.first + KEYS > now + 1 + at.before);
 
         u32 p[STEP / 16][4], ds[STEP / 16][4];
 #pragma unroll
@@ -3007,7 +3009,7 @@ template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCa
                     {
                         int key = at.first + key_row + g + i / 2 * 8;
                         int query = now + from + n * 8 + 2 * t + i % 2;
-                        if (key >= keys_seen(a.mask, at, query)) s[n][i] = dp[n][i] = 0;
+                        if (key >= keys_seen(a.causal, at, query)) s[n][i] = dp[n][i] = 0;
                     }
                 }
             }
@@ -3135,7 +3137,7 @@ template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCa
     int rows = at.keys - at.first - key_row;
     if (a.parts > 1)
     {
-        to += (u64)part * a.mask.key_tokens * key_stride;
+        to += (u64)part * a.key_tokens * key_stride;
         if (a.dk_parts) store_part<TILES>(a.dk_parts + to, key_stride, rows, dk, a.scale);
         if (a.dv_parts) store_part<TILES>(a.dv_parts + to, key_stride, rows, dv, 1);
         return;
@@ -3149,90 +3151,78 @@ template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCa
 extern "C" __global__ void __launch_bounds__(BackwardTiles<64>::THREADS) attention_backward_64(
     real* dq, real* dk, real* dv, float* dq_sums, float* dk_parts, float* dv_parts, int* turns,
     const real* q, const real* k, const real* v, const real* output_gradient,
-    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
-    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
-    float scale, int accumulate_q, int accumulate_k, int accumulate_v, int parts)
+    const float* statistics, const int* tiles, const int* key_lengths, int tokens, int key_tokens,
+    int causal, int heads, int kv_heads, float scale, int accumulate_q, int accumulate_k,
+    int accumulate_v, int parts)
 {
-    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
     AttentionBackwardCall a = {dq, dk, dv, dq_sums, dk_parts, dv_parts, turns, q, k, v,
-        output_gradient, (const float2*)statistics, mask, heads, kv_heads, scale, accumulate_q,
-        accumulate_k, accumulate_v, parts};
-    check_all_starts(faults, mask);
+        output_gradient, (const float2*)statistics, (const int4*)tiles, key_lengths, tokens,
+        key_tokens, causal, heads, kv_heads, scale, accumulate_q, accumulate_k, accumulate_v, parts};
     attention_backward_tile<64>(a);
 }
 
 extern "C" __global__ void __launch_bounds__(BackwardTiles<72>::THREADS) attention_backward_72(
     real* dq, real* dk, real* dv, float* dq_sums, float* dk_parts, float* dv_parts, int* turns,
     const real* q, const real* k, const real* v, const real* output_gradient,
-    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
-    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
-    float scale, int accumulate_q, int accumulate_k, int accumulate_v, int parts)
+    const float* statistics, const int* tiles, const int* key_lengths, int tokens, int key_tokens,
+    int causal, int heads, int kv_heads, float scale, int accumulate_q, int accumulate_k,
+    int accumulate_v, int parts)
 {
-    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
     AttentionBackwardCall a = {dq, dk, dv, dq_sums, dk_parts, dv_parts, turns, q, k, v,
-        output_gradient, (const float2*)statistics, mask, heads, kv_heads, scale, accumulate_q,
-        accumulate_k, accumulate_v, parts};
-    check_all_starts(faults, mask);
+        output_gradient, (const float2*)statistics, (const int4*)tiles, key_lengths, tokens,
+        key_tokens, causal, heads, kv_heads, scale, accumulate_q, accumulate_k, accumulate_v, parts};
     attention_backward_tile<72>(a);
 }
 
 extern "C" __global__ void __launch_bounds__(BackwardTiles<80>::THREADS) attention_backward_80(
     real* dq, real* dk, real* dv, float* dq_sums, float* dk_parts, float* dv_parts, int* turns,
     const real* q, const real* k, const real* v, const real* output_gradient,
-    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
-    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
-    float scale, int accumulate_q, int accumulate_k, int accumulate_v, int parts)
+    const float* statistics, const int* tiles, const int* key_lengths, int tokens, int key_tokens,
+    int causal, int heads, int kv_heads, float scale, int accumulate_q, int accumulate_k,
+    int accumulate_v, int parts)
 {
-    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
     AttentionBackwardCall a = {dq, dk, dv, dq_sums, dk_parts, dv_parts, turns, q, k, v,
-        output_gradient, (const float2*)statistics, mask, heads, kv_heads, scale, accumulate_q,
-        accumulate_k, accumulate_v, parts};
-    check_all_starts(faults, mask);
+        output_gradient, (const float2*)statistics, (const int4*)tiles, key_lengths, tokens,
+        key_tokens, causal, heads, kv_heads, scale, accumulate_q, accumulate_k, accumulate_v, parts};
     attention_backward_tile<80>(a);
 }
 
 extern "C" __global__ void __launch_bounds__(BackwardTiles<96>::THREADS) attention_backward_96(
     real* dq, real* dk, real* dv, float* dq_sums, float* dk_parts, float* dv_parts, int* turns,
     const real* q, const real* k, const real* v, const real* output_gradient,
-    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
-    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
-    float scale, int accumulate_q, int accumulate_k, int accumulate_v, int parts)
+    const float* statistics, const int* tiles, const int* key_lengths, int tokens, int key_tokens,
+    int causal, int heads, int kv_heads, float scale, int accumulate_q, int accumulate_k,
+    int accumulate_v, int parts)
 {
-    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
     AttentionBackwardCall a = {dq, dk, dv, dq_sums, dk_parts, dv_parts, turns, q, k, v,
-        output_gradient, (const float2*)statistics, mask, heads, kv_heads, scale, accumulate_q,
-        accumulate_k, accumulate_v, parts};
-    check_all_starts(faults, mask);
+        output_gradient, (const float2*)statistics, (const int4*)tiles, key_lengths, tokens,
+        key_tokens, causal, heads, kv_heads, scale, accumulate_q, accumulate_k, accumulate_v, parts};
     attention_backward_tile<96>(a);
 }
 
 extern "C" __global__ void __launch_bounds__(BackwardTiles<128>::THREADS) attention_backward_128(
     real* dq, real* dk, real* dv, float* dq_sums, float* dk_parts, float* dv_parts, int* turns,
     const real* q, const real* k, const real* v, const real* output_gradient,
-    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
-    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
-    float scale, int accumulate_q, int accumulate_k, int accumulate_v, int parts)
+    const float* statistics, const int* tiles, const int* key_lengths, int tokens, int key_tokens,
+    int causal, int heads, int kv_heads, float scale, int accumulate_q, int accumulate_k,
+    int accumulate_v, int parts)
 {
-    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
     AttentionBackwardCall a = {dq, dk, dv, dq_sums, dk_parts, dv_parts, turns, q, k, v,
-        output_gradient, (const float2*)statistics, mask, heads, kv_heads, scale, accumulate_q,
-        accumulate_k, accumulate_v, parts};
-    check_all_starts(faults, mask);
+        output_gradient, (const float2*)statistics, (const int4*)tiles, key_lengths, tokens,
+        key_tokens, causal, heads, kv_heads, scale, accumulate_q, accumulate_k, accumulate_v, parts};
     attention_backward_tile<128>(a);
 }
 
 extern "C" __global__ void __launch_bounds__(BackwardTiles<256>::THREADS) attention_backward_256(
     real* dq, real* dk, real* dv, float* dq_sums, float* dk_parts, float* dv_parts, int* turns,
     const real* q, const real* k, const real* v, const real* output_gradient,
-    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
-    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
-    float scale, int accumulate_q, int accumulate_k, int accumulate_v, int parts)
+    const float* statistics, const int* tiles, const int* key_lengths, int tokens, int key_tokens,
+    int causal, int heads, int kv_heads, float scale, int accumulate_q, int accumulate_k,
+    int accumulate_v, int parts)
 {
-    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
     AttentionBackwardCall a = {dq, dk, dv, dq_sums, dk_parts, dv_parts, turns, q, k, v,
-        output_gradient, (const float2*)statistics, mask, heads, kv_heads, scale, accumulate_q,
-        accumulate_k, accumulate_v, parts};
-    check_all_starts(faults, mask);
+        output_gradient, (const float2*)statistics, (const int4*)tiles, key_lengths, tokens,
+        key_tokens, causal, heads, kv_heads, scale, accumulate_q, accumulate_k, accumulate_v, parts};
     attention_backward_tile<256>(a);
 }
 

@@ -164,35 +164,37 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         GradientTarget dq = call.Gradient(0), dk = call.Gradient(1), dv = call.Gradient(2);
         if (aligned && HopperAttentionBackward.Kernel(call, HeadDim) is { } hopper)
         {
-            Statistics(call, statistics, Tensor.None);
+            Statistics(call, statistics, Tensor.None, Tensor.None);
             HopperAttentionBackward.Run(call, this, hopper, CausalMode, statistics,
                 Tiles(call, ofKeys: false), Tiles(call, ofKeys: true));
             return;
         }
 
-        if (Cuda.AttentionBlock.Backward(HeadDim, call.SmallShared) is { } tiles
+        if (AttentionLaunch.Backward(HeadDim, call.SmallShared) is { } block
             && call.Real != DType.F32 && aligned)
         {
             // Blocks that have begun, and per head and query those that have added to its dq.
             Tensor turns = call.Scratch(DType.I32, checked(1 + (Heads * tokens)));
-            Statistics(call, statistics, turns);
-            int parts = KeyParts(call, (keyTokens + tiles.Keys - 1) / tiles.Keys);
+            Statistics(call, statistics, turns, dq.Accumulate ? Tensor.None : dq.Buffer);
+            Tensor list = Tiles(call, ofKeys: true);
+            int parts = KeyParts(call, (keyTokens + block.Keys - 1) / block.Keys);
             Tensor sums = dq.Wanted ? call.Scratch(DType.F32, tokens, Heads * HeadDim) : Tensor.None;
             Tensor dkParts = Parts(call, dk, parts), dvParts = Parts(call, dv, parts);
-            int blocks = checked(((keyTokens / tiles.Keys) + sequences) * KvHeads * parts);
+            int blocks = list.Shape[0] * (AttentionTiles.Rows / block.Keys);
             call.Launch($"attention_backward_{HeadDim}",
-                new Grid(blocks, tiles.Threads, tiles.SharedBytes), dq.Buffer,
+                new Grid(checked(blocks * KvHeads * parts), block.Threads, block.SharedBytes),
+                dq.Buffer,
                 parts > 1 ? Tensor.None : dk.Buffer, parts > 1 ? Tensor.None : dv.Buffer,
-                sums, dkParts, dvParts, turns, q, k, v, dO, statistics, startsQ, startsK, lengths,
-                call.Faults, sequences, tokens, keyTokens, CausalMode, Heads, KvHeads, Scale,
-                dq.Accumulate, dk.Accumulate, dv.Accumulate, parts);
+                sums, dkParts, dvParts, turns, q, k, v, dO, statistics, list, lengths, tokens,
+                keyTokens, CausalMode, Heads, KvHeads, Scale, dq.Accumulate, dk.Accumulate,
+                dv.Accumulate, parts);
             AddParts(call, dkParts, dk);
             AddParts(call, dvParts, dv);
             return;
         }
 
         const int Rows = KernelConstants.AttentionAnyBackwardRows, Threads = 256;
-        Statistics(call, statistics, Tensor.None);
+        Statistics(call, statistics, Tensor.None, Tensor.None);
         if (dk.Wanted || dv.Wanted)
         {
             call.Launch("attention_keys_backward",
@@ -212,10 +214,13 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         }
     }
 
-    private void Statistics(in CudaCall call, in Tensor statistics, in Tensor turns) => call.Launch(
-        "attention_statistics",
-        Grid.SequenceTiles((int)call.In(0).Shape.Rows, 0, 8, Heads, 256), statistics, turns,
-        call.OutputGradient, call.Output, call.Saved(0), (int)call.In(0).Shape.Rows, Heads, HeadDim);
+    private void Statistics(in CudaCall call, in Tensor statistics, in Tensor turns, in Tensor dq)
+    {
+        int tokens = (int)call.Output.Shape.Rows;
+        call.Launch("attention_statistics", Grid.SequenceTiles(Math.Max(1, tokens), 0, 8, Heads, 256),
+            statistics, turns, dq, call.OutputGradient, call.Output, call.Saved(0), tokens, Heads,
+            HeadDim);
+    }
 
     // Into how many blocks the query heads of a key head are divided, whose parts of dk and dv are
     // then added: as few as keep the longest block below half of what a multiprocessor does in all.

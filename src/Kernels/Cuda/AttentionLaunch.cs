@@ -4,10 +4,10 @@ namespace MiniCpmNative.Kernels.Cuda;
 /// What a launch of attention on tensor cores must know of its kernel's tiles, as kernels.cu has
 /// them: smaller where a block can have no more than 99 KiB of shared memory.
 /// </summary>
-internal readonly record struct AttentionBlock(int Keys, int Threads, int SharedBytes)
+internal readonly record struct AttentionLaunch(int Keys, int Threads, int SharedBytes)
 {
     /// <summary>Of attention_backward_; null for head dimensions that have none.</summary>
-    public static AttentionBlock? Backward(int headDim, bool small)
+    public static AttentionLaunch? Backward(int headDim, bool small)
     {
         if (headDim is not (64 or 72 or 80 or 96 or 128 or 256)) return null;
         int keys = (small ? 64 : 128) / (headDim > 128 ? 2 : 1);
