@@ -25,9 +25,10 @@ public sealed partial class ArchitectureTests
         ("Weights", "Config"),
         ("Data.Images", ""),
         ("Data.Text", ""),
+        ("Report", "Data.Images"),
         ("Data", "Config Data.Images Data.Text"),
         ("Model", "Config Weights Data Data.Images Data.Text"),
-        ("Train", "Config Weights Data Model"),
+        ("Train", "Config Weights Data Model Report"),
         ("Export", "Config Weights Data Data.Images Model Train"),
         ("Doctor", "Data.Images"),
     ];

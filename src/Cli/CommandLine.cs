@@ -21,6 +21,7 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
           trace CONFIG.json --rows ID,ID --out FILE.safetensors [--gradients]
                                                    write the intermediate tensors of some rows
           merge MODEL --adapter DIR --out DIR      put an adapter into the model's weights
+          report DIR [DIR ...] [--out FILE.html]   write a page on one run, or on several
           doctor                                   show processor, libraries and GPU, and test them
           --version                                print the version
 
@@ -29,7 +30,7 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
         (SIGUSR1: saves and goes on)
         """;
 
-    private static readonly string[] s_commands = ["train", "data", "trace", "merge", "doctor", "help"];
+    private static readonly string[] s_commands = ["train", "data", "trace", "merge", "report", "doctor", "help"];
 
     public int Run(IReadOnlyList<string> args)
     {
@@ -90,6 +91,8 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
                 return TraceCommand.Run(Rest(args, 1), help, output, runners);
             case "merge":
                 return MergeCommand.Run(Rest(args, 1), help, output, runners);
+            case "report":
+                return ReportCommand.Run(Rest(args, 1), help, output);
             case "doctor":
                 return DoctorCommand.Run(Rest(args, 1), help, output, runners);
             default:
