@@ -29,7 +29,7 @@ public sealed partial class ArchitectureTests
         ("Data", "Config Data.Images Data.Text"),
         ("Model", "Config Weights Data Data.Images Data.Text"),
         ("Train", "Config Weights Data Model Report"),
-        ("Export", "Config Weights Data Data.Images Model Train"),
+        ("Export", "Config Weights Data Data.Images Data.Text Model Train"),
         ("Doctor", "Data.Images"),
     ];
 

@@ -23,6 +23,9 @@ public abstract class Family(string name)
     /// </summary>
     public virtual bool NumbersPictures => true;
 
+    /// <summary>How llama.cpp knows the member; null where it does not.</summary>
+    public virtual GgufNames? Gguf => null;
+
     /// <summary>Whether a model's config.json says that it is of this family.</summary>
     public abstract bool Is(ModelConfig config);
 
@@ -82,6 +85,16 @@ public abstract class Family(string name)
 
     public sealed override string ToString() => Name;
 }
+
+/// <summary>What llama.cpp calls the parts of a member, in GGUF files.</summary>
+/// <param name="Architecture">The decoder: general.architecture.</param>
+/// <param name="Splits">How texts are split into words: tokenizer.ggml.pre.</param>
+/// <param name="Projector">clip.minicpmv_version; null where its reader has none.</param>
+/// <param name="Interleaves">Whether its rotary embedding turns neighbours, not halves.</param>
+/// <param name="Note">What a user should know about it there, if anything.</param>
+public sealed record GgufNames(
+    string Architecture, string Splits, int? Projector, bool Interleaves = false,
+    string? Note = null);
 
 /// <summary>All members that can be run, and telling them apart.</summary>
 public static class Families

@@ -19,6 +19,8 @@ internal sealed class MiniCpmV2() : Family("MiniCPM-V-2")
 
     public override bool NumbersPictures => false;
 
+    public override GgufNames Gguf => new("minicpm", "default", null, Interleaves: true);
+
     public override bool Is(ModelConfig config) => config.IsVision("2.0");
 
     public override ModelSpec Read(ModelConfig config)
