@@ -25,11 +25,12 @@ public sealed partial class ArchitectureTests
         ("Weights", "Config"),
         ("Data.Images", ""),
         ("Data.Text", ""),
+        ("Report", "Data.Images"),
         ("Data", "Config Data.Images Data.Text"),
         ("Model", "Config Weights Data Data.Images Data.Text"),
         ("Generate", "Config Weights Data Data.Images Data.Text Model"),
-        ("Train", "Config Weights Data Model"),
-        ("Export", "Config Weights Data Data.Images Model Train"),
+        ("Train", "Config Weights Data Model Report"),
+        ("Export", "Config Weights Data Data.Images Data.Text Model Train"),
         ("Doctor", "Data.Images"),
     ];
 

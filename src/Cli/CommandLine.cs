@@ -21,6 +21,9 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
           trace CONFIG.json --rows ID,ID --out FILE.safetensors [--gradients]
                                                    write the intermediate tensors of some rows
           merge MODEL --adapter DIR --out DIR      put an adapter into the model's weights
+          export gguf MODEL [--adapter DIR] --out DIR [--type TYPE]
+                                                   write the files that llama.cpp reads
+          report DIR [DIR ...] [--out FILE.html]   write a page on one run, or on several
           doctor                                   show processor, libraries and GPU, and test them
           --version                                print the version
 
@@ -29,7 +32,7 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
         (SIGUSR1: saves and goes on)
         """;
 
-    private static readonly string[] s_commands = ["train", "data", "trace", "merge", "doctor", "help"];
+    private static readonly string[] s_commands = ["train", "data", "trace", "merge", "export", "report", "doctor", "help"];
 
     public int Run(IReadOnlyList<string> args)
     {
@@ -90,6 +93,12 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
                 return TraceCommand.Run(Rest(args, 1), help, output, runners);
             case "merge":
                 return MergeCommand.Run(Rest(args, 1), help, output, runners);
+            case "export" when args.Count > 1 && (args[1] == "gguf" || help):
+                return ExportCommand.Run(Rest(args, 2), help, output, runners);
+            case "export":
+                throw new InputException("export: expected the command export gguf MODEL");
+            case "report":
+                return ReportCommand.Run(Rest(args, 1), help, output);
             case "doctor":
                 return DoctorCommand.Run(Rest(args, 1), help, output, runners);
             default:

@@ -22,5 +22,7 @@ internal sealed record Runners
 
     public Action<MergeRequest, TextWriter> Merge { get; init; } = MergeRun.Run;
 
+    public Action<GgufRequest, TextWriter> ExportGguf { get; init; } = GgufRun.Run;
+
     public Func<TextWriter, bool> Diagnose { get; init; } = output => Diagnosis.Run(output);
 }

@@ -26,6 +26,9 @@ public abstract class Family(string name)
     /// <summary>What the official chat() generates by, where nothing is said.</summary>
     public virtual ChatDefaults Chat => new();
 
+    /// <summary>How llama.cpp knows the member; null where it does not.</summary>
+    public virtual GgufNames? Gguf => null;
+
     /// <summary>Whether a model's config.json says that it is of this family.</summary>
     public abstract bool Is(ModelConfig config);
 
@@ -92,6 +95,16 @@ public abstract class Family(string name)
 /// </summary>
 public sealed record ChatDefaults(
     int MaxNewTokens = 2048, int MaxPromptTokens = 8192, double RepetitionPenalty = 1.05);
+
+/// <summary>What llama.cpp calls the parts of a member, in GGUF files.</summary>
+/// <param name="Architecture">The decoder: general.architecture.</param>
+/// <param name="Splits">How texts are split into words: tokenizer.ggml.pre.</param>
+/// <param name="Projector">clip.minicpmv_version; null where its reader has none.</param>
+/// <param name="Interleaves">Whether its rotary embedding turns neighbours, not halves.</param>
+/// <param name="Note">What a user should know about it there, if anything.</param>
+public sealed record GgufNames(
+    string Architecture, string Splits, int? Projector, bool Interleaves = false,
+    string? Note = null);
 
 /// <summary>All members that can be run, and telling them apart.</summary>
 public static class Families

@@ -1,4 +1,5 @@
 using System.Text.Json;
+using MiniCpmNative.Engine.Report;
 
 namespace MiniCpmNative.Engine.Train;
 
@@ -8,7 +9,7 @@ namespace MiniCpmNative.Engine.Train;
 /// </summary>
 internal sealed class LogLines : ILogFile
 {
-    public const string FileName = "train_log.jsonl";
+    public const string FileName = RunRecord.LogFile;
 
     private readonly FileStream _file;
     private readonly string _path;
@@ -38,16 +39,23 @@ internal sealed class LogLines : ILogFile
     }
 
     /// <exception cref="RunException">The file cannot be written.</exception>
-    public void Write(LogEntry entry)
+    public void Write(LogEntry entry) => Write(entry.Step, entry.Epoch, json =>
+    {
+        foreach (var (name, value) in entry.Values) LogState.WriteNumber(json, name, value);
+        foreach (var (name, value) in entry.Timing) LogState.WriteNumber(json, name, value);
+    });
+
+    /// <summary>An entry of any kind.</summary>
+    /// <exception cref="RunException">The file cannot be written.</exception>
+    public void Write(int step, double epoch, Action<Utf8JsonWriter> members)
     {
         using var line = new MemoryStream();
         using (var json = new Utf8JsonWriter(line))
         {
             json.WriteStartObject();
-            json.WriteNumber("step", entry.Step);
-            json.WriteNumber("epoch", entry.Epoch);
-            foreach (var (name, value) in entry.Values) LogState.WriteNumber(json, name, value);
-            foreach (var (name, value) in entry.Timing) LogState.WriteNumber(json, name, value);
+            json.WriteNumber("step", step);
+            json.WriteNumber("epoch", epoch);
+            members(json);
             json.WriteEndObject();
         }
 

@@ -1,4 +1,5 @@
 using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Report;
 using MiniCpmNative.Engine.Weights;
 
 namespace MiniCpmNative.Engine.Train;
@@ -21,7 +22,7 @@ internal static class ResultFiles
     /// adapter's folder.
     /// </summary>
     public static bool IsWritten(string name) => s_copied.Contains(Path.GetExtension(name))
-        || Path.GetExtension(name) is ".safetensors" or ".jsonl";
+        || Path.GetExtension(name) is ".safetensors" or ".jsonl" || name == ReportFile.FileName;
 
     /// <summary>Whether a run writes the name into its output folder.</summary>
     public static bool IsWrittenBy(TrainArguments arguments, string name) =>
@@ -40,7 +41,8 @@ internal static class ResultFiles
             || (name == "config.json" && IsModel(path))));
 
     private static bool IsLog(string name) =>
-        name is TrainWriter.FileName or LogLines.FileName or LogState.FileName;
+        name is TrainWriter.FileName or LogLines.FileName or LogState.FileName
+            or ReportFile.FileName;
 
     private static bool IsAdapter(string name) =>
         name is AdapterFile.WeightsName or AdapterConfig.FileName;

@@ -1,10 +1,12 @@
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Report;
 
 namespace MiniCpmNative.Engine.Train;
 
 /// <summary>
-/// Everything a run tells, in one place: screen, train_log.jsonl, TensorBoard, trainer_state.json.
+/// Everything a run tells, in one place: screen, train_log.jsonl, TensorBoard, trainer_state.json,
+/// and at its end report.html.
 /// The loss of an entry is the mean over the steps since the last one; grad_norm and learning_rate
 /// are the last step's, the rate being the one it used.
 /// </summary>
@@ -15,14 +17,16 @@ public sealed class TrainLog : ITrainLog
 
     private readonly TimeProvider _clock;
     private readonly Progress _progress;
+    private readonly Lock _turn = new();
+    private readonly List<string> _early = [];
     private RunReport? _run;
     private LogState _state = new();
     private LogLines? _lines;
     private TensorBoardWriter? _board;
     private double _seconds;
     private long _tokens;
-    private int _firstStep;
-    private bool _isSaved;
+    private int _firstStep, _lastStep;
+    private bool _isStarted, _isSaved;
     private EvaluationReport? _firstEvaluation;
     private EvaluationReport _lastEvaluation;
 
@@ -53,7 +57,7 @@ public sealed class TrainLog : ITrainLog
         _lines = new LogLines(arguments.OutputDir, resumed);
         if (arguments.ReportTo != ReportTo.None)
             _board = new TensorBoardWriter(arguments.LogFolder, _clock, resumed);
-        _firstStep = resumed ?? 0;
+        _firstStep = _lastStep = resumed ?? 0;
         double percent = 100.0 * run.Trainable / Math.Max(1, run.Parameters);
         _progress.Message(FormattableString.Invariant(
             $"{run.Parameters:N0} parameters, {run.Trainable:N0} trained ({percent:0.00} %), on {run.Device}"));
@@ -61,12 +65,22 @@ public sealed class TrainLog : ITrainLog
             $"{run.Plan.Rows:N0} rows, {run.Plan.MaxSteps:N0} steps, {run.Plan.StepsPerEpoch:N0} per epoch"));
         Tell(run.Rows, arguments.DataPath, "rows", resumed is null);
         Tell(run.EvaluationRows, arguments.EvalDataPath, "eval_rows", resumed is null);
+        lock (_turn)
+        {
+            _isStarted = true;
+            foreach (string line in _early) Note(line);
+        }
+
         if (resumed is { } step)
             _progress.Message($"resumed after step {step} from {run.ResumedFrom}");
         _progress.Start(_firstStep, run.Plan.MaxSteps);
     }
 
-    public void Message(string line) => _progress.Message(line);
+    public void Message(string line)
+    {
+        _progress.Message(line);
+        Note(line);
+    }
 
     public void Step(in StepReport report)
     {
@@ -80,7 +94,7 @@ public sealed class TrainLog : ITrainLog
     public void Skipped(in StepReport report, string what)
     {
         Count(report);
-        _progress.Message(FormattableString.Invariant(
+        Message(FormattableString.Invariant(
             $"step {report.Step} skipped: {what} (loss {report.Loss}, grad_norm {report.GradNorm})"));
         if ((Run.Plan.After(report.Step) & StepActions.Log) != 0) Log(report, double.NaN);
     }
@@ -148,6 +162,7 @@ public sealed class TrainLog : ITrainLog
         }
 
         _state.Save(Run.Arguments.OutputDir, step, Run);
+        Report(Run.Arguments.OutputDir);
     }
 
     public void Dispose()
@@ -159,6 +174,7 @@ public sealed class TrainLog : ITrainLog
 
     private void Count(in StepReport report)
     {
+        _lastStep = report.Step;
         _state.TokensSeen += report.Tokens;
         _tokens += report.Tokens;
         _seconds += report.Seconds;
@@ -186,17 +202,46 @@ public sealed class TrainLog : ITrainLog
     private void Add(LogEntry entry)
     {
         _state.Add(entry);
-        _lines = Written(_lines, entry);
+        lock (_turn) _lines = Written(_lines, entry);
         _board = Written(_board, entry);
     }
 
-    // A log that cannot be written ends, not the training.
+    // For the report, from any thread; what was said before the log is there comes first in it.
+    private void Note(string line)
+    {
+        lock (_turn)
+        {
+            if (!_isStarted) _early.Add(line);
+            else
+                _lines = Written(_lines, lines => lines.Write(_lastStep,
+                    Run.Plan.EpochAfter(_lastStep), json => json.WriteString("message", line)));
+        }
+    }
+
+    // The result does not depend on it.
+    private void Report(string folder)
+    {
+        if (_lines is null) return;
+        try
+        {
+            ReportFile.Write([folder], Path.Combine(folder, ReportFile.FileName));
+        }
+        catch (Exception failure) when (failure is RunException or InputException)
+        {
+            _progress.Message($"{failure.Message}; there is no report of this run");
+        }
+    }
+
     private T? Written<T>(T? file, LogEntry entry)
+        where T : class, ILogFile => Written(file, f => f.Write(entry));
+
+    // A log that cannot be written ends, not the training.
+    private T? Written<T>(T? file, Action<T> write)
         where T : class, ILogFile
     {
         try
         {
-            file?.Write(entry);
+            if (file is not null) write(file);
             return file;
         }
         catch (RunException failure)

@@ -29,6 +29,9 @@ internal sealed class SentencePieceFile : VocabularyFile
     /// <summary>Kind of every piece, by id.</summary>
     public List<Kind> Kinds { get; } = [];
 
+    /// <summary>Score of every piece, by id.</summary>
+    public List<float> Scores { get; } = [];
+
     /// <summary>What the unknown token decodes to.</summary>
     public string UnknownSurface { get; private set; } = " \u2047 ";
 
@@ -107,6 +110,7 @@ internal sealed class SentencePieceFile : VocabularyFile
         if (kind == Kind.Unknown) Unknown = text;
         pieces.Add((text, score));
         Kinds.Add(kind);
+        Scores.Add(score);
     }
 
     private void ReadTrainer(ReadOnlySpan<byte> bytes, ref int type)

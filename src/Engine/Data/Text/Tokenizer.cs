@@ -10,7 +10,7 @@ namespace MiniCpmNative.Engine.Data.Text;
 /// </summary>
 public abstract class Tokenizer
 {
-    private const long MaxFileBytes = 256 << 20;
+    internal const long MaxFileBytes = 256 << 20;
 
     private readonly AddedTokens _raw;
     private readonly AddedTokens _normalized;
@@ -45,9 +45,9 @@ public abstract class Tokenizer
             }));
     }
 
-    private protected Dictionary<string, int> Vocabulary { get; }
+    internal Dictionary<string, int> Vocabulary { get; }
 
-    private protected IEnumerable<AddedToken> Added => _added.Values;
+    internal IEnumerable<AddedToken> Added => _added.Values;
 
     /// <summary>One more than the largest id.</summary>
     public int Size { get; }

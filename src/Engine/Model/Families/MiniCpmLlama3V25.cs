@@ -12,6 +12,10 @@ internal sealed class MiniCpmLlama3V25() : Family("MiniCPM-Llama3-V-2_5")
 
     public override ChatDefaults Chat => new(MaxNewTokens: 1024, MaxPromptTokens: 2048);
 
+    public override GgufNames Gguf => new("llama", "llama-bpe", 2, Interleaves: true, Note:
+        "llama.cpp places a picture's patches by row and column; the released code, and training, "
+        + "in one row (the numbers of pictures differ a little)");
+
     public override bool Is(ModelConfig config) => config.IsVision("2.5");
 
     public override ModelSpec Read(ModelConfig config)

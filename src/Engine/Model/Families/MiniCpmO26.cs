@@ -6,6 +6,8 @@ namespace MiniCpmNative.Engine.Model;
 /// </summary>
 internal sealed class MiniCpmO26() : Family("MiniCPM-o-2_6")
 {
+    public override GgufNames Gguf => new("qwen2", "qwen2", 4);
+
     public override bool Is(ModelConfig config) => config.IsOmni("2.6");
 
     public override ChatDefaults Chat => new(MaxPromptTokens: 32768);

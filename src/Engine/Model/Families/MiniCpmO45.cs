@@ -6,6 +6,8 @@ namespace MiniCpmNative.Engine.Model;
 /// </summary>
 internal sealed class MiniCpmO45() : Family("MiniCPM-o-4_5")
 {
+    public override GgufNames Gguf => new("qwen3", "qwen2", 100045);
+
     public override bool Is(ModelConfig config) => config.IsOmni("4.5");
 
     public override ChatDefaults Chat => new(MaxNewTokens: 4096, RepetitionPenalty: 1.02);

@@ -21,6 +21,8 @@ internal sealed class MiniCpmV2() : Family("MiniCPM-V-2")
 
     public override ChatDefaults Chat => new(MaxNewTokens: 1024, MaxPromptTokens: 2048);
 
+    public override GgufNames Gguf => new("minicpm", "default", null, Interleaves: true);
+
     public override bool Is(ModelConfig config) => config.IsVision("2.0");
 
     public override ModelSpec Read(ModelConfig config)

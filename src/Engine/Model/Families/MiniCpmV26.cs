@@ -5,6 +5,8 @@ namespace MiniCpmNative.Engine.Model;
 /// </summary>
 internal sealed class MiniCpmV26() : Family("MiniCPM-V-2_6")
 {
+    public override GgufNames Gguf => new("qwen2", "qwen2", 3);
+
     public override bool Is(ModelConfig config) => config.IsVision("2.6");
 
     public override ModelSpec Read(ModelConfig config) =>

@@ -8,6 +8,8 @@ namespace MiniCpmNative.Engine.Model;
 /// </summary>
 internal sealed class MiniCpmV4() : Family("MiniCPM-V-4")
 {
+    public override GgufNames Gguf => new("llama", "qwen2", 5, Interleaves: true);
+
     public override bool Is(ModelConfig config) => config.IsVision("4.0");
 
     public override ModelSpec Read(ModelConfig config) => config.Spec(

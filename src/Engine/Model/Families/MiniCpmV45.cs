@@ -6,6 +6,8 @@ namespace MiniCpmNative.Engine.Model;
 /// </summary>
 internal sealed class MiniCpmV45() : Family("MiniCPM-V-4_5")
 {
+    public override GgufNames Gguf => new("qwen3", "qwen2", 6);
+
     public override bool Is(ModelConfig config) => config.IsVision("4.5");
 
     public override ChatDefaults Chat => new(MaxPromptTokens: 16384);
