@@ -20,6 +20,8 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
                                                    read every row; name bad ones, show statistics
           trace CONFIG.json --rows ID,ID --out FILE.safetensors [--gradients]
                                                    write the intermediate tensors of some rows
+          chat MODEL [--adapter DIR] [--image FILE]
+                                                   ask a model, with or without an adapter
           doctor                                   show processor, libraries and GPU, and test them
           --version                                print the version
 
@@ -28,7 +30,7 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
         (SIGUSR1: saves and goes on)
         """;
 
-    private static readonly string[] s_commands = ["train", "data", "trace", "doctor", "help"];
+    private static readonly string[] s_commands = ["train", "data", "trace", "chat", "doctor", "help"];
 
     public int Run(IReadOnlyList<string> args)
     {
@@ -87,6 +89,9 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
                 throw new InputException("data: expected the command data check CONFIG.json");
             case "trace":
                 return TraceCommand.Run(Rest(args, 1), help, output, runners);
+            case "chat":
+                return ChatCommand.Run(Rest(args, 1), help, Console.In, output, error, runners,
+                    Terminal.IsThere && !Console.IsInputRedirected);
             case "doctor":
                 return DoctorCommand.Run(Rest(args, 1), help, output, runners);
             default:

@@ -1,6 +1,7 @@
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Doctor;
+using MiniCpmNative.Engine.Generate;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Train;
 
@@ -18,6 +19,10 @@ internal sealed record Runners
             arguments, ModelSpec.Read(arguments.ModelNameOrPath!).Rows(), output);
 
     public Action<TrainArguments, TraceRequest, TextWriter> Trace { get; init; } = TraceRun.Run;
+
+    /// <summary>A model, an adapter's folder or null, and what takes a line on the device.</summary>
+    public Func<TrainArguments, string?, Action<string>, AskedModel> Ask { get; init; } =
+        (arguments, adapter, say) => AskedModel.Open(arguments, adapter, say: say);
 
     public Func<TextWriter, bool> Diagnose { get; init; } = output => Diagnosis.Run(output);
 }
