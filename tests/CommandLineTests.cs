@@ -19,6 +19,7 @@ public sealed partial class CommandLineTests
     [TestCase("trace --help", 0, "usage: cpmx trace")]
     [TestCase("merge --help", 0, "usage: cpmx merge")]
     [TestCase("report --help", 0, "usage: cpmx report")]
+    [TestCase("chat --help", 0, "--repetition_penalty")]
     [TestCase("doctor --help", 0, "usage: cpmx doctor")]
     public void HelpIsThere(string line, int code, string expected)
     {
@@ -35,7 +36,6 @@ public sealed partial class CommandLineTests
     [TestCase("train none.json", "there is no such file")]
     [TestCase("doctor now", "cpmx: doctor takes no arguments, got now")]
     [TestCase("trace --out=x", "cpmx: --rows is missing: the rows to run, as ID,ID")]
-    [TestCase("trace --rows 1 --out", "cpmx: --out is missing: the safetensors file to write")]
     [TestCase("report", "cpmx: report: expected output folders of runs")]
     [TestCase("merge", "cpmx: merge: expected one argument, the model's folder, got 0")]
     [TestCase("merge m --adaptor a", "unknown option \"--adaptor\" (did you mean \"--adapter\"?)")]
@@ -44,6 +44,14 @@ public sealed partial class CommandLineTests
     [TestCase("merge m --adapter a --adapter=b", "cpmx: merge: --adapter is given twice")]
     [TestCase("merge m --no-check=1", "cpmx: merge: --no-check takes no value")]
     [TestCase("merge m --adapter a --out b", "cpmx: m: there is no such directory")]
+    [TestCase("trace --rows 1 --out", "cpmx: --out has no value")]
+    [TestCase("trace --rows 1", "cpmx: --out is missing: the safetensors file to write")]
+    [TestCase("chat", "cpmx: chat: the folder of a model is missing: cpmx chat MODEL")]
+    [TestCase("chat m --learning_rate 1",
+        "cpmx: unknown key \"learning_rate\" (did you mean")]
+    [TestCase("chat m --temperature 0",
+        "cpmx: temperature is \"0\", expected a number above 0")]
+    [TestCase("chat nowhere", "nowhere")]
     public void WrongArgumentsAreOneLineAndExitCode2(string line, string expected)
     {
         var (result, _, error) = Run(new Runners(), line.Split(' '));

@@ -24,6 +24,8 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
           export gguf MODEL [--adapter DIR] --out DIR [--type TYPE]
                                                    write the files that llama.cpp reads
           report DIR [DIR ...] [--out FILE.html]   write a page on one run, or on several
+          chat MODEL [--adapter DIR] [--image FILE]
+                                                   ask a model, with or without an adapter
           doctor                                   show processor, libraries and GPU, and test them
           --version                                print the version
 
@@ -32,7 +34,8 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
         (SIGUSR1: saves and goes on)
         """;
 
-    private static readonly string[] s_commands = ["train", "data", "trace", "merge", "export", "report", "doctor", "help"];
+    private static readonly string[] s_commands =
+        ["train", "data", "trace", "chat", "merge", "export", "report", "doctor", "help"];
 
     public int Run(IReadOnlyList<string> args)
     {
@@ -99,6 +102,9 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
                 throw new InputException("export: expected the command export gguf MODEL");
             case "report":
                 return ReportCommand.Run(Rest(args, 1), help, output);
+            case "chat":
+                return ChatCommand.Run(Rest(args, 1), help, Console.In, output, error, runners,
+                    Terminal.IsThere && !Console.IsInputRedirected);
             case "doctor":
                 return DoctorCommand.Run(Rest(args, 1), help, output, runners);
             default:

@@ -2,6 +2,7 @@ using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Doctor;
 using MiniCpmNative.Engine.Export;
+using MiniCpmNative.Engine.Generate;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Train;
 
@@ -23,6 +24,10 @@ internal sealed record Runners
     public Action<MergeRequest, TextWriter> Merge { get; init; } = MergeRun.Run;
 
     public Action<GgufRequest, TextWriter> ExportGguf { get; init; } = GgufRun.Run;
+
+    /// <summary>A model, an adapter's folder or null, and what takes a line on the device.</summary>
+    public Func<TrainArguments, string?, Action<string>, AskedModel> Ask { get; init; } =
+        (arguments, adapter, say) => AskedModel.Open(arguments, adapter, say: say);
 
     public Func<TextWriter, bool> Diagnose { get; init; } = output => Diagnosis.Run(output);
 }

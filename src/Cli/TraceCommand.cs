@@ -34,37 +34,14 @@ internal static class TraceCommand
     /// </summary>
     internal static (TraceRequest Request, string[] Others) Split(string[] args)
     {
-        string? rows = null, file = null;
-        bool gradients = false;
-        var rest = new List<string>();
-        for (int i = 0; i < args.Length; i++)
-        {
-            string name = args[i].Split('=', 2)[0];
-            if (name is not ("--rows" or "--out" or "--gradients"))
-            {
-                rest.Add(args[i]);
-                continue;
-            }
-
-            string? value = args[i].Length > name.Length ? args[i][(name.Length + 1)..] : null;
-            if (name == "--gradients")
-            {
-                if (value is not null) throw new InputException("--gradients takes no value");
-                gradients = true;
-                continue;
-            }
-
-            if (value is null && i + 1 < args.Length) value = args[++i];
-            if (name == "--rows") rows = value;
-            else file = value;
-        }
-
-        string[] ids = (rows ?? "").Split(
+        var own = new OwnOptions(args, ["--rows", "--out"], ["--gradients"]);
+        string? file = own.Text("--out");
+        string[] ids = (own.Text("--rows") ?? "").Split(
             ',', StringSplitOptions.RemoveEmptyEntries | StringSplitOptions.TrimEntries);
         if (ids.Length == 0)
             throw new InputException("--rows is missing: the rows to run, as ID,ID");
-        if (string.IsNullOrEmpty(file) || file.Any(char.IsControl))
+        if (file is null)
             throw new InputException("--out is missing: the safetensors file to write");
-        return (new TraceRequest(ids, Path.GetFullPath(file), gradients), [.. rest]);
+        return (new TraceRequest(ids, Path.GetFullPath(file), own.Has("--gradients")), own.Rest);
     }
 }

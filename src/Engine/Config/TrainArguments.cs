@@ -172,6 +172,48 @@ public sealed partial record TrainArguments
     [Key("Evaluation", "evaluate before the first step")]
     public bool EvalOnStart { get; init; }
 
+    [Key("Evaluation", "rows whose answers are generated at each evaluation, the first ones")]
+    public int EvalGenerate { get; init; }
+
+    [Key("Evaluation", "metrics of generated answers: exact_match, contains, token_accuracy, anls, "
+        + "relaxed_accuracy, vqa_score, rouge_l, bleu, cider")]
+    public IReadOnlyList<string> Metrics { get; init; } = ["exact_match", "contains"];
+
+    [Key("Generation", "draw tokens from their probabilities; in chat true unless num_beams is set")]
+    public bool? DoSample { get; init; }
+
+    [Key("Generation", "scores are divided by it before drawing; in chat 0.7", Open = true,
+        Max = 1e6)]
+    public double? Temperature { get; init; }
+
+    [Key("Generation", "draw from the most likely tokens of this probability together; in chat 0.8",
+        Max = 1)]
+    public double? TopP { get; init; }
+
+    [Key("Generation", "draw from so many most likely tokens, 0 from all; in chat 100")]
+    public int? TopK { get; init; }
+
+    [Key("Generation", "scores of tokens that the answer has are divided by it; in chat the "
+        + "model's, 1.05, and 1.2 with beams", Open = true, Max = 1e6)]
+    public double? RepetitionPenalty { get; init; }
+
+    [Key("Generation", "search over so many beams, without drawing", Min = 1, Max = 64)]
+    public int NumBeams { get; init; } = 1;
+
+    [Key("Generation", "a beam's score is divided by its length to this power", Min = -100,
+        Max = 100)]
+    public double LengthPenalty { get; init; } = 1;
+
+    [Key("Generation", "end a search with num_beams ended beams")]
+    public bool EarlyStopping { get; init; }
+
+    [Key("Generation", "most tokens of an answer; the model's number when not given", Min = 1,
+        Max = 1 << 20)]
+    public int? MaxNewTokens { get; init; }
+
+    [Key("Generation", "tokens before an answer may end", Max = 1 << 20)]
+    public int MinNewTokens { get; init; }
+
     [Key("Output", "folder of checkpoints, logs and the result", Path = true)]
     public string OutputDir { get; init; } = "trainer_output";
 

@@ -52,6 +52,8 @@ internal static class TrainChecks
             + "(a regular expression names its layers itself)");
         Refuse((a.EvalStrategy != When.No || a.EvalOnStart) && a.EvalDataPath is null,
             "evaluation needs eval_data_path (or set eval_strategy to no)");
+        Refuse(a.EvalGenerate > 0 && a.EvalStrategy == When.No && !a.EvalOnStart,
+            "eval_generate needs evaluations: set eval_strategy");
         Refuse(a.OverwriteOutputDir && a.ResumeFromCheckpoint is not null,
             "overwrite_output_dir and resume_from_checkpoint contradict each other");
         Refuse(a.WarmupSteps >= 1 && a.WarmupSteps != Math.Floor(a.WarmupSteps),

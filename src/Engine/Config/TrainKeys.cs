@@ -63,6 +63,11 @@ internal static class TrainKeys
 {
     public static IReadOnlyList<TrainKey> Train { get; } = Of(typeof(TrainArguments));
 
+    /// <summary>What counts where a model is asked and nothing is trained.</summary>
+    public static IReadOnlyList<TrainKey> Asking { get; } = [.. Train.Where(key =>
+        key.Rule.Group == "Generation" || key.Name is "max_slice_nums" or "bf16" or "fp16"
+            or "device" or "threads" or "seed")];
+
     public static IReadOnlyList<TrainKey> Schedule { get; } = Of(typeof(ScheduleOptions));
 
     /// <summary>Other spellings of keys.</summary>

@@ -10,8 +10,23 @@ public sealed class TrainReader
     private readonly Dictionary<string, Given> _given = [];
     private readonly SortedSet<string> _ignored = [];
     private readonly string _workingDirectory;
+    private readonly IReadOnlyList<TrainKey>? _keys;
 
-    private TrainReader(string workingDirectory) => _workingDirectory = workingDirectory;
+    private TrainReader(string workingDirectory, IReadOnlyList<TrainKey>? keys = null) =>
+        (_workingDirectory, _keys) = (workingDirectory, keys);
+
+    /// <summary>
+    /// Reads the keys of a command that asks a model (<see cref="TrainKeys.Asking"/>), and no
+    /// others, from a command line alone.
+    /// </summary>
+    /// <exception cref="InputException">Anything unknown, misspelt or out of range.</exception>
+    public static TrainArguments ReadAsking(
+        IReadOnlyList<string> arguments, string workingDirectory)
+    {
+        var reader = new TrainReader(Path.GetFullPath(workingDirectory), TrainKeys.Asking);
+        reader.TakeArguments(arguments, 0);
+        return reader.Build();
+    }
 
     /// <summary>
     /// Reads and checks a configuration. Relative paths of the file start at the file's folder,
@@ -91,19 +106,20 @@ public sealed class TrainReader
         Dictionary<string, Given> found, string name, Given given, List<string> problems)
     {
         string key = TrainKeys.Aliases.GetValueOrDefault(name, name);
-        if (TrainForeignKeys.Ignored.Contains(key))
+        if (_keys is null && TrainForeignKeys.Ignored.Contains(key))
         {
             _ignored.Add(key);
         }
-        else if (TrainForeignKeys.Refused.TryGetValue(key, out var refused))
+        else if (_keys is null && TrainForeignKeys.Refused.TryGetValue(key, out var refused))
         {
             string value = given.Plain();
             if (!TrainForeignKeys.IsNeutral(key, value.ToLowerInvariant()))
                 problems.Add($"{key} = {Messages.Quote(value)} {refused.Advice}");
         }
-        else if (TrainKeys.Train.FirstOrDefault(k => k.Name == key) is not { } known)
+        else if ((_keys ?? TrainKeys.Train).FirstOrDefault(k => k.Name == key) is not { } known)
         {
-            var names = TrainKeys.Train.Select(k => k.Name).Concat(TrainKeys.Aliases.Keys);
+            var names = (_keys ?? TrainKeys.Train).Select(k => k.Name)
+                .Concat(_keys is null ? TrainKeys.Aliases.Keys : []);
             problems.Add(
                 $"unknown key {Messages.Quote(name)} (did you mean \"{TrainKeys.Nearest(name, names)}\"?)");
         }

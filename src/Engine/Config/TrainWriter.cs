@@ -38,13 +38,18 @@ public static class TrainWriter
     /// <summary>
     /// Every key with its default and meaning, in groups, for a screen of 100 columns.
     /// </summary>
-    public static string Help()
+    public static string Help() => Help(TrainKeys.Train);
+
+    /// <summary>The same of the keys of a command that asks a model.</summary>
+    public static string HelpOfAsking() => Help(TrainKeys.Asking);
+
+    private static string Help(IReadOnlyList<TrainKey> keys)
     {
         const int column = 36;
         var text = new StringBuilder();
         string group = "";
         var plain = new TrainArguments();
-        foreach (var key in TrainKeys.Train)
+        foreach (var key in keys)
         {
             if (key.Rule.Group != group) text.Append($"\n{group = key.Rule.Group}:\n");
             object? value = key.Property.GetValue(plain);

@@ -64,18 +64,20 @@ public sealed class Batch
     }
 
     /// <summary>
-    /// Adds a row's tokens and the places of its pictures, which are added behind it.
+    /// Adds a row's tokens and the places of its pictures, which are added behind it; of a row
+    /// whose first tokens have been run, those from there on.
     /// </summary>
-    public void AddRow(ReadOnlySpan<int> ids, ReadOnlySpan<ImageBound> bounds)
+    public void AddRow(ReadOnlySpan<int> ids, ReadOnlySpan<ImageBound> bounds, int from = 0)
     {
-        int start = Tokens.Count;
-        Tokens.Add(ids);
-        for (int t = 0; t < ids.Length; t++) Positions.Add(t);
+        int start = Tokens.Count - from;
+        Tokens.Add(ids[from..]);
+        for (int t = from; t < ids.Length; t++) Positions.Add(t);
         SequenceStarts.Add(Tokens.Count);
         Samples++;
         int view = Grids.Count / 2;
         foreach (ImageBound bound in bounds)
         {
+            if (bound.Start < from) continue;
             ImageBounds.Add(bound.Start);
             ImageBounds.Add(bound.End);
             int queries = bound.End - bound.Start;

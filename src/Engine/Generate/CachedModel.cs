@@ -24,6 +24,9 @@ internal sealed class CachedModel(LoadedModel model)
         else _cache = new KeyValueCache(model.Device, model.Spec.Decoder, sequences, room);
     }
 
+    /// <summary>Most tokens of a sequence.</summary>
+    public int Room => _cache!.Room;
+
     public int Sequences => _cache!.Lengths.Length;
 
     public ReadOnlySpan<int> Lengths => _cache!.Lengths;

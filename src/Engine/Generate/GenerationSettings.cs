@@ -1,3 +1,6 @@
+using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Model;
+
 namespace MiniCpmNative.Engine.Generate;
 
 /// <summary>
@@ -42,6 +45,35 @@ public sealed record GenerationSettings
 
     /// <summary>Tokens that end an answer.</summary>
     public IReadOnlyList<int> StopIds { get; init; } = [];
+
+    /// <summary>
+    /// What a configuration says; what it leaves open is greedy without a penalty, or in a
+    /// conversation as the official chat() has it: drawn, or beams with their own penalty. All that
+    /// is given holds, where that drops what its preset does not have.
+    /// </summary>
+    public static GenerationSettings Of(
+        TrainArguments arguments, ModelSpec spec, IReadOnlyList<int> stopIds, bool chats)
+    {
+        bool beams = arguments.NumBeams > 1;
+        bool draws = arguments.DoSample ?? (chats && !beams);
+        ChatDefaults chat = spec.Family.Chat;
+        return new GenerationSettings
+        {
+            DoSample = draws,
+            Temperature = arguments.Temperature ?? (chats ? 0.7 : 1),
+            TopP = arguments.TopP ?? (chats ? 0.8 : 1),
+            TopK = arguments.TopK ?? (chats ? 100 : 0),
+            RepetitionPenalty = arguments.RepetitionPenalty
+                ?? (!chats ? 1 : beams ? 1.2 : chat.RepetitionPenalty),
+            NumBeams = arguments.NumBeams,
+            LengthPenalty = arguments.LengthPenalty,
+            EarlyStopping = arguments.EarlyStopping,
+            MaxNewTokens = arguments.MaxNewTokens ?? chat.MaxNewTokens,
+            MinNewTokens = arguments.MinNewTokens,
+            Seed = (ulong)arguments.Seed,
+            StopIds = stopIds,
+        }.Checked();
+    }
 
     /// <exception cref="InputException">Names what makes no sense, and what would.</exception>
     public GenerationSettings Checked()

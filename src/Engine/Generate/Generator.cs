@@ -12,8 +12,14 @@ namespace MiniCpmNative.Engine.Generate;
 /// generated beside it.</param>
 public sealed record GenerationInput(int Tokens, Action<Batch> Append, ulong Number = 0)
 {
-    /// <summary>Its tokens, where they are known.</summary>
-    public IReadOnlyList<int> Ids { get; init; } = [];
+    /// <summary>Its tokens, where it may go on from an earlier one.</summary>
+    public int[] Ids { get; init; } = [];
+
+    /// <summary>The tokens that each of its pictures takes.</summary>
+    public IReadOnlyList<ImageBound> Pictures { get; init; } = [];
+
+    /// <summary>Puts in what stands behind the first tokens, which do not split a picture.</summary>
+    public Action<Batch, int>? AppendFrom { get; init; }
 }
 
 /// <summary>An answer in tokens.</summary>
@@ -30,19 +36,28 @@ public sealed record GeneratedTokens(int[] Ids, bool Stopped, double? Score = nu
 public sealed class Generator(LoadedModel model)
 {
     private readonly CachedModel _cached = new(model);
+    private object? _conversation;
+    private int[] _held = [];
 
     /// <summary>Takes the memory for so many sequences of so many tokens in advance.</summary>
-    public void Reserve(int sequences, int room) => _cached.Begin(sequences, room);
+    public void Reserve(int sequences, int room)
+    {
+        _conversation = null;
+        _cached.Begin(sequences, room);
+    }
 
     /// <param name="inputs">The prompts of a batch.</param>
     /// <param name="settings">How tokens are chosen.</param>
     /// <param name="said">Called with the number of a prompt and each token of its answer as it
     /// comes, stop tokens not; not with beams, which decide at the end.</param>
     /// <param name="goesOn">Asked before each step; false ends all answers where they are.</param>
+    /// <param name="conversation">What a single prompt belongs to: what the cache has of the same
+    /// one is not run again. Whoever changes earlier pictures or the adapter gives another
+    /// object.</param>
     /// <exception cref="InputException">The settings make no sense.</exception>
     public GeneratedTokens[] Run(
         IReadOnlyList<GenerationInput> inputs, GenerationSettings settings,
-        Action<int, int>? said = null, Func<bool>? goesOn = null)
+        Action<int, int>? said = null, Func<bool>? goesOn = null, object? conversation = null)
     {
         settings.Checked();
         bool recording = model.Graph.Recording;
@@ -52,10 +67,18 @@ public sealed class Generator(LoadedModel model)
         try
         {
             int room = inputs.Max(input => input.Tokens) + settings.MaxNewTokens;
-            _cached.Begin(inputs.Count * settings.NumBeams, room);
-            return settings.NumBeams > 1
-                ? BeamSearch.Run(_cached, inputs, settings, goesOn ?? (() => true))
-                : Choose(inputs, settings, said, goesOn ?? (() => true));
+            int known = Known(inputs, settings, room, conversation);
+            _conversation = null;
+            if (known == 0) _cached.Begin(inputs.Count * settings.NumBeams, room);
+            else _cached.Cut(0, known);
+            if (settings.NumBeams > 1)
+                return BeamSearch.Run(_cached, inputs, settings, goesOn ?? (() => true));
+            GeneratedTokens[] answers =
+                Choose(inputs, settings, said, goesOn ?? (() => true), known);
+            if (conversation is null || inputs.Count > 1) return answers;
+            _conversation = conversation;
+            _held = [.. inputs[0].Ids.Concat(answers[0].Ids).Take(_cached.Lengths[0])];
+            return answers;
         }
         finally
         {
@@ -65,9 +88,24 @@ public sealed class Generator(LoadedModel model)
         }
     }
 
+    // How many of the prompt's tokens the cache has. The last one is run in any case, for what
+    // follows it.
+    private int Known(IReadOnlyList<GenerationInput> inputs, GenerationSettings settings,
+        int room, object? conversation)
+    {
+        if (conversation is null || conversation != _conversation || inputs.Count != 1
+            || settings.NumBeams > 1 || inputs[0].AppendFrom is null || room > _cached.Room)
+            return 0;
+        int known = Math.Min(
+            inputs[0].Ids.AsSpan().CommonPrefixLength(_held), inputs[0].Tokens - 1);
+        foreach (ImageBound picture in inputs[0].Pictures)
+            if (known > picture.Start && known < picture.End) known = picture.Start;
+        return known;
+    }
+
     private GeneratedTokens[] Choose(
         IReadOnlyList<GenerationInput> inputs, GenerationSettings settings,
-        Action<int, int>? said, Func<bool> goesOn)
+        Action<int, int>? said, Func<bool> goesOn, int known)
     {
         var answers = new Growing<int>[inputs.Count];
         var next = new int[inputs.Count];
@@ -76,7 +114,9 @@ public sealed class Generator(LoadedModel model)
         for (int i = 0; i < inputs.Count && goesOn(); i++)
         {
             answers[i] = new Growing<int>();
-            Take(i, _cached.Append(i, inputs[i].Append));
+            GenerationInput input = inputs[i];
+            Take(i, _cached.Append(i, known == 0
+                ? input.Append : batch => input.AppendFrom!(batch, known)));
         }
 
         while (next.AsSpan().ContainsAnyExcept(-1) && goesOn())

@@ -71,16 +71,32 @@ public sealed class PromptMaker
             throw new InputException(
                 $"the tokenizer gives the token id {largest}, the model has "
                 + $"{Messages.Number(_format.Vocabulary)}: they do not belong together");
-        return new GenerationInput(tokens, Append, number) { Ids = prompt.InputIds };
-
-        void Append(Batch batch)
+        // The tokens that a picture's views take, from the first one's to the last one's.
+        var places = new ImageBound[prompt.Pictures.Length];
+        for (int i = 0, view = 0; i < places.Length; i++)
         {
-            batch.AddRow(prompt.InputIds, prompt.Bounds);
-            foreach (int index in prompt.Pictures)
+            int views = pictures[prompt.Pictures[i]].Plan.Views;
+            places[i] = new(
+                prompt.Bounds[view].Start, prompt.Bounds[(view += views) - 1].End);
+        }
+
+        return new GenerationInput(tokens, batch => Append(batch, 0), number)
+        {
+            Ids = prompt.InputIds,
+            Pictures = places,
+            AppendFrom = Append,
+        };
+
+        void Append(Batch batch, int from)
+        {
+            batch.AddRow(prompt.InputIds, prompt.Bounds, from);
+            for (int i = 0; i < places.Length; i++)
             {
-                using Picture picture = pictures[index].Decode();
-                if (!batch.TryAddPicture(_strips, picture, pictures[index].Plan))
-                    throw new InputException($"{pictures[index].Name}: has too many patches");
+                if (places[i].Start < from) continue;
+                PromptPicture shown = pictures[prompt.Pictures[i]];
+                using Picture picture = shown.Decode();
+                if (!batch.TryAddPicture(_strips, picture, shown.Plan))
+                    throw new InputException($"{shown.Name}: has too many patches");
             }
         }
     }

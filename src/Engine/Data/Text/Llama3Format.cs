@@ -35,8 +35,9 @@ public sealed class Llama3Format : TemplateFormat
 
     private protected override string Head(string role) => $"{HeadStart}{role}{HeadEnd}\n\n";
 
+    // Jinja trims as Python does.
     private protected override IReadOnlyList<ChatTurn> Written(IReadOnlyList<ChatTurn> turns) =>
-        [.. turns.Select(turn => turn with { Content = Trim(turn.Content) })];
+        [.. turns.Select(turn => turn with { Content = PythonText.Strip(turn.Content) })];
 
     // The n-th start of a head is paired with the n-th end, wherever they stand, and every
     // "assistant" in the middle between two begins an answer.
@@ -50,16 +51,5 @@ public sealed class Llama3Format : TemplateFormat
         return from index in Assistants(ids) where twice.Contains(2 * index) select index + 3;
 
         int[] At(int id) => [.. from item in ids.Index() where item.Item == id select item.Index];
-    }
-
-    // Jinja trims as Python's str.strip does, which has four more characters of white space.
-    private static string Trim(string text)
-    {
-        int start = 0, end = text.Length;
-        while (start < end && IsSpace(text[start])) start++;
-        while (end > start && IsSpace(text[end - 1])) end--;
-        return text[start..end];
-
-        static bool IsSpace(char c) => char.IsWhiteSpace(c) || c is >= '\u001C' and <= '\u001F';
     }
 }
