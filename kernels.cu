@@ -1102,6 +1102,83 @@ extern "C" __global__ void __launch_bounds__(256) rope(
     }
 }
 
+// Columns of heads in two layouts: side by side, [rows, cols0 + cols1 + cols2], as one product makes
+// them, and as up to three matrices, one behind the other, as attention takes them. Forward (direction
+// 1) x is the first and y the second, biases (where given) are added, and heads of the first `rotated`
+// columns are rotated as rope does; backward (-1) the other way round, without biases. One block per
+// row; moves 2 R C S.
+extern "C" __global__ void __launch_bounds__(256) heads(
+    real* y, const real* x, const float* bias0, const float* bias1, const float* bias2,
+    const int* positions, const float* cosines, const float* sines, int* faults, int rows, int cols0,
+    int cols1, int cols2, int rotated, int half, int limit, float direction)
+{
+    int row = blockIdx.x, cols = cols0 + cols1 + cols2, position = rotated > 0 ? positions[row] : 0;
+    bool known = rotated > 0 && position >= 0 && position < limit, forward = direction > 0;
+    if (rotated > 0 && !known && threadIdx.x == 0)
+        report(faults, FAULT_ROPE_POSITIONS, row, position, limit);
+    bool wide = aligned16(x, half, sizeof(real)) && aligned16(y, half, sizeof(real))
+        && aligned16(cosines, half, 4) && aligned16(sines, half, 4) && aligned16(bias0, half, 4)
+        && aligned16(bias1, half, 4) && aligned16(bias2, half, 4);
+    int step = wide ? VECTOR : 1;
+    for (int i = threadIdx.x * step; i < cols / 2; i += blockDim.x * step)
+    {
+        int k = i % half, column = 2 * i - k;
+        int matrix = column < cols0 ? 0 : column < cols0 + cols1 ? 1 : 2;
+        int first = matrix == 0 ? 0 : matrix == 1 ? cols0 : cols0 + cols1;
+        int width = matrix == 0 ? cols0 : matrix == 1 ? cols1 : cols2;
+        u64 beside = (u64)row * cols + column;
+        u64 behind = (u64)rows * first + (u64)row * width + column - first;
+        u64 from = forward ? beside : behind, to = forward ? behind : beside;
+        float a[VECTOR], b[VECTOR], c[VECTOR] = {}, s[VECTOR] = {};
+        load_run(a, x, from, from + step, wide);
+        load_run(b, x, from + half, from + half + step, wide);
+        const float* bias = matrix == 0 ? bias0 : matrix == 1 ? bias1 : bias2;
+        if (bias != nullptr)
+        {
+            bias += column - first;
+            if (wide)
+            {
+                load_floats(c, bias);
+                load_floats(s, bias + half);
+            }
+            else
+            {
+                c[0] = bias[0];
+                s[0] = bias[half];
+            }
+#pragma unroll
+            for (int j = 0; j < VECTOR; j++)
+            {
+                a[j] += c[j];
+                b[j] += s[j];
+            }
+        }
+        if (column < rotated)
+        {
+            u64 table = (u64)(known ? position : 0) * half + k;
+            if (known && wide)
+            {
+                load_floats(c, cosines + table);
+                load_floats(s, sines + table);
+            }
+            else
+            {
+                c[0] = known ? cosines[table] : 0;
+                s[0] = known ? sines[table] : 0;
+            }
+#pragma unroll
+            for (int j = 0; j < VECTOR; j++)
+            {
+                float turn = s[j] * direction, low = a[j] * c[j] - b[j] * turn;
+                b[j] = b[j] * c[j] + a[j] * turn;
+                a[j] = low;
+            }
+        }
+        store_run(y, a, to, to + step, wide, 0);
+        store_run(y, b, to + half, to + half + step, wide, 0);
+    }
+}
+
 // ---- 7. lookups ---------------------------------------------------------------------------------
 
 // to[c] = scale * from[c] over a row of cols, by a whole block, or adds it. Without a row to read
@@ -1415,7 +1492,7 @@ extern "C" __global__ void __launch_bounds__(256) splice_text_backward(
 
 // The mask of an operation is drawn as bits into scratch, forward and again backward, and not kept.
 // Adapters of one input are computed together, at most LORA_ADAPTERS of them: x comes from memory
-// once, and dx is written once; h and t have theirs side by side. An operation that drops nothing
+// once, and dx is written once; h and t have theirs one behind the other. An operation that drops nothing
 // needs none of this: then the products below are plain ones.
 //
 // The kernels multiply on the tensor cores, straight from global memory to registers. Which k, m or
@@ -1485,8 +1562,8 @@ template <typename T> DEVICE T* of_adapter(int n, T* first, T* second, T* third)
     return n == 0 ? first : n == 1 ? second : third;
 }
 
-// h[r, n, k] = scale * sum over c of mask x[r, c] a_n[k, c], or its sum over the columns of part z
-// in part[z, r, n, k]. A block has 32 rows, and 64 ranks of an adapter; its 8 warps take 32 columns
+// h[n, r, k] = scale * sum over c of mask x[r, c] a_n[k, c], or its sum over the columns of part z
+// in part[z, n, r, k]. A block has 32 rows, and 64 ranks of an adapter; its 8 warps take 32 columns
 // in turn. Reads R C S of x once from memory, and a from cache; writes h. 2 R C rank FLOP for each
 // adapter.
 extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_down(
@@ -1500,7 +1577,7 @@ extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_down(
     int chunks = (rank + LORA_RANKS - 1) / LORA_RANKS, chunk = blockIdx.x % (chunks * adapters);
     int first_row = blockIdx.x / (chunks * adapters) * LORA_DOWN_ROWS;
     int adapter = chunk / chunks, first_rank = chunk % chunks * LORA_RANKS;
-    int ranks = min(LORA_RANKS, rank - first_rank), width = adapters * rank;
+    int ranks = min(LORA_RANKS, rank - first_rank);
     int begin = blockIdx.z * cols_per_part, end = min(cols, begin + cols_per_part);
     const real* a = of_adapter(adapter, a0, a1, a2);
     bool wide = aligned16(x, cols, sizeof(real)) && aligned16(a, cols, sizeof(real));
@@ -1569,8 +1646,9 @@ extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_down(
 #pragma unroll
             for (int w = 0; w < 8; w++) sum += sums[w][i % 16 / 8][i / 16][i % 8];
             if (r >= rows || k >= ranks) continue;
-            u64 at = (u64)r * width + adapter * rank + first_rank + k;
-            if (part != nullptr) part[(u64)blockIdx.z * rows * width + at] = scale * sum;
+            u64 at = (u64)(adapter * rows + r) * rank + first_rank + k;
+            if (part != nullptr)
+                part[(u64)(blockIdx.z * adapters * rows) * rank + at] = scale * sum;
             else h[at] = narrow(scale * sum);
         }
         __syncthreads();
@@ -1588,7 +1666,7 @@ extern "C" __global__ void __launch_bounds__(256) lora_down_parts(
     h[i] = narrow(sum);
 }
 
-// dx[r, c] = scale * sum over n of mask_n * sum over k of t[r, n, k] a_n[k, c], or adds it. A warp
+// dx[r, c] = scale * sum over n of mask_n * sum over k of t[n, r, k] a_n[k, c], or adds it. A warp
 // has 32 rows, 16 at a time, and 32 columns, a block 2 x 4 of them. Writes (or reads and writes)
 // R C S of dx, the rest from cache. 2 R C rank FLOP for each adapter.
 extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_x(
@@ -1598,9 +1676,7 @@ extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_x(
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, q = lane % 4;
     static_assert(LORA_X_ROWS == 2 * 32 && LORA_X_COLS == 4 * 32, "what eight warps have");
     int first_col = blockIdx.y * LORA_X_COLS + warp % 4 * 32, c = first_col + 8 * q;
-    int width = adapters * rank;
-    bool wide = aligned16(dx, cols, sizeof(real));
-    bool wide_t = aligned16(t, width, sizeof(real)) && aligned16(t, rank, sizeof(real));
+    bool wide = aligned16(dx, cols, sizeof(real)), wide_t = aligned16(t, rank, sizeof(real));
 #pragma unroll 1
     for (int half = 0; half < 2; half++)
     {
@@ -1609,7 +1685,7 @@ extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_x(
 #pragma unroll 1
         for (int n = 0; n < adapters; n++)
         {
-            const real *a = of_adapter(n, a0, a1, a2), *own_t = t + n * rank;
+            const real *a = of_adapter(n, a0, a1, a2), *own_t = t + (u64)n * rows * rank;
             bool wide_a = aligned16(a, cols, sizeof(real));
             float d[4][4] = {};
             for (int base = 0; base < rank; base += 16)
@@ -1623,7 +1699,7 @@ extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_x(
                     int r = first_row + 8 * i;
                     real2 p[2];
                     load_pairs<4>(
-                        p, own_t + (u64)r * width, base + 4 * q, r < rows ? rank : 0, wide_t);
+                        p, own_t + (u64)r * rank, base + 4 * q, r < rows ? rank : 0, wide_t);
                     left[i] = p[0];
                     left[2 + i] = p[1];
                 }
@@ -1665,7 +1741,7 @@ extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_x(
     }
 }
 
-// da_n[y, k, c] = scale * sum of t[r, n, k] mask_n x[r, c] over the rows r of part y, or adds it
+// da_n[y, k, c] = scale * sum of t[n, r, k] mask_n x[r, c] over the rows r of part y, or adds it
 // where bit n of accumulate is set; a da that is not there is not wanted. A block has 32 columns,
 // and 64 ranks of an adapter, each of its 8 warps 16 rows in turn. Reads R C S of x once from
 // memory, t from cache; writes 4 rank C for each adapter and part. 2 R C rank FLOP for each.
@@ -1678,13 +1754,12 @@ extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_a(
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, q = lane % 4;
     int chunks = (rank + LORA_RANKS - 1) / LORA_RANKS, adapter = blockIdx.z / chunks;
     int first_col = blockIdx.x * LORA_A_COLS, first_rank = blockIdx.z % chunks * LORA_RANKS;
-    int ranks = min(LORA_RANKS, rank - first_rank), width = adapters * rank;
+    int ranks = min(LORA_RANKS, rank - first_rank);
     int begin = blockIdx.y * rows_per_part, end = min(rows, begin + rows_per_part);
     float* da = of_adapter(adapter, da0, da1, da2);
     if (da == nullptr) return;
     accumulate = accumulate >> adapter & 1;
-    bool wide = aligned16(x, cols, sizeof(real));
-    bool wide_t = aligned16(t, width, sizeof(real)) && aligned16(t, rank, sizeof(real));
+    bool wide = aligned16(x, cols, sizeof(real)), wide_t = aligned16(t, rank, sizeof(real));
     const int* own_mask = mask + (u64)adapter * rows * words + blockIdx.x;
     float d[LORA_RANKS / 16][4][4] = {};
     for (int base = begin + warp * 16; base < end; base += LORA_A_ROWS)
@@ -1712,7 +1787,7 @@ extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_a(
             for (int i = 0; i < 4; i++)
             {
                 int r = base + 4 * q + i;
-                const real* from = t + (u64)r * width + adapter * rank + first_rank;
+                const real* from = t + ((u64)adapter * rows + r) * rank + first_rank;
                 load_pairs<2>(p + i, from, m * 16 + 2 * g, r < end ? ranks : 0, wide_t);
             }
             real2 left[4] =

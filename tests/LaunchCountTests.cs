@@ -74,7 +74,8 @@ public sealed class LaunchCountTests
     // Frozen weights, and adapters of rank 64 on the layers of these names.
     private sealed class Source(Graph graph, string[] adapters) : ITensorSource
     {
-        private int _index;
+        private Tensor _together;
+        private int _index, _used;
 
         public Tensor Vector(string name, int begin, int count) => New(DType.F32, count);
 
@@ -86,12 +87,23 @@ public sealed class LaunchCountTests
 
         public Tensor Original(string name) => Tensor.None;
 
+        public bool IsPacked(string weight) => true;
+
+        public void Together(int rows, int cols)
+        {
+            _together = New(DType.BF16, rows, cols);
+            _used = 0;
+        }
+
         public Projection Projection(
             string? module, string weight, int begin, int rows, Tensor bias)
         {
             const int Rank = 64;
             int cols = weight.Contains("down_proj", StringComparison.Ordinal) ? s_spec.IntermediateSize : s_spec.HiddenSize;
-            var matrix = new DenseWeight(New(DType.BF16, rows, cols));
+            bool one = _together.Exists && _used + rows <= _together.Shape[0];
+            var matrix = new DenseWeight(
+                one ? _together.Slice(_used, rows) : New(DType.BF16, rows, cols));
+            if (one) _used += rows;
             if (!adapters.Contains(module![(module!.LastIndexOf('.') + 1)..]))
                 return new Projection(matrix, bias);
             return new Projection(

@@ -142,6 +142,34 @@ public sealed class Graph
     }
 
     /// <summary>
+    /// The matrices [rows, columns of each] that an operation's output is in memory, one behind the
+    /// other. Asked for right after the operation ran, and used in the output's stead.
+    /// </summary>
+    public void Split(Tensor output, Span<Tensor> parts, ReadOnlySpan<int> columns)
+    {
+        if (output.Variable != 0 && output.Variable != _variableCount - 1)
+            throw new InvalidOperationException("an output is split before anything else runs");
+        int rows = checked((int)output.Shape.Rows);
+        nint offset = 0;
+        if (output.Variable != 0) _variables[output.Variable].Parts = columns.Length;
+        for (int i = 0; i < columns.Length; i++)
+        {
+            var spec = new Spec(output.Type, new Shape(rows, columns[i]));
+            parts[i] = output with
+            {
+                Data = output.Data + offset, Spec = spec,
+                Variable = output.Variable == 0 ? 0 : NewVariable(Tensor.None),
+            };
+            if (output.Variable != 0)
+                _variables[parts[i].Variable] = new Variable { Whole = output, Offset = offset };
+            offset += (nint)spec.Bytes;
+        }
+
+        if (offset != (nint)output.Spec.Bytes)
+            throw new ShapeException($"{output.Spec} in parts of {offset} bytes");
+    }
+
+    /// <summary>
     /// Ends the life of everything made since the mark except this tensor, which moves down to the
     /// mark. Only for unrecorded work: throws if the tape grew.
     /// </summary>
@@ -260,6 +288,7 @@ public sealed class Graph
             Variable variable = _variables[node.Output.Variable];
             if (variable.Written)
             {
+                FillParts(node.Output.Variable, variable.Parts);
                 Tensor gradient = Seen(variable.Gradient, node.Output.Shape);
                 GradientVisitor?.Invoke(node.Output.Variable, gradient);
                 bool kept = node.Again is not null
@@ -305,8 +334,8 @@ public sealed class Graph
         for (int i = 0; i < inputs.Length; i++)
         {
             int at = inputs[i].Variable;
-            if (at <= _parameterCount || _variables[at].Written || !node.Op!.PassesGradient(i)
-                || inputs[i].Type != variable.Gradient.Type)
+            if (at <= _parameterCount || _variables[at].Written || _variables[at].Whole.Exists
+                || !node.Op!.PassesGradient(i) || inputs[i].Type != variable.Gradient.Type)
                 continue;
             if (next == 0 && _nodeCount > 0 && _nodes[_nodeCount - 1].Output.Variable == at) next = at;
             else if (owner == 0) owner = at;
@@ -361,11 +390,37 @@ public sealed class Graph
     private GradientTarget Wanted(in Tensor tensor)
     {
         ref Variable variable = ref _variables[tensor.Variable];
-        if (!variable.Gradient.Exists) variable.Gradient = _pool.Take(tensor.Spec);
+        if (!variable.Gradient.Exists)
+            variable.Gradient = variable.Whole.Exists
+                ? PartOfGradient(variable, tensor.Spec)
+                : _pool.Take(tensor.Spec);
         var target = new GradientTarget(
             Seen(variable.Gradient, tensor.Shape), Accumulate: variable.Written);
         variable.Written = true;
         return target;
+    }
+
+    private Tensor PartOfGradient(in Variable part, Spec spec)
+    {
+        ref Variable whole = ref _variables[part.Whole.Variable];
+        if (!whole.Gradient.Exists) whole.Gradient = _pool.Take(part.Whole.Spec);
+        whole.Written = true;
+        return new Tensor(whole.Gradient.Data + part.Offset, spec);
+    }
+
+    // What nothing followed from has no gradient; beside parts that have one it is zero.
+    private void FillParts(int variable, int parts)
+    {
+        for (int i = variable + 1; i <= variable + parts; i++)
+        {
+            if (_variables[i].Written) continue;
+            nint end = i < variable + parts
+                ? _variables[i + 1].Offset
+                : (nint)_variables[i].Whole.Spec.Bytes;
+            int bytes = checked((int)(end - _variables[i].Offset));
+            Device.Fill(new Tensor(_variables[variable].Gradient.Data + _variables[i].Offset,
+                new Spec(DType.U8, new Shape(bytes))), 0);
+        }
     }
 
     // A tensor may be used in another shape than the one in which it was made; each gradient has
@@ -388,6 +443,13 @@ public sealed class Graph
         /// <summary>The memory is another's, who has it when this variable's node is undone.
         /// </summary>
         public bool Borrowed;
+
+        /// <summary>The output that this is a part of, and where it begins in its bytes.</summary>
+        public Tensor Whole;
+        public nint Offset;
+
+        /// <summary>Number of parts, whose variables follow this one.</summary>
+        public int Parts;
     }
 
     /// <summary>

@@ -70,6 +70,11 @@ public sealed class ModelWeights(
         return Packed(name, 0, shape[0], shape.Cols);
     }
 
+    public bool IsPacked(string weight) => kind is null && !trainables.Contains(weight);
+
+    public void Together(int rows, int cols) =>
+        _device.PackTogether((long)rows * cols * _device.Activations.Size());
+
     public Projection Projection(
         string? module, string weight, int begin, int rows, Tensor bias)
     {

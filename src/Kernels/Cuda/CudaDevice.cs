@@ -25,6 +25,8 @@ public sealed unsafe class CudaDevice : Device
     private int _castCount;
     private nint _shared;
     private long _sharedLeft, _runBytes;
+    private nint _together;
+    private long _togetherLeft;
 
     /// <param name="context">The GPU; disposed by its owner.</param>
     /// <param name="compiler">Compiles the kernels.</param>
@@ -102,6 +104,9 @@ public sealed unsafe class CudaDevice : Device
         return data;
     }
 
+    public override void PackTogether(long bytes) =>
+        (_together, _togetherLeft) = (Hold(bytes), bytes);
+
     public override long PackedBytes(DType type, int rows, int cols) =>
         (long)rows * cols * Activations.Size();
 
@@ -112,7 +117,7 @@ public sealed unsafe class CudaDevice : Device
     {
         var shape = new Shape(rows, cols);
         var weight = new Tensor(
-            Reserve(PackedBytes(type, rows, cols)), new Spec(Activations, shape, Layout.Packed));
+            Place(PackedBytes(type, rows, cols)), new Spec(Activations, shape, Layout.Packed));
         if (type == Activations)
         {
             _staging.Upload(weight.Data, source, weight.Spec.Bytes);
@@ -316,6 +321,14 @@ public sealed unsafe class CudaDevice : Device
     {
         _owned.Add(owned);
         return owned;
+    }
+
+    private nint Place(long bytes)
+    {
+        if (bytes > _togetherLeft) return Reserve(bytes);
+        nint data = _together;
+        (_together, _togetherLeft) = (data + (nint)bytes, _togetherLeft - bytes);
+        return data;
     }
 
     private nint Hold(long bytes)

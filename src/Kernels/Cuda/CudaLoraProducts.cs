@@ -3,7 +3,7 @@ namespace MiniCpmNative.Kernels.Cuda;
 /// <summary>
 /// The products of the low-rank adapters of one input that dropout masks go through, as
 /// <see cref="Philox"/> defines them: section 8 of kernels.cu. Adapters have one rank; their h and t
-/// lie side by side. Each product reads x, or reads and writes its gradient, once.
+/// lie one behind the other. Each product reads x, or reads and writes its gradient, once.
 /// </summary>
 internal readonly ref struct CudaLoraProducts
 {
@@ -41,7 +41,7 @@ internal readonly ref struct CudaLoraProducts
     /// <summary>Whether a run of an operation drops anything.</summary>
     public static bool Drops(in CudaCall call, double p) => call.Random.Dropout && p > 0;
 
-    /// <summary>h_n = drop_n(x) a_n^T. x[rows, cols], h[rows, adapters * rank].</summary>
+    /// <summary>h_n = drop_n(x) a_n^T. x[rows, cols], h[adapters, rows, rank].</summary>
     public void Down(in CudaCall call, CudaMatrix x, in Tensor h)
     {
         const int Cols = KernelConstants.LoraDownCols;
@@ -50,7 +50,7 @@ internal readonly ref struct CudaLoraProducts
         if (blocks == 0) return;
         var (parts, each) =
             call.Split(_cols, blocks, BlocksPerMultiprocessor, fewest: 2 * Cols, Cols);
-        Tensor part = parts > 1 ? call.Scratch(DType.F32, parts, _rows, h.Shape.Cols) : Tensor.None;
+        Tensor part = parts > 1 ? call.Scratch(DType.F32, parts, (int)h.Shape.Rows, Rank) : Tensor.None;
         call.Launch("lora_down", Grid.Blocks256(blocks, 1, parts), h, part, x.Data, _mask,
             A(0), A(1), A(2), _rows, _cols, Rank, _a.Length, _words, each, _scale);
         if (parts == 1) return;
@@ -59,7 +59,7 @@ internal readonly ref struct CudaLoraProducts
     }
 
     /// <summary>
-    /// dx = sum over n of mask_n * (t_n a_n), or adds it. t[rows, adapters * rank], dx[rows, cols].
+    /// dx = sum over n of mask_n * (t_n a_n), or adds it. t[adapters, rows, rank], dx[rows, cols].
     /// </summary>
     public void GradientX(in CudaCall call, in Tensor t, GradientTarget dx) =>
         call.Launch("lora_gradient_x", Grid.Blocks256(CeilingOf(_rows, KernelConstants.LoraXRows),
