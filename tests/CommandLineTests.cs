@@ -18,6 +18,7 @@ public sealed partial class CommandLineTests
     [TestCase("data check --help", 0, "usage: cpmx data check")]
     [TestCase("trace --help", 0, "usage: cpmx trace")]
     [TestCase("merge --help", 0, "usage: cpmx merge")]
+    [TestCase("export --help", 0, "usage: cpmx export gguf")]
     [TestCase("report --help", 0, "usage: cpmx report")]
     [TestCase("doctor --help", 0, "usage: cpmx doctor")]
     public void HelpIsThere(string line, int code, string expected)
@@ -36,6 +37,8 @@ public sealed partial class CommandLineTests
     [TestCase("doctor now", "cpmx: doctor takes no arguments, got now")]
     [TestCase("trace --out=x", "cpmx: --rows is missing: the rows to run, as ID,ID")]
     [TestCase("trace --rows 1 --out", "cpmx: --out is missing: the safetensors file to write")]
+    [TestCase("export", "cpmx: export: expected the command export gguf MODEL")]
+    [TestCase("export gguf m", "cpmx: export gguf: --out is missing: the folder to make")]
     [TestCase("report", "cpmx: report: expected output folders of runs")]
     [TestCase("merge", "cpmx: merge: expected one argument, the model's folder, got 0")]
     [TestCase("merge m --adaptor a", "unknown option \"--adaptor\" (did you mean \"--adapter\"?)")]
