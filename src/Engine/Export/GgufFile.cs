@@ -23,10 +23,9 @@ internal sealed record GgufTensor(
 internal sealed class GgufFile
 {
     private const uint Version = 3;
-    private const int DefaultAlignment = 32;
+    private const int Alignment = 32;
 
     private readonly MemoryStream _keys = new();
-    private readonly int _alignment;
     private long _count;
 
     // Of the format's value types.
@@ -41,14 +40,7 @@ internal sealed class GgufFile
     }
 
     /// <param name="architecture">general.architecture.</param>
-    /// <param name="alignment">Of the tensors' bytes; the format's own is not written
-    /// down.</param>
-    public GgufFile(string architecture, int alignment = DefaultAlignment)
-    {
-        _alignment = alignment;
-        Add("general.architecture", architecture);
-        if (alignment != DefaultAlignment) Add("general.alignment", (uint)alignment);
-    }
+    public GgufFile(string architecture) => Add("general.architecture", architecture);
 
     public void Add(string key, string value)
     {
@@ -149,9 +141,10 @@ internal sealed class GgufFile
         UInt64(_keys, count);
     }
 
-    private long Aligned(long offset) => (offset + _alignment - 1) / _alignment * _alignment;
+    private static long Aligned(long offset) =>
+        (offset + Alignment - 1) / Alignment * Alignment;
 
-    private void Pad(Stream stream) =>
+    private static void Pad(Stream stream) =>
         stream.Write(new byte[Aligned(stream.Position) - stream.Position]);
 
     private static void Text(Stream stream, string value)
