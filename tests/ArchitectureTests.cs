@@ -27,8 +27,9 @@ public sealed partial class ArchitectureTests
         ("Data.Text", ""),
         ("Data", "Config Data.Images Data.Text"),
         ("Model", "Config Weights Data Data.Images Data.Text"),
-        ("Generate", "Config Weights Data Data.Images Data.Text Model"),
-        ("Train", "Config Weights Data Model"),
+        ("Metrics", ""),
+        ("Generate", "Config Weights Data Data.Images Data.Text Model Metrics"),
+        ("Train", "Config Weights Data Data.Text Model Metrics Generate"),
         ("Doctor", "Data.Images"),
     ];
 

@@ -22,6 +22,9 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
                                                    write the intermediate tensors of some rows
           chat MODEL [--adapter DIR] [--image FILE]
                                                    ask a model, with or without an adapter
+          eval [CONFIG.json] [--adapter DIR] [--base]
+                                                   answer the evaluation rows and score the answers
+          predict [CONFIG.json] --data FILE        answer rows
           doctor                                   show processor, libraries and GPU, and test them
           --version                                print the version
 
@@ -30,7 +33,8 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
         (SIGUSR1: saves and goes on)
         """;
 
-    private static readonly string[] s_commands = ["train", "data", "trace", "chat", "doctor", "help"];
+    private static readonly string[] s_commands = 
+        ["train", "data", "trace", "chat", "eval", "predict", "doctor", "help"];
 
     public int Run(IReadOnlyList<string> args)
     {
@@ -92,6 +96,9 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
             case "chat":
                 return ChatCommand.Run(Rest(args, 1), help, Console.In, output, error, runners,
                     Terminal.IsThere && !Console.IsInputRedirected);
+            case "eval" or "predict":
+                return PredictCommand.Run(Rest(args, 1), help, scores: command == "eval", output,
+                    runners, Terminal.IsThere);
             case "doctor":
                 return DoctorCommand.Run(Rest(args, 1), help, output, runners);
             default:

@@ -17,7 +17,7 @@ public sealed class TrainLog : ITrainLog
     private readonly Progress _progress;
     private RunReport? _run;
     private LogState _state = new();
-    private LogLines? _lines;
+    private LogLines? _lines, _answers;
     private TensorBoardWriter? _board;
     private double _seconds;
     private long _tokens;
@@ -51,6 +51,8 @@ public sealed class TrainLog : ITrainLog
 
         var arguments = run.Arguments;
         _lines = new LogLines(arguments.OutputDir, resumed);
+        if (arguments.EvalGenerate > 0)
+            _answers = new LogLines(arguments.OutputDir, resumed, LogLines.AnswersName);
         if (arguments.ReportTo != ReportTo.None)
             _board = new TensorBoardWriter(arguments.LogFolder, _clock, resumed);
         _firstStep = resumed ?? 0;
@@ -85,12 +87,15 @@ public sealed class TrainLog : ITrainLog
         if ((Run.Plan.After(report.Step) & StepActions.Log) != 0) Log(report, double.NaN);
     }
 
-    public void Evaluation(in EvaluationReport r)
+    public void Evaluation(in EvaluationReport report)
     {
+        EvaluationReport r = report;
         Add(new LogEntry(
             r.Step, Run.Plan.EpochAfter(r.Step),
             [(EvaluationLoss, r.Loss), ("eval_token_accuracy", r.TokenAccuracy),
-                ("eval_answer_accuracy", r.AnswerAccuracy)],
+                ("eval_answer_accuracy", r.AnswerAccuracy),
+                .. (r.Generated?.Scores ?? []).Select(score =>
+                    ("eval_generated_" + score.Metric, score.Value))],
             [("eval_runtime", r.Seconds),
                 ("eval_samples_per_second", r.Rows / Math.Max(1e-9, r.Seconds))]));
         _progress.Message(FormattableString.Invariant(
@@ -100,6 +105,13 @@ public sealed class TrainLog : ITrainLog
             + FormattableString.Invariant($"{r.Rows:N0} rows in {r.Seconds:0.0} s"));
         _firstEvaluation ??= r;
         _lastEvaluation = r;
+        if (r.Generated is not { } generated) return;
+        _progress.Message(FormattableString.Invariant(
+            $"answers generated for {generated.Rows.Count:N0} rows in {generated.Seconds:0.0} s: ")
+            + string.Join(", ", generated.Scores.Select(score =>
+                FormattableString.Invariant($"{score.Metric} {score.Value:0.0000}"))));
+        foreach (GeneratedRow row in generated.Rows)
+            _answers = Written(_answers, file => file.Write(r.Step, row));
     }
 
     public bool HasEvaluation(int step) => _state.HasEvaluation(step);
@@ -139,6 +151,7 @@ public sealed class TrainLog : ITrainLog
                     + FormattableString.Invariant($"after step {first.Step}, ")
                     + FormattableString.Invariant(
                         $"{100 * _lastEvaluation.AnswerAccuracy:0.0} % now"));
+            TellHowToAsk();
         }
         else
         {
@@ -154,7 +167,27 @@ public sealed class TrainLog : ITrainLog
     {
         _progress.End();
         _lines?.Dispose();
+        _answers?.Dispose();
         _board?.Dispose();
+    }
+
+    private void TellHowToAsk()
+    {
+        string result = Shown(Run.Arguments.OutputDir);
+        string model = Shown(Run.Arguments.ModelNameOrPath!);
+        bool adapter = Run.Arguments.UseLora;
+        _progress.Message($"the {(adapter ? "adapter" : "model")} is in {result}");
+        _progress.Message(
+            "ask it: cpmx chat " + (adapter ? $"{model} --adapter {result}" : result));
+
+        // From where the user is, as a word of a command line.
+        static string Shown(string path)
+        {
+            string near = Path.GetRelativePath(Environment.CurrentDirectory, path);
+            string name = near.StartsWith("..", StringComparison.Ordinal) ? path : near;
+            return name.All(c => char.IsLetterOrDigit(c) || "/._-+:@%".Contains(c))
+                ? name : "'" + name.Replace("'", "'\\''") + "'";
+        }
     }
 
     private void Count(in StepReport report)
@@ -186,17 +219,17 @@ public sealed class TrainLog : ITrainLog
     private void Add(LogEntry entry)
     {
         _state.Add(entry);
-        _lines = Written(_lines, entry);
-        _board = Written(_board, entry);
+        _lines = Written(_lines, file => file.Write(entry));
+        _board = Written(_board, file => file.Write(entry));
     }
 
     // A log that cannot be written ends, not the training.
-    private T? Written<T>(T? file, LogEntry entry)
+    private T? Written<T>(T? file, Action<T> write)
         where T : class, ILogFile
     {
         try
         {
-            file?.Write(entry);
+            if (file is not null) write(file);
             return file;
         }
         catch (RunException failure)
@@ -213,9 +246,9 @@ public sealed class TrainLog : ITrainLog
         if (counts is null) return;
         if ($"{counts}" is { Length: > 0 } text) _progress.Message($"{path}: {text}");
         if (!isNew) return;
-        _lines = Written(_lines, new LogEntry(0, 0, [], [
+        _lines = Written(_lines, file => file.Write(new LogEntry(0, 0, [], [
             (name, counts.Rows), ($"{name}_left_out", counts.LeftOut),
             ($"{name}_cut", counts.Cut), ($"{name}_answers_cut", counts.AnswersCut),
-            ($"{name}_pictures", counts.Pictures), ($"{name}_pictures_turned", counts.Turned)]));
+            ($"{name}_pictures", counts.Pictures), ($"{name}_pictures_turned", counts.Turned)])));
     }
 }
