@@ -28,8 +28,9 @@ public sealed partial class ArchitectureTests
         ("Report", "Data.Images"),
         ("Data", "Config Data.Images Data.Text"),
         ("Model", "Config Weights Data Data.Images Data.Text"),
-        ("Generate", "Config Weights Data Data.Images Data.Text Model"),
-        ("Train", "Config Weights Data Model Report"),
+        ("Metrics", ""),
+        ("Generate", "Config Weights Data Data.Images Data.Text Model Metrics"),
+        ("Train", "Config Weights Data Data.Text Model Metrics Generate Report"),
         ("Export", "Config Weights Data Data.Images Data.Text Model Train"),
         ("Doctor", "Data.Images"),
     ];

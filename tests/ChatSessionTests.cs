@@ -87,28 +87,41 @@ public sealed class ChatSessionTests
         int same = 0, mended = 0;
         foreach (JsonElement line in ReferenceText.Lines("generation/stream.jsonl"))
         {
-            string name = line.GetProperty("tokenizer").GetString()!.Replace(".fast", "");
-            if (!Directory.Exists(Path.Combine(
-                ReferenceFile.Root, "tokenizers", name.Split('.')[0]))) continue;
+            string name = line.GetProperty("tokenizer").GetString()!;
+            string folder = "tokenizers/" + name.Split('.')[0];
+            if (!ReferenceText.Has(folder + "/tokenizer.model"))
+            {
+                if (!ReferenceText.Has(folder + "/tokenizer.json")) continue;
+            }
+            else if (!ReferenceText.Has(folder + "/tokenizer.json"))
+            {
+                name = folder["tokenizers/".Length..] + ".slow";
+            }
+
             var text = new TextStream(TokenizerTests.Load(name));
             string[] pieces = [.. ReferenceText.Ints(line.GetProperty("ids")).Select(text.Add),
                 text.End()];
             if (line.TryGetProperty("plain_decoded_at_once", out var whole))
             {
-                // transformers loses a space here, between pieces that are the same otherwise.
-                TestContext.Out.WriteLine($"{name} {line.GetProperty("kind")} [{string.Concat(pieces)}] [{whole.GetString()}] [{TokenizerTests.Load(name).Decode(ReferenceText.Ints(line.GetProperty("ids")))}]");
+                // transformers loses spaces between its pieces here. Random ids can change how the
+                // text before them is decoded, spaces too, when it is told already.
+                string told = string.Concat(pieces), all = whole.GetString()!;
+                if (line.GetProperty("kind").GetString() == "text")
+                    Assert.That(told, Is.EqualTo(all), line.ToString());
+                else Assert.That(Bare(told), Is.EqualTo(Bare(all)), line.ToString());
                 mended++;
                 continue;
             }
 
-            if (!pieces.SequenceEqual(line.GetProperty("plain").EnumerateArray()
-                .Select(piece => piece.GetString()!))) TestContext.Out.WriteLine("PIECES " + string.Join('|', pieces)+ " "+line.ToString());
+            Assert.That(pieces, Is.EqualTo(line.GetProperty("plain").EnumerateArray()
+                .Select(piece => piece.GetString()!)), line.ToString());
             same++;
         }
 
-        Assert.That((same, mended), Is.EqualTo((same, mended)));
         Assert.That(same, Is.GreaterThan(500));
         Assert.That(mended, Is.GreaterThan(10));
+
+        static string Bare(string text) => string.Concat(text.Where(c => !char.IsWhiteSpace(c)));
     }
 
     [Test]

@@ -26,6 +26,9 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
           report DIR [DIR ...] [--out FILE.html]   write a page on one run, or on several
           chat MODEL [--adapter DIR] [--image FILE]
                                                    ask a model, with or without an adapter
+          eval [CONFIG.json] [--adapter DIR] [--base]
+                                                   answer the evaluation rows and score the answers
+          predict [CONFIG.json] --data FILE        answer rows
           doctor                                   show processor, libraries and GPU, and test them
           --version                                print the version
 
@@ -35,7 +38,10 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
         """;
 
     private static readonly string[] s_commands =
-        ["train", "data", "trace", "chat", "merge", "export", "report", "doctor", "help"];
+    [
+        "train", "data", "trace", "chat", "eval", "predict", "merge", "export", "report", "doctor",
+        "help",
+    ];
 
     public int Run(IReadOnlyList<string> args)
     {
@@ -105,6 +111,9 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
             case "chat":
                 return ChatCommand.Run(Rest(args, 1), help, Console.In, output, error, runners,
                     Terminal.IsThere && !Console.IsInputRedirected);
+            case "eval" or "predict":
+                return PredictCommand.Run(Rest(args, 1), help, scores: command == "eval", output,
+                    runners, Terminal.IsThere);
             case "doctor":
                 return DoctorCommand.Run(Rest(args, 1), help, output, runners);
             default:

@@ -29,5 +29,10 @@ internal sealed record Runners
     public Func<TrainArguments, string?, Action<string>, AskedModel> Ask { get; init; } =
         (arguments, adapter, say) => AskedModel.Open(arguments, adapter, say: say);
 
+    public Func<TrainArguments, PredictRequest, Action<string>, Action<PredictProgress>, Func<bool>,
+        PredictResult?> Predict
+    { get; init; } = (arguments, request, say, progress, goesOn) =>
+        PredictRun.Run(arguments, request, say, progress, goesOn);
+
     public Func<TextWriter, bool> Diagnose { get; init; } = output => Diagnosis.Run(output);
 }

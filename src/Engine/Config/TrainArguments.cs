@@ -207,7 +207,7 @@ public sealed partial record TrainArguments
     [Key("Generation", "end a search with num_beams ended beams")]
     public bool EarlyStopping { get; init; }
 
-    [Key("Generation", "most tokens of an answer; the model's number when not given", Min = 1,
+    [Key("Generation", "most tokens of an answer; 512 when not given, in chat the model's number", Min = 1,
         Max = 1 << 20)]
     public int? MaxNewTokens { get; init; }
 

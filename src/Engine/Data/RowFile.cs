@@ -31,7 +31,11 @@ public static class RowFile
     /// </exception>
     public static RowSet Read(string path) => Parse(path, InputFile.ReadAll(path, Array.MaxLength));
 
-    internal static RowSet Parse(string path, ReadOnlyMemory<byte> bytes)
+    /// <param name="path">The file, for messages.</param>
+    /// <param name="bytes">Its content.</param>
+    /// <param name="asked">Rows are only asked, and need no answers.</param>
+    /// <inheritdoc cref="Read"/>
+    internal static RowSet Parse(string path, ReadOnlyMemory<byte> bytes, bool asked = false)
     {
         if (bytes.Span.StartsWith("\uFEFF"u8)) bytes = bytes[3..];
         if (!Utf8.IsValid(bytes.Span)) throw new InputException($"{path}: {NotUtf8(bytes.Span)}");
@@ -39,8 +43,8 @@ public static class RowFile
         var bad = new List<BadRow>();
         var first = bytes.Span.TrimStart(" \t\r\n"u8);
         if (first.IsEmpty) throw new InputException($"{path}: is empty, expected a list of rows");
-        if (first[0] == '[') ReadList(path, bytes, rows, bad);
-        else if (first[0] == '{') ReadLines(path, bytes, rows, bad);
+        if (first[0] == '[') ReadList(path, bytes, asked, rows, bad);
+        else if (first[0] == '{') ReadLines(path, bytes, asked, rows, bad);
         else throw new InputException(
             $"{path}: is neither a JSON list of rows nor one row per line");
         if (rows.Count + bad.Count == 0) throw new InputException($"{path}: has no rows");
@@ -48,7 +52,7 @@ public static class RowFile
     }
 
     private static void ReadList(
-        string path, ReadOnlyMemory<byte> json, List<Row> rows, List<BadRow> bad)
+        string path, ReadOnlyMemory<byte> json, bool asked, List<Row> rows, List<BadRow> bad)
     {
         var reader = new Utf8JsonReader(json.Span);
         int number = 0;
@@ -60,7 +64,7 @@ public static class RowFile
                 number++;
                 int start = (int)reader.TokenStartIndex;
                 reader.Skip();
-                Add(path, number, json[start..(int)reader.BytesConsumed], rows, bad);
+                Add(path, number, json[start..(int)reader.BytesConsumed], asked, rows, bad);
             }
             reader.Read();
         }
@@ -73,19 +77,20 @@ public static class RowFile
     }
 
     private static void ReadLines(
-        string path, ReadOnlyMemory<byte> json, List<Row> rows, List<BadRow> bad)
+        string path, ReadOnlyMemory<byte> json, bool asked, List<Row> rows, List<BadRow> bad)
     {
         for (int number = 1; !json.IsEmpty; number++)
         {
             int end = json.Span.IndexOf((byte)'\n');
             var line = end < 0 ? json : json[..end];
             json = end < 0 ? default : json[(end + 1)..];
-            if (line.Span.IndexOfAnyExcept(" \t\r"u8) >= 0) Add(path, number, line, rows, bad);
+            if (line.Span.IndexOfAnyExcept(" \t\r"u8) >= 0) Add(path, number, line, asked, rows, bad);
         }
     }
 
     private static void Add(
-        string path, int number, ReadOnlyMemory<byte> json, List<Row> rows, List<BadRow> bad)
+        string path, int number, ReadOnlyMemory<byte> json, bool asked, List<Row> rows,
+        List<BadRow> bad)
     {
         string? id = null;
         int? turn = null;
@@ -102,8 +107,11 @@ public static class RowFile
                         $"key \"{key}\" is not used here; pictures belong in \"image\"");
             MustNotHave(row, s_otherMeanings);
             var (names, pictures) = Pictures(row.Member("image"));
-            var turns = Turns(row.Member("conversations"), ref turn);
-            rows.Add(new Row(path, number, id, names, pictures, turns));
+            var turns = Turns(row.Member("conversations"), asked, ref turn);
+            rows.Add(new Row(path, number, id, names, pictures, turns)
+            {
+                References = References(row.Member("references")),
+            });
         }
         catch (FormatException e)
         {
@@ -177,15 +185,25 @@ public static class RowFile
         path.Text() is { Length: > 0 } text ? text
         : throw new FormatException($"a picture's path is {Kind(path)}, expected text");
 
-    private static ChatTurn[] Turns(JsonElement list, ref int? turn)
+    private static string[] References(JsonElement list)
+    {
+        if (list.IsNull()) return [];
+        return list.ValueKind == JsonValueKind.Array
+            && list.EnumerateArray().Select(text => text.Text()).ToArray() is { Length: > 0 } texts
+            && !texts.Contains(null) ? texts.OfType<string>().ToArray() : throw new FormatException(
+                $"\"references\" is {Kind(list)}, expected a list of right answers");
+    }
+
+    private static ChatTurn[] Turns(JsonElement list, bool asked, ref int? turn)
     {
         if (list.IsNull()) throw new FormatException("\"conversations\" is missing");
         if (list.ValueKind != JsonValueKind.Array)
             throw new FormatException(
                 $"\"conversations\" is {Kind(list)}, expected a list of turns");
-        if (list.GetArrayLength() < 2)
+        int least = asked ? 1 : 2;
+        if (list.GetArrayLength() < least)
             throw new FormatException(
-                $"\"conversations\" has {list.GetArrayLength()} turn(s), expected at least 2");
+                $"\"conversations\" has {list.GetArrayLength()} turn(s), expected at least {least}");
         var turns = new ChatTurn[list.GetArrayLength()];
         int i = 0;
         // Enumerated: an index walks from the start each time.
@@ -203,7 +221,7 @@ public static class RowFile
             turns[i++] = new ChatTurn(role, Text(item, "content"));
         }
         turn = null;
-        return turns.Any(item => item.Role == "assistant") ? turns
+        return asked || turns.Any(item => item.Role == "assistant") ? turns
             : throw new FormatException("no turn has role \"assistant\": nothing to learn");
     }
 

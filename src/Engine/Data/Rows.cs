@@ -32,19 +32,14 @@ public sealed record Row(
     string File, int Number, string? Id, PictureNames Names, IReadOnlyList<RowPicture> Pictures,
     IReadOnlyList<ChatTurn> Turns)
 {
+    /// <summary>Right answers to the last question, besides the row's own; mostly none.</summary>
+    public IReadOnlyList<string> References { get; init; } = [];
+
     /// <summary>
-    /// The turn (from 0) that is asked for when the row is answered: its last answer, or behind
-    /// its last question.
+    /// The turn (from 0) that is asked for when the row is answered: its last one where that is an
+    /// answer, else one behind it.
     /// </summary>
-    public int Answer
-    {
-        get
-        {
-            int last = Turns.Count - 1;
-            while (last > 0 && Turns[last].Role != "assistant") last--;
-            return last > 0 ? last : Turns.Count;
-        }
-    }
+    public int Answer => Turns[^1].Role == "assistant" ? Turns.Count - 1 : Turns.Count;
 
     /// <summary>What that turn says; null where the row leaves it open.</summary>
     public string? Expected => Answer < Turns.Count ? Turns[Answer].Content : null;

@@ -45,9 +45,20 @@ public sealed class SampleBuilder
     public Prompt BuildPrompt(Row row, IReadOnlyList<SlicePlan> plans, int answer)
     {
         var (turns, pictures) = Compose(row, plans);
+        if (answer > 0 && turns[answer - 1].Role != "user")
+            throw row.Bad("no question stands before the answer", answer + 1);
         bool thinks = answer < turns.Length
             && turns[answer].Content.Contains("</think>", StringComparison.Ordinal);
-        var prompt = BuildPrompt(turns[..answer], pictures, enableThinking: thinks);
+        Prompt prompt;
+        try
+        {
+            prompt = BuildPrompt(turns[..answer], pictures, enableThinking: thinks);
+        }
+        catch (InputException failure)
+        {
+            throw row.Bad(failure.Message);
+        }
+
         int shown = 0;
         for (int views = 0; views < prompt.Bounds.Length && shown < pictures.Length; shown++)
             views += plans[pictures[shown]].Views;

@@ -29,6 +29,38 @@ public sealed partial class TrainingRows
         return rows;
     }
 
+    /// <summary>
+    /// Reads rows that are only asked and need no answers. Bad ones are refused, or, with
+    /// on_bad_row=skip, told and left out; their pictures are looked at when they are asked.
+    /// </summary>
+    /// <inheritdoc cref="Open(string, TrainArguments, RowFormat, Action{string})"/>
+    public static TrainingRows Asked(
+        string path, TrainArguments arguments, RowFormat format, Action<string> message)
+    {
+        var rows = new TrainingRows(path, arguments, format, message, asked: true);
+        var bad = new List<BadRow>(rows.Unreadable);
+        var good = new List<Row>();
+        for (int i = 0; i < rows.Count; i++)
+        {
+            try
+            {
+                _ = rows.Prompt(i);
+                good.Add(rows[i]);
+            }
+            catch (BadRowException found)
+            {
+                bad.Add(found.Row);
+            }
+        }
+
+        bad.Sort((a, b) => a.Number.CompareTo(b.Number));
+        if (bad.Count > 0 && !rows._skip) throw rows.Refused(bad);
+        foreach (BadRow row in bad) message($"skipped: {row}");
+        if (good.Count == 0) throw new InputException($"{path}: no usable row is left");
+        rows._rows = good;
+        return rows;
+    }
+
     private void Settle(long manyPixels, int maxLength)
     {
         RowCheck[] checks = Check(decode: false);

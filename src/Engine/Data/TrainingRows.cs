@@ -27,14 +27,14 @@ public sealed partial class TrainingRows : IRowLoader
     private PictureCheck? _pictures;
     private BadRow? _failure;
 
-    private TrainingRows(
-        string path, TrainArguments arguments, RowFormat format, Action<string>? message)
+    private TrainingRows(string path, TrainArguments arguments, RowFormat format,
+        Action<string>? message, bool asked = false)
     {
         format.RequireLlmType(arguments.LlmType, arguments.OfficialCompat);
         Path = path;
         byte[] bytes = InputFile.ReadAll(path, Array.MaxLength);
         Digest = Convert.ToHexStringLower(SHA256.HashData(bytes));
-        _set = RowFile.Parse(path, bytes);
+        _set = RowFile.Parse(path, bytes, asked);
         _rows = _set.Rows;
         _leftOut = new bool[_rows.Count];
         _skip = arguments.OnBadRow == BadRows.Skip;

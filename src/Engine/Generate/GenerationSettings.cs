@@ -46,6 +46,9 @@ public sealed record GenerationSettings
     /// <summary>Tokens that end an answer.</summary>
     public IReadOnlyList<int> StopIds { get; init; } = [];
 
+    // What a data file's answers may have: enough for most, and a model that never ends is seen soon.
+    private const int MostOfRows = 512;
+
     /// <summary>
     /// What a configuration says; what it leaves open is greedy without a penalty, or in a
     /// conversation as the official chat() has it: drawn, or beams with their own penalty. All that
@@ -68,7 +71,8 @@ public sealed record GenerationSettings
             NumBeams = arguments.NumBeams,
             LengthPenalty = arguments.LengthPenalty,
             EarlyStopping = arguments.EarlyStopping,
-            MaxNewTokens = arguments.MaxNewTokens ?? chat.MaxNewTokens,
+            MaxNewTokens = arguments.MaxNewTokens
+                ?? (chats ? chat.MaxNewTokens : Math.Min(MostOfRows, chat.MaxNewTokens)),
             MinNewTokens = arguments.MinNewTokens,
             Seed = (ulong)arguments.Seed,
             StopIds = stopIds,

@@ -12,7 +12,7 @@ namespace MiniCpmNative.Engine.Generate;
 public sealed class TextStream(Tokenizer tokenizer)
 {
     private readonly List<int> _ids = [];
-    private int _told;
+    private string _told = "";
 
     /// <summary>All the text so far.</summary>
     public string Text => tokenizer.Decode([.. _ids]);
@@ -35,9 +35,13 @@ public sealed class TextStream(Tokenizer tokenizer)
 
     private string Tell(string text, int end)
     {
-        if (end <= _told) return "";
-        string piece = text[_told..end];
-        _told = end;
+        // Later tokens may change the start of a text, by a space in front of it.
+        int at = text.StartsWith(_told, StringComparison.Ordinal)
+            ? 0 : Math.Max(0, text.IndexOf(_told, StringComparison.Ordinal));
+        int from = Math.Min(at + _told.Length, text.Length);
+        if (end <= from) return "";
+        string piece = text[from..end];
+        _told += piece;
         return piece;
     }
 

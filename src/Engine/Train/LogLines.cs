@@ -4,12 +4,21 @@ using MiniCpmNative.Engine.Report;
 namespace MiniCpmNative.Engine.Train;
 
 /// <summary>
-/// train_log.jsonl: one JSON object per entry, flushed at once so that it can be followed. A
-/// resumed run cuts off what a run that got further before it stopped had written.
+/// train_log.jsonl: one JSON object per entry, flushed at once so that it can be followed; and
+/// eval_answers.jsonl, one per answer that was generated in an evaluation. A resumed run cuts off
+/// what a run that got further before it stopped had written.
 /// </summary>
 internal sealed class LogLines : ILogFile
 {
     public const string FileName = RunRecord.LogFile;
+
+    public const string AnswersName = "eval_answers.jsonl";
+
+    // Texts are to be read.
+    private static readonly JsonWriterOptions s_text = new()
+    {
+        Encoder = System.Text.Encodings.Web.JavaScriptEncoder.UnsafeRelaxedJsonEscaping,
+    };
 
     private readonly FileStream _file;
     private readonly string _path;
@@ -17,10 +26,11 @@ internal sealed class LogLines : ILogFile
     /// <param name="folder">The output folder.</param>
     /// <param name="resumedStep">Entries after this step are cut off; null starts an empty
     /// file.</param>
+    /// <param name="name">The file's name.</param>
     /// <exception cref="RunException">The file cannot be opened.</exception>
-    public LogLines(string folder, int? resumedStep)
+    public LogLines(string folder, int? resumedStep, string name = FileName)
     {
-        _path = Path.Combine(folder, FileName);
+        _path = Path.Combine(folder, name);
         try
         {
             var mode = resumedStep is null ? FileMode.Create : FileMode.OpenOrCreate;
@@ -39,23 +49,32 @@ internal sealed class LogLines : ILogFile
     }
 
     /// <exception cref="RunException">The file cannot be written.</exception>
-    public void Write(LogEntry entry) => Write(entry.Step, entry.Epoch, json =>
+    public void Write(LogEntry entry) => Write(entry.Step, json =>
     {
+        json.WriteNumber("epoch", entry.Epoch);
         foreach (var (name, value) in entry.Values) LogState.WriteNumber(json, name, value);
         foreach (var (name, value) in entry.Timing) LogState.WriteNumber(json, name, value);
     });
 
+    /// <inheritdoc cref="Write(LogEntry)"/>
+    public void Write(int step, GeneratedRow answer) => Write(step, json =>
+    {
+        json.WriteNumber("row", answer.Row.Number);
+        if (answer.Row.Id is not null) json.WriteString("id", answer.Row.Id);
+        json.WriteString("expected", answer.Row.Expected);
+        json.WriteString("answer", answer.Answer);
+    });
+
     /// <summary>An entry of any kind.</summary>
     /// <exception cref="RunException">The file cannot be written.</exception>
-    public void Write(int step, double epoch, Action<Utf8JsonWriter> members)
+    public void Write(int step, Action<Utf8JsonWriter> content)
     {
         using var line = new MemoryStream();
-        using (var json = new Utf8JsonWriter(line))
+        using (var json = new Utf8JsonWriter(line, s_text))
         {
             json.WriteStartObject();
             json.WriteNumber("step", step);
-            json.WriteNumber("epoch", epoch);
-            members(json);
+            content(json);
             json.WriteEndObject();
         }
 

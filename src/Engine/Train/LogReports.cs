@@ -37,7 +37,19 @@ public readonly record struct StepReport(
 /// <param name="Rows">Rows evaluated.</param>
 /// <param name="Seconds">Time it took.</param>
 public readonly record struct EvaluationReport(
-    int Step, double Loss, double TokenAccuracy, double AnswerAccuracy, int Rows, double Seconds);
+    int Step, double Loss, double TokenAccuracy, double AnswerAccuracy, int Rows, double Seconds)
+{
+    /// <summary>Answers that were generated (eval_generate), or null.</summary>
+    public GeneratedReport? Generated { get; init; }
+}
+
+/// <summary>Answers that were generated in an evaluation, and their scores.</summary>
+public sealed record GeneratedReport(
+    IReadOnlyList<(string Metric, double Value)> Scores, IReadOnlyList<GeneratedRow> Rows,
+    double Seconds);
+
+/// <summary>A row's generated answer beside the one it expects.</summary>
+public sealed record GeneratedRow(Row Row, string Answer);
 
 /// <summary>
 /// What the trainer tells while it works. Step allocates nothing unless the step is logged or a

@@ -41,8 +41,8 @@ internal static class ResultFiles
             || (name == "config.json" && IsModel(path))));
 
     private static bool IsLog(string name) =>
-        name is TrainWriter.FileName or LogLines.FileName or LogState.FileName
-            or ReportFile.FileName;
+        name is TrainWriter.FileName or LogLines.FileName or LogLines.AnswersName
+            or LogState.FileName or ReportFile.FileName;
 
     private static bool IsAdapter(string name) =>
         name is AdapterFile.WeightsName or AdapterConfig.FileName;

@@ -21,7 +21,7 @@ public sealed class TrainLog : ITrainLog
     private readonly List<string> _early = [];
     private RunReport? _run;
     private LogState _state = new();
-    private LogLines? _lines;
+    private LogLines? _lines, _answers;
     private TensorBoardWriter? _board;
     private double _seconds;
     private long _tokens;
@@ -55,6 +55,8 @@ public sealed class TrainLog : ITrainLog
 
         var arguments = run.Arguments;
         _lines = new LogLines(arguments.OutputDir, resumed);
+        if (arguments.EvalGenerate > 0)
+            _answers = new LogLines(arguments.OutputDir, resumed, LogLines.AnswersName);
         if (arguments.ReportTo != ReportTo.None)
             _board = new TensorBoardWriter(arguments.LogFolder, _clock, resumed);
         _firstStep = _lastStep = resumed ?? 0;
@@ -99,12 +101,15 @@ public sealed class TrainLog : ITrainLog
         if ((Run.Plan.After(report.Step) & StepActions.Log) != 0) Log(report, double.NaN);
     }
 
-    public void Evaluation(in EvaluationReport r)
+    public void Evaluation(in EvaluationReport report)
     {
+        EvaluationReport r = report;
         Add(new LogEntry(
             r.Step, Run.Plan.EpochAfter(r.Step),
             [(EvaluationLoss, r.Loss), ("eval_token_accuracy", r.TokenAccuracy),
-                ("eval_answer_accuracy", r.AnswerAccuracy)],
+                ("eval_answer_accuracy", r.AnswerAccuracy),
+                .. (r.Generated?.Scores ?? []).Select(score =>
+                    ("eval_generated_" + score.Metric, score.Value))],
             [("eval_runtime", r.Seconds),
                 ("eval_samples_per_second", r.Rows / Math.Max(1e-9, r.Seconds))]));
         _progress.Message(FormattableString.Invariant(
@@ -114,6 +119,13 @@ public sealed class TrainLog : ITrainLog
             + FormattableString.Invariant($"{r.Rows:N0} rows in {r.Seconds:0.0} s"));
         _firstEvaluation ??= r;
         _lastEvaluation = r;
+        if (r.Generated is not { } generated) return;
+        _progress.Message(FormattableString.Invariant(
+            $"answers generated for {generated.Rows.Count:N0} rows in {generated.Seconds:0.0} s: ")
+            + string.Join(", ", generated.Scores.Select(score =>
+                FormattableString.Invariant($"{score.Metric} {score.Value:0.0000}"))));
+        foreach (GeneratedRow row in generated.Rows)
+            _answers = Written(_answers, file => file.Write(r.Step, row));
     }
 
     public bool HasEvaluation(int step) => _state.HasEvaluation(step);
@@ -153,6 +165,7 @@ public sealed class TrainLog : ITrainLog
                     + FormattableString.Invariant($"after step {first.Step}, ")
                     + FormattableString.Invariant(
                         $"{100 * _lastEvaluation.AnswerAccuracy:0.0} % now"));
+            TellHowToAsk();
         }
         else
         {
@@ -169,7 +182,27 @@ public sealed class TrainLog : ITrainLog
     {
         _progress.End();
         _lines?.Dispose();
+        _answers?.Dispose();
         _board?.Dispose();
+    }
+
+    private void TellHowToAsk()
+    {
+        string result = Shown(Run.Arguments.OutputDir);
+        string model = Shown(Run.Arguments.ModelNameOrPath!);
+        bool adapter = Run.Arguments.UseLora;
+        _progress.Message($"the {(adapter ? "adapter" : "model")} is in {result}");
+        _progress.Message(
+            "ask it: cpmx chat " + (adapter ? $"{model} --adapter {result}" : result));
+
+        // From where the user is, as a word of a command line.
+        static string Shown(string path)
+        {
+            string near = Path.GetRelativePath(Environment.CurrentDirectory, path);
+            string name = near.StartsWith("..", StringComparison.Ordinal) ? path : near;
+            return name.All(c => char.IsLetterOrDigit(c) || "/._-+:@%".Contains(c))
+                ? name : "'" + name.Replace("'", "'\\''") + "'";
+        }
     }
 
     private void Count(in StepReport report)
@@ -202,8 +235,8 @@ public sealed class TrainLog : ITrainLog
     private void Add(LogEntry entry)
     {
         _state.Add(entry);
-        lock (_turn) _lines = Written(_lines, entry);
-        _board = Written(_board, entry);
+        lock (_turn) _lines = Written(_lines, file => file.Write(entry));
+        _board = Written(_board, file => file.Write(entry));
     }
 
     // For the report, from any thread; what was said before the log is there comes first in it.
@@ -213,8 +246,11 @@ public sealed class TrainLog : ITrainLog
         {
             if (!_isStarted) _early.Add(line);
             else
-                _lines = Written(_lines, lines => lines.Write(_lastStep,
-                    Run.Plan.EpochAfter(_lastStep), json => json.WriteString("message", line)));
+                _lines = Written(_lines, lines => lines.Write(_lastStep, json =>
+                {
+                    json.WriteNumber("epoch", Run.Plan.EpochAfter(_lastStep));
+                    json.WriteString("message", line);
+                }));
         }
     }
 
@@ -231,9 +267,6 @@ public sealed class TrainLog : ITrainLog
             _progress.Message($"{failure.Message}; there is no report of this run");
         }
     }
-
-    private T? Written<T>(T? file, LogEntry entry)
-        where T : class, ILogFile => Written(file, f => f.Write(entry));
 
     // A log that cannot be written ends, not the training.
     private T? Written<T>(T? file, Action<T> write)
@@ -258,9 +291,9 @@ public sealed class TrainLog : ITrainLog
         if (counts is null) return;
         if ($"{counts}" is { Length: > 0 } text) _progress.Message($"{path}: {text}");
         if (!isNew) return;
-        _lines = Written(_lines, new LogEntry(0, 0, [], [
+        _lines = Written(_lines, file => file.Write(new LogEntry(0, 0, [], [
             (name, counts.Rows), ($"{name}_left_out", counts.LeftOut),
             ($"{name}_cut", counts.Cut), ($"{name}_answers_cut", counts.AnswersCut),
-            ($"{name}_pictures", counts.Pictures), ($"{name}_pictures_turned", counts.Turned)]));
+            ($"{name}_pictures", counts.Pictures), ($"{name}_pictures_turned", counts.Turned)])));
     }
 }

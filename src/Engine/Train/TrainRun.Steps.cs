@@ -1,5 +1,8 @@
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Data.Text;
+using MiniCpmNative.Engine.Generate;
+using MiniCpmNative.Engine.Metrics;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Kernels;
 
@@ -210,7 +213,8 @@ public sealed partial class TrainRun
             if (step > 0 && _stop.TakeCheckpoint()) SaveNow(step);
             return !_stop.Requested;
         });
-        if (found is null)
+        GeneratedReport? generated = found is null ? null : Generate();
+        if (found is null || (_answerer is not null && generated is null))
         {
             _log.Message($"the evaluation after step {step} is left unfinished");
             return;
@@ -218,7 +222,32 @@ public sealed partial class TrainRun
 
         _log.Evaluation(new EvaluationReport(
             step, found.Loss, found.TokenAccuracy, found.AnswerAccuracy, found.Rows,
-            found.Seconds));
+            found.Seconds)
+        {
+            Generated = generated,
+        });
+    }
+
+    // Answers to the first rows that expect one; null when it was stopped.
+    private GeneratedReport? Generate()
+    {
+        if (_answerer is null) return null;
+        TrainingRows rows = _evaluationRows!;
+        var started = System.Diagnostics.Stopwatch.StartNew();
+        var answers = new SortedDictionary<int, RowAnswer>();
+        _answerer.Run(
+            Enumerable.Range(0, rows.Count).Where(row =>
+                !rows.IsLeftOut(row) && rows[row].Expected is not null)
+                .Take(_arguments.EvalGenerate),
+            _arguments.PerDeviceEvalBatchSize, answers.Add, () => !_stop.Requested);
+        if (_stop.Requested) return null;
+        Tokenizer tokenizer = rows.Format.Tokenizer;
+        ScoredAnswer[] scored = [.. answers.Select(
+            answer => RowAnswerer.Scored(rows[answer.Key], answer.Value, tokenizer))];
+        return new GeneratedReport(
+            [.. _metrics.Select(metric => (metric.Name, metric.Score(scored).All))],
+            [.. answers.Select(answer => new GeneratedRow(rows[answer.Key], answer.Value.Text))],
+            started.Elapsed.TotalSeconds);
     }
 
     // A scheduler's notice must be long enough for the checkpoint that it asks for.

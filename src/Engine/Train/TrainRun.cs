@@ -1,6 +1,8 @@
 using System.Diagnostics.CodeAnalysis;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Generate;
+using MiniCpmNative.Engine.Metrics;
 using MiniCpmNative.Engine.Model;
 
 namespace MiniCpmNative.Engine.Train;
@@ -19,6 +21,8 @@ public sealed partial class TrainRun
     private readonly Trainer _trainer;
     private readonly TrainingRows _rows;
     private readonly TrainingRows? _evaluationRows;
+    private readonly IReadOnlyList<Metric> _metrics;
+    private readonly RowAnswerer? _answerer;
     private readonly int _workers;
     private StepPlan _plan;
     private Schedule _schedule;
@@ -29,6 +33,7 @@ public sealed partial class TrainRun
         BaseModel source, OpenDevice device)
     {
         (_arguments, _log, _stop, _folder) = (arguments, log, stop, folder);
+        _metrics = Metric.Of(arguments.Metrics);
         RowFormat format = source.Spec.Rows();
         _rows = TrainingRows.Open(arguments.DataPath!, arguments, format, log.Message);
         if (arguments.EvalDataPath is { } evaluation && Evaluates)
@@ -37,6 +42,9 @@ public sealed partial class TrainRun
         CheckPlaces(source);
         _model = TrainingModel.Load(source, device, arguments);
         _trainer = new Trainer(arguments, _model);
+        if (arguments.EvalGenerate > 0 && _evaluationRows is not null)
+            _answerer = new RowAnswerer(_model.Loaded, _evaluationRows, GenerationSettings.Of(
+                arguments, source.Spec, format.Prompts.StopIds, chats: false));
         _workers = arguments.DataloaderNumWorkers is > 0 and int workers
             ? workers
             : Math.Max(1, Environment.ProcessorCount / 2);

@@ -38,6 +38,9 @@ public sealed class TrainingModel : IDisposable
 
     public MiniCpmModel Model => _loaded.Model;
 
+    /// <summary>The model without what trains it, for generation.</summary>
+    public LoadedModel Loaded => _loaded;
+
     /// <summary>Trainable and frozen numbers together, adapters included.</summary>
     public long TotalParameters => Spec.Parameters.Count + Base.Untouched.Sum(t => t.Count)
         + Parts.Adapters.List.Sum(a => (long)a.Rank * (a.Inputs + a.Outputs));
