@@ -1,6 +1,6 @@
-using MiniCpmNative.Kernels.Ops;
+using MiniCpmNative.Kernels.Cuda;
 
-namespace MiniCpmNative.Kernels.Cuda;
+namespace MiniCpmNative.Kernels.Ops;
 
 /// <summary>
 /// Attention's gradients by the kernels of sm_90a: one that computes all three in floats, tile by
