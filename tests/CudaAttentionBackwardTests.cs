@@ -271,7 +271,7 @@ public sealed class CudaAttentionBackwardTests
         DType type)
     {
         int dim = problem.HeadDim, group = problem.Heads / problem.KvHeads;
-        bool narrow = dim is 64 or 72 or 128;
+        bool narrow = dim is 64 or 72 or 80 or 96 or 128;
         double[] o = Storage.Round(exact.O, type), lse = Storage.Round(exact.Lse, DType.F32);
         var (dq, dk, dv) =
             (new double[o.Length], new double[problem.K.Length], new double[problem.K.Length]);
@@ -333,7 +333,7 @@ public sealed class CudaAttentionBackwardTests
         int[]? keyLengths = null) =>
         AttentionProblem.Random(heads, kvHeads, headDim, lengths, lengths, causal, keyLengths);
 
-    private static string Name(AttentionProblem p) =>
+    internal static string Name(AttentionProblem p) =>
         $"{p.Heads}/{p.KvHeads} heads of {p.HeadDim}, {string.Join('+', Lengths(p.StartsQ))} queries, "
         + $"{string.Join('+', Lengths(p.StartsK))} keys{(p.Causal ? ", causal" : "")}"
         + (p.Cached ? ", cached" : p.KeyLengths is null ? "" : ", cut");
