@@ -1324,24 +1324,35 @@ extern "C" __global__ void __launch_bounds__(384, 1) attention_backward_hopper_1
         heads, kv_heads, scale, accumulate_k, accumulate_v, neighbours);
 }
 
-// to[rows, heads, head_dim] = scale times the sum of `parts` fragments, or adds it, rounded: of
-// queries where `turns` says how many blocks added to the fragments (0: none, whose content is
-// undefined), else of keys. A block of 128 threads per 64 rows, head, and 32 columns. Reads
-// 4 parts and writes 2 bytes per element.
+// dq[tokens, heads, head_dim], dk and dv [key tokens, kv_heads, head_dim] from fragments, rounded,
+// or added to what is there: dq of queries that no block added to, whose fragments are undefined,
+// is 0; dk and dv are sums of the parts of a key head's query heads, in their order. What is null
+// is not wanted. A block of 128 threads per 64 rows, 32 columns, and head of dq, dk, dv (grid y).
+// Reads 4 bytes per part and writes 2 per element.
 extern "C" __global__ void __launch_bounds__(128) attention_backward_hopper_finish(
-    real* to, const float* fragments, const int* turns, const int* tiles, int sequences,
-    int tokens, int heads, int parts, int head_dim, float scale, int accumulate)
+    real* dq, real* dk, real* dv, const float* dq_parts, const float* dk_parts,
+    const float* dv_parts, const int* turns, const int* query_tiles, const int* key_tiles,
+    int query_rows, int key_rows, int sequences, int tokens, int key_tokens, int heads,
+    int kv_heads, int head_dim, float scale, int accumulate_q, int accumulate_k, int accumulate_v)
 {
     constexpr int KEYS = ATTENTION_TILE_ROWS, QUERIES = 64;
-    bool of_keys = turns == 0;
-    int head = blockIdx.y, half = blockIdx.x % 2, lane = threadIdx.x % WARP;
+    bool of_keys = (int)blockIdx.y >= heads, of_values = (int)blockIdx.y >= heads + kv_heads;
+    int head = blockIdx.y - (of_values ? heads + kv_heads : of_keys ? heads : 0);
+    real* to = of_values ? dv : of_keys ? dk : dq;
+    const float* fragments = of_values ? dv_parts : of_keys ? dk_parts : dq_parts;
+    int accumulate = of_values ? accumulate_v : of_keys ? accumulate_k : accumulate_q;
+    int parts = of_keys ? heads / kv_heads : 1, to_heads = of_keys ? kv_heads : heads;
+    if (of_values) scale = 1;
+    int tile = blockIdx.x / 2, half = blockIdx.x % 2, lane = threadIdx.x % WARP;
     SequenceTile at;
-    if (!take_tile(at, (const int4*)tiles, blockIdx.x / 2, of_keys, 0, 0)) return;
+    if (!to || tile >= (of_keys ? key_rows : query_rows)
+        || !take_tile(at, (const int4*)(of_keys ? key_tiles : query_tiles), tile, of_keys, 0, 0))
+        return;
     int first_row = at.first + half * 64, row = first_row + threadIdx.x / WARP * 16 + lane / 4;
     int token = of_keys ? at.first_key_token : at.first_token;
     int rows = of_keys ? at.keys : at.queries, tile_rows = of_keys ? KEYS : QUERIES;
     if (first_row >= rows) return;
-    u64 places = tokens / tile_rows + sequences;
+    u64 places = (of_keys ? key_tokens : tokens) / tile_rows + sequences;
     u64 place = places * head * parts + place_of_tile(token, at.sequence, first_row, tile_rows);
     int cols = BACKWARD_COLS(head_dim), first = blockIdx.z * 4;
     u64 words = cols / 8 * WARPGROUP; // of a fragment, four floats each
@@ -1352,6 +1363,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_backward_hopper_fini
     for (int n = 0; n < 4; n++) sum[n] = make_float4(0, 0, 0, 0);
     if (of_keys || turns[place] != 0)
     {
+#pragma unroll 2
         for (int p = 0; p < parts; p++)
         {
 #pragma unroll
@@ -1376,7 +1388,8 @@ extern "C" __global__ void __launch_bounds__(128) attention_backward_hopper_fini
         for (int i = 0; i < 2; i++)
         {
             if (row + i * 8 >= rows) continue;
-            u32* word = (u32*)(to + ((u64)(token + row + i * 8) * heads + head) * head_dim + col);
+            u32* word = (u32*)(
+                to + ((u64)(token + row + i * 8) * to_heads + head) * head_dim + col);
             float low = scale * (i ? sum[n].z : sum[n].x);
             float high = scale * (i ? sum[n].w : sum[n].y);
             if (accumulate)
