@@ -2229,211 +2229,307 @@ DEVICE float softmax_keep(float before, float offset, float factor)
 }
 
 // ln of the sum of exp(scale s) from the sum of p; the rounding of the offset is taken back, since
-// it is large where scores are.
-DEVICE float log_sum_exp(float max, float sum, float scale, float factor)
+// it is large where scores are. A sum of 0 is that of no keys, or of scores that are all -infinity,
+// of which there is no softmax: NaN.
+DEVICE float log_sum_exp(float max, float sum, float scale, float factor, bool sees)
 {
-    if (sum == 0) return MINUS_INFINITY;
+    if (sum == 0) return sees ? 0 / sum : MINUS_INFINITY;
     float rounding = fmaf(max, factor, -__fmul_rn(max, factor));
     return fmaf(max, scale, logf(sum) - rounding * LN_2);
 }
 
 #if defined(STORAGE_BF16)
 
-// o = softmax(scale q k^T + mask) v and lse = ln(sum exp(scale q k^T)) for a tile of 64 queries of
-// one sequence and head; 0 and -infinity for a query that sees no key. q and o [tokens, heads,
-// DIM], k and v [key tokens, kv_heads, DIM], lse [tokens, heads]; Dao et al. 2022, Dao 2023.
-//
-// Grid: 1 dimension, (tokens / 64 + sequences) * heads blocks or more; heads of a tile are
-// neighbours, the last tiles go first, as causal ones have the most keys. Each of the four warps
-// has 16 queries, in registers like their scores and output: DIM / 8 * 4 + 32 floats and DIM / 4
-// words a thread. Keys and values come in tiles of 64 by asynchronous copies, one of them on its
-// way while the other is used: 256 DIM bytes of shared memory (DIM rounded up to 16). 4 DIM FLOP
-// per query and key seen, plus what the mask cuts from the last tiles; q and o move once, k and v
-// once per tile of queries and head, mostly from L2.
-template <int DIM>
-DEVICE void attention_forward_tile(real* o, float* lse, const real* q, const real* k, const real* v,
-    const AttentionMask& mask, int* faults, int heads, int kv_heads, float scale)
+#if SMALL_SHARED
+#define SMALL_TILES true // blocks have no more than 99 KiB of shared memory, here and in backward
+#else
+#define SMALL_TILES false
+#endif
+
+// A block has ROWS queries, each warp BLOCKS x 16 of them, and takes KEYS keys at a time. Shared
+// memory: a tile of queries, two of keys, one of values: 80 KiB for DIM 128.
+template <int DIM> struct ForwardTiles
 {
-    constexpr int ROWS = ATTENTION_ROWS, KEYS = 64, THREADS = 128, CHUNKS = TILE_CHUNKS(DIM);
-    alignas(256) __shared__ uint4 tiles[2][KEYS * CHUNKS]; // keys, and queries or values
-    __shared__ int kept[3]; // what the end needs again: registers are scarce in between
-    if (blockIdx.x == 0) check_starts(faults, mask);
+    static constexpr int BLOCKS = DIM > 128 ? 1 : 2, WARPS = DIM > 128 && !SMALL_TILES ? 8 : 4;
+    static constexpr int ROWS = 16 * BLOCKS * WARPS, KEYS = DIM > 128 && SMALL_TILES ? 32 : 64;
+    static constexpr int THREADS = WARPS * WARP, CHUNKS = TILE_CHUNKS(DIM);
+    static constexpr int RESIDENT = DIM > 128 ? 1 : 2; // on a multiprocessor
+};
+
+struct AttentionForwardCall
+{
+    real* o;
+    float* lse;
+    const real *q, *k, *v;
+    const int4* tiles;      // of queries, as AttentionTiles.cs lists them
+    const int* key_lengths; // may be null
+    int heads, kv_heads, causal;
+    float scale;
+};
+
+// o = softmax(scale q k^T + mask) v and lse = ln(sum exp(scale q k^T)) for a tile of queries of one
+// sequence and head; 0 and -infinity for a query that sees no key. q and o [tokens, heads, DIM], k
+// and v [key tokens, kv_heads, DIM], lse [tokens, heads]; Dao et al. 2022, Dao 2023.
+//
+// Grid: a block per head and tile of the list, the heads of a tile neighbours. Scores and output are
+// in registers; matrices of keys and values from shared memory serve two blocks of 16 queries. Keys
+// come a tile ahead, values while their scores are computed. What was summed is rescaled only when
+// a row's maximum has risen by a factor of 2^8: p is at most that then. 4 DIM FLOP per query and key
+// seen, plus what the mask cuts from the last tiles; q and o move once, k and v once per tile of
+// queries and head, mostly from L2.
+template <int DIM> DEVICE void attention_forward_tile(const AttentionForwardCall& a)
+{
+    using F = ForwardTiles<DIM>;
+    constexpr int BLOCKS = F::BLOCKS, ROWS = F::ROWS, KEYS = F::KEYS, THREADS = F::THREADS;
+    constexpr int CHUNKS = F::CHUNKS, KEY_BYTES = KEYS * CHUNKS * 16;
+    constexpr float MOST_RISE = 8;
+    alignas(1024) extern __shared__ uint4 attention_shared[];
     SequenceTile at;
-    int head = blockIdx.x % heads, tile = gridDim.x / heads - 1 - blockIdx.x / heads;
-    if (!find_tile(at, mask, tile, ROWS, false)) return;
+    int head = blockIdx.x % a.heads, number = blockIdx.x / a.heads;
+    if (!take_tile(at, a.tiles, number, ROWS, false, a.key_lengths, a.causal)) return;
 
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    int stride = heads * DIM, kv_stride = kv_heads * DIM, kv_head = head / (heads / kv_heads);
-    long long key_at = ((long long)at.first_key_token * kv_heads + kv_head) * DIM;
-    int token = at.first_token + at.first, queries = min(ROWS, at.queries - at.first);
-    int row = 16 * warp + g; // and row + 8: this lane's queries in the tile
-    int seen[2] = {keys_seen(mask, at, at.first + row), keys_seen(mask, at, at.first + row + 8)};
-    int end = keys_seen(mask, at, at.first + queries - 1);
+    int kv_stride = a.kv_heads * DIM, own = 16 * BLOCKS * warp; // this warp's first query
+    u64 key_at = ((u64)at.first_key_token * a.kv_heads + head / (a.heads / a.kv_heads)) * DIM;
+    int queries = min(ROWS, at.queries - at.first);
+    int end = keys_seen(a.causal, at, at.first + queries - 1);
+    // Keys that the warp's first query sees; every other one sees one more, where that is causal.
+    int seen_first = a.causal ? at.first + own + 1 + at.before : at.visible;
 
-    if (threadIdx.x == 0)
-    {
-        kept[0] = token;
-        kept[1] = queries;
-        kept[2] = head;
-    }
-    u32 keys = shared_address(tiles[0]), values = shared_address(tiles[1]);
-    q += ((long long)token * heads + head) * DIM;
-    copy_tile<DIM, ROWS, THREADS>(values, q, stride, queries);
-    copy_tile<DIM, KEYS, THREADS>(keys, k + key_at, kv_stride, end);
+    u32 query_tile = shared_address(attention_shared), key_tiles = query_tile + ROWS * CHUNKS * 16;
+    u32 values = key_tiles + 2 * KEY_BYTES;
+    copy_tile<DIM, ROWS, THREADS>(query_tile,
+        a.q + ((u64)(at.first_token + at.first) * a.heads + head) * DIM, a.heads * DIM, queries);
+    copy_tile<DIM, KEYS, THREADS>(key_tiles, a.k + key_at, kv_stride, end);
     commit_copies();
-    wait_copies<0>();
-    __syncthreads();
     // This lane's addresses of matrices, down first and across first.
+    u32 query_lane = tile_address<CHUNKS>(query_tile, own + lane % 16, lane / 16);
     u32 value_lane = tile_address<CHUNKS>(values, lane % 16, lane / 16);
-    u32 key_lane = tile_address<CHUNKS>(keys, lane / 16 * 8 + lane % 8, lane / 8 % 2);
-    u32 query[CHUNKS / 2][4];
-#pragma unroll
-    for (int step = 0; step < CHUNKS / 2; step++)
-        load_matrix_x4(query[step], tile_step<CHUNKS>(value_lane, 16 * warp, 2 * step));
+    u32 key_lane = tile_address<CHUNKS>(key_tiles, lane / 16 * 8 + lane % 8, lane / 8 % 2);
 
-    float factor = scale * LOG2_E, max[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {0, 0};
-    float out[DIM / 8][4] = {};
+    float factor = a.scale * LOG2_E, max[BLOCKS][2], sum[BLOCKS][2] = {};
+#pragma unroll
+    for (int m = 0; m < BLOCKS; m++) max[m][0] = max[m][1] = MINUS_INFINITY;
+    float out[BLOCKS][DIM / 8][4] = {};
     for (int first = 0; first < end; first += KEYS)
     {
-        // Seen as new in every round, so that addresses that follow from it do not fill registers.
-        asm volatile("" : "+r"(key_lane));
         wait_copies<0>();
-        __syncthreads(); // keys are here, values may be overwritten
-        copy_tile<DIM, KEYS, THREADS>(values, v + key_at, kv_stride, end - first);
+        __syncthreads(); // keys are here, values and the other keys may be overwritten
+        copy_tile<DIM, KEYS, THREADS>(values, a.v + key_at, kv_stride, end - first);
+        commit_copies();
+        key_at += (u64)KEYS * kv_stride;
+        u32 keys = key_lane + first / KEYS % 2 * KEY_BYTES;
+        if (first + KEYS < end)
+            copy_tile<DIM, KEYS, THREADS>(key_tiles + (first / KEYS + 1) % 2 * KEY_BYTES,
+                a.k + key_at, kv_stride, end - first - KEYS);
         commit_copies();
 
-        float s[KEYS / 8][4] = {};
+        float s[BLOCKS][KEYS / 8][4] = {};
 #pragma unroll
-        for (int step = 0; step < CHUNKS / 2; step++)
+        for (int chunk = 0; chunk < CHUNKS; chunk += 2)
         {
+            u32 query[BLOCKS][4];
+#pragma unroll
+            for (int m = 0; m < BLOCKS; m++)
+                load_matrix_x4(query[m], tile_step<CHUNKS>(query_lane, 16 * m, chunk));
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n += 2)
             {
                 u32 key[4];
-                load_matrix_x4(key, tile_step<CHUNKS>(key_lane, 8 * n, 2 * step));
-                multiply_add_16x8x16(s[n], query[step], key);
-                multiply_add_16x8x16(s[n + 1], query[step], key + 2);
+                load_matrix_x4(key, tile_step<CHUNKS>(keys, 8 * n, chunk));
+#pragma unroll
+                for (int m = 0; m < BLOCKS; m++)
+                {
+                    multiply_add_16x8x16(s[m][n], query[m], key);
+                    multiply_add_16x8x16(s[m][n + 1], query[m], key + 2);
+                }
             }
         }
 
-        wait_copies<0>();
-        __syncthreads(); // values are here, keys may be overwritten
-        key_at += (long long)KEYS * kv_stride;
-        if (first + KEYS < end)
-        {
-            copy_tile<DIM, KEYS, THREADS>(keys, k + key_at, kv_stride, end - first - KEYS);
-            commit_copies();
-        }
-
-        if (first + KEYS > seen[0])
+        if (first + KEYS > min(seen_first, at.visible))
         {
 #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    if (first + 8 * n + 2 * t + i % 2 >= seen[i / 2]) s[n][i] = MINUS_INFINITY;
-        }
-        float offset[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-        {
-            float before = max[i];
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
-                max[i] = fmaxf(max[i], fmaxf(s[n][2 * i], s[n][2 * i + 1]));
-            max[i] = fmaxf(max[i], __shfl_xor_sync(ALL_LANES, max[i], 1));
-            max[i] = fmaxf(max[i], __shfl_xor_sync(ALL_LANES, max[i], 2));
-            offset[i] = softmax_offset(max[i], factor);
-            float keep = softmax_keep(before, offset[i], factor);
-            sum[i] *= keep; // this lane's share
-#pragma unroll
-            for (int n = 0; n < DIM / 8; n++)
+            for (int m = 0; m < 2 * BLOCKS; m++)
             {
-                out[n][2 * i] *= keep;
-                out[n][2 * i + 1] *= keep;
+                int seen = min(at.visible, seen_first + (a.causal ? 8 * m + g : 0)) - first - 2 * t;
+#pragma unroll
+                for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                    for (int i = 0; i < 2; i++)
+                        if (8 * n + i >= seen) s[m / 2][n][m % 2 * 2 + i] = MINUS_INFINITY;
             }
         }
+        float highest[BLOCKS][2];
+        bool rises = false;
+#pragma unroll
+        for (int m = 0; m < BLOCKS; m++)
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+            {
+                float row = max[m][i];
+#pragma unroll
+                for (int n = 0; n < KEYS / 8; n++)
+                    row = fmaxf(row, fmaxf(s[m][n][2 * i], s[m][n][2 * i + 1]));
+                row = fmaxf(row, __shfl_xor_sync(ALL_LANES, row, 1));
+                row = fmaxf(row, __shfl_xor_sync(ALL_LANES, row, 2));
+                highest[m][i] = row;
+                rises |= row * factor > max[m][i] * factor + MOST_RISE;
+            }
+        if (__any_sync(ALL_LANES, rises))
+        {
+#pragma unroll
+            for (int m = 0; m < BLOCKS; m++)
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                {
+                    float keep = softmax_keep(
+                        max[m][i], softmax_offset(highest[m][i], factor), factor);
+                    max[m][i] = highest[m][i];
+                    sum[m][i] *= keep; // this lane's share
+#pragma unroll
+                    for (int n = 0; n < DIM / 8; n++)
+                    {
+                        out[m][n][2 * i] *= keep;
+                        out[m][n][2 * i + 1] *= keep;
+                    }
+                }
+        }
+        float offset[BLOCKS][2];
+#pragma unroll
+        for (int m = 0; m < BLOCKS; m++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) offset[m][i] = softmax_offset(max[m][i], factor);
 
+        wait_copies<1>();
+        __syncthreads(); // values are here
 #pragma unroll
         for (int step = 0; step < KEYS / 16; step++)
         {
-            u32 p[4];
+            u32 p[BLOCKS][4];
 #pragma unroll
-            for (int n = 2 * step; n < 2 * step + 2; n++)
+            for (int m = 0; m < BLOCKS; m++)
             {
 #pragma unroll
-                for (int i = 0; i < 4; i++)
-                    s[n][i] = exp2_approx(fmaf(s[n][i], factor, -offset[i / 2]));
-                sum[0] += s[n][0] + s[n][1];
-                sum[1] += s[n][2] + s[n][3];
+                for (int n = 2 * step; n < 2 * step + 2; n++)
+                {
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        s[m][n][i] = exp2_approx(fmaf(s[m][n][i], factor, -offset[m][i / 2]));
+                    sum[m][0] += s[m][n][0] + s[m][n][1];
+                    sum[m][1] += s[m][n][2] + s[m][n][3];
+                }
+                narrow_left(p[m], s[m][2 * step], s[m][2 * step + 1]);
             }
-            narrow_left(p, s[2 * step], s[2 * step + 1]);
 #pragma unroll
             for (int n = 0; n < DIM / 8; n += 2)
             {
                 u32 value[4];
                 load_matrix_x4_transposed(value, tile_step<CHUNKS>(value_lane, 16 * step, n));
-                multiply_add_16x8x16(out[n], p, value);
-                if (n + 1 < DIM / 8) multiply_add_16x8x16(out[n + 1], p, value + 2);
+#pragma unroll
+                for (int m = 0; m < BLOCKS; m++)
+                {
+                    multiply_add_16x8x16(out[m][n], p[m], value);
+                    if (n + 1 < DIM / 8) multiply_add_16x8x16(out[m][n + 1], p[m], value + 2);
+                }
             }
         }
     }
-
-    token = kept[0];
-    queries = kept[1];
-    head = kept[2];
-    // Through shared memory, the warp's own rows of the keys' tile, to stores of 16 bytes.
-#pragma unroll
-    for (int i = 0; i < 2; i++)
+    if (end == 0)
     {
-        sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 1);
-        sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 2);
-        float inverse = 1 / sum[i];
-        int r = row + 8 * i;
+        wait_copies<0>();
+        __syncthreads(); // nobody copies into what is written next
+    }
+
+    // Again, since registers are scarce in between.
+    take_tile(at, a.tiles, number, ROWS, false, a.key_lengths, a.causal);
+    queries = min(ROWS, at.queries - at.first);
+    int token = at.first_token + at.first;
+    // Through shared memory, the warp's own rows of the queries' tile, to stores of 16 bytes.
+    char* tile = (char*)attention_shared;
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < 2 * BLOCKS; m++)
+    {
+        float total = sum[m / 2][m % 2];
+        total += __shfl_xor_sync(ALL_LANES, total, 1);
+        total += __shfl_xor_sync(ALL_LANES, total, 2);
+        int r = own + 8 * m + g;
+        bool sees = keys_seen(a.causal, at, at.first + r) > 0;
+        float inverse = total == 0 && !sees ? 0 : 1 / total;
         if (t == 0 && r < queries)
-            lse[(long long)(token + r) * heads + head] = log_sum_exp(max[i], sum[i], scale, factor);
+            a.lse[(u64)(token + r) * a.heads + head]
+                = log_sum_exp(max[m / 2][m % 2], total, a.scale, factor, sees);
 #pragma unroll
         for (int n = 0; n < DIM / 8; n++)
         {
-            u32* pair = (u32*)((char*)tiles[0] + tile_address<CHUNKS>(0, r, n)) + t;
-            *pair = sum[i] == 0 ? 0 : narrow2(out[n][2 * i] * inverse, out[n][2 * i + 1] * inverse);
+            const float* pair = out[m / 2][n] + m % 2 * 2;
+            *(u32*)(tile + tile_address<CHUNKS>(0, r, n) + 4 * t)
+                = narrow2(pair[0] * inverse, pair[1] * inverse);
         }
     }
     __syncwarp();
-    for (int i = lane; i < 16 * (DIM / 8); i += WARP)
+    for (int i = lane; i < 16 * BLOCKS * (DIM / 8); i += WARP)
     {
-        int r = 16 * warp + i / (DIM / 8), chunk = i % (DIM / 8);
+        int r = own + i / (DIM / 8), chunk = i % (DIM / 8);
         if (r < queries)
-            *(uint4*)(o + ((long long)(token + r) * heads + head) * DIM + 8 * chunk)
-                = tiles[0][tile_address<CHUNKS>(0, r, chunk) / 16];
+            *(uint4*)(a.o + ((u64)(token + r) * a.heads + head) * DIM + 8 * chunk)
+                = *(uint4*)(tile + tile_address<CHUNKS>(0, r, chunk));
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128, 4) attention_forward_64(
-    real* o, float* lse, const real* q, const real* k, const real* v, const int* starts_q,
-    const int* starts_k, const int* key_lengths, int* faults, int sequences, int tokens,
-    int key_tokens, int heads, int kv_heads, int causal, float scale)
+// For the head dimensions of the models.
+extern "C" __global__ void
+__launch_bounds__(ForwardTiles<64>::THREADS, ForwardTiles<64>::RESIDENT) attention_forward_64(
+    real* o, float* lse, const real* q, const real* k, const real* v, const int* tiles,
+    const int* key_lengths, int heads, int kv_heads, int causal, float scale)
 {
-    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
-    attention_forward_tile<64>(o, lse, q, k, v, mask, faults, heads, kv_heads, scale);
+    attention_forward_tile<64>(
+        {o, lse, q, k, v, (const int4*)tiles, key_lengths, heads, kv_heads, causal, scale});
 }
 
-extern "C" __global__ void __launch_bounds__(128, 4) attention_forward_72(
-    real* o, float* lse, const real* q, const real* k, const real* v, const int* starts_q,
-    const int* starts_k, const int* key_lengths, int* faults, int sequences, int tokens,
-    int key_tokens, int heads, int kv_heads, int causal, float scale)
+extern "C" __global__ void
+__launch_bounds__(ForwardTiles<72>::THREADS, ForwardTiles<72>::RESIDENT) attention_forward_72(
+    real* o, float* lse, const real* q, const real* k, const real* v, const int* tiles,
+    const int* key_lengths, int heads, int kv_heads, int causal, float scale)
 {
-    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
-    attention_forward_tile<72>(o, lse, q, k, v, mask, faults, heads, kv_heads, scale);
+    attention_forward_tile<72>(
+        {o, lse, q, k, v, (const int4*)tiles, key_lengths, heads, kv_heads, causal, scale});
 }
 
-extern "C" __global__ void __launch_bounds__(128, 3) attention_forward_128(
-    real* o, float* lse, const real* q, const real* k, const real* v, const int* starts_q,
-    const int* starts_k, const int* key_lengths, int* faults, int sequences, int tokens,
-    int key_tokens, int heads, int kv_heads, int causal, float scale)
+extern "C" __global__ void
+__launch_bounds__(ForwardTiles<80>::THREADS, ForwardTiles<80>::RESIDENT) attention_forward_80(
+    real* o, float* lse, const real* q, const real* k, const real* v, const int* tiles,
+    const int* key_lengths, int heads, int kv_heads, int causal, float scale)
 {
-    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
-    attention_forward_tile<128>(o, lse, q, k, v, mask, faults, heads, kv_heads, scale);
+    attention_forward_tile<80>(
+        {o, lse, q, k, v, (const int4*)tiles, key_lengths, heads, kv_heads, causal, scale});
+}
+
+extern "C" __global__ void
+__launch_bounds__(ForwardTiles<96>::THREADS, ForwardTiles<96>::RESIDENT) attention_forward_96(
+    real* o, float* lse, const real* q, const real* k, const real* v, const int* tiles,
+    const int* key_lengths, int heads, int kv_heads, int causal, float scale)
+{
+    attention_forward_tile<96>(
+        {o, lse, q, k, v, (const int4*)tiles, key_lengths, heads, kv_heads, causal, scale});
+}
+
+extern "C" __global__ void
+__launch_bounds__(ForwardTiles<128>::THREADS, ForwardTiles<128>::RESIDENT) attention_forward_128(
+    real* o, float* lse, const real* q, const real* k, const real* v, const int* tiles,
+    const int* key_lengths, int heads, int kv_heads, int causal, float scale)
+{
+    attention_forward_tile<128>(
+        {o, lse, q, k, v, (const int4*)tiles, key_lengths, heads, kv_heads, causal, scale});
+}
+
+extern "C" __global__ void
+__launch_bounds__(ForwardTiles<256>::THREADS, ForwardTiles<256>::RESIDENT) attention_forward_256(
+    real* o, float* lse, const real* q, const real* k, const real* v, const int* tiles,
+    const int* key_lengths, int heads, int kv_heads, int causal, float scale)
+{
+    attention_forward_tile<256>(
+        {o, lse, q, k, v, (const int4*)tiles, key_lengths, heads, kv_heads, causal, scale});
 }
 
 #endif
@@ -2537,19 +2633,21 @@ extern "C" __global__ void __launch_bounds__(128) attention_forward_any(
 #pragma unroll
     for (int r = 0; r < 4; r++)
     {
-        float total = warp_sum(sum[r]), inverse = 1 / total;
         int row = 4 * warp + r;
+        float total = warp_sum(sum[r]);
+        bool sees = keys_seen(causal, at, at.first + row) > 0;
+        float inverse = total == 0 && !sees ? 0 : 1 / total;
         if (row >= queries) continue;
         if (lane == 0)
             lse[(long long)(at.first_token + at.first + row) * heads + head]
-                = log_sum_exp(max[r], total, scale, factor);
+                = log_sum_exp(max[r], total, scale, factor, sees);
 #pragma unroll
         for (int i = 0; i < PARTS; i++)
         {
             int c = WARP * i + lane;
             if (c < dim)
                 o[first_row + (long long)row * heads * dim + c]
-                    = narrow(total == 0 ? 0 : out[r][i] * inverse);
+                    = narrow(out[r][i] * inverse);
         }
     }
 }
@@ -2758,14 +2856,10 @@ extern "C" __global__ void __launch_bounds__(256) attention_queries_backward(
 //
 // Shared memory: tiles k, v [KEYS, DIM], ds [KEYS, STEP], two stages of q, dO [STEP, DIM] and of
 // (lse, delta) [STEP], the block's number: 145 KiB for DIM 128. Where a multiprocessor has not as much
-// (SMALL_SHARED), tiles are smaller.
+// (SMALL_TILES), tiles are smaller.
 template <int DIM> struct BackwardTiles
 {
-#if SMALL_SHARED
-    static constexpr bool SMALL = true;
-#else
-    static constexpr bool SMALL = false;
-#endif
+    static constexpr bool SMALL = SMALL_TILES;
     static constexpr int SPLIT = DIM > 128 ? 2 : 1, KEYS = (SMALL ? 64 : 128) / SPLIT;
     static constexpr int STEP = (DIM > 128 ? 32 : SMALL && DIM < 128 ? 128 : 64) / (SMALL ? 2 : 1);
     static constexpr int WARPS = KEYS / 16 * SPLIT, THREADS = WARPS * WARP;
@@ -3023,6 +3117,13 @@ template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCa
         commit_copies();
     };
 
+    // Of this lane's first key: those that are not masked for all from there on, and the first query
+    // that sees it. From seen_by_all on queries see all of the tile's keys.
+    int keys_left = at.visible - at.first - key_row - g;
+    int first_query = at.first + key_row + g - at.before, seen_by_all = 0;
+    if (a.causal) seen_by_all = at.first + KEYS - 1 - at.before;
+    if (at.first + KEYS > at.visible) seen_by_all = at.queries;
+
     float dk[TILES][4] = {}, dv[TILES][4] = {};
     float factor = a.scale * LOG2_E;
     int first = highest, stage = 0, added = -1; // a place in turns whose sums are not yet announced
@@ -3054,8 +3155,7 @@ template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCa
         bool waits = a.dq && tile > 0, ends = now < next_lowest;
         int turn = waits && threadIdx.x == 0 ? load_turn(a.turns + place) : tile;
         // Rows of zeros behind the last query have p = 1 and ds = 0, which nothing is added to by.
-        bool masked = at.first + KEYS > at.visible
-            || (a.causal && at.first + KEYS > now + 1 + at.before);
+        bool masked = now < seen_by_all;
 
         u32 p[STEP / 16][4], ds[STEP / 16][4];
 #pragma unroll
@@ -3082,9 +3182,10 @@ template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCa
 #pragma unroll
                     for (int i = 0; i < 4; i++)
                     {
-                        int key = at.first + key_row + g + i / 2 * 8;
                         int query = now + from + n * 8 + 2 * t + i % 2;
-                        if (key >= keys_seen(a.causal, at, query)) s[n][i] = dp[n][i] = 0;
+                        bool sees = i / 2 * 8 < keys_left
+                            && (!a.causal || query >= first_query + i / 2 * 8);
+                        if (!sees) s[n][i] = dp[n][i] = 0;
                     }
                 }
             }

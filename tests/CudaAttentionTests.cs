@@ -20,7 +20,7 @@ public sealed class CudaAttentionTests
     private CudaUnderTest _cuda = null!;
 
     private static IEnumerable<TestCaseData> Cases =>
-        from headDim in (int[])[64, 72, 128, 8, 80]
+        from headDim in (int[])[64, 72, 80, 96, 128, 256, 8]
         from type in Types
         from make in (Func<int, AttentionProblem>[])
         [
@@ -54,7 +54,7 @@ public sealed class CudaAttentionTests
         select new TestCaseData(problem, type).SetArgDisplayNames(Name(problem), type.ToString());
 
     private static IEnumerable<TestCaseData> OnTensorCores =>
-        from headDim in (int[])[64, 72, 128]
+        from headDim in (int[])[64, 72, 80, 96, 128, 256]
         let problem = Self(4, 2, headDim, [130, 7], causal: true, [130, 5])
         select new TestCaseData(problem).SetArgDisplayNames(Name(problem));
 
@@ -212,8 +212,8 @@ public sealed class CudaAttentionTests
         using OpRun run = Run(problem, type, device);
         AttentionProblem rounded = Rounded(problem, type);
         AttentionResult exact = rounded.Naive();
-        bool onTensorCores = type != DType.F32 && (problem.HeadDim is 64 or 72 or 128
-            || (device.Context.Architecture == 90 && problem.HeadDim is 80 or 96 or 256));
+        bool onTensorCores = type != DType.F32
+            && problem.HeadDim is 64 or 72 or 80 or 96 or 128 or 256;
         var (o, lse) = Plain(rounded, onTensorCores ? type : DType.F32);
         Agree(run.Output, Storage.Round(o, type), exact.O, "o");
         Agree(run.Saved(0), lse, exact.Lse, "lse");

@@ -75,26 +75,20 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
             return;
         }
 
-        if (HeadDim is 64 or 72 or 128 && call.Real != DType.F32 && aligned)
+        Tensor tiles = Tiles(call, ofKeys: false);
+        if (aligned && AttentionLaunch.Forward(HeadDim, call.SmallShared) is { } launch
+            && call.Real != DType.F32)
         {
-            string kernel = HeadDim == 64 ? "attention_forward_64"
-                : HeadDim == 72 ? "attention_forward_72" : "attention_forward_128";
-            call.Launch(kernel, new Grid(Blocks(KernelConstants.AttentionRows), Threads),
-                o, call.Saved(0), q, k, v, startsQ, startsK, lengths, call.Faults,
-                sequences, tokens, keyTokens, Heads, KvHeads, CausalMode, Scale);
+            call.Launch($"attention_forward_{HeadDim}", launch.Grid(tiles.Shape[0], Heads),
+                o, call.Saved(0), q, k, v, tiles, lengths, Heads, KvHeads, CausalMode, Scale);
             return;
         }
 
         int width = (HeadDim + 31) / 32 * 32;
         int shared = sizeof(float) * ((OtherRows * width) + (2 * OtherKeys * (width + 1)));
-        Tensor tiles = Tiles(call, ofKeys: false);
         int blocks = checked(tiles.Shape[0] * (AttentionTiles.Rows / OtherRows) * Heads);
         call.Launch("attention_forward_any", new Grid(blocks, Threads, shared), o, call.Saved(0),
             q, k, v, tiles, lengths, Heads, KvHeads, CausalMode, Scale, HeadDim);
-
-        // As many tiles as there can be, since only the device knows the lengths; one at least,
-        // which checks the starts.
-        int Blocks(int rows) => checked(Math.Max(1, (tokens / rows) + sequences) * Heads);
     }
 
     public override void CpuBackward<T>(in CpuCall<T> call) =>
@@ -170,20 +164,18 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
             return;
         }
 
-        if (AttentionLaunch.Backward(HeadDim, call.SmallShared) is { } block
+        if (AttentionLaunch.Backward(HeadDim, call.SmallShared) is { } launch
             && call.Real != DType.F32 && aligned)
         {
             // Blocks that have begun, and per head and query those that have added to its dq.
             Tensor turns = call.Scratch(DType.I32, checked(1 + (Heads * tokens)));
             Statistics(call, statistics, turns, dq.Accumulate ? Tensor.None : dq.Buffer);
             Tensor list = Tiles(call, ofKeys: true);
-            int parts = KeyParts(call, (keyTokens + block.Keys - 1) / block.Keys);
+            int parts = KeyParts(call, (keyTokens + launch.Rows - 1) / launch.Rows);
             Tensor sums = dq.Wanted ? call.Scratch(DType.F32, tokens, Heads * HeadDim) : Tensor.None;
             Tensor dkParts = Parts(call, dk, parts), dvParts = Parts(call, dv, parts);
-            int blocks = list.Shape[0] * (AttentionTiles.Rows / block.Keys);
             call.Launch($"attention_backward_{HeadDim}",
-                new Grid(checked(blocks * KvHeads * parts), block.Threads, block.SharedBytes),
-                dq.Buffer,
+                launch.Grid(list.Shape[0], KvHeads * parts), dq.Buffer,
                 parts > 1 ? Tensor.None : dk.Buffer, parts > 1 ? Tensor.None : dv.Buffer,
                 sums, dkParts, dvParts, turns, q, k, v, dO, statistics, list, lengths, tokens,
                 keyTokens, CausalMode, Heads, KvHeads, Scale, dq.Accumulate, dk.Accumulate,
