@@ -40,7 +40,7 @@ public sealed class KernelBudgetTests
     [
         "norm_forward", "norm_backward", "add_forward", "scale_rows", "gelu_forward",
         "gelu_backward",
-        "swiglu_forward", "swiglu_backward", "rope", "cast_to_real", "cast_to_float",
+        "swiglu_forward", "swiglu_backward", "rope", "heads", "cast_to_real", "cast_to_float",
         "lora_gradient_x", "adamw", "adamw_bf16_moments",
         "lookup_rows", "weighted_gather", "sum_by_id", "gather_rows", "columns_forward",
         "columns_backward", "cache_append", "splice_forward", "splice_text_backward",
