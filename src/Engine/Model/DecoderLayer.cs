@@ -1,4 +1,5 @@
 using MiniCpmNative.Autograd;
+using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Ops;
 
@@ -18,11 +19,13 @@ internal sealed class DecoderLayer : Layer<DecoderContext>
     private readonly Rope _rope;
     private readonly Attention _attention, _cachedAttention;
     private readonly DecoderSpec _spec;
+    private readonly Recomputation _recomputation;
     private readonly int _index;
 
-    public DecoderLayer(DecoderSpec spec, ModuleScope scope, int index)
+    public DecoderLayer(
+        DecoderSpec spec, ModuleScope scope, int index, Recomputation recomputation)
     {
-        (_spec, _index) = (spec, index);
+        (_spec, _index, _recomputation) = (spec, index, recomputation);
         int width = spec.HiddenSize, keys = spec.KvHeads * spec.HeadDim;
         ModuleScope attention = scope.In("self_attn"), mlp = scope.In("mlp");
         _query = attention.Linear("q_proj", width, spec.Heads * spec.HeadDim, spec.QkvBias);
@@ -52,15 +55,31 @@ internal sealed class DecoderLayer : Layer<DecoderContext>
 
     public override Tensor Forward(Graph graph, Tensor x, DecoderContext context)
     {
-        Tensor a = _inputNorm.Run(graph, x);
-        Tensor q = Turned(graph, _query.Run(graph, a), _queryNorm, context);
-        Tensor k = Turned(graph, _key.Run(graph, a), _keyNorm, context);
+        Recompute kind = _recomputation.Decoder(_index);
+        bool norms = kind >= Recompute.Norms, mlp = kind >= Recompute.Mlp;
+        // What no backward reads is dropped whatever is recomputed: frozen projections do not read
+        // their inputs, rotations and sums none.
+        Tensor a = _inputNorm.Run(
+            graph, x, norms || !(_query.ReadsInput || _key.ReadsInput || _value.ReadsInput));
+        Tensor q = Turned(graph, _query, a, _queryNorm, context);
+        Tensor k = Turned(graph, _key, a, _keyNorm, context);
         Tensor v = _value.Run(graph, a);
-        a = Attend(graph, q, k, v, context);
-        x = graph.Run(_add, x, _output.Run(graph, a));
-        a = _postNorm.Run(graph, x);
-        a = graph.Run(s_swiGlu, _gate.Run(graph, a), _up.Run(graph, a));
-        return graph.Run(_add, x, _down.Run(graph, a));
+        graph.Drop(a);
+        a = _output.RunFleeting(graph, Attend(graph, q, k, v, context));
+        x = graph.Run(_add, x, a);
+        graph.Drop(a);
+        a = _postNorm.Run(graph, x, norms || !(_gate.ReadsInput || _up.ReadsInput));
+        Tensor gate = _gate.Run(graph, a, mlp), up = _up.Run(graph, a, mlp);
+        graph.Drop(a);
+        Tensor s = kind >= Recompute.Swiglu || !_down.ReadsInput
+            ? graph.RunFleeting(s_swiGlu, gate, up) : graph.Run(s_swiGlu, gate, up);
+        graph.Drop(gate);
+        graph.Drop(up);
+        a = _down.RunFleeting(graph, s);
+        graph.Drop(s);
+        x = graph.RunLast(_add, x, a);
+        graph.Drop(a);
+        return x;
     }
 
     private Tensor Attend(Graph graph, Tensor q, Tensor k, Tensor v, DecoderContext context)
@@ -74,15 +93,19 @@ internal sealed class DecoderLayer : Layer<DecoderContext>
 
     // Queries or keys [tokens, heads * headDim], normalised per head where the model does, turned
     // by their positions.
-    private Tensor Turned(Graph graph, Tensor x, Norm? norm, DecoderContext context)
+    private Tensor Turned(
+        Graph graph, Projection projection, Tensor x, Norm? norm, DecoderContext context)
     {
+        x = projection.Run(graph, x, fleeting: norm is null);
         if (norm is not null)
         {
             int cols = x.Shape.Cols, tokens = (int)x.Shape.Rows;
-            x = norm.Run(graph, x.Reshape(tokens * (cols / _spec.HeadDim), _spec.HeadDim))
-                .Reshape(tokens, cols);
+            x = norm.Run(graph, x.Reshape(tokens * (cols / _spec.HeadDim), _spec.HeadDim),
+                fleeting: true).Reshape(tokens, cols);
         }
 
-        return graph.Run(_rope, x, context.Positions, context.RopeCos, context.RopeSin);
+        Tensor y = graph.Run(_rope, x, context.Positions, context.RopeCos, context.RopeSin);
+        graph.Drop(x);
+        return y;
     }
 }

@@ -31,6 +31,9 @@ public sealed class Projection
 
     public bool Trainable { get; }
 
+    /// <summary>Whether backward reads x: where its own weights are frozen, it does not.</summary>
+    public bool ReadsInput => _adapted || Weight.Tensor.Variable != 0;
+
     /// <summary>What x is multiplied by.</summary>
     public Weight Weight { get; }
 
@@ -38,6 +41,15 @@ public sealed class Projection
     public Tensor Run(Graph graph, Tensor x) => _adapted
         ? graph.Run(_op, x, Weight.Tensor, _bias, _a, _b)
         : graph.Run(_op, x, Weight.Tensor, _bias);
+
+    /// <summary>The same, <see cref="Graph.RunFleeting"/>.</summary>
+    public Tensor RunFleeting(Graph graph, Tensor x) => _adapted
+        ? graph.RunFleeting(_op, x, Weight.Tensor, _bias, _a, _b)
+        : graph.RunFleeting(_op, x, Weight.Tensor, _bias);
+
+    /// <summary>One or the other.</summary>
+    public Tensor Run(Graph graph, Tensor x, bool fleeting) =>
+        fleeting ? RunFleeting(graph, x) : Run(graph, x);
 
     // Dense weights are an input, so that the tape can give them a gradient.
     private static Weight? Other(Weight weight) => weight is DenseWeight ? null : weight;
@@ -48,7 +60,11 @@ public sealed class Norm(Op op, Tensor weight, Tensor bias)
 {
     public bool Trainable { get; } = weight.Variable != 0 || bias.Variable != 0;
 
-    public Tensor Run(Graph graph, Tensor x) => bias.Exists
-        ? graph.Run(op, x, weight, bias)
-        : graph.Run(op, x, weight);
+    public Tensor Run(Graph graph, Tensor x, bool fleeting = false) => (bias.Exists, fleeting) switch
+    {
+        (true, true) => graph.RunFleeting(op, x, weight, bias),
+        (true, false) => graph.Run(op, x, weight, bias),
+        (false, true) => graph.RunFleeting(op, x, weight),
+        _ => graph.Run(op, x, weight),
+    };
 }
