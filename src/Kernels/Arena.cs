@@ -111,8 +111,7 @@ public sealed class Arena(Func<(nint Start, long Capacity)> reserve)
             .Select(s => $"{s.Name} {s.Spec} {s.Bytes / 1048576.0:F1} MiB");
         return new($"out of memory: {name} {spec} needs {bytes / 1048576.0:F1} MiB, "
             + $"{(Capacity - _far - _top) / 1048576.0:F1} of {Capacity / 1048576.0:F1} MiB are free; "
-            + $"largest: {string.Join(", ", largest)}; "
-            + "try gradient_checkpointing=true or a smaller per_device_train_batch_size");
+            + $"largest: {string.Join(", ", largest)}");
     }
 
     private readonly record struct Slot(long Offset, long Bytes, int Serial, string Name,

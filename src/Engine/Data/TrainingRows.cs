@@ -21,6 +21,7 @@ public sealed partial class TrainingRows : IRowLoader
     private readonly bool _orient, _skip;
     private readonly ThreadLocal<PatchStrips> _strips;
     private readonly Action<string> _message;
+    private readonly Dictionary<int, RowSize> _sizes = [];
     private IReadOnlyList<Row> _rows;
     private bool[] _leftOut;
     private BadRow[] _bad = [];
@@ -102,14 +103,20 @@ public sealed partial class TrainingRows : IRowLoader
 
     public Row this[int row] => _rows[row];
 
+    /// <summary>What a row that was checked brings to the device.</summary>
+    public RowSize Size(int row) => _sizes.GetValueOrDefault(_rows[row].Number);
+
     /// <summary>A row's tokens, labels and bounds.</summary>
     /// <exception cref="BadRowException">The row cannot be trained on.</exception>
     public Sample Sample(int row) => Build(_rows[row], Plans(_rows[row], out _));
 
     /// <inheritdoc/>
-    public void Append(int row, Batch batch) => Append(_rows[row], batch);
+    public void Append(int row, Batch batch) => Append(_rows[row], batch, decode: true);
 
-    private void Append(Row row, Batch batch)
+    /// <summary>As Append, without decoding pictures: the pixels are undefined.</summary>
+    public void Outline(int row, Batch batch) => Append(_rows[row], batch, decode: false);
+
+    private void Append(Row row, Batch batch, bool decode)
     {
         SlicePlan[] plans = Plans(row, out PictureInfo[] pictures);
         Sample sample = Build(row, plans);
@@ -141,7 +148,8 @@ public sealed partial class TrainingRows : IRowLoader
         }
 
         foreach (int picture in sample.Pictures)
-            AppendPicture(row, picture, plans[picture], Turn(pictures[picture]), batch);
+            AppendPicture(
+                row, picture, plans[picture], decode ? Turn(pictures[picture]) : null, batch);
         if (batch.Grids.Count / 2 < firstView + sample.Bounds.Length)
             throw row.Bad("its text has more places for pictures than there are views");
     }
@@ -157,10 +165,12 @@ public sealed partial class TrainingRows : IRowLoader
             + $"{_format.Vocabulary:N0} (vocab_size in config.json): they do not belong together");
     }
 
-    private void AppendPicture(Row row, int index, SlicePlan plan, int orientation, Batch batch)
+    // Without an orientation the picture is not decoded.
+    private void AppendPicture(Row row, int index, SlicePlan plan, int? orientation, Batch batch)
     {
         PatchStrips strips = _strips.Value!;
-        using Picture picture = Decode(row, index, orientation);
+        using Picture? picture =
+            orientation is { } turn ? Decode(row, index, turn) : null;
         for (int view = 0; view < plan.Views; view++)
         {
             PatchGrid grid = strips.Grid(plan, view);
@@ -173,7 +183,8 @@ public sealed partial class TrainingRows : IRowLoader
         long floats = strips.Patches(plan) * strips.PatchLength;
         if (floats > Array.MaxLength)
             throw row.Bad($"picture \"{row.Pictures[index].Path}\" has too many patches");
-        strips.Write(picture, plan, batch.Patches.Extend((int)floats));
+        Span<float> patches = batch.Patches.Extend((int)floats);
+        if (picture is not null) strips.Write(picture, plan, patches);
     }
 
     /// <summary>A row's picture as it is stored.</summary>

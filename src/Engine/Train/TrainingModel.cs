@@ -73,6 +73,7 @@ public sealed class TrainingModel : IDisposable
         {
             device = (devices ?? DeviceSource.Default).Open(arguments, say);
             source.MustFitOn(device);
+            if (source.Widened(device) is { } line) say?.Invoke(line);
             return Load(source, device, arguments, owns: true, kind);
         }
         catch

@@ -72,6 +72,15 @@ public sealed unsafe class CudaDevice : Device
 
     public int CublasVersion => _gemm.Version;
 
+    /// <summary>
+    /// Whether products of F32 are made in TF32, with 10 bits of mantissa: not unless said.
+    /// </summary>
+    public bool Tf32
+    {
+        get => _gemm.Tf32;
+        init => _gemm.Tf32 = value;
+    }
+
     /// <summary>Sees what is queued from now on; null, as at first, for nobody.</summary>
     public ILaunchWatch? Watch { get; set; }
 
