@@ -69,7 +69,7 @@ public sealed class BaseModel : IDisposable
     /// </summary>
     public bool HasChanged => Weights.Files.Any(file => file.HasChanged);
 
-    /// <summary>What a dry run needs to know; to be asked for while the weights are open.</summary>
+    /// <summary>What a dry run needs to know.</summary>
     public PlannedModel Planned
     {
         get
