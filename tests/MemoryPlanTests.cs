@@ -123,6 +123,69 @@ public sealed class MemoryPlanTests
         });
     }
 
+    [Test]
+    public void AsLittleIsRecomputedAsFits()
+    {
+        TrainArguments arguments = Real() with { DataPath = Rows(), NumTrainEpochs = 2 };
+        using DryRun dry = Dry(arguments);
+        var rows = TrainingRows.Open(
+            arguments.DataPath!, arguments, ModelSpec.Read(_folder).Rows(), _ => { });
+        var batches = PlannedBatches.Of(arguments, rows, null, new(arguments, rows.Count));
+        MemoryPlan all = MemoryPlan.Make(arguments, dry, batches, null);
+        Assert.That(all.Recomputation.Amount, Is.Zero);
+        // The longest row, and the one of most supervised tokens.
+        Assert.That((batches.Count, all.Rows), Is.EqualTo((2, "row 3 (id \"c\")")));
+        foreach (long gib in (long[])[20, 18, 17])
+        {
+            MemoryPlan plan = MemoryPlan.Make(arguments, dry, batches, gib << 30);
+            int amount = plan.Recomputation.Amount;
+            TestContext.Out.WriteLine($"{plan}");
+            Assert.That(plan.Parts.Total, Is.LessThanOrEqualTo(gib << 30));
+            Assert.That(amount, Is.Positive);
+            dry.Recomputation.Amount = amount - 1;
+            long less = batches.Max(b => dry.Train(b.Batch));
+            Assert.That(dry.Parts(less).Total, Is.GreaterThan(gib << 30), "one less fits too");
+            dry.Recomputation.Amount = 0;
+        }
+
+        var none = Assert.Throws<RunException>(
+            () => MemoryPlan.Make(arguments, dry, batches, 15L << 30))!;
+        Assert.That(none.Message, Does.StartWith("out of memory: the run takes 16.")
+            .And.Contains("row 3 (id \"c\")").And.Contains("may take 15.0 GiB")
+            .And.Contains("optim=adamw_bf16").And.Not.Contains("gradient_checkpointing"));
+    }
+
+    // The second row is mostly supervised, the third the longest.
+    private string Rows()
+    {
+        static object Row(string id, int asked, int answered) => new
+        {
+            id,
+            conversations = new[]
+            {
+                new { role = "user", content = new string('x', asked) },
+                new { role = "assistant", content = new string('y', answered) },
+            },
+        };
+        string file = Path.Combine(_folder, "rows.json");
+        File.WriteAllText(file, System.Text.Json.JsonSerializer.Serialize(
+            new[] { Row("a", 100, 100), Row("b", 10, 900), Row("c", 1500, 300) }));
+        return file;
+    }
+
+    [TestCase("24GiB", 24L << 30)]
+    [TestCase("24 GB", 24_000_000_000)]
+    [TestCase("512MiB", 512L << 20)]
+    [TestCase("0.5", 40L << 30)]
+    [TestCase("25%", 20L << 30)]
+    [TestCase("24", null)]
+    [TestCase("0", null)]
+    [TestCase("-1GiB", null)]
+    [TestCase("much", null)]
+    [TestCase("NaN", null)]
+    public void MemoryLimitsAreReadWithTheirUnit(string text, long? bytes) =>
+        Assert.That(MemoryLimit.Parse(text)?.Bytes(80L << 30), Is.EqualTo(bytes));
+
     private TrainArguments Arguments(string name) => (name == "full" ? V26.Full : V26.Lora with
     {
         LoraDropout = 0.1,

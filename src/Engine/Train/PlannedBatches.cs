@@ -32,6 +32,20 @@ internal static class PlannedBatches
         return found;
     }
 
+    /// <summary>The micro-batch of the first epoch whose size is nearest to the mean.</summary>
+    public static Batch Typical(TrainArguments arguments, TrainingRows rows, StepPlan plan)
+    {
+        var sampler = new Sampler(arguments, rows.Count);
+        double mean = Enumerable.Range(0, rows.Count)
+            .Average(i => (double)Weight(rows.Size(i))) * rows.Count / plan.MicroBatches;
+        int[] nearest = Enumerable.Range(0, plan.MicroBatches)
+            .Select(i => sampler.Batch(0, i).ToArray())
+            .MinBy(batch => Math.Abs(batch.Sum(row => (double)Weight(rows.Size(row))) - mean))!;
+        return Outline(rows, nearest);
+
+        static long Weight(RowSize size) => (long)size.Tokens + size.Patches;
+    }
+
     private static List<Planned> Make(
         TrainingRows rows, bool trains, long count, Func<long, int[]> order)
     {
