@@ -147,8 +147,8 @@ public sealed class CudaOpTests
     public void AWarmCallAllocatesNothing(object value, object type)
     {
         var c = (OpCase)value;
-        using var context = new CudaContext(NullCuda.Api());
-        using CudaDevice device = NullCuda.Device(context, (DType)type);
+        using CudaContext context = CountingCuda.Context(new("counted", 8, 80, 1 << 30));
+        using CudaDevice device = CountingCuda.Device(context, (DType)type);
         device.Random = new(12345, 7, c.Dropout);
         using var run = new OpRun(device, c.Op, c.Inputs(129));
         run.Forward();

@@ -192,7 +192,8 @@ public sealed class CudaTrainTests
             GradientCheckpointing = lora,
             GradientAccumulationSteps = 2,
         };
-        CudaApi nothing = NullCuda.Api();
+        using CudaContext counting = CountingCuda.Context(new("counted", 8, 80, 1 << 30));
+        CudaApi nothing = counting.Api;
         var devices = new DeviceSource
         {
             Cuda = () =>

@@ -1,4 +1,5 @@
 using System.Globalization;
+using MiniCpmNative.Engine.Train;
 using MiniCpmNative.GpuEmulator;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Cuda;
@@ -72,7 +73,7 @@ internal sealed class ColdKernels
             [x, Ints(positions), Table(tokens, 64), Table(tokens, 64)]);
         yield return new("attention", new Attention(heads, kv, 128, true, 0.088),
             [x, Float(tokens, keys), Float(tokens, keys), Ints(starts), Ints(starts)],
-            StepProfile.Causal(tokens));
+            StepWork.CausalPairs(tokens));
         yield return new("add", new Add(1), [x, x]);
         yield return new("swiglu", new SwiGlu(), [wide, wide]);
         foreach (var (from, to) in ((int, int)[])[

@@ -125,12 +125,16 @@ internal sealed class RealBench
         TrainArguments arguments = each.Arguments(
             model, rowsFile, Path.Combine(_options.Folder, "out"), _device,
             bf16: _device == DeviceChoice.Cuda);
+        if (!each.Checkpointing) arguments = arguments with { Recompute = _options.Recompute };
         Console.WriteLine();
         Console.WriteLine($"== {each.Name}: {each.What}");
         total.Restart();
         using TrainingModel training =
             TrainingModel.Open(arguments, _devices, Console.WriteLine);
-        Batch[] batches = Batches(each, arguments, training);
+        var rows = TrainingRows.Open(
+            arguments.DataPath!, arguments, training.Spec.Rows(), _ => { });
+        MemoryPlan? plan = Plan(arguments, training, rows);
+        Batch[] batches = Batches(each, rows);
         var trainer = new Trainer(arguments, training);
         double loaded = total.Elapsed.TotalSeconds;
         var seconds = new List<double>();
@@ -151,6 +155,9 @@ internal sealed class RealBench
         double whole = total.Elapsed.TotalSeconds;
         seconds.Sort();
         double median = seconds[seconds.Count / 2];
+        if (plan is not null)
+            Console.WriteLine($"planned {plan.Parts.Total / (double)(1 << 30):f3} GiB, taken "
+                + $"{training.Device.MemoryInUse / (double)(1 << 30):f3}");
         double gib = training.Device.MemoryInUse / (double)(1 << 30);
         _ours[each.Name] = new(tokens / median, tokens / seconds[0], median, gib);
         Console.WriteLine($"{tokens / median:N0} tok/s (best {tokens / seconds[0]:N0}), step "
@@ -178,11 +185,22 @@ internal sealed class RealBench
         return folder;
     }
 
-    private static Batch[] Batches(
-        RealCase each, TrainArguments arguments, TrainingModel training)
+    // As a run does it; in the order of the file, as the batches here.
+    private MemoryPlan? Plan(TrainArguments arguments, TrainingModel training, TrainingRows rows)
     {
-        var rows = TrainingRows.Open(
-            arguments.DataPath!, arguments, training.Spec.Rows(), _ => { });
+        if (training.Device is not CudaDevice device) return null;
+        arguments = arguments with { TrainSamplingStrategy = SamplingStrategy.Sequential };
+        var (free, total) = device.Context.Memory();
+        MemoryPlan plan = MemoryPlan.Make(
+            arguments, training.Base.Planned, device.Context.Card, rows, null, new(arguments, rows.Count),
+            arguments.MemoryLimit?.Bytes(total) ?? free + device.Context.HeldBytes);
+        plan.Apply(training);
+        Console.WriteLine(plan);
+        return plan;
+    }
+
+    private static Batch[] Batches(RealCase each, TrainingRows rows)
+    {
         var batches = new Batch[Math.Max(1, Math.Min(4, rows.Count / each.Batch))];
         for (int i = 0; i < batches.Length; i++)
         {
@@ -212,7 +230,7 @@ internal sealed class RealBench
     private void Profile(
         TrainingModel training, Trainer trainer, Batch batch, CudaDevice device, double median)
     {
-        using var profile = new StepProfile(device, StepProfile.PairsOf(batch));
+        using var profile = new StepProfile(device, StepWork.PairsOf(batch));
         device.Watch = profile;
         trainer.Step(Warm + _options.Steps, [batch], 1e-4);
         device.Watch = null;

@@ -1,3 +1,5 @@
+using MiniCpmNative.Engine.Config;
+
 namespace MiniCpmNative.Bench.Real;
 
 /// <summary>What `bench real` is asked for.</summary>
@@ -19,6 +21,7 @@ internal sealed class RealOptions
           --sizes NAME        full, or tiny: a rehearsal
           --hidden --layers --inter --heads --kv --vocab --vhidden --vinter --vlayers --vheads N
                               other sizes of the full model
+          --recompute NAME    what cases without gradient_checkpointing recompute (auto)
           --tokens N          tokens of a row (2048; long has 8 times as many)
           --picture N         side of the pictures (1344)
           --device NAME       cuda, cpu, or emulated: the GPU that the tests have (cuda)
@@ -32,7 +35,7 @@ internal sealed class RealOptions
         [
             "cases", "profile", "steps", "seconds", "peer", "peers", "folder", "base", "sizes",
             "hidden", "layers", "inter", "heads", "kv", "vocab", "vhidden", "vinter", "vlayers",
-            "vheads", "tokens", "picture", "device",
+            "vheads", "recompute", "tokens", "picture", "device",
         ];
         for (int i = 0; i < args.Length; i += 2)
         {
@@ -86,6 +89,11 @@ internal sealed class RealOptions
     public string[] Peers { get; }
 
     public string? Peer => _given.GetValueOrDefault("peer");
+
+    public Recompute Recompute =>
+        Enum.TryParse(_given.GetValueOrDefault("recompute", "auto"), true, out Recompute kind)
+            ? kind : throw new ArgumentException(
+                "--recompute must be auto, nothing, norms, swiglu, mlp or block");
 
     public int Steps => Number("steps", 10);
 

@@ -1,4 +1,4 @@
-using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Train;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Cuda;
 using MiniCpmNative.Kernels.Ops;
@@ -24,7 +24,7 @@ internal sealed class StepProfile(CudaDevice device, Func<Attention, int, int, d
         // All of the operation's on one kernel: how several share it is their own affair.
         _kernel = backward ? "attention_keys_backward" : "attention";
         _attention = op is Attention attention
-            ? (backward ? 10.0 : 4.0) * attention.HeadDim * attention.Heads
+            ? StepWork.AttentionFlops(attention, backward)
                 * pairs(attention, call.Inputs[0].Shape[0], call.Inputs[1].Shape[0])
             : 0;
     }
@@ -63,31 +63,6 @@ internal sealed class StepProfile(CudaDevice device, Func<Attention, int, int, d
 
         _queued.Clear();
     }
-
-    /// <summary>Of a training step on a batch.</summary>
-    public static Func<Attention, int, int, double> PairsOf(Batch batch) =>
-        (attention, queries, keys) =>
-        {
-            double pairs = 0;
-            if (attention.Causal)
-            {
-                for (int i = 0; i + 1 < batch.SequenceStarts.Count; i++)
-                    pairs += Causal(batch.SequenceStarts[i + 1] - batch.SequenceStarts[i]);
-                return pairs;
-            }
-
-            int pictures = batch.PictureStarts.Count - 1;
-            for (int i = 0; i < pictures; i++)
-            {
-                double patches = batch.PictureStarts[i + 1] - batch.PictureStarts[i];
-                pairs += patches * (queries == keys ? patches : queries / (double)pictures);
-            }
-
-            return pairs;
-        };
-
-    /// <summary>Of a causal sequence.</summary>
-    public static double Causal(double n) => n * (n + 1) / 2;
 }
 
 /// <summary>Launches of one name in a step.</summary>

@@ -17,6 +17,12 @@ namespace MiniCpmNative.Autograd;
 /// recorded, above the tape's top, and unwinds that piece before going on. Random masks are keyed
 /// by position, not drawn from a stream, so that the second run draws the same.
 ///
+/// A fleeting tensor is no longer there when the layer that made it has run: it comes from the pool
+/// and goes back when dropped. Backward makes it again, by the same operation on the same inputs
+/// (fleeting ones first), when an operation's backward reads it; most that are made to be fleeting
+/// nobody reads. What a block makes again in backward is computed only as far as it is read, too:
+/// not its last sum, nor the product before that.
+///
 /// Left out: views with gradients, several outputs of an operation, second derivatives, threads.
 /// Nothing here allocates once a step of the largest shape has run.
 /// </summary>
@@ -25,6 +31,8 @@ public sealed class Graph
     private readonly GradientPool _pool;
     private readonly GradientTarget[] _targets = new GradientTarget[Limits.MaxInputs];
     private readonly Tensor[] _saved = new Tensor[Outputs.MaxSaved];
+    private readonly Tensor[] _inputs = new Tensor[Limits.MaxInputs];
+    private readonly bool[] _trained = new bool[Limits.MaxInputs];
     private Variable[] _variables = new Variable[1024];
     private Node[] _nodes = new Node[1024];
     private Tensor[] _tensors = new Tensor[4096];
@@ -32,7 +40,7 @@ public sealed class Graph
     private int _parameterCount;
     private int _nodeCount;
     private int _tensorCount;
-    private bool _recording = true;
+    private bool _recording = true, _again;
 
     public Graph(Device device)
     {
@@ -97,14 +105,39 @@ public sealed class Graph
     /// tensor stands in two places.
     /// </exception>
     public Tensor Run(Op op, params ReadOnlySpan<Tensor> inputs) =>
-        Run(op, keepSaved: false, inputs);
+        Run(op, keepSaved: false, Life.Kept, inputs);
+
+    /// <summary>
+    /// As Run; backward does without the result, or makes it again. <see cref="Drop"/> ends its
+    /// life once the operations that read it have run.
+    /// </summary>
+    public Tensor RunFleeting(Op op, params ReadOnlySpan<Tensor> inputs) =>
+        Run(op, keepSaved: false, Life.Fleeting, inputs);
+
+    /// <summary>
+    /// As Run, for the last operation of a block, whose result nothing inside the block reads: a
+    /// block that runs again in backward leaves it undefined.
+    /// </summary>
+    public Tensor RunLast(Op op, params ReadOnlySpan<Tensor> inputs) =>
+        Run(op, keepSaved: false, _again ? Life.Unread : Life.Kept, inputs);
+
+    /// <summary>
+    /// Gives back the memory of a fleeting tensor, of a part with the others; nothing for others.
+    /// </summary>
+    public void Drop(in Tensor tensor)
+    {
+        ref Variable variable = ref _variables[Whole(tensor.Variable)];
+        if (variable.Maker == 0 || !variable.Value.Exists) return;
+        _pool.Return(variable.Value);
+        variable.Value = Tensor.None;
+    }
 
     /// <summary>
     /// As Run; what the operation saves stays readable through the spans until the scope ends.
     /// </summary>
     public Tensor Run(Op op, Span<Tensor> saved, params ReadOnlySpan<Tensor> inputs)
     {
-        Tensor output = Run(op, keepSaved: true, inputs);
+        Tensor output = Run(op, keepSaved: true, Life.Kept, inputs);
         _saved.AsSpan(0, saved.Length).CopyTo(saved);
         return output;
     }
@@ -224,25 +257,34 @@ public sealed class Graph
         }
     }
 
-    private Tensor Run(Op op, bool keepSaved, ReadOnlySpan<Tensor> inputs)
+    private Tensor Run(Op op, bool keepSaved, Life life, ReadOnlySpan<Tensor> inputs)
     {
-        bool needed = Needed(op, inputs);
+        bool record = Needed(op, inputs) && _recording;
         Span<Spec> specs = stackalloc Spec[inputs.Length];
         for (int i = 0; i < inputs.Length; i++) specs[i] = inputs[i].Spec;
         Outputs outputs = op.Infer(specs, Device.Activations);
+        bool fleeting = life == Life.Fleeting && record;
+        // A tensor that something may read later must be one that saves nothing.
+        bool later = record && outputs.SavedCount == 0
+            && (life == Life.Unread || (fleeting && _again));
         ArenaMark before = Device.Step.Mark();
-        Tensor output = Device.Step.Push(outputs.Output, op.Name);
+        Tensor output = fleeting
+            ? later ? new Tensor(0, outputs.Output) : _pool.Take(outputs.Output)
+            : Device.Step.Push(outputs.Output, op.Name);
         ArenaMark after = Device.Step.Mark();
         for (int i = 0; i < outputs.SavedCount; i++)
             _saved[i] = Device.Step.Push(outputs.Saved(i), op.Name);
         ReadOnlySpan<Tensor> saved = _saved.AsSpan(0, outputs.SavedCount);
-        bool record = needed && _recording;
-        Device.Forward(op, new OpCall(inputs, output, saved, record));
+        if (!later) Forward(op, inputs, output, outputs.SavedCount, record);
         if (record)
         {
             output = output with { Variable = NewVariable(Tensor.None) };
             Record(new Node(op, null, null, null, before, _tensorCount, inputs.Length, saved.Length,
                 output), inputs, saved);
+            if (!fleeting) return output;
+            ref Variable variable = ref _variables[output.Variable];
+            variable.Maker = _nodeCount;
+            if (!later) variable.Value = output;
         }
         else if (!keepSaved)
         {
@@ -251,6 +293,55 @@ public sealed class Graph
 
         return output;
     }
+
+    // Runs it on what there is of its inputs now; _saved has what it saves.
+    private void Forward(
+        Op op, ReadOnlySpan<Tensor> inputs, Tensor output, int saved, bool record)
+    {
+        bool any = false;
+        for (int i = 0; i < inputs.Length; i++) any |= _variables[Whole(inputs[i].Variable)].Maker > 0;
+        if (any)
+        {
+            for (int i = 0; i < inputs.Length; i++) Make(inputs[i]);
+            for (int i = 0; i < inputs.Length; i++) _inputs[i] = Current(inputs[i]);
+            inputs = _inputs.AsSpan(0, inputs.Length);
+        }
+
+        Device.Forward(op, new OpCall(inputs, output, _saved.AsSpan(0, saved), record));
+    }
+
+    // Makes a fleeting tensor that is not there by running its operation again, and those that
+    // this reads before.
+    private void Make(in Tensor tensor)
+    {
+        int made = Whole(tensor.Variable), maker = _variables[made].Maker;
+        if (maker == 0 || _variables[made].Value.Exists) return;
+        Node node = _nodes[maker - 1];
+        Span<Tensor> inputs = _tensors.AsSpan(node.FirstTensor, node.Inputs);
+        foreach (ref Tensor input in inputs)
+        {
+            Make(input);
+            input = Current(input);
+        }
+
+        Tensor value = _pool.Take(node.Output.Spec);
+        _variables[made].Value = value;
+        Device.Forward(node.Op!, new OpCall(
+            inputs, value, _tensors.AsSpan(node.FirstTensor + node.Inputs, node.Saved),
+            recorded: true));
+    }
+
+    // The tensor where it lies now, in the shape in which it is used here.
+    private Tensor Current(in Tensor tensor)
+    {
+        ref Variable whole = ref _variables[Whole(tensor.Variable)];
+        return whole.Maker > 0 && whole.Value.Exists
+            ? tensor with { Data = whole.Value.Data + _variables[tensor.Variable].Offset } : tensor;
+    }
+
+    // The variable whose operation made a tensor: its own, or that of which it is a part.
+    private int Whole(int variable) =>
+        _variables[variable].Whole.Exists ? _variables[variable].Whole.Variable : variable;
 
     private bool Needed(Op op, ReadOnlySpan<Tensor> inputs)
     {
@@ -297,6 +388,7 @@ public sealed class Graph
                 if (!kept && !variable.Borrowed) _pool.Return(variable.Gradient);
             }
 
+            Drop(node.Output);
             Device.Step.Pop(node.Mark);
             _tensorCount = node.FirstTensor;
             _variableCount = node.Output.Variable;
@@ -306,7 +398,7 @@ public sealed class Graph
     // Whether the gradient's memory is another variable's now.
     private bool Differentiate(in Node node, in Variable variable, Tensor outputGradient)
     {
-        ReadOnlySpan<Tensor> inputs = _tensors.AsSpan(node.FirstTensor, node.Inputs);
+        Span<Tensor> inputs = _tensors.AsSpan(node.FirstTensor, node.Inputs);
         int owner = HandOver(node, variable, inputs);
         bool wanted = false;
         for (int i = 0; i < inputs.Length; i++)
@@ -317,10 +409,18 @@ public sealed class Graph
             _targets[i] = at == 0 || handed ? GradientTarget.None : Wanted(inputs[i]);
         }
 
-        if (wanted)
-            Device.Backward(node.Op!, new OpCall(
-                inputs, node.Output, _tensors.AsSpan(node.FirstTensor + node.Inputs, node.Saved),
-                recorded: true, outputGradient, _targets.AsSpan(0, inputs.Length)));
+        if (!wanted) return owner != 0;
+        for (int i = 0; i < inputs.Length; i++) _trained[i] = inputs[i].Variable != 0;
+        for (int i = 0; i < inputs.Length; i++)
+        {
+            if (!node.Op!.BackwardReads(i, _trained)) continue;
+            Make(inputs[i]);
+            inputs[i] = Current(inputs[i]);
+        }
+
+        Device.Backward(node.Op!, new OpCall(
+            inputs, node.Output, _tensors.AsSpan(node.FirstTensor + node.Inputs, node.Saved),
+            recorded: true, outputGradient, _targets.AsSpan(0, inputs.Length)));
         return owner != 0;
     }
 
@@ -369,7 +469,9 @@ public sealed class Graph
         block.Acquire();
         try
         {
+            _again = true;
             Tensor y = node.Again!.Forward(this, block, x, node.Context!);
+            _again = false;
             if (y.Spec != node.Output.Spec)
                 throw new InvalidOperationException(
                     $"a block gave {node.Output.Spec}, then {y.Spec}");
@@ -378,6 +480,7 @@ public sealed class Graph
         }
         finally
         {
+            _again = false;
             block.Release();
         }
 
@@ -450,6 +553,10 @@ public sealed class Graph
 
         /// <summary>Number of parts, whose variables follow this one.</summary>
         public int Parts;
+
+        // Of a fleeting tensor: its node from 1, and where it lies while it is there.
+        public int Maker;
+        public Tensor Value;
     }
 
     /// <summary>
@@ -473,6 +580,8 @@ public sealed class Graph
         public override Tensor Forward(Graph graph, IBlock block, Tensor x, object context) =>
             ((IBlock<TContext>)block).Forward(graph, x, (TContext)context);
     }
+
+    private enum Life { Kept, Fleeting, Unread }
 
     private static class Limits
     {

@@ -16,6 +16,7 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
         usage: cpmx COMMAND ...
 
           train [CONFIG.json] [--name value ...]   fine-tune a model (cpmx train --help lists all keys)
+          plan CONFIG.json [--gpu 24GB]            what a training takes of a GPU, without one
           data check CONFIG.json [--name value ...]
                                                    read every row; name bad ones, show statistics
           trace CONFIG.json --rows ID,ID --out FILE.safetensors [--gradients]
@@ -39,8 +40,8 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
 
     private static readonly string[] s_commands =
     [
-        "train", "data", "trace", "chat", "eval", "predict", "merge", "export", "report", "doctor",
-        "help",
+        "train", "plan", "data", "trace", "chat", "eval", "predict", "merge", "export", "report",
+        "doctor", "help",
     ];
 
     public int Run(IReadOnlyList<string> args)
@@ -94,6 +95,8 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
                 return 0;
             case "train":
                 return TrainCommand.Run(Rest(args, 1), help, output, runners);
+            case "plan":
+                return PlanCommand.Run(Rest(args, 1), help, output, runners);
             case "data" when args.Count > 1 && (args[1] == "check" || help):
                 return DataCheckCommand.Run(Rest(args, 2), help, output, runners);
             case "data":

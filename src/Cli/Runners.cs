@@ -15,6 +15,8 @@ internal sealed record Runners
 {
     public Action<TrainArguments, ITrainLog, StopRequest> Train { get; init; } = TrainRun.Run;
 
+    public Func<TrainArguments, PlanRequest, TextWriter, bool> Plan { get; init; } = PlanRun.Run;
+
     public Func<TrainArguments, TextWriter, bool> CheckData { get; init; } =
         (arguments, output) => DataCheck.Run(
             arguments, ModelSpec.Read(arguments.ModelNameOrPath!).Rows(), output);

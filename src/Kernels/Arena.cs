@@ -31,6 +31,15 @@ public sealed class Arena(Func<(nint Start, long Capacity)> reserve)
     /// <summary>Most bytes ever taken from the far end.</summary>
     public long FarPeak { get; private set; }
 
+    /// <summary>Most bytes of both ever in use together: what the arena must have.</summary>
+    public long Needed { get; private set; }
+
+    /// <summary>What was being made when the most was needed.</summary>
+    public string Fullest { get; private set; } = "";
+
+    /// <summary>Bytes that are taken from the device: none before the first tensor.</summary>
+    public long Reserved => _room.IsValueCreated ? Capacity : 0;
+
     public bool IsEmpty => _count == 0;
 
     /// <summary>Room for a tensor; its content is undefined.</summary>
@@ -45,6 +54,7 @@ public sealed class Arena(Func<(nint Start, long Capacity)> reserve)
         var tensor = new Tensor(_room.Value.Start + (nint)_top, spec, ++_count, serial);
         _top += bytes;
         Peak = Math.Max(Peak, _top);
+        Measure(name);
         return tensor;
     }
 
@@ -57,12 +67,16 @@ public sealed class Arena(Func<(nint Start, long Capacity)> reserve)
         if (bytes > Capacity - _far - _top) throw Full(spec, name, bytes);
         _far += bytes;
         FarPeak = Math.Max(FarPeak, _far);
+        Measure(name);
         var (start, capacity) = _room.Value;
         return new Tensor(start + (nint)(capacity / Alignment * Alignment - _far), spec);
     }
 
     /// <summary>Ends the life of everything at the far end.</summary>
     public void PopFar() => _far = 0;
+
+    /// <summary>Forgets what was needed so far.</summary>
+    public void ResetNeeded() => (Needed, Fullest) = (_top + _far, "");
 
     public ArenaMark Mark() => new(_count, _top);
 
@@ -86,14 +100,18 @@ public sealed class Arena(Func<(nint Start, long Capacity)> reserve)
         }
     }
 
+    private void Measure(string name)
+    {
+        if (_top + _far > Needed) (Needed, Fullest) = (_top + _far, name);
+    }
+
     private DeviceMemoryException Full(Spec spec, string name, long bytes)
     {
         var largest = _slots.Take(_count).OrderByDescending(s => s.Bytes).Take(5)
             .Select(s => $"{s.Name} {s.Spec} {s.Bytes / 1048576.0:F1} MiB");
         return new($"out of memory: {name} {spec} needs {bytes / 1048576.0:F1} MiB, "
             + $"{(Capacity - _far - _top) / 1048576.0:F1} of {Capacity / 1048576.0:F1} MiB are free; "
-            + $"largest: {string.Join(", ", largest)}; "
-            + "try gradient_checkpointing=true or a smaller per_device_train_batch_size");
+            + $"largest: {string.Join(", ", largest)}");
     }
 
     private readonly record struct Slot(long Offset, long Bytes, int Serial, string Name,

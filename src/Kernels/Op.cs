@@ -32,6 +32,12 @@ public abstract record Op(string Name)
     public virtual bool PassesGradient(int input) => false;
 
     /// <summary>
+    /// Whether backward reads the values of this input when those that are trained want gradients;
+    /// where it does not, they need not be there any more.
+    /// </summary>
+    public virtual bool BackwardReads(int input, ReadOnlySpan<bool> trained) => true;
+
+    /// <summary>
     /// The input that it changes in place, which is then its result in the output's stead: it has
     /// no gradient and is not recorded. Null for all others, which leave their inputs alone.
     /// </summary>

@@ -30,6 +30,13 @@ public sealed partial record TrainArguments
     [Key("Model", "auto, cpu or cuda; auto takes CUDA when it is there")]
     public DeviceChoice Device { get; init; }
 
+    [Key("Model", "most GPU memory that the run takes: 24GiB, 24GB, or below 1 a share of the card; "
+        + "what is free when not given")]
+    public MemoryLimit? MemoryLimit { get; init; }
+
+    [Key("Model", "on a GPU, products of float32 in TF32: faster, with 10 bits of mantissa")]
+    public bool Tf32 { get; init; }
+
     [Key("Model", "threads of the CPU device; all processors when not given", Min = 1, Max = 4096)]
     public int? Threads { get; init; }
 
@@ -93,8 +100,12 @@ public sealed partial record TrainArguments
     [Key("Trained parts", "modules trained whole beside the adapters: list of names")]
     public IReadOnlyList<string>? ModulesToSave { get; init; }
 
-    [Key("Trained parts", "recompute activations in the backward pass to save memory")]
+    [Key("Trained parts", "recompute each layer in the backward pass to save memory: recompute=block")]
     public bool GradientCheckpointing { get; init; }
+
+    [Key("Trained parts", "what is recomputed: nothing, norms, swiglu (and norms), mlp (and norms), "
+        + "block, or auto: on a GPU as little as fits into its memory")]
+    public Recompute Recompute { get; init; }
 
     [Key("Optimisation", "passes over the data", Open = true, Max = 1e6)]
     public double NumTrainEpochs { get; init; } = 3;

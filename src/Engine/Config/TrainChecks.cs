@@ -13,6 +13,9 @@ public sealed partial record TrainArguments
         _ => [],
     };
 
+    /// <summary>What is computed again in backward, both keys together.</summary>
+    public Recompute Recomputes => GradientCheckpointing ? Recompute.Block : Recompute;
+
     /// <summary>The folder of the TensorBoard files.</summary>
     public string LogFolder => LoggingDir ?? Path.Combine(OutputDir, "runs");
 
@@ -42,6 +45,9 @@ internal static class TrainChecks
         Refuse(a.ModelNameOrPath is null, "model_name_or_path is missing: the folder of the model");
         Refuse(a.DataPath is null, "data_path is missing: the file with the training rows");
         Refuse(a.Bf16 && a.Fp16, "bf16 and fp16 are both true, at most one can be");
+        Refuse(a.GradientCheckpointing && a.Recompute is not (Recompute.Auto or Recompute.Block),
+            $"gradient_checkpointing recomputes every layer, recompute={TrainKeys.SnakeCase(a.Recompute.ToString())}"
+            + " less: leave one of them out");
         Refuse(a.UseLora && a.TuneLlm, "use_lora and tune_llm are both true: set tune_llm to false "
             + "(the language model then learns through its adapters)");
         Refuse(!a.UseLora && a.ModulesToSave is { Count: > 0 },

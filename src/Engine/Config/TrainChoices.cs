@@ -1,3 +1,4 @@
+using System.Globalization;
 using System.Text.RegularExpressions;
 
 namespace MiniCpmNative.Engine.Config;
@@ -48,6 +49,14 @@ public enum LossNormalization { Tokens, MicroBatchMean }
 /// </summary>
 public enum OptimizerKind { AdamwTorch, AdamwTorchFused, AdamwBf16 }
 
+/// <summary>
+/// What a layer computes again in backward instead of keeping it, each with what stands before it:
+/// the outputs of its norms; that of SwiGLU; gate and up, which leaves nothing of the MLP but its
+/// input; everything but the layer's input. Auto: on a GPU as little as fits into its memory, else
+/// nothing.
+/// </summary>
+public enum Recompute { Auto, Nothing, Norms, Swiglu, Mlp, Block }
+
 public enum LoraBias { None, All, LoraOnly }
 
 public enum WarmupCurve { Log, Linear }
@@ -60,6 +69,34 @@ public readonly record struct Interval(double Value)
     /// <summary>Steps: the value itself, or ceil(share * maxSteps), at least 1.</summary>
     public int Steps(int maxSteps) =>
         Value >= 1 ? (int)Value : Math.Max(1, (int)Math.Ceiling(maxSteps * Value));
+}
+
+/// <summary>Device memory as it was written: so many bytes, or up to 1 a share of it.</summary>
+public sealed record MemoryLimit(string Text, double Value)
+{
+    public long Bytes(long memory) => (long)(Value <= 1 ? Value * memory : Value);
+
+    /// <summary>Reads "24GiB", "24 GB", "500MiB", "0.5" or "50%"; null for anything else.</summary>
+    public static MemoryLimit? Parse(string text)
+    {
+        string number = text.TrimEnd([.. "GMTKBgmtkib% "]);
+        double factor = text[number.Length..].Trim().ToLowerInvariant() switch
+        {
+            "tib" => 1L << 40,
+            "gib" => 1L << 30,
+            "mib" => 1L << 20,
+            "tb" => 1e12,
+            "gb" => 1e9,
+            "mb" => 1e6,
+            "%" => 0.01,
+            "" => 1,
+            _ => double.NaN,
+        };
+        // Bytes below a mebibyte are a unit forgotten.
+        return double.TryParse(number, NumberStyles.Float, CultureInfo.InvariantCulture,
+            out double value) && value * factor is (> 0 and <= 1) or >= 1 << 20
+            ? new MemoryLimit(text, value * factor) : null;
+    }
 }
 
 /// <summary>

@@ -23,7 +23,7 @@ internal static class TrainForeignKeys
         log_level_replica log_on_each_node logging_nan_inf_filter mp_parameters
         prediction_loss_only project push_to_hub_model_id push_to_hub_organization
         push_to_hub_token ray_scope remove_unused_columns restore_callback_states_from_checkpoint
-        save_on_each_node skip_memory_metrics tf32 torch_compile torch_compile_backend
+        save_on_each_node skip_memory_metrics torch_compile torch_compile_backend
         torch_compile_mode torch_empty_cache_steps torchdynamo tpu_metrics_debug tpu_num_cores
         trackio_space_id use_ipex use_legacy_prediction_loop use_liger_kernel
         """.Split((char[])[' ', '\n', '\r'], StringSplitOptions.RemoveEmptyEntries));

@@ -44,6 +44,7 @@ internal static class TrainValues
             var type when type == typeof(double) => Number(key, given),
             var type when type == typeof(string) => Words(key, given),
             var type when type == typeof(Interval) => Steps(key, given),
+            var type when type == typeof(MemoryLimit) => Limit(key, given),
             var type when type == typeof(ResumePoint) => Resume(key, given),
             var type when type == typeof(TargetModules) => Targets(key, given),
             var type when type == typeof(IReadOnlyList<string>) => Names(key, given),
@@ -108,6 +109,10 @@ internal static class TrainValues
         if (text.Contains('\0')) throw Wrong(key, given, "a path");
         return Path.GetFullPath(text, given.Folder);
     }
+
+    private static MemoryLimit Limit(TrainKey key, Given given) =>
+        MemoryLimit.Parse(given.Plain())
+        ?? throw Wrong(key, given, "memory such as 24GiB or 24GB, or a share up to 1");
 
     private static ResumePoint? Resume(TrainKey key, Given given) =>
         given.Plain().ToLowerInvariant() switch

@@ -105,6 +105,7 @@ public static class TrainWriter
             case long number: json.WriteNumberValue(number); break;
             case double number: json.WriteNumberValue(number); break;
             case Interval interval: json.WriteNumberValue(interval.Value); break;
+            case MemoryLimit limit: json.WriteStringValue(limit.Text); break;
             case ResumePoint { Path: null }: json.WriteBooleanValue(true); break;
             case ResumePoint { Path: { } path }: json.WriteStringValue(path); break;
             case TargetModules { Pattern: { } pattern }: json.WriteStringValue(pattern); break;

@@ -91,8 +91,11 @@ public sealed class Batch
         }
     }
 
-    /// <summary>Adds the views of a picture; false where they are too many patches.</summary>
-    public bool TryAddPicture(PatchStrips strips, Picture picture, SlicePlan plan)
+    /// <summary>
+    /// Adds the views of a picture; false where they are too many patches. Without a picture the
+    /// pixels are undefined.
+    /// </summary>
+    public bool TryAddPicture(PatchStrips strips, Picture? picture, SlicePlan plan)
     {
         long floats = strips.Patches(plan) * strips.PatchLength;
         if (floats > Array.MaxLength) return false;
@@ -104,7 +107,8 @@ public sealed class Batch
             PictureStarts.Add(PictureStarts[PictureStarts.Count - 1] + grid.Patches);
         }
 
-        strips.Write(picture, plan, Patches.Extend((int)floats));
+        Span<float> patches = Patches.Extend((int)floats);
+        if (picture is not null) strips.Write(picture, plan, patches);
         return true;
     }
 }

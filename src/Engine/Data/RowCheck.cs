@@ -12,7 +12,22 @@ namespace MiniCpmNative.Engine.Data;
 /// <param name="Kinds">The kind of each of them, in words; null for a bad row.</param>
 public readonly record struct RowCheck(
     BadRow? Bad, int Tokens, int Supervised, bool Cut, int AnswersCut, int Pictures, int Turned,
-    long Pixels, IReadOnlyList<string>? Kinds);
+    long Pixels, IReadOnlyList<string>? Kinds)
+{
+    /// <summary>What it brings to the device; nothing for a bad row.</summary>
+    public RowSize Size { get; init; }
+}
+
+/// <summary>What a row, or several together, bring to the device.</summary>
+public readonly record struct RowSize(int Tokens, int Labels, int Views, int Patches)
+{
+    public static RowSize operator +(RowSize a, RowSize b) => new(
+        a.Tokens + b.Tokens, a.Labels + b.Labels, a.Views + b.Views, a.Patches + b.Patches);
+
+    /// <summary>Whether nothing of it is less than the other's.</summary>
+    public bool Covers(RowSize other) => Tokens >= other.Tokens && Labels >= other.Labels
+        && Views >= other.Views && Patches >= other.Patches;
+}
 
 /// <summary>What the usable rows of a file are like together; see <see cref="RowCheck"/>.</summary>
 /// <param name="Rows">Rows that are used.</param>

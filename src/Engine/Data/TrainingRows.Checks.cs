@@ -74,6 +74,7 @@ public sealed partial class TrainingRows
         Counts = RowCounts.Of(checks, Unreadable.Count, _orient, maxLength);
         if (Counts.Rows == 0) throw new InputException($"{Path}: no usable row is left");
         _bad = [.. checks.Select(c => c.Bad).OfType<BadRow>()];
+        for (int i = 0; i < checks.Length; i++) _sizes[_rows[i].Number] = checks[i].Size;
         _rows = [.. _rows.Where((_, i) => checks[i].Bad is null)];
         _leftOut = new bool[_rows.Count];
         if (!later) return;
@@ -215,7 +216,12 @@ public sealed partial class TrainingRows
                 null, sample.FullLength, sample.Supervised, sample.Cut, sample.AnswersCut,
                 pictures.Length, pictures.Count(picture => picture.Orientation != 1),
                 pictures.Sum(picture => (long)picture.Size.Width * picture.Size.Height),
-                [.. pictures.Select(picture => picture.Kind)]);
+                [.. pictures.Select(picture => picture.Kind)])
+            {
+                Size = new(sample.InputIds.Length, sample.Supervised,
+                    sample.Pictures.Sum(p => plans[p].Views),
+                    (int)sample.Pictures.Sum(p => _strips.Value!.Patches(plans[p]))),
+            };
         }
         catch (BadRowException failure)
         {

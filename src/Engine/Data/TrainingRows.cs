@@ -21,6 +21,7 @@ public sealed partial class TrainingRows : IRowLoader
     private readonly bool _orient, _skip;
     private readonly ThreadLocal<PatchStrips> _strips;
     private readonly Action<string> _message;
+    private readonly Dictionary<int, RowSize> _sizes = [];
     private IReadOnlyList<Row> _rows;
     private bool[] _leftOut;
     private BadRow[] _bad = [];
@@ -102,14 +103,20 @@ public sealed partial class TrainingRows : IRowLoader
 
     public Row this[int row] => _rows[row];
 
+    /// <summary>What a row that was checked brings to the device.</summary>
+    public RowSize Size(int row) => _sizes.GetValueOrDefault(_rows[row].Number);
+
     /// <summary>A row's tokens, labels and bounds.</summary>
     /// <exception cref="BadRowException">The row cannot be trained on.</exception>
     public Sample Sample(int row) => Build(_rows[row], Plans(_rows[row], out _));
 
     /// <inheritdoc/>
-    public void Append(int row, Batch batch) => Append(_rows[row], batch);
+    public void Append(int row, Batch batch) => Append(_rows[row], batch, decode: true);
 
-    private void Append(Row row, Batch batch)
+    /// <summary>As Append, without decoding pictures: the pixels are undefined.</summary>
+    public void Outline(int row, Batch batch) => Append(_rows[row], batch, decode: false);
+
+    private void Append(Row row, Batch batch, bool decode)
     {
         SlicePlan[] plans = Plans(row, out PictureInfo[] pictures);
         Sample sample = Build(row, plans);
@@ -121,7 +128,7 @@ public sealed partial class TrainingRows : IRowLoader
             batch.Targets.Add(sample.Labels[t]);
         }
 
-        Show(row, sample.InputIds, sample.Bounds, sample.Pictures, plans, pictures, batch);
+        Show(row, sample.InputIds, sample.Bounds, sample.Pictures, plans, pictures, batch, decode);
         if (batch.Grids.Count / 2 < firstView + sample.Bounds.Length)
             throw row.Bad("its text has more places for pictures than there are views");
     }
@@ -140,7 +147,7 @@ public sealed partial class TrainingRows : IRowLoader
 
     private void Show(
         Row row, int[] ids, ImageBound[] bounds, int[] shown, SlicePlan[] plans,
-        PictureInfo[] pictures, Batch batch)
+        PictureInfo[] pictures, Batch batch, bool decode = true)
     {
         int queries = _format.Placeholders.Queries;
         foreach (ImageBound bound in bounds)
@@ -149,7 +156,8 @@ public sealed partial class TrainingRows : IRowLoader
                     + $"expected {queries}");
         batch.AddRow(ids, bounds);
         foreach (int picture in shown)
-            AppendPicture(row, picture, plans[picture], Turn(pictures[picture]), batch);
+            AppendPicture(
+                row, picture, plans[picture], decode ? Turn(pictures[picture]) : null, batch);
     }
 
     private Sample Build(Row row, SlicePlan[] plans)
@@ -163,9 +171,10 @@ public sealed partial class TrainingRows : IRowLoader
             + $"{_format.Vocabulary:N0} (vocab_size in config.json): they do not belong together");
     }
 
-    private void AppendPicture(Row row, int index, SlicePlan plan, int orientation, Batch batch)
+    // Without an orientation the picture is not decoded.
+    private void AppendPicture(Row row, int index, SlicePlan plan, int? orientation, Batch batch)
     {
-        using Picture picture = Decode(row, index, orientation);
+        using Picture? picture = orientation is { } turn ? Decode(row, index, turn) : null;
         if (!batch.TryAddPicture(_strips.Value!, picture, plan))
             throw row.Bad($"picture \"{row.Pictures[index].Path}\" has too many patches");
     }

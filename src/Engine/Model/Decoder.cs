@@ -1,4 +1,5 @@
 using MiniCpmNative.Autograd;
+using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Ops;
@@ -22,18 +23,18 @@ public sealed class Decoder : IBatchInput
     private readonly Tensor _embedding, _vocabulary;
     private readonly DecoderLayer[] _layers;
     private readonly Norm _norm;
-    private readonly bool _checkpoint;
+    private readonly Recomputation _recomputation;
 
-    public Decoder(DecoderSpec spec, ModuleScope scope, bool checkpoint)
+    public Decoder(DecoderSpec spec, ModuleScope scope, Recomputation recomputation)
     {
-        (_spec, _checkpoint) = (spec, checkpoint);
+        (_spec, _recomputation) = (spec, recomputation);
         _lookUp = new Embedding(spec.EmbeddingScale);
         if (spec.OutputScale != 1) _outputScale = new Scale(spec.OutputScale);
         ModuleScope model = scope.In("model");
         _embedding = model.In("embed_tokens").Table("weight", false, spec.VocabSize, spec.HiddenSize);
         _layers = new DecoderLayer[spec.Layers];
         for (int i = 0; i < _layers.Length; i++)
-            _layers[i] = new DecoderLayer(spec, model.In("layers").In(i), i);
+            _layers[i] = new DecoderLayer(spec, model.In("layers").In(i), i, recomputation);
         _norm = model.RmsNorm(
             "norm", spec.HiddenSize, spec.RmsNormEpsilon, spec.FinalNormDecays);
         model.Module("rotary_emb");
@@ -54,7 +55,8 @@ public sealed class Decoder : IBatchInput
     {
         for (int i = 0; i < _layers.Length; i++)
         {
-            x = graph.Run(_layers[i], x, context, _checkpoint);
+            x = graph.Run(_layers[i], x, context,
+                checkpoint: _recomputation.Decoder(i) == Recompute.Block);
             probe?.Visit("llm.layer", i, x);
         }
 

@@ -1,4 +1,5 @@
 using MiniCpmNative.Autograd;
+using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Ops;
 
@@ -19,11 +20,13 @@ internal sealed class DecoderLayer : Layer<DecoderContext>
     private readonly Rope _rope;
     private readonly Attention _attention, _cachedAttention;
     private readonly DecoderSpec _spec;
+    private readonly Recomputation _recomputation;
     private readonly int _index;
 
-    public DecoderLayer(DecoderSpec spec, ModuleScope scope, int index)
+    public DecoderLayer(
+        DecoderSpec spec, ModuleScope scope, int index, Recomputation recomputation)
     {
-        (_spec, _index) = (spec, index);
+        (_spec, _index, _recomputation) = (spec, index, recomputation);
         int width = spec.HiddenSize, keys = spec.KvHeads * spec.HeadDim;
         ModuleScope attention = scope.In("self_attn"), mlp = scope.In("mlp");
         int queries = spec.Heads * spec.HeadDim;
@@ -58,17 +61,30 @@ internal sealed class DecoderLayer : Layer<DecoderContext>
 
     public override Tensor Forward(Graph graph, Tensor x, DecoderContext context)
     {
+        Recompute kind = _recomputation.Decoder(_index);
+        bool norms = kind >= Recompute.Norms;
         Span<Tensor> y = [Tensor.None, Tensor.None, Tensor.None];
-        Tensor a = _inputNorm.Run(graph, x);
+        // What no backward reads is dropped whatever is recomputed: frozen projections do not read
+        // their inputs, rotations and sums none.
+        Tensor a = _inputNorm.Run(graph, x, norms || !_heads.ReadsInput);
         _heads.Run(graph, a, context.Positions, context.RopeCos, context.RopeSin, y);
+        graph.Drop(a);
         Tensor q = Turned(graph, y[0], _queryNorm, context);
         Tensor k = Turned(graph, y[1], _keyNorm, context);
-        a = Attend(graph, q, k, y[2], context);
-        x = graph.Run(_add, x, _output.Run(graph, a));
-        a = _postNorm.Run(graph, x);
-        _gateAndUp.Run(graph, a, y);
-        a = graph.Run(s_swiGlu, y[0], y[1]);
-        return graph.Run(_add, x, _down.Run(graph, a));
+        a = _output.RunFleeting(graph, Attend(graph, q, k, y[2], context));
+        x = graph.Run(_add, x, a);
+        graph.Drop(a);
+        a = _postNorm.Run(graph, x, norms || !_gateAndUp.ReadsInput);
+        _gateAndUp.Run(graph, a, y, fleeting: kind >= Recompute.Mlp);
+        graph.Drop(a);
+        Tensor s = kind >= Recompute.Swiglu || !_down.ReadsInput
+            ? graph.RunFleeting(s_swiGlu, y[0], y[1]) : graph.Run(s_swiGlu, y[0], y[1]);
+        graph.Drop(y[0]);
+        a = _down.RunFleeting(graph, s);
+        graph.Drop(s);
+        x = graph.RunLast(_add, x, a);
+        graph.Drop(a);
+        return x;
     }
 
     private Tensor Attend(Graph graph, Tensor q, Tensor k, Tensor v, DecoderContext context)
@@ -87,8 +103,10 @@ internal sealed class DecoderLayer : Layer<DecoderContext>
     {
         if (norm is null) return x;
         int cols = x.Shape.Cols, tokens = (int)x.Shape.Rows;
-        x = norm.Run(graph, x.Reshape(tokens * (cols / _spec.HeadDim), _spec.HeadDim))
-            .Reshape(tokens, cols);
-        return graph.Run(_rope, x, context.Positions, context.RopeCos, context.RopeSin);
+        x = norm.Run(graph, x.Reshape(tokens * (cols / _spec.HeadDim), _spec.HeadDim),
+            fleeting: true).Reshape(tokens, cols);
+        Tensor y = graph.Run(_rope, x, context.Positions, context.RopeCos, context.RopeSin);
+        graph.Drop(x);
+        return y;
     }
 }

@@ -11,6 +11,31 @@ public sealed record OpenDevice(Device Device, string Name, IDisposable? Owner =
     /// <summary>Bytes of its memory that are free, or null where the machine's is used.</summary>
     public long? FreeBytes { get; init; }
 
+    /// <summary>The card of a GPU, else null.</summary>
+    public CardFigures? Card => (Device as CudaDevice)?.Context.Card;
+
+    /// <summary>
+    /// Bytes of a GPU that a run may take: those of the limit, or what was free without what the
+    /// driver and libraries take as they go.
+    /// </summary>
+    public long? Allowed(MemoryLimit? limit)
+    {
+        const long libraries = 512L << 20;
+        if (Device is not CudaDevice device || FreeBytes is not { } free) return null;
+        long total = device.Context.Memory().Total;
+        long all = free + device.Context.HeldBytes - Math.Min(libraries, total / 16);
+        return limit is null ? all : Math.Min(all, limit.Bytes(total));
+    }
+
+    /// <summary>What is in use of a GPU, by whomever, in words behind others.</summary>
+    public string InUse()
+    {
+        if (Device is not CudaDevice device) return "";
+        var (free, total) = device.Context.Memory();
+        return FormattableString.Invariant(
+            $"; {(total - free) / (double)(1 << 30):0.00} GiB of the card are in use by all");
+    }
+
     public void Dispose()
     {
         Device.Dispose();
@@ -83,7 +108,10 @@ public sealed record DeviceSource
                     + $"{LeastArchitecture / 10}.{LeastArchitecture % 10} or newer is needed");
             var device = new CudaDevice(
                 context, new ModuleCompiler(api.Nvrtc, Cache), ActivationsOf(arguments),
-                lineInfo: LineInfo);
+                lineInfo: LineInfo)
+            {
+                Tf32 = arguments.Tf32,
+            };
             if (arguments.Fp16)
                 say?.Invoke(
                     "fp16: weights are float16, the GPU computes in float32; bf16 is faster and "

@@ -43,12 +43,13 @@ public abstract class Family(string name)
     /// </summary>
     /// <param name="spec">What Read returned.</param>
     /// <param name="root">The root of the module tree.</param>
-    /// <param name="checkpoint">Whether layers keep only their input for backward.</param>
-    public virtual MiniCpmModel Build(ModelSpec spec, ModuleScope root, bool checkpoint)
+    /// <param name="recomputation">What layers compute again in backward.</param>
+    public virtual MiniCpmModel Build(ModelSpec spec, ModuleScope root, Recomputation recomputation)
     {
         // In state_dict's order.
-        var decoder = new Decoder(spec.Decoder, root.In("llm"), checkpoint);
-        IVisionTower vision = Tower(spec.Vision, root.As(ModelPart.Vision).In("vpm"), checkpoint);
+        var decoder = new Decoder(spec.Decoder, root.In("llm"), recomputation);
+        IVisionTower vision =
+            Tower(spec.Vision, root.As(ModelPart.Vision).In("vpm"), recomputation);
         var joiner = new Resampler(spec.Resampler, root.As(ModelPart.Joiner).In("resampler"));
         return new MiniCpmModel(spec, vision, joiner, decoder);
     }
@@ -74,8 +75,8 @@ public abstract class Family(string name)
     }
 
     /// <summary>Most members have SigLIP.</summary>
-    protected virtual IVisionTower Tower(VisionSpec spec, ModuleScope scope, bool checkpoint) =>
-        new SiglipTower(spec, scope, checkpoint);
+    protected virtual IVisionTower Tower(VisionSpec spec, ModuleScope scope, Recomputation recomputation) =>
+        new SiglipTower(spec, scope, recomputation);
 
     /// <summary>Most members have ChatML, as their template says.</summary>
     protected virtual PromptFormat Prompts(Tokenizer tokenizer, string directory) =>

@@ -49,20 +49,25 @@ public sealed class LoadedModel : IDisposable
     /// <param name="storage">Type of the weights.</param>
     /// <param name="trainables">The trained tensors on that device; null where none are.</param>
     /// <param name="adapters">Adapters that sit on linear layers.</param>
-    /// <param name="checkpointBlocks">Whether layers keep only their input for backward.</param>
+    /// <param name="recomputation">What layers compute again in backward; null for
+    /// nothing.</param>
     /// <param name="kind">Makes frozen weights of linear layers; null keeps them dense.</param>
     public static LoadedModel Load(
         OpenDevice device, ModelSpec spec, Checkpoint checkpoint, DType storage,
-        Trainables? trainables = null, Adapters? adapters = null, bool checkpointBlocks = false,
-        IWeightKind? kind = null)
+        Trainables? trainables = null, Adapters? adapters = null, Recomputation? recomputation = null,
+        IWeightKind? kind = null) => Build(device, spec, graph => new ModelWeights(
+            graph, checkpoint, trainables ?? new Trainables(device.Device, []),
+            adapters ?? Adapters.None, storage, kind), recomputation ?? Recomputation.None);
+
+    /// <summary>Builds a model of tensors that come from anywhere.</summary>
+    internal static LoadedModel Build(
+        OpenDevice device, ModelSpec spec, Func<Graph, ITensorSource> tensors,
+        Recomputation recomputation)
     {
         var graph = new Graph(device.Device);
-        var weights = new ModelWeights(
-            graph, checkpoint, trainables ?? new Trainables(device.Device, []),
-            adapters ?? Adapters.None, storage, kind);
-        var scope = new ModuleScope(new ParameterTable.Builder(), weights);
+        var scope = new ModuleScope(new ParameterTable.Builder(), tensors(graph));
         return new LoadedModel(
-            device, graph, spec, spec.Family.Build(spec, scope, checkpointBlocks));
+            device, graph, spec, spec.Family.Build(spec, scope, recomputation));
     }
 
     /// <summary>

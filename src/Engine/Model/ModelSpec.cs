@@ -68,7 +68,7 @@ public sealed record ModelSpec(
     private ParameterTable Describe()
     {
         var table = new ParameterTable.Builder();
-        Family.Build(this, new ModuleScope(table), checkpoint: false);
+        Family.Build(this, new ModuleScope(table), Recomputation.None);
         return table.Build();
     }
 }

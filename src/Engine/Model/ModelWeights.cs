@@ -9,10 +9,87 @@ namespace MiniCpmNative.Engine.Model;
 
 /// <summary>
 /// Hands the model its tensors by official name while it is built: trained ones from the flat
-/// ranges, as parameters of the tape, frozen ones copied from the files once, matrices packed in
-/// the type they are stored in, so that no second copy exists. Frozen values are rounded to the
-/// run's storage type as PyTorch's loader does; where that would
-/// only widen them they stay as they are.
+/// ranges, as parameters of the tape; where frozen ones come from is said by who derives from it.
+/// </summary>
+/// <param name="graph">The tape.</param>
+/// <param name="trainables">The trained ranges on the tape's device.</param>
+/// <param name="adapters">Adapters that sit on linear layers.</param>
+public abstract class ModelTensors(Graph graph, Trainables trainables, Adapters adapters)
+    : ITensorSource
+{
+    protected Device Device { get; } = graph.Device;
+
+    /// <summary>
+    /// A bias or a norm's weight; frozen ones are kept in F32, as kernels take them.
+    /// </summary>
+    public Tensor Vector(string name, int begin, int count) => trainables.Contains(name)
+        ? Parameter(name, begin, count) : FrozenVector(name, begin, count);
+
+    public Tensor Matrix(string name, int begin, int rows, int cols)
+    {
+        if (!trainables.Contains(name)) return FrozenMatrix(name, begin, rows, cols);
+        Tensor value = trainables.Value(name);
+        int all = checked((int)(value.Shape.Count / cols));
+        Tensor matrix = value.Reshape(all, cols).Slice(begin, rows);
+        return !trainables.Learns ? matrix : graph.Parameter(
+            matrix, trainables.Gradient(name).Reshape(all, cols).Slice(begin, rows));
+    }
+
+    // Row-major also when frozen.
+    public Tensor Table(string name) => trainables.Contains(name)
+        ? Parameter(name, 0, ShapeOf(name)[0]) : FrozenTable(name);
+
+    public Tensor Original(string name)
+    {
+        if (adapters.List.Count == 0 || !trainables.Contains(name)) return Tensor.None;
+        Shape shape = ShapeOf(name);
+        return FrozenMatrix(name, 0, shape[0], shape.Cols);
+    }
+
+    public bool IsPacked(string weight) => IsDense && !trainables.Contains(weight);
+
+    public void Together(int rows, int cols) =>
+        Device.PackTogether((long)rows * cols * Device.Activations.Size());
+
+    public Projection Projection(
+        string? module, string weight, int begin, int rows, Tensor bias)
+    {
+        Weight matrix = (trainables.Contains(weight) ? null : OtherKind(weight, begin, rows))
+            ?? new DenseWeight(Matrix(weight, begin, rows, ShapeOf(weight).Cols));
+        if (module is null || adapters.Find(module) is not { } adapter)
+            return new Projection(matrix, bias);
+        return new Projection(
+            matrix, bias, adapter, adapters.Dropout, Parameter(Adapters.NameOfA(module), 0, adapter.Rank),
+            Parameter(Adapters.NameOfB(module), 0, adapter.Outputs));
+    }
+
+    /// <summary>Whether frozen weights of linear layers are dense.</summary>
+    protected virtual bool IsDense => true;
+
+    protected abstract Shape ShapeOf(string name);
+
+    protected abstract Tensor FrozenVector(string name, int begin, int count);
+
+    /// <summary>In the device's packed form.</summary>
+    protected abstract Tensor FrozenMatrix(string name, int begin, int rows, int cols);
+
+    protected abstract Tensor FrozenTable(string name);
+
+    /// <summary>A frozen weight that is not dense, or null.</summary>
+    protected virtual Weight? OtherKind(string weight, int begin, int rows) => null;
+
+    private Tensor Parameter(string name, int begin, int count)
+    {
+        Tensor value = trainables.Operand(name).Slice(begin, count);
+        return !trainables.Learns ? value
+            : graph.Parameter(value, trainables.Gradient(name).Slice(begin, count));
+    }
+}
+
+/// <summary>
+/// Frozen tensors copied from the files once, matrices packed in the type they are stored in, so
+/// that no second copy exists. They are rounded to the run's storage type as PyTorch's loader does;
+/// where that would only widen them they stay as they are.
 /// </summary>
 /// <param name="graph">The tape.</param>
 /// <param name="checkpoint">The files.</param>
@@ -23,84 +100,45 @@ namespace MiniCpmNative.Engine.Model;
 public sealed class ModelWeights(
     Graph graph, Checkpoint checkpoint, Trainables trainables, Adapters adapters, DType storage,
     IWeightKind? kind = null)
-    : ITensorSource
+    : ModelTensors(graph, trainables, adapters)
 {
-    private readonly Device _device = graph.Device;
+    protected override bool IsDense => kind is null;
 
-    /// <summary>
-    /// A bias or a norm's weight; frozen ones are kept in F32, as kernels take them.
-    /// </summary>
-    public unsafe Tensor Vector(string name, int begin, int count)
+    protected override Shape ShapeOf(string name) => checkpoint.Get(name).Shape;
+
+    protected override unsafe Tensor FrozenVector(string name, int begin, int count)
     {
-        if (trainables.Contains(name)) return Parameter(name, begin, count);
-        Tensor vector = _device.Allocate(
-            new Spec(_device.Activations.Statistics(), new Shape(count)), name);
+        Tensor vector = Device.Allocate(
+            new Spec(Device.Activations.Statistics(), new Shape(count)), name);
         using var stored = new StorageValues(checkpoint.Get(name), begin, count, storage);
         var values = new float[count];
         fixed (float* to = values) FloatBits.Widen(stored.Data, stored.Type, to, count);
-        _device.WriteFloats(vector, values);
+        Device.WriteFloats(vector, values);
         return vector;
     }
 
-    public Tensor Matrix(string name, int begin, int rows, int cols)
-    {
-        if (!trainables.Contains(name)) return Packed(name, begin, rows, cols);
-        Tensor value = trainables.Value(name);
-        int all = checked((int)(value.Shape.Count / cols));
-        Tensor matrix = value.Reshape(all, cols).Slice(begin, rows);
-        return !trainables.Learns ? matrix : graph.Parameter(
-            matrix, trainables.Gradient(name).Reshape(all, cols).Slice(begin, rows));
-    }
-
-    // Row-major also when frozen.
-    public unsafe Tensor Table(string name)
-    {
-        StoredTensor file = checkpoint.Get(name);
-        if (trainables.Contains(name)) return Parameter(name, 0, file.Shape[0]);
-        using var values = new StorageValues(file, 0, file.Count, storage);
-        Tensor table = _device.Allocate(new Spec(values.Type, file.Shape), name);
-        _device.Upload(table, values.Data);
-        return table;
-    }
-
-    public Tensor Original(string name)
-    {
-        if (adapters.List.Count == 0 || !trainables.Contains(name)) return Tensor.None;
-        Shape shape = checkpoint.Get(name).Shape;
-        return Packed(name, 0, shape[0], shape.Cols);
-    }
-
-    public bool IsPacked(string weight) => kind is null && !trainables.Contains(weight);
-
-    public void Together(int rows, int cols) =>
-        _device.PackTogether((long)rows * cols * _device.Activations.Size());
-
-    public Projection Projection(
-        string? module, string weight, int begin, int rows, Tensor bias)
-    {
-        StoredTensor stored = checkpoint.Get(weight);
-        Weight matrix = (trainables.Contains(weight) ? null : kind?.Load(_device, stored, begin, rows))
-            ?? new DenseWeight(Matrix(weight, begin, rows, stored.Shape.Cols));
-        if (module is null || adapters.Find(module) is not { } adapter)
-            return new Projection(matrix, bias);
-        return new Projection(
-            matrix, bias, adapter, adapters.Dropout, Parameter(Adapters.NameOfA(module), 0, adapter.Rank),
-            Parameter(Adapters.NameOfB(module), 0, adapter.Outputs));
-    }
-
-    private Tensor Parameter(string name, int begin, int count)
-    {
-        Tensor value = trainables.Operand(name).Slice(begin, count);
-        return !trainables.Learns ? value
-            : graph.Parameter(value, trainables.Gradient(name).Slice(begin, count));
-    }
-
-    private unsafe Tensor Packed(string name, int begin, int rows, int cols)
+    protected override unsafe Tensor FrozenMatrix(string name, int begin, int rows, int cols)
     {
         using var values = new StorageValues(
             checkpoint.Get(name), (long)begin * cols, (long)rows * cols, storage);
-        return _device.Pack(values.Type, rows, cols, values.Data, name);
+        return Device.Pack(values.Type, rows, cols, values.Data, name);
     }
+
+    protected override unsafe Tensor FrozenTable(string name)
+    {
+        StoredTensor file = checkpoint.Get(name);
+        using var values = new StorageValues(file, 0, file.Count, storage);
+        Tensor table = Device.Allocate(new Spec(values.Type, file.Shape), name);
+        Device.Upload(table, values.Data);
+        return table;
+    }
+
+    /// <summary>The type in which a run of a storage type keeps a frozen tensor.</summary>
+    internal static DType StoredAs(DType file, DType storage) =>
+        storage == DType.F32 && file is DType.BF16 or DType.F16 ? file : storage;
+
+    protected override Weight? OtherKind(string weight, int begin, int rows) =>
+        kind?.Load(Device, checkpoint.Get(weight), begin, rows);
 
     /// <summary>
     /// Elements of a stored tensor in the run's storage type: the file's own memory when nothing
@@ -113,11 +151,9 @@ public sealed class ModelWeights(
         public StorageValues(StoredTensor file, long begin, long count, DType storage)
         {
             void* source = (byte*)file.Data + (begin * file.Type.Size());
-            bool exact = file.Type == storage
-                || (storage == DType.F32 && file.Type is DType.BF16 or DType.F16);
-            Type = exact ? file.Type : storage;
+            Type = StoredAs(file.Type, storage);
             Data = source;
-            if (exact) return;
+            if (Type == file.Type) return;
             _copy = Data = NativeMemory.Alloc((nuint)(count * storage.Size()));
             var wide = storage == DType.F32
                 ? (float*)_copy : (float*)NativeMemory.Alloc((nuint)count * 4);

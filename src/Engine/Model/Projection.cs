@@ -38,6 +38,9 @@ public sealed class Projection
 
     public bool Trainable { get; }
 
+    /// <summary>Whether backward reads x: where its own weights are frozen, it does not.</summary>
+    public bool ReadsInput => _adapted || Weight.Tensor.Variable != 0;
+
     /// <summary>What x is multiplied by.</summary>
     public Weight Weight { get; }
 
@@ -49,6 +52,15 @@ public sealed class Projection
     /// <summary>Its weight, bias and adapter as an operation takes them.</summary>
     internal void CopyTo(Span<Tensor> inputs) =>
         (inputs[0], inputs[1], inputs[2], inputs[3]) = (Weight.Tensor, _bias, _a, _b);
+
+    /// <summary>The same, <see cref="Graph.RunFleeting"/>.</summary>
+    public Tensor RunFleeting(Graph graph, Tensor x) => _adapted
+        ? graph.RunFleeting(_op, x, Weight.Tensor, _bias, _a, _b)
+        : graph.RunFleeting(_op, x, Weight.Tensor, _bias);
+
+    /// <summary>One or the other.</summary>
+    public Tensor Run(Graph graph, Tensor x, bool fleeting) =>
+        fleeting ? RunFleeting(graph, x) : Run(graph, x);
 
     // Dense weights are an input, so that the tape can give them a gradient.
     internal static Weight? Other(Weight weight) => weight is DenseWeight ? null : weight;
@@ -74,6 +86,7 @@ public sealed class Projections
     {
         Projection? adapted = Array.Find(layers, layer => layer.Adapter is not null);
         _columns = columns;
+        ReadsInput = Array.Exists(layers, layer => layer.ReadsInput);
         _op = new Linears(
             [.. layers.Select((layer, i) => new LinearPart(
                 columns[i], layer.Adapter?.Index ?? 0, Projection.Other(layer.Weight)))],
@@ -82,11 +95,17 @@ public sealed class Projections
         for (int i = 0; i < layers.Length; i++) layers[i].CopyTo(_inputs.AsSpan(1 + (Each * i)));
     }
 
-    /// <summary>x[rows, in] -> y of each, [rows, its columns].</summary>
-    public void Run(Graph graph, Tensor x, Span<Tensor> y)
+    /// <summary>Whether backward reads x, as of each.</summary>
+    public bool ReadsInput { get; }
+
+    /// <summary>
+    /// x[rows, in] -> y of each, [rows, its columns], which fall together where they are fleeting.
+    /// </summary>
+    public void Run(Graph graph, Tensor x, Span<Tensor> y, bool fleeting = false)
     {
         _inputs[0] = x;
-        graph.Split(graph.Run(_op, _inputs), y, _columns);
+        graph.Split(
+            fleeting ? graph.RunFleeting(_op, _inputs) : graph.Run(_op, _inputs), y, _columns);
     }
 
     /// <summary>The same with heads rotated: positions I32[rows] in the tables cos and sin.</summary>
@@ -103,7 +122,11 @@ public sealed class Norm(Op op, Tensor weight, Tensor bias)
 {
     public bool Trainable { get; } = weight.Variable != 0 || bias.Variable != 0;
 
-    public Tensor Run(Graph graph, Tensor x) => bias.Exists
-        ? graph.Run(op, x, weight, bias)
-        : graph.Run(op, x, weight);
+    public Tensor Run(Graph graph, Tensor x, bool fleeting = false) => (bias.Exists, fleeting) switch
+    {
+        (true, true) => graph.RunFleeting(op, x, weight, bias),
+        (true, false) => graph.Run(op, x, weight, bias),
+        (false, true) => graph.RunFleeting(op, x, weight),
+        _ => graph.Run(op, x, weight),
+    };
 }

@@ -22,12 +22,12 @@ public sealed class SiglipTower : IVisionTower
     private readonly VisionLayer[] _layers;
     private readonly Norm _post;
     private readonly VisionContext _context = new();
-    private readonly bool _checkpoint;
+    private readonly Recomputation _recomputation;
     private Tensor _patches, _filled;
 
-    public SiglipTower(VisionSpec spec, ModuleScope scope, bool checkpoint)
+    public SiglipTower(VisionSpec spec, ModuleScope scope, Recomputation recomputation)
     {
-        (_spec, _checkpoint) = (spec, checkpoint);
+        (_spec, _recomputation) = (spec, recomputation);
         ModuleScope embeddings = scope.In("embeddings"), layers = scope.In("encoder").In("layers");
         int width = spec.HiddenSize, side = spec.PositionsPerSide;
         _patchWeight = embeddings.Matrix("patch_embedding.weight",
@@ -48,7 +48,7 @@ public sealed class SiglipTower : IVisionTower
         probe?.Visit("vision.embeddings", x);
         for (int i = 0; i < _layers.Length; i++)
         {
-            x = graph.Run(_layers[i], x, _context, _checkpoint);
+            x = graph.Run(_layers[i], x, _context, _recomputation.Vision(i));
             probe?.Visit("vision.layer", i, x);
         }
 
@@ -165,8 +165,13 @@ internal sealed class VisionLayer : Layer<VisionContext>
         Tensor q = _query.Run(graph, a), k = _key.Run(graph, a), v = _value.Run(graph, a);
         a = graph.Run(_attention, q, k, v, context.PictureStarts, context.PictureStarts,
             Tensor.None, context.Tiles.OfQueries, context.Tiles.OfKeys);
-        x = graph.Run(s_add, x, _output.Run(graph, a));
+        a = _output.RunFleeting(graph, a);
+        x = graph.Run(s_add, x, a);
+        graph.Drop(a);
         a = _up.Run(graph, _norm2.Run(graph, x));
-        return graph.Run(s_add, x, _down.Run(graph, graph.Run(s_gelu, a)));
+        a = _down.RunFleeting(graph, graph.Run(s_gelu, a));
+        x = graph.RunLast(s_add, x, a);
+        graph.Drop(a);
+        return x;
     }
 }

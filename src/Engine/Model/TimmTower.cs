@@ -21,12 +21,12 @@ public sealed class TimmTower : IVisionTower
     private readonly Norm _norm;
     private readonly VisionContext _context = new();
     private readonly PositionResampling _resampling;
-    private readonly bool _checkpoint;
+    private readonly Recomputation _recomputation;
     private Tensor _patches, _starts, _ids, _weights;
 
-    public TimmTower(VisionSpec spec, ModuleScope scope, bool checkpoint)
+    public TimmTower(VisionSpec spec, ModuleScope scope, Recomputation recomputation)
     {
-        (_spec, _checkpoint) = (spec, checkpoint);
+        (_spec, _recomputation) = (spec, recomputation);
         int width = spec.HiddenSize, side = spec.PositionsPerSide;
         _resampling = new PositionResampling(side);
         ModuleScope embed = scope.In("patch_embed");
@@ -54,7 +54,7 @@ public sealed class TimmTower : IVisionTower
         probe?.Visit("vision.embeddings", x);
         for (int i = 0; i < _layers.Length; i++)
         {
-            x = graph.Run(_layers[i], x, _context, _checkpoint);
+            x = graph.Run(_layers[i], x, _context, _recomputation.Vision(i));
             probe?.Visit("vision.layer", i, x);
         }
 

@@ -69,6 +69,17 @@ public sealed class BaseModel : IDisposable
     /// </summary>
     public bool HasChanged => Weights.Files.Any(file => file.HasChanged);
 
+    /// <summary>What a dry run needs to know.</summary>
+    public PlannedModel Planned
+    {
+        get
+        {
+            var types = Weights.Tensors.ToDictionary(
+                t => t.Name, t => ModelWeights.StoredAs(t.Type, Storage), StringComparer.Ordinal);
+            return new(Spec, Parts, name => types[name]);
+        }
+    }
+
     private DType Moments { get; init; }
 
     /// <param name="arguments">Say what is loaded, and what of it is trained.</param>
@@ -122,6 +133,15 @@ public sealed class BaseModel : IDisposable
             throw;
         }
     }
+
+    /// <summary>
+    /// What there is to say of a GPU that computes in float32 although the weights have 16 bits.
+    /// </summary>
+    public string? Widened(OpenDevice device) =>
+        device.FreeBytes is null || device.Device.Activations != DType.F32 || Storage != DType.F32
+            || !Weights.Tensors.Any(t => t.Shape.Rank > 1 && t.Type == DType.BF16) ? null
+        : "the weights are bfloat16, the GPU computes in float32: bf16=true is several times faster "
+            + "and takes half the memory";
 
     /// <summary>Refuses a device whose free memory the weights alone exceed.</summary>
     /// <exception cref="RunException">Says what is needed, free, and takes less.</exception>

@@ -90,7 +90,16 @@ public sealed partial class TrainRun
         if ((_rows.Failure ?? _evaluationRows?.Failure) is { } bad) throw new BadRowException(bad);
         if (filled > 0)
         {
-            _trainer.Queue(done, _batches.AsSpan(0, filled), _schedule.At(done));
+            try
+            {
+                _trainer.Queue(done, _batches.AsSpan(0, filled), _schedule.At(done));
+            }
+            catch (DeviceMemoryException full)
+            {
+                throw new RunException(
+                    $"step {done + 1}, {StepRows(done + 1)}: {full.Message}; "
+                    + MemoryPlan.Advice(_arguments), full);
+            }
         }
         else
         {
@@ -100,6 +109,16 @@ public sealed partial class TrainRun
 
         loader.Return(micro);
         return true;
+    }
+
+    private string StepRows(int step)
+    {
+        StepBatches batches = _plan.Batches(step);
+        var order = new Sampler(_arguments, _rows.Count);
+        var rows = new List<int>();
+        for (int i = 0; i < batches.Count; i++)
+            rows.AddRange(order.Batch(batches.Epoch, batches.First + i));
+        return PlannedBatches.Names(_rows, rows.ToArray());
     }
 
     /// <summary>What follows a step; true when a stop was asked for.</summary>

@@ -24,6 +24,9 @@ public sealed partial class TrainRun
     private readonly IReadOnlyList<Metric> _metrics;
     private readonly RowAnswerer? _answerer;
     private readonly int _workers;
+    private readonly PlannedModel _planned;
+    private readonly OpenDevice _device;
+    private MemoryPlan? _memory;
     private StepPlan _plan;
     private Schedule _schedule;
     private Sampler _sampler;
@@ -40,7 +43,10 @@ public sealed partial class TrainRun
             _evaluationRows = TrainingRows.Open(evaluation, arguments, format, log.Message);
         Plan();
         CheckPlaces(source);
+        (_planned, _device) = (source.Planned, device);
+        PlanMemory();
         _model = TrainingModel.Load(source, device, arguments);
+        _memory?.Apply(_model);
         _trainer = new Trainer(arguments, _model);
         if (arguments.EvalGenerate > 0 && _evaluationRows is not null)
             _answerer = new RowAnswerer(_model.Loaded, _evaluationRows, GenerationSettings.Of(
@@ -56,6 +62,14 @@ public sealed partial class TrainRun
         _plan = new StepPlan(_arguments, _rows.Count);
         _schedule = Schedule.Of(_arguments, _plan.MaxSteps);
         _sampler = new Sampler(_arguments, _rows.Count);
+    }
+
+    // Only a GPU's memory is taken in advance.
+    private void PlanMemory()
+    {
+        if (_device.Card is not { } card) return;
+        _memory = MemoryPlan.Make(_arguments, _planned, card, _rows, _evaluationRows, _plan,
+            _device.Allowed(_arguments.MemoryLimit));
     }
 
     private bool Evaluates => _arguments.EvalStrategy != When.No || _arguments.EvalOnStart;
@@ -77,6 +91,7 @@ public sealed partial class TrainRun
             arguments, source.SavedBytes, checkpoints: 1, RunPlaces.Free(arguments.OutputDir));
         using OpenDevice device = devices.Open(arguments, log.Message);
         source.MustFitOn(device);
+        if (source.Widened(device) is { } line) log.Message(line);
         new TrainRun(arguments, log, stop, folder, source, device).Run();
     }
 
@@ -100,8 +115,12 @@ public sealed partial class TrainRun
         _log.Start(new RunReport(
             _arguments, _plan, _model.DeviceName, _model.TotalParameters, _model.Trainables.Count,
             resumeFrom, _rows.Counts, _evaluationRows?.Counts));
+        if (_memory is not null) _log.Message($"{_memory}");
         WarnOfLargeCheckpoints();
         done = Steps(done);
+        if (_memory is not null)
+            _log.Message($"GPU memory: at most {RunPlaces.Gib(_model.Device.MemoryInUse)} taken, "
+                + $"{RunPlaces.Gib(_memory.Parts.Total)} planned{_device.InUse()}");
         if (_ended == StopReason.None) SaveResult(done);
         _log.End(done, _ended);
     }
@@ -169,6 +188,8 @@ public sealed partial class TrainRun
         {
             _rows.Restore(absent, leftOut);
             Plan();
+            PlanMemory();
+            _memory?.Apply(_model);
         }
 
         RunState now = State(0);

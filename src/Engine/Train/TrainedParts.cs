@@ -44,6 +44,18 @@ public sealed record TrainedParts(
             || spec.Parameters.Find(name) is not { Decays: false };
     }
 
+    /// <summary>
+    /// What layers compute again in backward as a configuration says it; nothing where it leaves
+    /// that to the memory there is.
+    /// </summary>
+    public Recomputation NewRecomputation(ModelSpec spec, TrainArguments arguments)
+    {
+        bool vision = Tensors.Any(t => t.Name.StartsWith("vpm.", StringComparison.Ordinal));
+        var found = new Recomputation(spec.Decoder.Layers, vision ? spec.Vision.Layers : 0);
+        found.Amount = found.Of(arguments.Recomputes);
+        return found;
+    }
+
     /// <summary>The adapter that a configuration asks for, or null without use_lora.</summary>
     public static AdapterConfig? AdapterOf(TrainArguments arguments, ModelSpec spec) =>
         !arguments.UseLora ? null : new AdapterConfig

@@ -25,7 +25,7 @@ namespace MiniCpmNative.Engine.Train;
 public sealed class Trainer
 {
     private readonly TrainArguments _arguments;
-    private readonly TrainingModel _model;
+    private readonly LoadedModel _model;
     private readonly Optimizer _optimizer;
     private double[] _weights = [];
     private Tensor _losses;
@@ -36,9 +36,14 @@ public sealed class Trainer
     private long _lastSettled;
 
     public Trainer(TrainArguments arguments, TrainingModel model)
+        : this(arguments, model.Loaded, model.Trainables)
+    {
+    }
+
+    internal Trainer(TrainArguments arguments, LoadedModel model, Trainables trainables)
     {
         (_arguments, _model) = (arguments, model);
-        _optimizer = new Optimizer(model.Device, model.Trainables, arguments);
+        _optimizer = new Optimizer(model.Device, trainables, arguments);
         Reserve(arguments.GradientAccumulationSteps);
     }
 

@@ -17,8 +17,10 @@ public sealed class TrainingModel : IDisposable
     private readonly bool _owns;
 
     private TrainingModel(
-        BaseModel source, LoadedModel loaded, bool owns, Trainables trainables) =>
-        (Base, _loaded, _owns, Trainables) = (source, loaded, owns, trainables);
+        BaseModel source, LoadedModel loaded, bool owns, Trainables trainables,
+        Recomputation recomputation) =>
+        (Base, _loaded, _owns, Trainables, Recomputation) =
+            (source, loaded, owns, trainables, recomputation);
 
     /// <summary>What it was loaded from.</summary>
     public BaseModel Base { get; }
@@ -35,6 +37,11 @@ public sealed class TrainingModel : IDisposable
     public TrainedParts Parts => Base.Parts;
 
     public Trainables Trainables { get; }
+
+    /// <summary>What layers compute again in backward; may change between steps.</summary>
+    public Recomputation Recomputation { get; }
+
+    internal LoadedModel Loaded => _loaded;
 
     public MiniCpmModel Model => _loaded.Model;
 
@@ -69,6 +76,7 @@ public sealed class TrainingModel : IDisposable
         {
             device = (devices ?? DeviceSource.Default).Open(arguments, say);
             source.MustFitOn(device);
+            if (source.Widened(device) is { } line) say?.Invoke(line);
             return Load(source, device, arguments, owns: true, kind);
         }
         catch
@@ -92,10 +100,11 @@ public sealed class TrainingModel : IDisposable
     {
         TrainedParts parts = source.Parts;
         var trainables = new Trainables(device.Device, parts.Tensors, MomentsOf(arguments));
+        Recomputation recomputation = parts.NewRecomputation(source.Spec, arguments);
         LoadedModel loaded = LoadedModel.Load(
             device, source.Spec, source.Weights, source.Storage, trainables, parts.Adapters,
-            arguments.GradientCheckpointing, kind);
-        var model = new TrainingModel(source, loaded, owns, trainables);
+            recomputation, kind);
+        var model = new TrainingModel(source, loaded, owns, trainables, recomputation);
         foreach (Trainable tensor in trainables.List)
             if (source.Weights.Find(tensor.Name) is { } stored)
                 trainables.Write(tensor.Name, stored.ToFloats());

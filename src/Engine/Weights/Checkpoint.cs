@@ -52,6 +52,11 @@ public sealed class Checkpoint : IDisposable
         }
     }
 
+    /// <summary>Whether a folder has weights at all.</summary>
+    public static bool IsThere(string directory) =>
+        File.Exists(Path.Combine(directory, SingleFile))
+        || File.Exists(Path.Combine(directory, IndexFile));
+
     public StoredTensor? Find(string name) => _tensors.GetValueOrDefault(name);
 
     /// <exception cref="InputException">There is no such tensor.</exception>

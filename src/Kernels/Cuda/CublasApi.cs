@@ -13,6 +13,9 @@ public sealed unsafe class CublasApi
     /// CUBLAS_GEMM_DEFAULT.</summary>
     public const int Compute32F = 68, DefaultAlgorithm = -1;
 
+    /// <summary>CUBLAS_COMPUTE_32F_FAST_TF32.</summary>
+    public const int ComputeTf32 = 77;
+
     /// <summary>cublasMath_t CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION: parts of a sum over
     /// k are added in the compute type, not in that of the result.</summary>
     public const int NoReducedPrecision = 16;

@@ -53,6 +53,12 @@ public sealed unsafe class CudaContext : IDisposable
     /// <summary>The driver's CUDA version, 1000 * major + 10 * minor.</summary>
     public int DriverVersion { get; }
 
+    /// <summary>Bytes of device memory that this process holds through it.</summary>
+    public long HeldBytes { get; internal set; }
+
+    /// <summary>What plans need of it.</summary>
+    public CardFigures Card => new(Name, Multiprocessors, Architecture, Memory().Total);
+
     public void MakeCurrent() =>
         Api.Driver.Check(Api.Driver.CtxSetCurrent(_context), "cuCtxSetCurrent");
 

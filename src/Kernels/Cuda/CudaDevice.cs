@@ -6,15 +6,15 @@ namespace MiniCpmNative.Kernels.Cuda;
 /// <summary>
 /// A CUDA GPU as a device: kernels.cu compiled for the storage type of activations, products by
 /// cuBLAS, everything queued on one stream in the order of the calls; only reading waits. Weights
-/// and other tensors of the run are allocated as they come; the first step takes most of what is
-/// left for its activations and their gradients.
+/// and other tensors of the run are allocated as they come; activations and their gradients share
+/// one piece, which the first step takes: as large as was planned, else most of what is left.
 /// </summary>
 public sealed unsafe class CudaDevice : Device
 {
     // Small tensors share an allocation; each starts on a line of its own.
     private const long SharedBytes = 4 << 20, LargestShared = 1 << 20, Alignment = 256;
 
-    // Left to the driver, cuBLAS and tables that grow later.
+    // Of what is free, without a plan; the rest is left to the driver and tables that grow later.
     private const double StepShare = 0.92;
 
     private readonly CudaGemm _gemm;
@@ -24,7 +24,7 @@ public sealed unsafe class CudaDevice : Device
     private readonly (Tensor From, GradientTarget To)[] _casts = new (Tensor, GradientTarget)[16];
     private int _castCount;
     private nint _shared;
-    private long _sharedLeft, _runBytes;
+    private long _sharedLeft;
     private nint _together;
     private long _togetherLeft;
 
@@ -46,7 +46,7 @@ public sealed unsafe class CudaDevice : Device
     {
         if (activations is not (DType.F32 or DType.BF16))
             throw new ArgumentException("a GPU computes in F32 or BF16", nameof(activations));
-        (Context, Activations, Kernels) = (context, activations, kernels);
+        (Context, Activations, StepBytes, Kernels) = (context, activations, stepBytes, kernels);
         Stream = new(context);
         _gemm = new(context, Stream);
         _staging = new(context, Stream);
@@ -54,11 +54,9 @@ public sealed unsafe class CudaDevice : Device
         Step = new Arena(() =>
         {
             Stream.Synchronise();
-            long bytes = stepBytes ?? (long)(Context.Memory().Free * StepShare);
+            long bytes = StepBytes ?? (long)(Context.Memory().Free * StepShare);
             bytes = Math.Max(Alignment, bytes / Alignment * Alignment);
-            nint start = Hold(bytes);
-            _runBytes -= bytes; // of these, MemoryInUse counts what is used
-            return (start, bytes);
+            return (Hold(bytes), bytes);
         });
     }
 
@@ -71,6 +69,15 @@ public sealed unsafe class CudaDevice : Device
 
     public int CublasVersion => _gemm.Version;
 
+    /// <summary>
+    /// Whether products of F32 are made in TF32, with 10 bits of mantissa: not unless said.
+    /// </summary>
+    public bool Tf32
+    {
+        get => _gemm.Tf32;
+        init => _gemm.Tf32 = value;
+    }
+
     /// <summary>Sees what is queued from now on; null, as at first, for nobody.</summary>
     public ILaunchWatch? Watch { get; set; }
 
@@ -78,8 +85,13 @@ public sealed unsafe class CudaDevice : Device
 
     public override DType Activations { get; }
 
+    /// <summary>
+    /// Bytes of the step's memory, taken by the first step; null takes most of what is free then.
+    /// </summary>
+    public long? StepBytes { get; set; }
+
     /// <summary>What lives as long as the run, and the most that a step needed.</summary>
-    public override long MemoryInUse => _runBytes + Step.Peak + Step.FarPeak;
+    public override long MemoryInUse => Context.HeldBytes - Step.Reserved + Step.Needed;
 
     /// <summary>
     /// I32[4]: the first wrong index that a kernel met; see <see cref="KernelFault"/>.
@@ -333,7 +345,6 @@ public sealed unsafe class CudaDevice : Device
 
     private nint Hold(long bytes)
     {
-        _runBytes += bytes;
         var slab = new DeviceSlab(Context, bytes);
         _slabs.Add(slab);
         return (nint)slab.Address;

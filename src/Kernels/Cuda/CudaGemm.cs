@@ -2,8 +2,8 @@ namespace MiniCpmNative.Kernels.Cuda;
 
 /// <summary>
 /// Products by cuBLAS, which sees row-major matrices as the transposed ones: c = a b is
-/// c^T = b^T a^T there. Sums are float, whatever the storage types: TF32 is not used, nor are
-/// parts of a sum added in 16 bits.
+/// c^T = b^T a^T there. Sums are float, whatever the storage types: no parts of one are added in 16
+/// bits, and TF32 is not used unless asked for.
 /// </summary>
 internal sealed unsafe class CudaGemm : IDisposable
 {
@@ -30,6 +30,9 @@ internal sealed unsafe class CudaGemm : IDisposable
             "cublasSetWorkspace");
     }
 
+    /// <summary>Whether products of F32 are made in TF32.</summary>
+    public bool Tf32 { get; set; }
+
     public int Version
     {
         get
@@ -53,7 +56,8 @@ internal sealed unsafe class CudaGemm : IDisposable
         int result =
             _cublas.GemmEx(_handle, Operation(b), Operation(a), c.Cols, c.Rows, a.Cols, &scale,
             (ulong)b.Data.Data, TypeOf(b), Stride(b), (ulong)a.Data.Data, TypeOf(a),
-            Stride(a), &keep, (ulong)c.Data.Data, TypeOf(c), Stride(c), CublasApi.Compute32F,
+            Stride(a), &keep, (ulong)c.Data.Data, TypeOf(c), Stride(c),
+            Tf32 && a.Data.Type == DType.F32 ? CublasApi.ComputeTf32 : CublasApi.Compute32F,
             CublasApi.DefaultAlgorithm);
         if (result != 0)
             CublasApi.Check(result, "cublasGemmEx", $"{c.Data.Spec} = {a.Data.Spec} {b.Data.Spec}");

@@ -28,6 +28,9 @@ public sealed record Linear(bool Transposed = false, Weight? Weight = null) : Op
     public override bool Differentiates(int input) =>
         input != 1 || Weight is null || Weight.Tensor.Exists;
 
+    public override bool BackwardReads(int input, ReadOnlySpan<bool> trained) =>
+        input != 0 || trained[1];
+
     public override void CpuForward<T>(in CpuCall<T> call)
     {
         CpuWeight<T> w = call.Weight(1, Weight);

@@ -29,6 +29,8 @@ public sealed record Rope(int HeadDim) : Op("rope")
 
     public override bool Differentiates(int input) => input == 0;
 
+    public override bool BackwardReads(int input, ReadOnlySpan<bool> trained) => input != 0;
+
     public override void CpuForward<T>(in CpuCall<T> call) =>
         Rotate(call, call.In(0), new Gradient<T>(call.Output, accumulate: false), T.One);
 

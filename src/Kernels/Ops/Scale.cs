@@ -15,6 +15,8 @@ public sealed record Scale(double Factor) : Op("scale")
 
     public override bool Differentiates(int input) => true;
 
+    public override bool BackwardReads(int input, ReadOnlySpan<bool> trained) => false;
+
     public override void CpuForward<T>(in CpuCall<T> call) => Elementwise.Scale(
         call.Workers, call.In(0), Real.Of<T>(Factor), new Gradient<T>(call.Output, false));
 

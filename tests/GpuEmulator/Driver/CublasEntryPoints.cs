@@ -120,10 +120,11 @@ internal static unsafe class CublasEntryPoints
         lock (gpu.Gate)
         {
             if (gpu.Find<Handle>(handle) is not { } h) return NotInitialised;
-            if (alpha == null || beta == null || compute != CublasApi.Compute32F)
+            bool tf32 = compute == CublasApi.ComputeTf32;
+            if (alpha == null || beta == null || (compute != CublasApi.Compute32F && !tf32))
                 return InvalidValue;
             // Scalars are read at the call: pointer mode is the host's.
-            gemm = gemm with { Alpha = *(float*)alpha, Beta = *(float*)beta };
+            gemm = gemm with { Alpha = *(float*)alpha, Beta = *(float*)beta, Tf32 = tf32 };
             if (gemm.RefusedValue() is { } reason)
             {
                 gpu.LastError = reason;

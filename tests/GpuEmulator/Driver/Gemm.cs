@@ -25,6 +25,10 @@ internal sealed unsafe record Gemm(
     public float Alpha { get; init; }
     public float Beta { get; init; }
 
+    /// <summary>Whether operands in float are rounded to TF32 first: 10 bits of
+    /// mantissa.</summary>
+    public bool Tf32 { get; init; }
+
     private int RowsA => TransA == 0 ? M : K;
     private int ColsA => TransA == 0 ? K : M;
     private int RowsB => TransB == 0 ? K : N;
@@ -56,8 +60,24 @@ internal sealed unsafe record Gemm(
         {
             float[] a = Read(gpu, A, batch, RowsA, ColsA, "A"),
                 b = Read(gpu, B, batch, RowsB, ColsB, "B");
+            if (Tf32)
+            {
+                Shorten(a);
+                Shorten(b);
+            }
+
             float[]? c = Beta != 0 ? Read(gpu, C, batch, M, N, "C") : null;
             Write(gpu, batch, Multiply(a, b, c));
+        }
+    }
+
+    private static void Shorten(float[] values)
+    {
+        for (int i = 0; i < values.Length; i++)
+        {
+            uint bits = BitConverter.SingleToUInt32Bits(values[i]);
+            bits += 0xFFF + (bits >> 13 & 1);
+            values[i] = BitConverter.UInt32BitsToSingle(bits & ~0x1FFFu);
         }
     }
 

@@ -15,10 +15,10 @@ internal sealed class MiniCpmO26() : Family("MiniCPM-o-2_6")
     public override ModelSpec Read(ModelConfig config) =>
         config.Spec(this, config.Decoder(qkvBias: true), config.Siglip());
 
-    public override MiniCpmModel Build(ModelSpec spec, ModuleScope root, bool checkpoint)
+    public override MiniCpmModel Build(ModelSpec spec, ModuleScope root, Recomputation recomputation)
     {
         root.PassOver("apm", "audio_projection_layer", "tts");
-        return base.Build(spec, root, checkpoint);
+        return base.Build(spec, root, recomputation);
     }
 
     public override string? Explain(string tensor) =>

@@ -15,9 +15,9 @@ internal sealed class MiniCpmO45() : Family("MiniCPM-o-4_5")
     public override ModelSpec Read(ModelConfig config) =>
         config.Spec(this, config.Decoder(qkNorm: true), config.Siglip());
 
-    public override MiniCpmModel Build(ModelSpec spec, ModuleScope root, bool checkpoint)
+    public override MiniCpmModel Build(ModelSpec spec, ModuleScope root, Recomputation recomputation)
     {
         root.PassOver("apm", "audio_projection_layer", "tts");
-        return base.Build(spec, root, checkpoint);
+        return base.Build(spec, root, recomputation);
     }
 }

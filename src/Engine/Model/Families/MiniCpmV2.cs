@@ -48,8 +48,8 @@ internal sealed class MiniCpmV2() : Family("MiniCPM-V-2")
     }
 
     protected override IVisionTower Tower(
-        VisionSpec spec, ModuleScope scope, bool checkpoint) =>
-        new TimmTower(spec, scope, checkpoint);
+        VisionSpec spec, ModuleScope scope, Recomputation recomputation) =>
+        new TimmTower(spec, scope, recomputation);
 
     protected override PromptFormat Prompts(Tokenizer tokenizer, string directory) =>
         new MiniCpmFormat(tokenizer, directory);

@@ -1,28 +1,48 @@
 using System.Runtime.InteropServices;
-using MiniCpmNative.Kernels.Cuda;
 
-namespace MiniCpmNative.Tests;
+namespace MiniCpmNative.Kernels.Cuda;
+
+/// <summary>What of a GPU decides which kernels run and how much memory they take.</summary>
+/// <param name="Architecture">10 * major + minor.</param>
+/// <param name="Memory">Bytes.</param>
+public sealed record CardFigures(string Name, int Multiprocessors, int Architecture, long Memory);
 
 /// <summary>
-/// CUDA tables whose calls succeed and do nothing: what is left is the host's own work, whose
-/// managed allocations can then be counted.
+/// CUDA tables whose calls succeed and do nothing, on any machine: the device above them goes
+/// through the same allocations and launches as on the card whose figures it has, so that what a
+/// run will take is counted rather than estimated. Numbers that come back are zeros.
 /// </summary>
-internal static unsafe class NullCuda
+public static unsafe class CountingCuda
 {
+    private static readonly Lock s_gate = new();
     private static readonly Dictionary<nint, string> s_names = [];
     private static ulong s_next = 1UL << 40;
     private static nint s_host;
+    private static CardFigures s_card = new("", 0, 0, 0);
 
     /// <summary>Counts launches by kernel, products, fills and copies, where there is one.</summary>
     public static Dictionary<string, int>? Calls { get; set; }
 
-    public static CudaApi Api() => new(Driver(), new(), Cublas());
+    /// <summary>A context of such a card.</summary>
+    public static CudaContext Context(CardFigures card)
+    {
+        // The tables are static: the card is there while the context asks for it.
+        lock (s_gate)
+        {
+            s_card = card;
+            return new CudaContext(new(Driver(), new(), Cublas()));
+        }
+    }
 
-    /// <summary>A device for a type of activations with every kernel of kernels.cu.</summary>
+    /// <summary>A device for a type of activations with every kernel that the card runs.</summary>
     public static CudaDevice Device(
-        CudaContext context, Kernels.DType activations, long stepBytes = 1L << 30) => new(
-        context, activations, stepBytes,
-        new CudaKernels(CudaModule.LoadPtx(context, [0], CudaKernels.Source, activations)));
+        CudaContext context, DType activations, long stepBytes = 1L << 46)
+    {
+        CudaModule all = CudaModule.LoadPtx(context, [0], CudaKernels.Source, activations);
+        return new(context, activations, stepBytes,
+            context.Architecture != 90 || activations == DType.F32 ? new CudaKernels(all)
+            : new(all, CudaModule.LoadPtx(context, [0], CudaKernels.HopperSource, activations)));
+    }
 
     private static CudaDriverApi Driver() => new()
     {
@@ -107,14 +127,22 @@ internal static unsafe class NullCuda
     [UnmanagedCallersOnly]
     private static int Name(byte* name, int length, int device)
     {
-        *name = 0;
+        int count = System.Text.Encoding.UTF8.GetBytes(
+            s_card.Name, new Span<byte>(name, length - 1));
+        name[count] = 0;
         return 0;
     }
 
     [UnmanagedCallersOnly]
     private static int Attribute(int* value, int attribute, int device)
     {
-        *value = attribute switch { 97 => 163 << 10, 16 => 132, _ => 8 };
+        *value = attribute switch
+        {
+            75 => s_card.Architecture / 10,
+            76 => s_card.Architecture % 10,
+            16 => s_card.Multiprocessors,
+            _ => s_card.Architecture switch { 90 => 227 << 10, 80 => 163 << 10, _ => 99 << 10 },
+        };
         return 0;
     }
 
@@ -130,7 +158,7 @@ internal static unsafe class NullCuda
     [UnmanagedCallersOnly]
     private static int Info(nuint* free, nuint* total)
     {
-        *free = *total = 1u << 30;
+        *free = *total = (nuint)s_card.Memory;
         return 0;
     }
 

@@ -1,0 +1,31 @@
+using MiniCpmNative.Autograd;
+using MiniCpmNative.Kernels;
+
+namespace MiniCpmNative.Engine.Model;
+
+/// <summary>
+/// Tensors that take their place on a device and have no content: of a model whose run is only
+/// counted, whether its weights are there or not.
+/// </summary>
+/// <param name="graph">The tape.</param>
+/// <param name="spec">The model.</param>
+/// <param name="trainables">The trained ranges on the tape's device.</param>
+/// <param name="adapters">Adapters that sit on linear layers.</param>
+/// <param name="storedAs">The type in which the run keeps a frozen tensor, by its name.</param>
+internal sealed class PlannedTensors(
+    Graph graph, ModelSpec spec, Trainables trainables, Adapters adapters,
+    Func<string, DType> storedAs)
+    : ModelTensors(graph, trainables, adapters)
+{
+    protected override Shape ShapeOf(string name) => spec.Parameters.Find(name)!.Shape;
+
+    protected override Tensor FrozenVector(string name, int begin, int count) =>
+        Device.Allocate(new Spec(Device.Activations.Statistics(), new Shape(count)), name);
+
+    protected override Tensor FrozenMatrix(string name, int begin, int rows, int cols) => new(
+        Device.Reserve(Device.PackedBytes(storedAs(name), rows, cols)),
+        new Spec(Device.Activations, new Shape(rows, cols), Layout.Packed));
+
+    protected override Tensor FrozenTable(string name) =>
+        Device.Allocate(new Spec(storedAs(name), ShapeOf(name)), name);
+}

@@ -1,0 +1,105 @@
+using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Model;
+using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Cuda;
+
+namespace MiniCpmNative.Engine.Train;
+
+/// <summary>Bytes of device memory by what they hold.</summary>
+/// <param name="Trained">Values that are trained, and masters of those in 16 bits.</param>
+/// <param name="Activations">The step's memory: activations, their gradients, scratch.</param>
+/// <param name="Workspace">Inputs, tables, and what libraries work in.</param>
+public sealed record MemoryParts(
+    long Weights, long Trained, long Gradients, long Moments, long Activations, long Workspace)
+{
+    public long Total =>
+        Weights + Trained + Gradients + Moments + Activations + Workspace;
+}
+
+/// <summary>What a dry run needs to know of a model.</summary>
+/// <param name="StoredAs">The type in which a frozen tensor is kept, by its name.</param>
+public sealed record PlannedModel(
+    ModelSpec Spec, TrainedParts Parts, Func<string, DType> StoredAs);
+
+/// <summary>
+/// A training on a device that only counts: the same model, tape, optimizer and launches as on the
+/// card, without a number in them.
+/// </summary>
+public sealed class DryRun : IDisposable
+{
+    private readonly CudaContext _context;
+    private readonly CudaDevice _device;
+    private readonly LoadedModel _model;
+    private readonly Trainer _trainer;
+    private readonly Tensor[] _perRow = new Tensor[2];
+    private readonly MemoryParts _fixed;
+
+    /// <param name="arguments">The run's configuration.</param>
+    /// <param name="model">What is trained.</param>
+    /// <param name="card">The card, or one like it.</param>
+    public DryRun(TrainArguments arguments, PlannedModel model, CardFigures card)
+    {
+        TrainedParts parts = model.Parts;
+        _context = CountingCuda.Context(card);
+        _device = CountingCuda.Device(_context, DeviceSource.ActivationsOf(arguments));
+        var trainables = new Trainables(
+            _device, parts.Tensors, TrainingModel.MomentsOf(arguments));
+        Recomputation = parts.NewRecomputation(model.Spec, arguments);
+        long before = _context.HeldBytes;
+        _model = LoadedModel.Build(
+            new OpenDevice(_device, card.Name, _context), model.Spec,
+            graph => new PlannedTensors(
+                graph, model.Spec, trainables, parts.Adapters, model.StoredAs), Recomputation);
+        long weights = _context.HeldBytes - before;
+        _trainer = new Trainer(arguments, _model, trainables);
+        long moments = trainables.FirstMoments.Spec.Bytes + trainables.SecondMoments.Spec.Bytes;
+        long trained = trainables.Masters.Exists ? trainables.Masters.Spec.Bytes : 0;
+        foreach (Trainables.Run run in trainables.Runs)
+            trained += trainables.Values(run).Spec.Bytes;
+        _fixed = new(weights, trained, trainables.Gradients.Spec.Bytes, moments, 0, 0);
+    }
+
+    /// <summary>What layers compute again in backward; may change between steps.</summary>
+    public Recomputation Recomputation { get; }
+
+    /// <summary>Sees what steps queue.</summary>
+    public ILaunchWatch? Watch
+    {
+        get => _device.Watch;
+        set => _device.Watch = value;
+    }
+
+    /// <summary>The operation in which the last step needed the most.</summary>
+    public string Fullest => _device.Step.Fullest;
+
+    /// <summary>Bytes of the step's memory that a training step on a batch needs.</summary>
+    public long Train(Batch batch)
+    {
+        _device.Step.ResetNeeded();
+        _trainer.Step(0, [batch], learningRate: 0);
+        return _device.Step.Needed;
+    }
+
+    /// <summary>The same of an evaluation.</summary>
+    public long Evaluate(Batch batch)
+    {
+        _device.Step.ResetNeeded();
+        _model.Graph.Recording = false;
+        _model.Loss(batch, _perRow);
+        _model.Graph.EndStep();
+        _model.Graph.Recording = true;
+        return _device.Step.Needed;
+    }
+
+    /// <summary>All memory, with so many bytes for steps; inputs are those of the steps so
+    /// far.</summary>
+    public MemoryParts Parts(long stepBytes)
+    {
+        MemoryParts parts = _fixed with { Activations = stepBytes };
+        long held = _context.HeldBytes - _device.Step.Reserved;
+        return parts with { Workspace = held - _fixed.Total };
+    }
+
+    public void Dispose() => _model.Dispose();
+}

@@ -1,0 +1,161 @@
+using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Model;
+using MiniCpmNative.Kernels.Cuda;
+
+namespace MiniCpmNative.Engine.Train;
+
+/// <summary>
+/// What a run takes of a GPU's memory, counted before it begins: every micro-batch that may need
+/// the most goes once through a <see cref="DryRun"/>. Where the configuration leaves it open, as
+/// little is computed again in backward as fits.
+/// </summary>
+public sealed class MemoryPlan
+{
+    // With more of them in each try, a plan would take long.
+    private const int Searched = 8;
+
+    private MemoryPlan(MemoryParts parts, Recomputation recomputation, Need most, int batches)
+    {
+        (Parts, Recomputation) = (parts, recomputation);
+        (Rows, Size, Fullest, Trains, Batches) =
+            (most.Planned.Rows, most.Planned.Size, most.Fullest, most.Planned.Trains, batches);
+    }
+
+    public MemoryParts Parts { get; }
+
+    public Recomputation Recomputation { get; }
+
+    /// <summary>The rows that set the peak.</summary>
+    public string Rows { get; }
+
+    public RowSize Size { get; }
+
+    /// <summary>The operation in which the peak is reached.</summary>
+    public string Fullest { get; }
+
+    /// <summary>Whether it is reached in training, not in evaluation.</summary>
+    public bool Trains { get; }
+
+    /// <summary>Micro-batches that were tried.</summary>
+    public int Batches { get; }
+
+    /// <summary>Of a run on rows that were checked.</summary>
+    /// <param name="arguments">The run's configuration.</param>
+    /// <param name="model">What is trained.</param>
+    /// <param name="card">The card, or one like it.</param>
+    /// <param name="rows">Training rows.</param>
+    /// <param name="evaluation">Evaluation rows, if there are any.</param>
+    /// <param name="plan">The steps.</param>
+    /// <param name="allowed">Bytes that the run may take; null for any.</param>
+    /// <exception cref="RunException">It does not fit: says what is needed, and what takes
+    /// less.</exception>
+    public static MemoryPlan Make(
+        TrainArguments arguments, PlannedModel model, CardFigures card, TrainingRows rows,
+        TrainingRows? evaluation, StepPlan plan, long? allowed)
+    {
+        using var dry = new DryRun(arguments, model, card);
+        return Make(
+            arguments, dry, PlannedBatches.Of(arguments, rows, evaluation, plan), allowed);
+    }
+
+    /// <summary>Lets a model that has not run yet take what was planned.</summary>
+    public void Apply(TrainingModel model)
+    {
+        model.Recomputation.Amount = Recomputation.Amount;
+        if (model.Device is CudaDevice device) device.StepBytes = Parts.Activations;
+    }
+
+    private sealed record Need(PlannedBatches.Planned Planned, long Bytes, string Fullest);
+
+    /// <param name="arguments">The run's configuration.</param>
+    /// <param name="dry">The model on a device that counts.</param>
+    /// <param name="batches">What may need the most.</param>
+    /// <param name="allowed">Bytes that the run may take; null for any.</param>
+    /// <exception cref="RunException">It does not fit: says what is needed, and what takes
+    /// less.</exception>
+    internal static MemoryPlan Make(
+        TrainArguments arguments, DryRun dry, IReadOnlyList<PlannedBatches.Planned> batches,
+        long? allowed)
+    {
+        Recomputation recomputation = dry.Recomputation;
+        Need[] needs = All(dry, batches);
+        bool isFree = arguments.Recomputes == Recompute.Auto && recomputation.Most > 0;
+        if (isFree && !Fits(dry, needs, allowed))
+        {
+            // Which batches need the most may change with what is kept.
+            List<PlannedBatches.Planned> worst = [.. needs.Take(Searched).Select(n => n.Planned)];
+            recomputation.Amount = recomputation.Most;
+            needs = All(dry, batches);
+            worst.AddRange(needs.Take(Searched).Select(n => n.Planned).Except(worst));
+            if (Fits(dry, needs, allowed)) needs = Search(dry, batches, worst, allowed);
+        }
+
+        MemoryParts parts = dry.Parts(needs[0].Bytes);
+        if (!Fits(dry, needs, allowed))
+            throw new RunException($"out of memory: the run takes {RunPlaces.Gib(parts.Total)}, most "
+                + $"of it in {needs[0].Planned.Rows}, and may take {RunPlaces.Gib(allowed!.Value)}; "
+                + Advice(arguments));
+        return new MemoryPlan(parts, recomputation, needs[0], batches.Count);
+    }
+
+    /// <summary>Settings that are still open and take less.</summary>
+    public static string Advice(TrainArguments a)
+    {
+        var open = new List<string>();
+        void Add(bool isOpen, string setting)
+        {
+            if (isOpen) open.Add(setting);
+        }
+
+        Add(a.Recomputes is not (Recompute.Auto or Recompute.Block), "gradient_checkpointing=true");
+        Add(a.PerDeviceTrainBatchSize > 1,
+            "a smaller per_device_train_batch_size (with more gradient_accumulation_steps)");
+        Add(a.MaxSliceNums > 1, "a smaller max_slice_nums");
+        Add(true, "a smaller model_max_length");
+        Add(!a.Bf16, "bf16=true");
+        Add(a.Optim != OptimizerKind.AdamwBf16, "optim=adamw_bf16");
+        Add(!a.UseLora, "use_lora=true");
+        Add(a.TrainedWhole.Count > 0, "fewer modules_to_save");
+        return "open are " + string.Join(", ", open);
+    }
+
+    /// <summary>The plan in one line.</summary>
+    public override string ToString() =>
+        $"GPU memory: {RunPlaces.Gib(Parts.Total)} (weights {RunPlaces.Gib(Parts.Weights)}, trained "
+        + $"{RunPlaces.Gib(Parts.Trained)}, gradients {RunPlaces.Gib(Parts.Gradients)}, moments "
+        + $"{RunPlaces.Gib(Parts.Moments)}, activations {RunPlaces.Gib(Parts.Activations)}, "
+        + $"workspace {RunPlaces.Gib(Parts.Workspace)}), the most in {Rows}; {Recomputation}";
+
+    // The least amount that fits; amounts between need no less than larger ones.
+    private static Need[] Search(
+        DryRun dry, IReadOnlyList<PlannedBatches.Planned> batches,
+        List<PlannedBatches.Planned> worst, long? allowed)
+    {
+        int low = 1, high = dry.Recomputation.Most;
+        while (low < high)
+        {
+            dry.Recomputation.Amount = (low + high) / 2;
+            if (Fits(dry, All(dry, worst), allowed)) high = dry.Recomputation.Amount;
+            else low = dry.Recomputation.Amount + 1;
+        }
+
+        while (true)
+        {
+            dry.Recomputation.Amount = high;
+            Need[] needs = All(dry, batches);
+            if (high == dry.Recomputation.Most || Fits(dry, needs, allowed)) return needs;
+            high++;
+        }
+    }
+
+    private static bool Fits(DryRun dry, Need[] needs, long? allowed) =>
+        allowed is null || dry.Parts(needs[0].Bytes).Total <= allowed;
+
+    private static Need[] All(DryRun dry, IReadOnlyList<PlannedBatches.Planned> batches) =>
+    [
+        .. batches.Select(b => new Need(
+            b, b.Trains ? dry.Train(b.Batch) : dry.Evaluate(b.Batch), dry.Fullest))
+            .OrderByDescending(n => n.Bytes),
+    ];
+}

@@ -1,0 +1,256 @@
+using System.Text.Json.Nodes;
+using MiniCpmNative.Engine;
+using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Model;
+using MiniCpmNative.Engine.Train;
+using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Cuda;
+using NUnit.Framework;
+
+namespace MiniCpmNative.Tests;
+
+/// <summary>
+/// What a run takes of a GPU is known before it begins, and what is computed again in backward
+/// changes memory and no bit of the results.
+/// </summary>
+[TestFixture]
+public sealed class MemoryPlanTests
+{
+    private static readonly CardFigures s_card = new("a card", 132, 90, 80L << 30);
+
+    private string _folder = "";
+
+    [SetUp]
+    public void CreateFolder() => _folder = Directory.CreateTempSubdirectory("cpmx-test-").FullName;
+
+    [TearDown]
+    public void DeleteFolder() => Directory.Delete(_folder, recursive: true);
+
+    [TestCase("lora")]
+    [TestCase("lora_mlp")]
+    [TestCase("full")]
+    public void RecomputationGivesTheSameBits(string name)
+    {
+        using var model = TrainingModel.Open(Arguments(name));
+        var trainer = new Trainer(Arguments(name), model);
+        Batch batch = V26.Batch(V26.Lora, "one", "text1");
+        Recomputation recomputation = model.Recomputation;
+        float[]? kept = null;
+        double loss = 0;
+        var needed = new List<long>();
+        foreach (int amount in Enumerable.Range(0, recomputation.Most + 1))
+        {
+            recomputation.Amount = amount;
+            model.Device.Step.ResetNeeded();
+            StepResult result = trainer.Step(3, [batch], learningRate: 0);
+            needed.Add(model.Device.Step.Needed);
+            float[] gradients = model.Device.ReadFloats(model.Trainables.Gradients);
+            (kept, loss) = amount == 0 ? (gradients, result.Loss) : (kept, loss);
+            Assert.That(gradients, Is.EqualTo(kept), $"{recomputation}");
+            Assert.That(result.Loss, Is.EqualTo(loss), $"{recomputation}");
+        }
+
+        Assert.That(kept, Has.Some.Not.Zero);
+        TestContext.Out.WriteLine(string.Join(" ", needed));
+        Assert.That(needed[^1], Is.LessThan(needed[0]));
+    }
+
+    [Test]
+    public void OnTheGpuTooAndWhatIsTakenIsWhatWasPlanned()
+    {
+        using var gpu = new CudaUnderTest();
+        TrainArguments arguments = Arguments("lora_mlp") with
+        {
+            Bf16 = true,
+            Device = DeviceChoice.Cuda,
+        };
+        DeviceSource devices = Devices(gpu);
+        using var model = TrainingModel.Open(arguments, devices);
+        var trainer = new Trainer(arguments, model);
+        using var dry = new DryRun(arguments, model.Base.Planned, gpu.Context.Card);
+        Batch batch = V26.Batch(arguments, "text0", "text1");
+        float[]? kept = null;
+        int layers = V26.Spec.Decoder.Layers;
+        foreach (int amount in (int[])[0, layers, 2 * layers, 3 * layers, dry.Recomputation.Most])
+        {
+            model.Recomputation.Amount = dry.Recomputation.Amount = amount;
+            model.Device.Step.ResetNeeded();
+            trainer.Step(3, [batch], learningRate: 0);
+            float[] gradients = model.Device.ReadFloats(model.Trainables.Gradients);
+            kept ??= gradients;
+            Assert.That(gradients, Is.EqualTo(kept), $"{model.Recomputation}");
+            Assert.That(dry.Train(batch), Is.EqualTo(model.Device.Step.Needed),
+                $"{model.Recomputation}");
+        }
+
+        Assert.That(kept, Has.Some.Not.Zero);
+        long taken = model.Device.MemoryInUse, planned = dry.Parts(model.Device.Step.Needed).Total;
+        Assert.That(planned, Is.InRange(taken * 0.98, taken * 1.02));
+    }
+
+    /// <summary>
+    /// MiniCPM-V-2_6 with adapters on q, k and v, one row of 2,048 tokens, all supervised, all kept:
+    /// a layer keeps, of each token, the norm that the adapters read, q, k, v as attention reads
+    /// them, its output, two sums, gate and up, in bf16; and in float two norms' factors and, for
+    /// each head, attention's. Everything else is at most one layer's and the loss's.
+    /// </summary>
+    [TestCase(Recompute.Nothing)]
+    [TestCase(Recompute.Norms)]
+    [TestCase(Recompute.Mlp)]
+    public void TheRealModelTakesWhatItsShapesSay(Recompute kind)
+    {
+        const long Tokens = 2048, Width = 3584, Inner = 18944, Keys = 512, Layers = 28, Rank = 64;
+        const long Parameters = 8_099_175_152;
+        TrainArguments arguments = Real() with { Recompute = kind };
+        using DryRun dry = Dry(arguments);
+        long step = dry.Train(Row((int)Tokens));
+        MemoryParts parts = dry.Parts(step);
+        long perToken = (2 * (((kind == Recompute.Nothing ? 5 : 4) * Width) + (2 * Keys)
+            + (3 * Rank) + (kind == Recompute.Mlp ? 0 : 2 * Inner))) + (4 * (2 + 28));
+        long kept = Layers * Tokens * perToken;
+        TestContext.Out.WriteLine(
+            $"{step:N0} of which {kept:N0} are kept by layers; {parts}, {dry.Fullest}");
+        long adapters = Layers * Rank * ((3 * Width) + Width + (2 * Keys));
+        Assert.Multiple(() =>
+        {
+            Assert.That(parts.Weights, Is.InRange(1.999 * Parameters, 2.01 * Parameters));
+            Assert.That(parts.Trained, Is.InRange(4 * adapters, 4.01 * adapters));
+            Assert.That(parts.Gradients, Is.InRange(4 * adapters, 4.01 * adapters));
+            Assert.That(parts.Moments, Is.InRange(8 * adapters, 8.01 * adapters));
+            // The logits of a chunk, two gradients of the MLP, some of the width.
+            Assert.That(step - kept, Is.InRange(0, 1L << 30));
+        });
+    }
+
+    [Test]
+    public void AsLittleIsRecomputedAsFits()
+    {
+        TrainArguments arguments = Real() with { DataPath = Rows(), NumTrainEpochs = 2 };
+        using DryRun dry = Dry(arguments);
+        var rows = TrainingRows.Open(
+            arguments.DataPath!, arguments, ModelSpec.Read(_folder).Rows(), _ => { });
+        var batches = PlannedBatches.Of(arguments, rows, null, new(arguments, rows.Count));
+        MemoryPlan all = MemoryPlan.Make(arguments, dry, batches, null);
+        Assert.That(all.Recomputation.Amount, Is.Zero);
+        // The longest row, and the one of most supervised tokens.
+        Assert.That((batches.Count, all.Rows), Is.EqualTo((2, "row 3 (id \"c\")")));
+        foreach (long gib in (long[])[20, 18, 17])
+        {
+            MemoryPlan plan = MemoryPlan.Make(arguments, dry, batches, gib << 30);
+            int amount = plan.Recomputation.Amount;
+            TestContext.Out.WriteLine($"{plan}");
+            Assert.That(plan.Parts.Total, Is.LessThanOrEqualTo(gib << 30));
+            Assert.That(amount, Is.Positive);
+            dry.Recomputation.Amount = amount - 1;
+            long less = batches.Max(b => dry.Train(b.Batch));
+            Assert.That(dry.Parts(less).Total, Is.GreaterThan(gib << 30), "one less fits too");
+            dry.Recomputation.Amount = 0;
+        }
+
+        var none = Assert.Throws<RunException>(
+            () => MemoryPlan.Make(arguments, dry, batches, 15L << 30))!;
+        Assert.That(none.Message, Does.StartWith("out of memory: the run takes 16.")
+            .And.Contains("row 3 (id \"c\")").And.Contains("may take 15.0 GiB")
+            .And.Contains("optim=adamw_bf16").And.Not.Contains("gradient_checkpointing"));
+    }
+
+    // The second row is mostly supervised, the third the longest.
+    private string Rows()
+    {
+        static object Row(string id, int asked, int answered) => new
+        {
+            id,
+            conversations = new[]
+            {
+                new { role = "user", content = new string('x', asked) },
+                new { role = "assistant", content = new string('y', answered) },
+            },
+        };
+        string file = Path.Combine(_folder, "rows.json");
+        File.WriteAllText(file, System.Text.Json.JsonSerializer.Serialize(
+            new[] { Row("a", 100, 100), Row("b", 10, 900), Row("c", 1500, 300) }));
+        return file;
+    }
+
+    [TestCase("24GiB", 24L << 30)]
+    [TestCase("24 GB", 24_000_000_000)]
+    [TestCase("512MiB", 512L << 20)]
+    [TestCase("0.5", 40L << 30)]
+    [TestCase("25%", 20L << 30)]
+    [TestCase("24", null)]
+    [TestCase("0", null)]
+    [TestCase("-1GiB", null)]
+    [TestCase("much", null)]
+    [TestCase("NaN", null)]
+    public void MemoryLimitsAreReadWithTheirUnit(string text, long? bytes) =>
+        Assert.That(MemoryLimit.Parse(text)?.Bytes(80L << 30), Is.EqualTo(bytes));
+
+    private TrainArguments Arguments(string name) => (name == "full" ? V26.Full : V26.Lora with
+    {
+        LoraDropout = 0.1,
+        LoraTargetModules = new TargetModules(name == "lora"
+            ? @"llm\..*\.self_attn\.(q_proj|k_proj|v_proj)"
+            : @"llm\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"),
+    }) with
+    { OutputDir = Path.Combine(_folder, "out") };
+
+    private static DeviceSource Devices(CudaUnderTest gpu) => new()
+    {
+        Cuda = () => new(
+            gpu.Context.Api.Driver, CudaTools.Compiler(DeviceCompiler.Nvrtc),
+            gpu.Context.Api.Cublas),
+        Cache = CudaUnderTest.Cache,
+    };
+
+    private static TrainArguments Real() => V26.Lora with
+    {
+        Bf16 = true,
+        LoraR = 64,
+        LoraDropout = 0.05,
+        LoraTargetModules = new TargetModules(
+            @"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj)"),
+    };
+
+    // MiniCPM-V-2_6 as its configuration has it; there are no weights.
+    private DryRun Dry(TrainArguments arguments)
+    {
+        foreach (string file in Directory.EnumerateFiles(V26.Model, "*.json"))
+            File.Copy(file, Path.Combine(_folder, Path.GetFileName(file)));
+        string path = Path.Combine(_folder, "config.json");
+        JsonNode config = JsonNode.Parse(File.ReadAllText(path))!;
+        config["hidden_size"] = 3584;
+        config["num_hidden_layers"] = 28;
+        config["intermediate_size"] = 18944;
+        config["num_attention_heads"] = 28;
+        config["num_key_value_heads"] = 4;
+        config["vocab_size"] = 151666;
+        JsonNode vision = config["vision_config"]!;
+        vision["hidden_size"] = 1152;
+        vision["intermediate_size"] = 4304;
+        vision["num_hidden_layers"] = 27;
+        vision["num_attention_heads"] = 16;
+        File.WriteAllText(path, config.ToJsonString());
+        ModelSpec spec = ModelSpec.Read(_folder);
+        TrainedParts parts = TrainedParts.Choose(
+            spec, arguments, TrainedParts.AdapterOf(arguments, spec), DType.BF16);
+        return new DryRun(arguments, new PlannedModel(spec, parts, _ => DType.BF16), s_card);
+    }
+
+    private static Batch Row(int tokens)
+    {
+        var batch = new Batch();
+        batch.Clear();
+        for (int i = 0; i < tokens; i++)
+        {
+            batch.Tokens.Add(i);
+            batch.Positions.Add(i);
+            batch.LabelRows.Add(i);
+            batch.Targets.Add(i);
+        }
+
+        batch.SequenceStarts.Add(tokens);
+        batch.Samples = 1;
+        return batch;
+    }
+}
