@@ -37,8 +37,8 @@ public sealed class LaunchCountTests
 
     private static Dictionary<string, int> Count(string adapters, int layers)
     {
-        using var context = new CudaContext(NullCuda.Api());
-        using CudaDevice device = NullCuda.Device(context, DType.BF16, 1L << 36);
+        using CudaContext context = CountingCuda.Context(new("counted", 132, 80, 80L << 30));
+        using CudaDevice device = CountingCuda.Device(context, DType.BF16, 1L << 36);
         var graph = new Graph(device);
         DecoderSpec spec = s_spec with { Layers = layers };
         var decoder = new Decoder(
@@ -52,7 +52,7 @@ public sealed class LaunchCountTests
         Tensor ids = Ints(Tokens), rows = Ints(Labels), targets = Ints(Labels);
         device.Random = new(1, 1, Dropout: true);
         var calls = new Dictionary<string, int>();
-        NullCuda.Calls = calls;
+        CountingCuda.Calls = calls;
         try
         {
             Tensor x = decoder.Embed(graph, ids);
@@ -62,7 +62,7 @@ public sealed class LaunchCountTests
         }
         finally
         {
-            NullCuda.Calls = null;
+            CountingCuda.Calls = null;
         }
 
         TestContext.Out.WriteLine($"{layers} layers: {graph.PeakBytes >> 20} MiB");

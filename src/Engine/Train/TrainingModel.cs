@@ -41,8 +41,6 @@ public sealed class TrainingModel : IDisposable
     /// <summary>What layers compute again in backward; may change between steps.</summary>
     public Recomputation Recomputation { get; }
 
-    internal LoadedModel Loaded => _loaded;
-
     public MiniCpmModel Model => _loaded.Model;
 
     /// <summary>The model without what trains it, for generation.</summary>
