@@ -876,7 +876,7 @@ DEVICE void copy_rows(u32 tile, const real* from, int stride, int rows)
     int row = threadIdx.x % WARP / PIECES, piece = threadIdx.x % PIECES;
     u32 to = tile + (PIECES == 8 ? swizzled(row, piece) : swizzled_narrow(row, piece));
     const real* line = from + row * stride + piece * 8;
-#pragma unroll 2
+#pragma unroll 1
     for (int i = 0; i < ROWS; i += ROWS_AT_ONCE)
     {
         u32 at = (PIECES == 8 ? to ^ (i & 4) * 16 : to) + i * S::ROW;
