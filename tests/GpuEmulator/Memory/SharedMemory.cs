@@ -19,7 +19,7 @@ internal sealed unsafe partial class SharedMemory : IDisposable
 
     private const byte Written = 1, Pending = 2, Barrier = 3;
     private const uint AllBytes = 15, SeveralLanes = 32, Narrow = 34, Atomic = 35,
-        SeveralWarps = 63;
+        Bulk = 37, SeveralWarps = 63;
 
     private readonly int[] _known;
     private readonly int _warps;
@@ -248,6 +248,7 @@ internal sealed unsafe partial class SharedMemory : IDisposable
     private void NoteWrite(Warp w, long offset, int bytes, uint lane, bool atomic, bool same)
     {
         if (!same && _groupReads.Length > 0) CheckGroupReads(w, offset, bytes, (int)lane);
+        if (!same && _bulkReads != null) CheckBulkReads(w, offset, bytes, (int)lane);
         uint mask = bytes >= 4 ? AllBytes : ((1u << bytes) - 1) << (int)(offset & 3);
         for (long word = offset / 4; word < (offset + bytes + 3) / 4; word++)
         {
@@ -277,6 +278,10 @@ internal sealed unsafe partial class SharedMemory : IDisposable
                 $"shared word {word * 4} {what} several warps, and no barrier stands between");
         }
         if (time <= (uint)_known[w.Index * _warps + (int)warp]) return;
+        if (other == Bulk)
+            throw w.Fault(Check.AsyncCopyNotWaitedFor, (int)lane & 31,
+                $"shared word {word * 4} {what} a bulk copy of warp {warp}, whose barrier has not " +
+                "been waited for");
         if (warp != (uint)w.Index)
             throw w.Fault(Check.SharedRaceBetweenWarps, (int)lane & 31,
                 $"shared word {word * 4} {what} warp {warp}, and no barrier stands between");
