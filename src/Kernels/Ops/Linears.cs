@@ -25,6 +25,9 @@ public sealed record Linears : Op
 {
     private const int Most = KernelConstants.LoraAdapters, Each = 4;
 
+    private static readonly (string W, string B, string A, string Bb)[] s_names =
+        [("w", "b", "a", "bb"), ("w1", "b1", "a1", "bb1"), ("w2", "b2", "a2", "bb2")];
+
     private readonly LinearPart[] _parts;
 
     /// <param name="parts">The layers.</param>
@@ -63,21 +66,25 @@ public sealed record Linears : Op
         for (int i = 0; i < _parts.Length; i++)
         {
             int w = First(i);
-            var (output, input) = inputs.Weight(this, w, "w", _parts[i].Weight);
-            if (x.Shape.Cols != input) throw this.Wrong("x", $"{input} columns, the inputs of w", x);
+            var name = s_names[i];
+            var (output, input) = inputs.Weight(this, w, name.W, _parts[i].Weight);
+            if (x.Shape.Cols != input)
+                throw this.Wrong("x", $"{input} columns, the inputs of {name.W}", x);
             if (output != _parts[i].Outputs || (HeadDim > 0 && output % HeadDim != 0))
-                throw this.Wrong("w", $"{_parts[i].Outputs} rows in heads of {HeadDim}", inputs[w]);
-            if (inputs[w + 1].Exists) inputs.Float(this, w + 1, "b").MustBe(this, "b", output);
-            if (!inputs[w + 2].Exists) continue;
-            Spec a = inputs.FloatMatrix(this, w + 2, "a");
+                throw this.Wrong(
+                    name.W, $"{_parts[i].Outputs} rows in heads of {HeadDim}", inputs[w]);
+            if (inputs[w + 1].Exists)
+                inputs.Float(this, w + 1, name.B).MustBe(this, name.B, output);
+            if (!inputs[w + 2].Exists && !inputs[w + 3].Exists) continue;
+            Spec a = inputs.FloatMatrix(this, w + 2, name.A);
             if (adapters++ == 0) rank = a.Shape[0];
-            a.MustBe(this, "a", rank, input);
-            inputs.FloatMatrix(this, w + 3, "bb").MustBe(this, "bb", output, rank);
+            a.MustBe(this, name.A, rank, input);
+            inputs.FloatMatrix(this, w + 3, name.Bb).MustBe(this, name.Bb, output, rank);
         }
 
         if (Rotated > 0)
         {
-            if (HeadDim % 2 != 0) throw this.Wrong("w", "heads of an even number of rows", inputs[1]);
+            if (HeadDim % 2 != 0) throw new ShapeException($"{Name}: w has heads of {HeadDim} rows");
             inputs.Int(this, Positions, "positions").MustBe(this, "positions", rows);
             Spec cos = inputs.Float(this, Positions + 1, "cos");
             cos.MustBe(this, "cos", (int)cos.Shape.Rows, HeadDim / 2);
