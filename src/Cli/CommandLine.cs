@@ -33,7 +33,7 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
         (SIGUSR1: saves and goes on)
         """;
 
-    private static readonly string[] s_commands = 
+    private static readonly string[] s_commands =
         ["train", "data", "trace", "chat", "eval", "predict", "doctor", "help"];
 
     public int Run(IReadOnlyList<string> args)
