@@ -1,5 +1,6 @@
 using System.Text.Json;
 using MiniCpmNative.Engine;
+using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Generate;
 using NUnit.Framework;
 
@@ -285,6 +286,46 @@ public sealed class GenerateTests
         };
         Assert.That(settings.Checked, Throws.TypeOf<InputException>()
             .With.Message.StartWith(FormattableString.Invariant($"{name} is {value}, expected")));
+    }
+
+    // The same ids as the CPU's, and so the reference's: a picture, a text beside it, a stop.
+    [Test]
+    public void OnCudaAnswersAreTheSame()
+    {
+        JsonElement prompts = ReferenceText.Json("generation/prompts.json");
+        using var cuda = new CudaSource();
+        using AskedModel model = AskedModel.Open(
+            new TrainArguments { ModelNameOrPath = Model("v26"), Device = DeviceChoice.Cuda },
+            null, cuda.Source);
+        GenerationInput[] inputs = [.. ((string[])["single", "text_0"]).Select(name =>
+            GenerationCase.Input(model, prompts.GetProperty(name).GetProperty("case")))];
+        GeneratedTokens[] answers = new Generator(model.Model).Run(
+            inputs, new GenerationSettings { MaxNewTokens = 4, StopIds = [154] });
+        Assert.That(answers[0].Ids, Is.EqualTo((int[])[413, 367, 367, 367]));
+        Assert.That(answers[1].Ids, Is.EqualTo((int[])[57, 154]));
+    }
+
+    // Rows of the cache move on the device.
+    [Test]
+    public void OnCudaBeamsAreTheSame()
+    {
+        using var cuda = new CudaSource();
+        using AskedModel model = AskedModel.Open(
+            new TrainArguments { ModelNameOrPath = Model("v26"), Device = DeviceChoice.Cuda },
+            null, cuda.Source);
+        using AskedModel cpu = GenerationCase.Open(Model("v26"));
+        int[] ids = [501, 312, 198, 488, 83, 502, 198, 501, 352, 198];
+        var input = new GenerationInput(ids.Length, batch => batch.AddRow(ids, []));
+        var settings = new GenerationSettings
+        {
+            MaxNewTokens = 5,
+            NumBeams = 3,
+            RepetitionPenalty = 1.2,
+        };
+        GeneratedTokens expected = new Generator(cpu.Model).Run([input], settings)[0];
+        GeneratedTokens got = new Generator(model.Model).Run([input], settings)[0];
+        Assert.That(got.Ids, Is.EqualTo(expected.Ids));
+        Assert.That(got.Score, Is.EqualTo(expected.Score).Within(1e-4));
     }
 
     private static void AssertLogits(float[] got, JsonElement expected) => Assert.That(

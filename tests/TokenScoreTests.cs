@@ -104,7 +104,8 @@ public sealed class TokenScoreTests
             string name = line.GetProperty("name").GetString()!;
             GenerationSettings settings =
                 GenerationCase.Settings(line.GetProperty("options"), [], 100)
-                with { DoSample = true };
+                with
+                { DoSample = true };
             int[] previous = ReferenceText.Ints(line.GetProperty("previous_ids"));
             float[] logits = file.Floats(name + ".logits"), scores = [.. logits];
             double[] exact = file.Doubles(name + ".probabilities");

@@ -70,7 +70,7 @@ internal sealed class ChatCommand : IDisposable
         using AskedModel model = runners.Ask(arguments, own.Text("--adapter"), error.WriteLine);
         var maker = new PromptMaker(model.Model.Spec, model.Rows,
             own.Rest.Any(a => a.StartsWith("--max_slice_nums", StringComparison.Ordinal))
-                ? arguments.MaxSliceNums : null);
+                ? arguments.MaxSliceNums : model.TrainedSlices);
         var session = new ChatSession(model, maker, GenerationSettings.Of(
             arguments, model.Model.Spec, model.Rows.Prompts.StopIds, chats: true))
         {

@@ -127,9 +127,11 @@ internal sealed class PredictCommand
                 >= (_terminal ? 0.2 : LineSeconds);
         if (!due) return;
         _shown = TimeProvider.System.GetTimestamp();
+        var left = TimeSpan.FromSeconds(Math.Min(p.SecondsLeft, 1e8));
         string line = string.Create(CultureInfo.InvariantCulture,
             $"{p.Side}: {p.Done} of {p.Rows} rows, {p.TokensPerSecond:0} tokens/s, ")
-            + $"{TimeSpan.FromSeconds(Math.Min(p.SecondsLeft, 1e8)):d\\.hh\\:mm\\:ss} left";
+            + string.Create(CultureInfo.InvariantCulture,
+                $"{(int)left.TotalHours}:{left:mm\\:ss} left");
         if (!_terminal)
         {
             _output.WriteLine(line);

@@ -190,7 +190,7 @@ public sealed partial record TrainArguments
         + "relaxed_accuracy, vqa_score, rouge_l, bleu, cider")]
     public IReadOnlyList<string> Metrics { get; init; } = ["exact_match", "contains"];
 
-    [Key("Generation", "draw tokens from their probabilities; in chat true unless num_beams is set")]
+    [Key("Generation", "draw tokens from their probabilities; in chat true without num_beams")]
     public bool? DoSample { get; init; }
 
     [Key("Generation", "scores are divided by it before drawing; in chat 0.7", Open = true,
@@ -218,8 +218,8 @@ public sealed partial record TrainArguments
     [Key("Generation", "end a search with num_beams ended beams")]
     public bool EarlyStopping { get; init; }
 
-    [Key("Generation", "most tokens of an answer; 512 when not given, in chat the model's number", Min = 1,
-        Max = 1 << 20)]
+    [Key("Generation", "most tokens of an answer; 512 when not given, in chat the model's number",
+        Min = 1, Max = 1 << 20)]
     public int? MaxNewTokens { get; init; }
 
     [Key("Generation", "tokens before an answer may end", Max = 1 << 20)]

@@ -38,6 +38,14 @@ public sealed class AskedModel : IDisposable
     /// <summary>The adapter's folder, or null.</summary>
     public string? Adapter => _adapter?.Directory;
 
+    /// <summary>
+    /// max_slice_nums that the adapter was trained with, where its run says so; an adapter's own
+    /// files have no place for it.
+    /// </summary>
+    public int? TrainedSlices =>
+        Adapter is { } folder && Path.Combine(folder, TrainWriter.FileName) is var run
+        && File.Exists(run) ? JsonInput.ReadObject(run).Find("max_slice_nums")?.Int(1, 1000) : null;
+
     /// <summary>Whether the adapter is at work; without one it never is.</summary>
     public bool IsAdapted
     {

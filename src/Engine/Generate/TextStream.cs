@@ -35,14 +35,23 @@ public sealed class TextStream(Tokenizer tokenizer)
 
     private string Tell(string text, int end)
     {
-        // Later tokens may change the start of a text, by a space in front of it.
-        int at = text.StartsWith(_told, StringComparison.Ordinal)
-            ? 0 : Math.Max(0, text.IndexOf(_told, StringComparison.Ordinal));
-        int from = Math.Min(at + _told.Length, text.Length);
+        int from = Place(text);
         if (end <= from) return "";
         string piece = text[from..end];
         _told += piece;
         return piece;
+    }
+
+    // Where in a text what has been told ends. Later tokens may change the spaces of an earlier
+    // part, never its letters.
+    private int Place(string text)
+    {
+        if (text.StartsWith(_told, StringComparison.Ordinal)) return _told.Length;
+        int letters = _told.Count(c => !char.IsWhiteSpace(c)), at = 0;
+        for (; at < text.Length && letters > 0; at++)
+            if (!char.IsWhiteSpace(text[at])) letters--;
+        while (at < text.Length && _told.EndsWith(' ') && text[at] == ' ') at++;
+        return at;
     }
 
     private static bool EndsChinese(string text) =>
