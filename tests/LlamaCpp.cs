@@ -1,4 +1,5 @@
 using System.Reflection;
+using System.Runtime.CompilerServices;
 using System.Runtime.InteropServices;
 using System.Runtime.Intrinsics.X86;
 using LLama;
@@ -99,6 +100,15 @@ internal sealed unsafe class LlamaCpp : IDisposable
         string pictures = Path.Combine(folder, "libmtmd.so");
         NativeLibraryConfig.All.WithLogCallback((_, _) => { });
         NativeLibraryConfig.All.WithLibrary(Path.Combine(folder, "libllama.so"), pictures);
-        return NativeLibrary.Load(pictures);
+        nint library = NativeLibrary.Load(pictures);
+        foreach (string log in (string[])["mtmd_log_set", "mtmd_helper_log_set"])
+            ((delegate* unmanaged[Cdecl]<nint, nint, void>)NativeLibrary.GetExport(library, log))(
+                (nint)(delegate* unmanaged[Cdecl]<int, nint, nint, void>)&Mute, 0);
+        return library;
+    }
+
+    [UnmanagedCallersOnly(CallConvs = [typeof(CallConvCdecl)])]
+    private static void Mute(int level, nint text, nint data)
+    {
     }
 }

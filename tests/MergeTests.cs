@@ -114,7 +114,7 @@ public sealed class MergeTests
             Targets = new(["q_proj"]),
             ModulesToSave = ["embed_tokens"],
         };
-        WriteAdapter(spec, config, t => MadeModel.Values(
+        WriteAdapter(At("adapter"), spec, config, t => MadeModel.Values(
             new ExpectedTensor(t.Name, t.Shape), new Random(t.Name.Length)));
         Merge(model, At("adapter"));
         using Checkpoint before = Checkpoint.Open(model), after = Checkpoint.Open(At("merged"));
@@ -128,14 +128,15 @@ public sealed class MergeTests
     {
         string trained = V26.Adapter("trained_lora_only");
         var config = new AdapterConfig { Rank = 4, Alpha = 4, Targets = new(["q_proj"]) };
-        WriteAdapter(V26.Spec, config, t => new float[t.Shape.Count]);
+        WriteAdapter(At("adapter"), V26.Spec, config, t => new float[t.Shape.Count]);
         Assert.That(() => Merge(V26.Model, At("adapter")),
             Refuses("changes no value of").And.Message.Contain("was it trained?"));
         string other = Path.Combine(ReferenceFile.Root, "v2", "model");
         Assert.That(() => Merge(other, trained), Refuses("the tensors do not fit"));
         Assert.That(() => Merge(V26.Model, At("none")), Refuses("there is no such directory"));
         Assert.That(() => Merge(V26.Model, trained, "adapter"), Refuses("is not empty"));
-        WriteAdapter(V26.Spec, config, t => [.. Enumerable.Repeat(float.NaN, (int)t.Shape.Count)]);
+        WriteAdapter(At("adapter"), V26.Spec, config,
+            t => [.. Enumerable.Repeat(float.NaN, (int)t.Shape.Count)]);
         Assert.That(() => Merge(V26.Model, At("adapter")), Refuses("NaN"));
         Assert.That(Directory.GetFileSystemEntries(_folder), Has.Length.EqualTo(1));
     }
@@ -200,11 +201,12 @@ public sealed class MergeTests
         return At(name);
     }
 
-    private unsafe void WriteAdapter(
-        ModelSpec spec, AdapterConfig config, Func<AdapterTensor, float[]> values)
+    /// <summary>An adapter of made-up values.</summary>
+    internal static unsafe void WriteAdapter(
+        string folder, ModelSpec spec, AdapterConfig config, Func<AdapterTensor, float[]> values)
     {
         AdapterLayout layout = AdapterLayout.Create(spec.Parameters, config, "x");
-        AdapterFile.Write(At("adapter"), config, layout, layout.Tensors.Select(t =>
+        AdapterFile.Write(folder, config, layout, layout.Tensors.Select(t =>
             new TensorToSave(t.Name, DType.F32, t.Shape, stream =>
             {
                 fixed (float* data = values(t))

@@ -73,12 +73,17 @@ public sealed partial class ReportTests
         {
             new() { ["step"] = 3, ["epoch"] = 1, ["eval_" + Hostile] = 3 },
             new() { ["step"] = 3, ["epoch"] = 1, ["message"] = Hostile },
-            new() { ["step"] = 3, ["epoch"] = 1, ["sample"] = new JsonObject
-            {
-                ["id"] = Hostile, ["question"] = Hostile, ["expected"] = Hostile,
-                ["answer"] = Hostile, ["pictures"] = new JsonArray(Hostile),
-            } },
         }.Select(line => line.ToJsonString())) + "\n");
+        File.WriteAllText(Path.Combine(run, RunRecord.AnswersFile), new JsonObject
+        {
+            ["step"] = 3,
+            ["row"] = 1,
+            ["id"] = Hostile,
+            ["question"] = Hostile,
+            ["expected"] = Hostile,
+            ["answer"] = Hostile,
+            ["pictures"] = new JsonArray(Hostile),
+        }.ToJsonString());
         string page = Page(run);
         Assert.That(page, Does.Not.Contain("<script").And.Not.Contain("<img src=h"));
         Assert.That(page, Does.Not.Contain("\u0001"));
@@ -109,6 +114,9 @@ public sealed partial class ReportTests
             Has.All.StartsWith("data:image/bmp;base64,").And.Exactly(1).Items);
         Assert.That(page, Does.Not.Contain("url(").And.Not.Contain("@import"));
         Assert.That(page, Does.Contain("/none.png: cannot be read"));
+        Assert.That(Regex.Matches(page, "<th>(step \\d)</th><td class=\"text\">([^<]*)")
+            .Select(m => $"{m.Groups[1]}: {m.Groups[2]}"),
+            Is.EqualTo(["step 0: That.", "step 2: This.", "step 0: Other."]));
         string file = Path.Combine(_folder, "thumbnail.bmp");
         File.WriteAllBytes(file, Convert.FromBase64String(
             Regex.Match(page, "base64,([^\"]*)").Groups[1].Value));
@@ -193,6 +201,15 @@ public sealed partial class ReportTests
             (settings ?? []).ToJsonString());
         return folder;
     }
+
+    private static string Answer(int step, int row, string text, params string[] pictures) =>
+        new JsonObject
+        {
+            ["step"] = step,
+            ["row"] = row,
+            ["answer"] = text,
+            ["pictures"] = new JsonArray([.. pictures.Select(p => (JsonNode)p)]),
+        }.ToJsonString();
 
     private static string Page(string run)
     {

@@ -42,6 +42,14 @@ internal static class GgufDecoder
         AddTokens(file, spec, tokenizer);
         var tensors = new GgufTensors(weights);
         AddTensors(tensors, decoder, names.Interleaves, type);
+        // Four bits are too few for what every token passes through.
+        GgufType outer = type == GgufType.Q4 ? GgufType.Q8 : type;
+        const string Embedding = "llm.model.embed_tokens.weight";
+        tensors.Add("token_embd.weight", Embedding, outer);
+        if (!decoder.TiedHead) tensors.Add("output.weight", "llm.lm_head.weight", outer);
+        // A tied head goes on with the original where an adapter has its own embedding.
+        else if (weights.Changes(Embedding))
+            tensors.AddOriginal("output.weight", Embedding, outer);
         file.Write(path, tensors.All);
     }
 
@@ -86,9 +94,6 @@ internal static class GgufDecoder
     private static void AddTensors(
         GgufTensors tensors, DecoderSpec decoder, bool interleaves, GgufType type)
     {
-        // Four bits are too few for what every token passes through.
-        GgufType outer = type == GgufType.Q4 ? GgufType.Q8 : type;
-        tensors.Add("token_embd.weight", "llm.model.embed_tokens.weight", outer);
         RopeScaling rope = decoder.RopeScaling;
         if (!rope.Short.IsEmpty)
         {
@@ -127,6 +132,5 @@ internal static class GgufDecoder
         }
 
         tensors.Add("output_norm.weight", "llm.model.norm.weight", type);
-        if (!decoder.TiedHead) tensors.Add("output.weight", "llm.lm_head.weight", outer);
     }
 }

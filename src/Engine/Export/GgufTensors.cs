@@ -16,6 +16,10 @@ internal sealed class GgufTensors(MergedWeights weights)
     public void Add(string name, string stored, GgufType type) =>
         Add(name, stored, type, 0, 1, null);
 
+    /// <summary>A stored tensor as it was before an adapter was put in.</summary>
+    public void AddOriginal(string name, string stored, GgufType type) =>
+        Add(name, stored, type, 0, 1, null, original: true);
+
     /// <summary>
     /// Of a stored tensor one of several equal parts, which follow each other along its first axis.
     /// </summary>
@@ -50,7 +54,8 @@ internal sealed class GgufTensors(MergedWeights weights)
             stream => Write(stream, GgufType.F32, values, name)));
 
     private void Add(
-        string name, string stored, GgufType type, int part, int parts, int? headDim)
+        string name, string stored, GgufType type, int part, int parts, int? headDim,
+        bool original = false)
     {
         StoredTensor tensor = weights.Checkpoint.Get(stored);
         // Leading axes of one say nothing to the reader.
@@ -71,6 +76,7 @@ internal sealed class GgufTensors(MergedWeights weights)
                 int length = (int)Math.Min(piece, count - done);
                 weights.Read(tensor, begin + done, values.AsSpan(0, length),
                     other.AsSpan(0, length));
+                if (original) (values, other) = (other, values);
                 if (headDim is { } heads)
                 {
                     Interleave(values.AsSpan(0, length), other, row, heads);

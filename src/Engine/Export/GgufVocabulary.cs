@@ -34,7 +34,7 @@ internal static class GgufVocabulary
         List<string>? merges = null;
         string json = Path.Combine(directory, "tokenizer.json"),
             model = Path.Combine(directory, "tokenizer.model");
-        if (File.Exists(model)) scores = Pieces(model, kinds);
+        if (File.Exists(model)) scores = Pieces(model, tokens, kinds);
         else
         {
             var source = new TokenizerFile(
@@ -56,12 +56,19 @@ internal static class GgufVocabulary
         if (merges is not null) file.Add("tokenizer.ggml.merges", merges);
     }
 
-    private static float[] Pieces(string path, int[] kinds)
+    private static float[] Pieces(string path, string[] tokens, int[] kinds)
     {
         var source = new SentencePieceFile(
             InputFile.ReadAll(path, SentencePieceFile.MaxBytes), path);
-        // The kinds are SentencePiece's own.
-        for (int id = 0; id < source.Kinds.Count; id++) kinds[id] = (int)source.Kinds[id];
+        if (source.Kinds.Count > kinds.Length)
+            throw new InputException($"{path}: has {source.Kinds.Count:N0} pieces, the model "
+                + $"{kinds.Length:N0} (vocab_size): they do not belong together");
+        // The kinds are SentencePiece's own. Behind a piece that is defined by the user llama.cpp
+        // puts a space, which SentencePiece does not; a single letter, such as the line end, does
+        // not need to be one, since it is in no other piece.
+        for (int id = 0; id < source.Kinds.Count; id++)
+            kinds[id] = source.Kinds[id] == SentencePieceFile.Kind.UserDefined
+                && tokens[id].EnumerateRunes().Count() == 1 ? Normal : (int)source.Kinds[id];
         return Filled(kinds.Length, source.Scores);
     }
 

@@ -46,7 +46,7 @@ internal sealed partial class ReportPage
         if (run.Samples.Count == 0) return;
         Heading("Answers", run);
         _html.Append("<div class=\"samples\">");
-        var rows = run.Samples.GroupBy(s => s.Id).ToList();
+        var rows = run.Samples.GroupBy(s => s.Row).ToList();
         foreach (var row in rows.Take(MostSamples))
         {
             SampleAnswer first = row.First(), last = row.Last();
@@ -55,7 +55,9 @@ internal sealed partial class ReportPage
                 _html.Append(Thumbnail.Read(picture) is { } data
                     ? $"<img alt=\"{Text(Path.GetFileName(picture))}\" src=\"{data}\">"
                     : $"<p class=\"soft\">{Text(picture)}: cannot be read</p>");
-            _html.Append($"<p class=\"text\">{Text(first.Question)}</p><table>");
+            if (first.Question.Length > 0)
+                _html.Append($"<p class=\"text\">{Text(first.Question)}</p>");
+            _html.Append("<table>");
             if (first.Expected.Length > 0) Row("expected", first.Expected);
             Row(Invariant($"step {first.Step:N0}"), first.Answer);
             if (last.Step != first.Step) Row(Invariant($"step {last.Step:N0}"), last.Answer);

@@ -4,16 +4,18 @@ using System.Text.Json;
 namespace MiniCpmNative.Engine.Report;
 
 /// <summary>
-/// What a run left in its output folder, read for its report: numbers, messages and sample answers
-/// of train_log.jsonl, the settings of train_args.json. A file that is torn at its end, as that of
-/// a run that goes on, is read as far as it is whole.
+/// What a run left in its output folder, read for its report: numbers and messages of
+/// train_log.jsonl, answers of eval_answers.jsonl, the settings of train_args.json. A file that is
+/// torn at its end, as that of a run that goes on, is read as far as it is whole.
 ///
-/// A sample answer is an entry {"step": 50, "epoch": 1, "sample": {"id": "7", "question": "...",
-/// "pictures": ["/path"], "expected": "...", "answer": "..."}}; those of one id are shown together.
+/// An answer is an entry {"step": 50, "row": 7, "id": "a", "question": "...", "pictures":
+/// ["/path"], "expected": "...", "answer": "..."}, of which step, row and answer must be there;
+/// those of one row are shown together.
 /// </summary>
 internal sealed class RunRecord
 {
-    public const string LogFile = "train_log.jsonl", SettingsFile = "train_args.json";
+    public const string LogFile = "train_log.jsonl", AnswersFile = "eval_answers.jsonl",
+        SettingsFile = "train_args.json";
 
     private const long MostBytes = 1 << 30;
 
@@ -46,9 +48,9 @@ internal sealed class RunRecord
             throw new InputException(
                 $"{folder}: has no {LogFile}, expected the output_dir of a run");
         var record = new RunRecord(folder);
-        using (var reader = new StreamReader(InputFile.Open(log, mostBytes: MostBytes)))
-            while (reader.ReadLine() is { } line)
-                if (!record.Take(line)) break;
+        Lines(log, record.Take);
+        Lines(Path.Combine(folder, AnswersFile),
+            entry => record.Samples.Add(SampleAnswer.Read(entry)));
         string settings = Path.Combine(folder, SettingsFile);
         if (!File.Exists(settings)) return record;
         foreach (var (key, value) in JsonInput.ReadObject(settings).Members())
@@ -65,30 +67,35 @@ internal sealed class RunRecord
 
     public string? Setting(string key) => Settings.Find(s => s.Key == key).Value;
 
-    private bool Take(string line)
+    // Up to the first line that is none.
+    private static void Lines(string path, Action<JsonValue> take)
     {
-        JsonValue entry;
-        try
+        if (!File.Exists(path)) return;
+        using var reader = new StreamReader(InputFile.Open(path, mostBytes: MostBytes));
+        while (reader.ReadLine() is { } line)
         {
-            entry = JsonInput.Parse(LogFile, Encoding.UTF8.GetBytes(line));
-            int step = entry["step"].Int(0);
-            foreach (var (name, value) in entry.Members())
+            try
             {
-                if (name is "step" or "epoch") continue;
-                if (name == "message" && value.IsText) Messages.Add((step, value.Text()));
-                else if (name == "sample" && value.IsObject) Samples.Add(Sample(step, value));
-                else if (value.IsNumber) Add(name, step, value.Number());
-                // NaN and Inf, which JSON lacks, are null in the log.
-                else if (value.Element.ValueKind == JsonValueKind.Null)
-                    Add(name, step, double.NaN);
+                take(JsonInput.Parse(path, Encoding.UTF8.GetBytes(line)));
+            }
+            catch (InputException)
+            {
+                return;
             }
         }
-        catch (InputException)
-        {
-            return false;
-        }
+    }
 
-        return true;
+    private void Take(JsonValue entry)
+    {
+        int step = entry["step"].Int(0);
+        foreach (var (name, value) in entry.Members())
+        {
+            if (name is "step" or "epoch") continue;
+            if (name == "message" && value.IsText) Messages.Add((step, value.Text()));
+            else if (value.IsNumber) Add(name, step, value.Number());
+            // NaN and Inf, which JSON lacks, are null in the log.
+            else if (value.Element.ValueKind == JsonValueKind.Null) Add(name, step, double.NaN);
+        }
     }
 
     private void Add(string name, double step, double value)
@@ -96,25 +103,23 @@ internal sealed class RunRecord
         if (!_series.TryGetValue(name, out var list)) _series.Add(name, list = []);
         list.Add((step, value));
     }
-
-    private static SampleAnswer Sample(int step, JsonValue json)
-    {
-        return new SampleAnswer(
-            step, Text("id"), Text("question"),
-            json.Find("pictures") is { IsArray: true } list
-                ? [.. list.Items().Where(p => p.IsText).Select(p => p.Text())] : [],
-            Text("expected"), Text("answer"));
-
-        string Text(string key) => json.Find(key) switch
-        {
-            { IsText: true } text => text.Text(),
-            { } other => other.Element.GetRawText(),
-            null => "",
-        };
-    }
 }
 
 /// <summary>What the model answered to an evaluation row after a step.</summary>
 internal sealed record SampleAnswer(
-    int Step, string Id, string Question, IReadOnlyList<string> Pictures, string Expected,
-    string Answer);
+    int Step, int Row, string Id, string Question, IReadOnlyList<string> Pictures, string Expected,
+    string Answer)
+{
+    /// <exception cref="InputException">What must be there is not.</exception>
+    public static SampleAnswer Read(JsonValue json)
+    {
+        int row = json["row"].Int(0);
+        return new SampleAnswer(
+            json["step"].Int(0), row, Text("id") is { Length: > 0 } id ? id : $"row {row}",
+            Text("question"), json.Find("pictures") is { IsArray: true } list
+                ? [.. list.Items().Where(p => p.IsText).Select(p => p.Text())] : [],
+            Text("expected"), json["answer"].Text());
+
+        string Text(string key) => json.Find(key) is { IsText: true } text ? text.Text() : "";
+    }
+}
