@@ -43,7 +43,7 @@ public sealed class LaunchCountTests
         DecoderSpec spec = s_spec with { Layers = layers };
         var decoder = new Decoder(
             spec, new ModuleScope(new ParameterTable.Builder(), new Source(graph, adapters.Split())),
-            checkpoint: false);
+            Recomputation.None);
         var inputs = new DecoderContext
         {
             Positions = Ints(Tokens), Starts = Ints(2),
