@@ -72,7 +72,11 @@ DEVICE u64 matrix_descriptor(u32 address, int leading, int stride, int swizzle =
 }
 
 // The descriptor of what lies `bytes` (a multiple of 16) further.
-DEVICE u64 further(u64 descriptor, int bytes) { return descriptor + (u64)(bytes >> 4); }
+DEVICE u64 further(u64 descriptor, int bytes)
+{
+    u32 low = (u32)descriptor + (u32)(bytes >> 4); // the address has its 14 bits for itself
+    return (descriptor & 0xffffffff00000000) | low;
+}
 
 // -- wgmma: d[64, N] = or += a[64, 16] b[16, N] by the four warps of a warpgroup --
 //
