@@ -933,7 +933,7 @@ DEVICE void copy_rows(u32 tile, const real* from, int stride, int rows)
     int row = threadIdx.x % WARP / PIECES, piece = threadIdx.x % PIECES;
     u32 to = tile + (PIECES == 8 ? swizzled(row, piece) : swizzled_narrow(row, piece));
     const real* line = from + row * stride + piece * 8;
-#pragma unroll 2
+#pragma unroll 1
     for (int i = 0; i < ROWS; i += ROWS_AT_ONCE)
     {
         u32 at = (PIECES == 8 ? to ^ (i & 4) * 16 : to) + i * S::ROW;
@@ -1078,6 +1078,28 @@ DEVICE void backward_scores(float (&d)[32], u64 a, u64 b, u32 full, int step)
     multiply_commit();
 }
 
+// Scores to p, in place and rounded; statistics lie at 16 bytes for each two queries. A masked tile
+// begins with query `first`, and `low` is the first query that sees each of the lane's two keys.
+template <bool MASKED>
+DEVICE void backward_probabilities(float (&s)[32], u32 (&p)[4][4], u32 statistics, float scale,
+    int first, const int (&low)[2])
+{
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+    {
+        float4 two = load_shared(statistics + n * 64);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+        {
+            float x = probability(s[4 * n + i], scale, i % 2 ? two.z : two.x);
+            int query = first + n * 8 + threadIdx.x % 4 * 2 + i % 2;
+            s[4 * n + i] = MASKED && query < low[i / 2] ? 0 : x;
+        }
+        p[n / 2][n % 2 * 2] = narrow2(s[4 * n], s[4 * n + 1]);
+        p[n / 2][n % 2 * 2 + 1] = narrow2(s[4 * n + 2], s[4 * n + 3]);
+    }
+}
+
 template <int DIM>
 DEVICE void backward_multiply(const BackwardBlock& b, const BackwardResult& result, u32 memory,
     const SequenceTile& at, int causal)
@@ -1138,22 +1160,10 @@ DEVICE void backward_multiply(const BackwardBlock& b, const BackwardResult& resu
 
         // (lse, delta) of queries 8n + 2t and the next one.
         u32 statistics = memory + S::STATISTICS + stage * S::STATISTICS_BYTES + lane % 4 * 16;
-        bool masked = first < unmasked;
         u32 p[QUERIES / 16][4], ds[QUERIES / 16][4];
-#pragma unroll
-        for (int n = 0; n < QUERIES / 8; n++)
-        {
-            float4 two = load_shared(statistics + n * 64);
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-            {
-                float x = probability(s[4 * n + i], result.scale, i % 2 ? two.z : two.x);
-                s[4 * n + i] =
-                    masked && first + n * 8 + lane % 4 * 2 + i % 2 < low[i / 2] ? 0 : x;
-            }
-            p[n / 2][n % 2 * 2] = narrow2(s[4 * n], s[4 * n + 1]);
-            p[n / 2][n % 2 * 2 + 1] = narrow2(s[4 * n + 2], s[4 * n + 3]);
-        }
+        if (first < unmasked)
+            backward_probabilities<true>(s, p, statistics, result.scale, first, low);
+        else backward_probabilities<false>(s, p, statistics, result.scale, first, low);
 
         u64 do_of = further(do_cols, stage * S::QUERY_BYTES);
         hold(dv);

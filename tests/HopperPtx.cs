@@ -95,11 +95,11 @@ internal static partial class HopperPtx
     private static partial Regex Report();
 
     /// <summary>The kernels as the emulator takes them; ignores the test where they cannot be
-    /// had.</summary>
-    public static CudaModule Load(CudaContext context, DeviceCompiler compiler)
+    /// had. Another source than the committed one goes through clang.</summary>
+    public static CudaModule Load(CudaContext context, DeviceCompiler compiler, string? source)
     {
         byte[] ptx;
-        if (compiler == DeviceCompiler.Nvrtc)
+        if (compiler == DeviceCompiler.Nvrtc && source is null)
         {
             ptx = Encoding.UTF8.GetBytes(Read() + "\0");
         }
@@ -108,10 +108,11 @@ internal static partial class HopperPtx
             if (ClangNvrtc.HopperClang is null)
                 Assert.Ignore("clang 19 is not installed: tests/install-cuda-tools.sh installs it");
             ptx = new ModuleCompiler(ClangNvrtc.Table(), cache: null)
-                .Compile(CudaKernels.HopperSource, "kernels_sm90a.cu", s_options);
+                .Compile(source ?? CudaKernels.HopperSource, "kernels_sm90a.cu", s_options);
         }
 
-        return CudaModule.LoadPtx(context, ptx, CudaKernels.HopperSource, DType.BF16);
+        return CudaModule.LoadPtx(
+            context, ptx, source ?? CudaKernels.HopperSource, DType.BF16);
     }
 }
 
