@@ -274,7 +274,7 @@ public sealed class CudaAttentionTests
         return run;
     }
 
-    private static Attention OpOf(AttentionProblem p) =>
+    internal static Attention OpOf(AttentionProblem p) =>
         new(p.Heads, p.KvHeads, p.HeadDim, p.Causal, p.Scale, p.Cached);
 
     // What the device will hold.
@@ -285,7 +285,7 @@ public sealed class CudaAttentionTests
         V = Storage.Round(p.V, type),
     };
 
-    private static Value[] Inputs(AttentionProblem p) =>
+    internal static Value[] Inputs(AttentionProblem p) =>
     [
         Value.Float("q", [p.Tokens, p.Heads * p.HeadDim], p.Q),
         Value.Float("k", [p.KeyTokens, p.KvHeads * p.HeadDim], p.K),

@@ -57,6 +57,79 @@ public sealed class CudaHopperAttentionBackwardTests
             Has.Member($"attention_backward_hopper_{problem.HeadDim}"));
     }
 
+    private static IEnumerable<TestCaseData> Few =>
+        from make in (Func<int, AttentionProblem>[])
+        [
+            d => Self(2, 1, d, [200, 7], causal: true, [190, 5]),
+            d => Self(2, 2, d, [70, 7], causal: false),
+        ]
+        from headDim in (int[])[72, 128]
+        let problem = make(headDim)
+        select new TestCaseData(problem).SetArgDisplayNames(Name(problem));
+
+    [TestCaseSource(nameof(Few))]
+    public void GradientsAgreeAsClangCompiles(object value) =>
+        CompareOn((AttentionProblem)value, new() { Architecture = Hopper }, DeviceCompiler.Clang);
+
+    [TestCaseSource(nameof(Few))]
+    public void GradientsAgreeInAnySchedule(object value)
+    {
+        for (int seed = 1; seed < 3; seed++)
+        {
+            CompareOn((AttentionProblem)value, new()
+            {
+                Architecture = Hopper,
+                Seed = seed,
+                EarlyAsyncCopies = seed == 1,
+                ApproximateUlps = 2,
+                ReverseMma = true,
+            });
+        }
+    }
+
+    [TestCaseSource(nameof(Few))]
+    public void GradientsAccumulateAndMayBeAbsent(object value) =>
+        CudaAttentionBackwardTests.AccumulateAndOmit(_cuda, (AttentionProblem)value);
+
+    // Mistakes that the rule, or the emulated GPU, must find.
+    [TestCase("backward_load", "ring_parity(step) ^ 1", "ring_parity(step)")]
+    [TestCase("backward_load", "b.queries - first", "S::QUERIES")]
+    [TestCase("backward_add_dq", "load_acquire(b.turns + tile) != b.turn", "false")]
+    [TestCase("backward_add_dq", "b.turn == 0", "true")]
+    [TestCase("backward_add_dq", "bulk_wait();", "")]
+    [TestCase("backward_multiply", "group_sync(1, 2 * WARPGROUP);", "")]
+    [TestCase("backward_multiply", "first < unmasked", "false")]
+    [TestCase("backward_multiply", "key - at.before", "key + 1 - at.before")]
+    [TestCase("backward_multiply", "key >= at.visible", "key >= at.keys")]
+    [TestCase("backward_multiply", "2 ? two.w : two.y", "2 ? two.y : two.w")]
+    [TestCase("place_of_tile", " + sequence", "")]
+    [TestCase("attention_backward", "b.turn = at.first / S::KEYS", "b.turn = 0")]
+    [TestCase("attention_backward_hopper_finish", "turns[place] != 0", "true")]
+    [TestCase("attention_backward_hopper_finish", "heads / kv_heads", "1")]
+    public void MistakesAreFound(string function, string from, string to)
+    {
+        _cuda?.Dispose();
+        _cuda = null!;
+        string source = KernelText.Replace(CudaKernels.HopperSource, function, from, to);
+        using var spoilt = new CudaUnderTest(new() { Architecture = Hopper },
+            hopperSource: KernelText.Sections(source, [1, 2, 4]));
+        AttentionProblem problem = AttentionProblem.Random(
+            2, 1, 64, [200, 130], [60, 140], causal: true, [55, 139]);
+        Exception? e = Assert.Catch(
+            () => CudaAttentionBackwardTests.Compare(spoilt, problem, DType.BF16));
+        Assert.That(e, Is.InstanceOf<AssertionException>().Or.InstanceOf<CudaException>());
+        TestContext.Out.WriteLine(spoilt.Emulator!.Fault?.ToString() ?? e!.Message);
+    }
+
+    private void CompareOn(AttentionProblem problem, EmulatorOptions options,
+        DeviceCompiler compiler = DeviceCompiler.Nvrtc)
+    {
+        _cuda?.Dispose();
+        _cuda = null!;
+        using var other = new CudaUnderTest(options, compiler);
+        CudaAttentionBackwardTests.Compare(other, problem, DType.BF16);
+    }
+
     private static AttentionProblem Self(int heads, int kvHeads, int headDim, int[] lengths,
         bool causal, int[]? keyLengths = null) =>
         AttentionProblem.Random(heads, kvHeads, headDim, lengths, lengths, causal, keyLengths);

@@ -1,6 +1,6 @@
 using MiniCpmNative.GpuEmulator;
 using MiniCpmNative.Kernels;
-using MiniCpmNative.Kernels.Cuda;
+using MiniCpmNative.Kernels.Cases;
 using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;
@@ -53,6 +53,45 @@ public sealed class CudaHopperAttentionTests
     {
         _cuda?.Dispose();
         _cuda = null!;
+    }
+
+    // The list that comes with a batch and the one that the device makes: the same tiles in another
+    // order, and so by other blocks.
+    [Test]
+    public void BothListsGiveTheSameBits()
+    {
+        AttentionProblem p =
+            AttentionProblem.Random(2, 1, 64, [130, 0, 150], [130, 7, 160], causal: true);
+        var list = new int[AttentionTiles.Count(p.StartsQ) * AttentionTiles.Fields];
+        AttentionTiles.Fill(list, p.StartsQ, p.StartsK, causal: true, ofKeys: false);
+        var tiles = new Value("query_tiles", DType.I32,
+            [list.Length / AttentionTiles.Fields, AttentionTiles.Fields],
+            Array.ConvertAll(list, i => (double)i));
+        Value[] inputs = CudaAttentionTests.Inputs(p);
+        using OpRun a = Run(p, inputs), b = Run(p, [.. inputs, tiles]);
+        Assert.That(b.Output, Is.EqualTo(a.Output));
+        Assert.That(b.Saved(0), Is.EqualTo(a.Saved(0)));
+    }
+
+    // A row all of whose scores are -infinity is no row that sees no key.
+    [Test]
+    public void InfiniteScoresAreNotHidden()
+    {
+        AttentionProblem p =
+            AttentionProblem.Random(1, 1, 64, [3, 2], [3, 2], causal: true);
+        p.Q[64] = double.PositiveInfinity;
+        for (int key = 0; key < 3; key++) p.K[64 * key] = -1;
+        using OpRun run = Run(p, CudaAttentionTests.Inputs(p));
+        for (int row = 0; row < 5; row++)
+            Assert.That(run.Output.Skip(64 * row).Take(64).Select(double.IsNaN),
+                Has.All.EqualTo(row == 1), $"row {row}");
+    }
+
+    private OpRun Run(AttentionProblem p, Value[] inputs)
+    {
+        var run = new OpRun(_cuda.Device(DType.BF16), CudaAttentionTests.OpOf(p), inputs);
+        run.Forward();
+        return run;
     }
 
     [TestCaseSource(nameof(Cases))]

@@ -17,14 +17,17 @@ internal sealed class CudaUnderTest : IDisposable
     private readonly ModuleCompiler _compiler;
     private readonly DeviceCompiler _kind;
     private readonly string _source;
+    private readonly string? _hopperSource;
 
     /// <param name="options">Of the emulator.</param>
     /// <param name="compiler">Which one turns the kernels into PTX.</param>
     /// <param name="source">Kernels in place of kernels.cu; null takes that.</param>
+    /// <param name="hopperSource">The same for kernels_sm90a.cu, by clang.</param>
     public CudaUnderTest(EmulatorOptions? options = null,
-        DeviceCompiler compiler = DeviceCompiler.Nvrtc, string? source = null)
+        DeviceCompiler compiler = DeviceCompiler.Nvrtc, string? source = null,
+        string? hopperSource = null)
     {
-        (_kind, _source) = (compiler, source ?? CudaKernels.Source);
+        (_kind, _source, _hopperSource) = (compiler, source ?? CudaKernels.Source, hopperSource);
         CudaApi api;
         if (IsReal)
         {
@@ -69,7 +72,7 @@ internal sealed class CudaUnderTest : IDisposable
         var all = CudaModule.Load(Context, _compiler, _source, "kernels.cu",
             new(activations, Context.Architecture, LineInfo: true));
         return activations == DType.F32 || Context.Architecture != 90
-            ? new(all) : new(all, HopperPtx.Load(Context, _kind));
+            ? new(all) : new(all, HopperPtx.Load(Context, _kind, _hopperSource));
     }
 
     /// <summary>

@@ -48,23 +48,16 @@ internal static class HopperAttentionBackward
             dkParts, dvParts, turns, q, k, v, call.OutputGradient, statistics, keyTiles,
             call.Input(5), rows, sequences, tokens, keyTokens, causal, op.Heads, op.KvHeads,
             op.Scale, dk.Accumulate, dv.Accumulate, Neighbours(op, tokens));
-        Finish(call, dq, dqTiles, turns, queryTiles, tokens, op.Heads, 1, op.Scale);
-        Finish(call, dk, dkParts, Tensor.None, keyTiles, keyTokens, op.KvHeads, parts, op.Scale);
-        Finish(call, dv, dvParts, Tensor.None, keyTiles, keyTokens, op.KvHeads, parts, 1);
+        call.Launch("attention_backward_hopper_finish",
+            new Grid(new Dim3(2 * Math.Max(rows, queryTiles.Shape[0]),
+                op.Heads + (parts > 1 ? 2 * op.KvHeads : 0),
+                (op.HeadDim + FinishCols - 1) / FinishCols), FinishThreads),
+            dq.Buffer, dk.Buffer, dv.Buffer, dqTiles, dkParts, dvParts, turns, queryTiles,
+            keyTiles, queryTiles.Shape[0], rows, sequences, tokens, keyTokens, op.Heads,
+            op.KvHeads, op.HeadDim, op.Scale, dq.Accumulate, dk.Accumulate, dv.Accumulate);
 
         Tensor Parts(in CudaCall call, GradientTarget gradient) => parts > 1 && gradient.Wanted
             ? call.Scratch(DType.F32, keyPlaces, Keys * cols) : Tensor.None;
-
-        void Finish(in CudaCall call, GradientTarget gradient, in Tensor fragments,
-            in Tensor turns, in Tensor tiles, int tokens, int heads, int parts, double scale)
-        {
-            if (!gradient.Wanted || !fragments.Exists) return;
-            int groups = (op.HeadDim + FinishCols - 1) / FinishCols;
-            call.Launch("attention_backward_hopper_finish",
-                new Grid(new Dim3(tiles.Shape[0] * 2, heads, groups), FinishThreads),
-                gradient.Buffer, fragments, turns, tiles, sequences, tokens, heads, parts,
-                op.HeadDim, scale, gradient.Accumulate);
-        }
     }
 
     // Heads whose blocks run side by side: few enough that what they share stays in the L2 cache.
