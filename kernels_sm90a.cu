@@ -72,7 +72,11 @@ DEVICE u64 matrix_descriptor(u32 address, int leading, int stride, int swizzle =
 }
 
 // The descriptor of what lies `bytes` (a multiple of 16) further.
-DEVICE u64 further(u64 descriptor, int bytes) { return descriptor + (u64)(bytes >> 4); }
+DEVICE u64 further(u64 descriptor, int bytes)
+{
+    u32 low = (u32)descriptor + (u32)(bytes >> 4); // the address has its 14 bits for itself
+    return (descriptor & 0xffffffff00000000) | low;
+}
 
 // -- wgmma: d[64, N] = or += a[64, 16] b[16, N] by the four warps of a warpgroup --
 //
@@ -477,8 +481,12 @@ DEVICE void score(float (&s)[Forward<DIM>::KEYS / 2], u64 query, u64 key)
     typedef Forward<DIM> F;
 #pragma unroll
     for (int step = 0; step < F::STEPS; step++)
-        multiply<false, false>(s, further(query, step / 4 * F::ROWS_CHUNK + step % 4 * 32),
-            further(key, step / 4 * F::KEYS_CHUNK + step % 4 * 32), step > 0);
+    {
+        u64 a = further(query, step / 4 * F::ROWS_CHUNK + step % 4 * 32);
+        u64 b = further(key, step / 4 * F::KEYS_CHUNK + step % 4 * 32);
+        if (step == 0) multiply_first<false, false>(s, a, b);
+        else multiply<false, false>(s, a, b, 1);
+    }
 }
 
 // out += p v.
@@ -499,30 +507,47 @@ struct Softmax
 
 // Scores to p, in place; keep gets what earlier sums and outputs shrink by. A NaN and an infinite
 // score stay visible: fmaxf drops a NaN, but its own p keeps it, and infinity - infinity is one.
+// Maxima and sums go in four strands a row, as few warps are there to hide latency.
 template <int N>
 DEVICE void soften(float (&s)[N], Softmax& row, float (&keep)[2], float factor)
 {
+    float top[2], offset[2];
 #pragma unroll
     for (int i = 0; i < 2; i++)
     {
-        float before = row.max[i], top = before;
+        float most[4];
 #pragma unroll
-        for (int n = 2 * i; n < N; n += 4) top = fmaxf(top, fmaxf(s[n], s[n + 1]));
-        top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 2));
-        float offset = top == MINUS_INFINITY ? 0 : __fmul_rn(top, factor);
-        row.max[i] = top;
-        keep[i] = exp2_approx(fmaf(before, factor, -offset));
-        float sum = 0;
-#pragma unroll
-        for (int n = 2 * i; n < N; n += 4)
+        for (int n = 0; n < N / 4; n++)
         {
-            s[n] = exp2_approx(fmaf(s[n], factor, -offset));
-            s[n + 1] = exp2_approx(fmaf(s[n + 1], factor, -offset));
-            sum += s[n] + s[n + 1];
+            float pair = fmaxf(s[4 * n + 2 * i], s[4 * n + 2 * i + 1]);
+            most[n % 4] = n < 4 ? pair : fmaxf(most[n % 4], pair);
         }
-        row.sum[i] = fmaf(row.sum[i], keep[i], sum);
+        top[i] = fmaxf(fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3])), row.max[i]);
     }
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            top[i] = fmaxf(top[i], __shfl_xor_sync(ALL_LANES, top[i], step));
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+    {
+        offset[i] = top[i] == MINUS_INFINITY ? 0 : __fmul_rn(top[i], factor);
+        keep[i] = exp2_approx(fmaf(row.max[i], factor, -offset[i]));
+        row.max[i] = top[i];
+    }
+    float sum[2][4] = {};
+#pragma unroll
+    for (int n = 0; n < N; n++)
+    {
+        int i = n / 2 % 2, strand = n / 8 % 2 * 2 + n % 2;
+        s[n] = exp2_approx(fmaf(s[n], factor, -offset[i]));
+        sum[i][strand] += s[n];
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        row.sum[i] = fmaf(row.sum[i], keep[i],
+            (sum[i][0] + sum[i][1]) + (sum[i][2] + sum[i][3]));
 }
 
 // Masks what a query does not see; key is the key of the thread's first score.
@@ -540,12 +565,67 @@ template <int N> DEVICE void narrow_tile(u32 (&p)[N / 8][4], const float (&s)[N]
     for (int n = 0; n < N / 2; n++) p[n / 4][n % 4] = narrow2(s[2 * n], s[2 * n + 1]);
 }
 
-// Earlier output shrinks by keep, where any of the warp's maxima rose.
+// Earlier output shrinks by keep.
 template <int N> DEVICE void shrink(float (&out)[N], const float (&keep)[2])
 {
-    if (!__any_sync(ALL_LANES, keep[0] != 1 || keep[1] != 1)) return;
 #pragma unroll
     for (int n = 0; n < N; n++) out[n] *= keep[n / 2 % 2];
+}
+
+// What a multiplying warpgroup has in registers.
+template <int DIM> struct ForwardState
+{
+    float s[Forward<DIM>::KEYS / 2], out[DIM / 2];
+    u32 p[Forward<DIM>::KEYS / 16][4];
+    Softmax softmax;
+    int seen[2]; // keys that the lane's queries see
+    int count;   // tiles of keys so far
+};
+
+// Scores of tile number `tile` beside the output of the one behind it. While products run there is
+// no branch, at which the assembler would wait for them: masked tiles have code of their own.
+template <int DIM, bool MASKED>
+DEVICE void forward_step(ForwardState<DIM>& x, int tile, bool is_first, u64 query, u64 keys,
+    u64 values, u32 barriers, int group, int lane, float factor)
+{
+    typedef Forward<DIM> F;
+    float keep[2];
+    int before = x.count % F::STAGES, parity_before = x.count / F::STAGES & 1;
+    x.count++;
+    int stage = x.count % F::STAGES, parity = x.count / F::STAGES & 1;
+    barrier_wait(barriers + F::KEY_FULL + 8 * stage, parity);
+    barrier_wait(barriers + F::VALUE_FULL + 8 * before, parity_before);
+    async_fence_shared();
+    if (group == 1 || !is_first) group_sync(1 + group, 2 * WARPGROUP);
+    hold(x.out);
+    multiply_begin();
+    score<DIM>(x.s, query, further(keys, stage * F::KEY_TILE));
+    multiply_commit();
+    weigh<DIM>(x.out, x.p, further(values, before * F::KEY_TILE));
+    multiply_commit();
+    if (group == 0 || tile > 0) group_arrive(2 - group, 2 * WARPGROUP);
+    multiply_wait<1>();
+    hold(x.s);
+    if (lane == 0) barrier_arrive(barriers + F::KEY_EMPTY + 8 * stage);
+    if (MASKED) mask(x.s, x.seen, tile * F::KEYS + 2 * (lane % 4));
+    soften(x.s, x.softmax, keep, factor);
+    // Where none of the warp's maxima rose, earlier output stays. A wait that stood before this
+    // branch the assembler would move up to the other, before every p: so it takes them to branch,
+    // though no sum is below 0, and each way has a wait.
+    if (__any_sync(ALL_LANES, keep[0] != 1 || keep[1] != 1
+        || x.softmax.sum[0] + x.softmax.sum[1] < 0))
+    {
+        multiply_wait<0>();
+        hold(x.out);
+        shrink(x.out, keep);
+    }
+    else
+    {
+        asm volatile("wgmma.wait_group.sync.aligned 0; // the same" ::: "memory");
+        hold(x.out);
+    }
+    if (lane == 0) barrier_arrive(barriers + F::VALUE_EMPTY + 8 * before);
+    narrow_tile(x.p, x.s);
 }
 
 // The part of each of the two warpgroups that multiply.
@@ -562,7 +642,9 @@ DEVICE void forward_multiply(u32 shared, char* output, u32 barriers, real* o, fl
         shared + F::QUERY_AT + group * HALF * ROW_BYTES, 16, 8 * ROW_BYTES);
     u64 keys = matrix_descriptor(shared + F::KEY_AT, 16, 8 * ROW_BYTES);
     u64 values = matrix_descriptor(shared + F::VALUE_AT, F::KEYS_CHUNK, 8 * ROW_BYTES);
-    int done = 0, count = 0;
+    ForwardState<DIM> x;
+    x.count = 0;
+    int done = 0;
     for (int round = 0; round * (int)gridDim.x < rows * heads; round++)
     {
         SequenceTile at;
@@ -571,81 +653,56 @@ DEVICE void forward_multiply(u32 shared, char* output, u32 barriers, real* o, fl
         int queries = min(F::ROWS, at.queries - at.first);
         int end = keys_seen(causal, at, at.first + queries - 1);
         int row = group * HALF + 16 * warp + g; // and row + 8: this lane's queries in the tile
-        int seen[2] = {min(end, keys_seen(causal, at, at.first + row)),
-            min(end, keys_seen(causal, at, at.first + row + 8))};
         // Tiles of keys, and those that all of the group's queries see whole.
         int all = (end + KEYS - 1) / KEYS;
         int open = min(end, keys_seen(causal, at, at.first + group * HALF)) / KEYS;
 
-        float out[DIM / 2];
-        Softmax state;
 #pragma unroll
-        for (int i = 0; i < DIM / 2; i++) out[i] = 0;
+        for (int i = 0; i < DIM / 2; i++) x.out[i] = 0;
 #pragma unroll
         for (int i = 0; i < 2; i++)
         {
-            state.max[i] = MINUS_INFINITY;
-            state.sum[i] = 0;
+            x.seen[i] = min(end, keys_seen(causal, at, at.first + row + 8 * i));
+            x.softmax.max[i] = MINUS_INFINITY;
+            x.softmax.sum[i] = 0;
         }
         barrier_wait(barriers + F::QUERY_FULL, done & 1);
         if (all > 0)
         {
-            float s[KEYS / 2], keep[2];
-            u32 p[KEYS / 16][4];
-            int stage = count % F::STAGES, parity = count / F::STAGES & 1;
+            float keep[2];
+            int stage = x.count % F::STAGES, parity = x.count / F::STAGES & 1;
             barrier_wait(barriers + F::KEY_FULL + 8 * stage, parity);
             async_fence_shared();
-            hold(s);
             multiply_begin();
-            score<DIM>(s, query, further(keys, stage * F::KEY_TILE));
+            score<DIM>(x.s, query, further(keys, stage * F::KEY_TILE));
             multiply_commit();
             multiply_wait<0>();
-            hold(s);
+            hold(x.s);
             if (lane == 0) barrier_arrive(barriers + F::KEY_EMPTY + 8 * stage);
-            if (open < all) mask(s, seen, (all - 1) * KEYS + 2 * t);
-            soften(s, state, keep, factor);
-            narrow_tile(p, s);
-            for (int tile = all - 2; tile >= 0; tile--)
-            {
-                int before = stage, parity_before = parity;
-                count++;
-                stage = count % F::STAGES;
-                parity = count / F::STAGES & 1;
-                barrier_wait(barriers + F::KEY_FULL + 8 * stage, parity);
-                barrier_wait(barriers + F::VALUE_FULL + 8 * before, parity_before);
-                async_fence_shared();
-                if (group == 1 || tile < all - 2) group_sync(1 + group, 2 * WARPGROUP);
-                hold(s);
-                hold(out);
-                multiply_begin();
-                score<DIM>(s, query, further(keys, stage * F::KEY_TILE));
-                multiply_commit();
-                weigh<DIM>(out, p, further(values, before * F::KEY_TILE));
-                multiply_commit();
-                if (group == 0 || tile > 0) group_arrive(2 - group, 2 * WARPGROUP);
-                multiply_wait<1>();
-                hold(s);
-                if (lane == 0) barrier_arrive(barriers + F::KEY_EMPTY + 8 * stage);
-                if (tile >= open) mask(s, seen, tile * KEYS + 2 * t);
-                soften(s, state, keep, factor);
-                multiply_wait<0>();
-                hold(out);
-                if (lane == 0) barrier_arrive(barriers + F::VALUE_EMPTY + 8 * before);
-                shrink(out, keep);
-                narrow_tile(p, s);
-            }
+            if (open < all) mask(x.s, x.seen, (all - 1) * KEYS + 2 * t);
+            soften(x.s, x.softmax, keep, factor);
+            narrow_tile(x.p, x.s);
+            int tile = all - 2;
+            for (; tile >= max(0, open); tile--)
+                forward_step<DIM, true>(x, tile, tile == all - 2, query, keys, values, barriers,
+                    group, lane, factor);
+            for (; tile >= 0; tile--)
+                forward_step<DIM, false>(x, tile, tile == all - 2, query, keys, values, barriers,
+                    group, lane, factor);
 
+            stage = x.count % F::STAGES;
+            parity = x.count / F::STAGES & 1;
             if (F::OWN_OUTPUT && lane == 0) barrier_arrive(barriers + F::QUERY_EMPTY);
             barrier_wait(barriers + F::VALUE_FULL + 8 * stage, parity);
             async_fence_shared();
-            hold(out);
+            hold(x.out);
             multiply_begin();
-            weigh<DIM>(out, p, further(values, stage * F::KEY_TILE));
+            weigh<DIM>(x.out, x.p, further(values, stage * F::KEY_TILE));
             multiply_commit();
             multiply_wait<0>();
-            hold(out);
+            hold(x.out);
             if (lane == 0) barrier_arrive(barriers + F::VALUE_EMPTY + 8 * stage);
-            count++;
+            x.count++;
         }
         else if (F::OWN_OUTPUT && lane == 0)
         {
@@ -658,10 +715,10 @@ DEVICE void forward_multiply(u32 shared, char* output, u32 barriers, real* o, fl
 #pragma unroll
         for (int i = 0; i < 2; i++)
         {
-            float sum = state.sum[i];
+            float sum = x.softmax.sum[i];
             sum += __shfl_xor_sync(ALL_LANES, sum, 1);
             sum += __shfl_xor_sync(ALL_LANES, sum, 2);
-            float inverse = 1 / sum, top = state.max[i];
+            float inverse = 1 / sum, top = x.softmax.max[i];
             int r = row + 8 * i;
             if (t == 0 && r < queries)
             {
@@ -675,8 +732,8 @@ DEVICE void forward_multiply(u32 shared, char* output, u32 barriers, real* o, fl
             {
                 u32* pair = (u32*)(output + n / 8 * F::ROWS_CHUNK + swizzled(r, n % 8)) + t;
                 // Where all scores are -infinity, 0 / 0.
-                *pair = seen[i] == 0
-                    ? 0 : narrow2(out[4 * n + 2 * i] * inverse, out[4 * n + 2 * i + 1] * inverse);
+                *pair = x.seen[i] == 0
+                    ? 0 : narrow2(x.out[4 * n + 2 * i] * inverse, x.out[4 * n + 2 * i + 1] * inverse);
             }
         }
         __syncwarp();

@@ -148,10 +148,11 @@ public sealed class EmulatorWarpgroupTests
 
     /// <summary>A kernel k of four pointers around the lines, with 64 KiB of static shared
     /// memory.</summary>
-    internal static CudaModule Load(TestGpu gpu, string lines) => CudaModule.LoadPtx(gpu.Context,
+    internal static CudaModule Load(TestGpu gpu, string lines, string directive = "") =>
+        CudaModule.LoadPtx(gpu.Context,
         Encoding.UTF8.GetBytes(Header + $$"""
         .shared .align 1024 .b8 space[65536];
-        .visible .entry k(.param .u64 d, .param .u64 a, .param .u64 b, .param .u64 c)
+        .visible .entry k(.param .u64 d, .param .u64 a, .param .u64 b, .param .u64 c) {{directive}}
         {
             .reg .pred %p<10>;
             .reg .b32 %t<30>;

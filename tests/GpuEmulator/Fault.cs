@@ -14,7 +14,7 @@ public enum Check : byte
     WarpgroupOrder,
     /// <summary>Shared memory written by threads, read by wgmma or a bulk copy without
     /// fence.proxy.async.</summary>
-    ProxyFenceMissing,
+    ProxyFenceMissing, RegisterCount,
     /// <summary>The emulator itself failed; the detail is its exception.</summary>
     Internal,
 }

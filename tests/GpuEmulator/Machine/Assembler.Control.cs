@@ -251,36 +251,6 @@ internal sealed unsafe partial class Assembler
         return true;
     }
 
-    // Bulk copies from .shared::cta to .global, or added to its floats.
-    private bool BuildBulkCopy(Instruction i, PtxInstruction p, Opcode op, bool add)
-    {
-        if (op.Has("commit_group"))
-        {
-            i.Run = &BulkCopies.Commit;
-            return true;
-        }
-        if (op.Has("wait_group"))
-        {
-            i.Mode = op.Has("read") ? 1 : 0;
-            if (Number(p.Operands[0]) != 0)
-                throw new PtxException("only cp.async.bulk.wait_group 0 is known");
-            i.Run = &BulkCopies.WaitFor;
-            return true;
-        }
-        if (!op.Has("global") || !op.Has("shared::cta") || !op.Has("bulk_group")
-            || (add && !(op.Has("add") && op.Has("f32"))))
-            throw new PtxException("bulk copies go from .shared::cta to .global, or .add.f32 there");
-        op.DropHints();
-        Operands(p, 3);
-        i.B = Row(p.Operands[2], 4);
-        TakeAddress(i, p.Operands[1], Space.Shared);
-        (i.D, i.DWidth, i.Mode2) = (i.A, i.AddressIs64 ? 8 : 4, checked((int)i.Offset));
-        TakeAddress(i, p.Operands[0], Space.Global);
-        i.Mode = add ? 1 : 0;
-        i.Run = &BulkCopies.Issue;
-        return true;
-    }
-
     private bool BuildAsyncCopy(Instruction i, PtxInstruction p, Opcode op)
     {
         bool reduce = op.Has("reduce");

@@ -149,8 +149,8 @@ internal sealed unsafe partial class Assembler
         i.Mode = Number(p.Operands[0]);
         if (i.Mode % 8 != 0 || i.Mode is < 24 or > 256)
             throw new PtxException($"{i.Mode} registers: multiples of 8 from 24 to 256");
-        i.Flow = Flow.Sync;
-        i.Run = &Moves.Nothing;
+        (i.Flow, i.Holds) = (Flow.Poll, true);
+        i.Run = &Warpgroup.SetRegisters;
         return true;
     }
 }

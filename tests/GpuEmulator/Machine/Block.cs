@@ -28,7 +28,7 @@ internal sealed unsafe class Block : IDisposable
 
     private readonly int[] _arrived = new int[16];
     private ulong _random;
-    private int _fruitless;
+    private int _fruitless, _freeRegisters;
 
     public Block(Launch launch)
     {
@@ -62,6 +62,9 @@ internal sealed unsafe class Block : IDisposable
     public SharedMemory Shared { get; }
     public MemoryBarriers Barriers { get; }
 
+    /// <summary>Bulk copies to shared memory that have not arrived.</summary>
+    public List<BulkCopy> Flying { get; } = [];
+
     /// <summary>Counts what others may wait for: barriers opened, memory changed for them.</summary>
     public long Events { get; private set; }
 
@@ -90,8 +93,10 @@ internal sealed unsafe class Block : IDisposable
         _random = Launch.Seed == 0 ? 0 : Launch.Seed ^ (ulong)index * 0x9E3779B97F4A7C15;
         Shared.Begin();
         Barriers.Clear();
+        Flying.Clear();
         Array.Clear(_arrived);
         _fruitless = 0;
+        _freeRegisters = Registers - StartRegisters * 32 * WarpCount;
         Seen = -1;
         Acquired.Clear();
         Fenced = false;
@@ -113,6 +118,23 @@ internal sealed unsafe class Block : IDisposable
             if (state == BlockState.Done) return true;
             if (state == BlockState.Starved) return false;
         }
+    }
+
+    /// <summary>Registers of a thread at the start: what .maxnreg says, else all that the launch
+    /// bounds allow, as compilers reserve them for kernels with setmaxnreg.</summary>
+    public int StartRegisters => Program.Kernel.MaxRegisters > 0
+        ? Program.Kernel.MaxRegisters
+        : Math.Min(255, Registers / Math.Max(Program.MaxThreads, 32 * WarpCount)) & ~7;
+
+    private const int Registers = 64 << 10;
+
+    /// <summary>So many more registers for each thread of a warp, when the block has them.</summary>
+    public bool TryTakeRegisters(int more)
+    {
+        if (more * 32 > _freeRegisters) return false;
+        _freeRegisters -= more * 32;
+        Events++;
+        return true;
     }
 
     /// <summary>Memory has changed that other blocks may wait for.</summary>
@@ -168,9 +190,15 @@ internal sealed unsafe class Block : IDisposable
             ran = true;
             idle &= _warps[w].Idle;
         }
+        if (_random != 0 && Flying.Count > 0 && Next() % 8 == 0) DeliverOne();
         if (OpenBarriers() || (ran && (!idle || events != Events + Barriers.Completed)))
         {
             _fruitless = 0;
+            return BlockState.Running;
+        }
+        if (Flying.Count > 0)
+        {
+            DeliverOne();
             return BlockState.Running;
         }
         if (ran && ++_fruitless < Patience) return BlockState.Running;
@@ -178,6 +206,16 @@ internal sealed unsafe class Block : IDisposable
         if (!Array.Exists(_warps, w => w.IsSpinning)) throw Deadlock();
         _fruitless = Patience - 4;
         return BlockState.Starved;
+    }
+
+    // Copies arrive in any order; the first one without a shuffle.
+    private void DeliverOne()
+    {
+        int n = _random == 0 ? 0 : (int)(Next() % (ulong)Flying.Count);
+        var copy = Flying[n];
+        Flying.RemoveAt(n);
+        BulkCopies.Deliver(copy);
+        _fruitless = 0;
     }
 
     /// <summary>Nobody can go on: what each warp waits for.</summary>

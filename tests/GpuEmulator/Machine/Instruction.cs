@@ -77,6 +77,10 @@ internal sealed unsafe class Instruction(PtxInstruction source)
     /// <summary>The allocation the last access fell into: likely the next one's too.</summary>
     public Allocation? Nearby;
 
+    /// <summary>A bulk copy's barrier is at row C plus this.</summary>
+    public long BarrierOffset;
+    public bool Barrier64;
+
     /// <summary>Registers of wgmma that it uses, null when none.</summary>
     public FragmentUse? Use;
 

@@ -65,6 +65,9 @@ internal sealed unsafe class Warp
     /// <summary>It looks again and again for what another block writes.</summary>
     public bool IsSpinning => State == WarpState.Ready && _looked;
     public int BarrierId { get; set; }
+
+    /// <summary>Registers of a thread, for setmaxnreg.</summary>
+    public int Registers { get; set; }
     public int BarrierThreads { get; set; }
 
     /// <summary>Scratch: 32 addresses, and 32 lanes of up to 16 bytes.</summary>
@@ -116,6 +119,7 @@ internal sealed unsafe class Warp
         State = WarpState.Ready;
         Copies.Clear();
         Fragments?.Clear();
+        Registers = Block.StartRegisters;
         Bulks.Clear();
     }
 
@@ -203,6 +207,7 @@ internal sealed unsafe class Warp
                 Leave(exec);
                 if (_groups == 0)
                 {
+                    Bulks.End(this);
                     State = WarpState.Done;
                     return false;
                 }

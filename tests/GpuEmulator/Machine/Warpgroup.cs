@@ -64,6 +64,20 @@ internal static unsafe class Warpgroup
             w.Block.Shared.EndGroupReads(w, fragments.Complete(i.Mode));
     }
 
+    /// <summary>setmaxnreg: Mode registers a thread, fewer (Mode2 -1) or more (1), for which it
+    /// waits until others have given theirs back.</summary>
+    public static void SetRegisters(Warp w, Instruction i)
+    {
+        if (w.Exec != uint.MaxValue)
+            throw w.Fault(Check.BarrierDivergence, 0, "setmaxnreg is for the whole warp");
+        int now = w.Registers;
+        if (i.Mode2 < 0 ? i.Mode > now : i.Mode < now)
+            throw w.Fault(Check.RegisterCount, 0,
+                $"{i.Mode} registers are {(i.Mode2 < 0 ? "more" : "fewer")} than the {now} it has");
+        w.Polled = !w.Block.TryTakeRegisters(i.Mode - now);
+        if (!w.Polled) w.Registers = i.Mode;
+    }
+
     public static void ProxyFence(Warp w, Instruction i) => w.Block.Shared.FenceProxies(w.Index);
 
     private static ulong Same(Warp w, int row)

@@ -103,16 +103,25 @@ internal static unsafe class GlobalAccess
             if (address[lane] % (ulong)bytes != 0)
                 throw w.Fault(GpuEmulator.Check.Misaligned, lane,
                     $"{bytes} bytes at global address 0x{address[lane]:x}");
-            byte* to = Resolve(w, i, address[lane], bytes, lane, out var allocation);
             byte* value = w.Staging + lane * bytes;
-            if (!i.Volatile && IsContested(w, i, allocation, to, bytes)
-                && !new Span<byte>(to, bytes).SequenceEqual(new Span<byte>(value, bytes)))
-                throw w.Fault(GpuEmulator.Check.GlobalRace, lane,
-                    $"{Where(allocation, address[lane])} is written, and so it was by block " +
-                    $"{Writer(w, allocation, to)} of this launch");
+            byte* to = CheckWrite(w, i, address[lane], value, bytes, lane);
             Unsafe.CopyBlock(to, value, (uint)bytes);
-            MarkWritten(w, i, allocation, to, bytes);
+            MarkWritten(w, i, i.Nearby!, to, bytes);
         }
+    }
+
+    /// <summary>Host bytes of one lane's write of that value, checked; alignment is the
+    /// caller's.</summary>
+    public static byte* CheckWrite(Warp w, Instruction i, ulong address, byte* value, int bytes,
+        int lane)
+    {
+        byte* to = Resolve(w, i, address, bytes, lane, out var allocation);
+        if (!i.Volatile && IsContested(w, i, allocation, to, bytes)
+            && !new Span<byte>(to, bytes).SequenceEqual(new Span<byte>(value, bytes)))
+            throw w.Fault(GpuEmulator.Check.GlobalRace, lane,
+                $"{Where(allocation, address)} is written, and so it was by block " +
+                $"{Writer(w, allocation, to)} of this launch");
+        return to;
     }
 
     /// <summary>What was left at the lanes' addresses is visible from now on.</summary>

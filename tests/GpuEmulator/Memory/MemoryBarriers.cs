@@ -144,6 +144,15 @@ internal sealed unsafe class MemoryBarriers(SharedMemory shared)
         TryComplete(barrier);
     }
 
+    /// <summary>Bytes that a lane has ordered have come.</summary>
+    public void Transferred(Warp w, int lane, Barrier barrier, int bytes)
+    {
+        Renew(barrier);
+        shared.Publish(w.Index, barrier.Collecting);
+        AddBytes(w, lane, barrier, -bytes);
+        TryComplete(barrier);
+    }
+
     public void AddBytes(Warp w, int lane, Barrier barrier, long bytes)
     {
         barrier.Bytes += bytes;

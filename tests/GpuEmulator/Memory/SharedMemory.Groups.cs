@@ -4,31 +4,42 @@ using MiniCpmNative.GpuEmulator.Machine;
 namespace MiniCpmNative.GpuEmulator.Memory;
 
 /// <summary>
-/// Reads of whole warpgroups by wgmma, 16 bytes at a time: they go on until a warp of the group has
-/// waited for them; the time of that is kept per group, and a write must come after it.
+/// Reads of whole warpgroups by wgmma, 16 bytes at a time. They go on until they are waited for, and
+/// are over for all four warps when they are for one: a write must come after the wait of any of
+/// them, by way of that warp.
 /// </summary>
 internal sealed unsafe partial class SharedMemory
 {
     private const uint InFlight = uint.MaxValue;
 
+    private sealed class Product
+    {
+        public int Group;
+        public uint Waited;
+        public readonly List<int> Rows = [];
+    }
+
+    // Per 16 bytes and warp of the group: when it waited for the last read, reads it has to wait
+    // for.
     private sealed class GroupReads(int rows)
     {
-        public readonly uint[] Time = new uint[rows];
-        public readonly ushort[] Flying = new ushort[rows];
-        public readonly Queue<(int Group, List<int> Rows)> Products = new();
+        public readonly uint[] Time = new uint[rows * 4];
+        public readonly ushort[] Flying = new ushort[rows * 4];
+        public readonly List<Product> Products = [];
     }
 
     // Per warpgroup; empty without wgmma.
     private GroupReads[] _groupReads = [];
-    private List<int> _reading = [];
-    private readonly Stack<List<int>> _lists = new();
+    private Product _product = new();
+    private readonly Stack<Product> _products = new();
 
     private void ForgetGroups(bool all)
     {
+        if (all) _bulkReads = null;
         foreach (var group in _groupReads)
         {
-            for (int row = 0; row < group.Time.Length && !all; row++)
-                if (group.Time[row] != InFlight) group.Time[row] = 0;
+            for (int at = 0; at < group.Time.Length && !all; at++)
+                if (group.Time[at] != InFlight) group.Time[at] = 0;
             if (!all) continue;
             Array.Clear(group.Time);
             Array.Clear(group.Flying);
@@ -44,23 +55,28 @@ internal sealed unsafe partial class SharedMemory
             _groupReads = new GroupReads[(_warps + 3) / 4];
             for (int g = 0; g < _groupReads.Length; g++) _groupReads[g] = new((Bytes + 15) / 16);
         }
-        _reading = _lists.TryPop(out var list) ? list : [];
-        _groupReads[w.Index / 4].Products.Enqueue((group, _reading));
+        _product = _products.TryPop(out var product) ? product : new();
+        (_product.Group, _product.Waited) = (group, 0);
+        _groupReads[w.Index / 4].Products.Add(_product);
     }
 
-    /// <summary>Products up to that group are complete: one of the warps has waited.</summary>
+    /// <summary>The warp has waited for the products up to that group.</summary>
     public void EndGroupReads(Warp w, int complete)
     {
         if (_groupReads.Length == 0) return;
         var reads = _groupReads[w.Index / 4];
-        while (reads.Products.TryPeek(out var product) && product.Group <= complete)
+        int lane = w.Index & 3;
+        foreach (var product in reads.Products)
         {
-            reads.Products.Dequeue();
+            if (product.Group > complete || (product.Waited >> lane & 1) != 0) continue;
+            product.Waited |= 1u << lane;
             foreach (int row in product.Rows)
-                if (--reads.Flying[row] == 0) reads.Time[row] = _time;
+                if (--reads.Flying[row * 4 + lane] == 0) reads.Time[row * 4 + lane] = _time;
+            if (product.Waited != 15) continue;
             product.Rows.Clear();
-            _lists.Push(product.Rows);
+            _products.Push(product);
         }
+        reads.Products.RemoveAll(p => p.Waited == 15);
     }
 
     /// <summary>16 bytes of a matrix, read by the four warps of w's warpgroup together.</summary>
@@ -75,9 +91,9 @@ internal sealed unsafe partial class SharedMemory
         CheckProxy(w, offset, "wgmma");
         var reads = _groupReads[w.Index / 4];
         int row = (int)(offset / 16);
-        reads.Time[row] = InFlight;
-        reads.Flying[row]++;
-        _reading.Add(row);
+        reads.Time.AsSpan(row * 4, 4).Fill(InFlight);
+        for (int warp = 0; warp < 4; warp++) reads.Flying[row * 4 + warp]++;
+        _product.Rows.Add(row);
     }
 
     // 16 bytes are read in the asynchronous proxy: ordered behind their writes, and fenced.
@@ -90,12 +106,12 @@ internal sealed unsafe partial class SharedMemory
         for (int n = 0; n < words; n++)
         {
             uint writer = writers[n];
-            if (writer == 0) continue; // an asynchronous copy, or history that was dropped
+            if (writer == 0) continue; // history that was dropped
             if (writer > _floor)
                 CheckAgainst(w, writer, AllBytes, SeveralLanes, offset / 4 + n,
                     $"is read by {reader}, written by");
             int warp = (int)((writer >> 10) & 31);
-            if (writer >> 15 > (uint)_proxied[w.Index * _warps + warp])
+            if ((writer >> 4 & 63) != Bulk && writer >> 15 > (uint)_proxied[w.Index * _warps + warp])
                 throw w.Fault(Check.ProxyFenceMissing, 0,
                     $"shared word {offset + n * 4} is read by {reader}; warp {warp} has written " +
                     "it, and no fence.proxy.async stands between");
@@ -106,22 +122,25 @@ internal sealed unsafe partial class SharedMemory
     {
         for (long row = offset / 16; row <= (offset + bytes - 1) / 16; row++)
             for (int g = 0; g < _groupReads.Length; g++)
-            {
-                uint time = _groupReads[g].Time[row];
-                if (time > _floor >> 15 && !GroupIsKnown(w, g, time))
+                if (!IsKnown(w, g, _groupReads[g].Time.AsSpan((int)row * 4, 4), out bool waited))
                     throw w.Fault(Check.SharedRaceBetweenWarps, lane & 31,
                         $"shared byte {row * 16} is written, read by wgmma of warps {g * 4} to " +
-                        (time == InFlight ? $"{g * 4 + 3} that has not been waited for"
-                            : $"{g * 4 + 3}, and no barrier stands between"));
-            }
+                        (waited ? $"{g * 4 + 3}, and no barrier stands between"
+                            : $"{g * 4 + 3} that has not been waited for"));
     }
 
-    // A product is over for all when it is for one of the four warps.
-    private bool GroupIsKnown(Warp w, int group, uint time)
+    private bool IsKnown(Warp w, int group, ReadOnlySpan<uint> times, out bool waited)
     {
-        for (int warp = group * 4; warp < Math.Min(group * 4 + 4, _warps); warp++)
-            if (time <= (uint)_known[w.Index * _warps + warp]
-                || (warp == w.Index && time != InFlight)) return true;
+        waited = false;
+        for (int n = 0; n < 4; n++)
+        {
+            uint time = times[n];
+            if (time <= _floor >> 15) return true;
+            if (time == InFlight) continue;
+            int warp = group * 4 + n;
+            if (warp == w.Index || time <= (uint)_known[w.Index * _warps + warp]) return true;
+            waited = true;
+        }
         return false;
     }
 }

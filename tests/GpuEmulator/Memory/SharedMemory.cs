@@ -19,7 +19,7 @@ internal sealed unsafe partial class SharedMemory : IDisposable
 
     private const byte Written = 1, Pending = 2, Barrier = 3;
     private const uint AllBytes = 15, SeveralLanes = 32, Narrow = 34, Atomic = 35,
-        SeveralWarps = 63;
+        Bulk = 37, SeveralWarps = 63;
 
     private readonly int[] _known;
     private readonly int _warps;
@@ -248,16 +248,20 @@ internal sealed unsafe partial class SharedMemory : IDisposable
     private void NoteWrite(Warp w, long offset, int bytes, uint lane, bool atomic, bool same)
     {
         if (!same && _groupReads.Length > 0) CheckGroupReads(w, offset, bytes, (int)lane);
+        if (!same && _bulkReads != null) CheckBulkReads(w, offset, bytes, (int)lane);
         uint mask = bytes >= 4 ? AllBytes : ((1u << bytes) - 1) << (int)(offset & 3);
         for (long word = offset / 4; word < (offset + bytes + 3) / 4; word++)
         {
             uint writer = _writers[word], reader = _readers[word];
-            bool bothAtomic = atomic && ((writer >> 4) & 63) == Atomic;
+            bool bothAtomic = atomic && ((writer & 15) == 0 || ((writer >> 4) & 63) == Atomic);
             if (writer > _floor && !same && !bothAtomic)
                 CheckAgainst(w, writer, mask, lane, word, "is written, and so it was by");
             if (reader > _floor && !same)
                 CheckAgainst(w, reader, mask, lane, word, "is written, read by");
-            uint mine = Cell(w.Index, atomic ? Atomic : lane, mask);
+            // An atomic of one lane has no bytes; others that follow make it one of several.
+            uint mine = Cell(w.Index, lane, atomic ? 0 : mask);
+            if (writer > _floor && bothAtomic && ((writer ^ mine) >> 4 & 0x7FF) != 0)
+                mine = Cell(w.Index, Atomic, AllBytes);
             if (writer > _floor && !atomic && mask != AllBytes && writer >> 15 == _time
                 && ((writer >> 4) & 63) != lane)
                 mine = Cell(w.Index, Narrow, mask | (writer & 15));
@@ -268,6 +272,7 @@ internal sealed unsafe partial class SharedMemory : IDisposable
     private void CheckAgainst(Warp w, uint cell, uint mask, uint lane, long word, string what)
     {
         uint time = cell >> 15, warp = (cell >> 10) & 31, other = (cell >> 4) & 63;
+        if ((cell & 15) == 0) cell |= AllBytes;
         if ((cell & mask) == 0 || other == Narrow) return;
         if (other == SeveralWarps)
         {
@@ -277,6 +282,10 @@ internal sealed unsafe partial class SharedMemory : IDisposable
                 $"shared word {word * 4} {what} several warps, and no barrier stands between");
         }
         if (time <= (uint)_known[w.Index * _warps + (int)warp]) return;
+        if (other == Bulk)
+            throw w.Fault(Check.AsyncCopyNotWaitedFor, (int)lane & 31,
+                $"shared word {word * 4} {what} a bulk copy of warp {warp}, whose barrier has not " +
+                "been waited for");
         if (warp != (uint)w.Index)
             throw w.Fault(Check.SharedRaceBetweenWarps, (int)lane & 31,
                 $"shared word {word * 4} {what} warp {warp}, and no barrier stands between");

@@ -70,6 +70,7 @@ public sealed record PtxKernel(string Name)
     public List<PtxVariable> Variables { get; } = [];
     public int[] MaxThreads { get; set; } = [];
     public int[] RequiredThreads { get; set; } = [];
+    public int MaxRegisters { get; set; }
     public int ParameterBytes => Parameters.Count == 0 ? 0 : Parameters[^1].Offset
         + Parameters[^1].Bytes;
     public int Line { get; init; }

@@ -192,7 +192,8 @@ public sealed class PtxParser
             }
             if (token.Text == ".maxntid") kernel.MaxThreads = values;
             else if (token.Text == ".reqntid") kernel.RequiredThreads = values;
-            else if (token.Text is not (".minnctapersm" or ".maxnreg" or ".maxnctapersm"))
+            else if (token.Text == ".maxnreg") kernel.MaxRegisters = values[0];
+            else if (token.Text is not (".minnctapersm" or ".maxnctapersm"))
                 throw Error(token, $"unknown kernel directive {token.Text}");
         }
         new BodyReader(this, kernel).Read();
