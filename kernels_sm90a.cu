@@ -72,7 +72,11 @@ DEVICE u64 matrix_descriptor(u32 address, int leading, int stride, int swizzle =
 }
 
 // The descriptor of what lies `bytes` (a multiple of 16) further.
-DEVICE u64 further(u64 descriptor, int bytes) { return descriptor + (u64)(bytes >> 4); }
+DEVICE u64 further(u64 descriptor, int bytes)
+{
+    u32 low = (u32)descriptor + (u32)(bytes >> 4); // the address has its 14 bits for itself
+    return (descriptor & 0xffffffff00000000) | low;
+}
 
 // -- wgmma: d[64, N] = or += a[64, 16] b[16, N] by the four warps of a warpgroup --
 //
@@ -1074,6 +1078,28 @@ DEVICE void backward_scores(float (&d)[32], u64 a, u64 b, u32 full, int step)
     multiply_commit();
 }
 
+// Scores to p, in place and rounded; statistics lie at 16 bytes for each two queries. A masked tile
+// begins with query `first`, and `low` is the first query that sees each of the lane's two keys.
+template <bool MASKED>
+DEVICE void backward_probabilities(float (&s)[32], u32 (&p)[4][4], u32 statistics, float scale,
+    int first, const int (&low)[2])
+{
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+    {
+        float4 two = load_shared(statistics + n * 64);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+        {
+            float x = probability(s[4 * n + i], scale, i % 2 ? two.z : two.x);
+            int query = first + n * 8 + threadIdx.x % 4 * 2 + i % 2;
+            s[4 * n + i] = MASKED && query < low[i / 2] ? 0 : x;
+        }
+        p[n / 2][n % 2 * 2] = narrow2(s[4 * n], s[4 * n + 1]);
+        p[n / 2][n % 2 * 2 + 1] = narrow2(s[4 * n + 2], s[4 * n + 3]);
+    }
+}
+
 template <int DIM>
 DEVICE void backward_multiply(const BackwardBlock& b, const BackwardResult& result, u32 memory,
     const SequenceTile& at, int causal)
@@ -1134,22 +1160,10 @@ DEVICE void backward_multiply(const BackwardBlock& b, const BackwardResult& resu
 
         // (lse, delta) of queries 8n + 2t and the next one.
         u32 statistics = memory + S::STATISTICS + stage * S::STATISTICS_BYTES + lane % 4 * 16;
-        bool masked = first < unmasked;
         u32 p[QUERIES / 16][4], ds[QUERIES / 16][4];
-#pragma unroll
-        for (int n = 0; n < QUERIES / 8; n++)
-        {
-            float4 two = load_shared(statistics + n * 64);
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-            {
-                float x = probability(s[4 * n + i], result.scale, i % 2 ? two.z : two.x);
-                s[4 * n + i] =
-                    masked && first + n * 8 + lane % 4 * 2 + i % 2 < low[i / 2] ? 0 : x;
-            }
-            p[n / 2][n % 2 * 2] = narrow2(s[4 * n], s[4 * n + 1]);
-            p[n / 2][n % 2 * 2 + 1] = narrow2(s[4 * n + 2], s[4 * n + 3]);
-        }
+        if (first < unmasked)
+            backward_probabilities<true>(s, p, statistics, result.scale, first, low);
+        else backward_probabilities<false>(s, p, statistics, result.scale, first, low);
 
         u64 do_of = further(do_cols, stage * S::QUERY_BYTES);
         hold(dv);

@@ -32,7 +32,8 @@ internal static unsafe class Approximate
         }
     }
 
-    /// <summary>div.approx and div.full.</summary>
+    /// <summary>div.approx (Mode 1: a times 1 / b, which is 0 for the largest b) and
+    /// div.full.</summary>
     public static void Divide(Warp w, Instruction i)
     {
         float* a = (float*)(w.R + i.A), b = (float*)(w.R + i.B);
@@ -41,7 +42,16 @@ internal static unsafe class Approximate
         {
             V x = Vector256.Load(a + v * 8), y = Vector256.Load(b + v * 8);
             if (flush) (x, y) = (Flush.ToZero(x), Flush.ToZero(y));
-            Put(w, i, v, x / y, flush);
+            var quotient = x / y;
+            if (i.Mode == 1)
+            {
+                var size = Vector256.Abs(y);
+                var large = Vector256.GreaterThan(size, Vector256.Create(8.507059e37f)) // 2^126
+                    & Vector256.LessThan(size, Vector256.Create(float.PositiveInfinity));
+                quotient = Vector256.ConditionalSelect(large, x * Vector256.CopySign(V.Zero, y),
+                    quotient);
+            }
+            Put(w, i, v, quotient, flush);
         }
     }
 

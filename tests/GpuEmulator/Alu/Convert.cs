@@ -30,7 +30,8 @@ internal readonly struct Ceiling : IWhole
     public static double Run(double a) => Math.Ceiling(a);
 }
 
-/// <summary>Float to integer: rounds, saturates, NaN is 0 (for 64 bits 1 &lt;&lt; 63).</summary>
+/// <summary>Float to integer: rounds, saturates; NaN is 0, from f64 or to 64 bits the highest
+/// bit.</summary>
 internal readonly struct ToInteger<TRound, TD, TA> : IScalar<TD, TA>
     where TRound : IWhole where TD : IBinaryInteger<TD>, IMinMaxValue<TD> where TA
         : IFloatingPoint<TA>
@@ -38,7 +39,9 @@ internal readonly struct ToInteger<TRound, TD, TA> : IScalar<TD, TA>
     public static TD Run(TA a)
     {
         if (TA.IsNaN(a))
-            return Unsafe.SizeOf<TD>() == 8 ? TD.One << 63 : TD.Zero;
+            return Unsafe.SizeOf<TD>() == 8 || typeof(TA) == typeof(double)
+                ? TD.One << (Unsafe.SizeOf<TD>() * 8 - 1)
+                : TD.Zero;
         return TD.CreateSaturating(TRound.Run(double.CreateChecked(a)));
     }
 }

@@ -9,6 +9,10 @@ internal static class Directed
     public static float Round<TMode>(double sum, double error) where TMode : IRounding
     {
         float nearest = (float)sum;
+        if (float.IsInfinity(nearest) && double.IsFinite(sum))
+            // Too large for a float, yet finite: what is rounded toward zero stays finite.
+            return TMode.Direction(sum) == Math.Sign(sum) ? nearest
+                : MathF.CopySign(float.MaxValue, nearest);
         if (!float.IsFinite(nearest) || double.IsNaN(error)) return nearest;
         // Sign of exact - nearest.
         double side = sum - nearest;
@@ -56,6 +60,9 @@ internal readonly struct DirectedFma<TMode> : IScalar<float, float, float, float
     public static float Run(float a, float b, float c)
     {
         var (sum, error) = Directed.Fma(a, b, c);
+        // What cancels exactly is -0 when rounded down (IEEE 754, 6.3).
+        if (sum == 0 && error == 0 && typeof(TMode) == typeof(Down)
+            && (double.IsNegative(c) || double.IsNegative((double)a * b))) return -0f;
         return Directed.Round<TMode>(sum, error);
     }
 }

@@ -227,3 +227,20 @@ internal readonly struct Abs16 : IScalar<ushort, short>
 {
     public static ushort Run(short a) => (ushort)Math.Abs((int)a);
 }
+
+/// <summary>.relu: what is negative becomes 0.</summary>
+internal readonly struct ReluLast<TOp> : IBinary<int> where TOp : IBinary<int>
+{
+    public static Vector256<int> Run(Vector256<int> a, Vector256<int> b) =>
+        Vector256.Max(TOp.Run(a, b), Vector256<int>.Zero);
+}
+
+internal readonly struct AddSaturated : IScalar<int, int, int>
+{
+    public static int Run(int a, int b) => (int)Math.Clamp((long)a + b, int.MinValue, int.MaxValue);
+}
+
+internal readonly struct SubSaturated : IScalar<int, int, int>
+{
+    public static int Run(int a, int b) => (int)Math.Clamp((long)a - b, int.MinValue, int.MaxValue);
+}

@@ -104,6 +104,16 @@ internal static unsafe class Predicates
     }
 
     /// <summary>and/or/xor.pred (Mode), mov.pred and not.pred (Mode None, with FlipA).</summary>
+    public static void Test<T, TOp>(Warp w, Instruction i) where T : unmanaged
+        where TOp : IProperty<T>
+    {
+        T* a = (T*)(w.R + i.A);
+        uint holds = 0;
+        for (int lane = 0; lane < 32; lane++)
+            if (TOp.Holds(a[lane])) holds |= 1u << lane;
+        Combine(w, i, holds);
+    }
+
     public static void Logic(Warp w, Instruction i)
     {
         uint a = *(uint*)(w.R + i.A) ^ i.FlipA;
@@ -138,4 +148,48 @@ internal static unsafe class Predicates
                 : ~0u;
         }
     }
+}
+
+/// <summary>What testp asks of a value.</summary>
+internal interface IProperty<T>
+{
+    static abstract bool Holds(T a);
+}
+
+internal readonly struct IsFinite<T> : IProperty<T> where T : INumberBase<T>
+{
+    public static bool Holds(T a) => T.IsFinite(a);
+}
+
+internal readonly struct IsInfinite<T> : IProperty<T> where T : INumberBase<T>
+{
+    public static bool Holds(T a) => T.IsInfinity(a);
+}
+
+internal readonly struct IsNormal<T> : IProperty<T> where T : INumberBase<T>
+{
+    public static bool Holds(T a) => T.IsNormal(a);
+}
+
+internal readonly struct IsSubnormal<T> : IProperty<T> where T : INumberBase<T>
+{
+    public static bool Holds(T a) => T.IsSubnormal(a);
+}
+
+/// <summary>slct: the first where the last is not negative; NaN takes the second.</summary>
+internal readonly struct SelectBySign : IScalar<uint, uint, uint, int>,
+    IScalar<ulong, ulong, ulong, int>, IScalar<uint, uint, uint, float>,
+    IScalar<ulong, ulong, ulong, float>
+{
+    public static uint Run(uint a, uint b, int c) => c >= 0 ? a : b;
+    public static ulong Run(ulong a, ulong b, int c) => c >= 0 ? a : b;
+    public static uint Run(uint a, uint b, float c) => c >= 0 ? a : b;
+    public static ulong Run(ulong a, ulong b, float c) => c >= 0 ? a : b;
+}
+
+internal readonly struct SelectBySignFlushed : IScalar<uint, uint, uint, float>,
+    IScalar<ulong, ulong, ulong, float>
+{
+    public static uint Run(uint a, uint b, float c) => c > -1.17549435e-38f ? a : b;
+    public static ulong Run(ulong a, ulong b, float c) => c > -1.17549435e-38f ? a : b;
 }

@@ -29,6 +29,8 @@ internal sealed unsafe partial class Assembler
                 i.C = Predicate(p.Operands[3], out i.FlipC);
                 i.Run = Width(type) == 8 ? &Predicates.Select<ulong> : &Predicates.Select<uint>;
                 return true;
+            case "slct": return BuildSignSelect(i, p, op);
+            case "testp": return BuildProperty(i, p, op);
             case "cvt": return BuildConvert(i, p, op);
             default: return false;
         }
@@ -49,6 +51,7 @@ internal sealed unsafe partial class Assembler
     {
         string type = op.Last();
         if (type is "f32" or "f64") i.Flops = 1;
+        if (BuildRareBinary(i, p, op, type)) return true;
         if (op.Stem == "mul" && type[0] != 'f') return BuildMultiply(i, p, op, type);
         Take(i, p, 2, Width(type), Width(type), type[0] == 'f');
         if (type == "f32")
@@ -116,6 +119,7 @@ internal sealed unsafe partial class Assembler
         if (op.Stem == "div" && rounding is ("approx" or "full"))
         {
             i.Mode2 = ftz ? 1 : 0;
+            i.Mode = rounding == "approx" ? 1 : 0;
             return &Approximate.Divide;
         }
         if (rounding is "rz" or "rm" or "rp")

@@ -49,7 +49,7 @@ internal static unsafe class Atomics
                     w.Block.Shared.ReadAtomic(w, at, sizeof(T), lane);
                     w.Block.Shared.Write(w, at, null, sizeof(T), lane, atomic: true);
                 }
-                changed |= Apply<T>(w, i, (T*)at, lane);
+                changed |= Apply<T>(w, i, (T*)at, lane, (global >> lane & 1) != 0);
             }
         }
         if (changed) w.Block.Changed();
@@ -59,11 +59,20 @@ internal static unsafe class Atomics
             true);
     }
 
-    private static bool Apply<T>(Warp w, Instruction i, T* at, int lane) where T : unmanaged,
-        INumber<T>
+    // On global memory add.f32 flushes subnormal operands and results (PTX ISA, atom); on shared
+    // memory it does not.
+    private static bool Apply<T>(Warp w, Instruction i, T* at, int lane, bool flush)
+        where T : unmanaged, INumber<T>
     {
         T old = *at;
         T b = ((T*)(w.R + i.B))[lane];
+        if (typeof(T) == typeof(float) && flush)
+        {
+            float sum = Flushed((float)(object)old) + Flushed((float)(object)b);
+            *(float*)at = Flushed(sum);
+            if (i.D >= 0) ((T*)(w.R + i.D))[lane] = old;
+            return Bits(*at) != Bits(old);
+        }
         ulong oldBits = Bits(old), bits = Bits(b);
         *at = (AtomicOp)i.Mode switch
         {
@@ -81,6 +90,8 @@ internal static unsafe class Atomics
         if (i.D >= 0) ((T*)(w.R + i.D))[lane] = old;
         return Bits(*at) != oldBits;
     }
+
+    private static float Flushed(float a) => float.IsSubnormal(a) ? MathF.CopySign(0, a) : a;
 
     private static ulong Bits<T>(T value) where T : unmanaged =>
         sizeof(T) == 8 ? *(ulong*)&value : *(uint*)&value;

@@ -253,12 +253,15 @@ internal sealed unsafe partial class SharedMemory : IDisposable
         for (long word = offset / 4; word < (offset + bytes + 3) / 4; word++)
         {
             uint writer = _writers[word], reader = _readers[word];
-            bool bothAtomic = atomic && ((writer >> 4) & 63) == Atomic;
+            bool bothAtomic = atomic && ((writer & 15) == 0 || ((writer >> 4) & 63) == Atomic);
             if (writer > _floor && !same && !bothAtomic)
                 CheckAgainst(w, writer, mask, lane, word, "is written, and so it was by");
             if (reader > _floor && !same)
                 CheckAgainst(w, reader, mask, lane, word, "is written, read by");
-            uint mine = Cell(w.Index, atomic ? Atomic : lane, mask);
+            // An atomic of one lane has no bytes; others that follow make it one of several.
+            uint mine = Cell(w.Index, lane, atomic ? 0 : mask);
+            if (writer > _floor && bothAtomic && ((writer ^ mine) >> 4 & 0x7FF) != 0)
+                mine = Cell(w.Index, Atomic, AllBytes);
             if (writer > _floor && !atomic && mask != AllBytes && writer >> 15 == _time
                 && ((writer >> 4) & 63) != lane)
                 mine = Cell(w.Index, Narrow, mask | (writer & 15));
@@ -269,6 +272,7 @@ internal sealed unsafe partial class SharedMemory : IDisposable
     private void CheckAgainst(Warp w, uint cell, uint mask, uint lane, long word, string what)
     {
         uint time = cell >> 15, warp = (cell >> 10) & 31, other = (cell >> 4) & 63;
+        if ((cell & 15) == 0) cell |= AllBytes;
         if ((cell & mask) == 0 || other == Narrow) return;
         if (other == SeveralWarps)
         {
