@@ -2845,26 +2845,34 @@ extern "C" __global__ void __launch_bounds__(256) attention_queries_backward(
 // -- on tensor cores: one kernel of five products --
 //
 // A block owns KEYS keys of a sequence and key head and goes over the queries that see them, STEP
-// at a time and the last ones first. A warp has 16 of the keys (SPLIT warps the same ones, each
-// with its part of the columns of dk and dv): it computes p^T and ds^T of its keys and the step's
-// queries, which rounded to the storage type are what dv += p^T dO and dk += ds^T q take from the
-// left, so they stay in registers. ds also goes to shared memory, where every warp takes its share
-// of dq += ds k from it. dq is a sum over blocks. They add in turn, in the order of their keys, to
-// floats that the last one narrows: turns[head, first query] counts those that have added. Blocks
-// take numbers as they begin, and wait only for lower ones, so that they wait for blocks that run.
-// The blocks of a tile's key heads are neighbours; tiles come as listed, with the most queries first.
+// at a time and the last ones first. Its warps share out three things differently, each in pieces
+// as square as can be, since what a piece reads from shared memory is its edges: p^T and ds^T, which
+// go to shared memory rounded to the storage type; dv += p^T dO and dk += ds^T q, which stay in
+// registers; and dq += ds k. dq is a sum over blocks. They add in turn, in the order of their keys,
+// to floats that the last one narrows: turns[head, first query] counts those that have added.
+// Blocks take numbers as they begin, and wait only for lower ones, so that they wait for blocks
+// that run. The blocks of a tile's key heads are neighbours; tiles come as listed, with the most
+// queries first.
 //
-// Shared memory: tiles k, v [KEYS, DIM], ds [KEYS, STEP], two stages of q, dO [STEP, DIM] and of
-// (lse, delta) [STEP], the block's number: 145 KiB for DIM 128. Where a multiprocessor has not as much
-// (SMALL_TILES), tiles are smaller.
+// Shared memory: tiles k, v [KEYS, DIM], p, ds [KEYS, STEP], two stages of q, dO [STEP, DIM] and of
+// (lse, delta) [STEP], the block's number: 161 KiB for DIM 128. Where a multiprocessor has not as
+// much (SMALL_TILES), tiles are smaller.
 template <int DIM> struct BackwardTiles
 {
     static constexpr bool SMALL = SMALL_TILES;
-    static constexpr int SPLIT = DIM > 128 ? 2 : 1, KEYS = (SMALL ? 64 : 128) / SPLIT;
+    static constexpr int KEYS = (SMALL ? 64 : 128) / (DIM > 128 ? 2 : 1);
     static constexpr int STEP = (DIM > 128 ? 32 : SMALL && DIM < 128 ? 128 : 64) / (SMALL ? 2 : 1);
-    static constexpr int WARPS = KEYS / 16 * SPLIT, THREADS = WARPS * WARP;
+    static constexpr int WARPS = SMALL ? 4 : 8, THREADS = WARPS * WARP;
     static constexpr int CHUNKS = TILE_CHUNKS(DIM), STEP_CHUNKS = STEP / 8;
-    // Of dq a warp has QUERIES rows and COLUMNS x 8 columns.
+    // Of p and ds a warp has SCORE_BLOCKS x 16 keys and SCORE_QUERIES queries; where these are fewer
+    // pieces than warps, some compute the same.
+    static constexpr int SCORE_BLOCKS = DIM > 128 ? 1 : 2, SCORE_QUERIES = STEP < 64 ? 16 : 32;
+    static constexpr int SCORE_WARPS = STEP / SCORE_QUERIES;
+    static constexpr int SCORE_PIECES = KEYS / 16 / SCORE_BLOCKS * SCORE_WARPS;
+    // Of dk and dv 32 keys and TILES x 8 columns.
+    static constexpr int KEY_BLOCKS = 2, TILE_WARPS = WARPS / (KEYS / 32);
+    static constexpr int TILES = (DIM / 8 + TILE_WARPS - 1) / TILE_WARPS;
+    // Of dq QUERIES rows and COLUMNS x 8 columns.
     static constexpr int QUERIES = STEP < 32 || (!SMALL && DIM % 64 != 0) || (SMALL && DIM == 128)
         ? 16 : 32;
     static constexpr int COLUMN_WARPS = WARPS / (STEP / QUERIES);
@@ -2872,7 +2880,7 @@ template <int DIM> struct BackwardTiles
     // Bytes.
     static constexpr int OWN = KEYS * CHUNKS * 16, ROWS = STEP * CHUNKS * 16;
     static constexpr int SCORES = KEYS * STEP * 2, STATISTICS = STEP * 8;
-    static constexpr int BYTES = 2 * OWN + SCORES + 4 * ROWS + 2 * STATISTICS + 16;
+    static constexpr int BYTES = 2 * OWN + 2 * SCORES + 4 * ROWS + 2 * STATISTICS + 16;
 };
 
 struct AttentionBackwardCall
@@ -2890,45 +2898,57 @@ struct AttentionBackwardCall
     int accumulate_q, accumulate_k, accumulate_v, parts;
 };
 
-// d[16, ROWS] += a[16, all columns] b[ROWS, all columns]^T and e likewise, from a lane's addresses
-// down first in a and c, across first in b and f.
-template <int CHUNKS, int ROWS>
-DEVICE void multiply_two_transposed(
-    float (*d)[4], u32 a_lane, u32 b_lane, float (*e)[4], u32 c_lane, u32 f_lane)
+// d[BLOCKS x 16, COLS] += a[BLOCKS x 16, all columns] b[COLS, all columns]^T, from a lane's addresses
+// down first in a, across first in b.
+template <int CHUNKS, int BLOCKS, int COLS>
+DEVICE void multiply_transposed(float (*d)[COLS / 8][4], u32 a_lane, u32 b_lane)
 {
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; chunk += 2)
     {
-        u32 a[4], c[4], b[4];
-        load_matrix_x4(a, tile_step<CHUNKS>(a_lane, 0, chunk));
-        load_matrix_x4(c, tile_step<CHUNKS>(c_lane, 0, chunk));
+        u32 a[BLOCKS][4];
 #pragma unroll
-        for (int n = 0; n < ROWS / 8; n += 2)
+        for (int m = 0; m < BLOCKS; m++)
+            load_matrix_x4(a[m], tile_step<CHUNKS>(a_lane, 16 * m, chunk));
+#pragma unroll
+        for (int n = 0; n < COLS / 8; n += 2)
         {
+            u32 b[4];
             load_matrix_x4(b, tile_step<CHUNKS>(b_lane, n * 8, chunk));
-            multiply_add_16x8x16(d[n], a, b);
-            multiply_add_16x8x16(d[n + 1], a, b + 2);
-        }
 #pragma unroll
-        for (int n = 0; n < ROWS / 8; n += 2)
-        {
-            load_matrix_x4(b, tile_step<CHUNKS>(f_lane, n * 8, chunk));
-            multiply_add_16x8x16(e[n], c, b);
-            multiply_add_16x8x16(e[n + 1], c, b + 2);
+            for (int m = 0; m < BLOCKS; m++)
+            {
+                multiply_add_16x8x16(d[m][n], a[m], b);
+                multiply_add_16x8x16(d[m][n + 1], a[m], b + 2);
+            }
         }
     }
 }
 
-// d[16, TILES x 8] += a[16, 16] b[16, TILES x 8], from a lane's address down first in b.
-template <int CHUNKS, int TILES> DEVICE void multiply_rows(float (*d)[4], const u32* a, u32 b_lane)
+// d[BLOCKS x 16, TILES x 8] += a[BLOCKS x 16, 16] b[16, TILES x 8]: rows `row` on of a tile, and its
+// columns from first x 8 on.
+template <int CHUNKS, int BLOCKS, int TILES>
+DEVICE void multiply_rows(
+    float (*d)[TILES][4], const u32 (*a)[4], u32 tile, int row, int first)
 {
+    int lane = threadIdx.x % WARP;
+    u32 lane_of_first = tile_address<CHUNKS>(tile, lane % 16, first + lane / 16);
 #pragma unroll
     for (int n = 0; n < TILES; n += 2)
     {
+        // Where `first` may be no multiple of 4, or behind this tile the row ends, steps are none of
+        // constants.
+        bool apart = CHUNKS % 8 == 4 || n + 1 == TILES;
+        u32 from = !apart ? lane_of_first
+            : tile_address<CHUNKS>(tile, lane % 16, first + n + (n + 1 < TILES ? lane / 16 : 0));
         u32 b[4];
-        load_matrix_x4_transposed(b, tile_step<CHUNKS>(b_lane, 0, n));
-        multiply_add_16x8x16(d[n], a, b);
-        if (n + 1 < TILES) multiply_add_16x8x16(d[n + 1], a, b + 2);
+        load_matrix_x4_transposed(b, tile_step<CHUNKS>(from, row, apart ? 0 : n));
+#pragma unroll
+        for (int m = 0; m < BLOCKS; m++)
+        {
+            multiply_add_16x8x16(d[m][n], a[m], b);
+            if (n + 1 < TILES) multiply_add_16x8x16(d[m][n + 1], a[m], b + 2);
+        }
     }
 }
 
@@ -2958,7 +2978,7 @@ DEVICE void transpose_quad(u32* w)
 template <int TILES>
 DEVICE void store_gradient(
     real* to, u64 stride, int rows, const float (*d)[4], float scale, int accumulate,
-    int tiles = TILES)
+    int tiles)
 {
     int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
 #pragma unroll
@@ -2999,7 +3019,8 @@ DEVICE void store_gradient(
 
 // The same of a part that is added to others: float, and nothing was there before.
 template <int TILES>
-DEVICE void store_part(float* to, u64 stride, int rows, const float (*d)[4], float scale)
+DEVICE void store_part(
+    float* to, u64 stride, int rows, const float (*d)[4], float scale, int tiles)
 {
     int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
 #pragma unroll
@@ -3009,11 +3030,15 @@ DEVICE void store_part(float* to, u64 stride, int rows, const float (*d)[4], flo
         float2* pairs = (float2*)(to + (g + half * 8) * stride) + t;
 #pragma unroll
         for (int n = 0; n < TILES; n++)
-            pairs[n * 4] = make_float2(scale * d[n][half * 2], scale * d[n][half * 2 + 1]);
+            if (n < tiles)
+                pairs[n * 4] = make_float2(scale * d[n][half * 2], scale * d[n][half * 2 + 1]);
     }
 }
 
 // -- sums that blocks add to in turn: read and written where all multiprocessors see them --
+
+// What was read or written before, here or ahead of a barrier in the block, stays before.
+DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 DEVICE int load_turn(const int* turn)
 {
@@ -3058,14 +3083,13 @@ DEVICE void store_sums(float* to, const float* x)
 template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCall& a)
 {
     using B = BackwardTiles<DIM>;
-    constexpr int KEYS = B::KEYS, STEP = B::STEP, CHUNKS = B::CHUNKS, SPLIT = B::SPLIT;
-    constexpr int THREADS = B::THREADS, STEP_CHUNKS = B::STEP_CHUNKS, COLUMNS = B::COLUMNS;
-    constexpr int TILES = DIM / 8 / SPLIT; // of a warp's columns of dk and dv
-    constexpr int GROUP = STEP < 32 ? STEP : 32; // queries whose scores a warp has at a time
+    constexpr int KEYS = B::KEYS, STEP = B::STEP, CHUNKS = B::CHUNKS, THREADS = B::THREADS;
+    constexpr int STEP_CHUNKS = B::STEP_CHUNKS, TILES = B::TILES, COLUMNS = B::COLUMNS;
+    constexpr int SCORE_BLOCKS = B::SCORE_BLOCKS, SCORE_QUERIES = B::SCORE_QUERIES;
+    constexpr int KEY_BLOCKS = B::KEY_BLOCKS, STATISTICS = 2 * (B::OWN + B::SCORES) + 4 * B::ROWS;
     alignas(1024) extern __shared__ uint4 attention_shared[];
     u32 k_tile = shared_address(attention_shared), v_tile = k_tile + B::OWN;
-    u32 scores = v_tile + B::OWN, stages = scores + B::SCORES;
-    constexpr int STATISTICS = 2 * B::OWN + B::SCORES + 4 * B::ROWS; // where they are
+    u32 p_tile = v_tile + B::OWN, stages = p_tile + 2 * B::SCORES;
     int* begun = (int*)((char*)attention_shared + B::BYTES - 16);
 
     if (threadIdx.x == 0) *begun = atomicAdd(a.turns, 1);
@@ -3091,17 +3115,18 @@ template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCa
     bool any = lowest < at.queries && at.first < at.visible;
 
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-    int key_row = warp / SPLIT * 16, key_column = warp % SPLIT * (DIM / SPLIT);
-    u32 down = tile_address<CHUNKS>(0, lane % 16, lane / 16);
-    u32 across = tile_address<CHUNKS>(0, lane / 16 * 8 + lane % 8, lane / 8 % 2);
-    u32 k_lane = tile_step<CHUNKS>(k_tile + down, key_row, 0);
-    u32 score_lane = tile_address<STEP_CHUNKS>(scores, key_row + g, 0) + 4 * t;
-    // This warp's share of dq, and where it takes ds and k from.
+    // This warp's shares: where its scores, its dk and dv, and its dq begin.
+    int score_key = warp % B::SCORE_PIECES / B::SCORE_WARPS * SCORE_BLOCKS * 16;
+    int score_query = warp % B::SCORE_WARPS * SCORE_QUERIES;
+    int key_row = warp / B::TILE_WARPS * 32, key_tile = warp % B::TILE_WARPS * TILES;
     int dq_row = warp / B::COLUMN_WARPS * B::QUERIES;
     int dq_tile = warp % B::COLUMN_WARPS * COLUMNS;
+    // A lane's places in them, from which its matrices are constants away.
+    u32 k_lane = tile_address<CHUNKS>(k_tile, score_key + lane % 16, lane / 16);
+    u32 across = tile_address<CHUNKS>(0, score_query + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    u32 p_lane = tile_address<STEP_CHUNKS>(p_tile, key_row + lane % 16, lane / 16);
     u32 ds_lane = tile_address<STEP_CHUNKS>(
-        scores, lane / 16 * 8 + lane % 8, dq_row / 8 + lane / 8 % 2);
-    u32 dq_lane = tile_address<CHUNKS>(k_tile, lane % 16, dq_tile + lane / 16);
+        p_tile + B::SCORES, lane / 16 * 8 + lane % 8, dq_row / 8 + lane / 8 % 2);
 
     auto copy_step = [&](int stage, int head, int first)
     {
@@ -3119,12 +3144,12 @@ template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCa
 
     // Of this lane's first key: those that are not masked for all from there on, and the first query
     // that sees it. From seen_by_all on queries see all of the tile's keys.
-    int keys_left = at.visible - at.first - key_row - g;
-    int first_query = at.first + key_row + g - at.before, seen_by_all = 0;
+    int keys_left = at.visible - at.first - score_key - g;
+    int first_query = at.first + score_key + g - at.before, seen_by_all = 0;
     if (a.causal) seen_by_all = at.first + KEYS - 1 - at.before;
     if (at.first + KEYS > at.visible) seen_by_all = at.queries;
 
-    float dk[TILES][4] = {}, dv[TILES][4] = {};
+    float dk[KEY_BLOCKS][TILES][4] = {}, dv[KEY_BLOCKS][TILES][4] = {};
     float factor = a.scale * LOG2_E;
     int first = highest, stage = 0, added = -1; // a place in turns whose sums are not yet announced
     if (any)
@@ -3139,7 +3164,7 @@ template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCa
         __syncthreads(); // this step's rows are there, nobody reads those of the step before
         u32 q_tile = stages + stage * 2 * B::ROWS, g_tile = q_tile + B::ROWS;
         const char* statistics = (const char*)attention_shared + STATISTICS
-            + stage * B::STATISTICS + 16 * t;
+            + stage * B::STATISTICS + (score_query + 2 * t) * 8;
         int now = first, now_head = head;
         first -= STEP;
         if (first < lowest)
@@ -3157,72 +3182,58 @@ template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCa
         // Rows of zeros behind the last query have p = 1 and ds = 0, which nothing is added to by.
         bool masked = now < seen_by_all;
 
-        u32 p[STEP / 16][4], ds[STEP / 16][4];
-#pragma unroll
-        for (int from = 0; from < STEP; from += GROUP)
+        float s[SCORE_BLOCKS][SCORE_QUERIES / 8][4] = {};
+        float dp[SCORE_BLOCKS][SCORE_QUERIES / 8][4] = {};
+        multiply_transposed<CHUNKS, SCORE_BLOCKS, SCORE_QUERIES>(s, k_lane, q_tile + across);
+        multiply_transposed<CHUNKS, SCORE_BLOCKS, SCORE_QUERIES>(
+            dp, k_lane + B::OWN, g_tile + across);
+        if (added >= 0 && threadIdx.x == WARP)
         {
-            float s[GROUP / 8][4] = {}, dp[GROUP / 8][4] = {};
-            multiply_two_transposed<CHUNKS, GROUP>(
-                s, k_lane, tile_step<CHUNKS>(q_tile + across, from, 0),
-                dp, k_lane + B::OWN, tile_step<CHUNKS>(g_tile + across, from, 0));
+            // The barrier above has seen every thread's sums of the step before written.
+            fence();
+            store_turn(a.turns + added, tile + 1);
+        }
 #pragma unroll
-            for (int n = 0; n < GROUP / 8; n++)
+        for (int n = 0; n < SCORE_QUERIES / 8; n++)
+        {
+            float4 of_two = *(const float4*)(statistics + n * 64);
+            float offset[2] = {of_two.x * LOG2_E, of_two.z * LOG2_E};
+            float delta[2] = {of_two.y, of_two.w};
+#pragma unroll
+            for (int m = 0; m < SCORE_BLOCKS; m++)
             {
-                float4 of_two = *(const float4*)(statistics + (from + n * 8) * 8);
-                float offset[2] = {of_two.x * LOG2_E, of_two.z * LOG2_E};
-                float delta[2] = {of_two.y, of_two.w};
 #pragma unroll
                 for (int i = 0; i < 4; i++)
                 {
-                    s[n][i] = exp2_approx(fmaf(s[n][i], factor, -offset[i % 2]));
-                    dp[n][i] = s[n][i] * (dp[n][i] - delta[i % 2]);
+                    s[m][n][i] = exp2_approx(fmaf(s[m][n][i], factor, -offset[i % 2]));
+                    dp[m][n][i] = s[m][n][i] * (dp[m][n][i] - delta[i % 2]);
                 }
                 if (masked)
                 {
 #pragma unroll
                     for (int i = 0; i < 4; i++)
                     {
-                        int query = now + from + n * 8 + 2 * t + i % 2;
-                        bool sees = i / 2 * 8 < keys_left
-                            && (!a.causal || query >= first_query + i / 2 * 8);
-                        if (!sees) s[n][i] = dp[n][i] = 0;
+                        int query = now + score_query + n * 8 + 2 * t + i % 2;
+                        int key = m * 16 + i / 2 * 8;
+                        bool sees = key < keys_left && (!a.causal || query >= first_query + key);
+                        if (!sees) s[m][n][i] = dp[m][n][i] = 0;
                     }
                 }
-            }
-#pragma unroll
-            for (int n = 0; n < GROUP / 8; n += 2)
-            {
-                narrow_left(p[(from / 8 + n) / 2], s[n], s[n + 1]);
-                narrow_left(ds[(from / 8 + n) / 2], dp[n], dp[n + 1]);
-            }
-            if (from == 0 && added >= 0 && threadIdx.x == WARP)
-            {
-                // The barrier above has seen every thread's sums of the step before written.
-                __threadfence();
-                store_turn(a.turns + added, tile + 1);
+                char* row = (char*)attention_shared + 2 * B::OWN + 4 * t
+                    + tile_address<STEP_CHUNKS>(0, score_key + m * 16 + g, score_query / 8 + n);
+                constexpr int EIGHT_ROWS = 8 * STEP_CHUNKS * 16;
+                *(u32*)row = narrow2(s[m][n][0], s[m][n][1]);
+                *(u32*)(row + EIGHT_ROWS) = narrow2(s[m][n][2], s[m][n][3]);
+                *(u32*)(row + B::SCORES) = narrow2(dp[m][n][0], dp[m][n][1]);
+                *(u32*)(row + B::SCORES + EIGHT_ROWS) = narrow2(dp[m][n][2], dp[m][n][3]);
             }
         }
-        if (warp % SPLIT == 0)
-        {
-#pragma unroll
-            for (int n = 0; n < STEP / 8; n++)
-            {
-                u32 to = tile_step<STEP_CHUNKS>(score_lane, 0, n) - k_tile;
-                *(u32*)((char*)attention_shared + to) = ds[n / 2][n % 2 * 2];
-                *(u32*)((char*)attention_shared + to + 8 * STEP_CHUNKS * 16)
-                    = ds[n / 2][n % 2 * 2 + 1];
-            }
-        }
-#pragma unroll
-        for (int m = 0; m < STEP / 16; m++)
-            multiply_rows<CHUNKS, TILES>(
-                dv, p[m], tile_step<CHUNKS>(g_tile + down, m * 16, 0) + key_column * 2);
         if (waits && threadIdx.x == 0)
         {
             while (turn < tile) turn = load_turn(a.turns + place);
-            __threadfence();
+            fence();
         }
-        __syncthreads(); // ds is there, and it is this block's turn
+        __syncthreads(); // p and ds are there, and it is this block's turn
 
         constexpr int BLOCKS = B::QUERIES / 16;
         float dq[BLOCKS][COLUMNS][4] = {};
@@ -3247,9 +3258,19 @@ template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCa
             }
         }
 #pragma unroll
-        for (int m = 0; m < STEP / 16; m++)
-            multiply_rows<CHUNKS, TILES>(
-                dk, ds[m], tile_step<CHUNKS>(q_tile + down, m * 16, 0) + key_column * 2);
+        for (int row = 0; row < STEP; row += 16)
+        {
+            u32 p[KEY_BLOCKS][4], ds[KEY_BLOCKS][4];
+#pragma unroll
+            for (int m = 0; m < KEY_BLOCKS; m++)
+                load_matrix_x4(p[m], tile_step<STEP_CHUNKS>(p_lane, 16 * m, row / 8));
+            multiply_rows<CHUNKS, KEY_BLOCKS, TILES>(dv, p, g_tile, row, key_tile);
+#pragma unroll
+            for (int m = 0; m < KEY_BLOCKS; m++)
+                load_matrix_x4(
+                    ds[m], tile_step<STEP_CHUNKS>(p_lane + B::SCORES, 16 * m, row / 8));
+            multiply_rows<CHUNKS, KEY_BLOCKS, TILES>(dk, ds, q_tile, row, key_tile);
+        }
         if (!a.dq) continue;
 #pragma unroll
         for (int row = 0; row < KEYS; row += 16)
@@ -3258,22 +3279,7 @@ template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCa
 #pragma unroll
             for (int m = 0; m < BLOCKS; m++)
                 load_matrix_x4_transposed(left[m], tile_step<STEP_CHUNKS>(ds_lane, row, 2 * m));
-#pragma unroll
-            for (int n = 0; n < COLUMNS; n += 2)
-            {
-                // Where columns of warps begin between, steps are none of constants.
-                u32 from = CHUNKS % 8 == 4
-                    ? tile_address<CHUNKS>(k_tile, lane % 16, dq_tile + n + lane / 16) : dq_lane;
-                u32 b[4];
-                load_matrix_x4_transposed(
-                    b, tile_step<CHUNKS>(from, row, CHUNKS % 8 == 4 ? 0 : n));
-#pragma unroll
-                for (int m = 0; m < BLOCKS; m++)
-                {
-                    multiply_add_16x8x16(dq[m][n], left[m], b);
-                    if (n + 1 < COLUMNS) multiply_add_16x8x16(dq[m][n + 1], left[m], b + 2);
-                }
-            }
+            multiply_rows<CHUNKS, BLOCKS, COLUMNS>(dq, left, k_tile, row, dq_tile);
         }
         added = ends ? -1 : place;
         if (ends)
@@ -3304,23 +3310,27 @@ template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCa
         __syncthreads();
         if (threadIdx.x == 0)
         {
-            __threadfence();
+            fence();
             store_turn(a.turns + added, tile + 1);
         }
     }
 
-    u64 to = own + (u64)key_row * key_stride + key_column;
-    int rows = at.keys - at.first - key_row;
-    if (a.parts > 1)
+#pragma unroll
+    for (int m = 0; m < KEY_BLOCKS; m++)
     {
-        to += (u64)part * a.key_tokens * key_stride;
-        if (a.dk_parts) store_part<TILES>(a.dk_parts + to, key_stride, rows, dk, a.scale);
-        if (a.dv_parts) store_part<TILES>(a.dv_parts + to, key_stride, rows, dv, 1);
-        return;
+        u64 to = own + (u64)(key_row + 16 * m) * key_stride + key_tile * 8;
+        u64 of_part = (u64)part * a.key_tokens * key_stride;
+        int rows = at.keys - at.first - key_row - 16 * m, tiles = DIM / 8 - key_tile;
+        if (a.dk_parts)
+            store_part<TILES>(a.dk_parts + of_part + to, key_stride, rows, dk[m], a.scale, tiles);
+        if (a.dv_parts)
+            store_part<TILES>(a.dv_parts + of_part + to, key_stride, rows, dv[m], 1, tiles);
+        if (a.dk)
+            store_gradient<TILES>(
+                a.dk + to, key_stride, rows, dk[m], a.scale, a.accumulate_k, tiles);
+        if (a.dv)
+            store_gradient<TILES>(a.dv + to, key_stride, rows, dv[m], 1, a.accumulate_v, tiles);
     }
-    if (a.dk)
-        store_gradient<TILES>(a.dk + to, key_stride, rows, dk, a.scale, a.accumulate_k);
-    if (a.dv) store_gradient<TILES>(a.dv + to, key_stride, rows, dv, 1, a.accumulate_v);
 }
 
 // For the head dimensions of the models.

@@ -104,6 +104,45 @@ public sealed class CudaAttentionTests
         }
     }
 
+    // Smaller tiles, for blocks of no more than 99 KiB of shared memory.
+    [TestCaseSource(nameof(OnTensorCores))]
+    public void AgreesInSmallTiles(AttentionProblem problem)
+    {
+        if (CudaUnderTest.IsReal) Assert.Ignore("a real GPU has the size that it has");
+        Free();
+        using var cuda = new CudaUnderTest(new EmulatorOptions { Architecture = 86 });
+        Compare(problem, DType.BF16, cuda.Device(DType.BF16));
+    }
+
+    // PyTorch's softmax of nothing but -infinity is NaN. Here of a query that is infinite, and of
+    // the first, which sees the first key alone, where that key is.
+    [TestCase(64, 0)]
+    [TestCase(64, 1)]
+    [TestCase(8, 0)]
+    [TestCase(8, 1)]
+    public void ScoresThatAreAllInfiniteGiveNotANumber(int headDim, int input)
+    {
+        const int Bad = 5;
+        foreach (DType type in Types)
+        {
+            AttentionProblem p = Rounded(Self(1, 1, headDim, [70], causal: true), type);
+            Value[] values = Inputs(p);
+            for (int token = 0; token < p.Tokens; token++)
+                values[0].Data[token * headDim] = values[1].Data[token * headDim] = 1;
+            int at = input == 0 ? Bad : 0;
+            values[input].Data[at * headDim] = double.NegativeInfinity;
+            using var run = new OpRun(_cuda.Device(type), OpOf(p), values);
+            run.Forward();
+            double[] o = run.Output, lse = run.Saved(0);
+            for (int token = 0; token < p.Tokens; token++)
+            {
+                string what = $"token {token}, {type}";
+                Assert.That(double.IsNaN(lse[token]), Is.EqualTo(token == at), what);
+                Assert.That(double.IsNaN(o[token * headDim]), Is.EqualTo(token == at), what);
+            }
+        }
+    }
+
     [TestCaseSource(nameof(OnTensorCores))]
     public void MatrixLoadsHaveNoBankConflicts(AttentionProblem problem)
     {
