@@ -1,7 +1,7 @@
 using System.Runtime.InteropServices;
 using MiniCpmNative.Kernels.Cuda;
 
-namespace MiniCpmNative.Kernels;
+namespace MiniCpmNative.Kernels.Ops;
 
 /// <summary>
 /// The blocks of attention over packed sequences as a list that the host makes once per batch and
@@ -17,6 +17,18 @@ public static class AttentionTiles
 
     /// <summary>Numbers of a row.</summary>
     public const int Fields = 8;
+
+    // The longest first, of equal ones the earlier. Tiles of keys, which wait for their sequence's
+    // earlier ones in backward, stand apart; of queries a sequence's tiles stay together.
+    private static readonly Comparison<Row> s_keys = (a, b) =>
+        a.Work != b.Work ? b.Work.CompareTo(a.Work)
+        : a.First != b.First ? a.First.CompareTo(b.First)
+        : a.Sequence.CompareTo(b.Sequence);
+
+    private static readonly Comparison<Row> s_queries = (a, b) =>
+        a.Work != b.Work ? b.Work.CompareTo(a.Work)
+        : a.Sequence != b.Sequence ? a.Sequence.CompareTo(b.Sequence)
+        : a.First.CompareTo(b.First);
 
     /// <summary>Rows of the list of sequences that start there.</summary>
     public static int Count(ReadOnlySpan<int> starts)
@@ -47,13 +59,7 @@ public static class AttentionTiles
                     Work(queries, keys, first, causal, ofKeys), 0);
         }
 
-        // Of equal ones the earlier first. Tiles of keys, which wait for their sequence's earlier
-        // ones in backward, stand apart; of queries a sequence's tiles stay together.
-        rows.Sort((a, b) =>
-            a.Work != b.Work ? b.Work.CompareTo(a.Work)
-            : ofKeys && a.First != b.First ? a.First.CompareTo(b.First)
-            : a.Sequence != b.Sequence ? a.Sequence.CompareTo(b.Sequence)
-            : a.First.CompareTo(b.First));
+        rows.Sort(ofKeys ? s_keys : s_queries);
         foreach (ref Row row in rows) row = row with { Work = 0 };
     }
 
