@@ -12,6 +12,9 @@ switch (args)
     case ["gemm", .. var rest]:
         GemmBench.Run(rest);
         return 0;
+    case ["generate", _, ..] and [_, .. var rest]:
+        GenerateBench.Run(rest);
+        return 0;
     case ["kernels", .. var rest]:
         return KernelBench.Run(rest);
     case ["ops", .. var rest]:
@@ -26,6 +29,7 @@ switch (args)
         return 0;
     default:
         Console.Error.WriteLine(
-            "bench: expected a benchmark: attention, gemm, kernels, ops, pictures, real, step, tokenizer");
+            "bench: expected a benchmark: attention, gemm, generate MODEL, kernels, ops, pictures, "
+            + "real, step, tokenizer");
         return 2;
 }

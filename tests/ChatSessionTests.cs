@@ -75,7 +75,8 @@ public sealed class ChatSessionTests
             if (how != "stream") continue;
             pieces.Add(text.End());
             if (line.TryGetProperty("answer_without_streaming", out var whole))
-                Assert.That(PythonText.Strip(string.Concat(pieces)), Is.EqualTo(whole.GetString()), name);
+                Assert.That(PythonText.Strip(string.Concat(pieces)),
+                    Is.EqualTo(whole.GetString()), name);
         }
 
         Assert.That(seen, Is.GreaterThanOrEqualTo(24));
@@ -159,7 +160,8 @@ public sealed class ChatSessionTests
         string plain = Chat("What is in the picture?\n", null, "--image", Picture("p0.png"));
         string tuned = Chat("What is in the picture?\n", Adapter, "--image", Picture("p0.png"));
         Assert.That(tuned, Is.Not.EqualTo(plain));
-        Assert.That(plain.TrimEnd(), Is.EqualTo("signhohohohohohohoho"), "chat's first nine tokens");
+        Assert.That(plain.TrimEnd(), Is.EqualTo("signhohohohohohohoho"),
+            "chat's first nine tokens");
         string both = Chat($"/image {Picture("p0.png")}\nWhat is in the picture?\n/base\n"
             + "What is in the picture?\n/reset\n", Adapter);
         string[] lines = both.TrimEnd().Split('\n');

@@ -172,7 +172,8 @@ public sealed class PredictTests
                 "--save_strategy", "no", "--metrics", "exact_match", "--max_new_tokens", "16"],
             _folder);
         string said = Runs.Train(arguments);
-        Assert.That(said, Does.Match(@"answers generated for 10 rows in [\d.]+ s: exact_match 0\.0"));
+        Assert.That(said, Does.Match(
+            @"answers generated for 10 rows in [\d.]+ s: exact_match 0\.0"));
         string result = arguments.OutputDir;
         Assert.That(said.TrimEnd().Split('\n')[^2..], Is.EqualTo((string[])[
             $"the adapter is in {result}",

@@ -27,7 +27,7 @@ internal sealed record Runners
 
     public Action<GgufRequest, TextWriter> ExportGguf { get; init; } = GgufRun.Run;
 
-    /// <summary>A model, an adapter's folder or null, and what takes a line on the device.</summary>
+    /// <summary>Opens a model with an adapter, or null, and tells about the device.</summary>
     public Func<TrainArguments, string?, Action<string>, AskedModel> Ask { get; init; } =
         (arguments, adapter, say) => AskedModel.Open(arguments, adapter, say: say);
 

@@ -14,8 +14,8 @@ public sealed record ChatAnswer(
     string Text, int PromptTokens, int Tokens, double FirstSeconds, double Seconds, bool Ended);
 
 /// <summary>
-/// A conversation with a model. What the cache has of it is not run again, so that a turn costs what
-/// is new in it.
+/// A conversation with a model. What the cache has of it is not run again, so that a turn costs
+/// what is new in it.
 /// </summary>
 public sealed class ChatSession
 {
@@ -32,8 +32,10 @@ public sealed class ChatSession
     {
         (_model, _maker, _settings) = (model, maker, settings.Checked());
         _generator = new Generator(model.Model);
-        // All that a conversation can need at once: a larger cache later would come on top.
-        _generator.Reserve(settings.NumBeams, maker.MaxTokens + settings.MaxNewTokens);
+        // All that a conversation can need at once: a larger cache later would come on top. Beams
+        // begin anew each time, and take what they need.
+        if (settings.NumBeams == 1)
+            _generator.Reserve(1, maker.MaxTokens + settings.MaxNewTokens);
     }
 
     /// <summary>In place of the format's system prompt.</summary>
@@ -116,7 +118,8 @@ public sealed class ChatSession
         Say(text.End());
         double seconds = Stopwatch.GetElapsedTime(start).TotalSeconds;
         return new ChatAnswer(
-            PythonText.Strip(text.Text), input.Tokens, tokens.Ids.Length, first, seconds, tokens.Stopped);
+            PythonText.Strip(text.Text), input.Tokens, tokens.Ids.Length, first, seconds,
+            tokens.Stopped);
 
         void Say(string piece)
         {

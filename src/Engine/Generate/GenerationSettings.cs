@@ -22,7 +22,7 @@ public sealed record GenerationSettings
     /// <summary>Only the most likely tokens that together have this probability.</summary>
     public double TopP { get; init; } = 1;
 
-    /// <summary>Positive scores of tokens said before are divided by it, others multiplied.</summary>
+    /// <summary>Positive scores of tokens said before are divided by it, others times it.</summary>
     public double RepetitionPenalty { get; init; } = 1;
 
     /// <summary>Above 1 a search over so many beams, without drawing.</summary>
@@ -31,7 +31,7 @@ public sealed record GenerationSettings
     /// <summary>A finished beam's score is divided by its length to this power.</summary>
     public double LengthPenalty { get; init; } = 1;
 
-    /// <summary>Whether a search ends with num_beams ended beams, though better could come.</summary>
+    /// <summary>Whether num_beams ended beams end a search, though better could come.</summary>
     public bool EarlyStopping { get; init; }
 
     /// <summary>Most tokens of an answer, that which stops it included.</summary>
@@ -46,7 +46,7 @@ public sealed record GenerationSettings
     /// <summary>Tokens that end an answer.</summary>
     public IReadOnlyList<int> StopIds { get; init; } = [];
 
-    // What a data file's answers may have: enough for most, and a model that never ends is seen soon.
+    // Of data files: enough for most answers, and a model that never ends is seen soon.
     private const int MostOfRows = 512;
 
     /// <summary>

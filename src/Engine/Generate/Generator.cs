@@ -18,7 +18,7 @@ public sealed record GenerationInput(int Tokens, Action<Batch> Append, ulong Num
     /// <summary>The tokens that each of its pictures takes.</summary>
     public IReadOnlyList<ImageBound> Pictures { get; init; } = [];
 
-    /// <summary>Puts in what stands behind the first tokens, which do not split a picture.</summary>
+    /// <summary>Puts in what is behind the first tokens, which do not split a picture.</summary>
     public Action<Batch, int>? AppendFrom { get; init; }
 }
 

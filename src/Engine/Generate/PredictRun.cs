@@ -60,7 +60,7 @@ public sealed class PredictRun
     /// <param name="progress">Called after each batch.</param>
     /// <param name="goesOn">False stops.</param>
     /// <param name="devices">Opens the device; null takes the machine's.</param>
-    /// <exception cref="InputException">Model, adapter, rows or settings cannot be used.</exception>
+    /// <exception cref="InputException">Model, adapter, rows or settings are unusable.</exception>
     /// <exception cref="RunException">The file cannot be written.</exception>
     public static PredictResult? Run(
         TrainArguments arguments, PredictRequest request, Action<string> say,
@@ -159,7 +159,7 @@ public sealed class PredictRun
                 new[] { side.Model, side.Adapter }.OfType<string>()
                     .SelectMany(folder => Directory.EnumerateFiles(folder, "*.safetensors"))
                     .Select(file => new FileInfo(file)).OrderBy(file => file.FullName)
-                    .Select(file => $"{file.FullName} {file.Length} {file.LastWriteTimeUtc.Ticks}")));
+                    .Select(f => $"{f.FullName} {f.Length} {f.LastWriteTimeUtc.Ticks}")));
         return Convert.ToHexStringLower(SHA256.HashData(Encoding.UTF8.GetBytes(all)));
     }
 

@@ -73,7 +73,8 @@ public static partial class VqaScore
         string plain = text;
         bool groups = CommaInNumber().IsMatch(text);
         foreach (string mark in s_marks)
-            plain = plain.Replace(mark, groups || text.Contains(mark + " ", StringComparison.Ordinal)
+            plain = plain.Replace(mark, groups
+                || text.Contains(mark + " ", StringComparison.Ordinal)
                 || text.Contains(" " + mark, StringComparison.Ordinal) ? "" : " ");
         // A flag lands in the place of the count there.
         plain = Period().Replace(plain, "", MostPeriods);

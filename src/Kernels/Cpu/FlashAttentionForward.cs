@@ -7,6 +7,9 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
     /// </summary>
     public struct Output : IRangeBody
     {
+        // A tile costs as much for a few of its lanes as for all.
+        private const int FewLanes = 3;
+
         public AttentionArguments<T> Arguments;
 
         public readonly void Run(int begin, int end, int worker)
@@ -17,6 +20,12 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
             {
                 var block = AttentionBlock.Locate(Arguments, item, lanesAreKeys: false, Width);
                 var rows = LaneRows<T>.OfQueries(Arguments, block);
+                if (Arguments.Cached && rows.Lanes * FewLanes <= Width)
+                {
+                    SumFew(Arguments, block, rows, scratch);
+                    continue;
+                }
+
                 Sum(block, rows, scratch);
                 Finish(rows, scratch);
             }
