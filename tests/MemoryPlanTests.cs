@@ -34,7 +34,9 @@ public sealed class MemoryPlanTests
     {
         using var model = TrainingModel.Open(Arguments(name));
         var trainer = new Trainer(Arguments(name), model);
-        Batch batch = V26.Batch(V26.Lora, "one", "text1");
+        // Of a picture a frozen tower would set the peak.
+        Batch batch = name == "full" ? V26.Batch(V26.Lora, "one", "text1")
+            : V26.Batch(V26.Lora, "text0", "text1");
         Recomputation recomputation = model.Recomputation;
         float[]? kept = null;
         double loss = 0;
@@ -126,7 +128,12 @@ public sealed class MemoryPlanTests
     [Test]
     public void AsLittleIsRecomputedAsFits()
     {
-        TrainArguments arguments = Real() with { DataPath = Rows(), NumTrainEpochs = 2 };
+        TrainArguments arguments = Real() with
+        {
+            DataPath = Rows(),
+            OfficialCompat = false,
+            NumTrainEpochs = 2,
+        };
         using DryRun dry = Dry(arguments);
         var rows = TrainingRows.Open(
             arguments.DataPath!, arguments, ModelSpec.Read(_folder).Rows(), _ => { });
