@@ -1073,6 +1073,83 @@ extern "C" __global__ void __launch_bounds__(256) rope(
     }
 }
 
+// Columns of heads in two layouts: side by side, [rows, cols0 + cols1 + cols2], as one product makes
+// them, and as up to three matrices, one behind the other, as attention takes them. Forward (direction
+// 1) x is the first and y the second, biases (where given) are added, and heads of the first `rotated`
+// columns are rotated as rope does; backward (-1) the other way round, without biases. One block per
+// row; moves 2 R C S.
+extern "C" __global__ void __launch_bounds__(256) heads(
+    real* y, const real* x, const float* bias0, const float* bias1, const float* bias2,
+    const int* positions, const float* cosines, const float* sines, int* faults, int rows, int cols0,
+    int cols1, int cols2, int rotated, int half, int limit, float direction)
+{
+    int row = blockIdx.x, cols = cols0 + cols1 + cols2, position = rotated > 0 ? positions[row] : 0;
+    bool known = rotated > 0 && position >= 0 && position < limit, forward = direction > 0;
+    if (rotated > 0 && !known && threadIdx.x == 0)
+        report(faults, FAULT_ROPE_POSITIONS, row, position, limit);
+    bool wide = aligned16(x, half, sizeof(real)) && aligned16(y, half, sizeof(real))
+        && aligned16(cosines, half, 4) && aligned16(sines, half, 4) && aligned16(bias0, half, 4)
+        && aligned16(bias1, half, 4) && aligned16(bias2, half, 4);
+    int step = wide ? VECTOR : 1;
+    for (int i = threadIdx.x * step; i < cols / 2; i += blockDim.x * step)
+    {
+        int k = i % half, column = 2 * i - k;
+        int matrix = column < cols0 ? 0 : column < cols0 + cols1 ? 1 : 2;
+        int first = matrix == 0 ? 0 : matrix == 1 ? cols0 : cols0 + cols1;
+        int width = matrix == 0 ? cols0 : matrix == 1 ? cols1 : cols2;
+        u64 beside = (u64)row * cols + column;
+        u64 behind = (u64)rows * first + (u64)row * width + column - first;
+        u64 from = forward ? beside : behind, to = forward ? behind : beside;
+        float a[VECTOR], b[VECTOR], c[VECTOR] = {}, s[VECTOR] = {};
+        load_run(a, x, from, from + step, wide);
+        load_run(b, x, from + half, from + half + step, wide);
+        const float* bias = matrix == 0 ? bias0 : matrix == 1 ? bias1 : bias2;
+        if (bias != nullptr)
+        {
+            bias += column - first;
+            if (wide)
+            {
+                load_floats(c, bias);
+                load_floats(s, bias + half);
+            }
+            else
+            {
+                c[0] = bias[0];
+                s[0] = bias[half];
+            }
+#pragma unroll
+            for (int j = 0; j < VECTOR; j++)
+            {
+                a[j] += c[j];
+                b[j] += s[j];
+            }
+        }
+        if (column < rotated)
+        {
+            u64 table = (u64)(known ? position : 0) * half + k;
+            if (known && wide)
+            {
+                load_floats(c, cosines + table);
+                load_floats(s, sines + table);
+            }
+            else
+            {
+                c[0] = known ? cosines[table] : 0;
+                s[0] = known ? sines[table] : 0;
+            }
+#pragma unroll
+            for (int j = 0; j < VECTOR; j++)
+            {
+                float turn = s[j] * direction, low = a[j] * c[j] - b[j] * turn;
+                b[j] = b[j] * c[j] + a[j] * turn;
+                a[j] = low;
+            }
+        }
+        store_run(y, a, to, to + step, wide, 0);
+        store_run(y, b, to + half, to + half + step, wide, 0);
+    }
+}
+
 // ---- 7. lookups ---------------------------------------------------------------------------------
 
 // to[c] = scale * from[c] over a row of cols, by a whole block, or adds it. Without a row to read
@@ -1384,38 +1461,38 @@ extern "C" __global__ void __launch_bounds__(256) splice_text_backward(
 
 // ---- 8. low-rank adapters with dropout ----------------------------------------------------------
 
-// A mask is drawn where it is used and never stored. One that drops nothing needs none of this:
-// then the products below are plain ones, whose traffic is the same minimum.
+// The mask of an operation is drawn as bits into scratch, forward and again backward, and not kept.
+// Adapters of one input are computed together, at most LORA_ADAPTERS of them: x comes from memory
+// once, and dx is written once; h and t have theirs one behind the other. An operation that drops nothing
+// needs none of this: then the products below are plain ones.
 //
 // The kernels multiply on the tensor cores, straight from global memory to registers. Which k, m or
 // n of a product means which column or row is free as long as both sides agree; it is chosen here
 // such that a lane loads neighbours in a row (16 bytes of x, 8 where a transposed operand is made
-// of four rows), and so that the elements of a lane are whole blocks of random numbers:
-// each is drawn once.
+// of four rows).
 
-struct Dropout
+// mask[y, r, w] = the bits of columns 32 w to 32 w + 31 of row r for the adapter whose layer is y's:
+// set where the element is kept. Writes rows words 4 bytes for each adapter; a draw for four
+// elements, which is what it waits for.
+extern "C" __global__ void __launch_bounds__(256) dropout_mask(
+    int* mask, int rows, int cols, int words, long long seed, long long step, int layer0,
+    int layer1, int layer2, int threshold)
 {
-    u64 seed, step;
-    u32 layer, threshold;
-};
-
-// Bit i says whether element 4 * block + i is kept.
-DEVICE u32 kept_of_block(const Dropout& dropout, u32 block)
-{
-    uint4 words = philox(dropout.seed, dropout.step, dropout.layer, block);
-    u32 limit = dropout.threshold;
-    return (words.x >= limit) | (words.y >= limit) << 1 | (words.z >= limit) << 2
-        | (words.w >= limit) << 3;
-}
-
-// Bit i says whether element + i is kept, for i < N, which is 4 or 8.
-template <int N> DEVICE u32 kept(const Dropout& dropout, u64 element)
-{
-    u32 block = (u32)(element >> 2), shift = (u32)element & 3, bits = 0;
+    u32 i = blockIdx.x * blockDim.x + threadIdx.x, count = (u32)rows * words, limit = threshold;
+    if (i >= count) return;
+    u64 element = (u64)(i / words) * cols + i % words * 32, bits = 0;
+    u32 layer = blockIdx.y == 0 ? layer0 : blockIdx.y == 1 ? layer1 : layer2;
+    u32 block = (u32)(element >> 2), shift = (u32)element & 3;
 #pragma unroll
-    for (int i = 0; i < N / 4; i++) bits |= kept_of_block(dropout, block + i) << 4 * i;
-    if (shift != 0) bits |= kept_of_block(dropout, block + N / 4) << N;
-    return bits >> shift;
+    for (int k = 0; k < 9; k++)
+    {
+        if (k == 8 && shift == 0) break;
+        uint4 draw = philox((u64)seed, (u64)step, layer, block + k);
+        u32 kept = (draw.x >= limit) | (draw.y >= limit) << 1 | (draw.z >= limit) << 2
+            | (draw.w >= limit) << 3;
+        bits |= (u64)kept << 4 * k;
+    }
+    mask[(u64)blockIdx.y * count + i] = (int)(u32)(bits >> shift);
 }
 
 // A product with 0 or 1: a NaN stays one. The factor 1 / (1 - p) comes when sums are done.
@@ -1450,56 +1527,67 @@ DEVICE void columns_of(real2 (*b)[2], real2 (*row)[2])
 #define LORA_BLOCKS 1
 #endif
 
-// h[r, k] = scale * sum over c of mask x[r, c] a[k, c], or its sum over the columns of part z in
-// part[z, r, k]. A block has 32 rows and 64 ranks; its 8 warps take 32 columns in turn. Reads R C S
-// of x once from memory (for each 64 ranks), and a from cache; writes h. 2 R C rank FLOP, and one
-// draw for four elements of x, which is what it waits for where memory is not.
+// Of up to three adapters the one of a number.
+template <typename T> DEVICE T* of_adapter(int n, T* first, T* second, T* third)
+{
+    return n == 0 ? first : n == 1 ? second : third;
+}
+
+// h[n, r, k] = scale * sum over c of mask x[r, c] a_n[k, c], or its sum over the columns of part z
+// in part[z, n, r, k]. A block has 32 rows, and 64 ranks of an adapter; its 8 warps take 32 columns
+// in turn. Reads R C S of x once from memory, and a from cache; writes h. 2 R C rank FLOP for each
+// adapter.
 extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_down(
-    real* h, float* part, const real* x, const real* a, int rows, int cols, int rank,
-    int cols_per_part,
-    long long seed, long long step, int layer, int threshold, float scale)
+    real* h, float* part, const real* x, const int* mask, const real* a0, const real* a1,
+    const real* a2, int rows, int cols, int rank, int adapters, int words, int cols_per_part,
+    float scale)
 {
     static_assert(LORA_DOWN_ROWS == 32 && LORA_DOWN_COLS == 8 * 32, "what eight warps have");
     __shared__ float sums[8][2][32][8];
-    Dropout dropout = {(u64)seed, (u64)step, (u32)layer, (u32)threshold};
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-    int chunks = (rank + LORA_RANKS - 1) / LORA_RANKS;
-    int first_row = blockIdx.x / chunks * LORA_DOWN_ROWS;
-    int first_rank = blockIdx.x % chunks * LORA_RANKS;
+    int chunks = (rank + LORA_RANKS - 1) / LORA_RANKS, chunk = blockIdx.x % (chunks * adapters);
+    int first_row = blockIdx.x / (chunks * adapters) * LORA_DOWN_ROWS;
+    int adapter = chunk / chunks, first_rank = chunk % chunks * LORA_RANKS;
     int ranks = min(LORA_RANKS, rank - first_rank);
     int begin = blockIdx.z * cols_per_part, end = min(cols, begin + cols_per_part);
+    const real* a = of_adapter(adapter, a0, a1, a2);
     bool wide = aligned16(x, cols, sizeof(real)) && aligned16(a, cols, sizeof(real));
     float d[2][LORA_RANKS / 8][4] = {};
-    const real *own_x = x + (u64)first_row * cols, *own_a = a + (u64)(first_rank + g) * cols;
-    u64 first_element = (u64)first_row * cols;
+    const real* own_x = x + (u64)(first_row + g) * cols;
+    const real* own_a = a + (u64)(first_rank + g) * cols;
+    // A lane has the mask of a row.
+    const int* own_mask = mask + ((u64)adapter * rows + first_row + lane) * words;
 #pragma unroll 1
     for (int base = begin + warp * 32; base < end; base += LORA_DOWN_COLS)
     {
+        u32 word = first_row + lane < rows ? (u32)own_mask[base / 32] : 0;
         // Of the 32 columns 8t to 8t + 3 are k = 2t, 2t + 1, 2t + 8, 2t + 9 of a first product, 8t
         // + 4 to 8t + 7 of a second.
         int c = base + 8 * t;
         real2 left[2][2][4];
+        // Offsets hidden from the compiler, which would keep all addresses and spill.
+        u32 at_x = 0, at_a = 0;
 #pragma unroll
         for (int i = 0; i < 4; i++)
         {
             int r = g + 8 * i;
             real2 p[4];
-            load_pairs<8>(p, own_x + r * cols, c, first_row + r < rows ? end : 0, wide);
-            u32 keep = kept<8>(dropout, first_element + r * cols + c);
+            load_pairs<8>(p, own_x + at_x, c, first_row + r < rows ? end : 0, wide);
+            at_x += 8 * cols;
+            asm("" : "+r"(at_x));
+            u32 keep = __shfl_sync(ALL_LANES, word, r) >> 8 * t;
 #pragma unroll
             for (int j = 0; j < 4; j++)
                 left[i / 2][j / 2][j % 2 * 2 + i % 2] = drop(p[j], keep >> 2 * j);
         }
-        const real* row = own_a;
 #pragma unroll
         for (int n = 0; n < LORA_RANKS / 8; n++)
         {
             if (n * 8 >= ranks) break;
             real2 right[4];
-            load_pairs<8>(right, row, c, n * 8 + g < ranks ? end : 0, wide);
-            // Hidden from the compiler, which would keep all eight addresses and spill.
-            row += 8 * cols;
-            asm("" : "+l"(row));
+            load_pairs<8>(right, own_a + at_a, c, n * 8 + g < ranks ? end : 0, wide);
+            at_a += 8 * cols;
+            asm("" : "+r"(at_a));
 #pragma unroll
             for (int m = 0; m < 2; m++)
             {
@@ -1529,8 +1617,9 @@ extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_down(
 #pragma unroll
             for (int w = 0; w < 8; w++) sum += sums[w][i % 16 / 8][i / 16][i % 8];
             if (r >= rows || k >= ranks) continue;
-            u64 at = (u64)r * rank + first_rank + k;
-            if (part != nullptr) part[(u64)blockIdx.z * rows * rank + at] = scale * sum;
+            u64 at = (u64)(adapter * rows + r) * rank + first_rank + k;
+            if (part != nullptr)
+                part[(u64)(blockIdx.z * adapters * rows) * rank + at] = scale * sum;
             else h[at] = narrow(scale * sum);
         }
         __syncthreads();
@@ -1548,85 +1637,101 @@ extern "C" __global__ void __launch_bounds__(256) lora_down_parts(
     h[i] = narrow(sum);
 }
 
-// dx[r, c] = scale * mask * sum over k of t[r, k] a[k, c], or adds it. A warp has 32 rows and 32
-// columns, a block 2 x 4 of them. Writes (or reads and writes) R C S of dx, the rest from cache. 2
-// R C rank FLOP, a draw for four elements.
+// dx[r, c] = scale * sum over n of mask_n * sum over k of t[n, r, k] a_n[k, c], or adds it. A warp
+// has 32 rows, 16 at a time, and 32 columns, a block 2 x 4 of them. Writes (or reads and writes)
+// R C S of dx, the rest from cache. 2 R C rank FLOP for each adapter.
 extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_x(
-    real* dx, const real* t, const real* a, int rows, int cols, int rank, int accumulate,
-    long long seed, long long step, int layer, int threshold, float scale)
+    real* dx, const real* t, const int* mask, const real* a0, const real* a1, const real* a2,
+    int rows, int cols, int rank, int adapters, int words, int accumulate, float scale)
 {
-    Dropout dropout = {(u64)seed, (u64)step, (u32)layer, (u32)threshold};
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, q = lane % 4;
     static_assert(LORA_X_ROWS == 2 * 32 && LORA_X_COLS == 4 * 32, "what eight warps have");
-    int first_row = blockIdx.x * LORA_X_ROWS + warp / 4 * 32;
-    int first_col = blockIdx.y * LORA_X_COLS + warp % 4 * 32;
-    bool wide = aligned16(dx, cols, sizeof(real)) && aligned16(a, cols, sizeof(real));
-    bool wide_t = aligned16(t, rank, sizeof(real));
-    int c = first_col + 8 * q;
-    real2 values[4][4];
-#pragma unroll
-    for (int i = 0; i < 4; i++)
+    int first_col = blockIdx.y * LORA_X_COLS + warp % 4 * 32, c = first_col + 8 * q;
+    bool wide = aligned16(dx, cols, sizeof(real)), wide_t = aligned16(t, rank, sizeof(real));
+#pragma unroll 1
+    for (int half = 0; half < 2; half++)
     {
-        int r = first_row + g + 8 * i;
-        load_pairs<8>(values[i], dx + (u64)r * cols, c, accumulate && r < rows ? cols : 0, wide);
-    }
-    float d[2][4][4] = {};
-    for (int base = 0; base < rank; base += 16)
-    {
-        // Ranks 4q to 4q + 3 are k = 2q, 2q + 1, 2q + 8, 2q + 9; column 4n + j is n of product j.
-        real2 left[2][4], row[4][2], right[4][2];
-#pragma unroll
-        for (int i = 0; i < 4; i++)
+        int first_row = blockIdx.x * LORA_X_ROWS + warp / 4 * 32 + half * 16 + g;
+        float sum[2][8] = {};
+#pragma unroll 1
+        for (int n = 0; n < adapters; n++)
         {
-            int r = first_row + g + 8 * i, k = base + 4 * q + i;
-            real2 p[2];
-            load_pairs<4>(p, t + (u64)r * rank, base + 4 * q, r < rows ? rank : 0, wide_t);
-            left[i / 2][i % 2] = p[0];
-            left[i / 2][2 + i % 2] = p[1];
-            load_pairs<4>(row[i], a + (u64)k * cols, first_col + 4 * g, k < rank ? cols : 0, wide);
-        }
-        columns_of(right, row);
+            const real *a = of_adapter(n, a0, a1, a2), *own_t = t + (u64)n * rows * rank;
+            bool wide_a = aligned16(a, cols, sizeof(real));
+            float d[4][4] = {};
+            for (int base = 0; base < rank; base += 16)
+            {
+                // Ranks 4q to 4q + 3 are k = 2q, 2q + 1, 2q + 8, 2q + 9; column 4n + j is n of
+                // product j.
+                real2 left[4], row[4][2], right[4][2];
 #pragma unroll
-        for (int m = 0; m < 2; m++)
+                for (int i = 0; i < 2; i++)
+                {
+                    int r = first_row + 8 * i;
+                    real2 p[2];
+                    load_pairs<4>(
+                        p, own_t + (u64)r * rank, base + 4 * q, r < rows ? rank : 0, wide_t);
+                    left[i] = p[0];
+                    left[2 + i] = p[1];
+                }
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                {
+                    int k = base + 4 * q + i;
+                    load_pairs<4>(
+                        row[i], a + (u64)k * cols, first_col + 4 * g, k < rank ? cols : 0, wide_a);
+                }
+                columns_of(right, row);
+#pragma unroll
+                for (int j = 0; j < 4; j++) multiply_add_16x8x16(d[j], left, right[j]);
+            }
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+            {
+                int r = first_row + 8 * i;
+                if (r >= rows || first_col >= cols) continue;
+                u32 keep = (u32)mask[((u64)n * rows + r) * words + first_col / 32] >> 8 * q;
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+                    sum[i][j] += d[j % 4][i * 2 + j / 4] * (keep >> j & 1 ? scale : 0.0f);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++)
         {
+            int r = first_row + 8 * i;
+            if (r >= rows || c >= cols) continue;
+            real2 values[4];
+            load_pairs<8>(values, dx + (u64)r * cols, c, accumulate ? cols : 0, wide);
 #pragma unroll
-            for (int j = 0; j < 4; j++) multiply_add_16x8x16(d[m][j], left[m], right[j]);
+            for (int j = 0; j < 4; j++)
+                values[j] = narrow_pair(widen_low(values[j]) + sum[i][2 * j],
+                    widen_high(values[j]) + sum[i][2 * j + 1]);
+            store_pairs(dx + (u64)r * cols, values, c, cols, wide);
         }
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-    {
-        int r = first_row + g + 8 * i;
-        if (r >= rows || c >= cols) continue;
-        u32 keep = kept<8>(dropout, (u64)r * cols + c);
-        float v[8];
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-            v[j] = d[i / 2][j % 4][i % 2 * 2 + j / 4] * (keep >> j & 1 ? scale : 0.0f);
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            values[i][j] = narrow_pair(
-                widen_low(values[i][j]) + v[2 * j], widen_high(values[i][j]) + v[2 * j + 1]);
-        store_pairs(dx + (u64)r * cols, values[i], c, cols, wide);
     }
 }
 
-// da[y, k, c] = scale * sum of t[r, k] mask x[r, c] over the rows r of part y, or adds it. A block
-// has 32 columns and 64 ranks, each of its 8 warps 16 rows in turn. Reads R C S of x once from
-// memory (for each 64 ranks), t from cache; writes 4 rank C for each part. 2 R C rank FLOP, a draw
-// for four elements of x.
+// da_n[y, k, c] = scale * sum of t[n, r, k] mask_n x[r, c] over the rows r of part y, or adds it
+// where bit n of accumulate is set; a da that is not there is not wanted. A block has 32 columns,
+// and 64 ranks of an adapter, each of its 8 warps 16 rows in turn. Reads R C S of x once from
+// memory, t from cache; writes 4 rank C for each adapter and part. 2 R C rank FLOP for each.
 extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_a(
-    float* da, const real* t, const real* x, int rows, int cols, int rank, int rows_per_part,
-    int accumulate, long long seed, long long step, int layer, int threshold, float scale)
+    float* da0, float* da1, float* da2, const real* t, const real* x, const int* mask, int rows,
+    int cols, int rank, int adapters, int words, int rows_per_part, int accumulate, float scale)
 {
     static_assert(LORA_A_ROWS == 8 * 16 && LORA_A_COLS == 32, "what eight warps have");
     __shared__ float sums[8][16][32];
-    Dropout dropout = {(u64)seed, (u64)step, (u32)layer, (u32)threshold};
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, q = lane % 4;
-    int first_col = blockIdx.x * LORA_A_COLS, first_rank = blockIdx.z * LORA_RANKS;
+    int chunks = (rank + LORA_RANKS - 1) / LORA_RANKS, adapter = blockIdx.z / chunks;
+    int first_col = blockIdx.x * LORA_A_COLS, first_rank = blockIdx.z % chunks * LORA_RANKS;
     int ranks = min(LORA_RANKS, rank - first_rank);
     int begin = blockIdx.y * rows_per_part, end = min(rows, begin + rows_per_part);
+    float* da = of_adapter(adapter, da0, da1, da2);
+    if (da == nullptr) return;
+    accumulate = accumulate >> adapter & 1;
     bool wide = aligned16(x, cols, sizeof(real)), wide_t = aligned16(t, rank, sizeof(real));
+    const int* own_mask = mask + (u64)adapter * rows * words + blockIdx.x;
     float d[LORA_RANKS / 16][4][4] = {};
     for (int base = begin + warp * 16; base < end; base += LORA_A_ROWS)
     {
@@ -1639,7 +1744,7 @@ extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_a(
         {
             int r = base + 4 * q + i;
             load_pairs<4>(row[i], x + (u64)r * cols, c, r < end ? cols : 0, wide);
-            u32 keep = kept<4>(dropout, (u64)r * cols + c);
+            u32 keep = r < end ? (u32)own_mask[(u64)r * words] >> 4 * g : 0;
             row[i][0] = drop(row[i][0], keep);
             row[i][1] = drop(row[i][1], keep >> 2);
         }
@@ -1653,7 +1758,7 @@ extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_a(
             for (int i = 0; i < 4; i++)
             {
                 int r = base + 4 * q + i;
-                const real* from = t + (u64)r * rank + first_rank;
+                const real* from = t + ((u64)adapter * rows + r) * rank + first_rank;
                 load_pairs<2>(p + i, from, m * 16 + 2 * g, r < end ? ranks : 0, wide_t);
             }
             real2 left[4] =
@@ -1724,10 +1829,11 @@ DEVICE int beats(float x, int c, float own, int target)
 
 // Per row of logits: losses = ln sum exp(logits) - logits[target], correct = 1 where the target is
 // the first largest, and gradient = scale * (softmax - one at the target), times *by if given;
-// losses or gradient may be absent. Rows start `stride` elements apart, a multiple of 16 bytes. One
-// block per row; a row of a large vocabulary (600 kB) fits no block's registers, so logits are read
-// twice when there is a gradient: moves R C (8 + S) bytes with it and 4 R C without, one or two
-// exponentials per element: memory-bound.
+// losses or gradient may be absent. The gradient takes the logits' place: its rows start where
+// theirs do, `stride` floats apart, a multiple of 16 bytes. One block per row; a row of a large
+// vocabulary (600 kB) fits no block's registers, so logits are read twice when there is a gradient:
+// moves R C (8 + S) bytes with it and 4 R C without, one or two exponentials per element:
+// memory-bound.
 extern "C" __global__ void __launch_bounds__(LOGITS_THREADS) cross_entropy_rows(
     float* losses, float* correct, real* gradient, const float* logits, const int* targets,
     int vocabulary, int stride, float scale, const float* by)
@@ -1768,21 +1874,24 @@ extern "C" __global__ void __launch_bounds__(LOGITS_THREADS) cross_entropy_rows(
     if (gradient == 0) return;
     if (by != 0) scale *= *by;
     float factor = scale / sum;
-    real* out = gradient + (u64)blockIdx.x * stride;
-    whole = vocabulary / VECTOR * VECTOR;
-    for (int c = threadIdx.x * VECTOR; c < whole; c += LOGITS_THREADS * VECTOR)
+    // Element c is written over float c / 2 or c, which was read in this round or before it.
+    real* out = (real*)((float*)gradient + (u64)blockIdx.x * stride);
+    for (int first = 0; first < vocabulary; first += LOGITS_THREADS * VECTOR)
     {
+        int c = first + threadIdx.x * VECTOR;
         float v[VECTOR];
-        load_floats(v, row + c);
+        if (c + VECTOR <= vocabulary) load_floats(v, row + c);
+        else
+        {
+#pragma unroll
+            for (int i = 0; i < VECTOR; i++) v[i] = c + i < vocabulary ? row[c + i] : 0;
+        }
 #pragma unroll
         for (int i = 0; i < VECTOR; i++)
             v[i] = expf(v[i] - top) * factor - (c + i == target ? scale : 0);
-        store_vector(out + c, v);
-    }
-    if (whole + threadIdx.x < vocabulary)
-    {
-        int c = whole + threadIdx.x;
-        out[c] = narrow(expf(row[c] - top) * factor - (c == target ? scale : 0));
+        __syncthreads();
+        // Rows are padded to whole vectors, which no product reads.
+        if (c < vocabulary) store_vector(out + c, v);
     }
 }
 
@@ -2962,6 +3071,7 @@ DEVICE void store_rounded(void* rounded, int type, long long i, const float* p, 
     bool wide)
 {
     u32 bits[4];
+#pragma unroll
     for (int j = 0; j < 4; j++) bits[j] = type == DTYPE_BF16 ? narrow_bf16(p[j]) : narrow_f16(p[j]);
     if (wide)
     {
@@ -2969,7 +3079,10 @@ DEVICE void store_rounded(void* rounded, int type, long long i, const float* p, 
             make_uint2(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
         return;
     }
-    for (int j = 0; j < count; j++) ((bf16*)rounded)[i + j] = (bf16)bits[j];
+    // Loops over fewer than four are unrolled, so that no array needs an address.
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        if (j < count) ((bf16*)rounded)[i + j] = (bf16)bits[j];
 }
 
 // AdamW on p[count] with gradients g and moments m, v, all float; rounded, if given, is p's copy in
@@ -3007,8 +3120,10 @@ extern "C" __global__ void __launch_bounds__(256) adamw(
     }
     else
     {
-        for (int j = 0; j < mine; j++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
         {
+            if (j >= mine) break;
             x[j] = adamw_element(s, p[i + j], g[i + j] * factor, &m[i + j], &v[i + j]);
             p[i + j] = x[j];
         }
@@ -3058,8 +3173,10 @@ extern "C" __global__ void __launch_bounds__(256) adamw_bf16_moments(
     }
     else
     {
-        for (int j = 0; j < mine; j++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
         {
+            if (j >= mine) break;
             x[j] = p[i + j], gradients[j] = g[i + j];
             means[j] = m[i + j], squares[j] = v[i + j];
         }
@@ -3080,8 +3197,10 @@ extern "C" __global__ void __launch_bounds__(256) adamw_bf16_moments(
     }
     else
     {
-        for (int j = 0; j < mine; j++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
         {
+            if (j >= mine) break;
             p[i + j] = x[j];
             m[i + j] = (bf16)means[j];
             v[i + j] = (bf16)squares[j];

@@ -134,7 +134,7 @@ public sealed class CudaLoraTests
         if (CudaUnderTest.IsReal) Assert.Ignore("counted by the emulator only");
         const int Rows = 512, Cols = 768, Rank = 16, S = 2, F = 4;
         const long X = (long)Rows * Cols * S, H = (long)Rows * Rank * S, A = (long)Rank * Cols * S;
-        const long Y = (long)Rows * Outputs * S;
+        const long Y = (long)Rows * Outputs * S, Mask = (long)Rows * Cols / 8;
         _cuda.Dispose();
         _cuda = null!;
         using var cuda = new CudaUnderTest(new EmulatorOptions { Footprint = true });
@@ -148,9 +148,10 @@ public sealed class CudaLoraTests
         run.Backward(Fill.Normal(77, run.Count));
         cuda.Context.Synchronise();
         Check("fill_rows", Y + (Outputs * F));
-        Check("lora_down", X + A + H);
-        Check("lora_gradient_x", X + H + A);
-        Check("lora_gradient_a", X + H + (A / S * F));
+        Check("dropout_mask", Mask);
+        Check("lora_down", X + Mask + A + H);
+        Check("lora_gradient_x", X + Mask + H + A);
+        Check("lora_gradient_a", X + Mask + H + (A / S * F));
         Check("cast_to_real", A / S * (S + F), Outputs * Rank * (S + F));
 
         // The sum of rows at a size where its parts weigh little.

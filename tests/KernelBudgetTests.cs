@@ -40,7 +40,7 @@ public sealed class KernelBudgetTests
     [
         "norm_forward", "norm_backward", "add_forward", "scale_rows", "gelu_forward",
         "gelu_backward",
-        "swiglu_forward", "swiglu_backward", "rope", "cast_to_real", "cast_to_float",
+        "swiglu_forward", "swiglu_backward", "rope", "heads", "cast_to_real", "cast_to_float",
         "lora_gradient_x", "adamw", "adamw_bf16_moments",
         "lookup_rows", "weighted_gather", "sum_by_id", "gather_rows", "columns_forward",
         "columns_backward", "cache_append", "splice_forward", "splice_text_backward",
@@ -61,7 +61,7 @@ public sealed class KernelBudgetTests
     [
         "sum_parts", "gradient_norm_finish", "attention_forward_any", "attention_keys_backward",
         "attention_queries_backward", "lora_down_parts",
-        "order_by_id", "row_of_term", "splice_invert", "cross_entropy_check", "cross_entropy_sum",
+        "dropout_mask", "order_by_id", "row_of_term", "splice_invert", "cross_entropy_check", "cross_entropy_sum",
     ];
 
     private KernelBuild[] _builds = null!;

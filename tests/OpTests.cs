@@ -190,7 +190,8 @@ public sealed class OpTests
         for (int i = 0; i < inputs.Length; i++)
         {
             if (!inputs[i].Exists) continue;
-            bool optional = inputs[i].Name is "b" && c.Op is Linear or LoraLinear;
+            bool optional = inputs[i].Name is "b" or "b1"
+                && c.Op is Linear or LoraLinear or Linears;
             Spec spec = inputs[i].Spec(DType.F32);
             Spec other = inputs[i].IsInteger ? spec.As(DType.F32) : spec.As(DType.I32);
             Refused(i, other, [names[i]]);

@@ -45,12 +45,12 @@ internal static partial class Plants
             "from[token] > 1", "splice"),
 
         // 8: adapters
-        new("the mask of another layer in the backward", "lora_gradient_x",
-            "(u64)step, (u32)layer,", "(u64)step, (u32)layer + 1,", "lora_linear_dropout"),
-        new("the mask of another step in the backward", "lora_gradient_a",
-            "(u64)step, (u32)layer,", "(u64)step + 1, (u32)layer,", "lora_linear_dropout"),
-        new("a block of random numbers is used twice", "kept", "dropout, block + i",
-            "dropout, block", "lora_linear_dropout"),
+        new("the mask of another row in the backward", "lora_gradient_x",
+            "* rows + r) * words", "* rows + r / 2) * words", "lora_linear_dropout"),
+        new("the mask of another row for A", "lora_gradient_a",
+            "own_mask[(u64)r * words]", "own_mask[(u64)r / 2 * words]", "lora_linear_dropout"),
+        new("a block of random numbers is used twice", "dropout_mask", "block + k",
+            "block", "lora_linear_dropout"),
         Plant.Fault(Check.SharedRaceWithinWarp, "no barrier before the warps' sums are added",
             "lora_gradient_a", "d[m][2][i], d[m][3][i]);\n        __syncthreads();",
             "d[m][2][i], d[m][3][i]);", "lora_linear_dropout"),

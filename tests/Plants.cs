@@ -76,9 +76,9 @@ internal static partial class Plants
         new("forwards in the backward", "rope", "s[j] * direction", "s[j]", "rope"),
 
         // 8: low-rank adapters
-        new("an element of a block takes its neighbour's word", "kept_of_block", "(words.z",
-            "(words.y", "lora_linear_dropout"),
-        new("rows of odd length start at whole blocks", "kept", "bits >> shift", "bits",
+        new("an element of a block takes its neighbour's word", "dropout_mask", "(draw.z",
+            "(draw.y", "lora_linear_dropout"),
+        new("rows of odd length start at whole blocks", "dropout_mask", "bits >> shift", "bits",
             "lora_linear_dropout"),
         new("the last warp's columns are left out", "lora_down", "w < 8", "w < 7",
             "lora_linear_dropout")
@@ -105,7 +105,7 @@ internal static partial class Plants
         new("the feature before", "splice_forward", "(i - 1)", "(i > 1 ? i - 2 : 0)", "splice"),
 
         // 9: cross-entropy
-        new("the tail has no target", "cross_entropy_rows", "(c == target ? scale : 0)", "0",
+        new("the tail is not read", "cross_entropy_rows", "c + i < vocabulary ? row[c + i] : 0", "0",
             "cross_entropy") { Size = 65, With = [7] },
         new("the target's logit is not subtracted", "cross_entropy_rows", "(own - top)", "top",
             "cross_entropy") { With = [7] },

@@ -64,11 +64,16 @@ internal sealed record RoundedLora(LoraLinear Inner, DType Storage) : Op("lora_l
     public override void CudaBackward(in CudaCall call) => Inner.CudaBackward(call);
 
     /// <summary>What an adapter multiplies each element of x by.</summary>
-    public static unsafe double[] MaskOf(LoraLinear op, Randomness random, int rows, int cols)
+    public static double[] MaskOf(LoraLinear op, Randomness random, int rows, int cols) =>
+        MaskOf(op.Layer, op.Dropout, random, rows, cols);
+
+    /// <summary>The same by the adapter's key and the probability of a zero.</summary>
+    public static unsafe double[] MaskOf(
+        int layer, double p, Randomness random, int rows, int cols)
     {
         int count = rows * cols;
         var factors = new double[count];
-        if (!random.Dropout || op.Dropout == 0)
+        if (!random.Dropout || p == 0)
         {
             Array.Fill(factors, 1);
             return factors;
@@ -76,8 +81,8 @@ internal sealed record RoundedLora(LoraLinear Inner, DType Storage) : Op("lora_l
 
         var keep = new byte[(count + 31) / 32 * 32];
         fixed (byte* to = keep)
-            Philox.Mask(random, op.Layer, Philox.Threshold(op.Dropout), 0, count, to);
-        for (int i = 0; i < count; i++) factors[i] = keep[i] == 0 ? 0 : 1 / (1 - op.Dropout);
+            Philox.Mask(random, layer, Philox.Threshold(p), 0, count, to);
+        for (int i = 0; i < count; i++) factors[i] = keep[i] == 0 ? 0 : 1 / (1 - p);
         return factors;
     }
 
@@ -87,7 +92,7 @@ internal sealed record RoundedLora(LoraLinear Inner, DType Storage) : Op("lora_l
     private double[] Rounded(double[] values) =>
         Kernels.Cases.Storage.Round(values, Storage);
 
-    private static double[] Product(double[] a, double[] b, int rows, int cols)
+    internal static double[] Product(double[] a, double[] b, int rows, int cols)
     {
         var c = new double[rows * cols];
         int inner = rows == 0 ? 0 : a.Length / rows;
@@ -98,17 +103,17 @@ internal sealed record RoundedLora(LoraLinear Inner, DType Storage) : Op("lora_l
         return c;
     }
 
-    private static double[] Transposed<T>(Matrix<T> m)
+    internal static double[] Transposed<T>(Matrix<T> m)
         where T : unmanaged, INumber<T> => Transposed(Doubles(m), m.Rows, m.Cols);
 
-    private static double[] Transposed(double[] values, int rows, int cols)
+    internal static double[] Transposed(double[] values, int rows, int cols)
     {
         var result = new double[values.Length];
         for (int i = 0; i < values.Length; i++) result[(i % cols * rows) + (i / cols)] = values[i];
         return result;
     }
 
-    private static double[] Doubles<T>(Matrix<T> m)
+    internal static double[] Doubles<T>(Matrix<T> m)
         where T : unmanaged, INumber<T>
     {
         var values = new double[m.Count];
@@ -116,7 +121,7 @@ internal sealed record RoundedLora(LoraLinear Inner, DType Storage) : Op("lora_l
         return values;
     }
 
-    private static void Write<T>(Matrix<T> m, double[] values)
+    internal static void Write<T>(Matrix<T> m, double[] values)
         where T : unmanaged, INumber<T>
     {
         for (int i = 0; i < values.Length; i++) m[i] = T.CreateChecked(values[i]);

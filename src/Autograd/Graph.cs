@@ -124,7 +124,7 @@ public sealed class Graph
     /// <summary>Gives back the memory of a fleeting tensor; nothing for others.</summary>
     public void Drop(in Tensor tensor)
     {
-        ref Variable variable = ref _variables[tensor.Variable];
+        ref Variable variable = ref _variables[Root(tensor.Variable)];
         if (variable.Maker == 0 || !variable.Value.Exists) return;
         _pool.Return(variable.Value);
         variable.Value = Tensor.None;
@@ -170,6 +170,34 @@ public sealed class Graph
         Record(new Node(null, Again<TContext>.Instance, block, context, mark, _tensorCount, 1, 0, y),
             [x], []);
         return y;
+    }
+
+    /// <summary>
+    /// The matrices [rows, columns of each] that an operation's output is in memory, one behind the
+    /// other. Asked for right after the operation ran, and used in the output's stead.
+    /// </summary>
+    public void Split(Tensor output, Span<Tensor> parts, ReadOnlySpan<int> columns)
+    {
+        if (output.Variable != 0 && output.Variable != _variableCount - 1)
+            throw new InvalidOperationException("an output is split before anything else runs");
+        int rows = checked((int)output.Shape.Rows);
+        nint offset = 0;
+        if (output.Variable != 0) _variables[output.Variable].Parts = columns.Length;
+        for (int i = 0; i < columns.Length; i++)
+        {
+            var spec = new Spec(output.Type, new Shape(rows, columns[i]));
+            parts[i] = output with
+            {
+                Data = output.Data + offset, Spec = spec,
+                Variable = output.Variable == 0 ? 0 : NewVariable(Tensor.None),
+            };
+            if (output.Variable != 0)
+                _variables[parts[i].Variable] = new Variable { Whole = output, Offset = offset };
+            offset += (nint)spec.Bytes;
+        }
+
+        if (offset != (nint)output.Spec.Bytes)
+            throw new ShapeException($"{output.Spec} in parts of {offset} bytes");
     }
 
     /// <summary>
@@ -269,7 +297,7 @@ public sealed class Graph
         Op op, ReadOnlySpan<Tensor> inputs, Tensor output, int saved, bool record)
     {
         bool any = false;
-        for (int i = 0; i < inputs.Length; i++) any |= _variables[inputs[i].Variable].Maker > 0;
+        for (int i = 0; i < inputs.Length; i++) any |= _variables[Root(inputs[i].Variable)].Maker > 0;
         if (any)
         {
             for (int i = 0; i < inputs.Length; i++) Make(inputs[i]);
@@ -284,8 +312,8 @@ public sealed class Graph
     // this reads before.
     private void Make(in Tensor tensor)
     {
-        int maker = _variables[tensor.Variable].Maker;
-        if (maker == 0 || _variables[tensor.Variable].Value.Exists) return;
+        int root = Root(tensor.Variable), maker = _variables[root].Maker;
+        if (maker == 0 || _variables[root].Value.Exists) return;
         Node node = _nodes[maker - 1];
         Span<Tensor> inputs = _tensors.AsSpan(node.FirstTensor, node.Inputs);
         foreach (ref Tensor input in inputs)
@@ -295,7 +323,7 @@ public sealed class Graph
         }
 
         Tensor value = _pool.Take(node.Output.Spec);
-        _variables[tensor.Variable].Value = value;
+        _variables[root].Value = value;
         Device.Forward(node.Op!, new OpCall(
             inputs, value, _tensors.AsSpan(node.FirstTensor + node.Inputs, node.Saved),
             recorded: true));
@@ -304,10 +332,15 @@ public sealed class Graph
     // The tensor where it lies now, in the shape in which it is used here.
     private Tensor Current(in Tensor tensor)
     {
-        ref Variable variable = ref _variables[tensor.Variable];
+        ref Variable variable = ref _variables[Root(tensor.Variable)];
         return variable.Maker > 0 && variable.Value.Exists
-            ? tensor with { Data = variable.Value.Data } : tensor;
+            ? tensor with { Data = variable.Value.Data + _variables[tensor.Variable].Offset }
+            : tensor;
     }
+
+    // The variable of the output that this one is a part of, or itself.
+    private int Root(int variable) =>
+        _variables[variable].Whole is { Exists: true } whole ? whole.Variable : variable;
 
     private bool Needed(Op op, ReadOnlySpan<Tensor> inputs)
     {
@@ -345,11 +378,13 @@ public sealed class Graph
             Variable variable = _variables[node.Output.Variable];
             if (variable.Written)
             {
+                FillParts(node.Output.Variable, variable.Parts);
                 Tensor gradient = Seen(variable.Gradient, node.Output.Shape);
-                if (node.Again is not null) Replay(node, gradient);
-                else Differentiate(node, gradient);
                 GradientVisitor?.Invoke(node.Output.Variable, gradient);
-                _pool.Return(variable.Gradient);
+                bool kept = node.Again is not null
+                    ? Replay(node, variable)
+                    : Differentiate(node, variable, gradient);
+                if (!kept && !variable.Borrowed) _pool.Return(variable.Gradient);
             }
 
             Drop(node.Output);
@@ -359,9 +394,21 @@ public sealed class Graph
         }
     }
 
-    private void Differentiate(in Node node, Tensor outputGradient)
+    // Whether the gradient's memory is another variable's now.
+    private bool Differentiate(in Node node, in Variable variable, Tensor outputGradient)
     {
         Span<Tensor> inputs = _tensors.AsSpan(node.FirstTensor, node.Inputs);
+        int owner = HandOver(node, variable, inputs);
+        bool wanted = false;
+        for (int i = 0; i < inputs.Length; i++)
+        {
+            int at = inputs[i].Variable;
+            bool handed = at != 0 && (at == owner || _variables[at].Borrowed);
+            wanted |= at != 0 && !handed;
+            _targets[i] = at == 0 || handed ? GradientTarget.None : Wanted(inputs[i]);
+        }
+
+        if (!wanted) return owner != 0;
         for (int i = 0; i < inputs.Length; i++) _trained[i] = inputs[i].Variable != 0;
         for (int i = 0; i < inputs.Length; i++)
         {
@@ -370,14 +417,50 @@ public sealed class Graph
             inputs[i] = Current(inputs[i]);
         }
 
-        for (int i = 0; i < inputs.Length; i++)
-            _targets[i] = inputs[i].Variable == 0 ? GradientTarget.None : Wanted(inputs[i]);
         Device.Backward(node.Op!, new OpCall(
             inputs, node.Output, _tensors.AsSpan(node.FirstTensor + node.Inputs, node.Saved),
             recorded: true, outputGradient, _targets.AsSpan(0, inputs.Length)));
+        return owner != 0;
     }
 
-    private void Replay(in Node node, Tensor outputGradient)
+    // Gives the memory of an output's gradient to an input whose gradient is the same numbers, and
+    // lends it to the one whose operation is undone next, which only reads it and is done with it
+    // before anything is added. The owner; 0 where there is none.
+    private int HandOver(in Node node, in Variable variable, ReadOnlySpan<Tensor> inputs)
+    {
+        int owner = 0, next = 0;
+        if (variable.Borrowed) return 0;
+        for (int i = 0; i < inputs.Length; i++)
+        {
+            int at = inputs[i].Variable;
+            if (at <= _parameterCount || _variables[at].Written || _variables[at].Whole.Exists
+                || !node.Op!.PassesGradient(i) || inputs[i].Type != variable.Gradient.Type)
+                continue;
+            if (next == 0 && _nodeCount > 0 && _nodes[_nodeCount - 1].Output.Variable == at) next = at;
+            else if (owner == 0) owner = at;
+        }
+
+        if (owner == 0) (owner, next) = (next, 0);
+        if (owner != 0) Give(owner, variable.Gradient, borrowed: false);
+        if (next != 0 && !Reads(_nodes[_nodeCount - 1], owner))
+            Give(next, variable.Gradient, borrowed: true);
+        return owner;
+    }
+
+    private bool Reads(in Node node, int variable)
+    {
+        foreach (ref readonly Tensor input in _tensors.AsSpan(node.FirstTensor, node.Inputs))
+            if (input.Variable == variable) return true;
+        return false;
+    }
+
+    private void Give(int variable, in Tensor gradient, bool borrowed)
+    {
+        ref Variable to = ref _variables[variable];
+        (to.Gradient, to.Written, to.Borrowed) = (gradient, true, borrowed);
+    }
+
+    private bool Replay(in Node node, in Variable variable)
     {
         Tensor x = _tensors[node.FirstTensor];
         int bottom = _nodeCount;
@@ -391,9 +474,7 @@ public sealed class Graph
             if (y.Spec != node.Output.Spec)
                 throw new InvalidOperationException(
                     $"a block gave {node.Output.Spec}, then {y.Spec}");
-            ref Variable variable = ref _variables[y.Variable];
-            (variable.Gradient, variable.Written) = (_pool.Take(y.Spec), true);
-            Device.Copy(outputGradient, variable.Gradient);
+            Give(y.Variable, variable.Gradient, variable.Borrowed);
             Unwind(bottom);
         }
         finally
@@ -401,6 +482,8 @@ public sealed class Graph
             _again = false;
             block.Release();
         }
+
+        return true;
     }
 
     /// <summary>
@@ -409,11 +492,37 @@ public sealed class Graph
     private GradientTarget Wanted(in Tensor tensor)
     {
         ref Variable variable = ref _variables[tensor.Variable];
-        if (!variable.Gradient.Exists) variable.Gradient = _pool.Take(tensor.Spec);
+        if (!variable.Gradient.Exists)
+            variable.Gradient = variable.Whole.Exists
+                ? PartOfGradient(variable, tensor.Spec)
+                : _pool.Take(tensor.Spec);
         var target = new GradientTarget(
             Seen(variable.Gradient, tensor.Shape), Accumulate: variable.Written);
         variable.Written = true;
         return target;
+    }
+
+    private Tensor PartOfGradient(in Variable part, Spec spec)
+    {
+        ref Variable whole = ref _variables[part.Whole.Variable];
+        if (!whole.Gradient.Exists) whole.Gradient = _pool.Take(part.Whole.Spec);
+        whole.Written = true;
+        return new Tensor(whole.Gradient.Data + part.Offset, spec);
+    }
+
+    // What nothing followed from has no gradient; beside parts that have one it is zero.
+    private void FillParts(int variable, int parts)
+    {
+        for (int i = variable + 1; i <= variable + parts; i++)
+        {
+            if (_variables[i].Written) continue;
+            nint end = i < variable + parts
+                ? _variables[i + 1].Offset
+                : (nint)_variables[i].Whole.Spec.Bytes;
+            int bytes = checked((int)(end - _variables[i].Offset));
+            Device.Fill(new Tensor(_variables[variable].Gradient.Data + _variables[i].Offset,
+                new Spec(DType.U8, new Shape(bytes))), 0);
+        }
     }
 
     // A tensor may be used in another shape than the one in which it was made; each gradient has
@@ -436,6 +545,17 @@ public sealed class Graph
         // Of a fleeting tensor: its node from 1, and where it lies while it is there.
         public int Maker;
         public Tensor Value;
+
+        /// <summary>The memory is another's, who has it when this variable's node is undone.
+        /// </summary>
+        public bool Borrowed;
+
+        /// <summary>The output that this is a part of, and where it begins in its bytes.</summary>
+        public Tensor Whole;
+        public nint Offset;
+
+        /// <summary>Number of parts, whose variables follow this one.</summary>
+        public int Parts;
     }
 
     /// <summary>

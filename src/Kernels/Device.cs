@@ -32,7 +32,17 @@ public abstract class Device : IDisposable
     /// <summary>Bytes that a matrix takes in the device's own packed form.</summary>
     public abstract long PackedBytes(DType type, int rows, int cols);
 
-    /// <summary>Packs a row-major matrix in host memory into a new frozen weight.</summary>
+    /// <summary>
+    /// The next matrices to be packed, of so many bytes in all, lie behind each other where the device
+    /// can then multiply by them as one.
+    /// </summary>
+    public virtual void PackTogether(long bytes)
+    {
+    }
+
+    /// <summary>
+    /// Packs a row-major matrix in host memory into a new frozen weight; null leaves it undefined.
+    /// </summary>
     public abstract unsafe Tensor Pack(DType type, int rows, int cols, void* source, string name);
 
     public abstract void Forward(Op op, in OpCall call);

@@ -32,6 +32,12 @@ public abstract record Op(string Name)
     public virtual bool BackwardReads(int input, ReadOnlySpan<bool> trained) => true;
 
     /// <summary>
+    /// Whether this input's gradient is the output's as it is, which the tape then hands over
+    /// without asking for it.
+    /// </summary>
+    public virtual bool PassesGradient(int input) => false;
+
+    /// <summary>
     /// The input that it changes in place, which is then its result in the output's stead: it has
     /// no gradient and is not recorded. Null for all others, which leave their inputs alone.
     /// </summary>

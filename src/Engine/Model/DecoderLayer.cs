@@ -14,7 +14,8 @@ internal sealed class DecoderLayer : Layer<DecoderContext>
 
     private readonly Norm _inputNorm, _postNorm;
     private readonly Norm? _queryNorm, _keyNorm;
-    private readonly Projection _query, _key, _value, _output, _gate, _up, _down;
+    private readonly Projections _heads, _gateAndUp;
+    private readonly Projection _output, _down;
     private readonly Add _add;
     private readonly Rope _rope;
     private readonly Attention _attention, _cachedAttention;
@@ -28,18 +29,23 @@ internal sealed class DecoderLayer : Layer<DecoderContext>
         (_spec, _index, _recomputation) = (spec, index, recomputation);
         int width = spec.HiddenSize, keys = spec.KvHeads * spec.HeadDim;
         ModuleScope attention = scope.In("self_attn"), mlp = scope.In("mlp");
-        _query = attention.Linear("q_proj", width, spec.Heads * spec.HeadDim, spec.QkvBias);
-        _key = attention.Linear("k_proj", width, keys, spec.QkvBias);
-        _value = attention.Linear("v_proj", width, keys, spec.QkvBias);
-        _output = attention.Linear("o_proj", spec.Heads * spec.HeadDim, width, bias: false);
+        int queries = spec.Heads * spec.HeadDim;
+        attention.Together(width, ("q_proj", queries), ("k_proj", keys), ("v_proj", keys));
+        Projection query = attention.Linear("q_proj", width, queries, spec.QkvBias);
+        Projection key = attention.Linear("k_proj", width, keys, spec.QkvBias);
+        Projection value = attention.Linear("v_proj", width, keys, spec.QkvBias);
+        _heads = new Projections([query, key, value], [queries, keys, keys], spec.HeadDim,
+            rotated: spec.QkNorm ? 0 : 2);
+        _output = attention.Linear("o_proj", queries, width, bias: false);
         if (spec.QkNorm)
         {
             _queryNorm = attention.RmsNorm("q_norm", spec.HeadDim, spec.RmsNormEpsilon);
             _keyNorm = attention.RmsNorm("k_norm", spec.HeadDim, spec.RmsNormEpsilon);
         }
 
-        _gate = mlp.Linear("gate_proj", width, spec.IntermediateSize, bias: false);
-        _up = mlp.Linear("up_proj", width, spec.IntermediateSize, bias: false);
+        Projection gate = mlp.Linear("gate_proj", width, spec.IntermediateSize, bias: false);
+        Projection up = mlp.Linear("up_proj", width, spec.IntermediateSize, bias: false);
+        _gateAndUp = new Projections([gate, up], [spec.IntermediateSize, spec.IntermediateSize]);
         _down = mlp.Linear("down_proj", spec.IntermediateSize, width, bias: false);
         mlp.Module("act_fn");
         _inputNorm = scope.RmsNorm("input_layernorm", width, spec.RmsNormEpsilon);
@@ -49,36 +55,35 @@ internal sealed class DecoderLayer : Layer<DecoderContext>
         _attention = new Attention(
             spec.Heads, spec.KvHeads, spec.HeadDim, Causal: true, 1 / Math.Sqrt(spec.HeadDim));
         _cachedAttention = _attention with { Cached = true };
-        Holds([_query, _key, _value, _output, _gate, _up, _down],
+        Holds([query, key, value, _output, gate, up, _down],
             _inputNorm, _postNorm, _queryNorm, _keyNorm);
     }
 
     public override Tensor Forward(Graph graph, Tensor x, DecoderContext context)
     {
+        Span<Tensor> y = [Tensor.None, Tensor.None, Tensor.None];
         Recompute kind = _recomputation.Decoder(_index);
-        bool norms = kind >= Recompute.Norms, mlp = kind >= Recompute.Mlp;
+        bool norms = kind >= Recompute.Norms;
         // What no backward reads is dropped whatever is recomputed: frozen projections do not read
         // their inputs, rotations and sums none.
-        Tensor a = _inputNorm.Run(
-            graph, x, norms || !(_query.ReadsInput || _key.ReadsInput || _value.ReadsInput));
-        Tensor q = Turned(graph, _query, a, _queryNorm, context);
-        Tensor k = Turned(graph, _key, a, _keyNorm, context);
-        Tensor v = _value.Run(graph, a);
+        Tensor a = _inputNorm.Run(graph, x, norms || !_heads.ReadsInput);
+        _heads.Run(graph, a, context.Positions, context.RopeCos, context.RopeSin, y);
         graph.Drop(a);
-        a = _output.RunFleeting(graph, Attend(graph, q, k, v, context));
+        Tensor q = Turned(graph, y[0], _queryNorm, context);
+        Tensor k = Turned(graph, y[1], _keyNorm, context);
+        a = _output.RunFleeting(graph, Attend(graph, q, k, y[2], context));
         x = graph.Run(_add, x, a);
         graph.Drop(a);
-        a = _postNorm.Run(graph, x, norms || !(_gate.ReadsInput || _up.ReadsInput));
-        Tensor gate = _gate.Run(graph, a, mlp), up = _up.Run(graph, a, mlp);
+        a = _postNorm.Run(graph, x, norms || !_gateAndUp.ReadsInput);
+        _gateAndUp.Run(graph, a, y, fleeting: kind >= Recompute.Mlp);
         graph.Drop(a);
-        Tensor s = kind >= Recompute.Swiglu || !_down.ReadsInput
-            ? graph.RunFleeting(s_swiGlu, gate, up) : graph.Run(s_swiGlu, gate, up);
-        graph.Drop(gate);
-        graph.Drop(up);
-        a = _down.RunFleeting(graph, s);
-        graph.Drop(s);
-        x = graph.RunLast(_add, x, a);
+        a = kind >= Recompute.Swiglu || !_down.ReadsInput
+            ? graph.RunFleeting(s_swiGlu, y[0], y[1]) : graph.Run(s_swiGlu, y[0], y[1]);
+        graph.Drop(y[0]);
+        Tensor down = _down.RunFleeting(graph, a);
         graph.Drop(a);
+        x = graph.RunLast(_add, x, down);
+        graph.Drop(down);
         return x;
     }
 
@@ -91,19 +96,14 @@ internal sealed class DecoderLayer : Layer<DecoderContext>
             _cachedAttention, q, k, v, context.Starts, cache.KeyStarts, cache.KeyLengths);
     }
 
-    // Queries or keys [tokens, heads * headDim], normalised per head where the model does, turned
-    // by their positions.
-    private Tensor Turned(
-        Graph graph, Projection projection, Tensor x, Norm? norm, DecoderContext context)
+    // Queries or keys [tokens, heads * headDim] of a model that normalises them per head: only then
+    // are they turned by their positions; others are already.
+    private Tensor Turned(Graph graph, Tensor x, Norm? norm, DecoderContext context)
     {
-        x = projection.Run(graph, x, fleeting: norm is null);
-        if (norm is not null)
-        {
-            int cols = x.Shape.Cols, tokens = (int)x.Shape.Rows;
-            x = norm.Run(graph, x.Reshape(tokens * (cols / _spec.HeadDim), _spec.HeadDim),
-                fleeting: true).Reshape(tokens, cols);
-        }
-
+        if (norm is null) return x;
+        int cols = x.Shape.Cols, tokens = (int)x.Shape.Rows;
+        x = norm.Run(graph, x.Reshape(tokens * (cols / _spec.HeadDim), _spec.HeadDim),
+            fleeting: true).Reshape(tokens, cols);
         Tensor y = graph.Run(_rope, x, context.Positions, context.RopeCos, context.RopeSin);
         graph.Drop(x);
         return y;

@@ -45,6 +45,11 @@ public abstract class ModelTensors(Graph graph, Trainables trainables, Adapters 
         return FrozenMatrix(name, 0, shape[0], shape.Cols);
     }
 
+    public virtual bool IsPacked(string weight) => !trainables.Contains(weight);
+
+    public void Together(int rows, int cols) =>
+        Device.PackTogether((long)rows * cols * Device.Activations.Size());
+
     public Projection Projection(
         string? module, string weight, int begin, int rows, Tensor bias)
     {
@@ -70,7 +75,8 @@ public abstract class ModelTensors(Graph graph, Trainables trainables, Adapters 
     protected virtual Weight? OtherKind(string weight, int begin, int rows) => null;
 
     private Tensor Parameter(string name, int begin, int count) => graph.Parameter(
-        trainables.Value(name).Slice(begin, count), trainables.Gradient(name).Slice(begin, count));
+        trainables.Operand(name).Slice(begin, count),
+        trainables.Gradient(name).Slice(begin, count));
 }
 
 /// <summary>
@@ -89,6 +95,8 @@ public sealed class ModelWeights(
     IWeightKind? kind = null)
     : ModelTensors(graph, trainables, adapters)
 {
+    public override bool IsPacked(string weight) => kind is null && base.IsPacked(weight);
+
     protected override Shape ShapeOf(string name) => checkpoint.Get(name).Shape;
 
     protected override unsafe Tensor FrozenVector(string name, int begin, int count)

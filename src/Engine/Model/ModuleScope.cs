@@ -57,6 +57,19 @@ public sealed class ModuleScope
     }
 
     /// <summary>
+    /// The next linear layers, of these names, have one input and lie together where they can be
+    /// multiplied by as one.
+    /// </summary>
+    public void Together(int inputs, params ReadOnlySpan<(string Name, int Outputs)> layers)
+    {
+        int rows = 0;
+        foreach (var (_, outputs) in layers) rows += outputs;
+        foreach (var (name, _) in layers)
+            if (!_source.IsPacked(Name(name) + ".weight")) return;
+        _source.Together(rows, inputs);
+    }
+
+    /// <summary>
     /// Rows of one stored matrix (name_weight, name_bias) as layers of their own: the input
     /// projections of nn.MultiheadAttention, which PEFT sees no module in.
     /// </summary>
@@ -168,6 +181,12 @@ public sealed class ModuleScope
 
         public Tensor Original(string name) => Tensor.None;
 
+        public bool IsPacked(string weight) => false;
+
+        public void Together(int rows, int cols)
+        {
+        }
+
         public Projection Projection(
             string? module, string weight, int begin, int rows, Tensor bias) =>
             new(new DenseWeight(Tensor.None), Tensor.None);
@@ -193,6 +212,12 @@ public interface ITensorSource
     /// is no such copy.
     /// </summary>
     Tensor Original(string name);
+
+    /// <summary>Whether a weight is frozen and dense.</summary>
+    bool IsPacked(string weight);
+
+    /// <summary>The next such weights, of so many rows in all, lie behind each other.</summary>
+    void Together(int rows, int cols);
 
     /// <summary>
     /// Rows of a weight as a linear layer, with the adapter of the module if it has one; module is

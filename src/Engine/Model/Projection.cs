@@ -27,7 +27,14 @@ public sealed class Projection
             new LoraLinear(adapter.Index, adapter.Scale, dropout, Other(weight)), weight, bias, a,
             b);
         _adapted = Trainable = true;
+        Adapter = adapter;
+        Dropout = dropout;
     }
+
+    /// <summary>Where it has one.</summary>
+    public Adapter? Adapter { get; }
+
+    public double Dropout { get; }
 
     public bool Trainable { get; }
 
@@ -51,8 +58,61 @@ public sealed class Projection
     public Tensor Run(Graph graph, Tensor x, bool fleeting) =>
         fleeting ? RunFleeting(graph, x) : Run(graph, x);
 
+    /// <summary>Its weight, bias and adapter as an operation takes them.</summary>
+    internal void CopyTo(Span<Tensor> inputs) =>
+        (inputs[0], inputs[1], inputs[2], inputs[3]) = (Weight.Tensor, _bias, _a, _b);
+
     // Dense weights are an input, so that the tape can give them a gradient.
-    private static Weight? Other(Weight weight) => weight is DenseWeight ? null : weight;
+    internal static Weight? Other(Weight weight) => weight is DenseWeight ? null : weight;
+}
+
+/// <summary>
+/// Linear layers of one input, which run together: queries, keys and values, whose heads may be
+/// rotated on the way, or gate and up of a feed-forward.
+/// </summary>
+public sealed class Projections
+{
+    private const int Each = 4;
+
+    private readonly Linears _op;
+    private readonly Tensor[] _inputs;
+    private readonly int[] _columns;
+
+    /// <param name="layers">The layers.</param>
+    /// <param name="columns">The outputs of each.</param>
+    /// <param name="headDim">Columns of a head, or 0 where columns are no heads.</param>
+    /// <param name="rotated">How many of the layers have their heads rotated.</param>
+    public Projections(Projection[] layers, int[] columns, int headDim = 0, int rotated = 0)
+    {
+        Projection? adapted = Array.Find(layers, layer => layer.Adapter is not null);
+        _columns = columns;
+        ReadsInput = Array.Exists(layers, layer => layer.ReadsInput);
+        _op = new Linears(
+            [.. layers.Select((layer, i) => new LinearPart(
+                columns[i], layer.Adapter?.Index ?? 0, Projection.Other(layer.Weight)))],
+            adapted?.Adapter!.Scale ?? 1, adapted?.Dropout ?? 0, headDim, rotated);
+        _inputs = new Tensor[1 + (Each * layers.Length) + (rotated > 0 ? 3 : 0)];
+        for (int i = 0; i < layers.Length; i++) layers[i].CopyTo(_inputs.AsSpan(1 + (Each * i)));
+    }
+
+    /// <summary>Whether backward reads x.</summary>
+    public bool ReadsInput { get; }
+
+    /// <summary>x[rows, in] -> y of each, [rows, its columns].</summary>
+    public void Run(Graph graph, Tensor x, Span<Tensor> y, bool fleeting = false)
+    {
+        _inputs[0] = x;
+        graph.Split(
+            fleeting ? graph.RunFleeting(_op, _inputs) : graph.Run(_op, _inputs), y, _columns);
+    }
+
+    /// <summary>The same with heads rotated: positions I32[rows] in the tables cos and sin.</summary>
+    public void Run(
+        Graph graph, Tensor x, Tensor positions, Tensor cos, Tensor sin, Span<Tensor> y)
+    {
+        if (_op.Rotated > 0) (_inputs[^3], _inputs[^2], _inputs[^1]) = (positions, cos, sin);
+        Run(graph, x, y);
+    }
 }
 
 /// <summary>A normalisation with its weight and, where it has one, its bias.</summary>

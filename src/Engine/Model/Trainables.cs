@@ -11,8 +11,10 @@ public sealed record Trainable(string Name, Shape Shape, DType Type, bool Decays
 /// <summary>
 /// The trained tensors as flat ranges on the device: values in their storage type, gradients in
 /// F32, both moments in F32 or BF16, and an F32 master copy of values that are stored in 16 bits.
-/// Clipping, AdamW and sharding become loops over a few ranges. F32 tensors come first, then the
-/// 16-bit ones; within a type, those that decay come first, so that a range is four runs at most.
+/// F32 values on a device that computes in 16 bits (adapters) have a rounded copy, which the
+/// optimizer writes, so that no product casts them. Clipping, AdamW and sharding become loops over
+/// a few ranges. F32 tensors come first, then the 16-bit ones; within a type, those that decay come
+/// first, so that a range is four runs at most.
 /// </summary>
 public sealed class Trainables
 {
@@ -54,8 +56,10 @@ public sealed class Trainables
         {
             long begin = type.First().Begin, count = type.Sum(r => r.Count);
             _values.Add(type.Key, (Allocate(type.Key, count, "trained values"), begin, count));
-            if (type.Key == DType.F32) continue;
-            (MasterBegin, Masters) = (begin, Allocate(DType.F32, count, "master weights"));
+            if (type.Key != DType.F32)
+                (MasterBegin, Masters) = (begin, Allocate(DType.F32, count, "master weights"));
+            else if (device.Activations == DType.BF16)
+                Rounded = Allocate(DType.BF16, count, "rounded values");
         }
     }
 
@@ -67,6 +71,9 @@ public sealed class Trainables
 
     /// <summary>Trained numbers, padding not counted.</summary>
     public long Count { get; }
+
+    /// <summary>Bytes of all ranges.</summary>
+    public long Bytes { get; private set; }
 
     public Tensor Gradients { get; }
 
@@ -80,6 +87,12 @@ public sealed class Trainables
     /// <summary>Where the masters begin in the order of the ranges.</summary>
     public long MasterBegin { get; }
 
+    /// <summary>
+    /// Copies of the F32 values, which are the first, in the type that the device computes in;
+    /// absent where that is F32 too.
+    /// </summary>
+    public Tensor Rounded { get; }
+
     public bool Contains(string name) => _places.ContainsKey(name);
 
     /// <summary>The stored values of a tensor.</summary>
@@ -89,6 +102,11 @@ public sealed class Trainables
         (Tensor values, long begin, _) = _values[tensor.Type];
         return Part(values, offset - begin, tensor.Shape);
     }
+
+    /// <summary>What operations take: the stored values, or their rounded copy.</summary>
+    public Tensor Operand(string name) => Rounded.Exists && _places[name].Tensor.Type == DType.F32
+        ? Part(Rounded, name)
+        : Value(name);
 
     public Tensor Gradient(string name) => Part(Gradients, name);
 
@@ -110,21 +128,22 @@ public sealed class Trainables
     /// <summary>Sets a tensor: its F32 value and, rounded, the one that is stored.</summary>
     public void Write(string name, ReadOnlySpan<float> values)
     {
-        _device.WriteFloats(Value(name), values);
-        if (_places[name].Tensor.Type != DType.F32) _device.WriteFloats(Master(name), values);
+        Tensor master = Master(name), operand = Operand(name);
+        _device.WriteFloats(operand, values);
+        if (operand != master) _device.WriteFloats(master, values);
     }
 
-    /// <summary>A stretch of the values.</summary>
-    public Tensor Values(Run run)
+    /// <summary>
+    /// A stretch of what operations take, and of its masters: none where that is F32 itself.
+    /// </summary>
+    public (Tensor Weights, Tensor Masters) Updated(Run run)
     {
         (Tensor values, long begin, _) = _values[run.Type];
-        return Stretch(values, run.Begin - begin, run.Count);
+        Tensor stored = Stretch(values, run.Begin - begin, run.Count);
+        if (run.Type != DType.F32)
+            return (stored, Stretch(Masters, run.Begin - MasterBegin, run.Count));
+        return Rounded.Exists ? (Stretch(Rounded, run), stored) : (stored, Tensor.None);
     }
-
-    /// <summary>A stretch of the masters, absent for F32.</summary>
-    public Tensor MastersOf(Run run) => run.Type == DType.F32
-        ? Tensor.None
-        : Stretch(Masters, run.Begin - MasterBegin, run.Count);
 
     /// <summary>A stretch of one of the ranges that cover all types, as a run has it.</summary>
     public static Tensor Stretch(Tensor range, Run run) => Stretch(range, run.Begin, run.Count);
@@ -142,9 +161,12 @@ public sealed class Trainables
         return Part(range, offset, tensor.Shape);
     }
 
-    private Tensor Allocate(DType type, long count, string name) =>
-        _device.Allocate(
-            new Spec(type, new Shape(checked((int)(count / Alignment)), Alignment)), name);
+    private Tensor Allocate(DType type, long count, string name)
+    {
+        var spec = new Spec(type, new Shape(checked((int)(count / Alignment)), Alignment));
+        Bytes += spec.Bytes;
+        return _device.Allocate(spec, name);
+    }
 
     /// <summary>Neighbouring tensors of one type and decay, as elements of the ranges.</summary>
     public sealed record Run(DType Type, bool Decays, long Begin, long Count);

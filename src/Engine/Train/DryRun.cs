@@ -54,9 +54,7 @@ public sealed class DryRun : IDisposable
         long weights = _context.HeldBytes - before;
         _trainer = new Trainer(arguments, _model, trainables);
         long moments = trainables.FirstMoments.Spec.Bytes + trainables.SecondMoments.Spec.Bytes;
-        long trained = trainables.Masters.Exists ? trainables.Masters.Spec.Bytes : 0;
-        foreach (Trainables.Run run in trainables.Runs)
-            trained += trainables.Values(run).Spec.Bytes;
+        long trained = trainables.Bytes - moments - trainables.Gradients.Spec.Bytes;
         _fixed = new(weights, trained, trainables.Gradients.Spec.Bytes, moments, 0, 0);
     }
 

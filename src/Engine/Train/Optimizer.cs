@@ -49,10 +49,11 @@ public sealed class Optimizer
                 learningRate, _arguments.AdamBeta1, _arguments.AdamBeta2, _arguments.AdamEpsilon,
                 run.Decays ? _arguments.WeightDecay : 0, Updates + 1,
                 (ulong)_arguments.Seed);
+            var (weights, masters) = _trainables.Updated(run);
             _device.Update(
                 step,
                 new AdamWRange(
-                    _trainables.Values(run), _trainables.MastersOf(run),
+                    weights, masters,
                     Trainables.Stretch(_trainables.Gradients, run),
                     Trainables.Stretch(_trainables.FirstMoments, run),
                     Trainables.Stretch(_trainables.SecondMoments, run), run.Begin),

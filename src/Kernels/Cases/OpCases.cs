@@ -136,6 +136,32 @@ public static class OpCases
             ProductionOp = new LoraLinear(3, 2, 0.05),
             Dropout = true,
         },
+        new("linears", new Linears([new(12, 3), new(8), new(8, 5)], 2, 0, headDim: 4, rotated: 2),
+            n =>
+            [
+                X("x", n, 10), X("w", 12, 10), X("b", 12), X("a", 3, 10), X("bb", 12, 3),
+                X("w1", 8, 10), X("b1", 8), Value.Absent("a1"), Value.Absent("bb1"),
+                X("w2", 8, 10), Value.Absent("b2"), X("a2", 3, 10), X("bb2", 8, 3), .. Turns(n, 2),
+            ],
+            () =>
+            [
+                X("x", Rows, Width), .. Lora(3584, ""), .. Lora(512, "1"), .. Lora(512, "2"),
+                .. Turns(Rows, 64),
+            ])
+        {
+            ProductionOp = new Linears([new(3584, 0), new(512, 1), new(512, 2)], 2, 0.05, 128, 2),
+        },
+        new("linears_dropout", new Linears([new(9, 3), new(7, 4)], 2, 0.3),
+            n =>
+            [
+                X("x", 3, n), X("w", 9, n), X("b", 9), X("a", 4, n), X("bb", 9, 4), X("w1", 7, n),
+                Value.Absent("b1"), X("a1", 4, n), X("bb1", 7, 4),
+            ],
+            () => [X("x", Rows, Width), .. Lora(18944, ""), .. Lora(18944, "1")])
+        {
+            ProductionOp = new Linears([new(18944, 0), new(18944, 1)], 2, 0.05),
+            Dropout = true,
+        },
         new("attention", new Attention(4, 2, 8, Causal: true, 0.3),
             n => Heads(n, 32, 16, [n / 3, n - (n / 3)]),
             () => Heads(Rows, 28 * 128, 4 * 128, [Rows]))
@@ -172,10 +198,17 @@ public static class OpCases
     private static Value X(string name, params int[] shape) => Value.Float(
         name, shape, Fill.Normal(name.Sum(c => c) + shape.Length, new Shape(shape).Count));
 
-    private static Value[] Lora() =>
+    private static Value[] Lora() => [X("x", Rows, Width), .. Lora(Width, "")];
+
+    private static Value[] Lora(int outputs, string number) =>
     [
-        X("x", Rows, Width), X("w", Width, Width), Value.Absent("b"), X("a", 16, Width),
-        X("bb", Width, 16),
+        X("w" + number, outputs, Width), Value.Absent("b" + number), X("a" + number, 16, Width),
+        X("bb" + number, outputs, 16),
+    ];
+
+    private static Value[] Turns(int tokens, int half) =>
+    [
+        Value.Int("positions", Fill.Below(2, tokens, 11)), X("cos", 11, half), X("sin", 11, half),
     ];
 
     private static Value[] Heads(int tokens, int queryCols, int keyCols, int[] lengths)

@@ -243,4 +243,5 @@ public static unsafe class CountingCuda
         nint handle, int transA, int transB, int m, int n, int k, void* alpha, ulong a, int typeA,
         int lda, ulong b, int typeB, int ldb, void* beta, ulong c, int typeC, int ldc, int compute,
         int algorithm) => 0;
+
 }

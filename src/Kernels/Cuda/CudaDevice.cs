@@ -27,6 +27,8 @@ public sealed unsafe class CudaDevice : Device
     private int _castCount;
     private nint _shared;
     private long _sharedLeft;
+    private nint _together;
+    private long _togetherLeft;
 
     /// <param name="context">The GPU; disposed by its owner.</param>
     /// <param name="compiler">Compiles kernels.cu.</param>
@@ -119,6 +121,9 @@ public sealed unsafe class CudaDevice : Device
         return data;
     }
 
+    public override void PackTogether(long bytes) =>
+        (_together, _togetherLeft) = (Hold(bytes), bytes);
+
     public override long PackedBytes(DType type, int rows, int cols) =>
         (long)rows * cols * Activations.Size();
 
@@ -129,7 +134,8 @@ public sealed unsafe class CudaDevice : Device
     {
         var shape = new Shape(rows, cols);
         var weight = new Tensor(
-            Reserve(PackedBytes(type, rows, cols)), new Spec(Activations, shape, Layout.Packed));
+            Place(PackedBytes(type, rows, cols)), new Spec(Activations, shape, Layout.Packed));
+        if (source is null) return weight;
         if (type == Activations)
         {
             _staging.Upload(weight.Data, source, weight.Spec.Bytes);
@@ -333,6 +339,14 @@ public sealed unsafe class CudaDevice : Device
     {
         _owned.Add(owned);
         return owned;
+    }
+
+    private nint Place(long bytes)
+    {
+        if (bytes > _togetherLeft) return Reserve(bytes);
+        nint data = _together;
+        (_together, _togetherLeft) = (data + (nint)bytes, _togetherLeft - bytes);
+        return data;
     }
 
     private nint Hold(long bytes)

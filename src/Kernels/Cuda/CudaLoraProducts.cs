@@ -1,80 +1,101 @@
 namespace MiniCpmNative.Kernels.Cuda;
 
 /// <summary>
-/// The products of a low-rank adapter that a dropout mask goes through, as <see cref="Philox"/>
-/// defines it: section 8 of kernels.cu. Each reads x, or reads and writes its gradient, once.
+/// The products of the low-rank adapters of one input that dropout masks go through, as
+/// <see cref="Philox"/> defines them: section 8 of kernels.cu. Adapters have one rank; their h and t
+/// lie one behind the other. Each product reads x, or reads and writes its gradient, once.
 /// </summary>
 internal readonly ref struct CudaLoraProducts
 {
-    private const int BlocksPerMultiprocessor = 2;
+    private const int BlocksPerMultiprocessor = 2, WordBits = 32;
 
-    private readonly Randomness _random;
-    private readonly int _layer;
-    private readonly uint _threshold;
+    private readonly Tensor _mask;
+    private readonly ReadOnlySpan<Tensor> _a;
+    private readonly int _rows, _cols, _words;
     private readonly double _scale;
 
-    public CudaLoraProducts(in CudaCall call, int layer, double p)
+    /// <summary>Draws the masks.</summary>
+    /// <param name="call">A run of the operation with dropout.</param>
+    /// <param name="x">Rows and columns of what elements are dropped of.</param>
+    /// <param name="a">The adapters' first matrices[rank, cols], at most three.</param>
+    /// <param name="layers">The adapters' keys.</param>
+    /// <param name="p">Probability of a zero.</param>
+    public CudaLoraProducts(in CudaCall call, CudaMatrix x, ReadOnlySpan<Tensor> a,
+        ReadOnlySpan<int> layers, double p)
     {
-        (_random, _layer, _threshold) = (call.Random, layer, Philox.Threshold(p));
+        if ((long)x.Rows * x.Cols > 1L << 34)
+            throw new ShapeException($"dropout over more than 2^34 elements: [{x.Rows}, {x.Cols}]");
+        (_rows, _cols, _words) = (x.Rows, x.Cols, CeilingOf(x.Cols, WordBits));
+        _a = a;
         _scale = 1 / (1 - p);
-        Active = _random.Dropout && p > 0;
+        _mask = call.Scratch(DType.I32, a.Length, _rows, _words);
+        Grid grid = Grid.Elements((long)_rows * _words);
+        call.Launch("dropout_mask",
+            grid with { Blocks = grid.Blocks with { Y = a.Length } }, _mask, _rows, _cols, _words,
+            call.Random.Seed, call.Random.Step, layers[0], layers.Length > 1 ? layers[1] : 0,
+            layers.Length > 2 ? layers[2] : 0, Philox.Threshold(p));
     }
 
-    public bool Active { get; }
+    private int Rank => _a[0].Shape[0];
 
-    /// <summary>h = drop(x) a^T. x[rows, cols], a[rank, cols], h[rows, rank].</summary>
-    public void Down(in CudaCall call, CudaMatrix x, in Tensor a, in Tensor h)
+    /// <summary>Whether a run of an operation drops anything.</summary>
+    public static bool Drops(in CudaCall call, double p) => call.Random.Dropout && p > 0;
+
+    /// <summary>h_n = drop_n(x) a_n^T. x[rows, cols], h[adapters, rows, rank].</summary>
+    public void Down(in CudaCall call, CudaMatrix x, in Tensor h)
     {
         const int Cols = KernelConstants.LoraDownCols;
-        int rank = a.Shape[0];
-        int blocks = CeilingOf(x.Rows, KernelConstants.LoraDownRows)
-            * CeilingOf(rank, KernelConstants.LoraRanks);
-        Check(x);
+        int blocks = CeilingOf(_rows, KernelConstants.LoraDownRows)
+            * CeilingOf(Rank, KernelConstants.LoraRanks) * _a.Length;
         if (blocks == 0) return;
         var (parts, each) =
-            call.Split(x.Cols, blocks, BlocksPerMultiprocessor, fewest: 2 * Cols, Cols);
-        Tensor part = parts > 1 ? call.Scratch(DType.F32, parts, x.Rows, rank) : Tensor.None;
-        call.Launch("lora_down", Grid.Blocks256(blocks, 1, parts), h, part, x.Data, a, x.Rows,
-            x.Cols, rank, each, _random.Seed, _random.Step, _layer, _threshold, _scale);
+            call.Split(_cols, blocks, BlocksPerMultiprocessor, fewest: 2 * Cols, Cols);
+        Tensor part = parts > 1 ? call.Scratch(DType.F32, parts, (int)h.Shape.Rows, Rank) : Tensor.None;
+        call.Launch("lora_down", Grid.Blocks256(blocks, 1, parts), h, part, x.Data, _mask,
+            A(0), A(1), A(2), _rows, _cols, Rank, _a.Length, _words, each, _scale);
         if (parts == 1) return;
         long count = h.Shape.Count;
         call.Launch("lora_down_parts", Grid.Elements(count), h, part, parts, count);
     }
 
     /// <summary>
-    /// dx = mask * (t a), or adds it. t[rows, rank], a[rank, cols], dx[rows, cols].
+    /// dx = sum over n of mask_n * (t_n a_n), or adds it. t[adapters, rows, rank], dx[rows, cols].
     /// </summary>
-    public void GradientX(in CudaCall call, CudaMatrix t, in Tensor a, GradientTarget dx)
-    {
-        int cols = a.Shape.Cols, tilesOfRows = CeilingOf(t.Rows, KernelConstants.LoraXRows);
-        call.Launch("lora_gradient_x",
-            Grid.Blocks256(tilesOfRows, CeilingOf(cols, KernelConstants.LoraXCols)), dx.Buffer,
-            t.Data, a, t.Rows, cols, t.Cols, dx.Accumulate, _random.Seed, _random.Step, _layer, _threshold,
-            _scale);
-    }
+    public void GradientX(in CudaCall call, in Tensor t, GradientTarget dx) =>
+        call.Launch("lora_gradient_x", Grid.Blocks256(CeilingOf(_rows, KernelConstants.LoraXRows),
+            CeilingOf(_cols, KernelConstants.LoraXCols)), dx.Buffer, t, _mask, A(0), A(1), A(2),
+            _rows, _cols, Rank, _a.Length, _words, dx.Accumulate, _scale);
 
-    /// <summary>da = t^T drop(x), or adds it. da[rank, cols] is F32.</summary>
-    public void GradientA(in CudaCall call, CudaMatrix x, CudaMatrix t, GradientTarget da)
+    /// <summary>
+    /// da_n = t_n^T drop_n(x), or adds it; da[rank, cols] is F32, one for each adapter, wanted or not.
+    /// </summary>
+    public void GradientA(
+        in CudaCall call, CudaMatrix x, in Tensor t, ReadOnlySpan<GradientTarget> da)
     {
         const int Rows = KernelConstants.LoraARows;
-        int rank = t.Cols, tiles = CeilingOf(x.Cols, KernelConstants.LoraACols);
-        int chunks = CeilingOf(rank, KernelConstants.LoraRanks);
+        int tiles = CeilingOf(_cols, KernelConstants.LoraACols);
+        int chunks = CeilingOf(Rank, KernelConstants.LoraRanks) * _a.Length;
         var (parts, each) = call.Split(
-            x.Rows, tiles * chunks, BlocksPerMultiprocessor, fewest: 2 * Rows, Rows);
-        bool whole = parts == 1;
-        Tensor into = whole ? da.Buffer : call.Scratch(DType.F32, parts, rank * x.Cols);
-        call.Launch("lora_gradient_a", Grid.Blocks256(tiles, parts, chunks), into, t.Data,
-            x.Data, x.Rows,
-            x.Cols, rank, each, whole && da.Accumulate, _random.Seed, _random.Step, _layer,
-            _threshold, _scale);
-        if (!whole) call.SumParts(into, da);
+            _rows, tiles * chunks, BlocksPerMultiprocessor, fewest: 2 * Rows, Rows);
+        Span<Tensor> into = [Tensor.None, Tensor.None, Tensor.None];
+        int accumulate = 0;
+        for (int n = 0; n < da.Length; n++)
+        {
+            if (!da[n].Wanted) continue;
+            into[n] = parts == 1
+                ? da[n].Buffer : call.Scratch(DType.F32, parts, Rank * _cols);
+            if (parts == 1 && da[n].Accumulate) accumulate |= 1 << n;
+        }
+
+        call.Launch("lora_gradient_a", Grid.Blocks256(tiles, parts, chunks), into[0], into[1],
+            into[2], t, x.Data, _mask, _rows, _cols, Rank, _a.Length, _words, each, accumulate,
+            _scale);
+        if (parts == 1) return;
+        for (int n = 0; n < da.Length; n++)
+            if (da[n].Wanted) call.SumParts(into[n], da[n]);
     }
 
-    private static void Check(CudaMatrix x)
-    {
-        if ((long)x.Rows * x.Cols > 1L << 34)
-            throw new ShapeException($"dropout over more than 2^34 elements: [{x.Rows}, {x.Cols}]");
-    }
+    private Tensor A(int n) => n < _a.Length ? _a[n] : Tensor.None;
 
     private static int CeilingOf(int value, int divisor) => (value + divisor - 1) / divisor;
 }

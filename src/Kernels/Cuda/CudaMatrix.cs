@@ -11,4 +11,15 @@ public readonly record struct CudaMatrix(Tensor Data, int Rows, int Cols, bool I
         new(tensor, checked((int)tensor.Shape.Rows), tensor.Shape.Cols, false);
 
     public CudaMatrix T => new(Data, Cols, Rows, !IsTransposed);
+
+    /// <summary>Rows begin..begin+count of a matrix as it lies.</summary>
+    public CudaMatrix RowsFrom(int begin, int count) =>
+        Part((long)begin * Data.Shape.Cols, count, Cols);
+
+    /// <summary>Columns begin..begin+count of a matrix as it lies.</summary>
+    public CudaMatrix ColumnsFrom(int begin, int count) => Part(begin, Rows, count);
+
+    private CudaMatrix Part(long offset, int rows, int cols) => IsTransposed
+        ? throw new ShapeException($"a part of a transposed {Data.Spec}")
+        : new(Data with { Data = Data.Data + (nint)(offset * Data.Type.Size()) }, rows, cols, false);
 }

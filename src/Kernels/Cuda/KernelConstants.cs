@@ -14,6 +14,9 @@ internal static partial class KernelConstants
     /// <summary>Elements that a thread casts or fills: 16 bytes of the narrow types.</summary>
     public const int Cast = 8;
 
+    /// <summary>Adapters of one input that the LoRA kernels compute together.</summary>
+    public const int LoraAdapters = 3;
+
     /// <summary>Ranks that a block of the LoRA kernels has sums for.</summary>
     public const int LoraRanks = 64;
 

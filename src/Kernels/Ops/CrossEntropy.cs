@@ -25,8 +25,8 @@ public sealed unsafe record CrossEntropy() : Op("cross_entropy")
     private const int ChunkElements = 1 << 21, MinRows = 64, MaxRows = 512;
 
     // On CUDA: bytes of a chunk of logits, which is a multiple of the rows that a product computes
-    // together (384 rows for a vocabulary of 151,700); small vocabularies are limited by rows.
-    private const long CudaChunkBytes = 256L << 20;
+    // together (512 rows for a vocabulary of 151,700); small vocabularies are limited by rows.
+    private const long CudaChunkBytes = 320L << 20;
     private const int CudaTile = 128, CudaMaxRows = 2048;
 
     // Made once: a span of constants allocates in unoptimised code.
@@ -106,9 +106,7 @@ public sealed unsafe record CrossEntropy() : Op("cross_entropy")
                 int count = chunks.Logits(call, first);
                 chunks.Softmax(call, first, count, losses.Slice(first, count),
                     correct.Slice(first, count), 1, Tensor.None);
-                if (call.Recorded)
-                    call.Multiply(
-                        chunks.Gradient(count), chunks.Weight, dh.Slice(first, count));
+                if (call.Recorded) chunks.GradientOfRows(call, count, dh.Slice(first, count));
             }
         }
 
@@ -136,8 +134,8 @@ public sealed unsafe record CrossEntropy() : Op("cross_entropy")
         {
             int count = chunks.Logits(call, first);
             chunks.Softmax(call, first, count, Tensor.None, Tensor.None, 1, dloss);
-            call.Multiply(chunks.Gradient(count).T, chunks.Gathered(first, count),
-                new GradientTarget(dw.Buffer, dw.Accumulate || first > 0));
+            chunks.GradientOfWeight(
+                call, first, count, dw.Buffer, beta: dw.Accumulate || first > 0 ? 1 : 0);
         }
     }
 
@@ -199,23 +197,31 @@ public sealed unsafe record CrossEntropy() : Op("cross_entropy")
     }
 
     /// <summary>
-    /// Scratch for a chunk of labelled rows, their logits in F32 and the gradient of those in the
-    /// storage type. Each chunk reads all of w for each product: with few rows that, not
-    /// arithmetic, would take the time (1 GB for 151,700 x 3584),
-    /// so chunks are large rather than small enough for the cache.
+    /// Scratch for a chunk of labelled rows and their logits in F32, whose memory the gradient of
+    /// those then takes in the storage type. Each chunk reads all of w for each product: with few
+    /// rows that, not arithmetic, would take the time (1 GB for 151,700 x 3584), so chunks are
+    /// large rather than small enough for the cache. Products of a size that is no multiple of
+    /// eight run at a third of the rate on tensor cores, and vocabularies have any size: the last
+    /// few tokens are products of their own.
     /// </summary>
     private readonly struct CudaChunks
     {
+        private const int Multiple = 8;
+
+        private readonly CudaMatrix _weight;
         private readonly Tensor _h, _gathered, _logits, _gradient;
+        private readonly int _bulk, _rest;
 
         public CudaChunks(in CudaCall call, bool gradient)
         {
-            Weight = call.In(1);
+            _weight = call.In(1);
+            _bulk = _weight.Rows / Multiple * Multiple;
+            _rest = _weight.Rows - _bulk;
             Tensor h = call.In(0);
             int labels = (int)call.Input(2).Shape.Count, tokens = (int)h.Shape.Rows;
             _h = h.Reshape(tokens, h.Shape.Cols);
             // Padded: products and kernels read rows 16 bytes at a time in either type.
-            int stride = RoundedUp(Weight.Rows, 8);
+            int stride = RoundedUp(_weight.Rows, Multiple);
             long fit = CudaChunkBytes / ((long)sizeof(float) * Math.Max(1, stride));
             int most = (int)Math.Clamp(fit / CudaTile * CudaTile, CudaTile, CudaMaxRows);
             int chunks = (labels + most - 1) / most, share = (labels + chunks - 1) / chunks;
@@ -223,23 +229,13 @@ public sealed unsafe record CrossEntropy() : Op("cross_entropy")
             // As many labels as tokens: rising rows are all of them.
             if (labels < tokens) _gathered = call.Scratch(call.Real, Size, h.Shape.Cols);
             _logits = call.Scratch(DType.F32, Size, stride);
-            if (gradient) _gradient = call.Scratch(call.Real, Size, stride);
+            if (!gradient) return;
+            var row = new Shape(Size, stride * sizeof(float) / call.Real.Size());
+            _gradient = _logits with { Spec = new Spec(call.Real, row) };
         }
-
-        public CudaMatrix Weight { get; }
 
         /// <summary>Labels of a chunk; the last may have fewer.</summary>
         public int Size { get; }
-
-        /// <summary>The labelled rows of h of which logits were computed last.</summary>
-        public CudaMatrix Gathered(int first, int count) =>
-            _gathered.Exists ? _gathered.Slice(0, count) : _h.Slice(first, count);
-
-        /// <summary>
-        /// scale * *by * (softmax - one at the target) of the logits computed last.
-        /// </summary>
-        public CudaMatrix Gradient(int count) =>
-            new(_gradient.Slice(0, count), count, Weight.Rows, false);
 
         /// <summary>
         /// Computes the logits of the chunk from a label on; how many rows it has.
@@ -251,16 +247,48 @@ public sealed unsafe record CrossEntropy() : Op("cross_entropy")
             if (_gathered.Exists)
                 call.Launch("gather_rows", Grid.Rows(count), _gathered, _h,
                     rows.Slice(first, count), count, tokens, _h.Shape.Cols, false);
-            call.Multiply(Gathered(first, count), Weight.T,
-                new CudaMatrix(_logits.Slice(0, count), count, Weight.Rows, false));
+            var logits = new CudaMatrix(_logits, count, _weight.Rows, false);
+            CudaMatrix h = Gathered(first, count);
+            call.Multiply(h, _weight.RowsFrom(0, _bulk).T, logits.ColumnsFrom(0, _bulk));
+            call.Multiply(h, _weight.RowsFrom(_bulk, _rest).T, logits.ColumnsFrom(_bulk, _rest));
             return count;
         }
 
+        /// <summary>
+        /// Losses and hits of the logits computed last and, where there will be a gradient,
+        /// scale * *by * (softmax - one at the target) in their place.
+        /// </summary>
         public void Softmax(in CudaCall call, int first, int count, in Tensor losses,
             in Tensor correct, double scale, in Tensor by) =>
             call.Launch("cross_entropy_rows", Grid.LongRows(count), losses, correct, _gradient,
-                _logits,
-                call.Input(3).Slice(first, count), Weight.Rows, _logits.Shape.Cols, scale, by);
+                _logits, call.Input(3).Slice(first, count), _weight.Rows, _logits.Shape.Cols,
+                scale, by);
+
+        /// <summary>dh = g w of the gradient computed last, the smaller part first: what is rounded
+        /// twice is that one.</summary>
+        public void GradientOfRows(in CudaCall call, int count, in Tensor dh)
+        {
+            CudaMatrix g = Gradient(count);
+            if (_rest > 0)
+                call.Multiply(g.ColumnsFrom(_bulk, _rest), _weight.RowsFrom(_bulk, _rest), dh);
+            call.Multiply(g.ColumnsFrom(0, _bulk), _weight.RowsFrom(0, _bulk), dh,
+                beta: _rest > 0 ? 1 : 0);
+        }
+
+        /// <summary>dw = g^T h + beta dw.</summary>
+        public void GradientOfWeight(
+            in CudaCall call, int first, int count, CudaMatrix dw, double beta)
+        {
+            CudaMatrix g = Gradient(count), h = Gathered(first, count);
+            call.Multiply(g.ColumnsFrom(0, _bulk).T, h, dw.RowsFrom(0, _bulk), beta: beta);
+            call.Multiply(g.ColumnsFrom(_bulk, _rest).T, h, dw.RowsFrom(_bulk, _rest), beta: beta);
+        }
+
+        // The labelled rows of h of which logits were computed last.
+        private CudaMatrix Gathered(int first, int count) =>
+            _gathered.Exists ? _gathered.Slice(0, count) : _h.Slice(first, count);
+
+        private CudaMatrix Gradient(int count) => new(_gradient, count, _weight.Rows, false);
 
         private static int RoundedUp(int value, int multiple) =>
             checked((value + multiple - 1) / multiple * multiple);

@@ -14,11 +14,8 @@ namespace MiniCpmNative.Kernels.Ops;
 /// <exception cref="ShapeException">
 /// The shapes do not fit together; w is there beside a Weight.
 /// </exception>
-public sealed unsafe record LoraLinear : Op
+public sealed record LoraLinear : Op
 {
-    // Elements of the dropped copy of x that exist at a time: it stays in the second-level cache.
-    private const int TileElements = 1 << 18;
-
     /// <param name="layer">A number of its own for each adapter: the key of its mask.</param>
     /// <param name="scale">alpha / rank.</param>
     /// <param name="dropout">Probability of a zero, in [0, 1).</param>
@@ -55,77 +52,13 @@ public sealed unsafe record LoraLinear : Op
     public override bool Differentiates(int input) =>
         input != 1 || Weight is null || Weight.Tensor.Exists;
 
-    public override void CpuForward<T>(in CpuCall<T> call)
-    {
-        Matrix<T> x = call.In(0), h = call.Saved(0);
-        MatrixView a = call.View(3);
-        call.Weight(1, Weight).Multiply(x, call.Output, bias: call.In(2));
-        var dropout = new Dropout<T>(call.Random, Layer, Dropout);
-        if (!dropout.Active)
-        {
-            call.Gemm.Multiply(x.View, a.T, h.View);
-        }
-        else
-        {
-            int tile = TileRows(x);
-            Matrix<T> dropped = call.Scratch(new Shape(tile, x.Cols));
-            for (int r = 0; r < x.Rows; r += tile)
-            {
-                Matrix<T> rows = x.Slice(r, tile), kept = dropped.Slice(0, rows.Rows);
-                dropout.Apply(call.Workers, rows, r, kept, accumulate: false);
-                call.Gemm.Multiply(kept.View, a.T, h.Slice(r, tile).View);
-            }
-        }
+    public override void CpuForward<T>(in CpuCall<T> call) =>
+        new CpuAdapter<T>(call, 1, Weight, Layer, Scale, Dropout)
+            .Forward(call.In(0), call.Output, call.Saved(0));
 
-        call.Gemm.Multiply(h.View, call.View(4).T, call.Output.View, Scale, beta: 1);
-    }
-
-    // With t = Scale * dy bb: dbb = Scale * dy^T h, da = t^T drop(x), dx = dy w + mask * (t a).
-    public override void CpuBackward<T>(in CpuCall<T> call)
-    {
-        Matrix<T> x = call.In(0), h = call.Saved(0);
-        MatrixView dy = call.OutputGradient.View;
-        Gradient<T> dx = call.Gradient(0), da = call.Gradient(3);
-        call.Weight(1, Weight).MultiplyTransposed(call.OutputGradient, dx);
-        call.Multiply(dy.T, x.View, call.Gradient(1));
-        Sum.Rows(call, call.OutputGradient, call.Gradient(2));
-        call.Multiply(dy.T, h.View, call.Gradient(4), Scale);
-        if (!dx.Wanted && !da.Wanted) return;
-        Matrix<T> t = call.Scratch(new Shape(h.Rows, h.Cols));
-        call.Gemm.Multiply(dy, call.View(4), t.View, Scale);
-        var dropout = new Dropout<T>(call.Random, Layer, Dropout);
-        if (dropout.Active && x.Rows > 0)
-        {
-            BackThroughMask(call, dropout, x, t, dx, da);
-            return;
-        }
-
-        call.Multiply(t.View.T, x.View, da);
-        if (dx.Wanted) call.Gemm.Multiply(t.View, call.View(3), dx.Into.View, beta: 1);
-    }
-
-    private static void BackThroughMask<T>(
-        in CpuCall<T> call, Dropout<T> dropout, Matrix<T> x, Matrix<T> t, Gradient<T> dx,
-        Gradient<T> da)
-        where T : unmanaged, System.Numerics.IBinaryFloatingPointIeee754<T>
-    {
-        int tile = TileRows(x);
-        Matrix<T> scratch = call.Scratch(new Shape(tile, x.Cols));
-        for (int r = 0; r < x.Rows; r += tile)
-        {
-            Matrix<T> rows = x.Slice(r, tile), part = t.Slice(r, tile);
-            Matrix<T> masked = scratch.Slice(0, rows.Rows);
-            if (da.Wanted)
-            {
-                dropout.Apply(call.Workers, rows, r, masked, accumulate: false);
-                call.Multiply(part.View.T, masked.View, new(da.Into, da.Accumulate || r > 0));
-            }
-
-            if (!dx.Wanted) continue;
-            call.Gemm.Multiply(part.View, call.View(3), masked.View);
-            dropout.Apply(call.Workers, masked, r, dx.Into.Slice(r, tile), accumulate: true);
-        }
-    }
+    public override void CpuBackward<T>(in CpuCall<T> call) =>
+        new CpuAdapter<T>(call, 1, Weight, Layer, Scale, Dropout)
+            .Backward(call.In(0), call.OutputGradient, call.Saved(0), call.Gradient(0));
 
     // Without a mask every product is cuBLAS's: h = x a^T reads x once too. With one, h reads x
     // once and draws the mask on the way, where a dropped copy of x would be written and read
@@ -135,8 +68,8 @@ public sealed unsafe record LoraLinear : Op
     {
         CudaMatrix x = call.In(0);
         Tensor a = call.In(3), y = call.Output, h = call.Saved(0), b = call.Floats(2);
-        var masked = new CudaLoraProducts(call, Layer, Dropout);
-        if (masked.Active) masked.Down(call, x, a, h);
+        if (CudaLoraProducts.Drops(call, Dropout))
+            new CudaLoraProducts(call, x, [a], [Layer], Dropout).Down(call, x, h);
         else call.Multiply(x, ((CudaMatrix)a).T, h);
         if (b.Exists) call.FillRows(y, b);
         call.Multiply(h, ((CudaMatrix)call.In(4)).T, y, Scale, beta: b.Exists ? 1 : 0);
@@ -154,11 +87,11 @@ public sealed unsafe record LoraLinear : Op
         if (!dx.Wanted && !da.Wanted) return;
         Tensor t = call.Scratch(call.Real, x.Rows, h.Shape.Cols);
         call.Multiply(dy, call.In(4), t, Scale);
-        var masked = new CudaLoraProducts(call, Layer, Dropout);
-        if (masked.Active)
+        if (CudaLoraProducts.Drops(call, Dropout))
         {
-            if (da.Wanted) masked.GradientA(call, x, t, da);
-            if (dx.Wanted) masked.GradientX(call, t, call.In(3), dx);
+            var masked = new CudaLoraProducts(call, x, [call.In(3)], [Layer], Dropout);
+            if (da.Wanted) masked.GradientA(call, x, t, [da]);
+            if (dx.Wanted) masked.GradientX(call, t, dx);
         }
         else
         {
@@ -168,8 +101,4 @@ public sealed unsafe record LoraLinear : Op
 
         if (dx.Wanted) call.Weight(1, Weight).MultiplyTransposed(dy, dx.Buffer, beta: 1);
     }
-
-    private static int TileRows<T>(Matrix<T> x)
-        where T : unmanaged =>
-            Math.Min(Math.Max(32, TileElements / Math.Max(1, x.Cols)), Math.Max(1, x.Rows));
 }

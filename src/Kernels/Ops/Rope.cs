@@ -58,12 +58,21 @@ public sealed record Rope(int HeadDim) : Op("rope")
     }
 
     private void Rotate<T>(in CpuCall<T> call, Matrix<T> x, Gradient<T> y, T direction)
+        where T : unmanaged, IBinaryFloatingPointIeee754<T> =>
+        Rotate(this, call, 1, HeadDim, x, y, direction);
+
+    /// <summary>
+    /// y = x rotated, or adds it; y may be x. The operation's inputs from `first` on are positions,
+    /// cos and sin; direction -1 rotates back.
+    /// </summary>
+    internal static void Rotate<T>(Op op, in CpuCall<T> call, int first, int headDim, Matrix<T> x,
+        Gradient<T> y, T direction)
         where T : unmanaged, IBinaryFloatingPointIeee754<T>
     {
-        Matrix<T> cos = call.In(2), sin = call.In(3);
-        Matrix<int> positions = call.Ints(1);
-        Indices.MustBeBelow(this, "positions", positions, cos.Rows);
-        call.Workers.For(x.Rows, new Rows<T>(x, positions, cos, sin, y, HeadDim, direction));
+        Matrix<T> cos = call.In(first + 1), sin = call.In(first + 2);
+        Matrix<int> positions = call.Ints(first);
+        Indices.MustBeBelow(op, "positions", positions, cos.Rows);
+        call.Workers.For(x.Rows, new Rows<T>(x, positions, cos, sin, y, headDim, direction));
     }
 
     private readonly unsafe struct Rows<T>(
