@@ -216,7 +216,7 @@ public sealed class MemoryPlanTests
         File.WriteAllText(rows, System.Text.Json.JsonSerializer.Serialize(pair));
         var arguments = new TrainArguments
         {
-            ModelNameOrPath = Path.Combine(Path.GetDirectoryName(Picture(""))!, "..", "model"),
+            ModelNameOrPath = Path.GetFullPath(Picture("../model")),
             DataPath = rows,
             OutputDir = Path.Combine(_folder, "out"),
             Bf16 = true,
