@@ -40,7 +40,9 @@ public abstract class Device : IDisposable
     {
     }
 
-    /// <summary>Packs a row-major matrix in host memory into a new frozen weight.</summary>
+    /// <summary>
+    /// Packs a row-major matrix in host memory into a new frozen weight; null leaves it undefined.
+    /// </summary>
     public abstract unsafe Tensor Pack(DType type, int rows, int cols, void* source, string name);
 
     public abstract void Forward(Op op, in OpCall call);

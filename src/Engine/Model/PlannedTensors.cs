@@ -22,9 +22,8 @@ internal sealed class PlannedTensors(
     protected override Tensor FrozenVector(string name, int begin, int count) =>
         Device.Allocate(new Spec(Device.Activations.Statistics(), new Shape(count)), name);
 
-    protected override Tensor FrozenMatrix(string name, int begin, int rows, int cols) => new(
-        Device.Reserve(Device.PackedBytes(storedAs(name), rows, cols)),
-        new Spec(Device.Activations, new Shape(rows, cols), Layout.Packed));
+    protected override unsafe Tensor FrozenMatrix(string name, int begin, int rows, int cols) =>
+        Device.Pack(storedAs(name), rows, cols, null, name);
 
     protected override Tensor FrozenTable(string name) =>
         Device.Allocate(new Spec(storedAs(name), ShapeOf(name)), name);

@@ -79,6 +79,9 @@ public sealed class Trainables
     /// <summary>Trained numbers, padding not counted.</summary>
     public long Count { get; }
 
+    /// <summary>Bytes of all ranges.</summary>
+    public long Bytes { get; private set; }
+
     public Tensor Gradients { get; }
 
     public Tensor FirstMoments { get; }
@@ -170,9 +173,12 @@ public sealed class Trainables
         return Part(range, offset, tensor.Shape);
     }
 
-    private Tensor Allocate(DType type, long count, string name) =>
-        _device.Allocate(
-            new Spec(type, new Shape(checked((int)(count / Alignment)), Alignment)), name);
+    private Tensor Allocate(DType type, long count, string name)
+    {
+        var spec = new Spec(type, new Shape(checked((int)(count / Alignment)), Alignment));
+        Bytes += spec.Bytes;
+        return _device.Allocate(spec, name);
+    }
 
     /// <summary>Neighbouring tensors of one type and decay, as elements of the ranges.</summary>
     public sealed record Run(DType Type, bool Decays, long Begin, long Count);

@@ -54,13 +54,7 @@ public sealed class DryRun : IDisposable
         long weights = _context.HeldBytes - before;
         _trainer = new Trainer(arguments, _model, trainables);
         long moments = trainables.FirstMoments.Spec.Bytes + trainables.SecondMoments.Spec.Bytes;
-        long trained = 0;
-        foreach (Trainables.Run run in trainables.Runs)
-        {
-            var (updated, masters) = trainables.Updated(run);
-            trained += updated.Spec.Bytes + (masters.Exists ? masters.Spec.Bytes : 0);
-        }
-
+        long trained = trainables.Bytes - moments - trainables.Gradients.Spec.Bytes;
         _fixed = new(weights, trained, trainables.Gradients.Spec.Bytes, moments, 0, 0);
     }
 

@@ -69,7 +69,8 @@ public sealed unsafe class CpuDevice : Device
     public override Tensor Pack(DType type, int rows, int cols, void* source, string name)
     {
         nint memory = Hold(PackedBytes(type, rows, cols));
-        PackedMatrix.Pack(Workers, new MatrixView(source, type, rows, cols), (void*)memory);
+        if (source is not null)
+            PackedMatrix.Pack(Workers, new MatrixView(source, type, rows, cols), (void*)memory);
         return new Tensor(memory, new Spec(type, new Shape(rows, cols), Layout.Packed));
     }
 

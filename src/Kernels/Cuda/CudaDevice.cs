@@ -130,6 +130,7 @@ public sealed unsafe class CudaDevice : Device
         var shape = new Shape(rows, cols);
         var weight = new Tensor(
             Place(PackedBytes(type, rows, cols)), new Spec(Activations, shape, Layout.Packed));
+        if (source is null) return weight;
         if (type == Activations)
         {
             _staging.Upload(weight.Data, source, weight.Spec.Bytes);

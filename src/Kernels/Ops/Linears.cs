@@ -95,6 +95,15 @@ public sealed record Linears : Op
             adapters > 0 ? new Spec(activations, new Shape(adapters, rows, rank)) : default);
     }
 
+    // x is a factor of every weight's gradient.
+    public override bool BackwardReads(int input, ReadOnlySpan<bool> trained)
+    {
+        if (input != 0) return true;
+        for (int i = 0; i < _parts.Length; i++)
+            if (trained[First(i)] || trained[First(i) + 2]) return true;
+        return false;
+    }
+
     public override bool Differentiates(int input) => input < Positions
         && (input == 0 || (input - 1) % Each != 0 || _parts[(input - 1) / Each].Weight is null);
 
