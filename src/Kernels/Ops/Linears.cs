@@ -107,14 +107,6 @@ public sealed record Linears : Op
     public override bool Differentiates(int input) => input < Positions
         && (input == 0 || (input - 1) % Each != 0 || _parts[(input - 1) / Each].Weight is null);
 
-    public override bool BackwardReads(int input, ReadOnlySpan<bool> trained)
-    {
-        if (input > 0) return true;
-        for (int i = 0; i < _parts.Length; i++)
-            if (trained[First(i)] || trained[First(i) + 2] || trained[First(i) + 3]) return true;
-        return false;
-    }
-
     public override void CpuForward<T>(in CpuCall<T> call)
     {
         Matrix<T> x = call.In(0);
