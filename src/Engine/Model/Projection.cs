@@ -82,48 +82,19 @@ public sealed class Projections
         for (int i = 0; i < layers.Length; i++) layers[i].CopyTo(_inputs.AsSpan(1 + (Each * i)));
     }
 
-    /// <summary>
-    /// x[rows, in] -> y[rows, all columns], in memory one layer's result behind the other's.
-    /// </summary>
-    public Tensor Run(Graph graph, Tensor x)
+    /// <summary>x[rows, in] -> y of each, [rows, its columns].</summary>
+    public void Run(Graph graph, Tensor x, Span<Tensor> y)
     {
         _inputs[0] = x;
-        return graph.Run(_op, _inputs);
+        graph.Split(graph.Run(_op, _inputs), y, _columns);
     }
 
-    /// <summary>
-    /// The same with heads rotated, positions I32[rows] in the tables cos and sin, and y of each
-    /// layer, [rows, its columns].
-    /// </summary>
+    /// <summary>The same with heads rotated: positions I32[rows] in the tables cos and sin.</summary>
     public void Run(
         Graph graph, Tensor x, Tensor positions, Tensor cos, Tensor sin, Span<Tensor> y)
     {
         if (_op.Rotated > 0) (_inputs[^3], _inputs[^2], _inputs[^1]) = (positions, cos, sin);
-        graph.Split(Run(graph, x), y, _columns);
-    }
-}
-
-/// <summary>
-/// A linear layer whose result, times a factor, is added to the residual stream; gated, it takes what
-/// <see cref="Projections"/> of gate and up gives.
-/// </summary>
-public sealed class ResidualProjection
-{
-    private readonly ResidualLinear _op;
-    private readonly Tensor[] _inputs = new Tensor[6];
-
-    public ResidualProjection(Projection layer, double factor, bool gated = false)
-    {
-        _op = new ResidualLinear(factor, gated, layer.Adapter?.Index ?? 0, layer.Adapter?.Scale ?? 1,
-            layer.Dropout, Projection.Other(layer.Weight));
-        layer.CopyTo(_inputs.AsSpan(1));
-    }
-
-    /// <summary>residual[rows, out] + factor * layer(x).</summary>
-    public Tensor Run(Graph graph, Tensor x, Tensor residual)
-    {
-        (_inputs[0], _inputs[^1]) = (x, residual);
-        return graph.Run(_op, _inputs);
+        Run(graph, x, y);
     }
 }
 
