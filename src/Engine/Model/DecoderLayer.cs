@@ -59,11 +59,13 @@ internal sealed class DecoderLayer : Layer<DecoderContext>
 
     public override Tensor Forward(Graph graph, Tensor x, DecoderContext context)
     {
-        Recompute kind = _recomputation.Decoder(_index);
-        bool norms = kind >= Recompute.Norms;
         Span<Tensor> y = [Tensor.None, Tensor.None, Tensor.None];
+        Recompute kind = _recomputation.Decoder(_index);
+        // A block that is made again as a whole keeps all of it.
+        if (kind == Recompute.Block) kind = Recompute.Nothing;
+        bool norms = kind >= Recompute.Norms;
         // What no backward reads is dropped whatever is recomputed: frozen projections do not read
-        // their inputs, rotations and sums none.
+        // their inputs, rotations none.
         Tensor a = _inputNorm.Run(graph, x, norms || !_heads.ReadsInput);
         _heads.Run(graph, a, context.Positions, context.RopeCos, context.RopeSin, y);
         graph.Drop(a);
@@ -71,10 +73,10 @@ internal sealed class DecoderLayer : Layer<DecoderContext>
         Tensor k = Turned(graph, y[1], _keyNorm, context);
         x = _output.Run(graph, Attend(graph, q, k, y[2], context), x);
         a = _postNorm.Run(graph, x, norms || !_gateAndUp.ReadsInput);
-        Tensor gated = _gateAndUp.Run(graph, a, fleeting: kind >= Recompute.Mlp);
+        Tensor gateAndUp = _gateAndUp.Run(graph, a, fleeting: kind >= Recompute.Mlp);
         graph.Drop(a);
-        x = _down.RunLast(graph, gated, x);
-        graph.Drop(gated);
+        x = _down.Run(graph, gateAndUp, x, last: true);
+        graph.Drop(gateAndUp);
         return x;
     }
 

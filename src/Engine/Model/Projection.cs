@@ -49,18 +49,14 @@ public sealed class Projection
         ? graph.Run(_op, x, Weight.Tensor, _bias, _a, _b)
         : graph.Run(_op, x, Weight.Tensor, _bias);
 
-    /// <summary>Its weight, bias and adapter as an operation takes them.</summary>
-    internal void CopyTo(Span<Tensor> inputs) =>
-        (inputs[0], inputs[1], inputs[2], inputs[3]) = (Weight.Tensor, _bias, _a, _b);
-
     /// <summary>The same, <see cref="Graph.RunFleeting"/>.</summary>
     public Tensor RunFleeting(Graph graph, Tensor x) => _adapted
         ? graph.RunFleeting(_op, x, Weight.Tensor, _bias, _a, _b)
         : graph.RunFleeting(_op, x, Weight.Tensor, _bias);
 
-    /// <summary>One or the other.</summary>
-    public Tensor Run(Graph graph, Tensor x, bool fleeting) =>
-        fleeting ? RunFleeting(graph, x) : Run(graph, x);
+    /// <summary>Its weight, bias and adapter as an operation takes them.</summary>
+    internal void CopyTo(Span<Tensor> inputs) =>
+        (inputs[0], inputs[1], inputs[2], inputs[3]) = (Weight.Tensor, _bias, _a, _b);
 
     // Dense weights are an input, so that the tape can give them a gradient.
     internal static Weight? Other(Weight weight) => weight is DenseWeight ? null : weight;
@@ -95,7 +91,7 @@ public sealed class Projections
         for (int i = 0; i < layers.Length; i++) layers[i].CopyTo(_inputs.AsSpan(1 + (Each * i)));
     }
 
-    /// <summary>Whether backward reads x, as of each.</summary>
+    /// <summary>Whether backward reads x.</summary>
     public bool ReadsInput { get; }
 
     /// <summary>
@@ -135,18 +131,13 @@ public sealed class ResidualProjection
         layer.CopyTo(_inputs.AsSpan(1));
     }
 
-    /// <summary>residual[rows, out] + factor * layer(x).</summary>
-    public Tensor Run(Graph graph, Tensor x, Tensor residual)
+    /// <summary>
+    /// residual[rows, out] + factor * layer(x); last says that it ends a block.
+    /// </summary>
+    public Tensor Run(Graph graph, Tensor x, Tensor residual, bool last = false)
     {
         (_inputs[0], _inputs[^1]) = (x, residual);
-        return graph.Run(_op, _inputs);
-    }
-
-    /// <summary>The same, <see cref="Graph.RunLast"/>.</summary>
-    public Tensor RunLast(Graph graph, Tensor x, Tensor residual)
-    {
-        (_inputs[0], _inputs[^1]) = (x, residual);
-        return graph.RunLast(_op, _inputs);
+        return last ? graph.RunLast(_op, _inputs) : graph.Run(_op, _inputs);
     }
 }
 

@@ -144,7 +144,7 @@ public static class PlanRun
     {
         output.WriteLine("with other settings:");
         foreach (Recompute kind in (Recompute[])[Recompute.Nothing, Recompute.Norms,
-            Recompute.Mlp, Recompute.Block])
+            Recompute.Swiglu, Recompute.Mlp, Recompute.Block])
         {
             dry.Recomputation.Amount = dry.Recomputation.Of(kind);
             Line($"recompute={TrainKeys.SnakeCase(kind.ToString())}", MemoryPlan.Make(
