@@ -97,18 +97,9 @@ public sealed partial class ReportTests
     {
         string picture = Path.Combine(V26.Folder, "data", "images", "p3.png");
         string run = Run("run");
-        File.AppendAllText(Path.Combine(run, RunRecord.LogFile), new JsonObject
-        {
-            ["step"] = 2,
-            ["epoch"] = 1,
-            ["sample"] = new JsonObject
-            {
-                ["id"] = 7,
-                ["question"] = "What?",
-                ["answer"] = "This.",
-                ["pictures"] = new JsonArray(picture, "/none.png"),
-            },
-        }.ToJsonString() + "\n");
+        File.WriteAllText(Path.Combine(run, RunRecord.AnswersFile), string.Join('\n',
+            Answer(0, 7, "That.", picture, "/none.png"), Answer(0, 8, "Other."),
+            Answer(2, 7, "This.", picture, "/none.png"), "{\"step\": 2, \"ro"));
         string page = Page(run);
         Assert.That(Regex.Matches(page, "(src|href)=\"([^\"]*)").Select(m => m.Groups[2].Value),
             Has.All.StartsWith("data:image/bmp;base64,").And.Exactly(1).Items);
