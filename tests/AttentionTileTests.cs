@@ -1,4 +1,5 @@
 using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Ops;
 using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;

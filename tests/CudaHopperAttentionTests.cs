@@ -1,5 +1,6 @@
 using MiniCpmNative.GpuEmulator;
 using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Ops;
 using MiniCpmNative.Kernels.Cases;
 using NUnit.Framework;
 

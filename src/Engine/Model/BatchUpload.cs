@@ -1,5 +1,6 @@
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Ops;
 using MiniCpmNative.Kernels.Cpu;
 
 namespace MiniCpmNative.Engine.Model;
