@@ -38,6 +38,12 @@ public abstract record Op(string Name)
     public virtual bool PassesGradient(int input) => false;
 
     /// <summary>
+    /// Whether its forward, given no output, makes only what it saves: for an output that nobody
+    /// reads.
+    /// </summary>
+    public virtual bool CanSkipOutput => false;
+
+    /// <summary>
     /// The input that it changes in place, which is then its result in the output's stead: it has
     /// no gradient and is not recorded. Null for all others, which leave their inputs alone.
     /// </summary>

@@ -10,13 +10,10 @@ namespace MiniCpmNative.Engine.Model;
 /// </summary>
 internal sealed class DecoderLayer : Layer<DecoderContext>
 {
-    private static readonly SwiGlu s_swiGlu = new();
-
     private readonly Norm _inputNorm, _postNorm;
     private readonly Norm? _queryNorm, _keyNorm;
     private readonly Projections _heads, _gateAndUp;
-    private readonly Projection _output, _down;
-    private readonly Add _add;
+    private readonly ResidualProjection _output, _down;
     private readonly Rope _rope;
     private readonly Attention _attention, _cachedAttention;
     private readonly DecoderSpec _spec;
@@ -36,7 +33,8 @@ internal sealed class DecoderLayer : Layer<DecoderContext>
         Projection value = attention.Linear("v_proj", width, keys, spec.QkvBias);
         _heads = new Projections([query, key, value], [queries, keys, keys], spec.HeadDim,
             rotated: spec.QkNorm ? 0 : 2);
-        _output = attention.Linear("o_proj", queries, width, bias: false);
+        Projection output = attention.Linear("o_proj", queries, width, bias: false);
+        _output = new ResidualProjection(output, spec.ResidualScale);
         if (spec.QkNorm)
         {
             _queryNorm = attention.RmsNorm("q_norm", spec.HeadDim, spec.RmsNormEpsilon);
@@ -46,16 +44,16 @@ internal sealed class DecoderLayer : Layer<DecoderContext>
         Projection gate = mlp.Linear("gate_proj", width, spec.IntermediateSize, bias: false);
         Projection up = mlp.Linear("up_proj", width, spec.IntermediateSize, bias: false);
         _gateAndUp = new Projections([gate, up], [spec.IntermediateSize, spec.IntermediateSize]);
-        _down = mlp.Linear("down_proj", spec.IntermediateSize, width, bias: false);
+        Projection down = mlp.Linear("down_proj", spec.IntermediateSize, width, bias: false);
+        _down = new ResidualProjection(down, spec.ResidualScale, gated: true);
         mlp.Module("act_fn");
         _inputNorm = scope.RmsNorm("input_layernorm", width, spec.RmsNormEpsilon);
         _postNorm = scope.RmsNorm("post_attention_layernorm", width, spec.RmsNormEpsilon);
-        _add = new Add(spec.ResidualScale);
         _rope = new Rope(spec.HeadDim);
         _attention = new Attention(
             spec.Heads, spec.KvHeads, spec.HeadDim, Causal: true, 1 / Math.Sqrt(spec.HeadDim));
         _cachedAttention = _attention with { Cached = true };
-        Holds([query, key, value, _output, gate, up, _down],
+        Holds([query, key, value, output, gate, up, down],
             _inputNorm, _postNorm, _queryNorm, _keyNorm);
     }
 
@@ -63,27 +61,22 @@ internal sealed class DecoderLayer : Layer<DecoderContext>
     {
         Span<Tensor> y = [Tensor.None, Tensor.None, Tensor.None];
         Recompute kind = _recomputation.Decoder(_index);
+        // A block that is made again as a whole keeps all of it.
+        if (kind == Recompute.Block) kind = Recompute.Nothing;
         bool norms = kind >= Recompute.Norms;
         // What no backward reads is dropped whatever is recomputed: frozen projections do not read
-        // their inputs, rotations and sums none.
+        // their inputs, rotations none.
         Tensor a = _inputNorm.Run(graph, x, norms || !_heads.ReadsInput);
         _heads.Run(graph, a, context.Positions, context.RopeCos, context.RopeSin, y);
         graph.Drop(a);
         Tensor q = Turned(graph, y[0], _queryNorm, context);
         Tensor k = Turned(graph, y[1], _keyNorm, context);
-        a = _output.RunFleeting(graph, Attend(graph, q, k, y[2], context));
-        x = graph.Run(_add, x, a);
-        graph.Drop(a);
+        x = _output.Run(graph, Attend(graph, q, k, y[2], context), x);
         a = _postNorm.Run(graph, x, norms || !_gateAndUp.ReadsInput);
-        _gateAndUp.Run(graph, a, y, fleeting: kind >= Recompute.Mlp);
+        Tensor gateAndUp = _gateAndUp.Run(graph, a, fleeting: kind >= Recompute.Mlp);
         graph.Drop(a);
-        a = kind >= Recompute.Swiglu || !_down.ReadsInput
-            ? graph.RunFleeting(s_swiGlu, y[0], y[1]) : graph.Run(s_swiGlu, y[0], y[1]);
-        graph.Drop(y[0]);
-        Tensor down = _down.RunFleeting(graph, a);
-        graph.Drop(a);
-        x = graph.RunLast(_add, x, down);
-        graph.Drop(down);
+        x = _down.Run(graph, gateAndUp, x, last: true);
+        graph.Drop(gateAndUp);
         return x;
     }
 

@@ -113,10 +113,8 @@ public sealed record Linears : Op
         for (int i = 0, adapter = 0; i < _parts.Length; i++)
         {
             Matrix<T> y = Part(call.Output, i);
-            if (HasAdapter(call.Input(First(i) + 2)))
-                Adapter(call, i).Forward(x, y, Adapter(call, adapter++, x.Rows));
-            else
-                call.Weight(First(i), _parts[i].Weight).Multiply(x, y, bias: call.In(First(i) + 1));
+            bool adapted = call.Input(First(i) + 2).Exists;
+            Adapter(call, i).Forward(x, y, adapted ? Kept(call, adapter++, x.Rows) : default);
             if (i < Rotated)
                 Rope.Rotate(this, call, Positions, HeadDim, y, new Gradient<T>(y, false), T.One);
         }
@@ -127,7 +125,6 @@ public sealed record Linears : Op
         Matrix<T> x = call.In(0);
         for (int i = 0, adapter = 0; i < _parts.Length; i++)
         {
-            int w = First(i);
             Matrix<T> dy = Part(call.OutputGradient, i);
             if (i < Rotated)
             {
@@ -139,15 +136,8 @@ public sealed record Linears : Op
 
             Gradient<T> dx = call.Gradient(0);
             if (dx.Wanted && i > 0) dx = new Gradient<T>(dx.Into, accumulate: true);
-            if (HasAdapter(call.Input(w + 2)))
-            {
-                Adapter(call, i).Backward(x, dy, Adapter(call, adapter++, x.Rows), dx);
-                continue;
-            }
-
-            call.Weight(w, _parts[i].Weight).MultiplyTransposed(dy, dx);
-            call.Multiply(dy.View.T, x.View, call.Gradient(w));
-            Sum.Rows(call, dy, call.Gradient(w + 1));
+            bool adapted = call.Input(First(i) + 2).Exists;
+            Adapter(call, i).Backward(x, dy, adapted ? Kept(call, adapter++, x.Rows) : default, dx);
         }
     }
 
@@ -172,7 +162,7 @@ public sealed record Linears : Op
             Up(call, h, side, y, before: true);
             for (int i = 0; i < _parts.Length; i++)
             {
-                bool there = HasAdapter(call.Input(First(i) + 2))
+                bool there = call.Input(First(i) + 2).Exists
                     || (!heads && call.Input(First(i) + 1).Exists);
                 call.Weight(First(i), _parts[i].Weight)
                     .Multiply(x, Of(side, y, i), beta: there ? 1 : 0);
@@ -210,8 +200,6 @@ public sealed record Linears : Op
 
     private static int First(int part) => 1 + (Each * part);
 
-    private static bool HasAdapter(in Tensor a) => a.Exists;
-
     private static Tensor Matrix(in Tensor stacked, int index, int rows) => new(
         stacked.Data + (nint)((long)index * rows * stacked.Shape.Cols * stacked.Type.Size()),
         new Spec(stacked.Type, new Shape(rows, stacked.Shape.Cols)));
@@ -228,7 +216,7 @@ public sealed record Linears : Op
         where T : unmanaged =>
         new(y.Data + ((long)y.Rows * Begin(part)), y.Rows, _parts[part].Outputs);
 
-    private unsafe Matrix<T> Adapter<T>(in CpuCall<T> call, int adapter, int rows)
+    private unsafe Matrix<T> Kept<T>(in CpuCall<T> call, int adapter, int rows)
         where T : unmanaged, System.Numerics.IBinaryFloatingPointIeee754<T>
     {
         Matrix<T> h = call.Saved(0);
