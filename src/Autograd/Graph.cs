@@ -275,9 +275,7 @@ public sealed class Graph
         for (int i = 0; i < outputs.SavedCount; i++)
             _saved[i] = Device.Step.Push(outputs.Saved(i), op.Name);
         ReadOnlySpan<Tensor> saved = _saved.AsSpan(0, outputs.SavedCount);
-        bool skip = life == Life.Unread && record && op.CanSkipOutput;
-        if (!later)
-            Forward(op, inputs, skip ? Tensor.None : output, outputs.SavedCount, record);
+        if (!later) Forward(op, inputs, output, outputs.SavedCount, record);
         if (record)
         {
             output = output with { Variable = NewVariable(Tensor.None) };
