@@ -97,7 +97,6 @@ public sealed partial class CudaHopperAttentionBackwardTests
     [TestCase("backward_load", "b.queries - first", "S::QUERIES")]
     [TestCase("backward_add_dq", "load_acquire(b.turns + tile) != b.turn", "false")]
     [TestCase("backward_add_dq", "b.turn == 0", "true")]
-    [TestCase("backward_add_dq", "bulk_wait();", "")]
     [TestCase("backward_multiply", "group_sync(1, 2 * WARPGROUP);", "")]
     [TestCase("backward_multiply", "first < unmasked", "false")]
     [TestCase("backward_multiply", "key - at.before", "key + 1 - at.before")]
