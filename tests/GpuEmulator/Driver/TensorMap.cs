@@ -20,8 +20,8 @@ internal unsafe struct TensorMap
 
     public readonly bool IsValid => _mark == Mark;
 
-    // CUtensorMapDataType: U8, U16, U32, S32, U64, S64, F16, F32, F64, BF16, F32 flushed, TF32, TF32
-    // flushed.
+    // CUtensorMapDataType: U8, U16, U32, S32, U64, S64, F16, F32, F64, BF16, F32 flushed, TF32,
+    // TF32 flushed.
     private static ReadOnlySpan<byte> Bytes => [1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4];
 
     /// <summary>cuTensorMapEncodeTiled: the map, or CUDA_ERROR_INVALID_VALUE for what the driver
