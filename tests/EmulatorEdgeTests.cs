@@ -12,10 +12,10 @@ public sealed class EmulatorEdgeTests
         MinusZero = 0x80000000, Subnormal = 0x00012345, Sign = 0x80000000;
     private TestGpu _gpu = null!;
 
-    [OneTimeSetUp]
+    [SetUp]
     public void Open() => _gpu = new();
 
-    [OneTimeTearDown]
+    [TearDown]
     public void Close() => _gpu.Dispose();
 
     private void Check(string lines, uint[] a, uint[] b, uint[] c, uint[] expected) =>
@@ -102,11 +102,10 @@ public sealed class EmulatorEdgeTests
         const string own = "mov.u32 %t0, space; mad.lo.u32 %t0, %lane, 4, %t0; st.shared.u32 [%t0], %a;";
         Check(own + "atom.shared.add.u32 %t1, [%t0], 5; ld.shared.u32 %d, [%t0];", [1, 2], [], [],
             [6, 7]);
-        using var gpu = new TestGpu();
-        Assert.Throws<Kernels.Cuda.CudaException>(() => Run(gpu, own + "bar.warp.sync -1; "
+        Assert.Throws<Kernels.Cuda.CudaException>(() => Run(_gpu, own + "bar.warp.sync -1; "
             + "mov.u32 %t2, space; atom.shared.add.u32 %t1, [%t2], 1; ld.shared.u32 %d, [%t2];",
             [1, 2]));
-        Assert.That(gpu.Fault!.Check, Is.EqualTo(GpuEmulator.Check.SharedRaceWithinWarp));
+        Assert.That(_gpu.Fault!.Check, Is.EqualTo(GpuEmulator.Check.SharedRaceWithinWarp));
     }
 
     [TestCase("finite", 0b00111100u)]

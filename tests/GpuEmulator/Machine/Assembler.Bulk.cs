@@ -21,6 +21,7 @@ internal sealed unsafe partial class Assembler
             i.Run = &BulkCopies.WaitFor;
             return true;
         }
+        if (op.Has("tensor")) return BuildTensorCopy(i, p, op, add);
         bool toShared = op.Has("mbarrier::complete_tx::bytes");
         if (op.Any("shared::cta", "shared::cluster").Length == 0 || !op.Has("global")
             || toShared == op.Has("bulk_group"))
@@ -37,6 +38,30 @@ internal sealed unsafe partial class Assembler
         TakeAddress(i, p.Operands[toShared ? 1 : 0], Space.Global);
         i.Mode = toShared ? 2 : add ? 1 : 0;
         i.Run = &BulkCopies.Issue;
+        return true;
+    }
+
+    // [to], [map, {coordinates}], [mbarrier], or [map, {coordinates}], [from] with a group.
+    private bool BuildTensorCopy(Instruction i, PtxInstruction p, Opcode op, bool add)
+    {
+        bool toShared = op.Has("mbarrier::complete_tx::bytes");
+        string dimensions = op.Any("1d", "2d", "3d", "4d", "5d");
+        op.Has("tile");
+        if (op.Any("shared::cta", "shared::cluster").Length == 0 || !op.Has("global") || add
+            || dimensions.Length == 0 || toShared == op.Has("bulk_group"))
+            throw new PtxException("copies of tensors are tiled, of .1d to .5d, from .global to " +
+                "shared memory with .mbarrier::complete_tx::bytes, or back with .bulk_group");
+        int hint = op.Has("L2::cache_hint") ? 1 : 0, map = toShared ? 1 : 0;
+        Operands(p, (toShared ? 3 : 2) + hint);
+        TakeAddress(i, p.Operands[1 - map], Space.Shared);
+        (i.D, i.DWidth, i.Mode2) = (i.A, i.AddressIs64 ? 8 : 4, checked((int)i.Offset));
+        if (toShared) TakeBarrier(i, p.Operands[2]);
+        TakeAddress(i, p.Operands[map], Space.Generic);
+        i.Rows = [.. p.Operands[map].Elements.Select(o => Row(o, 4))];
+        if (i.Rows.Length != dimensions[0] - '0')
+            throw new PtxException($".{dimensions} needs as many coordinates");
+        i.Mode = toShared ? 2 : 0;
+        i.Run = &TensorCopies.Issue;
         return true;
     }
 

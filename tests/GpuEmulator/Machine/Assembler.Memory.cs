@@ -19,6 +19,7 @@ internal sealed unsafe partial class Assembler
                 op.DropHints();
                 op.Any("global", "local");
                 op.Any("L1", "L2");
+                if (op.Has("tensormap")) op.Any("param", "const");
                 i.Run = &Moves.Nothing;
                 return true;
             default: return false;
@@ -103,7 +104,9 @@ internal sealed unsafe partial class Assembler
             i.Offset += (long)AddressOf(o.Variable);
             if (space == Space.Generic) i.Offset += (long)Window(o.Variable.Space);
         }
-        else if (o.Parameter != null) i.Offset += o.Parameter.Offset;
+        else if (o.Parameter != null)
+            i.Offset += o.Parameter.Offset
+                + (space == Space.Generic ? (long)DeviceMemory.ParamWindow : 0);
         else if (!char.IsAsciiDigit(o.Text[0])) throw new PtxException($"{o.Text} is not declared");
     }
 
@@ -111,6 +114,7 @@ internal sealed unsafe partial class Assembler
     {
         Space.Shared => DeviceMemory.SharedWindow,
         Space.Local => DeviceMemory.LocalWindow,
+        Space.Param => DeviceMemory.ParamWindow,
         _ => 0,
     };
 

@@ -12,6 +12,7 @@ internal sealed unsafe class DeviceMemory(long capacity)
     public const ulong First = 0x00CD_0000_0000_0000;
     public const ulong SharedWindow = 0x00CE_0000_0000_0000;
     public const ulong LocalWindow = 0x00CF_0000_0000_0000;
+    public const ulong ParamWindow = 0x00D0_0000_0000_0000;
     public const ulong WindowBytes = 1ul << 32;
     private const ulong Gap = 1 << 20;
 

@@ -130,6 +130,7 @@ internal static unsafe class OtherSpaces
             {
                 int lane = BitOperations.TrailingZeroCount(rest);
                 ulong at = w.Addresses[lane];
+                if (at >= DeviceMemory.ParamWindow) at -= DeviceMemory.ParamWindow;
                 if (at > (ulong)size || (ulong)size - at < (ulong)bytes)
                     throw w.Fault(Check.OutOfBounds, lane,
                         $"{bytes} bytes at {at} of {size} bytes of arguments");
@@ -142,6 +143,13 @@ internal static unsafe class OtherSpaces
     public static void LoadGeneric(Warp w, Instruction i)
     {
         Address.Fill(w, i.A, i.AddressIs64, i.Offset);
+        // Addresses of parameters are the same in all lanes.
+        if (w.Addresses[BitOperations.TrailingZeroCount(w.Exec)] - DeviceMemory.ParamWindow
+            < DeviceMemory.WindowBytes)
+        {
+            LoadParam(w, i);
+            return;
+        }
         Split(w, out uint global, out uint shared, out uint local);
         if (global != 0) GlobalAccess.LoadAt(w, i, global);
         if (shared != 0) LoadSharedAt(w, i, shared);

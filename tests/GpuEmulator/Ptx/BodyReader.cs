@@ -200,8 +200,20 @@ internal sealed class BodyReader(PtxParser parser, PtxKernel kernel)
             bool minus = parser.Next().Text == "-";
             offset += minus ? -ReadOffset() : ReadOffset();
         }
+        // A tensor map and its coordinates: [map, {x, y}].
+        PtxOperand[] coordinates = [];
+        if (parser.Peek() == ",")
+        {
+            parser.Next();
+            coordinates = ReadOperand().Elements;
+        }
         parser.Expect("]");
-        return inner with { Kind = OperandKind.Address, Offset = offset };
+        return inner with
+        {
+            Kind = OperandKind.Address,
+            Offset = offset,
+            Elements = coordinates,
+        };
     }
 
     private long ReadOffset()
