@@ -41,9 +41,9 @@ public sealed class LaunchCountTests
         using CudaDevice device = NullCuda.Device(context, DType.BF16, 1L << 36);
         var graph = new Graph(device);
         DecoderSpec spec = s_spec with { Layers = layers };
+        var source = new Source(graph, adapters.Split());
         var decoder = new Decoder(
-            spec, new ModuleScope(new ParameterTable.Builder(), new Source(graph, adapters.Split())),
-            checkpoint: false);
+            spec, new ModuleScope(new ParameterTable.Builder(), source), checkpoint: false);
         var inputs = new DecoderContext
         {
             Positions = Ints(Tokens), Starts = Ints(2),
@@ -99,7 +99,8 @@ public sealed class LaunchCountTests
             string? module, string weight, int begin, int rows, Tensor bias)
         {
             const int Rank = 64;
-            int cols = weight.Contains("down_proj", StringComparison.Ordinal) ? s_spec.IntermediateSize : s_spec.HiddenSize;
+            int cols = weight.Contains("down_proj", StringComparison.Ordinal)
+                ? s_spec.IntermediateSize : s_spec.HiddenSize;
             bool one = _together.Exists && _used + rows <= _together.Shape[0];
             var matrix = new DenseWeight(
                 one ? _together.Slice(_used, rows) : New(DType.BF16, rows, cols));

@@ -17,7 +17,11 @@ namespace MiniCpmNative.Autograd;
 /// recorded, above the tape's top, and unwinds that piece before going on. Random masks are keyed
 /// by position, not drawn from a stream, so that the second run draws the same.
 ///
-/// Left out: views with gradients, several outputs of an operation, second derivatives, threads.
+/// An operation has one output, which may be several matrices behind each other: its parts have
+/// gradients of their own in the memory of the whole one's. Where a gradient is the same numbers as
+/// another (a sum's), its memory is handed over rather than copied.
+///
+/// Left out: other views with gradients, second derivatives, threads.
 /// Nothing here allocates once a step of the largest shape has run.
 /// </summary>
 public sealed class Graph
@@ -337,7 +341,8 @@ public sealed class Graph
             if (at <= _parameterCount || _variables[at].Written || _variables[at].Whole.Exists
                 || !node.Op!.PassesGradient(i) || inputs[i].Type != variable.Gradient.Type)
                 continue;
-            if (next == 0 && _nodeCount > 0 && _nodes[_nodeCount - 1].Output.Variable == at) next = at;
+            if (next == 0 && _nodeCount > 0 && _nodes[_nodeCount - 1].Output.Variable == at)
+                next = at;
             else if (owner == 0) owner = at;
         }
 
