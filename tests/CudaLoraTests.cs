@@ -165,7 +165,8 @@ public sealed class CudaLoraTests
         double[] dy = Fill.Normal(77, apart.Count);
         apart.Backward(dy);
 
-        Tensor[] inputs = [.. values.Select(v => v.Exists ? New(v.Spec(DType.BF16), v.Data) : default)];
+        Tensor[] inputs =
+            [.. values.Select(v => v.Exists ? New(v.Spec(DType.BF16), v.Data) : default)];
         device.PackTogether((16 + 8) * Cols * 2);
         for (int i = 0; i < 2; i++)
         {

@@ -23,7 +23,11 @@ namespace MiniCpmNative.Autograd;
 /// nobody reads. What a block makes again in backward is computed only as far as it is read, too:
 /// not its last sum, nor the product before that.
 ///
-/// Left out: views with gradients, several outputs of an operation, second derivatives, threads.
+/// An operation has one output, which may be several matrices behind each other: its parts have
+/// gradients of their own in the memory of the whole one's. Where a gradient is the same numbers as
+/// another (a sum's), its memory is handed over rather than copied.
+///
+/// Left out: other views with gradients, second derivatives, threads.
 /// Nothing here allocates once a step of the largest shape has run.
 /// </summary>
 public sealed class Graph
@@ -437,7 +441,8 @@ public sealed class Graph
             if (at <= _parameterCount || _variables[at].Written || _variables[at].Whole.Exists
                 || !node.Op!.PassesGradient(i) || inputs[i].Type != variable.Gradient.Type)
                 continue;
-            if (next == 0 && _nodeCount > 0 && _nodes[_nodeCount - 1].Output.Variable == at) next = at;
+            if (next == 0 && _nodeCount > 0 && _nodes[_nodeCount - 1].Output.Variable == at)
+                next = at;
             else if (owner == 0) owner = at;
         }
 

@@ -35,7 +35,7 @@ internal static partial class KernelConstants
     /// <summary>Queries, or backward also keys, of a block of attention on tensor cores.</summary>
     public const int AttentionRows = 64;
 
-    /// <summary>Queries, or keys, of a row of Ops.AttentionTiles.</summary>
+    /// <summary>Queries, or keys, of a row of the list of attention's tiles.</summary>
     public const int AttentionTileRows = 128;
 
     /// <summary>The same of the kernels for any head dimension: queries of a block and keys at a

@@ -21,6 +21,10 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
     double Scale, bool Cached = false)
     : Op("attention")
 {
+    // Kernels of sm_80, where the head dimension has them.
+    private readonly string _forward = $"attention_forward_{HeadDim}";
+    private readonly string _backward = $"attention_backward_{HeadDim}";
+
     public override Outputs Infer(ReadOnlySpan<Spec> inputs, DType activations)
     {
         Spec q = inputs.Float(this, 0, "q"), k = inputs.Float(this, 1, "k");
@@ -79,7 +83,7 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         if (aligned && AttentionLaunch.Forward(HeadDim, call.SmallShared) is { } launch
             && call.Real != DType.F32)
         {
-            call.Launch($"attention_forward_{HeadDim}", launch.Grid(tiles.Shape[0], Heads),
+            call.Launch(_forward, launch.Grid(tiles.Shape[0], Heads),
                 o, call.Saved(0), q, k, v, tiles, lengths, Heads, KvHeads, CausalMode, Scale);
             return;
         }
@@ -174,7 +178,7 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
             int parts = KeyParts(call, (keyTokens + launch.Rows - 1) / launch.Rows);
             Tensor sums = dq.Wanted ? call.Scratch(DType.F32, tokens, Heads * HeadDim) : Tensor.None;
             Tensor dkParts = Parts(call, dk, parts), dvParts = Parts(call, dv, parts);
-            call.Launch($"attention_backward_{HeadDim}",
+            call.Launch(_backward,
                 launch.Grid(list.Shape[0], KvHeads * parts), dq.Buffer,
                 parts > 1 ? Tensor.None : dk.Buffer, parts > 1 ? Tensor.None : dv.Buffer,
                 sums, dkParts, dvParts, turns, q, k, v, dO, statistics, list, lengths, tokens,

@@ -10,10 +10,10 @@ namespace MiniCpmNative.Kernels.Ops;
 public sealed record LinearPart(int Outputs, int Layer = 0, Weight? Weight = null);
 
 /// <summary>
-/// Up to three linear layers of one x, each as <see cref="LoraLinear"/> where it has an adapter, else
-/// as <see cref="Linear"/>: y_i = x w_i^T + b_i + Scale * (drop_i(x) a_i^T) bb_i^T. Inputs are
-/// x[rows, in], for each layer w, b, a and bb (b, and a with bb, may be absent) and, where heads are
-/// rotated, positions, cos and sin as <see cref="Rope"/> takes them. y[rows, all outputs] is in
+/// Up to three linear layers of one x, each as <see cref="LoraLinear"/> where it has an adapter,
+/// else as <see cref="Linear"/>: y_i = x w_i^T + b_i + Scale * (drop_i(x) a_i^T) bb_i^T. Inputs are
+/// x[rows, in], for each layer w, b, a and bb (b, and a with bb, may be absent) and, where heads
+/// are rotated, positions, cos and sin as <see cref="Rope"/> takes them. y[rows, all outputs] is in
 /// memory one matrix [rows, Outputs] behind the other. The heads of HeadDim columns of the first
 /// Rotated layers are rotated by their positions; HeadDim is 0 where columns are no heads. Saves
 /// h[adapters, rows, rank].
@@ -84,7 +84,8 @@ public sealed record Linears : Op
 
         if (Rotated > 0)
         {
-            if (HeadDim % 2 != 0) throw new ShapeException($"{Name}: w has heads of {HeadDim} rows");
+            if (HeadDim % 2 != 0)
+                throw new ShapeException($"{Name}: w has heads of {HeadDim} rows, not an even number");
             inputs.Int(this, Positions, "positions").MustBe(this, "positions", rows);
             Spec cos = inputs.Float(this, Positions + 1, "cos");
             cos.MustBe(this, "cos", (int)cos.Shape.Rows, HeadDim / 2);
