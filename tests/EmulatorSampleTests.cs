@@ -23,7 +23,7 @@ public sealed partial class EmulatorSampleTests(string origin, string mode)
 
     private static string[] Origins =>
         ["nvrtc", "clang",
-            .. Directory.GetFiles(Folder, "*.gz").Select(f => Path.GetFileName(f)!).Order()];
+            .. Directory.GetFiles(Folder, "sample-*.gz").Select(f => Path.GetFileName(f)!).Order()];
 
     private static IEnumerable<TestFixtureData> Fixtures()
     {
