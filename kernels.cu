@@ -2313,6 +2313,8 @@ template <int DIM> DEVICE void attention_forward_tile(const AttentionForwardCall
     float out[BLOCKS][DIM / 8][4] = {};
     for (int first = 0; first < end; first += KEYS)
     {
+        // Seen as new in every round, so that what follows from it does not fill registers.
+        asm volatile("" : "+r"(seen_first));
         wait_copies<0>();
         __syncthreads(); // keys are here, values and the other keys may be overwritten
         copy_tile<DIM, KEYS, THREADS>(values, a.v + key_at, kv_stride, end - first);
@@ -2440,8 +2442,11 @@ template <int DIM> DEVICE void attention_forward_tile(const AttentionForwardCall
         __syncthreads(); // nobody copies into what is written next
     }
 
-    // Again, since registers are scarce in between.
-    take_tile(at, a.tiles, number, ROWS, false, a.key_lengths, a.causal);
+    // Again, since registers are scarce in between: seen as another number.
+    number = blockIdx.x;
+    asm volatile("" : "+r"(number));
+    head = number % a.heads;
+    take_tile(at, a.tiles, number / a.heads, ROWS, false, a.key_lengths, a.causal);
     queries = min(ROWS, at.queries - at.first);
     int token = at.first_token + at.first;
     // Through shared memory, the warp's own rows of the queries' tile, to stores of 16 bytes.
@@ -2855,7 +2860,7 @@ extern "C" __global__ void __launch_bounds__(256) attention_queries_backward(
 // queries first.
 //
 // Shared memory: tiles k, v [KEYS, DIM], p, ds [KEYS, STEP], two stages of q, dO [STEP, DIM] and of
-// (lse, delta) [STEP], the block's number: 161 KiB for DIM 128. Where a multiprocessor has not as
+// (lse, delta) [STEP], eight numbers: 161 KiB for DIM 128. Where a multiprocessor has not as
 // much (SMALL_TILES), tiles are smaller.
 template <int DIM> struct BackwardTiles
 {
@@ -2879,8 +2884,8 @@ template <int DIM> struct BackwardTiles
     static constexpr int COLUMNS = (DIM / 8 + COLUMN_WARPS - 1) / COLUMN_WARPS;
     // Bytes.
     static constexpr int OWN = KEYS * CHUNKS * 16, ROWS = STEP * CHUNKS * 16;
-    static constexpr int SCORES = KEYS * STEP * 2, STATISTICS = STEP * 8;
-    static constexpr int BYTES = 2 * OWN + 2 * SCORES + 4 * ROWS + 2 * STATISTICS + 16;
+    static constexpr int SCORES = KEYS * STEP * 2, STATISTICS = STEP * 8, KEPT_BYTES = 32;
+    static constexpr int BYTES = 2 * OWN + 2 * SCORES + 4 * ROWS + 2 * STATISTICS + KEPT_BYTES;
 };
 
 struct AttentionBackwardCall
@@ -3090,13 +3095,14 @@ template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCa
     alignas(1024) extern __shared__ uint4 attention_shared[];
     u32 k_tile = shared_address(attention_shared), v_tile = k_tile + B::OWN;
     u32 p_tile = v_tile + B::OWN, stages = p_tile + 2 * B::SCORES;
-    int* begun = (int*)((char*)attention_shared + B::BYTES - 16);
+    // What all threads need again: registers are scarce.
+    volatile int* kept = (int*)((char*)attention_shared + B::BYTES - B::KEPT_BYTES);
 
-    if (threadIdx.x == 0) *begun = atomicAdd(a.turns, 1);
+    if (threadIdx.x == 0) kept[0] = atomicAdd(a.turns, 1);
     __syncthreads();
-    int columns = a.kv_heads * a.parts, column = *begun % columns;
+    int columns = a.kv_heads * a.parts, column = kept[0] % columns;
     SequenceTile at;
-    if (!take_tile(at, a.tiles, *begun / columns, KEYS, true, a.key_lengths, a.causal)) return;
+    if (!take_tile(at, a.tiles, kept[0] / columns, KEYS, true, a.key_lengths, a.causal)) return;
 
     int group = a.heads / a.kv_heads, key_head = column / a.parts, part = column % a.parts;
     int head = key_head * group + part * group / a.parts;
@@ -3148,6 +3154,15 @@ template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCa
     int first_query = at.first + score_key + g - at.before, seen_by_all = 0;
     if (a.causal) seen_by_all = at.first + KEYS - 1 - at.before;
     if (at.first + KEYS > at.visible) seen_by_all = at.queries;
+    if (threadIdx.x == 0)
+    {
+        kept[1] = lowest;
+        kept[2] = highest;
+        kept[3] = next_lowest;
+        kept[4] = last_head;
+        kept[5] = seen_by_all;
+        kept[6] = tile;
+    }
 
     float dk[KEY_BLOCKS][TILES][4] = {}, dv[KEY_BLOCKS][TILES][4] = {};
     float factor = a.scale * LOG2_E;
@@ -3167,20 +3182,21 @@ template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCa
             + stage * B::STATISTICS + (score_query + 2 * t) * 8;
         int now = first, now_head = head;
         first -= STEP;
-        if (first < lowest)
+        if (first < kept[1])
         {
-            first = highest;
+            first = kept[2];
             head++;
         }
-        more = head <= last_head;
+        more = head <= kept[4];
         stage ^= 1;
         if (more) copy_step(stage, head, first);
 
         int place = 1 + now_head * a.tokens + at.first_token + now;
-        bool waits = a.dq && tile > 0, ends = now < next_lowest;
+        int tile = kept[6];
+        bool waits = a.dq && tile > 0, ends = now < kept[3];
         int turn = waits && threadIdx.x == 0 ? load_turn(a.turns + place) : tile;
         // Rows of zeros behind the last query have p = 1 and ds = 0, which nothing is added to by.
-        bool masked = now < seen_by_all;
+        bool masked = now < kept[5];
 
         float s[SCORE_BLOCKS][SCORE_QUERIES / 8][4] = {};
         float dp[SCORE_BLOCKS][SCORE_QUERIES / 8][4] = {};
@@ -3208,17 +3224,26 @@ template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCa
                     s[m][n][i] = exp2_approx(fmaf(s[m][n][i], factor, -offset[i % 2]));
                     dp[m][n][i] = s[m][n][i] * (dp[m][n][i] - delta[i % 2]);
                 }
-                if (masked)
-                {
+            }
+        }
+        if (masked)
+        {
 #pragma unroll
-                    for (int i = 0; i < 4; i++)
-                    {
-                        int query = now + score_query + n * 8 + 2 * t + i % 2;
-                        int key = m * 16 + i / 2 * 8;
-                        bool sees = key < keys_left && (!a.causal || query >= first_query + key);
-                        if (!sees) s[m][n][i] = dp[m][n][i] = 0;
-                    }
+            for (int n = 0; n < SCORE_QUERIES / 8; n++)
+#pragma unroll
+                for (int m = 0; m < 4 * SCORE_BLOCKS; m++)
+                {
+                    int query = now + score_query + n * 8 + 2 * t + m % 2, key = m / 2 * 8;
+                    bool sees = key < keys_left && (!a.causal || query >= first_query + key);
+                    if (!sees) s[m / 4][n][m % 4] = dp[m / 4][n][m % 4] = 0;
                 }
+        }
+#pragma unroll
+        for (int n = 0; n < SCORE_QUERIES / 8; n++)
+        {
+#pragma unroll
+            for (int m = 0; m < SCORE_BLOCKS; m++)
+            {
                 char* row = (char*)attention_shared + 2 * B::OWN + 4 * t
                     + tile_address<STEP_CHUNKS>(0, score_key + m * 16 + g, score_query / 8 + n);
                 constexpr int EIGHT_ROWS = 8 * STEP_CHUNKS * 16;
@@ -3311,15 +3336,19 @@ template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCa
         if (threadIdx.x == 0)
         {
             fence();
-            store_turn(a.turns + added, tile + 1);
+            store_turn(a.turns + added, kept[6] + 1);
         }
     }
 
+    // Again, since registers are scarce in between.
+    take_tile(at, a.tiles, kept[0] / columns, KEYS, true, a.key_lengths, a.causal);
+    column = kept[0] % columns;
+    own = (u64)(at.first_key_token + at.first) * key_stride + column / a.parts * DIM;
+    u64 of_part = (u64)(column % a.parts) * a.key_tokens * key_stride;
 #pragma unroll
     for (int m = 0; m < KEY_BLOCKS; m++)
     {
         u64 to = own + (u64)(key_row + 16 * m) * key_stride + key_tile * 8;
-        u64 of_part = (u64)part * a.key_tokens * key_stride;
         int rows = at.keys - at.first - key_row - 16 * m, tiles = DIM / 8 - key_tile;
         if (a.dk_parts)
             store_part<TILES>(a.dk_parts + of_part + to, key_stride, rows, dk[m], a.scale, tiles);

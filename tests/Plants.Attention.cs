@@ -51,10 +51,10 @@ internal static partial class Plants
     [
         Backward("lse of another head", "attention_statistics", "lse[(u64)token * heads + head]",
             "lse[(u64)token * heads]"),
-        Backward("delta is left out", "attention_backward_tile", "(dp[n][i] - delta[i % 2])",
-            "dp[n][i]"),
+        Backward("delta is left out", "attention_backward_tile", "(dp[m][n][i] - delta[i % 2])",
+            "dp[m][n][i]"),
         Backward("probabilities of what is masked", "attention_backward_tile",
-            "if (!sees) s[n][i] = dp[n][i] = 0;", ""),
+            "if (!sees) s[m / 4][n][m % 4] = dp[m / 4][n][m % 4] = 0;", ""),
         BackwardFault(Check.AsyncCopyNotWaitedFor, "one stage for two steps",
             "attention_backward_tile", "stage ^= 1;", ""),
         BackwardFault(Check.AsyncCopyNotWaitedFor, "the step's copies are not waited for",

@@ -23,9 +23,9 @@ internal readonly record struct AttentionLaunch(int Rows, int Threads, int Share
         if (!Has(headDim)) return null;
         int keys = (small ? 64 : 128) / (headDim > 128 ? 2 : 1);
         int step = (headDim > 128 ? 32 : small && headDim < 128 ? 128 : 64) / (small ? 2 : 1);
-        // Keys and values, p and ds, two stages of q and dO and of two floats each, the block's number.
+        // Keys and values, p and ds, two stages of q and dO and of two floats each, eight numbers.
         int bytes = (2 * keys * RowBytes(headDim)) + (4 * keys * step)
-            + (4 * step * RowBytes(headDim)) + (16 * step) + 16;
+            + (4 * step * RowBytes(headDim)) + (16 * step) + 32;
         return new(keys, small ? 128 : 256, bytes);
     }
 
