@@ -1073,15 +1073,15 @@ extern "C" __global__ void __launch_bounds__(256) rope(
     }
 }
 
-// Columns of heads in two layouts: side by side, [rows, cols0 + cols1 + cols2], as one product makes
-// them, and as up to three matrices, one behind the other, as attention takes them. Forward (direction
-// 1) x is the first and y the second, biases (where given) are added, and heads of the first `rotated`
-// columns are rotated as rope does; backward (-1) the other way round, without biases. One block per
-// row; moves 2 R C S.
+// Columns of heads in two layouts: side by side, [rows, cols0 + cols1 + cols2], as one product
+// makes them, and as up to three matrices, one behind the other, as attention takes them. Forward
+// (direction 1) x is the first and y the second, biases (where given) are added, and heads of the
+// first `rotated` columns are rotated as rope does; backward (-1) the other way round, without
+// biases. One block per row; moves 2 R C S.
 extern "C" __global__ void __launch_bounds__(256) heads(
     real* y, const real* x, const float* bias0, const float* bias1, const float* bias2,
-    const int* positions, const float* cosines, const float* sines, int* faults, int rows, int cols0,
-    int cols1, int cols2, int rotated, int half, int limit, float direction)
+    const int* positions, const float* cosines, const float* sines, int* faults, int rows,
+    int cols0, int cols1, int cols2, int rotated, int half, int limit, float direction)
 {
     int row = blockIdx.x, cols = cols0 + cols1 + cols2, position = rotated > 0 ? positions[row] : 0;
     bool known = rotated > 0 && position >= 0 && position < limit, forward = direction > 0;
@@ -1463,16 +1463,16 @@ extern "C" __global__ void __launch_bounds__(256) splice_text_backward(
 
 // The mask of an operation is drawn as bits into scratch, forward and again backward, and not kept.
 // Adapters of one input are computed together, at most LORA_ADAPTERS of them: x comes from memory
-// once, and dx is written once; h and t have theirs one behind the other. An operation that drops nothing
-// needs none of this: then the products below are plain ones.
+// once, and dx is written once; h and t have theirs one behind the other. An operation that drops
+// nothing needs none of this: then the products below are plain ones.
 //
 // The kernels multiply on the tensor cores, straight from global memory to registers. Which k, m or
 // n of a product means which column or row is free as long as both sides agree; it is chosen here
 // such that a lane loads neighbours in a row (16 bytes of x, 8 where a transposed operand is made
 // of four rows).
 
-// mask[y, r, w] = the bits of columns 32 w to 32 w + 31 of row r for the adapter whose layer is y's:
-// set where the element is kept. Writes rows words 4 bytes for each adapter; a draw for four
+// mask[y, r, w] = the bits of columns 32 w to 32 w + 31 of row r for the adapter whose layer is
+// y's: set where the element is kept. Writes rows words 4 bytes for each adapter; a draw for four
 // elements, which is what it waits for.
 extern "C" __global__ void __launch_bounds__(256) dropout_mask(
     int* mask, int rows, int cols, int words, long long seed, long long step, int layer0,

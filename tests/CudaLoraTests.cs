@@ -128,6 +128,81 @@ public sealed class CudaLoraTests
         }
     }
 
+    /// <summary>
+    /// Weights that lie behind each other are multiplied by as one, with adapters on all layers, on
+    /// some, or on none: the same numbers as separately but for the order of roundings.
+    /// </summary>
+    [TestCase(true, true)]
+    [TestCase(true, false)]
+    [TestCase(false, false)]
+    public unsafe void WeightsThatLieTogetherGiveTheSame(bool first, bool second)
+    {
+        const int Rows = 33, Cols = 24, Rank = 4;
+        int[] outputs = [16, 8];
+        CudaDevice device = Device(DType.BF16);
+        var op = new Linears([new(16, 3), new(8, 4)], 2, 0.3, headDim: 8, rotated: 1);
+        List<Value> values = [Value.Float("x", [Rows, Cols], Fill.Normal(1, Rows * Cols))];
+        for (int i = 0; i < 2; i++)
+        {
+            values.Add(Value.Float(
+                "w", [outputs[i], Cols], Fill.Normal(2 + i, outputs[i] * Cols)));
+            values.Add(Value.Float("b", [outputs[i]], Fill.Normal(4 + i, outputs[i])));
+            bool adapted = i == 0 ? first : second;
+            values.Add(adapted
+                ? Value.Float("a", [Rank, Cols], Fill.Normal(6 + i, Rank * Cols))
+                : Value.Absent("a"));
+            values.Add(adapted
+                ? Value.Float("bb", [outputs[i], Rank], Fill.Normal(8 + i, outputs[i] * Rank))
+                : Value.Absent("bb"));
+        }
+
+        values.AddRange([Value.Int("positions", Fill.Below(10, Rows, 11)),
+            Value.Float("cos", [11, 4], Fill.Normal(11, 44)),
+            Value.Float("sin", [11, 4], Fill.Normal(12, 44))]);
+        using var apart = new OpRun(device, op, [.. values]);
+        apart.Forward();
+        apart.Want(i => i == 0);
+        double[] dy = Fill.Normal(77, apart.Count);
+        apart.Backward(dy);
+
+        Tensor[] inputs =
+            [.. values.Select(v => v.Exists ? New(v.Spec(DType.BF16), v.Data) : default)];
+        device.PackTogether((16 + 8) * Cols * 2);
+        for (int i = 0; i < 2; i++)
+        {
+            float[] w = [.. values[1 + (4 * i)].Data.Select(v => (float)v)];
+            fixed (float* data = w)
+                inputs[1 + (4 * i)] = device.Pack(DType.F32, outputs[i], Cols, data, "w");
+        }
+
+        Assert.That(inputs[5].Data - inputs[1].Data, Is.EqualTo((nint)inputs[1].Spec.Bytes));
+        Outputs infer = op.Infer([.. inputs.Select(t => t.Spec)], DType.BF16);
+        Tensor y = New(infer.Output), dx = New(inputs[0].Spec);
+        Tensor[] saved = infer.SavedCount == 0 ? [] : [New(infer.Saved(0))];
+        device.Forward(op, new OpCall(inputs, y, saved, recorded: true));
+        var gradients = new GradientTarget[inputs.Length];
+        gradients[0] = new(dx, Accumulate: false);
+        device.Backward(op, new OpCall(
+            inputs, y, saved, true, New(infer.Output, dy), gradients));
+        Agree(device.ReadFloats(y), apart.Output);
+        Agree(device.ReadFloats(dx), apart.Gradient(0));
+
+        Tensor New(Spec spec, double[]? data = null)
+        {
+            Tensor tensor = device.Allocate(spec, "test");
+            if (data is null) return tensor;
+            if (spec.Type == DType.I32) device.Write<int>(tensor, [.. data.Select(v => (int)v)]);
+            else device.WriteFloats(tensor, [.. data.Select(v => (float)v)]);
+            return tensor;
+        }
+
+        void Agree(float[] got, double[] expected)
+        {
+            double most = expected.Max(Math.Abs) / 64;
+            Assert.That(got.Zip(expected, (g, e) => Math.Abs(g - e)).Max(), Is.LessThan(most));
+        }
+    }
+
     [Test]
     public void NothingIsMovedTwice()
     {

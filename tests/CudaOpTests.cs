@@ -229,7 +229,6 @@ public sealed class CudaOpTests
     private static Op Plain(Op op, DType type) => op switch
     {
         LoraLinear lora when type != DType.F32 => new RoundedLora(lora, type),
-        ResidualLinear linear when type != DType.F32 => new RoundedResidual(linear, type),
         Linears linears when type != DType.F32 => new RoundedLinears(linears, type),
         _ => op,
     };

@@ -143,6 +143,46 @@ public sealed class GraphTests
             Throws.TypeOf<StaleTensorException>().With.Message.Contain("F32[5, 8]"));
     }
 
+    /// <summary>The first of two layers is not used: its part of the gradient is zero.</summary>
+    [Test]
+    public void PartsOfAnOutputHaveTheirOwnGradients()
+    {
+        using var device = new CpuDevice(1, 1 << 20, DType.F64);
+        var graph = new Graph(device);
+        Tensor dx = Some(device, 2, Tokens, Cols), w = Some(device, 3, 3, Cols);
+        Tensor x = graph.Parameter(Some(device, 1, Tokens, Cols), dx);
+        Tensor other = Some(device, 4, Cols, Cols), none = Tensor.None;
+        var op = new Linears([new(Cols), new(3)]);
+        Span<Tensor> parts = new Tensor[2];
+        Tensor y = graph.Run(op, x, other, none, none, none, w, none, none, none);
+        graph.Split(y, parts, [Cols, 3]);
+        Assert.That(() => graph.Split(y, new Tensor[1], [2]), Throws.Exception);
+        graph.Backward(graph.Run(new Scale(2), parts[1]), 1);
+        double[] weights = Read(device, w), got = Read(device, dx);
+        for (int i = 0; i < got.Length; i++)
+            Assert.That(got[i], Is.EqualTo(2 * Enumerable.Range(0, 3)
+                .Sum(r => weights[(r * Cols) + (i % Cols)])).Within(1e-12));
+    }
+
+    /// <summary>
+    /// y = x + x w^T, whose two gradients could not share memory: the product's is read while the
+    /// other is added to.
+    /// </summary>
+    [Test]
+    public void AGradientIsNotLentToAnOperationThatAddsToIt()
+    {
+        using var device = new CpuDevice(1, 1 << 20, DType.F64);
+        var graph = new Graph(device);
+        Tensor dv = Some(device, 2, Tokens, Cols), w = Some(device, 3, Cols, Cols);
+        Tensor v = graph.Parameter(Some(device, 1, Tokens, Cols), dv);
+        Tensor x = graph.Run(new Scale(3), v);
+        graph.Backward(graph.Run(new Add(), x, graph.Run(new Linear(), x, w)), 1);
+        double[] weights = Read(device, w), got = Read(device, dv);
+        for (int i = 0; i < got.Length; i++)
+            Assert.That(got[i], Is.EqualTo(3 * (1 + Enumerable.Range(0, Cols)
+                .Sum(r => weights[(r * Cols) + (i % Cols)]))).Within(1e-12));
+    }
+
     [Test]
     public void MisuseIsRefusedByName()
     {
@@ -195,6 +235,13 @@ public sealed class GraphTests
         var got = new float[4];
         device.Read<float>(gradient, got);
         Assert.That(got, Is.All.Zero);
+    }
+
+    private static double[] Read(CpuDevice device, Tensor tensor)
+    {
+        var values = new double[tensor.Shape.Count];
+        device.Read<double>(tensor, values);
+        return values;
     }
 
     private static Tensor Some(CpuDevice device, int seed, params int[] sizes)

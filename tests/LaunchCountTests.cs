@@ -41,9 +41,9 @@ public sealed class LaunchCountTests
         using CudaDevice device = CountingCuda.Device(context, DType.BF16);
         var graph = new Graph(device);
         DecoderSpec spec = s_spec with { Layers = layers };
+        var source = new Source(graph, adapters.Split());
         var decoder = new Decoder(
-            spec, new ModuleScope(new ParameterTable.Builder(), new Source(graph, adapters.Split())),
-            Recomputation.None);
+            spec, new ModuleScope(new ParameterTable.Builder(), source), Recomputation.None);
         var inputs = new DecoderContext
         {
             Positions = Ints(Tokens), Starts = Ints(2),
@@ -109,7 +109,8 @@ public sealed class LaunchCountTests
             string? module, string weight, int begin, int rows, Tensor bias)
         {
             const int Rank = 64;
-            int cols = weight.Contains("down_proj", StringComparison.Ordinal) ? s_spec.IntermediateSize : s_spec.HiddenSize;
+            int cols = weight.Contains("down_proj", StringComparison.Ordinal)
+                ? s_spec.IntermediateSize : s_spec.HiddenSize;
             bool one = _together.Exists && _used + rows <= _together.Shape[0];
             var matrix = new DenseWeight(
                 one ? _together.Slice(_used, rows) : New(DType.BF16, rows, cols));

@@ -191,7 +191,7 @@ public sealed class OpTests
         {
             if (!inputs[i].Exists) continue;
             bool optional = inputs[i].Name is "b" or "b1"
-                && c.Op is Linear or LoraLinear or Linears or ResidualLinear;
+                && c.Op is Linear or LoraLinear or Linears;
             Spec spec = inputs[i].Spec(DType.F32);
             Spec other = inputs[i].IsInteger ? spec.As(DType.F32) : spec.As(DType.I32);
             Refused(i, other, [names[i]]);

@@ -105,8 +105,8 @@ internal static partial class Plants
         new("the feature before", "splice_forward", "(i - 1)", "(i > 1 ? i - 2 : 0)", "splice"),
 
         // 9: cross-entropy
-        new("the tail is not read", "cross_entropy_rows", "c + i < vocabulary ? row[c + i] : 0", "0",
-            "cross_entropy") { Size = 65, With = [7] },
+        new("the tail is not read", "cross_entropy_rows", "c + i < vocabulary ? row[c + i] : 0",
+            "0", "cross_entropy") { Size = 65, With = [7] },
         new("the target's logit is not subtracted", "cross_entropy_rows", "(own - top)", "top",
             "cross_entropy") { With = [7] },
         new("the last label is not found", "cross_entropy_scatter", "low < labels",

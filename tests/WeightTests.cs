@@ -149,7 +149,7 @@ public sealed class WeightTests
     // A block says when its weights are needed: once for each run of its forward, held through
     // what a recomputation unwinds, and given back also when something throws.
     [TestCase(false, "acquire forward release")]
-    [TestCase(true, "acquire forward release acquire forward gradient release")]
+    [TestCase(true, "acquire forward release gradient acquire forward gradient release")]
     public void ABlockAcquiresWhatItRunsWith(bool checkpoint, string expected)
     {
         using var device = new CpuDevice(1, 1L << 26);

@@ -23,7 +23,11 @@ namespace MiniCpmNative.Autograd;
 /// nobody reads. What a block makes again in backward is computed only as far as it is read, too:
 /// not its last sum, nor the product before that.
 ///
-/// Left out: views with gradients, several outputs of an operation, second derivatives, threads.
+/// An operation has one output, which may be several matrices behind each other: its parts have
+/// gradients of their own in the memory of the whole one's. Where a gradient is the same numbers as
+/// another (a sum's), its memory is handed over rather than copied.
+///
+/// Left out: other views with gradients, second derivatives, threads.
 /// Nothing here allocates once a step of the largest shape has run.
 /// </summary>
 public sealed class Graph
@@ -262,18 +266,17 @@ public sealed class Graph
         for (int i = 0; i < inputs.Length; i++) specs[i] = inputs[i].Spec;
         Outputs outputs = op.Infer(specs, Device.Activations);
         bool fleeting = life == Life.Fleeting && record;
-        // A tensor that something may read later must be one that saves nothing.
-        bool later = record && outputs.SavedCount == 0
-            && (life == Life.Unread || (fleeting && _again));
+        // Made when it is read, if ever; what is saved for backward is made now.
+        bool isLazy = record && (life == Life.Unread || (fleeting && _again));
+        bool later = isLazy && outputs.SavedCount == 0, skip = isLazy && op.CanSkipOutput;
         ArenaMark before = Device.Step.Mark();
         Tensor output = fleeting
-            ? later ? new Tensor(0, outputs.Output) : _pool.Take(outputs.Output)
+            ? later || skip ? new Tensor(0, outputs.Output) : _pool.Take(outputs.Output)
             : Device.Step.Push(outputs.Output, op.Name);
         ArenaMark after = Device.Step.Mark();
         for (int i = 0; i < outputs.SavedCount; i++)
             _saved[i] = Device.Step.Push(outputs.Saved(i), op.Name);
         ReadOnlySpan<Tensor> saved = _saved.AsSpan(0, outputs.SavedCount);
-        bool skip = life == Life.Unread && record && op.CanSkipOutput;
         if (!later)
             Forward(op, inputs, skip ? Tensor.None : output, outputs.SavedCount, record);
         if (record)
@@ -284,7 +287,7 @@ public sealed class Graph
             if (!fleeting) return output;
             ref Variable variable = ref _variables[output.Variable];
             variable.Maker = _nodeCount;
-            if (!later) variable.Value = output;
+            if (!later && !skip) variable.Value = output;
         }
         else if (!keepSaved)
         {
@@ -438,7 +441,8 @@ public sealed class Graph
             if (at <= _parameterCount || _variables[at].Written || _variables[at].Whole.Exists
                 || !node.Op!.PassesGradient(i) || inputs[i].Type != variable.Gradient.Type)
                 continue;
-            if (next == 0 && _nodeCount > 0 && _nodes[_nodeCount - 1].Output.Variable == at) next = at;
+            if (next == 0 && _nodeCount > 0 && _nodes[_nodeCount - 1].Output.Variable == at)
+                next = at;
             else if (owner == 0) owner = at;
         }
 

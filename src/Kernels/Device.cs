@@ -33,8 +33,8 @@ public abstract class Device : IDisposable
     public abstract long PackedBytes(DType type, int rows, int cols);
 
     /// <summary>
-    /// The next matrices to be packed, of so many bytes in all, lie behind each other where the device
-    /// can then multiply by them as one.
+    /// The next matrices to be packed, of so many bytes in all, lie behind each other where the
+    /// device can then multiply by them as one.
     /// </summary>
     public virtual void PackTogether(long bytes)
     {

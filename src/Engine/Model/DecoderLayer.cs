@@ -10,10 +10,13 @@ namespace MiniCpmNative.Engine.Model;
 /// </summary>
 internal sealed class DecoderLayer : Layer<DecoderContext>
 {
+    private static readonly SwiGlu s_swiGlu = new();
+
     private readonly Norm _inputNorm, _postNorm;
     private readonly Norm? _queryNorm, _keyNorm;
     private readonly Projections _heads, _gateAndUp;
-    private readonly ResidualProjection _output, _down;
+    private readonly Projection _output, _down;
+    private readonly Add _add;
     private readonly Rope _rope;
     private readonly Attention _attention, _cachedAttention;
     private readonly DecoderSpec _spec;
@@ -33,8 +36,7 @@ internal sealed class DecoderLayer : Layer<DecoderContext>
         Projection value = attention.Linear("v_proj", width, keys, spec.QkvBias);
         _heads = new Projections([query, key, value], [queries, keys, keys], spec.HeadDim,
             rotated: spec.QkNorm ? 0 : 2);
-        Projection output = attention.Linear("o_proj", queries, width, bias: false);
-        _output = new ResidualProjection(output, spec.ResidualScale);
+        _output = attention.Linear("o_proj", queries, width, bias: false);
         if (spec.QkNorm)
         {
             _queryNorm = attention.RmsNorm("q_norm", spec.HeadDim, spec.RmsNormEpsilon);
@@ -44,16 +46,16 @@ internal sealed class DecoderLayer : Layer<DecoderContext>
         Projection gate = mlp.Linear("gate_proj", width, spec.IntermediateSize, bias: false);
         Projection up = mlp.Linear("up_proj", width, spec.IntermediateSize, bias: false);
         _gateAndUp = new Projections([gate, up], [spec.IntermediateSize, spec.IntermediateSize]);
-        Projection down = mlp.Linear("down_proj", spec.IntermediateSize, width, bias: false);
-        _down = new ResidualProjection(down, spec.ResidualScale, gated: true);
+        _down = mlp.Linear("down_proj", spec.IntermediateSize, width, bias: false);
         mlp.Module("act_fn");
         _inputNorm = scope.RmsNorm("input_layernorm", width, spec.RmsNormEpsilon);
         _postNorm = scope.RmsNorm("post_attention_layernorm", width, spec.RmsNormEpsilon);
+        _add = new Add(spec.ResidualScale);
         _rope = new Rope(spec.HeadDim);
         _attention = new Attention(
             spec.Heads, spec.KvHeads, spec.HeadDim, Causal: true, 1 / Math.Sqrt(spec.HeadDim));
         _cachedAttention = _attention with { Cached = true };
-        Holds([query, key, value, output, gate, up, down],
+        Holds([query, key, value, _output, gate, up, _down],
             _inputNorm, _postNorm, _queryNorm, _keyNorm);
     }
 
@@ -71,12 +73,18 @@ internal sealed class DecoderLayer : Layer<DecoderContext>
         graph.Drop(a);
         Tensor q = Turned(graph, y[0], _queryNorm, context);
         Tensor k = Turned(graph, y[1], _keyNorm, context);
-        x = _output.Run(graph, Attend(graph, q, k, y[2], context), x);
-        a = _postNorm.Run(graph, x, norms || !_gateAndUp.ReadsInput);
-        Tensor gateAndUp = _gateAndUp.Run(graph, a, fleeting: kind >= Recompute.Mlp);
+        a = _output.RunFleeting(graph, Attend(graph, q, k, y[2], context));
+        x = graph.Run(_add, x, a);
         graph.Drop(a);
-        x = _down.Run(graph, gateAndUp, x, last: true);
-        graph.Drop(gateAndUp);
+        a = _postNorm.Run(graph, x, norms || !_gateAndUp.ReadsInput);
+        _gateAndUp.Run(graph, a, y, fleeting: kind >= Recompute.Mlp);
+        graph.Drop(a);
+        a = graph.RunFleeting(s_swiGlu, y[0], y[1]);
+        graph.Drop(y[0]);
+        Tensor down = _down.RunFleeting(graph, a);
+        graph.Drop(a);
+        x = graph.RunLast(_add, x, down);
+        graph.Drop(down);
         return x;
     }
 

@@ -94,50 +94,20 @@ public sealed class Projections
     /// <summary>Whether backward reads x.</summary>
     public bool ReadsInput { get; }
 
-    /// <summary>
-    /// x[rows, in] -> y[rows, all columns], in memory one layer's result behind the other's.
-    /// </summary>
-    public Tensor Run(Graph graph, Tensor x, bool fleeting = false)
+    /// <summary>x[rows, in] -> y of each, [rows, its columns].</summary>
+    public void Run(Graph graph, Tensor x, Span<Tensor> y, bool fleeting = false)
     {
         _inputs[0] = x;
-        return fleeting ? graph.RunFleeting(_op, _inputs) : graph.Run(_op, _inputs);
+        graph.Split(
+            fleeting ? graph.RunFleeting(_op, _inputs) : graph.Run(_op, _inputs), y, _columns);
     }
 
-    /// <summary>
-    /// The same with heads rotated, positions I32[rows] in the tables cos and sin, and y of each
-    /// layer, [rows, its columns].
-    /// </summary>
+    /// <summary>The same with heads rotated: positions I32[rows] in the tables cos and sin.</summary>
     public void Run(
         Graph graph, Tensor x, Tensor positions, Tensor cos, Tensor sin, Span<Tensor> y)
     {
         if (_op.Rotated > 0) (_inputs[^3], _inputs[^2], _inputs[^1]) = (positions, cos, sin);
-        graph.Split(Run(graph, x), y, _columns);
-    }
-}
-
-/// <summary>
-/// A linear layer whose result, times a factor, is added to the residual stream; gated, it takes what
-/// <see cref="Projections"/> of gate and up gives.
-/// </summary>
-public sealed class ResidualProjection
-{
-    private readonly ResidualLinear _op;
-    private readonly Tensor[] _inputs = new Tensor[6];
-
-    public ResidualProjection(Projection layer, double factor, bool gated = false)
-    {
-        _op = new ResidualLinear(factor, gated, layer.Adapter?.Index ?? 0, layer.Adapter?.Scale ?? 1,
-            layer.Dropout, Projection.Other(layer.Weight));
-        layer.CopyTo(_inputs.AsSpan(1));
-    }
-
-    /// <summary>
-    /// residual[rows, out] + factor * layer(x); last says that it ends a block.
-    /// </summary>
-    public Tensor Run(Graph graph, Tensor x, Tensor residual, bool last = false)
-    {
-        (_inputs[0], _inputs[^1]) = (x, residual);
-        return last ? graph.RunLast(_op, _inputs) : graph.Run(_op, _inputs);
+        Run(graph, x, y);
     }
 }
 

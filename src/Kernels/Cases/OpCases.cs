@@ -162,22 +162,6 @@ public static class OpCases
             ProductionOp = new Linears([new(18944, 0), new(18944, 1)], 2, 0.05),
             Dropout = true,
         },
-        new("residual_linear", new ResidualLinear(0.5, layer: 3, scale: 2),
-            n => [X("x", n, 10), X("w", 9, 10), X("b", 9), X("a", 4, 10), X("bb", 9, 4),
-                X("residual", n, 9)],
-            () => [.. Lora(), X("residual", Rows, Width)])
-        {
-            ProductionOp = new ResidualLinear(layer: 3, scale: 2, dropout: 0.05),
-        },
-        new("residual_linear_gated", new ResidualLinear(1, gated: true, 3, 2, 0.3),
-            n => [X("x", n, 14), X("w", 9, 7), Value.Absent("b"), X("a", 4, 7), X("bb", 9, 4),
-                X("residual", n, 9)],
-            () => [X("x", Rows, 2 * 18944), X("w", Width, 18944), Value.Absent("b"),
-                Value.Absent("a"), Value.Absent("bb"), X("residual", Rows, Width)])
-        {
-            ProductionOp = new ResidualLinear(gated: true),
-            Dropout = true,
-        },
         new("attention", new Attention(4, 2, 8, Causal: true, 0.3),
             n => Heads(n, 32, 16, [n / 3, n - (n / 3)]),
             () => Heads(Rows, 28 * 128, 4 * 128, [Rows]))

@@ -3,8 +3,8 @@ using System.Numerics;
 namespace MiniCpmNative.Kernels.Cpu;
 
 /// <summary>
-/// A linear layer in one run of an operation, whose inputs from `first` on are w, b, a and bb; a and
-/// bb are a low-rank adapter, or absent.
+/// A linear layer with a low-rank adapter in one run of an operation, whose inputs from `first` on
+/// are w, b, a and bb.
 /// </summary>
 /// <param name="call">The run.</param>
 /// <param name="first">Number of the input w.</param>
@@ -21,17 +21,11 @@ internal readonly unsafe ref struct CpuAdapter<T>(
 
     private readonly CpuCall<T> _call = call;
 
-    private bool Exists => _call.Input(first + 2).Exists;
-
-    /// <summary>Whether the backward reads x: for the gradients of w and a.</summary>
-    public bool ReadsX => _call.Gradient(first).Wanted || _call.Gradient(first + 2).Wanted;
-
     /// <summary>y = x w^T + b + scale * h bb^T, h = drop(x) a^T; y may be none.</summary>
     public void Forward(Matrix<T> x, Matrix<T> y, Matrix<T> h)
     {
-        if (y.Exists) _call.Weight(first, weight).Multiply(x, y, bias: _call.In(first + 1));
-        if (!Exists) return;
         MatrixView a = _call.View(first + 2);
+        if (y.Exists) _call.Weight(first, weight).Multiply(x, y, bias: _call.In(first + 1));
         Dropout<T> dropout = Mask();
         if (!dropout.Active)
         {
@@ -39,7 +33,7 @@ internal readonly unsafe ref struct CpuAdapter<T>(
         }
         else
         {
-            int tile = TileRows(x.Rows, x.Cols);
+            int tile = TileRows(x);
             Matrix<T> dropped = _call.Scratch(new Shape(tile, x.Cols));
             for (int r = 0; r < x.Rows; r += tile)
             {
@@ -53,8 +47,6 @@ internal readonly unsafe ref struct CpuAdapter<T>(
             _call.Gemm.Multiply(h.View, _call.View(first + 3).T, y.View, scale, beta: 1);
     }
 
-    /// <summary>The gradients of w, b, a and bb, and dx; x may be none where <see cref="ReadsX"/>
-    /// is not.</summary>
     // With t = scale * dy bb: dbb = scale * dy^T h, da = t^T drop(x), dx = dy w + mask * (t a).
     public void Backward(Matrix<T> x, Matrix<T> dy, Matrix<T> h, Gradient<T> dx)
     {
@@ -62,13 +54,12 @@ internal readonly unsafe ref struct CpuAdapter<T>(
         _call.Weight(first, weight).MultiplyTransposed(dy, dx);
         _call.Multiply(dy.View.T, x.View, _call.Gradient(first));
         Sum.Rows(_call, dy, _call.Gradient(first + 1));
-        if (!Exists) return;
         _call.Multiply(dy.View.T, h.View, _call.Gradient(first + 3), scale);
         if (!dx.Wanted && !da.Wanted) return;
         Matrix<T> t = _call.Scratch(new Shape(h.Rows, h.Cols));
         _call.Gemm.Multiply(dy.View, _call.View(first + 3), t.View, scale);
         Dropout<T> dropout = Mask();
-        if (dropout.Active && dy.Rows > 0)
+        if (dropout.Active && x.Rows > 0)
         {
             BackThroughMask(dropout, x, t, dx, da);
             return;
@@ -81,14 +72,15 @@ internal readonly unsafe ref struct CpuAdapter<T>(
     private void BackThroughMask(
         Dropout<T> dropout, Matrix<T> x, Matrix<T> t, Gradient<T> dx, Gradient<T> da)
     {
-        int cols = _call.Input(first + 2).Shape.Cols, tile = TileRows(t.Rows, cols);
-        Matrix<T> scratch = _call.Scratch(new Shape(tile, cols));
-        for (int r = 0; r < t.Rows; r += tile)
+        int tile = TileRows(x);
+        Matrix<T> scratch = _call.Scratch(new Shape(tile, x.Cols));
+        for (int r = 0; r < x.Rows; r += tile)
         {
-            Matrix<T> part = t.Slice(r, tile), masked = scratch.Slice(0, part.Rows);
+            Matrix<T> rows = x.Slice(r, tile), part = t.Slice(r, tile);
+            Matrix<T> masked = scratch.Slice(0, rows.Rows);
             if (da.Wanted)
             {
-                dropout.Apply(_call.Workers, x.Slice(r, tile), r, masked, accumulate: false);
+                dropout.Apply(_call.Workers, rows, r, masked, accumulate: false);
                 _call.Multiply(part.View.T, masked.View, new(da.Into, da.Accumulate || r > 0));
             }
 
@@ -100,6 +92,6 @@ internal readonly unsafe ref struct CpuAdapter<T>(
 
     private Dropout<T> Mask() => new(_call.Random, layer, p);
 
-    private static int TileRows(int rows, int cols) =>
-        Math.Min(Math.Max(32, TileElements / Math.Max(1, cols)), Math.Max(1, rows));
+    private static int TileRows(Matrix<T> x) =>
+        Math.Min(Math.Max(32, TileElements / Math.Max(1, x.Cols)), Math.Max(1, x.Rows));
 }

@@ -2,8 +2,8 @@ namespace MiniCpmNative.Kernels.Cuda;
 
 /// <summary>
 /// The products of the low-rank adapters of one input that dropout masks go through, as
-/// <see cref="Philox"/> defines them: section 8 of kernels.cu. Adapters have one rank; their h and t
-/// lie one behind the other. Each product reads x, or reads and writes its gradient, once.
+/// <see cref="Philox"/> defines them: section 8 of kernels.cu. Adapters have one rank; their h and
+/// t lie one behind the other. Each product reads x, or reads and writes its gradient, once.
 /// </summary>
 internal readonly ref struct CudaLoraProducts
 {
@@ -50,7 +50,8 @@ internal readonly ref struct CudaLoraProducts
         if (blocks == 0) return;
         var (parts, each) =
             call.Split(_cols, blocks, BlocksPerMultiprocessor, fewest: 2 * Cols, Cols);
-        Tensor part = parts > 1 ? call.Scratch(DType.F32, parts, (int)h.Shape.Rows, Rank) : Tensor.None;
+        Tensor part = parts > 1
+            ? call.Scratch(DType.F32, parts, (int)h.Shape.Rows, Rank) : Tensor.None;
         call.Launch("lora_down", Grid.Blocks256(blocks, 1, parts), h, part, x.Data, _mask,
             A(0), A(1), A(2), _rows, _cols, Rank, _a.Length, _words, each, _scale);
         if (parts == 1) return;
@@ -67,7 +68,8 @@ internal readonly ref struct CudaLoraProducts
             _rows, _cols, Rank, _a.Length, _words, dx.Accumulate, _scale);
 
     /// <summary>
-    /// da_n = t_n^T drop_n(x), or adds it; da[rank, cols] is F32, one for each adapter, wanted or not.
+    /// da_n = t_n^T drop_n(x), or adds it; da[rank, cols] is F32, one for each adapter, wanted or
+    /// not.
     /// </summary>
     public void GradientA(
         in CudaCall call, CudaMatrix x, in Tensor t, ReadOnlySpan<GradientTarget> da)

@@ -19,7 +19,10 @@ public readonly record struct CudaMatrix(Tensor Data, int Rows, int Cols, bool I
     /// <summary>Columns begin..begin+count of a matrix as it lies.</summary>
     public CudaMatrix ColumnsFrom(int begin, int count) => Part(begin, Rows, count);
 
-    private CudaMatrix Part(long offset, int rows, int cols) => IsTransposed
-        ? throw new ShapeException($"a part of a transposed {Data.Spec}")
-        : new(Data with { Data = Data.Data + (nint)(offset * Data.Type.Size()) }, rows, cols, false);
+    private CudaMatrix Part(long offset, int rows, int cols)
+    {
+        if (IsTransposed) throw new ShapeException($"a part of a transposed {Data.Spec}");
+        nint address = Data.Data + (nint)(offset * Data.Type.Size());
+        return new(Data with { Data = address }, rows, cols, false);
+    }
 }

@@ -25,7 +25,8 @@ public sealed record Add(double Scale = 1) : Op("add")
     public override bool PassesGradient(int input) => input == 0 || Scale == 1;
 
     public override void CpuForward<T>(in CpuCall<T> call) =>
-        Forward(call, call.In(0), call.In(1), Scale, call.Output);
+        Elementwise.Map(call.Workers, call.In(0), call.In(1), default, call.Output, false,
+            new Scaled<T>(Real.Of<T>(Scale)));
 
     public override void CpuBackward<T>(in CpuCall<T> call)
     {
@@ -34,27 +35,18 @@ public sealed record Add(double Scale = 1) : Op("add")
             call.Workers, call.OutputGradient, Real.Of<T>(Scale), call.Gradient(1));
     }
 
-    public override void CudaForward(in CudaCall call) =>
-        Forward(call, call.In(0), call.In(1), Scale, call.Output);
+    public override void CudaForward(in CudaCall call)
+    {
+        Tensor y = call.Output;
+        call.Launch("add_forward", Grid.Vectors(y.Shape.Count, call.Real),
+            y, call.In(0), call.In(1), Scale, y.Shape.Count);
+    }
 
     public override void CudaBackward(in CudaCall call)
     {
         call.Scale(call.OutputGradient, 1, call.Gradient(0));
         call.Scale(call.OutputGradient, Scale, call.Gradient(1));
     }
-
-    /// <summary>y = a + scale * b; y may be b.</summary>
-    internal static void Forward<T>(
-        in CpuCall<T> call, Matrix<T> a, Matrix<T> b, double scale, Matrix<T> y)
-        where T : unmanaged, IBinaryFloatingPointIeee754<T> =>
-        Elementwise.Map(
-            call.Workers, a, b, default, y, false, new Scaled<T>(Real.Of<T>(scale)));
-
-    /// <inheritdoc cref="Forward{T}"/>
-    internal static void Forward(
-        in CudaCall call, in Tensor a, in Tensor b, double scale, in Tensor y) =>
-        call.Launch("add_forward", Grid.Vectors(y.Shape.Count, call.Real),
-            y, a, b, scale, y.Shape.Count);
 
     private readonly struct Scaled<T>(T scale) : IMap<T>
         where T : unmanaged

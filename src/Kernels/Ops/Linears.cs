@@ -10,10 +10,10 @@ namespace MiniCpmNative.Kernels.Ops;
 public sealed record LinearPart(int Outputs, int Layer = 0, Weight? Weight = null);
 
 /// <summary>
-/// Up to three linear layers of one x, each as <see cref="LoraLinear"/> where it has an adapter, else
-/// as <see cref="Linear"/>: y_i = x w_i^T + b_i + Scale * (drop_i(x) a_i^T) bb_i^T. Inputs are
-/// x[rows, in], for each layer w, b, a and bb (b, and a with bb, may be absent) and, where heads are
-/// rotated, positions, cos and sin as <see cref="Rope"/> takes them. y[rows, all outputs] is in
+/// Up to three linear layers of one x, each as <see cref="LoraLinear"/> where it has an adapter,
+/// else as <see cref="Linear"/>: y_i = x w_i^T + b_i + Scale * (drop_i(x) a_i^T) bb_i^T. Inputs are
+/// x[rows, in], for each layer w, b, a and bb (b, and a with bb, may be absent) and, where heads
+/// are rotated, positions, cos and sin as <see cref="Rope"/> takes them. y[rows, all outputs] is in
 /// memory one matrix [rows, Outputs] behind the other. The heads of HeadDim columns of the first
 /// Rotated layers are rotated by their positions; HeadDim is 0 where columns are no heads. Saves
 /// h[adapters, rows, rank].
@@ -84,7 +84,8 @@ public sealed record Linears : Op
 
         if (Rotated > 0)
         {
-            if (HeadDim % 2 != 0) throw new ShapeException($"{Name}: w has heads of {HeadDim} rows");
+            if (HeadDim % 2 != 0)
+                throw new ShapeException($"{Name}: w has heads of {HeadDim} rows, not an even number");
             inputs.Int(this, Positions, "positions").MustBe(this, "positions", rows);
             Spec cos = inputs.Float(this, Positions + 1, "cos");
             cos.MustBe(this, "cos", (int)cos.Shape.Rows, HeadDim / 2);
@@ -113,8 +114,10 @@ public sealed record Linears : Op
         for (int i = 0, adapter = 0; i < _parts.Length; i++)
         {
             Matrix<T> y = Part(call.Output, i);
-            bool adapted = call.Input(First(i) + 2).Exists;
-            Adapter(call, i).Forward(x, y, adapted ? Kept(call, adapter++, x.Rows) : default);
+            if (HasAdapter(call.Input(First(i) + 2)))
+                Adapter(call, i).Forward(x, y, Adapter(call, adapter++, x.Rows));
+            else
+                call.Weight(First(i), _parts[i].Weight).Multiply(x, y, bias: call.In(First(i) + 1));
             if (i < Rotated)
                 Rope.Rotate(this, call, Positions, HeadDim, y, new Gradient<T>(y, false), T.One);
         }
@@ -125,6 +128,7 @@ public sealed record Linears : Op
         Matrix<T> x = call.In(0);
         for (int i = 0, adapter = 0; i < _parts.Length; i++)
         {
+            int w = First(i);
             Matrix<T> dy = Part(call.OutputGradient, i);
             if (i < Rotated)
             {
@@ -136,8 +140,15 @@ public sealed record Linears : Op
 
             Gradient<T> dx = call.Gradient(0);
             if (dx.Wanted && i > 0) dx = new Gradient<T>(dx.Into, accumulate: true);
-            bool adapted = call.Input(First(i) + 2).Exists;
-            Adapter(call, i).Backward(x, dy, adapted ? Kept(call, adapter++, x.Rows) : default, dx);
+            if (HasAdapter(call.Input(w + 2)))
+            {
+                Adapter(call, i).Backward(x, dy, Adapter(call, adapter++, x.Rows), dx);
+                continue;
+            }
+
+            call.Weight(w, _parts[i].Weight).MultiplyTransposed(dy, dx);
+            call.Multiply(dy.View.T, x.View, call.Gradient(w));
+            Sum.Rows(call, dy, call.Gradient(w + 1));
         }
     }
 
@@ -162,7 +173,7 @@ public sealed record Linears : Op
             Up(call, h, side, y, before: true);
             for (int i = 0; i < _parts.Length; i++)
             {
-                bool there = call.Input(First(i) + 2).Exists
+                bool there = HasAdapter(call.Input(First(i) + 2))
                     || (!heads && call.Input(First(i) + 1).Exists);
                 call.Weight(First(i), _parts[i].Weight)
                     .Multiply(x, Of(side, y, i), beta: there ? 1 : 0);
@@ -200,6 +211,8 @@ public sealed record Linears : Op
 
     private static int First(int part) => 1 + (Each * part);
 
+    private static bool HasAdapter(in Tensor a) => a.Exists;
+
     private static Tensor Matrix(in Tensor stacked, int index, int rows) => new(
         stacked.Data + (nint)((long)index * rows * stacked.Shape.Cols * stacked.Type.Size()),
         new Spec(stacked.Type, new Shape(rows, stacked.Shape.Cols)));
@@ -216,7 +229,7 @@ public sealed record Linears : Op
         where T : unmanaged =>
         new(y.Data + ((long)y.Rows * Begin(part)), y.Rows, _parts[part].Outputs);
 
-    private unsafe Matrix<T> Kept<T>(in CpuCall<T> call, int adapter, int rows)
+    private unsafe Matrix<T> Adapter<T>(in CpuCall<T> call, int adapter, int rows)
         where T : unmanaged, System.Numerics.IBinaryFloatingPointIeee754<T>
     {
         Matrix<T> h = call.Saved(0);

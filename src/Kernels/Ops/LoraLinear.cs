@@ -52,19 +52,56 @@ public sealed record LoraLinear : Op
     public override bool Differentiates(int input) =>
         input != 1 || Weight is null || Weight.Tensor.Exists;
 
+    public override bool CanSkipOutput => true;
+
     public override void CpuForward<T>(in CpuCall<T> call) =>
         new CpuAdapter<T>(call, 1, Weight, Layer, Scale, Dropout)
-            .Forward(call.In(0), call.Output, call.Saved(0));
+            .Forward(call.In(0), call.HasOutput ? call.Output : default, call.Saved(0));
 
     public override void CpuBackward<T>(in CpuCall<T> call) =>
         new CpuAdapter<T>(call, 1, Weight, Layer, Scale, Dropout)
             .Backward(call.In(0), call.OutputGradient, call.Saved(0), call.Gradient(0));
 
-    public override void CudaForward(in CudaCall call) =>
-        new CudaAdapter(call, 1, Weight, Layer, Scale, Dropout)
-            .Forward(call.In(0), call.Output, call.Saved(0));
+    // Without a mask every product is cuBLAS's: h = x a^T reads x once too. With one, h reads x
+    // once and draws the mask on the way, where a dropped copy of x would be written and read
+    // again. The adapter's part is stored first, in y and in dx, and the frozen weight's added to
+    // it: what is rounded twice is then the smaller part, and nothing while bb is 0.
+    public override void CudaForward(in CudaCall call)
+    {
+        CudaMatrix x = call.In(0);
+        Tensor a = call.In(3), y = call.Output, h = call.Saved(0), b = call.Floats(2);
+        if (CudaLoraProducts.Drops(call, Dropout))
+            new CudaLoraProducts(call, x, [a], [Layer], Dropout).Down(call, x, h);
+        else call.Multiply(x, ((CudaMatrix)a).T, h);
+        if (!y.Exists) return;
+        if (b.Exists) call.FillRows(y, b);
+        call.Multiply(h, ((CudaMatrix)call.In(4)).T, y, Scale, beta: b.Exists ? 1 : 0);
+        call.Weight(1, Weight).Multiply(x, y, beta: 1);
+    }
 
-    public override void CudaBackward(in CudaCall call) =>
-        new CudaAdapter(call, 1, Weight, Layer, Scale, Dropout)
-            .Backward(call.In(0), call.OutputGradient, call.Saved(0), call.Gradient(0));
+    public override void CudaBackward(in CudaCall call)
+    {
+        CudaMatrix x = call.In(0), dy = call.OutputGradient;
+        Tensor h = call.Saved(0);
+        call.Multiply(dy.T, x, call.AnyGradient(1));
+        call.SumRows(call.OutputGradient, call.FloatGradient(2));
+        call.Multiply(dy.T, h, call.AnyGradient(4), Scale);
+        GradientTarget dx = call.Gradient(0), da = call.FloatGradient(3);
+        if (!dx.Wanted && !da.Wanted) return;
+        Tensor t = call.Scratch(call.Real, x.Rows, h.Shape.Cols);
+        call.Multiply(dy, call.In(4), t, Scale);
+        if (CudaLoraProducts.Drops(call, Dropout))
+        {
+            var masked = new CudaLoraProducts(call, x, [call.In(3)], [Layer], Dropout);
+            if (da.Wanted) masked.GradientA(call, x, t, [da]);
+            if (dx.Wanted) masked.GradientX(call, t, dx);
+        }
+        else
+        {
+            call.Multiply(((CudaMatrix)t).T, x, da);
+            if (dx.Wanted) call.Multiply(t, call.In(3), dx);
+        }
+
+        if (dx.Wanted) call.Weight(1, Weight).MultiplyTransposed(dy, dx.Buffer, beta: 1);
+    }
 }

@@ -21,29 +21,14 @@ public sealed record SwiGlu() : Op("swiglu")
     public override bool Differentiates(int input) => true;
 
     public override void CpuForward<T>(in CpuCall<T> call) =>
-        Forward(call, call.In(0), call.In(1), call.Output);
-
-    public override void CpuBackward<T>(in CpuCall<T> call) =>
-        Backward(call, call.In(0), call.In(1), call.OutputGradient, call.Gradient(0),
-            call.Gradient(1));
-
-    public override void CudaForward(in CudaCall call) =>
-        Forward(call, call.In(0), call.In(1), call.Output);
-
-    public override void CudaBackward(in CudaCall call) =>
-        Backward(call, call.In(0), call.In(1), call.OutputGradient, call.Gradient(0),
-            call.Gradient(1));
-
-    internal static void Forward<T>(
-        in CpuCall<T> call, Matrix<T> gate, Matrix<T> up, Matrix<T> y)
-        where T : unmanaged, IBinaryFloatingPointIeee754<T> =>
-        Elementwise.Map(call.Workers, gate, up, default, y, false, default(Value<T>));
+        Elementwise.Map(
+            call.Workers, call.In(0), call.In(1), default, call.Output, false, default(Value<T>));
 
     // Two passes: sigmoid twice costs less than a loop with two results would in code.
-    internal static void Backward<T>(in CpuCall<T> call, Matrix<T> gate, Matrix<T> up,
-        Matrix<T> dy, Gradient<T> dGate, Gradient<T> dUp)
-        where T : unmanaged, IBinaryFloatingPointIeee754<T>
+    public override void CpuBackward<T>(in CpuCall<T> call)
     {
+        Matrix<T> gate = call.In(0), up = call.In(1), dy = call.OutputGradient;
+        Gradient<T> dGate = call.Gradient(0), dUp = call.Gradient(1);
         if (dGate.Wanted)
             Elementwise.Map(call.Workers, gate, up, dy, dGate.Into, dGate.Accumulate,
                 default(GateSlope<T>));
@@ -52,17 +37,21 @@ public sealed record SwiGlu() : Op("swiglu")
                 default(Value<T>));
     }
 
-    internal static void Forward(in CudaCall call, in Tensor gate, in Tensor up, in Tensor y) =>
-        call.Launch("swiglu_forward", Grid.Vectors(gate.Shape.Count, call.Real),
-            y, gate, up, gate.Shape.Count);
-
-    internal static void Backward(in CudaCall call, in Tensor gate, in Tensor up, in Tensor dy,
-        GradientTarget dGate, GradientTarget dUp)
+    public override void CudaForward(in CudaCall call)
     {
+        Tensor gate = call.In(0);
+        call.Launch("swiglu_forward", Grid.Vectors(gate.Shape.Count, call.Real),
+            call.Output, gate, call.In(1), gate.Shape.Count);
+    }
+
+    public override void CudaBackward(in CudaCall call)
+    {
+        GradientTarget dGate = call.Gradient(0), dUp = call.Gradient(1);
+        Tensor gate = call.In(0);
         if (dGate.Wanted || dUp.Wanted)
             call.Launch("swiglu_backward", Grid.Vectors(gate.Shape.Count, call.Real),
-                dGate.Buffer, dUp.Buffer, dy, gate, up, gate.Shape.Count, dGate.Accumulate,
-                dUp.Accumulate);
+                dGate.Buffer, dUp.Buffer, call.OutputGradient, gate, call.In(1), gate.Shape.Count,
+                dGate.Accumulate, dUp.Accumulate);
     }
 
     private readonly struct Value<T> : IMap<T>
