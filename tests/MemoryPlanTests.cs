@@ -75,7 +75,7 @@ public sealed class MemoryPlanTests
         Batch batch = V26.Batch(arguments, "text0", "text1");
         float[]? kept = null;
         int layers = V26.Spec.Decoder.Layers;
-        foreach (int amount in (int[])[0, layers, 2 * layers, 3 * layers, dry.Recomputation.Most])
+        foreach (int amount in (int[])[0, layers, 2 * layers, dry.Recomputation.Most])
         {
             model.Recomputation.Amount = dry.Recomputation.Amount = amount;
             model.Device.Step.ResetNeeded();

@@ -93,7 +93,7 @@ internal sealed class RealOptions
     public Recompute Recompute =>
         Enum.TryParse(_given.GetValueOrDefault("recompute", "auto"), true, out Recompute kind)
             ? kind : throw new ArgumentException(
-                "--recompute must be auto, nothing, norms, swiglu, mlp or block");
+                "--recompute must be auto, nothing, norms, mlp or block");
 
     public int Steps => Number("steps", 10);
 

@@ -125,12 +125,10 @@ public sealed class Graph
     public Tensor RunLast(Op op, params ReadOnlySpan<Tensor> inputs) =>
         Run(op, keepSaved: false, _again ? Life.Unread : Life.Kept, inputs);
 
-    /// <summary>
-    /// Gives back the memory of a fleeting tensor, of a part with the others; nothing for others.
-    /// </summary>
+    /// <summary>Gives back the memory of a fleeting tensor; nothing for others.</summary>
     public void Drop(in Tensor tensor)
     {
-        ref Variable variable = ref _variables[Whole(tensor.Variable)];
+        ref Variable variable = ref _variables[Root(tensor.Variable)];
         if (variable.Maker == 0 || !variable.Value.Exists) return;
         _pool.Return(variable.Value);
         variable.Value = Tensor.None;
@@ -268,18 +266,19 @@ public sealed class Graph
         for (int i = 0; i < inputs.Length; i++) specs[i] = inputs[i].Spec;
         Outputs outputs = op.Infer(specs, Device.Activations);
         bool fleeting = life == Life.Fleeting && record;
-        // A tensor that something may read later must be one that saves nothing.
-        bool later = record && outputs.SavedCount == 0
-            && (life == Life.Unread || (fleeting && _again));
+        // Made when it is read, if ever; what is saved for backward is made now.
+        bool isLazy = record && (life == Life.Unread || (fleeting && _again));
+        bool later = isLazy && outputs.SavedCount == 0, skip = isLazy && op.CanSkipOutput;
         ArenaMark before = Device.Step.Mark();
         Tensor output = fleeting
-            ? later ? new Tensor(0, outputs.Output) : _pool.Take(outputs.Output)
+            ? later || skip ? new Tensor(0, outputs.Output) : _pool.Take(outputs.Output)
             : Device.Step.Push(outputs.Output, op.Name);
         ArenaMark after = Device.Step.Mark();
         for (int i = 0; i < outputs.SavedCount; i++)
             _saved[i] = Device.Step.Push(outputs.Saved(i), op.Name);
         ReadOnlySpan<Tensor> saved = _saved.AsSpan(0, outputs.SavedCount);
-        if (!later) Forward(op, inputs, output, outputs.SavedCount, record);
+        if (!later)
+            Forward(op, inputs, skip ? Tensor.None : output, outputs.SavedCount, record);
         if (record)
         {
             output = output with { Variable = NewVariable(Tensor.None) };
@@ -288,7 +287,7 @@ public sealed class Graph
             if (!fleeting) return output;
             ref Variable variable = ref _variables[output.Variable];
             variable.Maker = _nodeCount;
-            if (!later) variable.Value = output;
+            if (!later && !skip) variable.Value = output;
         }
         else if (!keepSaved)
         {
@@ -303,7 +302,7 @@ public sealed class Graph
         Op op, ReadOnlySpan<Tensor> inputs, Tensor output, int saved, bool record)
     {
         bool any = false;
-        for (int i = 0; i < inputs.Length; i++) any |= _variables[Whole(inputs[i].Variable)].Maker > 0;
+        for (int i = 0; i < inputs.Length; i++) any |= _variables[Root(inputs[i].Variable)].Maker > 0;
         if (any)
         {
             for (int i = 0; i < inputs.Length; i++) Make(inputs[i]);
@@ -318,8 +317,8 @@ public sealed class Graph
     // this reads before.
     private void Make(in Tensor tensor)
     {
-        int made = Whole(tensor.Variable), maker = _variables[made].Maker;
-        if (maker == 0 || _variables[made].Value.Exists) return;
+        int root = Root(tensor.Variable), maker = _variables[root].Maker;
+        if (maker == 0 || _variables[root].Value.Exists) return;
         Node node = _nodes[maker - 1];
         Span<Tensor> inputs = _tensors.AsSpan(node.FirstTensor, node.Inputs);
         foreach (ref Tensor input in inputs)
@@ -329,7 +328,7 @@ public sealed class Graph
         }
 
         Tensor value = _pool.Take(node.Output.Spec);
-        _variables[made].Value = value;
+        _variables[root].Value = value;
         Device.Forward(node.Op!, new OpCall(
             inputs, value, _tensors.AsSpan(node.FirstTensor + node.Inputs, node.Saved),
             recorded: true));
@@ -338,14 +337,15 @@ public sealed class Graph
     // The tensor where it lies now, in the shape in which it is used here.
     private Tensor Current(in Tensor tensor)
     {
-        ref Variable whole = ref _variables[Whole(tensor.Variable)];
-        return whole.Maker > 0 && whole.Value.Exists
-            ? tensor with { Data = whole.Value.Data + _variables[tensor.Variable].Offset } : tensor;
+        ref Variable variable = ref _variables[Root(tensor.Variable)];
+        return variable.Maker > 0 && variable.Value.Exists
+            ? tensor with { Data = variable.Value.Data + _variables[tensor.Variable].Offset }
+            : tensor;
     }
 
-    // The variable whose operation made a tensor: its own, or that of which it is a part.
-    private int Whole(int variable) =>
-        _variables[variable].Whole.Exists ? _variables[variable].Whole.Variable : variable;
+    // The variable of the output that this one is a part of, or itself.
+    private int Root(int variable) =>
+        _variables[variable].Whole is { Exists: true } whole ? whole.Variable : variable;
 
     private bool Needed(Op op, ReadOnlySpan<Tensor> inputs)
     {
@@ -548,6 +548,10 @@ public sealed class Graph
         public Tensor Gradient;
         public bool Written;
 
+        // Of a fleeting tensor: its node from 1, and where it lies while it is there.
+        public int Maker;
+        public Tensor Value;
+
         /// <summary>The memory is another's, who has it when this variable's node is undone.
         /// </summary>
         public bool Borrowed;
@@ -558,10 +562,6 @@ public sealed class Graph
 
         /// <summary>Number of parts, whose variables follow this one.</summary>
         public int Parts;
-
-        // Of a fleeting tensor: its node from 1, and where it lies while it is there.
-        public int Maker;
-        public Tensor Value;
     }
 
     /// <summary>

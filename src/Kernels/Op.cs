@@ -26,16 +26,22 @@ public abstract record Op(string Name)
     public abstract bool Differentiates(int input);
 
     /// <summary>
+    /// Whether backward reads the values of this input when those that are trained want gradients;
+    /// where it does not, they need not be there any more.
+    /// </summary>
+    public virtual bool BackwardReads(int input, ReadOnlySpan<bool> trained) => true;
+
+    /// <summary>
     /// Whether this input's gradient is the output's as it is, which the tape then hands over
     /// without asking for it.
     /// </summary>
     public virtual bool PassesGradient(int input) => false;
 
     /// <summary>
-    /// Whether backward reads the values of this input when those that are trained want gradients;
-    /// where it does not, they need not be there any more.
+    /// Whether its forward, given no output, makes only what it saves: for an output that nobody
+    /// reads.
     /// </summary>
-    public virtual bool BackwardReads(int input, ReadOnlySpan<bool> trained) => true;
+    public virtual bool CanSkipOutput => false;
 
     /// <summary>
     /// The input that it changes in place, which is then its result in the output's stead: it has

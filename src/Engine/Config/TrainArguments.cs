@@ -103,8 +103,8 @@ public sealed partial record TrainArguments
     [Key("Trained parts", "recompute each layer in the backward pass to save memory: recompute=block")]
     public bool GradientCheckpointing { get; init; }
 
-    [Key("Trained parts", "what is recomputed: nothing, norms, swiglu (and norms), mlp (and norms), "
-        + "block, or auto: on a GPU as little as fits into its memory")]
+    [Key("Trained parts", "what is recomputed: nothing, norms, mlp (and norms), block, or auto: on a "
+        + "GPU as little as fits into its memory")]
     public Recompute Recompute { get; init; }
 
     [Key("Optimisation", "passes over the data", Open = true, Max = 1e6)]

@@ -51,11 +51,11 @@ public enum OptimizerKind { AdamwTorch, AdamwTorchFused, AdamwBf16 }
 
 /// <summary>
 /// What a layer computes again in backward instead of keeping it, each with what stands before it:
-/// the outputs of its norms; that of SwiGLU; gate and up, which leaves nothing of the MLP but its
-/// input; everything but the layer's input. Auto: on a GPU as little as fits into its memory, else
+/// the outputs of its norms; gate and up, which leaves nothing of the MLP but its input; everything
+/// but the layer's input. (SwiGLU's output is never kept.) Auto: on a GPU as little as fits into its memory, else
 /// nothing.
 /// </summary>
-public enum Recompute { Auto, Nothing, Norms, Swiglu, Mlp, Block }
+public enum Recompute { Auto, Nothing, Norms, Mlp, Block }
 
 public enum LoraBias { None, All, LoraOnly }
 

@@ -63,9 +63,11 @@ internal sealed class DecoderLayer : Layer<DecoderContext>
     {
         Span<Tensor> y = [Tensor.None, Tensor.None, Tensor.None];
         Recompute kind = _recomputation.Decoder(_index);
+        // A block that is made again as a whole keeps all of it.
+        if (kind == Recompute.Block) kind = Recompute.Nothing;
         bool norms = kind >= Recompute.Norms;
         // What no backward reads is dropped whatever is recomputed: frozen projections do not read
-        // their inputs, rotations and sums none.
+        // their inputs, rotations none.
         Tensor a = _inputNorm.Run(graph, x, norms || !_heads.ReadsInput);
         _heads.Run(graph, a, context.Positions, context.RopeCos, context.RopeSin, y);
         graph.Drop(a);
@@ -77,8 +79,7 @@ internal sealed class DecoderLayer : Layer<DecoderContext>
         a = _postNorm.Run(graph, x, norms || !_gateAndUp.ReadsInput);
         _gateAndUp.Run(graph, a, y, fleeting: kind >= Recompute.Mlp);
         graph.Drop(a);
-        a = kind >= Recompute.Swiglu || !_down.ReadsInput
-            ? graph.RunFleeting(s_swiGlu, y[0], y[1]) : graph.Run(s_swiGlu, y[0], y[1]);
+        a = graph.RunFleeting(s_swiGlu, y[0], y[1]);
         graph.Drop(y[0]);
         Tensor down = _down.RunFleeting(graph, a);
         graph.Drop(a);

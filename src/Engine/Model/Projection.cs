@@ -54,10 +54,6 @@ public sealed class Projection
         ? graph.RunFleeting(_op, x, Weight.Tensor, _bias, _a, _b)
         : graph.RunFleeting(_op, x, Weight.Tensor, _bias);
 
-    /// <summary>One or the other.</summary>
-    public Tensor Run(Graph graph, Tensor x, bool fleeting) =>
-        fleeting ? RunFleeting(graph, x) : Run(graph, x);
-
     /// <summary>Its weight, bias and adapter as an operation takes them.</summary>
     internal void CopyTo(Span<Tensor> inputs) =>
         (inputs[0], inputs[1], inputs[2], inputs[3]) = (Weight.Tensor, _bias, _a, _b);

@@ -15,7 +15,7 @@ public sealed class Recomputation(int decoderLayers, int visionLayers)
     /// <summary>For a model that never learns.</summary>
     public static Recomputation None { get; } = new(0, 0);
 
-    public int Most => (4 * decoderLayers) + visionLayers;
+    public int Most => (3 * decoderLayers) + visionLayers;
 
     public int Amount
     {
@@ -35,14 +35,14 @@ public sealed class Recomputation(int decoderLayers, int visionLayers)
     public Recompute Decoder(int layer)
     {
         if (_amount == 0) return Recompute.Nothing;
-        int before = 3 * decoderLayers;
+        int before = 2 * decoderLayers;
         if (_amount > before)
             return layer < _amount - before - visionLayers ? Recompute.Block : Recompute.Mlp;
         return Recompute.Nothing + (_amount / decoderLayers)
             + (layer < _amount % decoderLayers ? 1 : 0);
     }
 
-    public bool Vision(int layer) => layer < _amount - (3 * decoderLayers);
+    public bool Vision(int layer) => layer < _amount - (2 * decoderLayers);
 
     /// <summary>In words.</summary>
     public override string ToString()
@@ -60,7 +60,6 @@ public sealed class Recomputation(int decoderLayers, int visionLayers)
     private static string Name(Recompute kind) => kind switch
     {
         Recompute.Norms => "norms",
-        Recompute.Swiglu => "norms and SwiGLU",
         Recompute.Mlp => "norms and MLP",
         _ => "all",
     };

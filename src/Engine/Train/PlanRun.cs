@@ -143,8 +143,8 @@ public static class PlanRun
         List<PlannedBatches.Planned> batches, Card card, TextWriter output)
     {
         output.WriteLine("with other settings:");
-        foreach (Recompute kind in (Recompute[])[Recompute.Nothing, Recompute.Norms,
-            Recompute.Swiglu, Recompute.Mlp, Recompute.Block])
+        foreach (Recompute kind in (Recompute[])[
+            Recompute.Nothing, Recompute.Norms, Recompute.Mlp, Recompute.Block])
         {
             dry.Recomputation.Amount = dry.Recomputation.Of(kind);
             Line($"recompute={TrainKeys.SnakeCase(kind.ToString())}", MemoryPlan.Make(

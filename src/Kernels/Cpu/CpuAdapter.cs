@@ -21,11 +21,11 @@ internal readonly unsafe ref struct CpuAdapter<T>(
 
     private readonly CpuCall<T> _call = call;
 
-    /// <summary>y = x w^T + b + scale * h bb^T, h = drop(x) a^T.</summary>
+    /// <summary>y = x w^T + b + scale * h bb^T, h = drop(x) a^T; y may be none.</summary>
     public void Forward(Matrix<T> x, Matrix<T> y, Matrix<T> h)
     {
         MatrixView a = _call.View(first + 2);
-        _call.Weight(first, weight).Multiply(x, y, bias: _call.In(first + 1));
+        if (y.Exists) _call.Weight(first, weight).Multiply(x, y, bias: _call.In(first + 1));
         Dropout<T> dropout = Mask();
         if (!dropout.Active)
         {
@@ -43,7 +43,8 @@ internal readonly unsafe ref struct CpuAdapter<T>(
             }
         }
 
-        _call.Gemm.Multiply(h.View, _call.View(first + 3).T, y.View, scale, beta: 1);
+        if (y.Exists)
+            _call.Gemm.Multiply(h.View, _call.View(first + 3).T, y.View, scale, beta: 1);
     }
 
     // With t = scale * dy bb: dbb = scale * dy^T h, da = t^T drop(x), dx = dy w + mask * (t a).

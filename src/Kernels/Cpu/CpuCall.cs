@@ -62,6 +62,9 @@ public readonly unsafe ref struct CpuCall<T>(CpuDevice device, Op op, OpCall cal
 
     public Matrix<T> Output => Typed<T>(_call.Output);
 
+    /// <summary>False where nobody reads the output, see <see cref="Op.CanSkipOutput"/>.</summary>
+    public bool HasOutput => _call.Output.Exists;
+
     public Matrix<T> Saved(int index) => Typed<T>(_call.Saved[index]);
 
     public Matrix<T> OutputGradient => Typed<T>(_call.OutputGradient);

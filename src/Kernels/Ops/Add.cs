@@ -20,9 +20,9 @@ public sealed record Add(double Scale = 1) : Op("add")
 
     public override bool Differentiates(int input) => true;
 
-    public override bool PassesGradient(int input) => input == 0 || Scale == 1;
-
     public override bool BackwardReads(int input, ReadOnlySpan<bool> trained) => false;
+
+    public override bool PassesGradient(int input) => input == 0 || Scale == 1;
 
     public override void CpuForward<T>(in CpuCall<T> call) =>
         Elementwise.Map(call.Workers, call.In(0), call.In(1), default, call.Output, false,

@@ -52,9 +52,11 @@ public sealed record LoraLinear : Op
     public override bool Differentiates(int input) =>
         input != 1 || Weight is null || Weight.Tensor.Exists;
 
+    public override bool CanSkipOutput => true;
+
     public override void CpuForward<T>(in CpuCall<T> call) =>
         new CpuAdapter<T>(call, 1, Weight, Layer, Scale, Dropout)
-            .Forward(call.In(0), call.Output, call.Saved(0));
+            .Forward(call.In(0), call.HasOutput ? call.Output : default, call.Saved(0));
 
     public override void CpuBackward<T>(in CpuCall<T> call) =>
         new CpuAdapter<T>(call, 1, Weight, Layer, Scale, Dropout)
@@ -71,6 +73,7 @@ public sealed record LoraLinear : Op
         if (CudaLoraProducts.Drops(call, Dropout))
             new CudaLoraProducts(call, x, [a], [Layer], Dropout).Down(call, x, h);
         else call.Multiply(x, ((CudaMatrix)a).T, h);
+        if (!y.Exists) return;
         if (b.Exists) call.FillRows(y, b);
         call.Multiply(h, ((CudaMatrix)call.In(4)).T, y, Scale, beta: b.Exists ? 1 : 0);
         call.Weight(1, Weight).Multiply(x, y, beta: 1);
