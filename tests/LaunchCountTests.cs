@@ -46,7 +46,8 @@ public sealed class LaunchCountTests
             spec, new ModuleScope(new ParameterTable.Builder(), source), Recomputation.None);
         var inputs = new DecoderContext
         {
-            Positions = Ints(Tokens), Starts = Ints(2),
+            Positions = Ints(Tokens),
+            Starts = Ints(2),
         };
         inputs.Reach(spec, Tokens, new BatchUpload(device));
         Tensor ids = Ints(Tokens), rows = Ints(Labels), targets = Ints(Labels);

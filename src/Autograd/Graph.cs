@@ -192,7 +192,8 @@ public sealed class Graph
             var spec = new Spec(output.Type, new Shape(rows, columns[i]));
             parts[i] = output with
             {
-                Data = output.Data + offset, Spec = spec,
+                Data = output.Data + offset,
+                Spec = spec,
                 Variable = output.Variable == 0 ? 0 : NewVariable(Tensor.None),
             };
             if (output.Variable != 0)

@@ -85,7 +85,7 @@ public sealed record Linears : Op
         if (Rotated > 0)
         {
             if (HeadDim % 2 != 0)
-                throw new ShapeException($"{Name}: w has heads of {HeadDim} rows, not an even number");
+                throw new ShapeException($"{Name}: heads of {HeadDim} rows, expected an even number");
             inputs.Int(this, Positions, "positions").MustBe(this, "positions", rows);
             Spec cos = inputs.Float(this, Positions + 1, "cos");
             cos.MustBe(this, "cos", (int)cos.Shape.Rows, HeadDim / 2);
