@@ -51,16 +51,24 @@ public sealed class CudaKernels : IDisposable
         : $"sm_80 and later (mma.sync): NVRTC {HopperNvrtc} or newer knows sm_90a, this is "
             + $"{compiler.Version.Major}.{compiler.Version.Minor}";
 
-    public bool Has(string name) => _modules.Any(m => m.Has(name));
+    public bool Has(string name) => Find(name) is not null;
 
     /// <summary>A kernel by name; looked up once.</summary>
     /// <exception cref="CudaException">There is none of that name.</exception>
     public CudaKernel this[string name] => _known.TryGetValue(name, out CudaKernel? known) ? known
-        : _known[name] = (Array.Find(_modules, m => m.Has(name)) ?? _modules[0]).Kernel(name);
+        : _known[name] = (Find(name) ?? _modules[0]).Kernel(name);
 
     public void Dispose()
     {
         foreach (CudaModule module in _modules) module.Dispose();
+    }
+
+    // Asked at every launch: a lambda would be allocated each time.
+    private CudaModule? Find(string name)
+    {
+        foreach (CudaModule module in _modules)
+            if (module.Has(name)) return module;
+        return null;
     }
 
     private static string Read(string name)
