@@ -552,6 +552,35 @@ extern "C" __global__ void sum_parts(float* y, const float* part, int parts, int
     y[c] = accumulate ? y[c] + sum : sum;
 }
 
+#if defined(STORAGE_BF16) // with F32 sum_parts does it
+
+// The same of a gradient in the storage type, four elements a thread: count is a multiple of 4.
+// Nothing where a fault was found, since then nobody may have written some of the parts. Reads 4 count bytes a part, writes count S.
+extern "C" __global__ void __launch_bounds__(256) sum_parts_to_real(
+    real* y, const float* part, int parts, int count, int accumulate, const int* faults)
+{
+    int i = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (i >= count || faults[0]) return;
+    float4 sum = make_float4(0, 0, 0, 0);
+    for (int p = 0; p < parts; p++)
+    {
+        float4 v = *(const float4*)(part + (u64)p * count + i);
+        sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+    }
+    uint2* to = (uint2*)(y + i);
+    if (accumulate)
+    {
+        uint2 old = *to;
+        sum.x += widen_low(old.x);
+        sum.y += widen_high(old.x);
+        sum.z += widen_low(old.y);
+        sum.w += widen_high(old.y);
+    }
+    *to = make_uint2(narrow_pair(sum.x, sum.y), narrow_pair(sum.z, sum.w));
+}
+
+#endif
+
 // ---- 5. normalisation ---------------------------------------------------------------------------
 
 // How the threads of a block, or the lanes of a warp, share a stretch of a row: 16 bytes each in
@@ -1857,6 +1886,12 @@ DEVICE void copy_async_16(u32 address, const void* from, bool valid)
         :: "r"(address), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 
+DEVICE void copy_async_8(u32 address, const void* from, bool valid)
+{
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;"
+        :: "r"(address), "l"(from), "r"(valid ? 8 : 0) : "memory");
+}
+
 // Closes a group of copies.
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -1866,20 +1901,23 @@ template <int N> DEVICE void wait_copies()
     asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
 }
 
-// A tile of rows of CHUNKS x 16 bytes in shared memory, at a multiple of 256 bytes. Chunks change
-// places within a row so that eight rows' same chunk, which one matrix is, lies in 32 different
-// banks.
+// A tile of rows of CHUNKS x 16 bytes in shared memory, at a multiple of 256 bytes, or of a row's
+// where that is longer. Chunks change places within a row so that eight rows' same chunk, which one
+// matrix is, lies in 32 different banks: the order repeats every eight rows.
 template <int CHUNKS> DEVICE u32 tile_address(u32 tile, int row, int chunk)
 {
-    static_assert(CHUNKS == 8 || CHUNKS == 10 || CHUNKS == 16, "no order for this width");
-    return tile + (row * CHUNKS + (chunk ^ (CHUNKS % 8 == 0 ? row % 8 : row / 4 % 2))) * 16;
+    static_assert(CHUNKS % 2 == 0, "no order for this width");
+    int order = CHUNKS % 8 == 0 ? row % 8 : CHUNKS % 8 == 4 ? row / 2 % 4 : row / 4 % 2;
+    return tile + (row * CHUNKS + (chunk ^ order)) * 16;
 }
 
-// From the address of a chunk 0 or 1 to that so many rows and chunks further, multiples of 8 and 2:
-// for constants, next to no arithmetic and few registers.
+// From the address of a row's chunk 0 to that so many rows (a multiple of 8) and chunks further, or
+// from that of chunk 1 an even number of chunks: for constants, next to no arithmetic and few
+// registers.
 template <int CHUNKS> DEVICE u32 tile_step(u32 address, int rows, int chunks)
 {
-    return (CHUNKS % 8 == 0 ? address ^ chunks * 16 : address + chunks * 16) + rows * CHUNKS * 16;
+    int turned = CHUNKS % 8 == 0 ? chunks : chunks % (CHUNKS % 8 == 4 ? 4 : 2);
+    return (address ^ turned * 16) + (chunks - turned + rows * CHUNKS) * 16;
 }
 
 #if defined(STORAGE_BF16)
@@ -1898,13 +1936,12 @@ DEVICE void narrow_left(u32* a, const float* left, const float* right)
 
 // Starts the copy of a tile of ROWS rows of DIM elements that lie stride elements apart; rows from
 // `rows` on and columns from DIM on become zeros. For a block of THREADS threads: eight of them
-// take 128 bytes of a row, two the 32 that may be left.
+// take 128 bytes of a row, as many as there are chunks what may be left.
 template <int DIM, int ROWS, int THREADS>
 DEVICE void copy_tile(u32 tile, const real* from, int stride, int rows)
 {
     constexpr int CHUNKS = TILE_CHUNKS(DIM), REST = CHUNKS % 8, LINES = CHUNKS - REST;
-    static_assert(DIM % 8 == 0 && ROWS % (THREADS / 8) == 0 && ROWS * REST <= THREADS,
-        "threads take equal shares");
+    static_assert(DIM % 8 == 0 && ROWS % (THREADS / 8) == 0, "threads take equal shares");
     int row = threadIdx.x / 8, chunk = threadIdx.x % 8;
     u32 address = tile_address<CHUNKS>(tile, row, chunk); // 8 rows or chunks on, the same order
     const real* line = from + row * stride + chunk * 8;
@@ -1916,12 +1953,15 @@ DEVICE void copy_tile(u32 tile, const real* from, int stride, int rows)
             copy_async_16(address + (step * CHUNKS + c) * 16, line + c * 8, row + step < rows);
         line += THREADS / 8 * stride;
     }
-    if (REST > 0 && (int)threadIdx.x < ROWS * REST)
+#pragma unroll
+    for (int first = 0; first < ROWS * REST; first += THREADS)
     {
-        row = threadIdx.x / 2;
-        chunk = LINES + threadIdx.x % 2;
-        copy_async_16(tile_address<CHUNKS>(tile, row, chunk), from + row * stride + chunk * 8,
-            row < rows && chunk * 8 < DIM);
+        int i = first + threadIdx.x;
+        row = i / (REST + (REST == 0));
+        chunk = LINES + i % (REST + (REST == 0));
+        if (i < ROWS * REST)
+            copy_async_16(tile_address<CHUNKS>(tile, row, chunk), from + row * stride + chunk * 8,
+                row < rows && chunk * 8 < DIM);
     }
 }
 
@@ -2028,8 +2068,8 @@ DEVICE void check_starts(int* faults, const AttentionMask& mask)
         faults, FAULT_ATTENTION_KEY_STARTS, mask.starts_k, mask.sequences, mask.key_tokens);
 }
 
-// The list of tiles where only the device knows the starts: the last tiles first, as causal ones
-// have the most keys; rows of zeros behind the last. A warp per row, which are tokens / 128 +
+// The list of tiles where only the device knows the starts: the last tiles of queries first, as
+// causal ones have the most keys, and the first tiles of keys, which the most queries see; rows of zeros behind the last. A warp per row, which are tokens / 128 +
 // sequences at most; checks the starts. Writes 32 bytes a row.
 extern "C" __global__ void __launch_bounds__(256) attention_tiles(
     int* tiles, const int* starts_q, const int* starts_k, int* faults, int sequences, int tokens,
@@ -2080,211 +2120,307 @@ DEVICE float softmax_keep(float before, float offset, float factor)
 }
 
 // ln of the sum of exp(scale s) from the sum of p; the rounding of the offset is taken back, since
-// it is large where scores are.
-DEVICE float log_sum_exp(float max, float sum, float scale, float factor)
+// it is large where scores are. A sum of 0 is that of no keys, or of scores that are all -infinity,
+// of which there is no softmax: NaN.
+DEVICE float log_sum_exp(float max, float sum, float scale, float factor, bool sees)
 {
-    if (sum == 0) return MINUS_INFINITY;
+    if (sum == 0) return sees ? 0 / sum : MINUS_INFINITY;
     float rounding = fmaf(max, factor, -__fmul_rn(max, factor));
     return fmaf(max, scale, logf(sum) - rounding * LN_2);
 }
 
 #if defined(STORAGE_BF16)
 
-// o = softmax(scale q k^T + mask) v and lse = ln(sum exp(scale q k^T)) for a tile of 64 queries of
-// one sequence and head; 0 and -infinity for a query that sees no key. q and o [tokens, heads,
-// DIM], k and v [key tokens, kv_heads, DIM], lse [tokens, heads]; Dao et al. 2022, Dao 2023.
-//
-// Grid: 1 dimension, (tokens / 64 + sequences) * heads blocks or more; heads of a tile are
-// neighbours, the last tiles go first, as causal ones have the most keys. Each of the four warps
-// has 16 queries, in registers like their scores and output: DIM / 8 * 4 + 32 floats and DIM / 4
-// words a thread. Keys and values come in tiles of 64 by asynchronous copies, one of them on its
-// way while the other is used: 256 DIM bytes of shared memory (DIM rounded up to 16). 4 DIM FLOP
-// per query and key seen, plus what the mask cuts from the last tiles; q and o move once, k and v
-// once per tile of queries and head, mostly from L2.
-template <int DIM>
-DEVICE void attention_forward_tile(real* o, float* lse, const real* q, const real* k, const real* v,
-    const AttentionMask& mask, int* faults, int heads, int kv_heads, float scale)
+#if SMALL_SHARED
+#define SMALL_TILES true // blocks have no more than 99 KiB of shared memory, here and in backward
+#else
+#define SMALL_TILES false
+#endif
+
+// A block has ROWS queries, each warp BLOCKS x 16 of them, and takes KEYS keys at a time. Shared
+// memory: a tile of queries, two of keys, one of values: 80 KiB for DIM 128.
+template <int DIM> struct ForwardTiles
 {
-    constexpr int ROWS = ATTENTION_ROWS, KEYS = 64, THREADS = 128, CHUNKS = TILE_CHUNKS(DIM);
-    alignas(256) __shared__ uint4 tiles[2][KEYS * CHUNKS]; // keys, and queries or values
-    __shared__ int kept[3]; // what the end needs again: registers are scarce in between
-    if (blockIdx.x == 0) check_starts(faults, mask);
+    static constexpr int BLOCKS = DIM > 128 ? 1 : 2, WARPS = DIM > 128 && !SMALL_TILES ? 8 : 4;
+    static constexpr int ROWS = 16 * BLOCKS * WARPS, KEYS = DIM > 128 && SMALL_TILES ? 32 : 64;
+    static constexpr int THREADS = WARPS * WARP, CHUNKS = TILE_CHUNKS(DIM);
+    static constexpr int RESIDENT = DIM > 128 ? 1 : 2; // on a multiprocessor
+};
+
+struct AttentionForwardCall
+{
+    real* o;
+    float* lse;
+    const real *q, *k, *v;
+    const int4* tiles;      // of queries, as AttentionTiles.cs lists them
+    const int* key_lengths; // may be null
+    int heads, kv_heads, causal;
+    float scale;
+};
+
+// o = softmax(scale q k^T + mask) v and lse = ln(sum exp(scale q k^T)) for a tile of queries of one
+// sequence and head; 0 and -infinity for a query that sees no key. q and o [tokens, heads, DIM], k
+// and v [key tokens, kv_heads, DIM], lse [tokens, heads]; Dao et al. 2022, Dao 2023.
+//
+// Grid: a block per head and tile of the list, the heads of a tile neighbours. Scores and output are
+// in registers; matrices of keys and values from shared memory serve two blocks of 16 queries. Keys
+// come a tile ahead, values while their scores are computed. What was summed is rescaled only when
+// a row's maximum has risen by a factor of 2^8: p is at most that then. 4 DIM FLOP per query and key
+// seen, plus what the mask cuts from the last tiles; q and o move once, k and v once per tile of
+// queries and head, mostly from L2.
+template <int DIM> DEVICE void attention_forward_tile(const AttentionForwardCall& a)
+{
+    using F = ForwardTiles<DIM>;
+    constexpr int BLOCKS = F::BLOCKS, ROWS = F::ROWS, KEYS = F::KEYS, THREADS = F::THREADS;
+    constexpr int CHUNKS = F::CHUNKS, KEY_BYTES = KEYS * CHUNKS * 16;
+    constexpr float MOST_RISE = 8;
+    alignas(1024) extern __shared__ uint4 attention_shared[];
     SequenceTile at;
-    int head = blockIdx.x % heads, tile = gridDim.x / heads - 1 - blockIdx.x / heads;
-    if (!find_tile(at, mask, tile, ROWS, false)) return;
+    int head = blockIdx.x % a.heads, number = blockIdx.x / a.heads;
+    if (!take_tile(at, a.tiles, number, ROWS, false, a.key_lengths, a.causal)) return;
 
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    int stride = heads * DIM, kv_stride = kv_heads * DIM, kv_head = head / (heads / kv_heads);
-    long long key_at = ((long long)at.first_key_token * kv_heads + kv_head) * DIM;
-    int token = at.first_token + at.first, queries = min(ROWS, at.queries - at.first);
-    int row = 16 * warp + g; // and row + 8: this lane's queries in the tile
-    int seen[2] = {keys_seen(mask, at, at.first + row), keys_seen(mask, at, at.first + row + 8)};
-    int end = keys_seen(mask, at, at.first + queries - 1);
+    int kv_stride = a.kv_heads * DIM, own = 16 * BLOCKS * warp; // this warp's first query
+    u64 key_at = ((u64)at.first_key_token * a.kv_heads + head / (a.heads / a.kv_heads)) * DIM;
+    int queries = min(ROWS, at.queries - at.first);
+    int end = keys_seen(a.causal, at, at.first + queries - 1);
+    // Keys that the warp's first query sees; every other one sees one more, where that is causal.
+    int seen_first = a.causal ? at.first + own + 1 + at.before : at.visible;
 
-    if (threadIdx.x == 0)
-    {
-        kept[0] = token;
-        kept[1] = queries;
-        kept[2] = head;
-    }
-    u32 keys = shared_address(tiles[0]), values = shared_address(tiles[1]);
-    q += ((long long)token * heads + head) * DIM;
-    copy_tile<DIM, ROWS, THREADS>(values, q, stride, queries);
-    copy_tile<DIM, KEYS, THREADS>(keys, k + key_at, kv_stride, end);
+    u32 query_tile = shared_address(attention_shared), key_tiles = query_tile + ROWS * CHUNKS * 16;
+    u32 values = key_tiles + 2 * KEY_BYTES;
+    copy_tile<DIM, ROWS, THREADS>(query_tile,
+        a.q + ((u64)(at.first_token + at.first) * a.heads + head) * DIM, a.heads * DIM, queries);
+    copy_tile<DIM, KEYS, THREADS>(key_tiles, a.k + key_at, kv_stride, end);
     commit_copies();
-    wait_copies<0>();
-    __syncthreads();
     // This lane's addresses of matrices, down first and across first.
+    u32 query_lane = tile_address<CHUNKS>(query_tile, own + lane % 16, lane / 16);
     u32 value_lane = tile_address<CHUNKS>(values, lane % 16, lane / 16);
-    u32 key_lane = tile_address<CHUNKS>(keys, lane / 16 * 8 + lane % 8, lane / 8 % 2);
-    u32 query[CHUNKS / 2][4];
-#pragma unroll
-    for (int step = 0; step < CHUNKS / 2; step++)
-        load_matrix_x4(query[step], tile_step<CHUNKS>(value_lane, 16 * warp, 2 * step));
+    u32 key_lane = tile_address<CHUNKS>(key_tiles, lane / 16 * 8 + lane % 8, lane / 8 % 2);
 
-    float factor = scale * LOG2_E, max[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {0, 0};
-    float out[DIM / 8][4] = {};
+    float factor = a.scale * LOG2_E, max[BLOCKS][2], sum[BLOCKS][2] = {};
+#pragma unroll
+    for (int m = 0; m < BLOCKS; m++) max[m][0] = max[m][1] = MINUS_INFINITY;
+    float out[BLOCKS][DIM / 8][4] = {};
     for (int first = 0; first < end; first += KEYS)
     {
-        // Seen as new in every round, so that addresses that follow from it do not fill registers.
-        asm volatile("" : "+r"(key_lane));
         wait_copies<0>();
-        __syncthreads(); // keys are here, values may be overwritten
-        copy_tile<DIM, KEYS, THREADS>(values, v + key_at, kv_stride, end - first);
+        __syncthreads(); // keys are here, values and the other keys may be overwritten
+        copy_tile<DIM, KEYS, THREADS>(values, a.v + key_at, kv_stride, end - first);
+        commit_copies();
+        key_at += (u64)KEYS * kv_stride;
+        u32 keys = key_lane + first / KEYS % 2 * KEY_BYTES;
+        if (first + KEYS < end)
+            copy_tile<DIM, KEYS, THREADS>(key_tiles + (first / KEYS + 1) % 2 * KEY_BYTES,
+                a.k + key_at, kv_stride, end - first - KEYS);
         commit_copies();
 
-        float s[KEYS / 8][4] = {};
+        float s[BLOCKS][KEYS / 8][4] = {};
 #pragma unroll
-        for (int step = 0; step < CHUNKS / 2; step++)
+        for (int chunk = 0; chunk < CHUNKS; chunk += 2)
         {
+            u32 query[BLOCKS][4];
+#pragma unroll
+            for (int m = 0; m < BLOCKS; m++)
+                load_matrix_x4(query[m], tile_step<CHUNKS>(query_lane, 16 * m, chunk));
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n += 2)
             {
                 u32 key[4];
-                load_matrix_x4(key, tile_step<CHUNKS>(key_lane, 8 * n, 2 * step));
-                multiply_add_16x8x16(s[n], query[step], key);
-                multiply_add_16x8x16(s[n + 1], query[step], key + 2);
+                load_matrix_x4(key, tile_step<CHUNKS>(keys, 8 * n, chunk));
+#pragma unroll
+                for (int m = 0; m < BLOCKS; m++)
+                {
+                    multiply_add_16x8x16(s[m][n], query[m], key);
+                    multiply_add_16x8x16(s[m][n + 1], query[m], key + 2);
+                }
             }
         }
 
-        wait_copies<0>();
-        __syncthreads(); // values are here, keys may be overwritten
-        key_at += (long long)KEYS * kv_stride;
-        if (first + KEYS < end)
-        {
-            copy_tile<DIM, KEYS, THREADS>(keys, k + key_at, kv_stride, end - first - KEYS);
-            commit_copies();
-        }
-
-        if (first + KEYS > seen[0])
+        if (first + KEYS > min(seen_first, at.visible))
         {
 #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    if (first + 8 * n + 2 * t + i % 2 >= seen[i / 2]) s[n][i] = MINUS_INFINITY;
-        }
-        float offset[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-        {
-            float before = max[i];
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
-                max[i] = fmaxf(max[i], fmaxf(s[n][2 * i], s[n][2 * i + 1]));
-            max[i] = fmaxf(max[i], __shfl_xor_sync(ALL_LANES, max[i], 1));
-            max[i] = fmaxf(max[i], __shfl_xor_sync(ALL_LANES, max[i], 2));
-            offset[i] = softmax_offset(max[i], factor);
-            float keep = softmax_keep(before, offset[i], factor);
-            sum[i] *= keep; // this lane's share
-#pragma unroll
-            for (int n = 0; n < DIM / 8; n++)
+            for (int m = 0; m < 2 * BLOCKS; m++)
             {
-                out[n][2 * i] *= keep;
-                out[n][2 * i + 1] *= keep;
+                int seen = min(at.visible, seen_first + (a.causal ? 8 * m + g : 0)) - first - 2 * t;
+#pragma unroll
+                for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                    for (int i = 0; i < 2; i++)
+                        if (8 * n + i >= seen) s[m / 2][n][m % 2 * 2 + i] = MINUS_INFINITY;
             }
         }
+        float highest[BLOCKS][2];
+        bool rises = false;
+#pragma unroll
+        for (int m = 0; m < BLOCKS; m++)
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+            {
+                float row = max[m][i];
+#pragma unroll
+                for (int n = 0; n < KEYS / 8; n++)
+                    row = fmaxf(row, fmaxf(s[m][n][2 * i], s[m][n][2 * i + 1]));
+                row = fmaxf(row, __shfl_xor_sync(ALL_LANES, row, 1));
+                row = fmaxf(row, __shfl_xor_sync(ALL_LANES, row, 2));
+                highest[m][i] = row;
+                rises |= row * factor > max[m][i] * factor + MOST_RISE;
+            }
+        if (__any_sync(ALL_LANES, rises))
+        {
+#pragma unroll
+            for (int m = 0; m < BLOCKS; m++)
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                {
+                    float keep = softmax_keep(
+                        max[m][i], softmax_offset(highest[m][i], factor), factor);
+                    max[m][i] = highest[m][i];
+                    sum[m][i] *= keep; // this lane's share
+#pragma unroll
+                    for (int n = 0; n < DIM / 8; n++)
+                    {
+                        out[m][n][2 * i] *= keep;
+                        out[m][n][2 * i + 1] *= keep;
+                    }
+                }
+        }
+        float offset[BLOCKS][2];
+#pragma unroll
+        for (int m = 0; m < BLOCKS; m++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) offset[m][i] = softmax_offset(max[m][i], factor);
 
+        wait_copies<1>();
+        __syncthreads(); // values are here
 #pragma unroll
         for (int step = 0; step < KEYS / 16; step++)
         {
-            u32 p[4];
+            u32 p[BLOCKS][4];
 #pragma unroll
-            for (int n = 2 * step; n < 2 * step + 2; n++)
+            for (int m = 0; m < BLOCKS; m++)
             {
 #pragma unroll
-                for (int i = 0; i < 4; i++)
-                    s[n][i] = exp2_approx(fmaf(s[n][i], factor, -offset[i / 2]));
-                sum[0] += s[n][0] + s[n][1];
-                sum[1] += s[n][2] + s[n][3];
+                for (int n = 2 * step; n < 2 * step + 2; n++)
+                {
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        s[m][n][i] = exp2_approx(fmaf(s[m][n][i], factor, -offset[m][i / 2]));
+                    sum[m][0] += s[m][n][0] + s[m][n][1];
+                    sum[m][1] += s[m][n][2] + s[m][n][3];
+                }
+                narrow_left(p[m], s[m][2 * step], s[m][2 * step + 1]);
             }
-            narrow_left(p, s[2 * step], s[2 * step + 1]);
 #pragma unroll
             for (int n = 0; n < DIM / 8; n += 2)
             {
                 u32 value[4];
                 load_matrix_x4_transposed(value, tile_step<CHUNKS>(value_lane, 16 * step, n));
-                multiply_add_16x8x16(out[n], p, value);
-                if (n + 1 < DIM / 8) multiply_add_16x8x16(out[n + 1], p, value + 2);
+#pragma unroll
+                for (int m = 0; m < BLOCKS; m++)
+                {
+                    multiply_add_16x8x16(out[m][n], p[m], value);
+                    if (n + 1 < DIM / 8) multiply_add_16x8x16(out[m][n + 1], p[m], value + 2);
+                }
             }
         }
     }
-
-    token = kept[0];
-    queries = kept[1];
-    head = kept[2];
-    // Through shared memory, the warp's own rows of the keys' tile, to stores of 16 bytes.
-#pragma unroll
-    for (int i = 0; i < 2; i++)
+    if (end == 0)
     {
-        sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 1);
-        sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 2);
-        float inverse = 1 / sum[i];
-        int r = row + 8 * i;
+        wait_copies<0>();
+        __syncthreads(); // nobody copies into what is written next
+    }
+
+    // Again, since registers are scarce in between.
+    take_tile(at, a.tiles, number, ROWS, false, a.key_lengths, a.causal);
+    queries = min(ROWS, at.queries - at.first);
+    int token = at.first_token + at.first;
+    // Through shared memory, the warp's own rows of the queries' tile, to stores of 16 bytes.
+    char* tile = (char*)attention_shared;
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < 2 * BLOCKS; m++)
+    {
+        float total = sum[m / 2][m % 2];
+        total += __shfl_xor_sync(ALL_LANES, total, 1);
+        total += __shfl_xor_sync(ALL_LANES, total, 2);
+        int r = own + 8 * m + g;
+        bool sees = keys_seen(a.causal, at, at.first + r) > 0;
+        float inverse = total == 0 && !sees ? 0 : 1 / total;
         if (t == 0 && r < queries)
-            lse[(long long)(token + r) * heads + head] = log_sum_exp(max[i], sum[i], scale, factor);
+            a.lse[(u64)(token + r) * a.heads + head]
+                = log_sum_exp(max[m / 2][m % 2], total, a.scale, factor, sees);
 #pragma unroll
         for (int n = 0; n < DIM / 8; n++)
         {
-            u32* pair = (u32*)((char*)tiles[0] + tile_address<CHUNKS>(0, r, n)) + t;
-            *pair = sum[i] == 0 ? 0 : narrow2(out[n][2 * i] * inverse, out[n][2 * i + 1] * inverse);
+            const float* pair = out[m / 2][n] + m % 2 * 2;
+            *(u32*)(tile + tile_address<CHUNKS>(0, r, n) + 4 * t)
+                = narrow2(pair[0] * inverse, pair[1] * inverse);
         }
     }
     __syncwarp();
-    for (int i = lane; i < 16 * (DIM / 8); i += WARP)
+    for (int i = lane; i < 16 * BLOCKS * (DIM / 8); i += WARP)
     {
-        int r = 16 * warp + i / (DIM / 8), chunk = i % (DIM / 8);
+        int r = own + i / (DIM / 8), chunk = i % (DIM / 8);
         if (r < queries)
-            *(uint4*)(o + ((long long)(token + r) * heads + head) * DIM + 8 * chunk)
-                = tiles[0][tile_address<CHUNKS>(0, r, chunk) / 16];
+            *(uint4*)(a.o + ((u64)(token + r) * a.heads + head) * DIM + 8 * chunk)
+                = *(uint4*)(tile + tile_address<CHUNKS>(0, r, chunk));
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128, 4) attention_forward_64(
-    real* o, float* lse, const real* q, const real* k, const real* v, const int* starts_q,
-    const int* starts_k, const int* key_lengths, int* faults, int sequences, int tokens,
-    int key_tokens, int heads, int kv_heads, int causal, float scale)
+// For the head dimensions of the models.
+extern "C" __global__ void
+__launch_bounds__(ForwardTiles<64>::THREADS, ForwardTiles<64>::RESIDENT) attention_forward_64(
+    real* o, float* lse, const real* q, const real* k, const real* v, const int* tiles,
+    const int* key_lengths, int heads, int kv_heads, int causal, float scale)
 {
-    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
-    attention_forward_tile<64>(o, lse, q, k, v, mask, faults, heads, kv_heads, scale);
+    attention_forward_tile<64>(
+        {o, lse, q, k, v, (const int4*)tiles, key_lengths, heads, kv_heads, causal, scale});
 }
 
-extern "C" __global__ void __launch_bounds__(128, 4) attention_forward_72(
-    real* o, float* lse, const real* q, const real* k, const real* v, const int* starts_q,
-    const int* starts_k, const int* key_lengths, int* faults, int sequences, int tokens,
-    int key_tokens, int heads, int kv_heads, int causal, float scale)
+extern "C" __global__ void
+__launch_bounds__(ForwardTiles<72>::THREADS, ForwardTiles<72>::RESIDENT) attention_forward_72(
+    real* o, float* lse, const real* q, const real* k, const real* v, const int* tiles,
+    const int* key_lengths, int heads, int kv_heads, int causal, float scale)
 {
-    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
-    attention_forward_tile<72>(o, lse, q, k, v, mask, faults, heads, kv_heads, scale);
+    attention_forward_tile<72>(
+        {o, lse, q, k, v, (const int4*)tiles, key_lengths, heads, kv_heads, causal, scale});
 }
 
-extern "C" __global__ void __launch_bounds__(128, 3) attention_forward_128(
-    real* o, float* lse, const real* q, const real* k, const real* v, const int* starts_q,
-    const int* starts_k, const int* key_lengths, int* faults, int sequences, int tokens,
-    int key_tokens, int heads, int kv_heads, int causal, float scale)
+extern "C" __global__ void
+__launch_bounds__(ForwardTiles<80>::THREADS, ForwardTiles<80>::RESIDENT) attention_forward_80(
+    real* o, float* lse, const real* q, const real* k, const real* v, const int* tiles,
+    const int* key_lengths, int heads, int kv_heads, int causal, float scale)
 {
-    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
-    attention_forward_tile<128>(o, lse, q, k, v, mask, faults, heads, kv_heads, scale);
+    attention_forward_tile<80>(
+        {o, lse, q, k, v, (const int4*)tiles, key_lengths, heads, kv_heads, causal, scale});
+}
+
+extern "C" __global__ void
+__launch_bounds__(ForwardTiles<96>::THREADS, ForwardTiles<96>::RESIDENT) attention_forward_96(
+    real* o, float* lse, const real* q, const real* k, const real* v, const int* tiles,
+    const int* key_lengths, int heads, int kv_heads, int causal, float scale)
+{
+    attention_forward_tile<96>(
+        {o, lse, q, k, v, (const int4*)tiles, key_lengths, heads, kv_heads, causal, scale});
+}
+
+extern "C" __global__ void
+__launch_bounds__(ForwardTiles<128>::THREADS, ForwardTiles<128>::RESIDENT) attention_forward_128(
+    real* o, float* lse, const real* q, const real* k, const real* v, const int* tiles,
+    const int* key_lengths, int heads, int kv_heads, int causal, float scale)
+{
+    attention_forward_tile<128>(
+        {o, lse, q, k, v, (const int4*)tiles, key_lengths, heads, kv_heads, causal, scale});
+}
+
+extern "C" __global__ void
+__launch_bounds__(ForwardTiles<256>::THREADS, ForwardTiles<256>::RESIDENT) attention_forward_256(
+    real* o, float* lse, const real* q, const real* k, const real* v, const int* tiles,
+    const int* key_lengths, int heads, int kv_heads, int causal, float scale)
+{
+    attention_forward_tile<256>(
+        {o, lse, q, k, v, (const int4*)tiles, key_lengths, heads, kv_heads, causal, scale});
 }
 
 #endif
@@ -2388,19 +2524,21 @@ extern "C" __global__ void __launch_bounds__(128) attention_forward_any(
 #pragma unroll
     for (int r = 0; r < 4; r++)
     {
-        float total = warp_sum(sum[r]), inverse = 1 / total;
         int row = 4 * warp + r;
+        float total = warp_sum(sum[r]);
+        bool sees = keys_seen(causal, at, at.first + row) > 0;
+        float inverse = total == 0 && !sees ? 0 : 1 / total;
         if (row >= queries) continue;
         if (lane == 0)
             lse[(long long)(at.first_token + at.first + row) * heads + head]
-                = log_sum_exp(max[r], total, scale, factor);
+                = log_sum_exp(max[r], total, scale, factor, sees);
 #pragma unroll
         for (int i = 0; i < PARTS; i++)
         {
             int c = WARP * i + lane;
             if (c < dim)
                 o[first_row + (long long)row * heads * dim + c]
-                    = narrow(total == 0 ? 0 : out[r][i] * inverse);
+                    = narrow(out[r][i] * inverse);
         }
     }
 }
@@ -2409,25 +2547,25 @@ extern "C" __global__ void __launch_bounds__(128) attention_forward_any(
 
 // With p = exp(scale q . k - lse) and delta = dO . o, over the pairs of a query and a key it sees:
 //   dv = sum p dO,   ds = p (dO . v - delta),   dk = scale sum ds q,   dq = scale sum ds k.
-// Every element has one owner, which adds in a fixed order: blocks of keys go over the queries (dk,
-// dv; the query heads of a key head one after the other), blocks of queries over the keys (dq).
-// Both compute p and ds anew: 7 products instead of 5, but nothing to add up across blocks (unless
-// the query heads of a key head are divided among blocks, to keep a GPU busy). They are one
-// algorithm. A block owns rows x, y and goes over rows u, w:
+// What is added is added in a fixed order. On tensor cores one kernel computes p and ds once. In
+// float, where that matters less, every element has one owner: blocks of keys go over the queries
+// (dk, dv; the query heads of a key head one after the other), blocks of queries over the keys (dq),
+// and both compute p and ds anew. They are one algorithm. A block owns rows x, y and goes over rows
+// u, w:
 //   keys:      x = k, y = v,   u = q, w = dO:   dx = scale sum ds u,   dy = sum p w
 //   queries:   x = q, y = dO,  u = k, w = v:    dx = scale sum ds u
-// Per visible pair and query head 8 DIM FLOP for keys (4 when only dv is wanted),
-// 6 DIM for queries.
+// Per visible pair and query head 8 DIM FLOP for keys (4 when only dv is wanted), 6 DIM for queries.
 
-// statistics[head, token] = (lse, delta): what both kernels need of a query beside its rows. A warp
-// per token and head, 8 tokens per block. Reads 2 T H D S + 4 T H bytes, writes 8 T H;
-// 2 T H D FLOP.
+// statistics[head, token] = (lse, delta): what is needed of a query beside its rows. For
+// attention_backward_tile also no turns taken and, unless it adds to what is there, the dq of queries
+// that see no key. A warp per token and head, 8 tokens per block. Reads 2 T H D S + 4 T H bytes,
+// writes 8 T H or 12; 2 T H D FLOP.
 extern "C" __global__ void __launch_bounds__(256) attention_statistics(
-    float* statistics, const real* output_gradient, const real* output, const float* lse,
-    int tokens,
-    int heads, int head_dim)
+    float* statistics, int* turns, real* dq, const real* output_gradient, const real* output,
+    const float* lse, int tokens, int heads, int head_dim)
 {
     int token = blockIdx.x * 8 + threadIdx.x / WARP, head = blockIdx.y, lane = threadIdx.x % WARP;
+    if (turns && blockIdx.x == 0 && head == 0 && threadIdx.x == 0) turns[0] = 0;
     if (token >= tokens) return;
     const real* a = output_gradient + ((u64)token * heads + head) * head_dim;
     const real* b = output + ((u64)token * heads + head) * head_dim;
@@ -2449,9 +2587,13 @@ extern "C" __global__ void __launch_bounds__(256) attention_statistics(
         for (int c = lane; c < head_dim; c += WARP) delta += widen(a[c]) * widen(b[c]);
     }
     delta = warp_sum(delta);
-    if (lane == 0)
-        ((float2*)statistics)[(u64)head * tokens + token] =
-            make_float2(lse[(u64)token * heads + head], delta);
+    float log_sum = lse[(u64)token * heads + head];
+    if (dq && log_sum == MINUS_INFINITY)
+        for (int c = lane; c < head_dim; c += WARP)
+            dq[((u64)token * heads + head) * head_dim + c] = (real)0;
+    if (lane != 0) return;
+    ((float2*)statistics)[(u64)head * tokens + token] = make_float2(log_sum, delta);
+    if (turns) turns[1 + head * tokens + token] = 0;
 }
 
 // The arguments of both kernels, as x, y, u, w.
@@ -2464,8 +2606,6 @@ struct AttentionBackward
     int heads, kv_heads, head_dim;
     float scale;
     int accumulate_x, accumulate_y;
-    float *dx_parts, *dy_parts; // of keys, [parts, key tokens, kv_heads, head_dim], when parts > 1
-    int parts;
 };
 
 // The rows u from low to high, within the sequence, that own row `row` meets.
@@ -2593,68 +2733,185 @@ extern "C" __global__ void __launch_bounds__(256) attention_queries_backward(
 
 #if defined(STORAGE_BF16)
 
-// d[16, ROWS] += a[16, all columns] b[ROWS, all columns]^T, from a lane's addresses down first in
-// a, across first in b.
-template <int CHUNKS, int ROWS>
-DEVICE void multiply_transposed(float (*d)[4], u32 a_lane, u32 b_lane)
+// -- on tensor cores: one kernel of five products --
+//
+// A block owns KEYS keys of a sequence and key head and goes over the queries that see them, STEP
+// at a time and the last ones first. Its warps share out three things differently, each in pieces
+// as square as can be, since what a piece reads from shared memory is its edges: p^T and ds^T, which
+// go to shared memory rounded to the storage type; dv += p^T dO and dk += ds^T q, which stay in
+// registers; and dq += ds k. dq is a sum over blocks. They add in turn, in the order of their keys,
+// to floats that the last one narrows: turns[head, first query] counts those that have added.
+// Blocks take numbers as they begin, and wait only for lower ones, so that they wait for blocks
+// that run. The blocks of a tile's key heads are neighbours; tiles come as listed, with the most
+// queries first.
+//
+// Shared memory: tiles k, v [KEYS, DIM], p, ds [KEYS, STEP], two stages of q, dO [STEP, DIM] and of
+// (lse, delta) [STEP], the block's number: 161 KiB for DIM 128. Where a multiprocessor has not as
+// much (SMALL_TILES), tiles are smaller.
+template <int DIM> struct BackwardTiles
+{
+    static constexpr bool SMALL = SMALL_TILES;
+    static constexpr int KEYS = (SMALL ? 64 : 128) / (DIM > 128 ? 2 : 1);
+    static constexpr int STEP = (DIM > 128 ? 32 : SMALL && DIM < 128 ? 128 : 64) / (SMALL ? 2 : 1);
+    static constexpr int WARPS = SMALL ? 4 : 8, THREADS = WARPS * WARP;
+    static constexpr int CHUNKS = TILE_CHUNKS(DIM), STEP_CHUNKS = STEP / 8;
+    // Of p and ds a warp has SCORE_BLOCKS x 16 keys and SCORE_QUERIES queries; where these are fewer
+    // pieces than warps, some compute the same.
+    static constexpr int SCORE_BLOCKS = DIM > 128 ? 1 : 2, SCORE_QUERIES = STEP < 64 ? 16 : 32;
+    static constexpr int SCORE_WARPS = STEP / SCORE_QUERIES;
+    static constexpr int SCORE_PIECES = KEYS / 16 / SCORE_BLOCKS * SCORE_WARPS;
+    // Of dk and dv 32 keys and TILES x 8 columns.
+    static constexpr int KEY_BLOCKS = 2, TILE_WARPS = WARPS / (KEYS / 32);
+    static constexpr int TILES = (DIM / 8 + TILE_WARPS - 1) / TILE_WARPS;
+    // Of dq QUERIES rows and COLUMNS x 8 columns.
+    static constexpr int QUERIES = STEP < 32 || (!SMALL && DIM % 64 != 0) || (SMALL && DIM == 128)
+        ? 16 : 32;
+    static constexpr int COLUMN_WARPS = WARPS / (STEP / QUERIES);
+    static constexpr int COLUMNS = (DIM / 8 + COLUMN_WARPS - 1) / COLUMN_WARPS;
+    // Bytes.
+    static constexpr int OWN = KEYS * CHUNKS * 16, ROWS = STEP * CHUNKS * 16;
+    static constexpr int SCORES = KEYS * STEP * 2, STATISTICS = STEP * 8;
+    static constexpr int BYTES = 2 * OWN + 2 * SCORES + 4 * ROWS + 2 * STATISTICS + 16;
+};
+
+struct AttentionBackwardCall
+{
+    real *dq, *dk, *dv; // null where not wanted
+    float *dq_sums;     // [tokens, heads, DIM], the columns of 16 in another order
+    float *dk_parts, *dv_parts; // [parts, key tokens, kv_heads, DIM]; null with one part
+    int* turns;         // [1 + heads tokens], the first the number of blocks that have begun
+    const real *q, *k, *v, *output_gradient;
+    const float2* statistics; // [heads, tokens]
+    const int4* tiles;        // of keys, as AttentionTiles.cs lists them
+    const int* key_lengths;   // may be null
+    int tokens, key_tokens, causal, heads, kv_heads;
+    float scale;
+    int accumulate_q, accumulate_k, accumulate_v, parts;
+};
+
+// d[BLOCKS x 16, COLS] += a[BLOCKS x 16, all columns] b[COLS, all columns]^T, from a lane's addresses
+// down first in a, across first in b.
+template <int CHUNKS, int BLOCKS, int COLS>
+DEVICE void multiply_transposed(float (*d)[COLS / 8][4], u32 a_lane, u32 b_lane)
 {
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; chunk += 2)
     {
-        u32 a[4], b[4];
-        load_matrix_x4(a, tile_step<CHUNKS>(a_lane, 0, chunk));
+        u32 a[BLOCKS][4];
 #pragma unroll
-        for (int n = 0; n < ROWS / 8; n += 2)
+        for (int m = 0; m < BLOCKS; m++)
+            load_matrix_x4(a[m], tile_step<CHUNKS>(a_lane, 16 * m, chunk));
+#pragma unroll
+        for (int n = 0; n < COLS / 8; n += 2)
         {
+            u32 b[4];
             load_matrix_x4(b, tile_step<CHUNKS>(b_lane, n * 8, chunk));
-            multiply_add_16x8x16(d[n], a, b);
-            multiply_add_16x8x16(d[n + 1], a, b + 2);
+#pragma unroll
+            for (int m = 0; m < BLOCKS; m++)
+            {
+                multiply_add_16x8x16(d[m][n], a[m], b);
+                multiply_add_16x8x16(d[m][n + 1], a[m], b + 2);
+            }
         }
     }
 }
 
-// d[16, DIM] += a[16, 16] b[16, DIM], from a lane's address down first in b.
-template <int DIM> DEVICE void multiply_rows(float (*d)[4], const u32* a, u32 b_lane)
+// d[BLOCKS x 16, TILES x 8] += a[BLOCKS x 16, 16] b[16, TILES x 8]: rows `row` on of a tile, and its
+// columns from first x 8 on.
+template <int CHUNKS, int BLOCKS, int TILES>
+DEVICE void multiply_rows(
+    float (*d)[TILES][4], const u32 (*a)[4], u32 tile, int row, int first)
 {
+    int lane = threadIdx.x % WARP;
+    u32 lane_of_first = tile_address<CHUNKS>(tile, lane % 16, first + lane / 16);
 #pragma unroll
-    for (int n = 0; n < DIM / 8; n += 2)
+    for (int n = 0; n < TILES; n += 2)
     {
+        // Where `first` may be no multiple of 4, or behind this tile the row ends, steps are none of
+        // constants.
+        bool apart = CHUNKS % 8 == 4 || n + 1 == TILES;
+        u32 from = !apart ? lane_of_first
+            : tile_address<CHUNKS>(tile, lane % 16, first + n + (n + 1 < TILES ? lane / 16 : 0));
         u32 b[4];
-        load_matrix_x4_transposed(b, tile_step<TILE_CHUNKS(DIM)>(b_lane, 0, n));
-        multiply_add_16x8x16(d[n], a, b);
-        if (n + 1 < DIM / 8) multiply_add_16x8x16(d[n + 1], a, b + 2);
+        load_matrix_x4_transposed(b, tile_step<CHUNKS>(from, row, apart ? 0 : n));
+#pragma unroll
+        for (int m = 0; m < BLOCKS; m++)
+        {
+            multiply_add_16x8x16(d[m][n], a[m], b);
+            if (n + 1 < TILES) multiply_add_16x8x16(d[m][n + 1], a[m], b + 2);
+        }
     }
 }
 
-// A lane's part of 16 rows of a gradient: to[g], to[g + 8] where the row exists.
-template <int DIM>
+// Words of four neighbouring lanes change places: lane t gets word t of each, in their order.
+DEVICE void transpose_quad(u32* w)
+{
+    int t = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2)
+    {
+        u32 got = __shfl_xor_sync(ALL_LANES, t % 2 ? w[i] : w[i + 1], 1);
+        if (t % 2) w[i] = got;
+        else w[i + 1] = got;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+    {
+        u32 got = __shfl_xor_sync(ALL_LANES, t / 2 ? w[i] : w[i + 2], 2);
+        if (t / 2) w[i] = got;
+        else w[i + 2] = got;
+    }
+}
+
+// A warp's 16 rows of a gradient, TILES x 8 columns wide, times scale: row r lies at to + r stride
+// where it is one of `rows`, and is added to where asked for. Four tiles' 16 bytes of a lane at a
+// time; of those left over only the first `tiles` exist.
+template <int TILES>
 DEVICE void store_gradient(
-    real* to, u64 stride, int rows, const float (*d)[4], float scale, int accumulate)
+    real* to, u64 stride, int rows, const float (*d)[4], float scale, int accumulate,
+    int tiles)
 {
     int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int half = 0; half < 2; half++)
     {
-        if (g + half * 8 >= rows) continue;
-        u32* words = (u32*)(to + (g + half * 8) * stride) + t;
-#pragma unroll
-        for (int n = 0; n < DIM / 8; n++)
+        real* row = to + (g + half * 8) * stride;
+        bool inside = g + half * 8 < rows;
+        auto word_of = [&](int n)
         {
             float low = scale * d[n][half * 2], high = scale * d[n][half * 2 + 1];
-            if (accumulate)
+            if (accumulate && inside)
             {
-                u32 before = words[n * 4];
+                u32 before = ((const u32*)(row + n * 8))[t];
                 low += widen((real)before);
                 high += widen((real)(before >> 16));
             }
-            words[n * 4] = narrow2(low, high);
+            return narrow2(low, high);
+        };
+        constexpr int FOURS = TILES / 4 * 4;
+#pragma unroll
+        for (int n = 0; n < FOURS; n += 4)
+        {
+            u32 words[4] = {word_of(n), word_of(n + 1), word_of(n + 2), word_of(n + 3)};
+            transpose_quad(words);
+            if (inside)
+                *(uint4*)(row + (n + t) * 8) =
+                    make_uint4(words[0], words[1], words[2], words[3]);
+        }
+#pragma unroll
+        for (int n = FOURS; n < TILES; n++)
+        {
+            if (n >= tiles) continue;
+            u32 word = word_of(n);
+            if (inside) ((u32*)(row + n * 8))[t] = word;
         }
     }
 }
 
 // The same of a part that is added to others: float, and nothing was there before.
-template <int DIM>
-DEVICE void store_part(float* to, u64 stride, int rows, const float (*d)[4], float scale)
+template <int TILES>
+DEVICE void store_part(
+    float* to, u64 stride, int rows, const float (*d)[4], float scale, int tiles)
 {
     int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
 #pragma unroll
@@ -2663,238 +2920,387 @@ DEVICE void store_part(float* to, u64 stride, int rows, const float (*d)[4], flo
         if (g + half * 8 >= rows) continue;
         float2* pairs = (float2*)(to + (g + half * 8) * stride) + t;
 #pragma unroll
-        for (int n = 0; n < DIM / 8; n++)
-            pairs[n * 4] = make_float2(scale * d[n][half * 2], scale * d[n][half * 2 + 1]);
+        for (int n = 0; n < TILES; n++)
+            if (n < tiles)
+                pairs[n * 4] = make_float2(scale * d[n][half * 2], scale * d[n][half * 2 + 1]);
     }
 }
 
-// On tensor cores: a block of 4 warps owns 64 rows, a warp 16 of them, and takes STEP rows u, w at
-// a time, copied while it works on those before. A lane's p and ds, rounded to the storage type,
-// are what its next products take from the left, so they stay in registers with dx and dy (DIM / 2
-// floats each). Shared memory: tiles x, y [64, DIM], then two stages of u, w [STEP, DIM], zeros
-// where masked and in the columns from 72 to 80: 32 KiB for DIM 64 by STEP 32, 40 for 72 by 32, 48
-// for 128 by 16, so that three, two and two blocks fit a multiprocessor with 100 KiB. Reads x and y
-// once, and 2 DIM S bytes per block and row u that it sees, mostly from L2. Where key heads are too
-// few to keep a GPU busy, the query heads of each are divided among `parts` blocks, which leave
-// what they have as floats; sum_parts adds them in order:
-// another 8 DIM bytes written and read per part and key.
-template <int DIM, int STEP, bool KEYS>
-DEVICE void attention_backward_by_tiles(const AttentionBackward& a)
+// -- sums that blocks add to in turn: read and written where all multiprocessors see them --
+
+// What was read or written before, here or ahead of a barrier in the block, stays before.
+DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+DEVICE int load_turn(const int* turn)
 {
-    constexpr int ROWS = ATTENTION_ROWS, THREADS = ROWS / 16 * WARP, CHUNKS = TILE_CHUNKS(DIM);
-    constexpr int OWN_BYTES = ROWS * CHUNKS * 16, STEP_BYTES = STEP * CHUNKS * 16;
-    alignas(256) __shared__ uint4 tiles[(2 * ROWS + 4 * STEP) * CHUNKS];
-    u32 x_tile = shared_address(tiles), stages = x_tile + 2 * OWN_BYTES;
+    int value;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(turn) : "memory");
+    return value;
+}
+
+DEVICE void store_turn(int* turn, int value)
+{
+    asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" :: "l"(turn), "r"(value) : "memory");
+}
+
+// Of two tiles of 8 columns a lane's floats are neighbours, and of one.
+DEVICE void load_sums(float* even, float* odd, const float* from)
+{
+    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+        : "=f"(even[0]), "=f"(even[1]), "=f"(odd[0]), "=f"(odd[1]) : "l"(from) : "memory");
+}
+
+DEVICE void load_sums(float* x, const float* from)
+{
+    asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];"
+        : "=f"(x[0]), "=f"(x[1]) : "l"(from) : "memory");
+}
+
+DEVICE void store_sums(float* to, const float* even, const float* odd)
+{
+    asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};"
+        :: "l"(to), "f"(even[0]), "f"(even[1]), "f"(odd[0]), "f"(odd[1]) : "memory");
+}
+
+DEVICE void store_sums(float* to, const float* x)
+{
+    asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1, %2};"
+        :: "l"(to), "f"(x[0]), "f"(x[1]) : "memory");
+}
+
+// dq, dk, dv of a tile of keys. Per visible pair and query head 10 DIM FLOP. Reads k and v once,
+// q and dO once per tile of keys, and moves 8 DIM bytes of sums per query and tile of keys behind
+// the first, mostly within L2.
+template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCall& a)
+{
+    using B = BackwardTiles<DIM>;
+    constexpr int KEYS = B::KEYS, STEP = B::STEP, CHUNKS = B::CHUNKS, THREADS = B::THREADS;
+    constexpr int STEP_CHUNKS = B::STEP_CHUNKS, TILES = B::TILES, COLUMNS = B::COLUMNS;
+    constexpr int SCORE_BLOCKS = B::SCORE_BLOCKS, SCORE_QUERIES = B::SCORE_QUERIES;
+    constexpr int KEY_BLOCKS = B::KEY_BLOCKS, STATISTICS = 2 * (B::OWN + B::SCORES) + 4 * B::ROWS;
+    alignas(1024) extern __shared__ uint4 attention_shared[];
+    u32 k_tile = shared_address(attention_shared), v_tile = k_tile + B::OWN;
+    u32 p_tile = v_tile + B::OWN, stages = p_tile + 2 * B::SCORES;
+    int* begun = (int*)((char*)attention_shared + B::BYTES - 16);
+
+    if (threadIdx.x == 0) *begun = atomicAdd(a.turns, 1);
+    __syncthreads();
+    int columns = a.kv_heads * a.parts, column = *begun % columns;
     SequenceTile at;
-    // Under a causal mask the first keys and the last queries have the most work: they start first.
-    int tile = KEYS ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
-    if (!find_tile(at, a.mask, tile, ROWS, KEYS)) return;
+    if (!take_tile(at, a.tiles, *begun / columns, KEYS, true, a.key_lengths, a.causal)) return;
 
-    int group = a.heads / a.kv_heads, parts = KEYS ? a.parts : 1;
-    int own_head = blockIdx.y / parts, part = blockIdx.y % parts;
-    int first_head = own_head * group + part * group / parts;
-    int part_heads = (part + 1) * group / parts - part * group / parts;
-    bool wants_x = parts > 1 ? a.dx_parts != 0 : a.dx != 0;
-    bool wants_y = KEYS && (parts > 1 ? a.dy_parts != 0 : a.dy != 0);
-    int own_stride = (KEYS ? a.kv_heads : a.heads) * DIM,
-        stride = (KEYS ? a.heads : a.kv_heads) * DIM;
-    int own_end = KEYS ? at.keys : at.queries;
-    u64 own_token = (KEYS ? at.first_key_token : at.first_token) + at.first;
-    u64 own = own_token * own_stride + own_head * DIM;
-    u64 other = (u64)(KEYS ? at.first_token : at.first_key_token) * stride;
+    int group = a.heads / a.kv_heads, key_head = column / a.parts, part = column % a.parts;
+    int head = key_head * group + part * group / a.parts;
+    int last_head = key_head * group + (part + 1) * group / a.parts - 1;
+    int stride = a.heads * DIM, key_stride = a.kv_heads * DIM;
+    u64 own = (u64)(at.first_key_token + at.first) * key_stride + key_head * DIM;
 
-    // The rows u that any own row meets, and per lane those that its two own rows meet.
-    SeenRange all =
-        seen_range<KEYS>(a.mask, at, KEYS ? at.first : min(at.first + ROWS, own_end) - 1);
-    int lane = threadIdx.x % WARP, warp_row = threadIdx.x / WARP * 16, g = lane / 4, t = lane % 4;
-    int low[2];
-    u32 count[2];
-    float2 own_statistic[2] = {};
-#pragma unroll
-    for (int half = 0; half < 2; half++)
+    // The queries of tile `tile` of the keys begin at a multiple of STEP.
+    auto lowest_of = [&](int tile)
     {
-        int row = at.first + warp_row + g + half * 8;
-        SeenRange seen = seen_range<KEYS>(a.mask, at, row);
-        low[half] = seen.low;
-        count[half] = seen.high - seen.low;
-        if (!KEYS && row < own_end)
-            own_statistic[half] =
-                a.statistics[(u64)own_head * a.mask.tokens + at.first_token + row];
-    }
+        return a.causal ? max(0, tile * KEYS - at.before) / STEP * STEP : 0;
+    };
+    int tile = at.first / KEYS, lowest = lowest_of(tile), next_lowest = lowest_of(tile + 1);
+    int highest = (at.queries - 1) / STEP * STEP;
+    if (at.first + KEYS >= at.visible) next_lowest = at.queries; // there is no next
+    bool any = lowest < at.queries && at.first < at.visible;
 
-    // Steps go over the rows of one head, then of the next.
-    int steps_of_head = (all.high - all.low + STEP - 1) / STEP;
-    int steps = steps_of_head * (KEYS ? part_heads : 1);
-    auto head_of = [&](int step) { return KEYS ? first_head + step / steps_of_head : own_head; };
-    auto first_of = [&](int step) { return all.low + step % steps_of_head * STEP; };
-    auto stage_of = [&](int step) { return stages + step % 2 * 2 * STEP_BYTES; };
-    auto copy_step = [&](int step)
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+    // This warp's shares: where its scores, its dk and dv, and its dq begin.
+    int score_key = warp % B::SCORE_PIECES / B::SCORE_WARPS * SCORE_BLOCKS * 16;
+    int score_query = warp % B::SCORE_WARPS * SCORE_QUERIES;
+    int key_row = warp / B::TILE_WARPS * 32, key_tile = warp % B::TILE_WARPS * TILES;
+    int dq_row = warp / B::COLUMN_WARPS * B::QUERIES;
+    int dq_tile = warp % B::COLUMN_WARPS * COLUMNS;
+    // A lane's places in them, from which its matrices are constants away.
+    u32 k_lane = tile_address<CHUNKS>(k_tile, score_key + lane % 16, lane / 16);
+    u32 across = tile_address<CHUNKS>(0, score_query + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    u32 p_lane = tile_address<STEP_CHUNKS>(p_tile, key_row + lane % 16, lane / 16);
+    u32 ds_lane = tile_address<STEP_CHUNKS>(
+        p_tile + B::SCORES, lane / 16 * 8 + lane % 8, dq_row / 8 + lane / 8 % 2);
+
+    auto copy_step = [&](int stage, int head, int first)
     {
-        int first = first_of(step), head = KEYS ? head_of(step) : own_head / group;
-        u64 from = other + (u64)first * stride + head * DIM;
-        copy_tile<DIM, STEP, THREADS>(stage_of(step), a.u + from, stride, all.high - first);
-        copy_tile<DIM, STEP, THREADS>(
-            stage_of(step) + STEP_BYTES, a.w + from, stride, all.high - first);
+        u32 to = stages + stage * 2 * B::ROWS;
+        u64 from = (u64)(at.first_token + first) * stride + head * DIM;
+        int rows = at.queries - first;
+        copy_tile<DIM, STEP, THREADS>(to, a.q + from, stride, rows);
+        copy_tile<DIM, STEP, THREADS>(to + B::ROWS, a.output_gradient + from, stride, rows);
+        if ((int)threadIdx.x < STEP)
+            copy_async_8(k_tile + STATISTICS + stage * B::STATISTICS + threadIdx.x * 8,
+                a.statistics + (u64)head * a.tokens + at.first_token + first + threadIdx.x,
+                (int)threadIdx.x < rows);
         commit_copies();
     };
 
-    // A lane's places in a tile, from which its matrices are constants away.
-    u32 down = tile_address<CHUNKS>(0, lane % 16, lane / 16);
-    u32 across = tile_address<CHUNKS>(0, lane / 16 * 8 + lane % 8, lane / 8 % 2);
-    u32 x_lane = tile_step<CHUNKS>(x_tile + down, warp_row, 0), y_lane = x_lane + OWN_BYTES;
+    // Of this lane's first key: those that are not masked for all from there on, and the first query
+    // that sees it. From seen_by_all on queries see all of the tile's keys.
+    int keys_left = at.visible - at.first - score_key - g;
+    int first_query = at.first + score_key + g - at.before, seen_by_all = 0;
+    if (a.causal) seen_by_all = at.first + KEYS - 1 - at.before;
+    if (at.first + KEYS > at.visible) seen_by_all = at.queries;
 
-    float dx[DIM / 8][4] = {}, dy[DIM / 8][4] = {};
-    if (steps > 0)
+    float dk[KEY_BLOCKS][TILES][4] = {}, dv[KEY_BLOCKS][TILES][4] = {};
+    float factor = a.scale * LOG2_E;
+    int first = highest, stage = 0, added = -1; // a place in turns whose sums are not yet announced
+    if (any)
     {
-        int rows = (KEYS ? at.visible : at.queries) - at.first;
-        copy_tile<DIM, ROWS, THREADS>(x_tile, a.x + own, own_stride, rows);
-        copy_tile<DIM, ROWS, THREADS>(x_tile + OWN_BYTES, a.y + own, own_stride, rows);
-        copy_step(0);
+        copy_tile<DIM, KEYS, THREADS>(k_tile, a.k + own, key_stride, at.visible - at.first);
+        copy_tile<DIM, KEYS, THREADS>(v_tile, a.v + own, key_stride, at.visible - at.first);
+        copy_step(0, head, first);
     }
-    for (int step = 0; step < steps; step++)
+    for (bool more = any; more;)
     {
         wait_copies<0>();
-        __syncthreads(); // this step's rows are there, and nobody reads those of the step before
-        if (step + 1 < steps) copy_step(step + 1);
+        __syncthreads(); // this step's rows are there, nobody reads those of the step before
+        u32 q_tile = stages + stage * 2 * B::ROWS, g_tile = q_tile + B::ROWS;
+        const char* statistics = (const char*)attention_shared + STATISTICS
+            + stage * B::STATISTICS + (score_query + 2 * t) * 8;
+        int now = first, now_head = head;
+        first -= STEP;
+        if (first < lowest)
+        {
+            first = highest;
+            head++;
+        }
+        more = head <= last_head;
+        stage ^= 1;
+        if (more) copy_step(stage, head, first);
 
-        int first = first_of(step);
-        u32 u_tile = stage_of(step), w_tile = u_tile + STEP_BYTES;
-        float2 statistic[STEP / 8][2] = {};
-        if (KEYS)
+        int place = 1 + now_head * a.tokens + at.first_token + now;
+        bool waits = a.dq && tile > 0, ends = now < next_lowest;
+        int turn = waits && threadIdx.x == 0 ? load_turn(a.turns + place) : tile;
+        // Rows of zeros behind the last query have p = 1 and ds = 0, which nothing is added to by.
+        bool masked = now < seen_by_all;
+
+        float s[SCORE_BLOCKS][SCORE_QUERIES / 8][4] = {};
+        float dp[SCORE_BLOCKS][SCORE_QUERIES / 8][4] = {};
+        multiply_transposed<CHUNKS, SCORE_BLOCKS, SCORE_QUERIES>(s, k_lane, q_tile + across);
+        multiply_transposed<CHUNKS, SCORE_BLOCKS, SCORE_QUERIES>(
+            dp, k_lane + B::OWN, g_tile + across);
+        if (added >= 0 && threadIdx.x == WARP)
         {
-            const float2* of_head = a.statistics + (u64)head_of(step) * a.mask.tokens
-                + at.first_token;
-#pragma unroll
-            for (int n = 0; n < STEP / 8; n++)
-#pragma unroll
-                for (int i = 0; i < 2; i++)
-                    statistic[n][i] = of_head[min(first + n * 8 + t * 2 + i, at.queries - 1)];
+            // The barrier above has seen every thread's sums of the step before written.
+            fence();
+            store_turn(a.turns + added, tile + 1);
         }
-        float p[STEP / 8][4] = {}, ds[STEP / 8][4] = {};
-        multiply_transposed<CHUNKS, STEP>(p, x_lane, u_tile + across);
-        if (wants_x) multiply_transposed<CHUNKS, STEP>(ds, y_lane, w_tile + across);
 #pragma unroll
-        for (int n = 0; n < STEP / 8; n++)
+        for (int n = 0; n < SCORE_QUERIES / 8; n++)
+        {
+            float4 of_two = *(const float4*)(statistics + n * 64);
+            float offset[2] = {of_two.x * LOG2_E, of_two.z * LOG2_E};
+            float delta[2] = {of_two.y, of_two.w};
+#pragma unroll
+            for (int m = 0; m < SCORE_BLOCKS; m++)
+            {
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                {
+                    s[m][n][i] = exp2_approx(fmaf(s[m][n][i], factor, -offset[i % 2]));
+                    dp[m][n][i] = s[m][n][i] * (dp[m][n][i] - delta[i % 2]);
+                }
+                if (masked)
+                {
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                    {
+                        int query = now + score_query + n * 8 + 2 * t + i % 2;
+                        int key = m * 16 + i / 2 * 8;
+                        bool sees = key < keys_left && (!a.causal || query >= first_query + key);
+                        if (!sees) s[m][n][i] = dp[m][n][i] = 0;
+                    }
+                }
+                char* row = (char*)attention_shared + 2 * B::OWN + 4 * t
+                    + tile_address<STEP_CHUNKS>(0, score_key + m * 16 + g, score_query / 8 + n);
+                constexpr int EIGHT_ROWS = 8 * STEP_CHUNKS * 16;
+                *(u32*)row = narrow2(s[m][n][0], s[m][n][1]);
+                *(u32*)(row + EIGHT_ROWS) = narrow2(s[m][n][2], s[m][n][3]);
+                *(u32*)(row + B::SCORES) = narrow2(dp[m][n][0], dp[m][n][1]);
+                *(u32*)(row + B::SCORES + EIGHT_ROWS) = narrow2(dp[m][n][2], dp[m][n][3]);
+            }
+        }
+        if (waits && threadIdx.x == 0)
+        {
+            while (turn < tile) turn = load_turn(a.turns + place);
+            fence();
+        }
+        __syncthreads(); // p and ds are there, and it is this block's turn
+
+        constexpr int BLOCKS = B::QUERIES / 16;
+        float dq[BLOCKS][COLUMNS][4] = {};
+        u64 dq_at = ((u64)(at.first_token + now + dq_row) * a.heads + now_head) * DIM + dq_tile * 8;
+        int dq_rows = at.queries - now - dq_row;
+        if (waits)
         {
 #pragma unroll
-            for (int i = 0; i < 4; i++)
+            for (int m = 0; m < 2 * BLOCKS; m++)
             {
-                float2 query = KEYS ? statistic[n][i % 2] : own_statistic[i / 2];
-                bool seen = (u32)(first + n * 8 + t * 2 + i % 2 - low[i / 2]) < count[i / 2];
-                p[n][i] = seen ? probability(p[n][i], a.scale, query.x) : 0;
-                ds[n][i] = seen ? p[n][i] * (ds[n][i] - query.y) : 0;
+                if (m * 8 + g >= dq_rows) continue;
+                const float* from = a.dq_sums + dq_at + (u64)(m * 8 + g) * stride;
+#pragma unroll
+                for (int n = 0; n < COLUMNS; n += 2)
+                {
+                    float* even = dq[m / 2][n] + m % 2 * 2;
+                    if (n + 1 < COLUMNS)
+                        load_sums(even, dq[m / 2][n + 1] + m % 2 * 2, from + n * 8 + t * 4);
+                    else if (dq_tile + n < DIM / 8)
+                        load_sums(even, from + n * 8 + t * 2);
+                }
             }
         }
 #pragma unroll
-        for (int n = 0; n < STEP / 8; n += 2)
+        for (int row = 0; row < STEP; row += 16)
         {
-            u32 left[4];
-            if (wants_x)
+            u32 p[KEY_BLOCKS][4], ds[KEY_BLOCKS][4];
+#pragma unroll
+            for (int m = 0; m < KEY_BLOCKS; m++)
+                load_matrix_x4(p[m], tile_step<STEP_CHUNKS>(p_lane, 16 * m, row / 8));
+            multiply_rows<CHUNKS, KEY_BLOCKS, TILES>(dv, p, g_tile, row, key_tile);
+#pragma unroll
+            for (int m = 0; m < KEY_BLOCKS; m++)
+                load_matrix_x4(
+                    ds[m], tile_step<STEP_CHUNKS>(p_lane + B::SCORES, 16 * m, row / 8));
+            multiply_rows<CHUNKS, KEY_BLOCKS, TILES>(dk, ds, q_tile, row, key_tile);
+        }
+        if (!a.dq) continue;
+#pragma unroll
+        for (int row = 0; row < KEYS; row += 16)
+        {
+            u32 left[BLOCKS][4];
+#pragma unroll
+            for (int m = 0; m < BLOCKS; m++)
+                load_matrix_x4_transposed(left[m], tile_step<STEP_CHUNKS>(ds_lane, row, 2 * m));
+            multiply_rows<CHUNKS, BLOCKS, COLUMNS>(dq, left, k_tile, row, dq_tile);
+        }
+        added = ends ? -1 : place;
+        if (ends)
+        {
+#pragma unroll
+            for (int m = 0; m < BLOCKS; m++)
+                store_gradient<COLUMNS>(a.dq + dq_at + m * 16 * stride, stride, dq_rows - m * 16,
+                    dq[m], a.scale, a.accumulate_q, DIM / 8 - dq_tile);
+            continue;
+        }
+#pragma unroll
+        for (int m = 0; m < 2 * BLOCKS; m++)
+        {
+            if (m * 8 + g >= dq_rows) continue;
+            float* to = a.dq_sums + dq_at + (u64)(m * 8 + g) * stride;
+#pragma unroll
+            for (int n = 0; n < COLUMNS; n += 2)
             {
-                narrow_left(left, ds[n], ds[n + 1]);
-                multiply_rows<DIM>(dx, left, tile_step<CHUNKS>(u_tile + down, n * 8, 0));
-            }
-            if (wants_y)
-            {
-                narrow_left(left, p[n], p[n + 1]);
-                multiply_rows<DIM>(dy, left, tile_step<CHUNKS>(w_tile + down, n * 8, 0));
+                const float* even = dq[m / 2][n] + m % 2 * 2;
+                if (n + 1 < COLUMNS)
+                    store_sums(to + n * 8 + t * 4, even, dq[m / 2][n + 1] + m % 2 * 2);
+                else if (dq_tile + n < DIM / 8) store_sums(to + n * 8 + t * 2, even);
             }
         }
     }
-
-    u64 to = own + (u64)warp_row * own_stride;
-    int rows = own_end - at.first - warp_row;
-    if (KEYS && parts > 1)
+    if (added >= 0)
     {
-        to += (u64)part * a.mask.key_tokens * own_stride;
-        if (wants_x) store_part<DIM>(a.dx_parts + to, own_stride, rows, dx, a.scale);
-        if (wants_y) store_part<DIM>(a.dy_parts + to, own_stride, rows, dy, 1);
-        return;
+        __syncthreads();
+        if (threadIdx.x == 0)
+        {
+            fence();
+            store_turn(a.turns + added, tile + 1);
+        }
     }
-    if (wants_x) store_gradient<DIM>(a.dx + to, own_stride, rows, dx, a.scale, a.accumulate_x);
-    if (wants_y) store_gradient<DIM>(a.dy + to, own_stride, rows, dy, 1, a.accumulate_y);
+
+#pragma unroll
+    for (int m = 0; m < KEY_BLOCKS; m++)
+    {
+        u64 to = own + (u64)(key_row + 16 * m) * key_stride + key_tile * 8;
+        u64 of_part = (u64)part * a.key_tokens * key_stride;
+        int rows = at.keys - at.first - key_row - 16 * m, tiles = DIM / 8 - key_tile;
+        if (a.dk_parts)
+            store_part<TILES>(a.dk_parts + of_part + to, key_stride, rows, dk[m], a.scale, tiles);
+        if (a.dv_parts)
+            store_part<TILES>(a.dv_parts + of_part + to, key_stride, rows, dv[m], 1, tiles);
+        if (a.dk)
+            store_gradient<TILES>(
+                a.dk + to, key_stride, rows, dk[m], a.scale, a.accumulate_k, tiles);
+        if (a.dv)
+            store_gradient<TILES>(a.dv + to, key_stride, rows, dv[m], 1, a.accumulate_v, tiles);
+    }
 }
 
-// The same for the head dimensions of the models; head_dim is that of the name.
-extern "C" __global__ void __launch_bounds__(128) attention_keys_backward_64(
-    real* dk, real* dv, const real* q, const real* k, const real* v, const real* output_gradient,
-    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
-    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
-    int head_dim, float scale, int accumulate_k, int accumulate_v, float* dk_parts, float* dv_parts,
-    int parts)
+// For the head dimensions of the models.
+extern "C" __global__ void __launch_bounds__(BackwardTiles<64>::THREADS) attention_backward_64(
+    real* dq, real* dk, real* dv, float* dq_sums, float* dk_parts, float* dv_parts, int* turns,
+    const real* q, const real* k, const real* v, const real* output_gradient,
+    const float* statistics, const int* tiles, const int* key_lengths, int tokens, int key_tokens,
+    int causal, int heads, int kv_heads, float scale, int accumulate_q, int accumulate_k,
+    int accumulate_v, int parts)
 {
-    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
-    AttentionBackward a = {dk, dv, k, v, q, output_gradient, (const float2*)statistics, mask, heads,
-        kv_heads, head_dim, scale, accumulate_k, accumulate_v, dk_parts, dv_parts, parts};
-    check_all_starts(faults, mask);
-    attention_backward_by_tiles<64, 32, true>(a);
+    AttentionBackwardCall a = {dq, dk, dv, dq_sums, dk_parts, dv_parts, turns, q, k, v,
+        output_gradient, (const float2*)statistics, (const int4*)tiles, key_lengths, tokens,
+        key_tokens, causal, heads, kv_heads, scale, accumulate_q, accumulate_k, accumulate_v, parts};
+    attention_backward_tile<64>(a);
 }
 
-extern "C" __global__ void __launch_bounds__(128) attention_queries_backward_64(
-    real* dq, const real* q, const real* k, const real* v, const real* output_gradient,
-    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
-    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
-    int head_dim, float scale, int accumulate)
+extern "C" __global__ void __launch_bounds__(BackwardTiles<72>::THREADS) attention_backward_72(
+    real* dq, real* dk, real* dv, float* dq_sums, float* dk_parts, float* dv_parts, int* turns,
+    const real* q, const real* k, const real* v, const real* output_gradient,
+    const float* statistics, const int* tiles, const int* key_lengths, int tokens, int key_tokens,
+    int causal, int heads, int kv_heads, float scale, int accumulate_q, int accumulate_k,
+    int accumulate_v, int parts)
 {
-    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
-    AttentionBackward a = {dq, 0, q, output_gradient, k, v, (const float2*)statistics, mask, heads,
-        kv_heads, head_dim, scale, accumulate, 0};
-    check_all_starts(faults, mask);
-    attention_backward_by_tiles<64, 32, false>(a);
+    AttentionBackwardCall a = {dq, dk, dv, dq_sums, dk_parts, dv_parts, turns, q, k, v,
+        output_gradient, (const float2*)statistics, (const int4*)tiles, key_lengths, tokens,
+        key_tokens, causal, heads, kv_heads, scale, accumulate_q, accumulate_k, accumulate_v, parts};
+    attention_backward_tile<72>(a);
 }
 
-extern "C" __global__ void __launch_bounds__(128) attention_keys_backward_72(
-    real* dk, real* dv, const real* q, const real* k, const real* v, const real* output_gradient,
-    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
-    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
-    int head_dim, float scale, int accumulate_k, int accumulate_v, float* dk_parts, float* dv_parts,
-    int parts)
+extern "C" __global__ void __launch_bounds__(BackwardTiles<80>::THREADS) attention_backward_80(
+    real* dq, real* dk, real* dv, float* dq_sums, float* dk_parts, float* dv_parts, int* turns,
+    const real* q, const real* k, const real* v, const real* output_gradient,
+    const float* statistics, const int* tiles, const int* key_lengths, int tokens, int key_tokens,
+    int causal, int heads, int kv_heads, float scale, int accumulate_q, int accumulate_k,
+    int accumulate_v, int parts)
 {
-    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
-    AttentionBackward a = {dk, dv, k, v, q, output_gradient, (const float2*)statistics, mask, heads,
-        kv_heads, head_dim, scale, accumulate_k, accumulate_v, dk_parts, dv_parts, parts};
-    check_all_starts(faults, mask);
-    attention_backward_by_tiles<72, 32, true>(a);
+    AttentionBackwardCall a = {dq, dk, dv, dq_sums, dk_parts, dv_parts, turns, q, k, v,
+        output_gradient, (const float2*)statistics, (const int4*)tiles, key_lengths, tokens,
+        key_tokens, causal, heads, kv_heads, scale, accumulate_q, accumulate_k, accumulate_v, parts};
+    attention_backward_tile<80>(a);
 }
 
-extern "C" __global__ void __launch_bounds__(128) attention_queries_backward_72(
-    real* dq, const real* q, const real* k, const real* v, const real* output_gradient,
-    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
-    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
-    int head_dim, float scale, int accumulate)
+extern "C" __global__ void __launch_bounds__(BackwardTiles<96>::THREADS) attention_backward_96(
+    real* dq, real* dk, real* dv, float* dq_sums, float* dk_parts, float* dv_parts, int* turns,
+    const real* q, const real* k, const real* v, const real* output_gradient,
+    const float* statistics, const int* tiles, const int* key_lengths, int tokens, int key_tokens,
+    int causal, int heads, int kv_heads, float scale, int accumulate_q, int accumulate_k,
+    int accumulate_v, int parts)
 {
-    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
-    AttentionBackward a = {dq, 0, q, output_gradient, k, v, (const float2*)statistics, mask, heads,
-        kv_heads, head_dim, scale, accumulate, 0};
-    check_all_starts(faults, mask);
-    attention_backward_by_tiles<72, 32, false>(a);
+    AttentionBackwardCall a = {dq, dk, dv, dq_sums, dk_parts, dv_parts, turns, q, k, v,
+        output_gradient, (const float2*)statistics, (const int4*)tiles, key_lengths, tokens,
+        key_tokens, causal, heads, kv_heads, scale, accumulate_q, accumulate_k, accumulate_v, parts};
+    attention_backward_tile<96>(a);
 }
 
-extern "C" __global__ void __launch_bounds__(128) attention_keys_backward_128(
-    real* dk, real* dv, const real* q, const real* k, const real* v, const real* output_gradient,
-    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
-    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
-    int head_dim, float scale, int accumulate_k, int accumulate_v, float* dk_parts, float* dv_parts,
-    int parts)
+extern "C" __global__ void __launch_bounds__(BackwardTiles<128>::THREADS) attention_backward_128(
+    real* dq, real* dk, real* dv, float* dq_sums, float* dk_parts, float* dv_parts, int* turns,
+    const real* q, const real* k, const real* v, const real* output_gradient,
+    const float* statistics, const int* tiles, const int* key_lengths, int tokens, int key_tokens,
+    int causal, int heads, int kv_heads, float scale, int accumulate_q, int accumulate_k,
+    int accumulate_v, int parts)
 {
-    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
-    AttentionBackward a = {dk, dv, k, v, q, output_gradient, (const float2*)statistics, mask, heads,
-        kv_heads, head_dim, scale, accumulate_k, accumulate_v, dk_parts, dv_parts, parts};
-    check_all_starts(faults, mask);
-    attention_backward_by_tiles<128, 16, true>(a);
+    AttentionBackwardCall a = {dq, dk, dv, dq_sums, dk_parts, dv_parts, turns, q, k, v,
+        output_gradient, (const float2*)statistics, (const int4*)tiles, key_lengths, tokens,
+        key_tokens, causal, heads, kv_heads, scale, accumulate_q, accumulate_k, accumulate_v, parts};
+    attention_backward_tile<128>(a);
 }
 
-extern "C" __global__ void __launch_bounds__(128) attention_queries_backward_128(
-    real* dq, const real* q, const real* k, const real* v, const real* output_gradient,
-    const float* statistics, const int* starts_q, const int* starts_k, const int* key_lengths,
-    int* faults, int sequences, int tokens, int key_tokens, int causal, int heads, int kv_heads,
-    int head_dim, float scale, int accumulate)
+extern "C" __global__ void __launch_bounds__(BackwardTiles<256>::THREADS) attention_backward_256(
+    real* dq, real* dk, real* dv, float* dq_sums, float* dk_parts, float* dv_parts, int* turns,
+    const real* q, const real* k, const real* v, const real* output_gradient,
+    const float* statistics, const int* tiles, const int* key_lengths, int tokens, int key_tokens,
+    int causal, int heads, int kv_heads, float scale, int accumulate_q, int accumulate_k,
+    int accumulate_v, int parts)
 {
-    AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
-    AttentionBackward a = {dq, 0, q, output_gradient, k, v, (const float2*)statistics, mask, heads,
-        kv_heads, head_dim, scale, accumulate, 0};
-    check_all_starts(faults, mask);
-    attention_backward_by_tiles<128, 16, false>(a);
+    AttentionBackwardCall a = {dq, dk, dv, dq_sums, dk_parts, dv_parts, turns, q, k, v,
+        output_gradient, (const float2*)statistics, (const int4*)tiles, key_lengths, tokens,
+        key_tokens, causal, heads, kv_heads, scale, accumulate_q, accumulate_k, accumulate_v, parts};
+    attention_backward_tile<256>(a);
 }
 
 #endif

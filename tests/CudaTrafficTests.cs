@@ -110,7 +110,10 @@ public sealed class CudaTrafficTests
     // for every tile of queries, from L2.
     [TestCase(64)]
     [TestCase(72)]
+    [TestCase(80)]
+    [TestCase(96)]
     [TestCase(128)]
+    [TestCase(256)]
     public void AttentionMovesItsOperandsOnce(int headDim)
     {
         const int Tokens = 300, Heads = 4, KvHeads = 2;
@@ -131,11 +134,12 @@ public sealed class CudaTrafficTests
         long query = S * Tokens * Heads * headDim, key = S * Tokens * KvHeads * headDim;
         long statistic = F * Tokens * Heads;
         Check(cuda, $"attention_forward_{headDim}", (2 * query) + (2 * key) + statistic);
-        Check(cuda, "attention_statistics", (2 * query) + (3 * statistic));
-        Check(cuda, $"attention_keys_backward_{headDim}",
-            (2 * query) + (4 * key) + (2 * statistic));
-        Check(cuda, $"attention_queries_backward_{headDim}",
-            (3 * query) + (2 * key) + (2 * statistic));
+        Check(cuda, "attention_statistics", (2 * query) + (4 * statistic));
+        // Float parts of dk and dv, two of each; sums of dq where two tiles of keys add to it.
+        const int Twice = 200 - 128;
+        Check(cuda, $"attention_backward_{headDim}",
+            (3 * query) + (2 * key) + (2 * 2 * 2 * key) + (2 * statistic)
+            + (2L * F * Twice * Heads * headDim));
 
         Value X(string name, int heads) => Value.Float(
             name, [Tokens, heads * headDim], Fill.Normal(heads, Tokens * heads * headDim));

@@ -71,7 +71,9 @@ internal static partial class KernelBuilds
         try
         {
             foreach (DType storage in storages)
-                File.WriteAllBytes(PtxFile(folder, storage), Ptx(storage));
+                foreach (int architecture in architectures.DistinctBy(SmallShared))
+                    File.WriteAllBytes(
+                        PtxFile(folder, storage, architecture), Ptx(storage, architecture));
             return
             [
                 .. storages.SelectMany(s => architectures.Select(a => (s, a))).AsParallel()
@@ -86,19 +88,25 @@ internal static partial class KernelBuilds
         }
     }
 
-    private static byte[] Ptx(DType storage)
+    /// <summary>Whether blocks of the architecture have tiles for less shared memory.</summary>
+    public static bool SmallShared(int architecture) => architecture is not (80 or 90);
+
+    private static byte[] Ptx(DType storage, int architecture)
     {
         byte[] text = new ModuleCompiler(CudaTools.Nvrtc!, cache: null)
-            .Compile(CudaKernels.Source, "kernels.cu", new(storage, 80));
+            .Compile(CudaKernels.Source, "kernels.cu", new(storage, 80)
+            {
+                SmallShared = SmallShared(architecture),
+            });
         return text[..^1];
     }
 
-    private static string PtxFile(string folder, DType storage) =>
-        Path.Combine(folder, $"{storage}.ptx");
+    private static string PtxFile(string folder, DType storage, int architecture) =>
+        Path.Combine(folder, $"{storage}{(SmallShared(architecture) ? "-small" : "")}.ptx");
 
     private static KernelBuild[] Assemble(string folder, DType storage, int architecture)
     {
-        string ptx = PtxFile(folder, storage), cubin = $"{ptx}.{architecture}.cubin";
+        string ptx = PtxFile(folder, storage, architecture), cubin = $"{ptx}.{architecture}.cubin";
         string usage = Execute("ptxas", "-v", $"-arch=sm_{architecture}", ptx, "-o", cubin);
         var builds = new Dictionary<string, KernelBuild>();
         foreach (Match m in Usage().Matches(usage))

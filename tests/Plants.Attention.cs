@@ -18,46 +18,54 @@ internal static partial class Plants
             Kernel = "attention_forward_64",
         },
         Forward("lanes store before others have written", "attention_forward_tile",
-            "    __syncwarp();\n", "") with
+            "    __syncwarp();\n    for (int i = lane;", "    for (int i = lane;") with
         {
             By = Finder.Emulator, Check = Check.SharedRaceWithinWarp,
             Kernel = "attention_forward_64",
         },
         Forward("the mask is left out where a tile is ragged", "attention_forward_tile",
-            "first + KEYS > seen[0]", "first + KEYS > seen[0] + 8"),
+            "> min(seen_first, at.visible)",
+            "> min(seen_first, at.visible) + 8"),
         Forward("two lanes' shares of the sum are left out", "attention_forward_tile",
-            "sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 2);", ""),
+            "total += __shfl_xor_sync(ALL_LANES, total, 2);", ""),
         Forward("lse in powers of two", "log_sum_exp", "fmaf(max, scale,", "fmaf(max, factor,"),
         Forward("values are not transposed", "attention_forward_tile",
             "load_matrix_x4_transposed(value,", "load_matrix_x4(value,"),
         Forward("probabilities are cut off, not rounded", "attention_forward_tile",
-            "narrow_left(p,",
+            "narrow_left(p[m],",
             """
             for (int n = 2 * step; n < 2 * step + 2; n++)
                 for (int i = 0; i < 4; i++)
-                    s[n][i] = __uint_as_float(__float_as_uint(s[n][i]) & 0xffff0000u);
-            narrow_left(p,
+                    s[m][n][i] = __uint_as_float(__float_as_uint(s[m][n][i]) & 0xffff0000u);
+            narrow_left(p[m],
             """) with { By = Finder.Test },
+        Forward("sums are not rescaled", "attention_forward_tile", "sum[m][i] *= keep;", "") with
+        {
+            Other = cuda => CudaAttentionTests.Compare(
+                AttentionProblem.Random(2, 1, 64, [90], [90], causal: true, spread: 12),
+                DType.BF16, cuda.Device(DType.BF16)),
+        },
     ];
 
     private static Plant[] AttentionBackward { get; } =
     [
         Backward("lse of another head", "attention_statistics", "lse[(u64)token * heads + head]",
             "lse[(u64)token * heads]"),
-        Backward("delta is left out", "attention_backward_by_tiles", "(ds[n][i] - query.y)",
-            "ds[n][i]"),
-        Backward("probabilities of what is masked", "attention_backward_by_tiles",
-            "seen ? probability(", "true ? probability("),
+        Backward("delta is left out", "attention_backward_tile", "(dp[n][i] - delta[i % 2])",
+            "dp[n][i]"),
+        Backward("probabilities of what is masked", "attention_backward_tile",
+            "if (!sees) s[n][i] = dp[n][i] = 0;", ""),
         BackwardFault(Check.AsyncCopyNotWaitedFor, "one stage for two steps",
-            "attention_backward_by_tiles", "step % 2 * 2 * STEP_BYTES", "0 * STEP_BYTES"),
+            "attention_backward_tile", "stage ^= 1;", ""),
         BackwardFault(Check.AsyncCopyNotWaitedFor, "the step's copies are not waited for",
-            "attention_backward_by_tiles", "wait_copies<0>();", "wait_copies<1>();"),
+            "attention_backward_tile", "wait_copies<0>();", "wait_copies<1>();"),
         BackwardFault(Check.OutOfBounds, "rows behind the last are written", "store_gradient",
-            "if (g + half * 8 >= rows) continue;", ""),
-        Backward("keys see the queries before them", "seen_range", "row - at.before",
-            "row - at.before - 1"),
-        Backward("dq without its scale", "attention_backward_by_tiles", "rows, dx, a.scale,",
-            "rows, dx, 1,"),
+            "bool inside = g + half * 8 < rows;",
+            "bool inside = true;"),
+        Backward("keys see the queries before them", "attention_backward_tile", "g - at.before",
+            "g - at.before - 1"),
+        Backward("dq without its scale", "attention_backward_tile", "dq[m], a.scale,",
+            "dq[m], 1,"),
     ];
 
     private static Plant Forward(string name, string function, string from, string to) =>
@@ -80,7 +88,7 @@ internal static partial class Plants
         {
             By = Finder.Emulator,
             Check = check,
-            Kernel = "attention_keys_backward_64",
+            Kernel = "attention_backward_64",
         };
 
     // Two sequences, the first of more than two tiles; grouped heads; some keys masked.

@@ -47,9 +47,11 @@ public static class AttentionTiles
                     Work(queries, keys, first, causal, ofKeys), 0);
         }
 
-        // Of equal ones the earlier first, which keeps a sequence's tiles together.
-        rows.Sort(static (a, b) =>
+        // Of equal ones the earlier first. Tiles of keys, which wait for their sequence's earlier
+        // ones in backward, stand apart; of queries a sequence's tiles stay together.
+        rows.Sort((a, b) =>
             a.Work != b.Work ? b.Work.CompareTo(a.Work)
+            : ofKeys && a.First != b.First ? a.First.CompareTo(b.First)
             : a.Sequence != b.Sequence ? a.Sequence.CompareTo(b.Sequence)
             : a.First.CompareTo(b.First));
         foreach (ref Row row in rows) row = row with { Work = 0 };

@@ -21,6 +21,10 @@ public readonly ref struct CudaCall(CudaDevice device, Op op, OpCall call)
     /// <summary>Number of multiprocessors, to size grids that need not cover everything.</summary>
     public int Multiprocessors => device.Context.Multiprocessors;
 
+    /// <summary>Whether tiles of attention must be small; see <see
+    /// cref="CudaContext.SmallShared"/>.</summary>
+    public bool SmallShared => device.Context.SmallShared;
+
     /// <summary>False in a forward whose backward will never come.</summary>
     public bool Recorded => _call.Recorded;
 

@@ -46,6 +46,10 @@ public sealed unsafe class CudaContext : IDisposable
     /// <summary>Shared memory one block can opt into, bytes.</summary>
     public int MaxSharedBytes { get; }
 
+    /// <summary>Whether that is less than the 163 KiB of compute capability 8.0: on 8.6, 8.9 and
+    /// 12.0 it is 99.</summary>
+    public bool SmallShared => MaxSharedBytes < 160 << 10;
+
     /// <summary>The driver's CUDA version, 1000 * major + 10 * minor.</summary>
     public int DriverVersion { get; }
 

@@ -30,7 +30,12 @@ public sealed unsafe class CudaModule : IDisposable
     {
         var signatures = KernelSignatures.Parse(source, options.Storage);
         int architecture = compiler.Architecture(context.Architecture);
-        options = options with { Architecture = architecture, Cubin = false };
+        options = options with
+        {
+            Architecture = architecture,
+            Cubin = false,
+            SmallShared = context.SmallShared,
+        };
         int result = TryLoad(context, compiler.Compile(source, name, options), out nint handle,
             out string log);
         if (result == UnsupportedPtxVersion && architecture == context.Architecture)

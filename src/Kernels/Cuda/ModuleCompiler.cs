@@ -12,6 +12,9 @@ namespace MiniCpmNative.Kernels.Cuda;
 public sealed record ModuleOptions(DType Storage, int Architecture, bool LineInfo = false,
     bool Cubin = false)
 {
+    /// <summary>For devices whose blocks have less than 160 KiB of shared memory.</summary>
+    public bool SmallShared { get; init; }
+
     /// <summary>Further options, as NVRTC takes them.</summary>
     public string[] Extra { get; init; } = [];
 
@@ -31,6 +34,7 @@ public sealed record ModuleOptions(DType Storage, int Architecture, bool LineInf
         $"--gpu-architecture={(Cubin ? "sm" : "compute")}_{Architecture}{(Specific ? "a" : "")}",
         $"-DSTORAGE_{Storage}=1",
         .. KernelConstants.Macros,
+        .. SmallShared ? (string[])["-DSMALL_SHARED=1"] : [],
         .. LineInfo ? (string[])["-lineinfo"] : [],
         .. Extra,
     ];

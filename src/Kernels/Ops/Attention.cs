@@ -60,41 +60,31 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         const int OtherKeys = KernelConstants.AttentionAnyKeys;
         RequireLaunchable();
         Tensor q = call.In(0), k = call.In(1), v = call.In(2), o = call.Output;
-        Tensor startsQ = call.Input(3), startsK = call.Input(4), lengths = call.Input(5);
-        int tokens = (int)q.Shape.Rows, keyTokens = (int)k.Shape.Rows;
-        int sequences = (int)startsQ.Shape.Count - 1;
+        Tensor lengths = call.Input(5), tiles = Tiles(call, ofKeys: false);
         bool aligned = (q.Data | k.Data | v.Data | o.Data) % 16 == 0;
         if (aligned && HopperForward is { } hopper && call.Has(hopper))
         {
-            Tensor list = Tiles(call, ofKeys: false);
             call.Launch(hopper,
-                new Grid(Math.Min(checked(list.Shape[0] * Heads), call.Multiprocessors),
+                new Grid(Math.Min(checked(tiles.Shape[0] * Heads), call.Multiprocessors),
                     HopperThreads, HopperShared()),
-                o, call.Saved(0), q, k, v, list, lengths, list.Shape[0], Heads, KvHeads,
+                o, call.Saved(0), q, k, v, tiles, lengths, tiles.Shape[0], Heads, KvHeads,
                 CausalMode, Scale);
             return;
         }
 
-        if (HeadDim is 64 or 72 or 128 && call.Real != DType.F32 && aligned)
+        if (aligned && AttentionLaunch.Forward(HeadDim, call.SmallShared) is { } launch
+            && call.Real != DType.F32)
         {
-            string kernel = HeadDim == 64 ? "attention_forward_64"
-                : HeadDim == 72 ? "attention_forward_72" : "attention_forward_128";
-            call.Launch(kernel, new Grid(Blocks(KernelConstants.AttentionRows), Threads),
-                o, call.Saved(0), q, k, v, startsQ, startsK, lengths, call.Faults,
-                sequences, tokens, keyTokens, Heads, KvHeads, CausalMode, Scale);
+            call.Launch($"attention_forward_{HeadDim}", launch.Grid(tiles.Shape[0], Heads),
+                o, call.Saved(0), q, k, v, tiles, lengths, Heads, KvHeads, CausalMode, Scale);
             return;
         }
 
         int width = (HeadDim + 31) / 32 * 32;
         int shared = sizeof(float) * ((OtherRows * width) + (2 * OtherKeys * (width + 1)));
-        Tensor tiles = Tiles(call, ofKeys: false);
         int blocks = checked(tiles.Shape[0] * (AttentionTiles.Rows / OtherRows) * Heads);
         call.Launch("attention_forward_any", new Grid(blocks, Threads, shared), o, call.Saved(0),
             q, k, v, tiles, lengths, Heads, KvHeads, CausalMode, Scale, HeadDim);
-
-        // As many tiles as there can be, since only the device knows the lengths; one at least,
-        // which checks the starts.
-        int Blocks(int rows) => checked(Math.Max(1, (tokens / rows) + sequences) * Heads);
     }
 
     public override void CpuBackward<T>(in CpuCall<T> call) =>
@@ -158,85 +148,89 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         Tensor startsQ = call.Input(3), startsK = call.Input(4), lengths = call.Input(5);
         int tokens = (int)q.Shape.Rows, keyTokens = (int)k.Shape.Rows;
         int sequences = (int)startsQ.Shape.Count - 1;
+        Tensor statistics = call.Scratch(DType.F32, Heads, tokens, 2);
         bool aligned = (q.Data | k.Data | v.Data | dO.Data | call.AnyGradient(0).Buffer.Data
             | call.AnyGradient(1).Buffer.Data | call.AnyGradient(2).Buffer.Data) % 16 == 0;
         if (aligned && HopperAttentionBackward.Kernel(call, HeadDim) is { } hopper)
         {
-            HopperAttentionBackward.Run(call, this, hopper, CausalMode, Statistics(call, tokens),
+            Statistics(call, statistics, Tensor.None, Tensor.None);
+            HopperAttentionBackward.Run(call, this, hopper, CausalMode, statistics,
                 Tiles(call, ofKeys: false), Tiles(call, ofKeys: true));
             return;
         }
 
-        bool tensorCores = HeadDim is 64 or 72 or 128 && call.Real != DType.F32 && aligned;
-        var (rows, threads) = tensorCores
-            ? (KernelConstants.AttentionRows, 128)
-            : (KernelConstants.AttentionAnyBackwardRows, 256);
-        int parts = tensorCores ? KeyParts(call, (keyTokens + rows - 1) / rows) : 1;
-        GradientTarget dq = call.Gradient(0);
-        GradientTarget dk = parts > 1 ? call.FloatGradient(1) : call.Gradient(1);
-        GradientTarget dv = parts > 1 ? call.FloatGradient(2) : call.Gradient(2);
-        Tensor statistics = Statistics(call, tokens);
+        GradientTarget dq = call.Gradient(0), dk = call.Gradient(1), dv = call.Gradient(2);
+        if (AttentionLaunch.Backward(HeadDim, call.SmallShared) is { } launch
+            && call.Real != DType.F32 && aligned)
+        {
+            // Blocks that have begun, and per head and query those that have added to its dq.
+            Tensor turns = call.Scratch(DType.I32, checked(1 + (Heads * tokens)));
+            Statistics(call, statistics, turns, dq.Accumulate ? Tensor.None : dq.Buffer);
+            Tensor list = Tiles(call, ofKeys: true);
+            int parts = KeyParts(call, (keyTokens + launch.Rows - 1) / launch.Rows);
+            Tensor sums = dq.Wanted
+                ? call.Scratch(DType.F32, tokens, Heads * HeadDim) : Tensor.None;
+            Tensor dkParts = Parts(call, dk, parts), dvParts = Parts(call, dv, parts);
+            call.Launch($"attention_backward_{HeadDim}",
+                launch.Grid(list.Shape[0], KvHeads * parts), dq.Buffer,
+                parts > 1 ? Tensor.None : dk.Buffer, parts > 1 ? Tensor.None : dv.Buffer,
+                sums, dkParts, dvParts, turns, q, k, v, dO, statistics, list, lengths, tokens,
+                keyTokens, CausalMode, Heads, KvHeads, Scale, dq.Accumulate, dk.Accumulate,
+                dv.Accumulate, parts);
+            AddParts(call, dkParts, dk);
+            AddParts(call, dvParts, dv);
+            return;
+        }
 
-        if (!tensorCores && (dk.Wanted || dv.Wanted))
+        const int Rows = KernelConstants.AttentionAnyBackwardRows, Threads = 256;
+        Statistics(call, statistics, Tensor.None, Tensor.None);
+        if (dk.Wanted || dv.Wanted)
         {
             call.Launch("attention_keys_backward",
-                Grid.SequenceTiles(keyTokens, sequences, rows, KvHeads, threads),
+                Grid.SequenceTiles(keyTokens, sequences, Rows, KvHeads, Threads),
                 dk.Buffer, dv.Buffer, q, k, v, dO, statistics, startsQ, startsK, lengths,
-                call.Faults,
-                sequences, tokens, keyTokens, CausalMode, Heads, KvHeads, HeadDim, Scale,
-                dk.Accumulate, dv.Accumulate);
-        }
-        else if (dk.Wanted || dv.Wanted)
-        {
-            // The query heads of a key head are divided where that
-            // makes use of idle multiprocessors.
-            Tensor dkParts = Parts(call, dk, parts), dvParts = Parts(call, dv, parts);
-            string kernel = HeadDim == 64 ? "attention_keys_backward_64"
-                : HeadDim == 72 ? "attention_keys_backward_72" : "attention_keys_backward_128";
-            call.Launch(kernel,
-                Grid.SequenceTiles(keyTokens, sequences, rows, KvHeads * parts, threads),
-                parts > 1 ? Tensor.None : dk.Buffer, parts > 1 ? Tensor.None : dv.Buffer,
-                q, k, v, dO, statistics, startsQ, startsK, lengths, call.Faults, sequences, tokens,
-                keyTokens, CausalMode, Heads, KvHeads, HeadDim, Scale, dk.Accumulate, dv.Accumulate,
-                dkParts, dvParts, parts);
-            if (dkParts.Exists) call.SumParts(dkParts, dk);
-            if (dvParts.Exists) call.SumParts(dvParts, dv);
+                call.Faults, sequences, tokens, keyTokens, CausalMode, Heads, KvHeads, HeadDim,
+                Scale, dk.Accumulate, dv.Accumulate);
         }
 
         if (dq.Wanted)
         {
-            string kernel = !tensorCores ? "attention_queries_backward"
-                : HeadDim == 64 ? "attention_queries_backward_64"
-                : HeadDim == 72
-                ? "attention_queries_backward_72" : "attention_queries_backward_128";
-            call.Launch(kernel, Grid.SequenceTiles(tokens, sequences, rows, Heads, threads),
+            call.Launch("attention_queries_backward",
+                Grid.SequenceTiles(tokens, sequences, Rows, Heads, Threads),
                 dq.Buffer, q, k, v, dO, statistics, startsQ, startsK, lengths, call.Faults,
-                sequences,
-                tokens, keyTokens, CausalMode, Heads, KvHeads, HeadDim, Scale, dq.Accumulate);
+                sequences, tokens, keyTokens, CausalMode, Heads, KvHeads, HeadDim, Scale,
+                dq.Accumulate);
         }
     }
 
     // lse and delta of each head and token.
-    private Tensor Statistics(in CudaCall call, int tokens)
+    private void Statistics(in CudaCall call, in Tensor statistics, in Tensor turns, in Tensor dq)
     {
-        Tensor statistics = call.Scratch(DType.F32, Heads, tokens, 2);
-        call.Launch("attention_statistics", Grid.SequenceTiles(tokens, 0, 8, Heads, 256),
-            statistics, call.OutputGradient, call.Output, call.Saved(0), tokens, Heads, HeadDim);
-        return statistics;
+        int tokens = (int)call.Output.Shape.Rows;
+        call.Launch("attention_statistics",
+            Grid.SequenceTiles(Math.Max(1, tokens), 0, 8, Heads, 256), statistics, turns, dq, call.OutputGradient, call.Output, call.Saved(0), tokens, Heads,
+            HeadDim);
     }
 
-    // Into how many blocks the query heads of a key head are divided: as many as make two blocks
-    // for each multiprocessor.
-    private int KeyParts(in CudaCall call, int tiles) =>
-        Math.Clamp(2 * call.Multiprocessors / Math.Max(1, tiles * KvHeads), 1, Heads / KvHeads);
-
-    // Zeros first: no block writes keys that belong to no sequence, where starts are wrong.
-    private static Tensor Parts(in CudaCall call, GradientTarget gradient, int parts)
+    // Into how many blocks the query heads of a key head are divided, whose parts of dk and dv are
+    // then added: as few as keep the longest block below half of what a multiprocessor does in all.
+    private int KeyParts(in CudaCall call, int tiles)
     {
-        if (parts == 1 || !gradient.Wanted) return Tensor.None;
-        Tensor part = call.Scratch(DType.F32, parts, checked((int)gradient.Buffer.Shape.Count));
-        call.Clear(part);
-        return part;
+        int group = Heads / KvHeads, work = tiles * Heads / (Causal ? 2 : 1);
+        int heads = Math.Clamp(work / call.Multiprocessors / 2, 1, group);
+        return (group + heads - 1) / heads;
+    }
+
+    private static Tensor Parts(in CudaCall call, GradientTarget gradient, int parts) =>
+        parts == 1 || !gradient.Wanted ? Tensor.None
+            : call.Scratch(DType.F32, parts, checked((int)gradient.Buffer.Shape.Count));
+
+    private static void AddParts(in CudaCall call, in Tensor parts, GradientTarget gradient)
+    {
+        if (!parts.Exists) return;
+        int count = parts.Shape.Cols;
+        call.Launch("sum_parts_to_real", Grid.Elements(count / 4), gradient.Buffer, parts,
+            (int)parts.Shape.Rows, count, gradient.Accumulate, call.Faults);
     }
 
     // The list of tiles that came with the batch, else one that the device makes.
