@@ -208,8 +208,8 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
     {
         int tokens = (int)call.Output.Shape.Rows;
         call.Launch("attention_statistics",
-            Grid.SequenceTiles(Math.Max(1, tokens), 0, 8, Heads, 256), statistics, turns, dq, call.OutputGradient, call.Output, call.Saved(0), tokens, Heads,
-            HeadDim);
+            Grid.SequenceTiles(Math.Max(1, tokens), 0, 8, Heads, 256), statistics, turns, dq,
+            call.OutputGradient, call.Output, call.Saved(0), tokens, Heads, HeadDim);
     }
 
     // Into how many blocks the query heads of a key head are divided, whose parts of dk and dv are
