@@ -64,22 +64,18 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         const int OtherKeys = KernelConstants.AttentionAnyKeys;
         RequireLaunchable();
         Tensor q = call.In(0), k = call.In(1), v = call.In(2), o = call.Output;
-        Tensor startsQ = call.Input(3), startsK = call.Input(4), lengths = call.Input(5);
-        int tokens = (int)q.Shape.Rows, keyTokens = (int)k.Shape.Rows;
-        int sequences = (int)startsQ.Shape.Count - 1;
+        Tensor lengths = call.Input(5), tiles = Tiles(call, ofKeys: false);
         bool aligned = (q.Data | k.Data | v.Data | o.Data) % 16 == 0;
         if (aligned && HopperForward is { } hopper && call.Has(hopper))
         {
-            Tensor list = Tiles(call, ofKeys: false);
             call.Launch(hopper,
-                new Grid(Math.Min(checked(list.Shape[0] * Heads), call.Multiprocessors),
+                new Grid(Math.Min(checked(tiles.Shape[0] * Heads), call.Multiprocessors),
                     HopperThreads, HopperShared()),
-                o, call.Saved(0), q, k, v, list, lengths, list.Shape[0], Heads, KvHeads,
+                o, call.Saved(0), q, k, v, tiles, lengths, tiles.Shape[0], Heads, KvHeads,
                 CausalMode, Scale);
             return;
         }
 
-        Tensor tiles = Tiles(call, ofKeys: false);
         if (aligned && AttentionLaunch.Forward(HeadDim, call.SmallShared) is { } launch
             && call.Real != DType.F32)
         {
@@ -176,7 +172,8 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
             Statistics(call, statistics, turns, dq.Accumulate ? Tensor.None : dq.Buffer);
             Tensor list = Tiles(call, ofKeys: true);
             int parts = KeyParts(call, (keyTokens + launch.Rows - 1) / launch.Rows);
-            Tensor sums = dq.Wanted ? call.Scratch(DType.F32, tokens, Heads * HeadDim) : Tensor.None;
+            Tensor sums = dq.Wanted
+                ? call.Scratch(DType.F32, tokens, Heads * HeadDim) : Tensor.None;
             Tensor dkParts = Parts(call, dk, parts), dvParts = Parts(call, dv, parts);
             call.Launch(_backward,
                 launch.Grid(list.Shape[0], KvHeads * parts), dq.Buffer,
@@ -210,12 +207,13 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         }
     }
 
+    // lse and delta of each head and token.
     private void Statistics(in CudaCall call, in Tensor statistics, in Tensor turns, in Tensor dq)
     {
         int tokens = (int)call.Output.Shape.Rows;
-        call.Launch("attention_statistics", Grid.SequenceTiles(Math.Max(1, tokens), 0, 8, Heads, 256),
-            statistics, turns, dq, call.OutputGradient, call.Output, call.Saved(0), tokens, Heads,
-            HeadDim);
+        call.Launch("attention_statistics",
+            Grid.SequenceTiles(Math.Max(1, tokens), 0, 8, Heads, 256), statistics, turns, dq,
+            call.OutputGradient, call.Output, call.Saved(0), tokens, Heads, HeadDim);
     }
 
     // Into how many blocks the query heads of a key head are divided, whose parts of dk and dv are
