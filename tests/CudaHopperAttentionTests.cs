@@ -1,7 +1,7 @@
 using MiniCpmNative.GpuEmulator;
 using MiniCpmNative.Kernels;
-using MiniCpmNative.Kernels.Ops;
 using MiniCpmNative.Kernels.Cases;
+using MiniCpmNative.Kernels.Ops;
 using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;

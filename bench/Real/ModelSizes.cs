@@ -36,15 +36,30 @@ internal sealed record ModelSizes
     /// <summary>A small decoder of 24 layers, with a vision tower that hardly counts.</summary>
     public static ModelSizes Small { get; } = new()
     {
-        Hidden = 1024, Layers = 24, Inter = 3584, Heads = 8, Kv = 2,
-        VHidden = 144, VInter = 288, VLayers = 3, VHeads = 2,
+        Hidden = 1024,
+        Layers = 24,
+        Inter = 3584,
+        Heads = 8,
+        Kv = 2,
+        VHidden = 144,
+        VInter = 288,
+        VLayers = 3,
+        VHeads = 2,
     };
 
     /// <summary>For rehearsals without a GPU.</summary>
     public static ModelSizes Tiny { get; } = new()
     {
-        Hidden = 256, Layers = 2, Inter = 512, Heads = 2, Kv = 1, Vocab = 1000,
-        VHidden = 144, VInter = 288, VLayers = 2, VHeads = 2,
+        Hidden = 256,
+        Layers = 2,
+        Inter = 512,
+        Heads = 2,
+        Kv = 1,
+        Vocab = 1000,
+        VHidden = 144,
+        VInter = 288,
+        VLayers = 2,
+        VHeads = 2,
     };
 
     /// <summary>

@@ -1,7 +1,7 @@
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Kernels;
-using MiniCpmNative.Kernels.Ops;
 using MiniCpmNative.Kernels.Cpu;
+using MiniCpmNative.Kernels.Ops;
 
 namespace MiniCpmNative.Engine.Model;
 
