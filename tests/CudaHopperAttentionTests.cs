@@ -1,6 +1,7 @@
 using MiniCpmNative.GpuEmulator;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Cases;
+using MiniCpmNative.Kernels.Cuda;
 using MiniCpmNative.Kernels.Ops;
 using NUnit.Framework;
 
@@ -104,4 +105,16 @@ public sealed class CudaHopperAttentionTests
             Assert.That(gpu.Launches[^1].Kernel,
                 Is.EqualTo($"attention_forward_hopper_{problem.HeadDim}"));
     }
+
+    [TestCase(DType.BF16, 90, 13, null, true)]
+    [TestCase(DType.BF16, 90, 12, "", true)]
+    [TestCase(DType.BF16, 90, 11, null, false)]
+    [TestCase(DType.BF16, 90, 13, "sm_80", false)]
+    [TestCase(DType.BF16, 80, 13, null, false)]
+    [TestCase(DType.BF16, 100, 13, null, false)]
+    [TestCase(DType.F32, 90, 13, null, false)]
+    public void TheDeviceAndItsCompilerDecide(
+        DType storage, int architecture, int nvrtc, string? wish, bool expected) =>
+        Assert.That(
+            CudaKernels.TakesHopper(storage, architecture, nvrtc, wish), Is.EqualTo(expected));
 }

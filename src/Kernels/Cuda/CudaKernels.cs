@@ -36,17 +36,27 @@ public sealed class CudaKernels : IDisposable
     {
         var options = new ModuleOptions(storage, context.Architecture, lineInfo);
         CudaModule all = CudaModule.Load(context, compiler, Source, "kernels.cu", options);
-        // Tensor cores take no F32.
-        if (storage == DType.F32 || context.Architecture != Hopper
-            || compiler.Version.Major < HopperNvrtc)
+        if (!TakesHopper(storage, context.Architecture, compiler.Version.Major, Wish))
             return new(all);
         return new(all, CudaModule.Load(context, compiler, HopperSource, "kernels_sm90a.cu",
             options with { Specific = true }));
     }
 
+    // $CPMX_ATTENTION: "sm_80" keeps a device to kernels.cu, to compare, or to do without what has
+    // not run on such a card yet.
+    private static string? Wish => Environment.GetEnvironmentVariable("CPMX_ATTENTION");
+
+    /// <summary>
+    /// Whether kernels_sm90a.cu is loaded; not for F32, which its products do not take.
+    /// </summary>
+    internal static bool TakesHopper(
+        DType storage, int architecture, int nvrtc, string? wish) =>
+        storage != DType.F32 && architecture == Hopper && nvrtc >= HopperNvrtc && wish != "sm_80";
+
     /// <summary>What attention in 16 bits is written for, and why not for the device.</summary>
     public static string Generation(CudaContext context, ModuleCompiler compiler) =>
         context.Architecture != Hopper ? "sm_80 and later (mma.sync)"
+        : Wish == "sm_80" ? "sm_80 and later (mma.sync): CPMX_ATTENTION is sm_80"
         : compiler.Version.Major >= HopperNvrtc ? "sm_90a (wgmma)"
         : $"sm_80 and later (mma.sync): NVRTC {HopperNvrtc} or newer knows sm_90a, this is "
             + $"{compiler.Version.Major}.{compiler.Version.Minor}";
