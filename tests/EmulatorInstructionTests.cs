@@ -156,6 +156,11 @@ public sealed class EmulatorInstructionTests
     {
         Check("mul.hi.u32 %d, %a, %b;", [~0u, 0x80000000], [~0u, 6], [0xFFFFFFFE, 3]);
         Check("mul.hi.s32 %d, %a, %b;", [~0u, 0x80000000], [2, 4], [~0u, unchecked((uint)-2)]);
+        const string Halves = "cvt.u16.u32 %h0, %a; cvt.u16.u32 %h1, %b; ";
+        Check(Halves + "mul.hi.u16 %h0, %h0, %h1; cvt.u32.u16 %d, %h0;", [0xFFFF, 58255],
+            [0xFFFF, 9], [0xFFFE, 8]);
+        Check(Halves + "mul.hi.s16 %h0, %h0, %h1; cvt.u32.u16 %d, %h0;", [0x8000, 58255],
+            [0x8000, 9], [0x4000, 0xFFFF]);
         Check("mad.lo.s32 %d, %a, %b, %c;", [7], [unchecked((uint)-3)], [1],
             [unchecked((uint)-20)]);
         Assert.That(Run64(_gpu, "mul.wide.s32 %ld, %a, %b;", [~0u], [5]),

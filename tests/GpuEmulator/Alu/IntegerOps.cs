@@ -166,6 +166,11 @@ internal readonly struct MulHi<T, TWide> : IScalar<T, T, T>
         (TWide.CreateTruncating(a) * TWide.CreateTruncating(b)) >> (sizeof(T) * 8));
 }
 
+internal readonly struct MulHiS16 : IScalar<ushort, short, short>
+{
+    public static ushort Run(short a, short b) => (ushort)((a * b) >> 16);
+}
+
 internal readonly struct MulWide<TWide, T> : IScalar<TWide, T, T>
     where T : IBinaryInteger<T> where TWide : IBinaryInteger<TWide>
 {

@@ -174,6 +174,8 @@ internal sealed unsafe partial class Assembler
             ("lo", "u32" or "s32") => &Maps.Binary<MulLo<uint>, uint>,
             ("lo", "u64" or "s64") => &Maps.Binary<MulLo<ulong>, ulong>,
             ("lo", "u16" or "s16") => &Maps.Scalar2<Mul16, ushort, ushort, ushort>,
+            ("hi", "u16") => &Maps.Scalar2<MulHi<ushort, uint>, ushort, ushort, ushort>,
+            ("hi", "s16") => &Maps.Scalar2<MulHiS16, ushort, short, short>,
             ("hi", "u32") => &Maps.Binary<MulHiU32, uint>,
             ("hi", "s32") => &Maps.Scalar2<MulHi<int, long>, int, int, int>,
             ("hi", "u64") => &Maps.Scalar2<MulHi<ulong, UInt128>, ulong, ulong, ulong>,
