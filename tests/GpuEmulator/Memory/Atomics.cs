@@ -41,7 +41,7 @@ internal static unsafe class Atomics
                 if ((global >> lane & 1) != 0)
                 {
                     at = GlobalAccess.Check(w, i, address, sizeof(T), lane);
-                    GlobalAccess.MarkWritten(w, i, i.Nearby!, at, sizeof(T));
+                    GlobalAccess.MarkWritten(w, i, address, at, sizeof(T));
                 }
                 else
                 {

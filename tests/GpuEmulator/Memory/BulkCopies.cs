@@ -187,7 +187,7 @@ internal sealed unsafe class BulkCopies
                 if (copy.Add)
                     for (int f = 0; f < piece.Bytes / 4; f++) ((float*)to)[f] += ((float*)from)[f];
                 else new ReadOnlySpan<byte>(from, piece.Bytes).CopyTo(new(to, piece.Bytes));
-                GlobalAccess.MarkWritten(w, i, i.Nearby!, to, piece.Bytes);
+                GlobalAccess.MarkWritten(w, i, piece.Global, to, piece.Bytes);
             }
     }
 }

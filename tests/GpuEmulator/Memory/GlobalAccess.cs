@@ -106,7 +106,7 @@ internal static unsafe class GlobalAccess
             byte* value = w.Staging + lane * bytes;
             byte* to = CheckWrite(w, i, address[lane], value, bytes, lane);
             Unsafe.CopyBlock(to, value, (uint)bytes);
-            MarkWritten(w, i, i.Nearby!, to, bytes);
+            MarkWritten(w, i, address[lane], to, bytes);
         }
     }
 
@@ -172,7 +172,16 @@ internal static unsafe class GlobalAccess
     }
 
     /// <summary>Marks bytes as written by the warp's block.</summary>
-    public static void MarkWritten(Warp w, Instruction i, Allocation allocation, byte* at,
+    public static void MarkWritten(Warp w, Instruction i, ulong address, byte* at, int bytes)
+    {
+        // The instruction's cache is all threads': another may have put its own there meanwhile.
+        Allocation? near = i.Nearby;
+        if (near is null || near.Freed || !near.Holds(address, bytes))
+            near = w.Block.Memory.Find(address)!;
+        MarkWritten(w, i, near, at, bytes);
+    }
+
+    private static void MarkWritten(Warp w, Instruction i, Allocation allocation, byte* at,
         int bytes)
     {
         long offset = at - allocation.Host;
