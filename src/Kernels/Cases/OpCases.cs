@@ -169,7 +169,7 @@ public static class OpCases
             ProductionOp = new Attention(28, 4, 128, Causal: true, 1 / Math.Sqrt(128)),
             SelfTestSizes = [15, 64],
         },
-        .. new[] { 64, 72, 128 }.Select(headDim => new OpCase($"attention_{headDim}",
+        .. new[] { 64, 72, 80, 96, 128, 256 }.Select(headDim => new OpCase($"attention_{headDim}",
             new Attention(4, 2, headDim, Causal: headDim != 72, 1 / Math.Sqrt(headDim)),
             n => Heads(n, 4 * headDim, 2 * headDim, [n / 4, n - (n / 4)]),
             () => Heads(Rows, 16 * headDim, 16 * headDim, [Rows]))
