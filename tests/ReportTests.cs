@@ -157,6 +157,7 @@ public sealed partial class ReportTests
     {
         var arguments = new TrainArguments
         {
+            ModelNameOrPath = "model",
             OutputDir = _folder,
             LoggingSteps = new Interval(1),
             ReportTo = ReportTo.None,
