@@ -113,28 +113,13 @@ internal static partial class Plants
             "low + 1 < labels", "cross_entropy") { Size = 65, With = [7] },
 
         // 10: attention, forward
-        Attention("a diagonal too many", "attention_forward_tile", ">= seen[i / 2]",
-            "> seen[i / 2]", 64),
-        Attention("earlier sums are not shrunk", "attention_forward_tile", "sum[i] *= keep",
-            "sum[i] *= 1", 128),
-        Attention("another key head", "attention_forward_tile", "head / (heads / kv_heads)",
-            "head % kv_heads", 72),
         Attention("left and right half exchanged", "narrow_left",
             "a[1] = narrow2(left[2], left[3])", "a[1] = narrow2(right[2], right[3])", 64),
-        Attention("counted from the start, not the end", "keys_seen", "+ at.before",
-            "", 64),
         Attention("earlier output is not shrunk", "attention_forward_any", "out[r][i] *= keep",
             "out[r][i] *= 1", 8),
         Attention("rows behind the sequence", "copy_tile", "row + step < rows", "true", 64) with
         {
             By = Finder.Emulator, Check = Check.OutOfBounds, Kernel = "attention_forward_64",
-        },
-        Attention("values are not waited for", "attention_forward_tile",
-            "wait_copies<0>();\n        __syncthreads(); // values", "__syncthreads(); // values",
-            128) with
-        {
-            By = Finder.Emulator, Check = Check.AsyncCopyNotWaitedFor,
-            Kernel = "attention_forward_128",
         },
         Attention("no barrier behind the keys' wait", "attention_forward_tile",
             "__syncthreads(); // keys", "// keys", 72) with
