@@ -71,7 +71,7 @@ public sealed class MemoryPlanTests
         DeviceSource devices = Devices(gpu);
         using var model = TrainingModel.Open(arguments, devices);
         var trainer = new Trainer(arguments, model);
-        using var dry = new DryRun(arguments, model.Base.Planned, gpu.Context.Card);
+        using var dry = new DryRun(arguments, model.Base.Planned, ((CudaDevice)model.Device).Card);
         Batch batch = V26.Batch(arguments, "text0", "text1");
         float[]? kept = null;
         int layers = V26.Spec.Decoder.Layers;

@@ -192,7 +192,7 @@ internal sealed class RealBench
         arguments = arguments with { TrainSamplingStrategy = SamplingStrategy.Sequential };
         var (free, total) = device.Context.Memory();
         MemoryPlan plan = MemoryPlan.Make(
-            arguments, training.Base.Planned, device.Context.Card, rows, null, new(arguments, rows.Count),
+            arguments, training.Base.Planned, device.Card, rows, null, new(arguments, rows.Count),
             arguments.MemoryLimit?.Bytes(total) ?? free + device.Context.HeldBytes);
         plan.Apply(training);
         Console.WriteLine(plan);

@@ -12,7 +12,7 @@ public sealed record OpenDevice(Device Device, string Name, IDisposable? Owner =
     public long? FreeBytes { get; init; }
 
     /// <summary>The card of a GPU, else null.</summary>
-    public CardFigures? Card => (Device as CudaDevice)?.Context.Card;
+    public CardFigures? Card => (Device as CudaDevice)?.Card;
 
     /// <summary>
     /// Bytes of a GPU that a run may take: those of the limit, or what was free without what the

@@ -42,7 +42,8 @@ public sealed class DryRun : IDisposable
     {
         TrainedParts parts = model.Parts;
         _context = CountingCuda.Context(card);
-        _device = CountingCuda.Device(_context, DeviceSource.ActivationsOf(arguments));
+        _device = CountingCuda.Device(
+            _context, DeviceSource.ActivationsOf(arguments), card.Hopper);
         var trainables = new Trainables(
             _device, parts.Tensors, TrainingModel.MomentsOf(arguments));
         Recomputation = parts.NewRecomputation(model.Spec, arguments);

@@ -5,7 +5,20 @@ namespace MiniCpmNative.Kernels.Cuda;
 /// <summary>What of a GPU decides which kernels run and how much memory they take.</summary>
 /// <param name="Architecture">10 * major + minor.</param>
 /// <param name="Memory">Bytes.</param>
-public sealed record CardFigures(string Name, int Multiprocessors, int Architecture, long Memory);
+public sealed record CardFigures(string Name, int Multiprocessors, int Architecture, long Memory)
+{
+    /// <summary>Shared memory that a block can opt into: of such cards, where none says it.</summary>
+    public int SharedBytes { get; init; } = Architecture switch
+    {
+        90 or 100 or 103 => 227 << 10,
+        80 or 87 => 163 << 10,
+        _ => 99 << 10,
+    };
+
+    /// <summary>Whether it runs kernels_sm90a.cu, where activations are in 16 bits.</summary>
+    public bool Hopper { get; init; } = CudaKernels.TakesHopper(
+        DType.BF16, Architecture, int.MaxValue, CudaKernels.Wish);
+}
 
 /// <summary>
 /// CUDA tables whose calls succeed and do nothing, on any machine: the device above them goes
@@ -31,12 +44,16 @@ public static unsafe class CountingCuda
     }
 
     /// <summary>A device for a type of activations with every kernel that the card runs.</summary>
+    /// <param name="context">Of such a card.</param>
+    /// <param name="activations">BF16 or F32.</param>
+    /// <param name="hopper">As the card has it.</param>
+    /// <param name="stepBytes">Size of the step's memory.</param>
     public static CudaDevice Device(
-        CudaContext context, DType activations, long stepBytes = 1L << 46)
+        CudaContext context, DType activations, bool hopper = false, long stepBytes = 1L << 46)
     {
         CudaModule all = CudaModule.LoadPtx(context, [0], CudaKernels.Source, activations);
         return new(context, activations, stepBytes,
-            context.Architecture != 90 || activations == DType.F32 ? new CudaKernels(all)
+            !hopper || activations == DType.F32 ? new CudaKernels(all)
             : new(all, CudaModule.LoadPtx(context, [0], CudaKernels.HopperSource, activations)));
     }
 
@@ -137,7 +154,7 @@ public static unsafe class CountingCuda
             75 => s_card.Architecture / 10,
             76 => s_card.Architecture % 10,
             16 => s_card.Multiprocessors,
-            _ => s_card.Architecture switch { 90 => 227 << 10, 80 => 163 << 10, _ => 99 << 10 },
+            _ => s_card.SharedBytes,
         };
         return 0;
     }

@@ -56,9 +56,6 @@ public sealed unsafe class CudaContext : IDisposable
     /// <summary>Bytes of device memory that this process holds through it.</summary>
     public long HeldBytes { get; internal set; }
 
-    /// <summary>What plans need of it.</summary>
-    public CardFigures Card => new(Name, Multiprocessors, Architecture, Memory().Total);
-
     public void MakeCurrent() =>
         Api.Driver.Check(Api.Driver.CtxSetCurrent(_context), "cuCtxSetCurrent");
 

@@ -67,6 +67,14 @@ public sealed unsafe class CudaDevice : Device
     /// <summary>The kernels that it launches.</summary>
     public CudaKernels Kernels { get; }
 
+    /// <summary>What a plan needs to know of it.</summary>
+    public CardFigures Card => new(
+        Context.Name, Context.Multiprocessors, Context.Architecture, Context.Memory().Total)
+    {
+        SharedBytes = Context.MaxSharedBytes,
+        Hopper = Kernels.Hopper,
+    };
+
     public int CublasVersion => _gemm.Version;
 
     /// <summary>

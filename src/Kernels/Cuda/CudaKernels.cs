@@ -9,7 +9,7 @@ namespace MiniCpmNative.Kernels.Cuda;
 /// </summary>
 public sealed class CudaKernels : IDisposable
 {
-    private const int Hopper = 90, HopperNvrtc = 12;
+    private const int HopperArchitecture = 90, HopperNvrtc = 12;
 
     private readonly CudaModule[] _modules;
     private readonly Dictionary<string, CudaKernel> _known = [];
@@ -44,22 +44,26 @@ public sealed class CudaKernels : IDisposable
 
     // $CPMX_ATTENTION: "sm_80" keeps a device to kernels.cu, to compare, or to do without what has
     // not run on such a card yet.
-    private static string? Wish => Environment.GetEnvironmentVariable("CPMX_ATTENTION");
+    internal static string? Wish => Environment.GetEnvironmentVariable("CPMX_ATTENTION");
 
     /// <summary>
     /// Whether kernels_sm90a.cu is loaded; not for F32, which its products do not take.
     /// </summary>
     internal static bool TakesHopper(
         DType storage, int architecture, int nvrtc, string? wish) =>
-        storage != DType.F32 && architecture == Hopper && nvrtc >= HopperNvrtc && wish != "sm_80";
+        storage != DType.F32 && architecture == HopperArchitecture && nvrtc >= HopperNvrtc
+        && wish != "sm_80";
 
     /// <summary>What attention in 16 bits is written for, and why not for the device.</summary>
     public static string Generation(CudaContext context, ModuleCompiler compiler) =>
-        context.Architecture != Hopper ? "sm_80 and later (mma.sync)"
+        context.Architecture != HopperArchitecture ? "sm_80 and later (mma.sync)"
         : Wish == "sm_80" ? "sm_80 and later (mma.sync): CPMX_ATTENTION is sm_80"
         : compiler.Version.Major >= HopperNvrtc ? "sm_90a (wgmma)"
         : $"sm_80 and later (mma.sync): NVRTC {HopperNvrtc} or newer knows sm_90a, this is "
             + $"{compiler.Version.Major}.{compiler.Version.Minor}";
+
+    /// <summary>Whether kernels_sm90a.cu is among them.</summary>
+    public bool Hopper => _modules.Length > 1;
 
     public bool Has(string name) => Find(name) is not null;
 

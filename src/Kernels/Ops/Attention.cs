@@ -21,9 +21,11 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
     double Scale, bool Cached = false)
     : Op("attention")
 {
-    // Kernels of sm_80, where the head dimension has them.
+    // Kernels of sm_80 and of sm_90a, where the head dimension has them.
     private readonly string _forward = $"attention_forward_{HeadDim}";
     private readonly string _backward = $"attention_backward_{HeadDim}";
+    private readonly string _hopperForward = $"attention_forward_hopper_{HeadDim}";
+    private readonly string _hopperBackward = $"attention_backward_hopper_{HeadDim}";
 
     public override Outputs Infer(ReadOnlySpan<Spec> inputs, DType activations)
     {
@@ -66,9 +68,9 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         Tensor q = call.In(0), k = call.In(1), v = call.In(2), o = call.Output;
         Tensor lengths = call.Input(5), tiles = Tiles(call, ofKeys: false);
         bool aligned = (q.Data | k.Data | v.Data | o.Data) % 16 == 0;
-        if (aligned && HopperForward is { } hopper && call.Has(hopper))
+        if (aligned && call.Has(_hopperForward))
         {
-            call.Launch(hopper,
+            call.Launch(_hopperForward,
                 new Grid(Math.Min(checked(tiles.Shape[0] * Heads), call.Multiprocessors),
                     HopperThreads, HopperShared()),
                 o, call.Saved(0), q, k, v, tiles, lengths, tiles.Shape[0], Heads, KvHeads,
@@ -107,18 +109,6 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
     // The mask as kernels take it: none, from the end of the room, or of the keys that count.
     private int CausalMode => !Causal ? 0 : Cached ? 2 : 1;
 
-    // Kernels of sm_90a, where the device has them.
-    private string? HopperForward => HeadDim switch
-    {
-        64 => "attention_forward_hopper_64",
-        72 => "attention_forward_hopper_72",
-        80 => "attention_forward_hopper_80",
-        96 => "attention_forward_hopper_96",
-        128 => "attention_forward_hopper_128",
-        256 => "attention_forward_hopper_256",
-        _ => null,
-    };
-
     // A tile of queries and, up to 128 columns, one of output; two of keys and of values; barriers;
     // and room to start at a multiple of 1024.
     private int HopperShared()
@@ -156,10 +146,10 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         bool aligned = (q.Data | k.Data | v.Data | dO.Data | call.AnyGradient(0).Buffer.Data
             | call.AnyGradient(1).Buffer.Data | call.AnyGradient(2).Buffer.Data) % 16 == 0;
         GradientTarget dq = call.Gradient(0), dk = call.Gradient(1), dv = call.Gradient(2);
-        if (aligned && HopperAttentionBackward.Kernel(call, HeadDim) is { } hopper)
+        if (aligned && call.Has(_hopperBackward))
         {
             Statistics(call, statistics, Tensor.None, Tensor.None);
-            HopperAttentionBackward.Run(call, this, hopper, CausalMode, statistics,
+            HopperAttentionBackward.Run(call, this, _hopperBackward, CausalMode, statistics,
                 Tiles(call, ofKeys: false), Tiles(call, ofKeys: true));
             return;
         }

@@ -11,21 +11,6 @@ internal static class HopperAttentionBackward
     private const int Threads = 384, FinishThreads = 128, FinishCols = 32;
     private const int Keys = AttentionTiles.Rows, Queries = 64;
 
-    /// <summary>The kernel of a head dimension where the device has it, else null.</summary>
-    public static string? Kernel(in CudaCall call, int headDim)
-    {
-        string? name = headDim switch
-        {
-            64 => "attention_backward_hopper_64",
-            72 => "attention_backward_hopper_72",
-            80 => "attention_backward_hopper_80",
-            96 => "attention_backward_hopper_96",
-            128 => "attention_backward_hopper_128",
-            _ => null,
-        };
-        return name is not null && call.Has(name) ? name : null;
-    }
-
     /// <summary>Queues the kernels; tiles are the lists of queries and of keys.</summary>
     public static void Run(in CudaCall call, Attention op, string kernel, int causal,
         in Tensor statistics, in Tensor queryTiles, in Tensor keyTiles)
