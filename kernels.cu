@@ -2102,11 +2102,6 @@ DEVICE int keys_seen(int causal, const SequenceTile& at, int query)
     return causal ? max(0, min(at.visible, query + 1 + at.before)) : at.visible;
 }
 
-DEVICE int keys_seen(const AttentionMask& mask, const SequenceTile& at, int query)
-{
-    return keys_seen(mask.causal, at, query);
-}
-
 // Finds tile number `tile` of `rows` queries (or keys) each, counted over the sequences; false when
 // there are fewer. Every warp looks for itself, a sequence per lane; sequences outside the tokens
 // have none.
@@ -2731,7 +2726,7 @@ struct SeenRange
 template <bool KEYS>
 DEVICE SeenRange seen_range(const AttentionMask& mask, const SequenceTile& at, int row)
 {
-    if (!KEYS) return {0, row < at.queries ? keys_seen(mask, at, row) : 0};
+    if (!KEYS) return {0, row < at.queries ? keys_seen(mask.causal, at, row) : 0};
     if (row >= at.visible) return {0, 0};
     return {mask.causal ? max(0, row - at.before) : 0, at.queries};
 }

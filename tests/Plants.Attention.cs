@@ -25,7 +25,7 @@ internal static partial class Plants
         },
         Forward("the mask is left out where a tile is ragged", "attention_forward_tile",
             "> min(seen_first, at.visible)",
-            "> min(seen_first, at.visible) + 8"),
+            "> min(seen_first, at.visible) + 32"),
         Forward("two lanes' shares of the sum are left out", "attention_forward_tile",
             "total += __shfl_xor_sync(ALL_LANES, total, 2);", ""),
         Forward("lse in powers of two", "log_sum_exp", "fmaf(max, scale,", "fmaf(max, factor,"),

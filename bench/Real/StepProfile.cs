@@ -22,7 +22,7 @@ internal sealed class StepProfile(CudaDevice device, Func<Attention, int, int, d
     public void Operation(Op op, in OpCall call, bool backward)
     {
         // All of the operation's on one kernel: how several share it is their own affair.
-        _kernel = backward ? "attention_keys_backward" : "attention";
+        _kernel = backward ? "attention_backward" : "attention_forward";
         _attention = op is Attention attention
             ? StepWork.AttentionFlops(attention, backward)
                 * pairs(attention, call.Inputs[0].Shape[0], call.Inputs[1].Shape[0])

@@ -46,11 +46,7 @@ public sealed partial class Graph
         if (!wanted) return owner != 0;
         for (int i = 0; i < inputs.Length; i++) _trained[i] = inputs[i].Variable != 0;
         for (int i = 0; i < inputs.Length; i++)
-        {
-            if (!node.Op!.BackwardReads(i, _trained)) continue;
-            Make(inputs[i]);
-            inputs[i] = Current(inputs[i]);
-        }
+            if (node.Op!.BackwardReads(i, _trained)) inputs[i] = Present(inputs[i]);
 
         Device.Backward(node.Op!, new OpCall(
             inputs, node.Output, _tensors.AsSpan(node.FirstTensor + node.Inputs, node.Saved),

@@ -23,9 +23,16 @@ public sealed partial class Graph
     public void Drop(in Tensor tensor)
     {
         ref Variable variable = ref _variables[Root(tensor.Variable)];
-        if (variable.Maker == 0 || !variable.Value.Exists) return;
+        if (!variable.Value.Exists) return;
         _pool.Return(variable.Value);
         variable.Value = Tensor.None;
+    }
+
+    // The tensor where it lies, made first where it is not there.
+    private Tensor Present(in Tensor tensor)
+    {
+        Make(tensor);
+        return Current(tensor);
     }
 
     // Makes a fleeting tensor that is not there by running its operation again, and those that
@@ -36,12 +43,7 @@ public sealed partial class Graph
         if (maker == 0 || _variables[root].Value.Exists) return;
         Node node = _nodes[maker - 1];
         Span<Tensor> inputs = _tensors.AsSpan(node.FirstTensor, node.Inputs);
-        foreach (ref Tensor input in inputs)
-        {
-            Make(input);
-            input = Current(input);
-        }
-
+        foreach (ref Tensor input in inputs) input = Present(input);
         Tensor value = _pool.Take(node.Output.Spec);
         _variables[root].Value = value;
         Device.Forward(node.Op!, new OpCall(
@@ -53,7 +55,7 @@ public sealed partial class Graph
     private Tensor Current(in Tensor tensor)
     {
         ref Variable variable = ref _variables[Root(tensor.Variable)];
-        return variable.Maker > 0 && variable.Value.Exists
+        return variable.Value.Exists
             ? tensor with { Data = variable.Value.Data + _variables[tensor.Variable].Offset }
             : tensor;
     }

@@ -279,16 +279,9 @@ public sealed partial class Graph
     private void Forward(
         Op op, ReadOnlySpan<Tensor> inputs, Tensor output, int saved, bool record)
     {
-        bool any = false;
-        for (int i = 0; i < inputs.Length; i++) any |= _variables[Root(inputs[i].Variable)].Maker > 0;
-        if (any)
-        {
-            for (int i = 0; i < inputs.Length; i++) Make(inputs[i]);
-            for (int i = 0; i < inputs.Length; i++) _inputs[i] = Current(inputs[i]);
-            inputs = _inputs.AsSpan(0, inputs.Length);
-        }
-
-        Device.Forward(op, new OpCall(inputs, output, _saved.AsSpan(0, saved), record));
+        for (int i = 0; i < inputs.Length; i++) _inputs[i] = Present(inputs[i]);
+        Device.Forward(op, new OpCall(
+            _inputs.AsSpan(0, inputs.Length), output, _saved.AsSpan(0, saved), record));
     }
 
     private bool Needed(Op op, ReadOnlySpan<Tensor> inputs)

@@ -74,8 +74,9 @@ public sealed class BaseModel : IDisposable
     {
         get
         {
-            var types = Weights.Tensors.ToDictionary(
-                t => t.Name, t => ModelWeights.StoredAs(t.Type, Storage), StringComparer.Ordinal);
+            var types = Weights.Tensors.Where(t => !Spec.Parameters.IsUntouched(t.Name))
+                .ToDictionary(t => t.Name, t => ModelWeights.StoredAs(t.Type, Storage),
+                    StringComparer.Ordinal);
             return new(Spec, Parts, name => types[name]);
         }
     }

@@ -18,6 +18,7 @@ public sealed class StepWork(double bytesPerSecond, double flopsPerSecond) : ILa
 
     private Func<Attention, int, int, double> _pairs = (_, _, _) => 0;
     private double _attention;
+    private string _kernel = "";
 
     public double Seconds { get; private set; }
 
@@ -26,16 +27,19 @@ public sealed class StepWork(double bytesPerSecond, double flopsPerSecond) : ILa
     /// <summary>Takes the lengths of the step's sequences from the batch.</summary>
     public void Begin(Batch batch) => _pairs = PairsOf(batch);
 
-    public void Operation(Op op, in OpCall call, bool backward) =>
+    public void Operation(Op op, in OpCall call, bool backward)
+    {
+        _kernel = backward ? "attention_backward" : "attention_forward";
         _attention = op is Attention attention
             ? AttentionFlops(attention, backward) * _pairs(
                 attention, call.Inputs[0].Shape[0], call.Inputs[1].Shape[0])
             : 0;
+    }
 
     public void Begin(in QueuedWork work)
     {
         double flops = work.Flops;
-        if (_attention > 0 && work.Name.StartsWith("attention", StringComparison.Ordinal))
+        if (_attention > 0 && work.Name.StartsWith(_kernel, StringComparison.Ordinal))
             (flops, _attention) = (_attention, 0);
         Seconds += Math.Max(
             LaunchSeconds, Math.Max(work.Bytes / bytesPerSecond, flops / flopsPerSecond));

@@ -3,7 +3,7 @@ using System.Numerics;
 namespace MiniCpmNative.Kernels.Cpu;
 
 /// <summary>
-/// A linear layer with a low-rank adapter in one run of an operation, whose inputs from `first` on
+/// A linear layer, with a low-rank adapter where it has one, in one run of an operation, whose inputs from `first` on
 /// are w, b, a and bb.
 /// </summary>
 /// <param name="call">The run.</param>
@@ -24,8 +24,9 @@ internal readonly unsafe ref struct CpuAdapter<T>(
     /// <summary>y = x w^T + b + scale * h bb^T, h = drop(x) a^T; y may be none.</summary>
     public void Forward(Matrix<T> x, Matrix<T> y, Matrix<T> h)
     {
-        MatrixView a = _call.View(first + 2);
         if (y.Exists) _call.Weight(first, weight).Multiply(x, y, bias: _call.In(first + 1));
+        if (!_call.Input(first + 2).Exists) return;
+        MatrixView a = _call.View(first + 2);
         Dropout<T> dropout = Mask();
         if (!dropout.Active)
         {
@@ -50,10 +51,11 @@ internal readonly unsafe ref struct CpuAdapter<T>(
     // With t = scale * dy bb: dbb = scale * dy^T h, da = t^T drop(x), dx = dy w + mask * (t a).
     public void Backward(Matrix<T> x, Matrix<T> dy, Matrix<T> h, Gradient<T> dx)
     {
-        Gradient<T> da = _call.Gradient(first + 2);
         _call.Weight(first, weight).MultiplyTransposed(dy, dx);
         _call.Multiply(dy.View.T, x.View, _call.Gradient(first));
         Sum.Rows(_call, dy, _call.Gradient(first + 1));
+        if (!_call.Input(first + 2).Exists) return;
+        Gradient<T> da = _call.Gradient(first + 2);
         _call.Multiply(dy.View.T, h.View, _call.Gradient(first + 3), scale);
         if (!dx.Wanted && !da.Wanted) return;
         Matrix<T> t = _call.Scratch(new Shape(h.Rows, h.Cols));

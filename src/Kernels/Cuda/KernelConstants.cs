@@ -32,13 +32,10 @@ internal static partial class KernelConstants
     /// <summary>Threads of a row of logits, which is as long as a vocabulary.</summary>
     public const int LogitsThreads = 512;
 
-    /// <summary>Queries, or backward also keys, of a block of attention on tensor cores.</summary>
-    public const int AttentionRows = 64;
-
     /// <summary>Queries, or keys, of a row of the list of attention's tiles.</summary>
     public const int AttentionTileRows = 128;
 
-    /// <summary>The same of the kernels for any head dimension: queries of a block and keys at a
+    /// <summary>Of attention's kernels for any head dimension: queries of a block and keys at a
     /// time forward, and queries or keys of a block backward.</summary>
     public const int AttentionAnyRows = 16, AttentionAnyKeys = 32, AttentionAnyBackwardRows = 8;
 

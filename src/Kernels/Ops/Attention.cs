@@ -41,13 +41,8 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         inputs.Int(this, 4, "cu_seqlens_k").MustBe(this, "cu_seqlens_k", sequences + 1);
         if (Cached || (inputs.Length > 5 && inputs[5].Exists))
             inputs.Int(this, 5, "key_lengths").MustBe(this, "key_lengths", sequences);
-        foreach (var (input, name) in ((int, string)[])[(6, "query_tiles"), (7, "key_tiles")])
-        {
-            if (input >= inputs.Length || !inputs[input].Exists) continue;
-            Spec tiles = inputs.Int(this, input, name);
-            tiles.MustBe(this, name, (int)tiles.Shape.Rows, AttentionTiles.Fields);
-        }
-
+        CheckTiles(inputs, 6, "query_tiles");
+        CheckTiles(inputs, 7, "key_tiles");
         return new(q.As(activations),
             new Spec(activations.Statistics(), new Shape((int)q.Shape.Rows, Heads)));
     }
@@ -145,7 +140,6 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         Tensor statistics = call.Scratch(DType.F32, Heads, tokens, 2);
         bool aligned = (q.Data | k.Data | v.Data | dO.Data | call.AnyGradient(0).Buffer.Data
             | call.AnyGradient(1).Buffer.Data | call.AnyGradient(2).Buffer.Data) % 16 == 0;
-        GradientTarget dq = call.Gradient(0), dk = call.Gradient(1), dv = call.Gradient(2);
         if (aligned && call.Has(_hopperBackward))
         {
             Statistics(call, statistics, Tensor.None, Tensor.None);
@@ -154,6 +148,7 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
             return;
         }
 
+        GradientTarget dq = call.Gradient(0), dk = call.Gradient(1), dv = call.Gradient(2);
         if (AttentionLaunch.Backward(HeadDim, call.SmallShared) is { } launch
             && call.Real != DType.F32 && aligned)
         {
@@ -288,6 +283,13 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
             Stride = gradient.Into.Cols,
             Accumulate = gradient.Accumulate,
         };
+
+    private void CheckTiles(ReadOnlySpan<Spec> inputs, int input, string name)
+    {
+        if (input >= inputs.Length || !inputs[input].Exists) return;
+        Spec tiles = inputs.Int(this, input, name);
+        tiles.MustBe(this, name, (int)tiles.Shape.Rows, AttentionTiles.Fields);
+    }
 
     private void Columns(Spec spec, string name, int heads)
     {

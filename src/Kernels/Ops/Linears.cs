@@ -86,10 +86,7 @@ public sealed record Linears : Op
         {
             if (HeadDim % 2 != 0)
                 throw new ShapeException($"{Name}: heads of {HeadDim} rows, expected an even number");
-            inputs.Int(this, Positions, "positions").MustBe(this, "positions", rows);
-            Spec cos = inputs.Float(this, Positions + 1, "cos");
-            cos.MustBe(this, "cos", (int)cos.Shape.Rows, HeadDim / 2);
-            inputs.Float(this, Positions + 2, "sin").MustHaveShape(this, "sin", cos.Shape);
+            Rope.CheckTables(this, inputs, Positions, HeadDim, rows);
         }
 
         return new(new Spec(activations, new Shape(rows, Begin(_parts.Length))),
@@ -114,10 +111,7 @@ public sealed record Linears : Op
         for (int i = 0, adapter = 0; i < _parts.Length; i++)
         {
             Matrix<T> y = Part(call.Output, i);
-            if (HasAdapter(call.Input(First(i) + 2)))
-                Adapter(call, i).Forward(x, y, Adapter(call, adapter++, x.Rows));
-            else
-                call.Weight(First(i), _parts[i].Weight).Multiply(x, y, bias: call.In(First(i) + 1));
+            Layer(call, i).Forward(x, y, Down(call, i, ref adapter));
             if (i < Rotated)
                 Rope.Rotate(this, call, Positions, HeadDim, y, new Gradient<T>(y, false), T.One);
         }
@@ -128,7 +122,6 @@ public sealed record Linears : Op
         Matrix<T> x = call.In(0);
         for (int i = 0, adapter = 0; i < _parts.Length; i++)
         {
-            int w = First(i);
             Matrix<T> dy = Part(call.OutputGradient, i);
             if (i < Rotated)
             {
@@ -140,15 +133,7 @@ public sealed record Linears : Op
 
             Gradient<T> dx = call.Gradient(0);
             if (dx.Wanted && i > 0) dx = new Gradient<T>(dx.Into, accumulate: true);
-            if (HasAdapter(call.Input(w + 2)))
-            {
-                Adapter(call, i).Backward(x, dy, Adapter(call, adapter++, x.Rows), dx);
-                continue;
-            }
-
-            call.Weight(w, _parts[i].Weight).MultiplyTransposed(dy, dx);
-            call.Multiply(dy.View.T, x.View, call.Gradient(w));
-            Sum.Rows(call, dy, call.Gradient(w + 1));
+            Layer(call, i).Backward(x, dy, Down(call, i, ref adapter), dx);
         }
     }
 
@@ -173,7 +158,7 @@ public sealed record Linears : Op
             Up(call, h, side, y, before: true);
             for (int i = 0; i < _parts.Length; i++)
             {
-                bool there = HasAdapter(call.Input(First(i) + 2))
+                bool there = call.Input(First(i) + 2).Exists
                     || (!heads && call.Input(First(i) + 1).Exists);
                 call.Weight(First(i), _parts[i].Weight)
                     .Multiply(x, Of(side, y, i), beta: there ? 1 : 0);
@@ -211,12 +196,6 @@ public sealed record Linears : Op
 
     private static int First(int part) => 1 + (Each * part);
 
-    private static bool HasAdapter(in Tensor a) => a.Exists;
-
-    private static Tensor Matrix(in Tensor stacked, int index, int rows) => new(
-        stacked.Data + (nint)((long)index * rows * stacked.Shape.Cols * stacked.Type.Size()),
-        new Spec(stacked.Type, new Shape(rows, stacked.Shape.Cols)));
-
     // Where a layer's columns begin.
     private int Begin(int part)
     {
@@ -229,14 +208,16 @@ public sealed record Linears : Op
         where T : unmanaged =>
         new(y.Data + ((long)y.Rows * Begin(part)), y.Rows, _parts[part].Outputs);
 
-    private unsafe Matrix<T> Adapter<T>(in CpuCall<T> call, int adapter, int rows)
+    // h of a layer that has an adapter, the next of those saved.
+    private static Matrix<T> Down<T>(in CpuCall<T> call, int part, ref int adapter)
         where T : unmanaged, System.Numerics.IBinaryFloatingPointIeee754<T>
     {
-        Matrix<T> h = call.Saved(0);
-        return new(h.Data + ((long)adapter * rows * h.Cols), rows, h.Cols);
+        int rows = call.In(0).Rows;
+        return call.Input(First(part) + 2).Exists
+            ? call.Saved(0).Slice(adapter++ * rows, rows) : default;
     }
 
-    private CpuAdapter<T> Adapter<T>(in CpuCall<T> call, int part)
+    private CpuAdapter<T> Layer<T>(in CpuCall<T> call, int part)
         where T : unmanaged, System.Numerics.IBinaryFloatingPointIeee754<T> =>
         new(call, First(part), _parts[part].Weight, _parts[part].Layer, Scale, Dropout);
 
@@ -303,7 +284,7 @@ public sealed record Linears : Op
         }
 
         for (int n = 0; n < count; n++)
-            call.Multiply(x, ((CudaMatrix)a[n]).T, Matrix(h, n, x.Rows));
+            call.Multiply(x, ((CudaMatrix)a[n]).T, h.Slice(n, 1));
     }
 
     // y = Scale * h bb^T of the layers with adapters, with the bias where no heads add it later; or
@@ -315,9 +296,8 @@ public sealed record Linears : Op
             Tensor b = side.Exists ? Tensor.None : call.Floats(First(i) + 1);
             if (b.Exists) call.FillRows(Part(y, i), b);
             if (call.Input(First(i) + 2).Exists)
-                call.Multiply(Matrix(h, n++, (int)y.Shape.Rows),
-                    ((CudaMatrix)call.In(First(i) + 3)).T, Of(side, y, i), Scale,
-                    beta: before && !b.Exists ? 0 : 1);
+                call.Multiply(h.Slice(n++, 1), ((CudaMatrix)call.In(First(i) + 3)).T,
+                    Of(side, y, i), Scale, beta: before && !b.Exists ? 0 : 1);
         }
     }
 
@@ -337,8 +317,8 @@ public sealed record Linears : Op
             int w = First(i);
             if (!call.Input(w + 2).Exists) continue;
             CudaMatrix own = Of(side, dy, i);
-            call.Multiply(own.T, Matrix(h, n, x.Rows), call.AnyGradient(w + 3), Scale);
-            call.Multiply(own, call.In(w + 3), Matrix(t, n, x.Rows), Scale);
+            call.Multiply(own.T, h.Slice(n, 1), call.AnyGradient(w + 3), Scale);
+            call.Multiply(own, call.In(w + 3), t.Slice(n, 1), Scale);
             da[n++] = call.FloatGradient(w + 2);
             anyA |= da[n - 1].Wanted;
         }
@@ -354,7 +334,7 @@ public sealed record Linears : Op
 
         for (int n = 0; n < count; n++)
         {
-            CudaMatrix own = Matrix(t, n, x.Rows);
+            CudaMatrix own = t.Slice(n, 1);
             call.Multiply(own.T, x, da[n]);
             call.Multiply(own, a[n], new GradientTarget(dx.Buffer, dx.Accumulate || n > 0));
         }

@@ -20,11 +20,18 @@ public sealed record Rope(int HeadDim) : Op("rope")
         Spec x = inputs.Float(this, 0, "x");
         if (HeadDim < 2 || HeadDim % 2 != 0 || x.Shape.Cols % HeadDim != 0)
             throw this.Wrong("x", $"heads of {HeadDim} columns, an even number", x);
-        inputs.Int(this, 1, "positions").MustBe(this, "positions", (int)x.Shape.Rows);
-        Spec cos = inputs.Float(this, 2, "cos");
-        cos.MustBe(this, "cos", (int)cos.Shape.Rows, HeadDim / 2);
-        inputs.Float(this, 3, "sin").MustHaveShape(this, "sin", cos.Shape);
+        CheckTables(this, inputs, 1, HeadDim, (int)x.Shape.Rows);
         return new(x.As(activations));
+    }
+
+    /// <summary>Positions, cos and sin of an operation, its inputs from `first` on.</summary>
+    internal static void CheckTables(
+        Op op, ReadOnlySpan<Spec> inputs, int first, int headDim, int rows)
+    {
+        inputs.Int(op, first, "positions").MustBe(op, "positions", rows);
+        Spec cos = inputs.Float(op, first + 1, "cos");
+        cos.MustBe(op, "cos", (int)cos.Shape.Rows, headDim / 2);
+        inputs.Float(op, first + 2, "sin").MustHaveShape(op, "sin", cos.Shape);
     }
 
     public override bool Differentiates(int input) => input == 0;
