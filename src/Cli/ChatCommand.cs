@@ -90,7 +90,7 @@ internal sealed class ChatCommand : IDisposable
     public void Dispose() => _signal.Dispose();
 
     // Weights are bfloat16 on a GPU unless something else is asked for.
-    private static TrainArguments Arguments(
+    internal static TrainArguments Arguments(
         string[] rest, out IReadOnlyCollection<string> given)
     {
         TrainArguments read =
