@@ -144,7 +144,8 @@ public sealed class ServeTests
             body["temperature"] = 2;
             body["stream"] = true;
             using var request = new HttpRequestMessage(
-                HttpMethod.Post, _server.Address + Completions) { Content = Json(body) };
+                HttpMethod.Post, _server.Address + Completions)
+            { Content = Json(body) };
             using HttpResponseMessage reply = await _client.SendAsync(
                 request, HttpCompletionOption.ResponseHeadersRead, leaves.Token);
             await leaves.CancelAsync();
@@ -263,7 +264,8 @@ public sealed class ServeTests
         async Task<HttpStatusCode> Status(string key, JsonObject body)
         {
             using var request = new HttpRequestMessage(
-                HttpMethod.Post, server.Address + Completions) { Content = Json(body) };
+                HttpMethod.Post, server.Address + Completions)
+            { Content = Json(body) };
             request.Headers.Authorization = new("Bearer", key);
             using HttpResponseMessage reply = await _client.SendAsync(request);
             return reply.StatusCode;
