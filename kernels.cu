@@ -1868,34 +1868,55 @@ extern "C" __global__ void __launch_bounds__(LORA_THREADS, LORA_BLOCKS) lora_dow
     }
 }
 
-// h[i] = sum of part[p, i] over p, in order. Four of them per thread.
-extern "C" __global__ void __launch_bounds__(256) lora_down_parts(
-    real* h, const float* part, int parts, long long count)
+// A thread's four of to[i] = sum of part[p, i] over p, in order; or adds it.
+template <typename T>
+DEVICE void sum_four(T* to, const float* part, int parts, long long count, bool accumulate)
 {
     long long i = 4 * ((long long)blockIdx.x * blockDim.x + threadIdx.x);
     if (i >= count) return;
-    float sum[4] = {};
-    if (count % 4 == 0)
+    if (count % 4 != 0 || ((u64)to & 7) != 0)
     {
-#pragma unroll 4
-        for (int p = 0; p < parts; p++)
+        for (long long end = min(i + 4, count); i < end; i++)
         {
-            float4 v = *(const float4*)(part + p * count + i);
-            sum[0] += v.x;
-            sum[1] += v.y;
-            sum[2] += v.z;
-            sum[3] += v.w;
+            float sum = 0;
+            for (int p = 0; p < parts; p++) sum += part[p * count + i];
+            put_one(to + i, accumulate ? to[i] + sum : sum);
         }
-#pragma unroll
-        for (int j = 0; j < 4; j++) h[i + j] = narrow(sum[j]);
         return;
     }
-    for (int j = 0; j < 4 && i + j < count; j++)
+    float sum[4] = {};
+#pragma unroll 4
+    for (int p = 0; p < parts; p++)
     {
-        for (int p = 0; p < parts; p++) sum[0] += part[p * count + i + j];
-        h[i + j] = narrow(sum[0]);
-        sum[0] = 0;
+        float4 v = *(const float4*)(part + p * count + i);
+        sum[0] += v.x;
+        sum[1] += v.y;
+        sum[2] += v.z;
+        sum[3] += v.w;
     }
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        if (accumulate) sum[j] += to[i + j];
+    put_two(to + i, sum[0], sum[1]);
+    put_two(to + i + 2, sum[2], sum[3]);
+}
+
+// h[i] = sum of part[p, i] over p, in order.
+extern "C" __global__ void __launch_bounds__(256) lora_down_parts(
+    real* h, const float* part, int parts, long long count)
+{
+    sum_four(h, part, parts, count, false);
+}
+
+// da_n[i] = sum of part[n, p, i] over p, in order, or adds it where bit n of accumulate is set; n is
+// y, and a da that is not there is not wanted.
+extern "C" __global__ void __launch_bounds__(256) lora_gradient_a_parts(float* da0, float* da1,
+    float* da2, const float* part, int parts, long long count, int accumulate)
+{
+    float* da = of_adapter(blockIdx.y, da0, da1, da2);
+    if (da != nullptr)
+        sum_four(da, part + blockIdx.y * parts * count, parts, count,
+            accumulate >> blockIdx.y & 1);
 }
 
 // dx[r, c] = scale * sum over n of mask_n * sum over k of t[n, r, k] a_n[k, c], or adds it. A block

@@ -59,7 +59,7 @@ public sealed class KernelBudgetTests
     private static readonly string[] s_wideReads =
     [
         "norm_weight_parts", "gradient_norm_parts", "sum_rows", "lora_down_parts",
-        "attention_statistics", "sum_parts_to_real",
+        "lora_gradient_a_parts", "attention_statistics", "sum_parts_to_real",
     ];
 
     private static readonly string[] s_wideWrites = ["fill_real", "fill_rows"];

@@ -83,23 +83,33 @@ internal readonly ref struct CudaLoraProducts
             * CeilingOf(Rank, KernelConstants.LoraRanks) * _a.Length;
         var (parts, each) = call.Split(
             _rows, blocks, BlocksPerMultiprocessor, FewestRows, KernelConstants.LoraARows);
+        Tensor part = parts > 1
+            ? call.Scratch(DType.F32, da.Length, parts, Rank * _cols) : Tensor.None;
+        Span<Tensor> own = [Tensor.None, Tensor.None, Tensor.None];
         Span<Tensor> into = [Tensor.None, Tensor.None, Tensor.None];
         int accumulate = 0;
         for (int n = 0; n < da.Length; n++)
         {
             if (!da[n].Wanted) continue;
-            into[n] = parts == 1
-                ? da[n].Buffer : call.Scratch(DType.F32, parts, Rank * _cols);
-            if (parts == 1 && da[n].Accumulate) accumulate |= 1 << n;
+            own[n] = da[n].Buffer;
+            into[n] = parts == 1 ? own[n] : part.Slice(n, 1);
+            if (da[n].Accumulate) accumulate |= 1 << n;
         }
 
-        call.Launch("lora_gradient_a", Tiles(call, blocks, parts), into[0], into[1],
-            into[2], t, x.Data, _mask, _rows, _cols, Rank, _a.Length, _words, each, accumulate,
-            _scale);
+        call.Launch("lora_gradient_a", Tiles(call, blocks, parts), into[0], into[1], into[2], t,
+            x.Data, _mask, _rows, _cols, Rank, _a.Length, _words, each,
+            parts == 1 ? accumulate : 0, _scale);
         if (parts == 1) return;
-        for (int n = 0; n < da.Length; n++)
-            if (da[n].Wanted) call.SumParts(into[n], da[n]);
+        long count = (long)Rank * _cols;
+        Grid grid = Grid.Elements((count + 3) / 4);
+        call.Launch("lora_gradient_a_parts",
+            grid with { Blocks = grid.Blocks with { Y = da.Length } }, own[0], own[1], own[2], part,
+            parts, count, accumulate);
     }
+
+    private Tensor A(int n) => n < _a.Length ? _a[n] : Tensor.None;
+
+    private static int CeilingOf(int value, int divisor) => (value + divisor - 1) / divisor;
 
     // Stages of the two operands' tiles and of the mask's, as section 8 has them: of one size in all.
     internal static int SharedBytes(DType real)
@@ -111,8 +121,4 @@ internal readonly ref struct CudaLoraProducts
 
     private static Grid Tiles(in CudaCall call, int x, int y, int z = 1) =>
         new(new Dim3(x, y, z), KernelConstants.LoraThreads, SharedBytes(call.Real));
-
-    private Tensor A(int n) => n < _a.Length ? _a[n] : Tensor.None;
-
-    private static int CeilingOf(int value, int divisor) => (value + divisor - 1) / divisor;
 }
