@@ -132,17 +132,11 @@ typedef u32 real2;
 DEVICE float widen_low(real2 p) { return widen((real)p); }
 DEVICE float widen_high(real2 p) { return widen((real)(p >> 16)); }
 DEVICE real2 narrow_pair(float low, float high) { return narrow2(low, high); }
-DEVICE real2 pair_of(real low, real high) { return (u32)low | (u32)high << 16; }
-DEVICE real2 lows(real2 p, real2 q) { return (p & 0xffff) | q << 16; }
-DEVICE real2 highs(real2 p, real2 q) { return p >> 16 | (q & 0xffff0000u); }
 #else
 typedef float2 real2;
 DEVICE float widen_low(real2 p) { return p.x; }
 DEVICE float widen_high(real2 p) { return p.y; }
 DEVICE real2 narrow_pair(float low, float high) { return make_float2(low, high); }
-DEVICE real2 pair_of(real low, real high) { return make_float2(low, high); }
-DEVICE real2 lows(real2 p, real2 q) { return make_float2(p.x, q.x); }
-DEVICE real2 highs(real2 p, real2 q) { return make_float2(p.y, q.y); }
 #endif
 
 // Words of an array in one access: as many as fit 16 bytes.
@@ -169,17 +163,17 @@ template <int WORDS> DEVICE void load_words(u32* words, const void* from)
     }
 }
 
-// Elements col to col + N - 1 (N is 2, 4 or 8, col a multiple of it) of a row that ends at cols;
-// zeros behind its end. wide says that all rows start at multiples of 16 bytes and end at one;
-// eight floats are two of them, so that a row may end between.
-template <int N> DEVICE void load_pairs(real2* p, const real* row, int col, int cols, bool wide)
+// Elements col to col + 7 (col a multiple of 8) of a row that ends at cols; zeros behind its end.
+// wide says that all rows start at multiples of 16 bytes and end at one; eight floats are two of
+// them, so that a row may end between.
+DEVICE void load_pairs(real2* p, const real* row, int col, int cols, bool wide)
 {
-    if (wide && col + N <= cols)
+    if (wide && col + 8 <= cols)
     {
-        u32 words[N * sizeof(real) / 4];
-        load_words<N * sizeof(real) / 4>(words, row + col);
+        u32 words[8 * sizeof(real) / 4];
+        load_words<8 * sizeof(real) / 4>(words, row + col);
 #pragma unroll
-        for (int i = 0; i < N / 2; i++)
+        for (int i = 0; i < 4; i++)
         {
 #if defined(STORAGE_BF16)
             p[i] = words[i];
@@ -190,14 +184,15 @@ template <int N> DEVICE void load_pairs(real2* p, const real* row, int col, int 
         return;
     }
 #pragma unroll
-    for (int i = 0; i < N / 2; i++)
+    for (int i = 0; i < 4; i++)
     {
         int c = col + 2 * i;
-        p[i] = pair_of(c < cols ? row[c] : (real)0, c + 1 < cols ? row[c + 1] : (real)0);
+        p[i] = narrow_pair(
+            c < cols ? widen(row[c]) : 0.0f, c + 1 < cols ? widen(row[c + 1]) : 0.0f);
     }
 }
 
-// The reverse, for N = 8; nothing is written behind the end.
+// The reverse; nothing is written behind the end.
 DEVICE void store_pairs(real* row, const real2* p, int col, int cols, bool wide)
 {
     if (wide && col + 8 <= cols)
@@ -320,6 +315,76 @@ DEVICE void multiply_add_16x8x16(float* d, const float2* a, const float2* b)
 }
 
 #endif
+
+// -- matrix instructions: operands of multiply_add_16x8x16, in its letters --
+//
+// The d of two products side by side, narrowed, is the a of the next one (narrow_left).
+//
+// load_matrix_x4 reads four 8x8 matrices M from shared memory: lanes 8m to 8m + 7 give the
+// addresses of the rows of matrix m, r[m] gets M[g][2t, 2t + 1], or M[2t, 2t + 1][g] when
+// transposed. Every operand is two by two of them, two rows of matrices by two columns of them, in
+// one of two orders:
+//   down first:   row lane % 16, chunk lane / 16. A from rows m;
+// transposed, B from rows k: r[0], r[1]
+//                 are b for n = 0 to 7, r[2], r[3] for n = 8 to 15.
+//   across first: row lane / 16 * 8 + lane % 8, chunk lane / 8 % 2. B from rows n, in the same
+//                 registers; transposed, A from rows k.
+
+DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+DEVICE void load_matrix_x4(u32* r, u32 address)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
+DEVICE void load_matrix_x4_transposed(u32* r, u32 address)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
+// Starts a copy of 16 bytes to shared memory, of zeros when not valid; both addresses are multiples
+// of 16. The copying thread may read them after wait_copies, others after a barrier behind that.
+DEVICE void copy_async_16(u32 address, const void* from, bool valid)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+        :: "r"(address), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+
+DEVICE void copy_async_8(u32 address, const void* from, bool valid)
+{
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;"
+        :: "r"(address), "l"(from), "r"(valid ? 8 : 0) : "memory");
+}
+
+// Closes a group of copies.
+DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until no more than the N latest groups are on their way.
+template <int N> DEVICE void wait_copies()
+{
+    asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
+}
+
+// A tile of rows of CHUNKS x 16 bytes in shared memory, at a multiple of 256 bytes, or of a row's
+// where that is longer. Chunks change places within a row so that eight rows' same chunk, which one
+// matrix is, lies in 32 different banks: the order repeats every eight rows.
+template <int CHUNKS> DEVICE u32 tile_address(u32 tile, int row, int chunk)
+{
+    static_assert(CHUNKS % 2 == 0, "no order for this width");
+    int order = CHUNKS % 8 == 0 ? row % 8 : CHUNKS % 8 == 4 ? row / 2 % 4 : row / 4 % 2;
+    return tile + (row * CHUNKS + (chunk ^ order)) * 16;
+}
+
+// From the address of a row's chunk 0 to that so many rows (a multiple of 8) and chunks further, or
+// from that of chunk 1 an even number of chunks: for constants, next to no arithmetic and few
+// registers.
+template <int CHUNKS> DEVICE u32 tile_step(u32 address, int rows, int chunks)
+{
+    int turned = CHUNKS % 8 == 0 ? chunks : chunks % (CHUNKS % 8 == 4 ? 4 : 2);
+    return (address ^ turned * 16) + (chunks - turned + rows * CHUNKS) * 16;
+}
 
 // An index outside its table, for the host to report: which argument (a KernelFault), where in it,
 // what stood there. The first one found is kept; faults[0] is 0 while all is well.
@@ -1496,66 +1561,179 @@ extern "C" __global__ void __launch_bounds__(256) splice_text_backward(
 // once, and dx is written once; h and t have theirs one behind the other. An operation that drops
 // nothing needs none of this: then the products below are plain ones.
 //
-// The kernels multiply on the tensor cores, straight from global memory to registers. Which k, m or
-// n of a product means which column or row is free as long as both sides agree; it is chosen here
-// such that a lane loads neighbours in a row (16 bytes of x, 8 where a transposed operand is made
-// of four rows).
+// Of a row's mask a word has 32 columns: bit p is that of column 2p, bit 16 + p of column 2p + 1,
+// set where the element is kept. So a shift brings those of two neighbours to the signs of a
+// word's halves. A row's words are a multiple of four, 16 bytes.
 
-// mask[y, r, w] = the bits of columns 32 w to 32 w + 31 of row r for the adapter whose layer is
-// y's: set where the element is kept. Writes rows words 4 bytes for each adapter; a draw for four
-// elements, which is what it waits for.
+// mask[y, r, w] for the adapter whose layer is y's. Writes rows words 4 bytes for each adapter; a
+// draw for eight elements, 16 bits for each, which is what it waits for.
 extern "C" __global__ void __launch_bounds__(256) dropout_mask(
-    int* mask, int rows, int cols, int words, long long seed, long long step, int layer0,
-    int layer1, int layer2, int threshold)
+    int* mask, int rows, int words, long long seed, long long step, int layer0, int layer1,
+    int layer2, int threshold)
 {
-    u32 i = blockIdx.x * blockDim.x + threadIdx.x, count = (u32)rows * words, limit = threshold;
+    u32 i = blockIdx.x * blockDim.x + threadIdx.x, count = (u32)rows * words, bits = 0;
     if (i >= count) return;
-    u64 element = (u64)(i / words) * cols + i % words * 32, bits = 0;
     u32 layer = blockIdx.y == 0 ? layer0 : blockIdx.y == 1 ? layer1 : layer2;
-    u32 block = (u32)(element >> 2), shift = (u32)element & 3;
+    u32 limit = (u32)threshold << 16;
 #pragma unroll
-    for (int k = 0; k < 9; k++)
+    for (int k = 0; k < 4; k++)
     {
-        if (k == 8 && shift == 0) break;
-        uint4 draw = philox((u64)seed, (u64)step, layer, block + k);
-        u32 kept = (draw.x >= limit) | (draw.y >= limit) << 1 | (draw.z >= limit) << 2
-            | (draw.w >= limit) << 3;
-        bits |= (u64)kept << 4 * k;
+        uint4 draw = philox((u64)seed, (u64)step, layer, 4 * i + k);
+        u32 words_of[4] = {draw.x, draw.y, draw.z, draw.w};
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+        {
+            if (words_of[j] << 16 >= limit) bits |= 1u << (4 * k + j);
+            if (words_of[j] >= limit) bits |= 0x10000u << (4 * k + j);
+        }
     }
-    mask[(u64)blockIdx.y * count + i] = (int)(u32)(bits >> shift);
+    mask[(u64)blockIdx.y * count + i] = (int)bits;
 }
 
-// A product with 0 or 1: a NaN stays one. The factor 1 / (1 - p) comes when sums are done.
-DEVICE real2 drop(real2 p, u32 kept)
+// Two neighbours times 1 or 0 as the signs of keep's halves say: a NaN stays one. The factor
+// 1 / (1 - p) comes when sums are done.
+DEVICE real2 drop(real2 p, u32 keep)
 {
-    return narrow_pair(widen_low(p) * (kept & 1 ? 1.0f : 0.0f),
-        widen_high(p) * (kept & 2 ? 1.0f : 0.0f));
+#if defined(STORAGE_BF16)
+    u32 factor;
+    asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(factor) : "r"(keep)); // a byte is its sign
+    factor &= 0x3f803f80;                                          // 1, 1
+    asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(p) : "r"(factor), "r"(0x80008000)); // - 0
+    return p;
+#else
+    return narrow_pair(p.x * (keep & 0x8000 ? 1.0f : 0.0f), p.y * (keep >> 31 ? 1.0f : 0.0f));
+#endif
 }
 
-// Four rows of four columns as the b of four products: b[j] is column j.
-DEVICE void columns_of(real2 (*b)[2], real2 (*row)[2])
+// The kernels: LORA_THREADS threads, four warps, have a tile of the result in registers. Tiles of
+// the operands and of the mask come by asynchronous copies, LORA_STAGES steps of them in shared
+// memory, 25 KiB each (floats: 49): while one is multiplied on the tensor cores the others are on
+// their way. A block has the sums of one adapter and of LORA_RANKS of its ranks; where there are
+// more, neighbouring blocks find x in cache.
+#if defined(STORAGE_BF16)
+#define LORA_STAGES 3
+#define LORA_BLOCKS 3 // of a multiprocessor, that registers and the 228 KiB of sm_90 are left for
+#else
+#define LORA_STAGES 2
+#define LORA_BLOCKS 1
+#endif
+
+alignas(1024) extern __shared__ uint4 lora_shared[];
+
+// Where a stage begins, and in it its tiles: of BIG and LORA_RANKS rows or columns.
+template <int BIG, int DEPTH> struct LoraStage
 {
-#pragma unroll
-    for (int i = 0; i < 2; i++)
+    static constexpr int FIRST = BIG * DEPTH * sizeof(real);
+    static constexpr int SECOND = LORA_RANKS * DEPTH * sizeof(real);
+    static constexpr int MASK = FIRST + SECOND, BYTES = MASK + 1024;
+    u32 first, second, mask;
+
+    __device__ __forceinline__ LoraStage(int step)
+        : first(shared_address(lora_shared) + step % LORA_STAGES * BYTES), second(first + FIRST),
+          mask(first + MASK)
     {
+    }
+};
+
+template <typename T> DEVICE T* in_shared(u32 address)
+{
+    return (T*)((char*)lora_shared + (address - shared_address(lora_shared)));
+}
+
+// Starts the copy of a tile of rows that lie stride elements apart; what is not within rows and
+// cols becomes zeros. Where rows are not made of 16 bytes, elements go through registers.
+template <int ROWS, int COLS>
+DEVICE void copy_lora_tile(u32 tile, const real* from, int stride, int rows, int cols, bool wide)
+{
+    constexpr int CHUNKS = COLS / VECTOR, STEP = LORA_THREADS / CHUNKS;
+    static_assert(ROWS % STEP == 0, "threads take equal shares");
+    int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS, col = chunk * VECTOR;
+    from += (u64)row * stride + col;
+    if (wide)
+    {
+#pragma unroll
+        for (int i = 0; i < ROWS; i += STEP)
+        {
+            copy_async_16(tile_address<CHUNKS>(tile, row + i, chunk), from,
+                row + i < rows && col < cols);
+            from += STEP * stride;
+        }
+        return;
+    }
+#pragma unroll 1
+    for (int i = 0; i < ROWS; i += STEP)
+    {
+        float x[VECTOR];
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++)
+            x[j] = row + i < rows && col + j < cols ? widen(from[j]) : 0.0f;
+        store_vector(in_shared<real>(tile_address<CHUNKS>(tile, row + i, chunk)), x);
+        from += STEP * stride;
+    }
+}
+
+// The same of WORDS words of the mask of each row, a row per thread.
+template <int WORDS> DEVICE void copy_lora_mask(u32 tile, const int* from, int words, int rows)
+{
+    u32 row = threadIdx.x;
+    if (row * WORDS * 4 >= 1024) return;
+    from += (u64)row * words;
+    if constexpr (WORDS == 4) copy_async_16(tile + row * 16, from, row < rows);
+    else copy_async_8(tile + row * 8, from, row < rows);
+}
+
+// The 16x16 block at a row and a column of a tile, in the registers of load_matrix_x4: down or
+// across first, transposed or not.
+template <int COLS, bool DOWN, bool TRANSPOSED>
+DEVICE void load_block(real2* r, u32 tile, int row, int col)
+{
+    int lane = threadIdx.x % WARP;
+    constexpr int CHUNKS = COLS / VECTOR;
+#if defined(STORAGE_BF16)
+    u32 own = DOWN ? tile_address<CHUNKS>(tile, lane % 16, lane / 16)
+                   : tile_address<CHUNKS>(tile, lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    own = tile_step<CHUNKS>(own, row, col / VECTOR);
+    if constexpr (TRANSPOSED) load_matrix_x4_transposed(r, own);
+    else load_matrix_x4(r, own);
+#else
+    int g = lane / 4, t2 = lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+    {
+        int m = row + (DOWN ? i % 2 : i / 2) * 8 + (TRANSPOSED ? t2 : g);
+        int n = col + (DOWN ? i / 2 : i % 2) * 8 + (TRANSPOSED ? g : t2);
+        float x[2];
 #pragma unroll
         for (int j = 0; j < 2; j++)
         {
-            b[2 * j][i] = lows(row[2 * i][j], row[2 * i + 1][j]);
-            b[2 * j + 1][i] = highs(row[2 * i][j], row[2 * i + 1][j]);
+            u32 at = tile_address<CHUNKS>(tile, m, n / VECTOR);
+            x[j] = in_shared<float>(at)[n % VECTOR];
+            (TRANSPOSED ? m : n)++;
         }
+        r[i] = make_float2(x[0], x[1]);
     }
+#endif
 }
 
-// More ranks than LORA_RANKS are done by more blocks, which find x in cache.
+#define INLINED __attribute__((always_inline)) // a lambda: kernels call no functions
 
-// Blocks of a multiprocessor that registers must be left for;
-// operands of floats take twice as many.
-#if defined(STORAGE_BF16)
-#define LORA_BLOCKS 2
-#else
-#define LORA_BLOCKS 1
-#endif
+// Runs through the steps: copy starts what a step needs, multiply has it.
+template <typename Copy, typename Multiply>
+DEVICE void in_stages(int steps, const Copy& copy, const Multiply& multiply)
+{
+#pragma unroll 1
+    for (int step = 1 - LORA_STAGES; step < steps; step++)
+    {
+        if (step >= 0)
+        {
+            wait_copies<LORA_STAGES - 2>();
+            __syncthreads(); // the step is here, the one before may be overwritten
+        }
+        if (step + LORA_STAGES - 1 < steps) copy(step + LORA_STAGES - 1);
+        commit_copies();
+        if (step >= 0) multiply(step);
+    }
+}
 
 // Of up to three adapters the one of a number.
 template <typename T> DEVICE T* of_adapter(int n, T* first, T* second, T* third)
@@ -1563,261 +1741,377 @@ template <typename T> DEVICE T* of_adapter(int n, T* first, T* second, T* third)
     return n == 0 ? first : n == 1 ? second : third;
 }
 
+DEVICE void put_two(float* to, float a, float b) { *(float2*)to = make_float2(a, b); }
+DEVICE void put_two(bf16* to, float a, float b) { *(u32*)to = narrow_bf16x2(a, b); }
+DEVICE void put_one(float* to, float a) { *to = a; }
+DEVICE void put_one(bf16* to, float a) { *to = narrow_bf16(a); }
+
+// Writes, from an offset on, scale times a lane's sums of a row, d[n][2 half] and its neighbour for columns 8n and
+// 8n + 1, `left` of which the row still has; or adds it to the floats there. pairs says that two can be
+// written as one.
+template <int N, typename T>
+DEVICE void put_sums(T* to, u64 at, const float (*d)[4], int half, float scale, int left,
+    bool pairs, bool accumulate)
+{
+    asm("" : "+l"(at)); // what is further lies at constants from here
+    to += at;
+    float low[N], high[N];
+#pragma unroll
+    for (int n = 0; n < N; n++)
+    {
+        low[n] = scale * d[n][2 * half];
+        high[n] = scale * d[n][2 * half + 1];
+    }
+    if (accumulate)
+    {
+#pragma unroll
+        for (int n = 0; n < N; n++)
+        {
+            if (8 * n < left) low[n] += to[8 * n];
+            if (8 * n + 1 < left) high[n] += to[8 * n + 1];
+        }
+    }
+    if (pairs)
+    {
+#pragma unroll
+        for (int n = 0; n < N; n++)
+            if (8 * n < left) put_two(to + 8 * n, low[n], high[n]);
+        return;
+    }
+#pragma unroll
+    for (int n = 0; n < N; n++)
+    {
+        if (8 * n < left) put_one(to + 8 * n, low[n]);
+        if (8 * n + 1 < left) put_one(to + 8 * n + 1, high[n]);
+    }
+}
+
 // h[n, r, k] = scale * sum over c of mask x[r, c] a_n[k, c], or its sum over the columns of part z
-// in part[z, n, r, k]. A block has 32 rows, and 64 ranks of an adapter; its 8 warps take 32 columns
-// in turn. Reads R C S of x once from memory, and a from cache; writes h. 2 R C rank FLOP for each
-// adapter.
-extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_down(
+// in part[z, n, r, k]. A block has LORA_DOWN_ROWS rows, a warp 32 of them, LORA_DOWN_COLS columns
+// at a time. Reads R C S of x once from memory, and a from cache; writes h. 2 R C rank FLOP for
+// each adapter, ranks rounded up to 64.
+extern "C" __global__ void __launch_bounds__(LORA_THREADS, LORA_BLOCKS) lora_down(
     real* h, float* part, const real* x, const int* mask, const real* a0, const real* a1,
     const real* a2, int rows, int cols, int rank, int adapters, int words, int cols_per_part,
     float scale)
 {
-    static_assert(LORA_DOWN_ROWS == 32 && LORA_DOWN_COLS == 8 * 32, "what eight warps have");
-    __shared__ float sums[8][2][32][8];
+    constexpr int COLS = LORA_DOWN_COLS;
+    static_assert(LORA_DOWN_ROWS == 4 * 32 && COLS == 2 * 32, "what four warps and two words have");
+    using Stage = LoraStage<LORA_DOWN_ROWS, COLS>;
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     int chunks = (rank + LORA_RANKS - 1) / LORA_RANKS, chunk = blockIdx.x % (chunks * adapters);
     int first_row = blockIdx.x / (chunks * adapters) * LORA_DOWN_ROWS;
     int adapter = chunk / chunks, first_rank = chunk % chunks * LORA_RANKS;
-    int ranks = min(LORA_RANKS, rank - first_rank);
     int begin = blockIdx.z * cols_per_part, end = min(cols, begin + cols_per_part);
     const real* a = of_adapter(adapter, a0, a1, a2);
-    bool wide = aligned16(x, cols, sizeof(real)) && aligned16(a, cols, sizeof(real));
+    bool wide = aligned16(x, cols, sizeof(real)), wide_a = aligned16(a, cols, sizeof(real));
+    const real *own_x = x + (u64)first_row * cols, *own_a = a + (u64)first_rank * cols;
+    const int* own_mask = mask + ((u64)adapter * rows + first_row) * words;
     float d[2][LORA_RANKS / 8][4] = {};
-    const real* own_x = x + (u64)(first_row + g) * cols;
-    const real* own_a = a + (u64)(first_rank + g) * cols;
-    // A lane has the mask of a row.
-    const int* own_mask = mask + ((u64)adapter * rows + first_row + lane) * words;
-#pragma unroll 1
-    for (int base = begin + warp * 32; base < end; base += LORA_DOWN_COLS)
-    {
-        u32 word = first_row + lane < rows ? (u32)own_mask[base / 32] : 0;
-        // Of the 32 columns 8t to 8t + 3 are k = 2t, 2t + 1, 2t + 8, 2t + 9 of a first product, 8t
-        // + 4 to 8t + 7 of a second.
-        int c = base + 8 * t;
-        real2 left[2][2][4];
-        // Offsets hidden from the compiler, which would keep all addresses and spill.
-        u32 at_x = 0, at_a = 0;
-#pragma unroll
-        for (int i = 0; i < 4; i++)
+    in_stages(
+        (end - begin + COLS - 1) / COLS,
+        [&](int step) INLINED
         {
-            int r = g + 8 * i;
-            real2 p[4];
-            load_pairs<8>(p, own_x + at_x, c, first_row + r < rows ? end : 0, wide);
-            at_x += 8 * cols;
-            asm("" : "+r"(at_x));
-            u32 keep = __shfl_sync(ALL_LANES, word, r) >> 8 * t;
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                left[i / 2][j / 2][j % 2 * 2 + i % 2] = drop(p[j], keep >> 2 * j);
-        }
-#pragma unroll
-        for (int n = 0; n < LORA_RANKS / 8; n++)
+            Stage to(step);
+            int c = begin + step * COLS;
+            copy_lora_tile<LORA_DOWN_ROWS, COLS>(
+                to.first, own_x + c, cols, rows - first_row, end - c, wide);
+            copy_lora_tile<LORA_RANKS, COLS>(
+                to.second, own_a + c, cols, rank - first_rank, end - c, wide_a);
+            copy_lora_mask<2>(to.mask, own_mask + c / 32, words, rows - first_row);
+        },
+        [&](int step) INLINED
         {
-            if (n * 8 >= ranks) break;
-            real2 right[4];
-            load_pairs<8>(right, own_a + at_a, c, n * 8 + g < ranks ? end : 0, wide);
-            at_a += 8 * cols;
-            asm("" : "+r"(at_a));
+            Stage from(step);
 #pragma unroll
-            for (int m = 0; m < 2; m++)
+            for (int k = 0; k < COLS; k += 16)
             {
-                multiply_add_16x8x16(d[m][n], left[m][0], right);
-                multiply_add_16x8x16(d[m][n], left[m][1], right + 2);
+                real2 left[2][4];
+#pragma unroll
+                for (int m = 0; m < 2; m++)
+                {
+                    int r = warp * 32 + m * 16;
+                    load_block<COLS, true, false>(left[m], from.first, r, k);
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                    {
+                        // Columns 2t, 2t + 1 of the word's first, second, ... eight.
+                        u32 word = in_shared<u32>(
+                            from.mask)[(r + i % 2 * 8 + g) * 2 + k / 32] << (3 - t);
+                        left[m][i] = drop(left[m][i], word << (12 - k % 32 / 2 - i / 2 * 4));
+                    }
+                }
+#pragma unroll
+                for (int n = 0; n < LORA_RANKS / 8; n += 2)
+                {
+                    real2 right[4];
+                    load_block<COLS, false, false>(right, from.second, n * 8, k);
+#pragma unroll
+                    for (int m = 0; m < 2; m++)
+                    {
+                        multiply_add_16x8x16(d[m][n], left[m], right);
+                        multiply_add_16x8x16(d[m][n + 1], left[m], right + 2);
+                    }
+                }
             }
-        }
-    }
-    // The warps' sums are added in order, 16 ranks at a time.
+        });
 #pragma unroll
-    for (int n = 0; n < LORA_RANKS / 8; n += 2)
+    for (int i = 0; i < 4; i++)
     {
-        if (n * 8 >= ranks) break;
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-        {
-            float* from = d[i / 2][n + i % 2];
-            float(*to)[8] = sums[warp][i % 2] + i / 2 * 16 + g;
-            *(float2*)&to[0][2 * t] = make_float2(from[0], from[1]);
-            *(float2*)&to[8][2 * t] = make_float2(from[2], from[3]);
-        }
-        __syncthreads();
-        for (int i = threadIdx.x; i < 32 * 16; i += 256)
-        {
-            int r = first_row + i / 16, k = n * 8 + i % 16;
-            float sum = 0;
-#pragma unroll
-            for (int w = 0; w < 8; w++) sum += sums[w][i % 16 / 8][i / 16][i % 8];
-            if (r >= rows || k >= ranks) continue;
-            u64 at = (u64)(adapter * rows + r) * rank + first_rank + k;
-            if (part != nullptr)
-                part[(u64)(blockIdx.z * adapters * rows) * rank + at] = scale * sum;
-            else h[at] = narrow(scale * sum);
-        }
-        __syncthreads();
+        int r = first_row + warp * 32 + i * 8 + g;
+        if (r >= rows) break;
+        u64 at = (u64)(adapter * rows + r) * rank + first_rank + 2 * t;
+        int left = rank - first_rank - 2 * t;
+        if (part != nullptr)
+            put_sums<LORA_RANKS / 8>(part, (u64)(blockIdx.z * adapters * rows) * rank + at,
+                d[i / 2], i % 2, scale, left, rank % 2 == 0, false);
+        else put_sums<LORA_RANKS / 8>(h, at, d[i / 2], i % 2, scale, left, rank % 2 == 0, false);
     }
+}
+
+// A thread's four of to[i] = sum of part[p, i] over p, in order; or adds it.
+template <typename T>
+DEVICE void sum_four(T* to, const float* part, int parts, long long count, bool accumulate)
+{
+    long long i = 4 * ((long long)blockIdx.x * blockDim.x + threadIdx.x);
+    if (i >= count) return;
+    if (count % 4 != 0 || ((u64)to & 7) != 0)
+    {
+        for (long long end = min(i + 4, count); i < end; i++)
+        {
+            float sum = 0;
+            for (int p = 0; p < parts; p++) sum += part[p * count + i];
+            put_one(to + i, accumulate ? to[i] + sum : sum);
+        }
+        return;
+    }
+    float sum[4] = {};
+#pragma unroll 4
+    for (int p = 0; p < parts; p++)
+    {
+        float4 v = *(const float4*)(part + p * count + i);
+        sum[0] += v.x;
+        sum[1] += v.y;
+        sum[2] += v.z;
+        sum[3] += v.w;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        if (accumulate) sum[j] += to[i + j];
+    put_two(to + i, sum[0], sum[1]);
+    put_two(to + i + 2, sum[2], sum[3]);
 }
 
 // h[i] = sum of part[p, i] over p, in order.
 extern "C" __global__ void __launch_bounds__(256) lora_down_parts(
     real* h, const float* part, int parts, long long count)
 {
-    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= count) return;
-    float sum = 0;
-    for (int p = 0; p < parts; p++) sum += part[p * count + i];
-    h[i] = narrow(sum);
+    sum_four(h, part, parts, count, false);
 }
 
-// dx[r, c] = scale * sum over n of mask_n * sum over k of t[n, r, k] a_n[k, c], or adds it. A warp
-// has 32 rows, 16 at a time, and 32 columns, a block 2 x 4 of them. Writes (or reads and writes)
-// R C S of dx, the rest from cache. 2 R C rank FLOP for each adapter.
-extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_x(
+// da_n[i] = sum of part[n, p, i] over p, in order, or adds it where bit n of accumulate is set; n is
+// y, and a da that is not there is not wanted.
+extern "C" __global__ void __launch_bounds__(256) lora_gradient_a_parts(float* da0, float* da1,
+    float* da2, const float* part, int parts, long long count, int accumulate)
+{
+    float* da = of_adapter(blockIdx.y, da0, da1, da2);
+    if (da != nullptr)
+        sum_four(da, part + blockIdx.y * parts * count, parts, count,
+            accumulate >> blockIdx.y & 1);
+}
+
+// dx[r, c] = scale * sum over n of mask_n * sum over k of t[n, r, k] a_n[k, c], or adds it. A block
+// has LORA_X_ROWS rows and LORA_X_COLS columns, a warp 32 rows and 64 columns. Writes (or reads and
+// writes) R C S of dx, the rest from cache. 2 R C rank FLOP for each adapter, ranks rounded up to 64.
+extern "C" __global__ void __launch_bounds__(LORA_THREADS, LORA_BLOCKS) lora_gradient_x(
     real* dx, const real* t, const int* mask, const real* a0, const real* a1, const real* a2,
     int rows, int cols, int rank, int adapters, int words, int accumulate, float scale)
 {
+    constexpr int ROWS = LORA_X_ROWS, COLS = LORA_X_COLS, RANKS = LORA_RANKS;
+    static_assert(ROWS == 2 * 32 && COLS == 2 * 64, "what four warps have");
+    using Stage = LoraStage<COLS, RANKS>;
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, q = lane % 4;
-    static_assert(LORA_X_ROWS == 2 * 32 && LORA_X_COLS == 4 * 32, "what eight warps have");
-    int first_col = blockIdx.y * LORA_X_COLS + warp % 4 * 32, c = first_col + 8 * q;
-    bool wide = aligned16(dx, cols, sizeof(real)), wide_t = aligned16(t, rank, sizeof(real));
-#pragma unroll 1
-    for (int half = 0; half < 2; half++)
-    {
-        int first_row = blockIdx.x * LORA_X_ROWS + warp / 4 * 32 + half * 16 + g;
-        float sum[2][8] = {};
-#pragma unroll 1
-        for (int n = 0; n < adapters; n++)
+    int first_row = blockIdx.y * ROWS, first_col = blockIdx.x * COLS;
+    int own_row = warp / 2 * 32, own_col = warp % 2 * 64;
+    int chunks = (rank + RANKS - 1) / RANKS;
+    bool wide_t = aligned16(t, rank, sizeof(real));
+    float sum[2][8][4] = {};
+    in_stages(
+        adapters * chunks,
+        [&](int step) INLINED
         {
-            const real *a = of_adapter(n, a0, a1, a2), *own_t = t + (u64)n * rows * rank;
-            bool wide_a = aligned16(a, cols, sizeof(real));
-            float d[4][4] = {};
-            for (int base = 0; base < rank; base += 16)
-            {
-                // Ranks 4q to 4q + 3 are k = 2q, 2q + 1, 2q + 8, 2q + 9; column 4n + j is n of
-                // product j.
-                real2 left[4], row[4][2], right[4][2];
+            Stage to(step);
+            int n = step / chunks, k = step % chunks * RANKS;
+            const real* a = of_adapter(n, a0, a1, a2);
+            u64 row = (u64)n * rows + first_row;
+            copy_lora_tile<RANKS, COLS>(to.first, a + (u64)k * cols + first_col, cols, rank - k,
+                cols - first_col, aligned16(a, cols, sizeof(real)));
+            copy_lora_tile<ROWS, RANKS>(
+                to.second, t + row * rank + k, rank, rows - first_row, rank - k, wide_t);
+            copy_lora_mask<4>(
+                to.mask, mask + row * words + first_col / 32, words, rows - first_row);
+        },
+        [&](int step) INLINED
+        {
+            Stage from(step);
+            real2 left[2][RANKS / 16][4];
+            u32 keep[2][2][2];
 #pragma unroll
-                for (int i = 0; i < 2; i++)
-                {
-                    int r = first_row + 8 * i;
-                    real2 p[2];
-                    load_pairs<4>(
-                        p, own_t + (u64)r * rank, base + 4 * q, r < rows ? rank : 0, wide_t);
-                    left[i] = p[0];
-                    left[2 + i] = p[1];
-                }
+            for (int m = 0; m < 2; m++)
+            {
+#pragma unroll
+                for (int k = 0; k < RANKS / 16; k++)
+                    load_block<RANKS, true, false>(
+                        left[m][k], from.second, own_row + m * 16, k * 16);
 #pragma unroll
                 for (int i = 0; i < 4; i++)
-                {
-                    int k = base + 4 * q + i;
-                    load_pairs<4>(
-                        row[i], a + (u64)k * cols, first_col + 4 * g, k < rank ? cols : 0, wide_a);
-                }
-                columns_of(right, row);
-#pragma unroll
-                for (int j = 0; j < 4; j++) multiply_add_16x8x16(d[j], left, right[j]);
+                    keep[m][i / 2][i % 2] = in_shared<u32>(from.mask)[
+                        (own_row + m * 16 + i / 2 * 8 + g) * 4 + own_col / 32 + i % 2] >> q;
             }
 #pragma unroll
-            for (int i = 0; i < 2; i++)
+            for (int n = 0; n < 8; n += 2)
             {
-                int r = first_row + 8 * i;
-                if (r >= rows || first_col >= cols) continue;
-                u32 keep = (u32)mask[((u64)n * rows + r) * words + first_col / 32] >> 8 * q;
+                float d[2][2][4] = {};
 #pragma unroll
-                for (int j = 0; j < 8; j++)
-                    sum[i][j] += d[j % 4][i * 2 + j / 4] * (keep >> j & 1 ? scale : 0.0f);
+                for (int k = 0; k < RANKS / 16; k++)
+                {
+                    real2 right[4];
+                    load_block<COLS, true, true>(right, from.first, k * 16, own_col + n * 8);
+#pragma unroll
+                    for (int m = 0; m < 2; m++)
+                    {
+                        multiply_add_16x8x16(d[m][0], left[m][k], right);
+                        multiply_add_16x8x16(d[m][1], left[m][k], right + 2);
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < 16; i++)
+                {
+                    // Columns 2q, 2q + 1 of eights n and n + 1, of rows g and g + 8.
+                    int m = i / 8, j = i / 4 % 2;
+                    u32 bit = (n + j) % 4 * 4 + i % 2 * 16;
+                    sum[m][n + j][i % 4] += d[m][j][i % 4]
+                        * (keep[m][i / 2 % 2][n / 4] >> bit & 1 ? scale : 0.0f);
+                }
             }
-        }
+        });
+    // A warp's sums become rows through its own shared memory, 32 columns at a time.
+    __syncthreads();
+    u32 own = shared_address(lora_shared) + warp * 4096;
+    bool wide = aligned16(dx, cols, sizeof(real));
 #pragma unroll
-        for (int i = 0; i < 2; i++)
+    for (int half = 0; half < 2; half++)
+    {
+#pragma unroll
+        for (int i = 0; i < 16; i++)
         {
-            int r = first_row + 8 * i;
+            int row = i / 4 * 8 + g, n = i % 4;
+            const float* from = sum[i / 8][half * 4 + n] + i / 4 % 2 * 2;
+            *in_shared<float2>(tile_address<8>(own, row, 2 * n + q / 2) + q % 2 * 8) =
+                make_float2(from[0], from[1]);
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+        {
+            int row = i * 8 + g, r = first_row + own_row + row;
+            int c = first_col + own_col + half * 32 + 8 * q;
+            float4 low = *in_shared<float4>(tile_address<8>(own, row, 2 * q));
+            float4 high = *in_shared<float4>(tile_address<8>(own, row, 2 * q + 1));
             if (r >= rows || c >= cols) continue;
+            float v[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
             real2 values[4];
-            load_pairs<8>(values, dx + (u64)r * cols, c, accumulate ? cols : 0, wide);
+            load_pairs(values, dx + (u64)r * cols, c, accumulate ? cols : 0, wide);
 #pragma unroll
             for (int j = 0; j < 4; j++)
-                values[j] = narrow_pair(widen_low(values[j]) + sum[i][2 * j],
-                    widen_high(values[j]) + sum[i][2 * j + 1]);
+                values[j] = narrow_pair(
+                    widen_low(values[j]) + v[2 * j], widen_high(values[j]) + v[2 * j + 1]);
             store_pairs(dx + (u64)r * cols, values, c, cols, wide);
         }
+        __syncwarp();
     }
 }
 
 // da_n[y, k, c] = scale * sum of t[n, r, k] mask_n x[r, c] over the rows r of part y, or adds it
-// where bit n of accumulate is set; a da that is not there is not wanted. A block has 32 columns,
-// and 64 ranks of an adapter, each of its 8 warps 16 rows in turn. Reads R C S of x once from
-// memory, t from cache; writes 4 rank C for each adapter and part. 2 R C rank FLOP for each.
-extern "C" __global__ void __launch_bounds__(256, LORA_BLOCKS) lora_gradient_a(
+// where bit n of accumulate is set; a da that is not there is not wanted. A block has LORA_A_COLS
+// columns, a warp 32 of them, LORA_A_ROWS rows at a time. Reads R C S of x once from memory, t from
+// cache; writes 4 rank C for each adapter and part. 2 R C rank FLOP for each, ranks rounded up to 64.
+extern "C" __global__ void __launch_bounds__(LORA_THREADS, LORA_BLOCKS) lora_gradient_a(
     float* da0, float* da1, float* da2, const real* t, const real* x, const int* mask, int rows,
     int cols, int rank, int adapters, int words, int rows_per_part, int accumulate, float scale)
 {
-    static_assert(LORA_A_ROWS == 8 * 16 && LORA_A_COLS == 32, "what eight warps have");
-    __shared__ float sums[8][16][32];
+    constexpr int ROWS = LORA_A_ROWS, COLS = LORA_A_COLS, RANKS = LORA_RANKS;
+    static_assert(ROWS == 64 && COLS == 4 * 32, "what a mask's tile has, and four warps");
+    using Stage = LoraStage<COLS, ROWS>;
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, q = lane % 4;
-    int chunks = (rank + LORA_RANKS - 1) / LORA_RANKS, adapter = blockIdx.z / chunks;
-    int first_col = blockIdx.x * LORA_A_COLS, first_rank = blockIdx.z % chunks * LORA_RANKS;
-    int ranks = min(LORA_RANKS, rank - first_rank);
+    int chunks = (rank + RANKS - 1) / RANKS, chunk = blockIdx.x % (chunks * adapters);
+    int first_col = blockIdx.x / (chunks * adapters) * COLS;
+    int adapter = chunk / chunks, first_rank = chunk % chunks * RANKS;
     int begin = blockIdx.y * rows_per_part, end = min(rows, begin + rows_per_part);
     float* da = of_adapter(adapter, da0, da1, da2);
     if (da == nullptr) return;
     accumulate = accumulate >> adapter & 1;
     bool wide = aligned16(x, cols, sizeof(real)), wide_t = aligned16(t, rank, sizeof(real));
-    const int* own_mask = mask + (u64)adapter * rows * words + blockIdx.x;
-    float d[LORA_RANKS / 16][4][4] = {};
-    for (int base = begin + warp * 16; base < end; base += LORA_A_ROWS)
-    {
-        // Rows 4q to 4q + 3 are k = 2q, 2q + 1, 2q + 8, 2q + 9; column 4n + j is n of product j,
-        // and ranks 2g and 2g + 1 are m = g and g + 8.
-        int c = first_col + 4 * g;
-        real2 row[4][2], right[4][2];
-#pragma unroll
-        for (int i = 0; i < 4; i++)
+    // Rows 2q and 2q + 1 of the columns of g's parity, as halves of a word.
+    u32 halves = g % 2 ? 0x7632 : 0x5410;
+    float d[RANKS / 16][4][4] = {};
+    in_stages(
+        (end - begin + ROWS - 1) / ROWS,
+        [&](int step) INLINED
         {
-            int r = base + 4 * q + i;
-            load_pairs<4>(row[i], x + (u64)r * cols, c, r < end ? cols : 0, wide);
-            u32 keep = r < end ? (u32)own_mask[(u64)r * words] >> 4 * g : 0;
-            row[i][0] = drop(row[i][0], keep);
-            row[i][1] = drop(row[i][1], keep >> 2);
-        }
-        columns_of(right, row);
-#pragma unroll
-        for (int m = 0; m < LORA_RANKS / 16; m++)
+            Stage to(step);
+            int r = begin + step * ROWS;
+            u64 row = (u64)adapter * rows + r;
+            copy_lora_tile<ROWS, COLS>(to.first, x + (u64)r * cols + first_col, cols, end - r,
+                cols - first_col, wide);
+            copy_lora_tile<ROWS, RANKS>(to.second, t + row * rank + first_rank, rank, end - r,
+                rank - first_rank, wide_t);
+            copy_lora_mask<4>(to.mask, mask + row * words + first_col / 32, words, end - r);
+        },
+        [&](int step) INLINED
         {
-            if (m * 16 >= ranks) break;
-            real2 p[4];
+            Stage from(step);
 #pragma unroll
-            for (int i = 0; i < 4; i++)
+            for (int k = 0; k < ROWS; k += 16)
             {
-                int r = base + 4 * q + i;
-                const real* from = t + ((u64)adapter * rows + r) * rank + first_rank;
-                load_pairs<2>(p + i, from, m * 16 + 2 * g, r < end ? ranks : 0, wide_t);
+                real2 left[RANKS / 16][4];
+#pragma unroll
+                for (int m = 0; m < RANKS / 16; m++)
+                    load_block<RANKS, false, true>(left[m], from.second, k, m * 16);
+                u32 keep[2];
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                {
+                    const u32* row =
+                        in_shared<u32>(from.mask) + (k + i * 8 + 2 * q) * 4 + warp;
+                    keep[i] = __byte_perm(row[0], row[4], halves) << (3 - g / 2);
+                }
+#pragma unroll
+                for (int n = 0; n < 4; n += 2)
+                {
+                    real2 right[4];
+                    load_block<COLS, true, true>(right, from.first, k, warp * 32 + n * 8);
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        right[i] = drop(right[i], keep[i % 2] << (12 - 4 * (n + i / 2)));
+#pragma unroll
+                    for (int m = 0; m < RANKS / 16; m++)
+                    {
+                        multiply_add_16x8x16(d[m][n], left[m], right);
+                        multiply_add_16x8x16(d[m][n + 1], left[m], right + 2);
+                    }
+                }
             }
-            real2 left[4] =
-                {lows(p[0], p[1]), highs(p[0], p[1]), lows(p[2], p[3]), highs(p[2], p[3])};
+        });
+    bool pairs = cols % 2 == 0 && ((u64)da & 7) == 0;
 #pragma unroll
-            for (int j = 0; j < 4; j++) multiply_add_16x8x16(d[m][j], left, right[j]);
-        }
-    }
-    // The warps' sums are added in order, 16 ranks at a time.
-#pragma unroll
-    for (int m = 0; m < LORA_RANKS / 16; m++)
+    for (int i = 0; i < RANKS / 8; i++)
     {
-        if (m * 16 >= ranks) break;
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            *(float4*)&sums[warp][2 * g + i / 2][8 * q + i % 2 * 4] =
-                make_float4(d[m][0][i], d[m][1][i], d[m][2][i], d[m][3][i]);
-        __syncthreads();
-        for (int i = threadIdx.x; i < 16 * 32; i += 256)
-        {
-            int k = m * 16 + i / 32, c = first_col + i % 32;
-            float sum = 0;
-#pragma unroll
-            for (int w = 0; w < 8; w++) sum += sums[w][i / 32][i % 32];
-            if (k >= ranks || c >= cols) continue;
-            float* to = da + ((u64)blockIdx.y * rank + first_rank + k) * cols + c;
-            *to = accumulate ? *to + scale * sum : scale * sum;
-        }
-        __syncthreads();
+        int k = first_rank + i * 8 + g;
+        if (k >= rank) break;
+        int c = first_col + warp * 32 + 2 * q;
+        put_sums<4>(da, ((u64)blockIdx.y * rank + k) * cols + c, d[i / 2], i % 2, scale, cols - c,
+            pairs, accumulate);
     }
 }
 
@@ -1959,76 +2253,6 @@ extern "C" __global__ void __launch_bounds__(256) cross_entropy_scatter(
 }
 
 // ---- 10. attention, forward ---------------------------------------------------------------------
-
-// -- matrix instructions: operands of multiply_add_16x8x16, in its letters --
-//
-// The d of two products side by side, narrowed, is the a of the next one (narrow_left).
-//
-// load_matrix_x4 reads four 8x8 matrices M from shared memory: lanes 8m to 8m + 7 give the
-// addresses of the rows of matrix m, r[m] gets M[g][2t, 2t + 1], or M[2t, 2t + 1][g] when
-// transposed. Every operand is two by two of them, two rows of matrices by two columns of them, in
-// one of two orders:
-//   down first:   row lane % 16, chunk lane / 16. A from rows m;
-// transposed, B from rows k: r[0], r[1]
-//                 are b for n = 0 to 7, r[2], r[3] for n = 8 to 15.
-//   across first: row lane / 16 * 8 + lane % 8, chunk lane / 8 % 2. B from rows n, in the same
-//                 registers; transposed, A from rows k.
-
-DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-DEVICE void load_matrix_x4(u32* r, u32 address)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-
-DEVICE void load_matrix_x4_transposed(u32* r, u32 address)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-
-// Starts a copy of 16 bytes to shared memory, of zeros when not valid; both addresses are multiples
-// of 16. The copying thread may read them after wait_copies, others after a barrier behind that.
-DEVICE void copy_async_16(u32 address, const void* from, bool valid)
-{
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-        :: "r"(address), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
-
-DEVICE void copy_async_8(u32 address, const void* from, bool valid)
-{
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;"
-        :: "r"(address), "l"(from), "r"(valid ? 8 : 0) : "memory");
-}
-
-// Closes a group of copies.
-DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Waits until no more than the N latest groups are on their way.
-template <int N> DEVICE void wait_copies()
-{
-    asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
-}
-
-// A tile of rows of CHUNKS x 16 bytes in shared memory, at a multiple of 256 bytes, or of a row's
-// where that is longer. Chunks change places within a row so that eight rows' same chunk, which one
-// matrix is, lies in 32 different banks: the order repeats every eight rows.
-template <int CHUNKS> DEVICE u32 tile_address(u32 tile, int row, int chunk)
-{
-    static_assert(CHUNKS % 2 == 0, "no order for this width");
-    int order = CHUNKS % 8 == 0 ? row % 8 : CHUNKS % 8 == 4 ? row / 2 % 4 : row / 4 % 2;
-    return tile + (row * CHUNKS + (chunk ^ order)) * 16;
-}
-
-// From the address of a row's chunk 0 to that so many rows (a multiple of 8) and chunks further, or
-// from that of chunk 1 an even number of chunks: for constants, next to no arithmetic and few
-// registers.
-template <int CHUNKS> DEVICE u32 tile_step(u32 address, int rows, int chunks)
-{
-    int turned = CHUNKS % 8 == 0 ? chunks : chunks % (CHUNKS % 8 == 4 ? 4 : 2);
-    return (address ^ turned * 16) + (chunks - turned + rows * CHUNKS) * 16;
-}
 
 #if defined(STORAGE_BF16)
 

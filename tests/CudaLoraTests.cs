@@ -35,7 +35,8 @@ public sealed class CudaLoraTests
     public void Free() => _cuda?.Dispose();
 
     // Rows of one block and of several, columns with and without 16-byte rows (of floats also with
-    // an odd number of such vectors), all ranks' tiles; the last ones split their sums into parts.
+    // an odd number of such vectors), all ranks' tiles; the last ones split their sums into parts,
+    // of several steps and of more than stages.
     [TestCase(0, 16, 8, 0.5)]
     [TestCase(1, 48, 1, 0.05)]
     [TestCase(7, 33, 3, 0.5)]
@@ -51,6 +52,7 @@ public sealed class CudaLoraTests
     [TestCase(33, 1601, 72, 0.5)]
     [TestCase(600, 33, 3, 0.5)]
     [TestCase(600, 48, 16, 0.05)]
+    [TestCase(130, 1000, 64, 0.05)]
     public void SizesAroundTilesAgree(int rows, int cols, int rank, double dropout)
     {
         OpCase c = OpCases.All.Single(each => each.Name == "lora_linear_dropout");
@@ -58,6 +60,81 @@ public sealed class CudaLoraTests
             CudaOpTests.Compare(
                 Device(type), c, type, new LoraLinear(Layer, Scale, dropout),
                 Inputs(rows, cols, rank), null, $"[{rows}, {cols}] rank {rank} dropout {dropout}");
+    }
+
+    // Adapters of one input, each with a mask of its own.
+    [TestCase(1, 31, 200, 8, 0.5)]
+    [TestCase(2, 130, 33, 100, 0.05)]
+    [TestCase(3, 130, 200, 64, 0.5)]
+    [TestCase(3, 31, 144, 6, 0.05)]
+    [TestCase(3, 1, 33, 8, 0.05)]
+    public void AdaptersOfOneInputAgree(int adapters, int rows, int cols, int rank, double dropout)
+    {
+        OpCase c = OpCases.All.Single(each => each.Name == "linears_dropout");
+        var op = new Linears(
+            [.. Enumerable.Range(0, adapters).Select(i => new LinearPart(8 + i, Layer + i))], Scale,
+            dropout);
+        List<Value> inputs = [Value.Float("x", [rows, cols], Fill.Normal(1, rows * cols))];
+        for (int i = 0; i < adapters; i++)
+            inputs.AddRange(
+            [
+                Value.Float("w", [8 + i, cols], Fill.Normal(2 + i, (8 + i) * cols)),
+                Value.Absent("b"),
+                Value.Float("a", [rank, cols], Fill.Normal(5 + i, rank * cols)),
+                Value.Float("bb", [8 + i, rank], Fill.Normal(8 + i, (8 + i) * rank)),
+            ]);
+        foreach (DType type in s_types)
+            CudaOpTests.Compare(Device(type), c, type, op, [.. inputs], null,
+                $"{adapters} of [{rows}, {cols}] rank {rank} dropout {dropout}");
+    }
+
+    // With a = 1 h and da are sums of what the mask leaves of x: a NaN stays one where it is
+    // dropped, and 0 times infinity is one. So it is with dx where a is NaN.
+    [TestCase(40)]
+    [TestCase(33)]
+    public void WhatIsNotFiniteIsNotHiddenByTheMask(int cols)
+    {
+        const int Rows = 20, Rank = 8;
+        var op = new LoraLinear(Layer, 1, 0.5);
+        double[] mask = RoundedLora.MaskOf(op, s_random, Rows, cols);
+        double[] x = Ones(Rows * cols), a = Ones(Rank * cols);
+        int kept = Array.FindIndex(mask, cols, m => m != 0);
+        int dropped = Array.FindIndex(mask, 5 * cols, m => m == 0);
+        int nan = Array.FindIndex(mask, 10 * cols, m => m == 0);
+        (x[kept], x[dropped], x[nan]) =
+            (double.PositiveInfinity, double.PositiveInfinity, double.NaN);
+        a[cols - 2] = double.NaN;
+        foreach (DType type in s_types)
+        {
+            using var run = new OpRun(Device(type), op,
+            [
+                Value.Float("x", [Rows, cols], x), Value.Float("w", [1, cols], new double[cols]),
+                Value.Absent("b"), Value.Float("a", [Rank, cols], a),
+                Value.Float("bb", [1, Rank], Ones(Rank)),
+            ]);
+            run.Forward();
+            run.Want(i => i is 0 or 3);
+            run.Backward(Ones(Rows));
+            double[] h = run.Saved(0), dx = run.Gradient(0), da = run.Gradient(3);
+            for (int r = 0; r < Rows; r++)
+            {
+                double sum = 0;
+                for (int c = 0; c < cols; c++) sum += mask[(r * cols) + c] * x[(r * cols) + c];
+                Assert.That(h[(r * Rank) + 1], Is.EqualTo(Storage.Round([sum], type)[0]),
+                    $"{type} row {r}");
+                Assert.That(h[r * Rank], Is.NaN, $"{type} row {r}, a NaN in a");
+                for (int c = 0; c < cols; c++)
+                    Assert.That(double.IsNaN(dx[(r * cols) + c]), Is.EqualTo(c == cols - 2),
+                        $"{type} dx {r}, {c}");
+            }
+
+            for (int c = 0; c < cols; c++)
+            {
+                double sum = 0;
+                for (int r = 0; r < Rows; r++) sum += mask[(r * cols) + c] * x[(r * cols) + c];
+                Assert.That(da[c], Is.EqualTo(sum), $"{type} da {c}");
+            }
+        }
     }
 
     // With x = 1 and a = 1 on its diagonal the mask is h; with dy bb = 1 it is dx, and with one on
@@ -207,7 +284,7 @@ public sealed class CudaLoraTests
     public void NothingIsMovedTwice()
     {
         if (CudaUnderTest.IsReal) Assert.Ignore("counted by the emulator only");
-        const int Rows = 512, Cols = 768, Rank = 16, S = 2, F = 4;
+        const int Rows = 448, Cols = 640, Rank = 16, S = 2, F = 4;
         const long X = (long)Rows * Cols * S, H = (long)Rows * Rank * S, A = (long)Rank * Cols * S;
         const long Y = (long)Rows * Outputs * S, Mask = (long)Rows * Cols / 8;
         _cuda.Dispose();

@@ -40,18 +40,19 @@ public sealed unsafe class DropoutTests
     public void TheMaskIsTheDocumentedFunctionOfItsPlace()
     {
         var random = new Randomness(0x123456789ABCDEF0, 0x1_0000_0005, Dropout: true);
-        uint threshold = Philox.Threshold(0.3);
-        Assert.That(threshold, Is.EqualTo(1288490188u));
+        int threshold = Philox.Threshold(0.3);
+        Assert.That(threshold, Is.EqualTo(19661));
         var mask = new byte[128];
-        const long First = (1L << 33) + 64;
+        const long First = (1L << 34) + 64;
         fixed (byte* keep = mask) Philox.Mask(random, 9, threshold, First, 100, keep);
         for (int i = 0; i < 100; i++)
         {
             long element = First + i;
             var (x0, x1, x2, x3) = Philox.Draw(
-                ((uint)(element / 4), 9, 5, 1), (0x9ABCDEF0, 0x12345678));
-            uint word = (element % 4) switch { 0 => x0, 1 => x1, 2 => x2, _ => x3 };
-            Assert.That(mask[i], Is.EqualTo(word >= threshold ? 1 : 0), $"element {i}");
+                ((uint)(element / 8), 9, 5, 1), (0x9ABCDEF0, 0x12345678));
+            uint word = (element % 8 / 2) switch { 0 => x0, 1 => x1, 2 => x2, _ => x3 };
+            uint bits = element % 2 == 0 ? word & 0xFFFF : word >> 16;
+            Assert.That(mask[i], Is.EqualTo(bits >= threshold ? 1 : 0), $"element {i}");
         }
     }
 
@@ -64,10 +65,12 @@ public sealed unsafe class DropoutTests
         {
             fixed (byte* keep = mask)
                 Philox.Mask(new(1, 2, true), 3, Philox.Threshold(p), 0, Count, keep);
-            // Four standard deviations.
+            // Four standard deviations; what is kept is scaled so that the mean stays.
             double deviation = Math.Sqrt(p * (1 - p) / Count);
-            Assert.That(1 - (mask.Sum(b => (double)b) / Count),
-                Is.EqualTo(p).Within(4 * deviation));
+            double kept = mask.Sum(b => (double)b) / Count;
+            Assert.That(1 - kept, Is.EqualTo(p).Within(4 * deviation));
+            Assert.That(kept * Philox.Scale(p), Is.EqualTo(1).Within(4 * deviation / (1 - p)));
+            Assert.That(Philox.Scale(p) * (1 - p), Is.EqualTo(1).Within(1e-5));
         }
     }
 
@@ -79,8 +82,7 @@ public sealed unsafe class DropoutTests
                 new LoraLinear(0, 1, p), Throws.TypeOf<ArgumentOutOfRangeException>());
     }
 
-    // A row of 37 columns starts at every offset of a block;
-    // a tall matrix has several tiles of rows.
+    // Rows that end within a draw; a tall matrix has several tiles of rows.
     [TestCase(5, 37)]
     [TestCase(1, 1)]
     [TestCase(75, 9000)]
@@ -94,7 +96,7 @@ public sealed unsafe class DropoutTests
         run.Forward();
         run.Want(_ => true);
         run.Backward(dy);
-        double[] mask = Mask(device.Random, 6, P, rows * cols);
+        double[] mask = Mask(device.Random, 6, P, rows, cols);
         Check(run, inputs, mask, Scale, dy);
     }
 
@@ -175,16 +177,19 @@ public sealed unsafe class DropoutTests
         Value.Float("bb", [3, 2], Fill.Normal(5, 6)),
     ];
 
-    private static double[] Mask(Randomness random, int layer, double p, int count)
+    private static double[] Mask(Randomness random, int layer, double p, int rows, int cols)
     {
-        var mask = new double[count];
-        for (int e = 0; e < count; e++)
+        var mask = new double[rows * cols];
+        double limit = Math.Round(p * 65536);
+        for (int e = 0; e < mask.Length; e++)
         {
+            int drawn = (e / cols * ((cols + 127) / 128 * 128)) + (e % cols);
             var (x0, x1, x2, x3) = Philox.Draw(
-                ((uint)e / 4, (uint)layer, (uint)random.Step, (uint)(random.Step >> 32)),
+                ((uint)drawn / 8, (uint)layer, (uint)random.Step, (uint)(random.Step >> 32)),
                 ((uint)random.Seed, (uint)(random.Seed >> 32)));
-            uint word = (e % 4) switch { 0 => x0, 1 => x1, 2 => x2, _ => x3 };
-            mask[e] = word >= Math.Floor(p * 4294967296.0) ? 1 / (1 - p) : 0;
+            uint word = (drawn % 8 / 2) switch { 0 => x0, 1 => x1, 2 => x2, _ => x3 };
+            uint bits = drawn % 2 == 0 ? word & 0xFFFF : word >> 16;
+            mask[e] = bits >= limit ? 65536 / (65536 - limit) : 0;
         }
 
         return mask;

@@ -18,9 +18,8 @@ internal static partial class Plants
         new("the lower half of a word for the upper", "load_vector", "words[i] & 0xffff0000u",
             "words[i] << 16", "add") { Size = 64, With = [6] },
 
-        Plant.Fault(Check.OutOfBounds, "one element too many of an odd row", "load_pairs",
-            "c + 1 < cols",
-            "c < cols", "lora_linear_dropout") with { Kernel = "lora_down", With = [8] },
+        Plant.Fault(Check.OutOfBounds, "one element too many of an odd row", "copy_lora_tile",
+            "col + j < cols", "col + j <= cols", "lora_linear_dropout") with { Kernel = "lora_down", With = [8] },
         Other("cut off, not rounded", "narrow_bf16x2", "return y;",
             "return __float_as_uint(low) >> 16 | (__float_as_uint(high) & 0xffff0000u);",
             nameof(CudaRoundingTests.ErrorsHaveNoSide),
@@ -76,21 +75,19 @@ internal static partial class Plants
         new("forwards in the backward", "rope", "s[j] * direction", "s[j]", "rope"),
 
         // 8: low-rank adapters
-        new("an element of a block takes its neighbour's word", "dropout_mask", "(draw.z",
-            "(draw.y", "lora_linear_dropout"),
-        new("rows of odd length start at whole blocks", "dropout_mask", "bits >> shift", "bits",
-            "lora_linear_dropout"),
-        new("the last warp's columns are left out", "lora_down", "w < 8", "w < 7",
-            "lora_linear_dropout")
-        {
-            Size = 1023,
-        },
-        new("the first part of the columns is left out", "lora_down_parts", "int p = 0",
-            "int p = 1", "lora_linear_dropout") { Size = 2047 },
-        new("nothing is dropped on the way back", "lora_gradient_x", "keep >> j & 1 ?", "true ?",
-            "lora_linear_dropout"),
-        Plant.Fault(Check.OutOfBounds, "one row too many", "lora_gradient_a", "r < end ? cols",
-            "r <= end ? cols", "lora_linear_dropout"),
+        new("an element of a block takes its neighbour's word", "dropout_mask", "draw.z,",
+            "draw.y,", "lora_linear_dropout"),
+        new("both elements of a word take its high bits", "dropout_mask",
+            "words_of[j] << 16 >= limit", "words_of[j] >= limit", "lora_linear_dropout"),
+        new("the last columns are left out", "lora_down", "(end - begin + COLS - 1) / COLS",
+            "(end - begin) / COLS", "lora_linear_dropout") { Size = 1023 },
+        new("the first part of the columns is left out", "sum_four",
+            "unroll 4\n    for (int p = 0", "unroll 4\n    for (int p = 1",
+            "lora_linear_dropout") { Size = 2047 },
+        new("nothing is dropped on the way back", "lora_gradient_x", ">> bit & 1 ?",
+            ">> bit & 1 | 1 ?", "lora_linear_dropout"),
+        Plant.Fault(Check.OutOfBounds, "one row too many", "lora_gradient_a",
+            "first_col, cols, end - r,", "first_col, cols, end - r + 1,", "lora_linear_dropout"),
 
         // 7: lookups
         new("the scale is left out", "lookup_rows", "scale * load_any(", "1 * load_any(",

@@ -71,18 +71,23 @@ internal sealed record RoundedLora(LoraLinear Inner, DType Storage) : Op("lora_l
     public static unsafe double[] MaskOf(
         int layer, double p, Randomness random, int rows, int cols)
     {
-        int count = rows * cols;
-        var factors = new double[count];
+        var factors = new double[rows * cols];
         if (!random.Dropout || p == 0)
         {
             Array.Fill(factors, 1);
             return factors;
         }
 
-        var keep = new byte[(count + 31) / 32 * 32];
-        fixed (byte* to = keep)
-            Philox.Mask(random, layer, Philox.Threshold(p), 0, count, to);
-        for (int i = 0; i < count; i++) factors[i] = keep[i] == 0 ? 0 : 1 / (1 - p);
+        int drawn = Philox.DrawnCols(cols);
+        var keep = new byte[drawn];
+        for (int i = 0; i < factors.Length; i++)
+        {
+            if (i % cols == 0)
+                fixed (byte* to = keep)
+                    Philox.Mask(random, layer, Philox.Threshold(p), (long)i / cols * drawn, cols, to);
+            factors[i] = keep[i % cols] * Philox.Scale(p);
+        }
+
         return factors;
     }
 

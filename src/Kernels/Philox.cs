@@ -9,17 +9,19 @@ namespace MiniCpmNative.Kernels;
 /// device, thread split or recomputation draws the same:
 ///
 ///   key     = (seed low, seed high)
-///   counter = (element / 4, layer, step low, step high);  the element takes word element % 4
-///   keep    = word >= floor(p * 2^32), kept values are multiplied by 1 / (1 - p), others by 0
+///   counter = (element / 8, layer, step low, step high);  the element takes 16 bits of word
+///             element % 8 / 2, the low ones where it is even
+///   keep    = bits >= round(p * 2^16), kept values are multiplied by 2^16 / (2^16 - that), which
+///             keeps their mean, others by 0
 ///
-/// where element = row * cols + col in the masked matrix, below 2^34. A NaN stays a NaN when
+/// where element = row * DrawnCols + col in the masked matrix, below 2^35. A NaN stays a NaN when
 /// dropped, as PyTorch has it.
 /// </summary>
 public static unsafe class Philox
 {
     private const uint MultiplierA = 0xD2511F53, MultiplierB = 0xCD9E8D57;
     private const uint WeylA = 0x9E3779B9, WeylB = 0xBB67AE85;
-    private const int Rounds = 10, Blocks = 8;
+    private const int Rounds = 10, Blocks = 8, Bits16 = 1 << 16, Lines = 128;
 
     /// <summary>
     /// The four words of one counter; rounds is 10 but for the published vectors of 7.
@@ -41,30 +43,39 @@ public static unsafe class Philox
         return (x0, x1, x2, x3);
     }
 
-    /// <summary>Words below this are dropped: floor(p * 2^32).</summary>
+    /// <summary>Bits below this are dropped: round(p * 2^16), at most 2^16 - 1.</summary>
     /// <exception cref="ArgumentOutOfRangeException">p is not in [0, 1).</exception>
-    public static uint Threshold(double p) => p is >= 0 and < 1
-        ? (uint)(p * 4294967296.0)
+    public static int Threshold(double p) => p is >= 0 and < 1
+        ? (int)Math.Min(Math.Round(p * Bits16), Bits16 - 1)
         : throw new ArgumentOutOfRangeException(nameof(p), p, "dropout must be in [0, 1)");
+
+    /// <summary>What kept values are multiplied by.</summary>
+    public static double Scale(double p) => Bits16 / (double)(Bits16 - Threshold(p));
+
+    /// <summary>A matrix's columns as its mask counts them: whole vectors of bits.</summary>
+    public static int DrawnCols(int cols) => (int)(((long)cols + Lines - 1) / Lines * Lines);
+
+    /// <summary>Refuses a matrix whose mask has more numbers than there are.</summary>
+    public static void MustBeDrawable(long rows, int cols)
+    {
+        if (rows * DrawnCols(cols) > 1L << 35)
+            throw new ShapeException($"dropout over more than 2^35 elements: [{rows}, {cols}]");
+    }
 
     /// <summary>
     /// keep[i] = 1 or 0 for the elements first .. first + count - 1 of a layer's matrix; first is a
-    /// multiple of 32, and keep has room for count rounded up to 32.
+    /// multiple of 8, and keep has room for count rounded up to 64.
     /// </summary>
     public static void Mask(
-        Randomness random, int layer, uint threshold, long first, int count, byte* keep)
+        Randomness random, int layer, int threshold, long first, int count, byte* keep)
     {
-        for (int i = 0; i < count; i += 4 * Blocks)
-        {
-            uint block = (uint)((first + i) >> 2);
-            MaskBlocks(random, (uint)layer, threshold, block).Store((uint*)(keep + i));
-        }
+        for (int i = 0; i < count; i += 8 * Blocks)
+            MaskBlocks(random, (uint)layer, (ushort)threshold, (uint)((first + i) >> 3), keep + i);
     }
 
-    // Eight counters side by side. Word j of a block becomes byte j of its lane, so that the stored
-    // lanes are the mask in element order.
-    private static Vector256<uint> MaskBlocks(Randomness random, uint layer, uint threshold,
-        uint block)
+    // Eight counters side by side. Half h of word j of a block becomes byte 2 j + h of its eight.
+    private static void MaskBlocks(
+        Randomness random, uint layer, ushort threshold, uint block, byte* keep)
     {
         Vector256<uint> x0 = Vector256.Create(block) + Vector256<uint>.Indices;
         Vector256<uint> x1 = Vector256.Create(layer);
@@ -82,11 +93,18 @@ public static unsafe class Philox
             k1 += WeylB;
         }
 
-        Vector256<uint> limit = Vector256.Create(threshold);
-        return (Vector256.GreaterThanOrEqual(x0, limit) & Vector256.Create(1u))
-            | (Vector256.GreaterThanOrEqual(x1, limit) & Vector256.Create(1u << 8))
-            | (Vector256.GreaterThanOrEqual(x2, limit) & Vector256.Create(1u << 16))
-            | (Vector256.GreaterThanOrEqual(x3, limit) & Vector256.Create(1u << 24));
+        Vector256<ushort> limit = Vector256.Create(threshold);
+        Vector256<uint> low = Kept(x0, limit) | (Kept(x1, limit) << 16);
+        Vector256<uint> high = Kept(x2, limit) | (Kept(x3, limit) << 16);
+        (Vector256.WidenLower(low) | (Vector256.WidenLower(high) << 32)).Store((ulong*)keep);
+        (Vector256.WidenUpper(low) | (Vector256.WidenUpper(high) << 32)).Store((ulong*)keep + 4);
+    }
+
+    // 1 or 0 for the low half of a word, in byte 0, and for the high one, in byte 1.
+    private static Vector256<uint> Kept(Vector256<uint> words, Vector256<ushort> limit)
+    {
+        Vector256<uint> kept = Vector256.GreaterThanOrEqual(words.AsUInt16(), limit).AsUInt32();
+        return (kept & Vector256.Create(1u)) | ((kept >>> 8) & Vector256.Create(1u << 8));
     }
 
     // 32 x 32 -> 64 bits in the even lanes, then in the odd ones.

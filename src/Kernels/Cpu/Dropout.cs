@@ -16,14 +16,14 @@ internal readonly unsafe struct Dropout<T>
 
     private readonly Randomness _random;
     private readonly int _layer;
-    private readonly uint _threshold;
+    private readonly int _threshold;
     private readonly T _scale;
 
     public Dropout(Randomness random, int layer, double p)
     {
         (_random, _layer, _threshold) = (random, layer, Philox.Threshold(p));
-        _scale = Real.Of<T>(1 / (1 - p));
-        Active = random.Dropout && p > 0;
+        _scale = Real.Of<T>(Philox.Scale(p));
+        Active = random.Dropout && _threshold > 0;
     }
 
     public bool Active { get; }
@@ -34,31 +34,26 @@ internal readonly unsafe struct Dropout<T>
     /// </summary>
     public void Apply(Workers workers, Matrix<T> x, long firstRow, Matrix<T> y, bool accumulate)
     {
-        long first = firstRow * x.Cols;
-        if (first + x.Count > 1L << 34)
-            throw new ShapeException($"dropout over more than 2^34 elements: [{x.Rows}, {x.Cols}]");
-        long lead = first % 32;
-        int pieces = checked((int)((lead + x.Count + Piece - 1) / Piece));
-        workers.For(pieces, new Pieces(this, x.Data, y.Data, first, x.Count, accumulate),
-            minChunk: 4);
+        Philox.MustBeDrawable(firstRow + x.Rows, x.Cols);
+        int pieces = (x.Cols + Piece - 1) / Piece;
+        workers.For(checked(x.Rows * pieces),
+            new Pieces(this, x.Data, y.Data, firstRow, x.Cols, pieces, accumulate),
+            minChunk: Math.Max(1, 4 * Piece / Math.Max(1, Math.Min(x.Cols, Piece))));
     }
 
-    private readonly struct Pieces(
-        Dropout<T> dropout, T* x, T* y, long first, long count, bool accumulate) : IRangeBody
+    private readonly struct Pieces(Dropout<T> dropout, T* x, T* y, long firstRow, int cols,
+        int pieces, bool accumulate) : IRangeBody
     {
         public void Run(int begin, int end, int worker)
         {
             byte* keep = stackalloc byte[Piece];
-            long origin = first - (first % 32), last = first + count;
-            for (int piece = begin; piece < end; piece++)
+            for (int i = begin; i < end; i++)
             {
-                long start = origin + ((long)piece * Piece);
-                int length = (int)Math.Min(Piece, last - start);
-                Philox.Mask(dropout._random, dropout._layer, dropout._threshold, start,
-                    length, keep);
-                int skip = (int)Math.Max(0, first - start);
-                long at = start + skip - first;
-                Multiply(x + at, keep + skip, dropout._scale, y + at, length - skip, accumulate);
+                int row = i / pieces, col = i % pieces * Piece, count = Math.Min(Piece, cols - col);
+                Philox.Mask(dropout._random, dropout._layer, dropout._threshold,
+                    ((firstRow + row) * Philox.DrawnCols(cols)) + col, count, keep);
+                long at = ((long)row * cols) + col;
+                Multiply(x + at, keep, dropout._scale, y + at, count, accumulate);
             }
         }
     }

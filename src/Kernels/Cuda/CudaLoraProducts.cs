@@ -7,7 +7,12 @@ namespace MiniCpmNative.Kernels.Cuda;
 /// </summary>
 internal readonly ref struct CudaLoraProducts
 {
-    private const int BlocksPerMultiprocessor = 2, WordBits = 32;
+    // Kernels of sm_90 have up to three blocks on a multiprocessor; with two there are few parts.
+    private const int BlocksPerMultiprocessor = 2;
+
+    // Fewest columns of a part of h and rows of a part of da: a block's copies come several ahead.
+    private const int FewestCols = 6 * KernelConstants.LoraDownCols;
+    private const int FewestRows = 4 * KernelConstants.LoraARows;
 
     private readonly Tensor _mask;
     private readonly ReadOnlySpan<Tensor> _a;
@@ -23,15 +28,15 @@ internal readonly ref struct CudaLoraProducts
     public CudaLoraProducts(in CudaCall call, CudaMatrix x, ReadOnlySpan<Tensor> a,
         ReadOnlySpan<int> layers, double p)
     {
-        if ((long)x.Rows * x.Cols > 1L << 34)
-            throw new ShapeException($"dropout over more than 2^34 elements: [{x.Rows}, {x.Cols}]");
-        (_rows, _cols, _words) = (x.Rows, x.Cols, CeilingOf(x.Cols, WordBits));
+        Philox.MustBeDrawable(x.Rows, x.Cols);
+        (_rows, _cols, _words) =
+            (x.Rows, x.Cols, Philox.DrawnCols(x.Cols) / (8 * sizeof(int)));
         _a = a;
-        _scale = 1 / (1 - p);
+        _scale = Philox.Scale(p);
         _mask = call.Scratch(DType.I32, a.Length, _rows, _words);
         Grid grid = Grid.Elements((long)_rows * _words);
         call.Launch("dropout_mask",
-            grid with { Blocks = grid.Blocks with { Y = a.Length } }, _mask, _rows, _cols, _words,
+            grid with { Blocks = grid.Blocks with { Y = a.Length } }, _mask, _rows, _words,
             call.Random.Seed, call.Random.Step, layers[0], layers.Length > 1 ? layers[1] : 0,
             layers.Length > 2 ? layers[2] : 0, Philox.Threshold(p));
     }
@@ -49,22 +54,22 @@ internal readonly ref struct CudaLoraProducts
             * CeilingOf(Rank, KernelConstants.LoraRanks) * _a.Length;
         if (blocks == 0) return;
         var (parts, each) =
-            call.Split(_cols, blocks, BlocksPerMultiprocessor, fewest: 2 * Cols, Cols);
+            call.Split(_cols, blocks, BlocksPerMultiprocessor, FewestCols, Cols);
         Tensor part = parts > 1
             ? call.Scratch(DType.F32, parts, (int)h.Shape.Rows, Rank) : Tensor.None;
-        call.Launch("lora_down", Grid.Blocks256(blocks, 1, parts), h, part, x.Data, _mask,
+        call.Launch("lora_down", Tiles(call, blocks, 1, parts), h, part, x.Data, _mask,
             A(0), A(1), A(2), _rows, _cols, Rank, _a.Length, _words, each, _scale);
         if (parts == 1) return;
         long count = h.Shape.Count;
-        call.Launch("lora_down_parts", Grid.Elements(count), h, part, parts, count);
+        call.Launch("lora_down_parts", Grid.Elements((count + 3) / 4), h, part, parts, count);
     }
 
     /// <summary>
     /// dx = sum over n of mask_n * (t_n a_n), or adds it. t[adapters, rows, rank], dx[rows, cols].
     /// </summary>
     public void GradientX(in CudaCall call, in Tensor t, GradientTarget dx) =>
-        call.Launch("lora_gradient_x", Grid.Blocks256(CeilingOf(_rows, KernelConstants.LoraXRows),
-            CeilingOf(_cols, KernelConstants.LoraXCols)), dx.Buffer, t, _mask, A(0), A(1), A(2),
+        call.Launch("lora_gradient_x", Tiles(call, CeilingOf(_cols, KernelConstants.LoraXCols),
+            CeilingOf(_rows, KernelConstants.LoraXRows)), dx.Buffer, t, _mask, A(0), A(1), A(2),
             _rows, _cols, Rank, _a.Length, _words, dx.Accumulate, _scale);
 
     /// <summary>
@@ -74,30 +79,46 @@ internal readonly ref struct CudaLoraProducts
     public void GradientA(
         in CudaCall call, CudaMatrix x, in Tensor t, ReadOnlySpan<GradientTarget> da)
     {
-        const int Rows = KernelConstants.LoraARows;
-        int tiles = CeilingOf(_cols, KernelConstants.LoraACols);
-        int chunks = CeilingOf(Rank, KernelConstants.LoraRanks) * _a.Length;
+        int blocks = CeilingOf(_cols, KernelConstants.LoraACols)
+            * CeilingOf(Rank, KernelConstants.LoraRanks) * _a.Length;
         var (parts, each) = call.Split(
-            _rows, tiles * chunks, BlocksPerMultiprocessor, fewest: 2 * Rows, Rows);
+            _rows, blocks, BlocksPerMultiprocessor, FewestRows, KernelConstants.LoraARows);
+        Tensor part = parts > 1
+            ? call.Scratch(DType.F32, da.Length, parts, Rank * _cols) : Tensor.None;
+        Span<Tensor> own = [Tensor.None, Tensor.None, Tensor.None];
         Span<Tensor> into = [Tensor.None, Tensor.None, Tensor.None];
         int accumulate = 0;
         for (int n = 0; n < da.Length; n++)
         {
             if (!da[n].Wanted) continue;
-            into[n] = parts == 1
-                ? da[n].Buffer : call.Scratch(DType.F32, parts, Rank * _cols);
-            if (parts == 1 && da[n].Accumulate) accumulate |= 1 << n;
+            own[n] = da[n].Buffer;
+            into[n] = parts == 1 ? own[n] : part.Slice(n, 1);
+            if (da[n].Accumulate) accumulate |= 1 << n;
         }
 
-        call.Launch("lora_gradient_a", Grid.Blocks256(tiles, parts, chunks), into[0], into[1],
-            into[2], t, x.Data, _mask, _rows, _cols, Rank, _a.Length, _words, each, accumulate,
-            _scale);
+        call.Launch("lora_gradient_a", Tiles(call, blocks, parts), into[0], into[1], into[2], t,
+            x.Data, _mask, _rows, _cols, Rank, _a.Length, _words, each,
+            parts == 1 ? accumulate : 0, _scale);
         if (parts == 1) return;
-        for (int n = 0; n < da.Length; n++)
-            if (da[n].Wanted) call.SumParts(into[n], da[n]);
+        long count = (long)Rank * _cols;
+        Grid grid = Grid.Elements((count + 3) / 4);
+        call.Launch("lora_gradient_a_parts",
+            grid with { Blocks = grid.Blocks with { Y = da.Length } }, own[0], own[1], own[2], part,
+            parts, count, accumulate);
     }
 
     private Tensor A(int n) => n < _a.Length ? _a[n] : Tensor.None;
 
     private static int CeilingOf(int value, int divisor) => (value + divisor - 1) / divisor;
+
+    // Stages of the two operands' tiles and of the mask's, as section 8 has them: of one size in all.
+    internal static int SharedBytes(DType real)
+    {
+        const int Elements = KernelConstants.LoraDownCols
+            * (KernelConstants.LoraDownRows + KernelConstants.LoraRanks);
+        return (real == DType.F32 ? 2 : 3) * ((Elements * real.Size()) + 1024);
+    }
+
+    private static Grid Tiles(in CudaCall call, int x, int y, int z = 1) =>
+        new(new Dim3(x, y, z), KernelConstants.LoraThreads, SharedBytes(call.Real));
 }

@@ -17,17 +17,17 @@ internal static partial class KernelConstants
     /// <summary>Adapters of one input that the LoRA kernels compute together.</summary>
     public const int LoraAdapters = 3;
 
-    /// <summary>Ranks that a block of the LoRA kernels has sums for.</summary>
-    public const int LoraRanks = 64;
+    /// <summary>Threads of a block of the LoRA kernels, and ranks that it has sums for.</summary>
+    public const int LoraThreads = 128, LoraRanks = 64;
 
-    /// <summary>Rows of a block of lora_down, and columns that its warps take in a round.</summary>
-    public const int LoraDownRows = 32, LoraDownCols = 256;
+    /// <summary>Rows of a block of lora_down, and columns that it takes at a time.</summary>
+    public const int LoraDownRows = 128, LoraDownCols = 64;
 
     /// <summary>The tile of dx that a block of lora_gradient_x has.</summary>
     public const int LoraXRows = 64, LoraXCols = 128;
 
-    /// <summary>Rows that the warps of lora_gradient_a take in a round, and its columns.</summary>
-    public const int LoraARows = 128, LoraACols = 32;
+    /// <summary>Columns of a block of lora_gradient_a, and rows that it takes at a time.</summary>
+    public const int LoraACols = 128, LoraARows = 64;
 
     /// <summary>Threads of a row of logits, which is as long as a vocabulary.</summary>
     public const int LogitsThreads = 512;
