@@ -105,7 +105,7 @@ internal static partial class Plants
         Quantised("the next row has the scale of this one", "unpack_int8", "scales[++row]",
             "scales[row++]", "int8"),
         Quantised("the table is read before it is there", "unpack_4bit", "__syncthreads();", "",
-            "nf4") with { By = Finder.Emulator, Check = Check.Uninitialised },
+            "nf4") with { By = Finder.Emulator, Check = Check.SharedRaceWithinWarp },
     ];
 
     private static Plant Quantised(

@@ -124,6 +124,18 @@ public sealed unsafe class QuantisedModelTests
     }
 
     [Test]
+    public void TheVisionTowerIsQuantisedIfAsked()
+    {
+        using var model = BaseModel.Open(
+            s_qlora with { LlmInt8SkipModules = ["out_proj", "resampler", "lm_head"] });
+        string[] quantised =
+            [.. model.Spec.Parameters.All.Select(p => p.Name).Where(model.Kind.Takes)];
+        // Those of the decoder, and of the tower q, k, v, fc1 and fc2 of each layer.
+        Assert.That(quantised, Has.Length.EqualTo(14 + (5 * model.Spec.Vision.Layers)));
+        Assert.That(quantised, Has.None.Contains("out_proj").And.None.Contains("resampler"));
+    }
+
+    [Test]
     public void WhatCannotBeTrainedIsRefused()
     {
         QuantisedModel.Write(_folder, QuantisedModel.Int4(), Int4Config);

@@ -90,6 +90,10 @@ public sealed partial record TrainArguments
         Name = "bnb_4bit_use_double_quant")]
     public bool? Bnb4bitUseDoubleQuant { get; init; }
 
+    [Key("Trained parts", "modules that q_lora does not quantise: list of names; when not given all "
+        + "but the decoder, [lm_head, resampler] takes the vision tower too")]
+    public IReadOnlyList<string>? LlmInt8SkipModules { get; init; }
+
     [Key("Trained parts", "type that products with 4-bit weights are computed in: that of bf16 and "
         + "fp16, else float32", Name = "bnb_4bit_compute_dtype")]
     public ComputeType? Bnb4bitComputeDtype { get; init; }

@@ -58,8 +58,10 @@ internal static class TrainChecks
         Refuse(!a.UseLora && a.LoraWeightPath is not null, "lora_weight_path needs use_lora");
         Refuse(a.Quantises && !a.UseLora, "q_lora (load_in_4bit) needs use_lora: 4-bit weights are "
             + "not trained themselves");
-        Refuse(!a.Quantises && (a.Bnb4bitQuantType is not null || a.Bnb4bitUseDoubleQuant is not null),
-            "bnb_4bit_quant_type and bnb_4bit_use_double_quant need q_lora (load_in_4bit)");
+        Refuse(!a.Quantises && (a.Bnb4bitQuantType is not null || a.Bnb4bitUseDoubleQuant is not null
+                || a.LlmInt8SkipModules is not null),
+            "bnb_4bit_quant_type, bnb_4bit_use_double_quant and llm_int8_skip_modules need q_lora "
+            + "(load_in_4bit)");
         var computes = a.Bf16 ? ComputeType.Bfloat16 : a.Fp16 ? ComputeType.Float16
             : ComputeType.Float32;
         Refuse(a.Bnb4bitComputeDtype is { } type && type != computes,

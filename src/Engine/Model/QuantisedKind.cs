@@ -4,18 +4,27 @@ using MiniCpmNative.Kernels.Quantised;
 
 namespace MiniCpmNative.Engine.Model;
 
-/// <summary>How a run quantises the decoder's linear layers on load.</summary>
+/// <summary>How a run quantises linear layers on load.</summary>
 /// <param name="Nested">Whether scales are codes themselves (double quantisation).</param>
-public sealed record Quantisation(FourBitKind Kind, bool Nested)
+/// <param name="Skipped">Names of modules that are left out with all that is in them; null takes
+/// the decoder alone.</param>
+public sealed record Quantisation(
+    FourBitKind Kind, bool Nested, IReadOnlyList<string>? Skipped = null)
 {
+    /// <summary>Whether it takes a linear layer. The head's product is a part of the loss, which
+    /// reads it as it is.</summary>
+    public bool Takes(ParameterTable table, LinearModule linear) => linear.Name != table.Head
+        && (Skipped is null
+            ? table.Find(linear.Name + ".weight")?.Part == ModelPart.Decoder
+            : !Skipped.Any(name => $".{linear.Name}.".Contains($".{name}.", StringComparison.Ordinal)));
+
     public FourBitForm Form(int outputs, int inputs) =>
         new(outputs, inputs, ScaleBlock: Nested ? 256 : 0);
 }
 
 /// <summary>
 /// Frozen weights in 4 or 8 bits: those that the checkpoint holds so, as they are, and, where a run
-/// asks for it, the linear layers of the decoder, each quantised when it is read. Joiner, head and
-/// vision tower stay as they are stored.
+/// asks for it, linear layers, each quantised when it is read.
 /// </summary>
 /// <param name="table">The model's parameters.</param>
 /// <param name="storage">The type that values are rounded to before they are quantised.</param>
@@ -27,8 +36,7 @@ public sealed class QuantisedKind(
 {
     private readonly HashSet<string> _linears = quantisation is null ? [] :
     [
-        .. table.Linears.Where(l => l.Name != table.Head).Select(l => l.Name + ".weight")
-            .Where(name => table.Find(name)?.Part == ModelPart.Decoder),
+        .. table.Linears.Where(l => quantisation.Takes(table, l)).Select(l => l.Name + ".weight"),
     ];
 
     public bool Takes(string weight) =>

@@ -59,7 +59,7 @@ public sealed class TrainingModel : IDisposable
     public static Quantisation? QuantisationOf(TrainArguments arguments) =>
         !arguments.Quantises ? null
         : new(arguments.Bnb4bitQuantType == QuantType.Fp4 ? FourBitKind.Fp4 : FourBitKind.Nf4,
-            arguments.Bnb4bitUseDoubleQuant ?? true);
+            arguments.Bnb4bitUseDoubleQuant ?? true, arguments.LlmInt8SkipModules);
 
     /// <summary>Storage type of AdamW's moments.</summary>
     public static DType MomentsOf(TrainArguments arguments) =>

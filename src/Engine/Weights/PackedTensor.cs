@@ -70,8 +70,8 @@ internal sealed unsafe class FourBitTensor(
     : PackedTensor(codes, name, form.Outputs, form.Inputs, table, scales, nestedScales, nestedTable)
 {
     public FourBitCodes Codes() => nestedScales is null
-        ? new(form, All(Main), Floats(table), Floats(scales))
-        : new(form, All(Main), Floats(table), Floats(nestedScales), All(scales),
+        ? new(form, All(Main)[..form.CodeBytes], Floats(table), Floats(scales))
+        : new(form, All(Main)[..form.CodeBytes], Floats(table), Floats(nestedScales), All(scales),
             Floats(nestedTable!), offset);
 
     public override Weight? On(Device device, int begin, int rows, bool isPlan) =>

@@ -67,7 +67,7 @@ internal sealed class PackedTensors
                 + $"{bytes:N0} of 4-bit codes of [{form.Outputs}, {form.Inputs}]");
         StoredTensor scales = Part(name, ".absmax", form.Blocks, isFloat: !nested);
         StoredTensor? largest = nested ? Part(name, ".nested_absmax", form.Scales) : null;
-        _found.Add(name, new FourBitTensor(form, name, codes, Part(name, ".quant_map", 16), scales,
+        Add(codes, new FourBitTensor(form, name, codes, Part(name, ".quant_map", 16), scales,
             largest, nested ? Part(name, ".nested_quant_map", 256) : null,
             nested ? (float)state["nested_offset"].Number(float.MinValue, float.MaxValue) : 0));
     }
@@ -95,7 +95,7 @@ internal sealed class PackedTensors
                     + "bitsandbytes before 0.43 are not read; save the model again with a newer one");
         }
 
-        _found.Add(name, new Int8Tensor(name, elements, scales));
+        Add(elements, new Int8Tensor(name, elements, scales));
     }
 
     private void Grouped(string module, StoredTensor words)
@@ -114,10 +114,11 @@ internal sealed class PackedTensors
             throw config[awq ? "version" : "checkpoint_format"].Expected(
                 awq ? "gemm" : "gptq or gptq_v2");
         StoredTensor scales = Part(module, ".scales");
-        if (words.Sizes.Length != 2 || scales.Sizes.Length != 2 || words.StoredType.Name != "I32")
+        int fields = 32 / bits;
+        if (words.Sizes.Length != 2 || scales.Sizes.Length != 2 || words.StoredType.Name != "I32"
+            || words.Sizes[0] * (double)fields > int.MaxValue)
             throw new InputException($"{words.Place} is {words.StoredType.Name} {words.SizesText} "
                 + $"beside scales {scales.SizesText}, expected matrices, and words of I32");
-        int fields = 32 / bits;
         int outputs = scales.Shape[1], inputs = words.Shape[0] * (awq ? 1 : fields);
         int size = config["group_size"].Int(-1);
         var form = new GroupedForm(outputs, inputs, bits, size > 0 ? size : Math.Max(1, inputs), awq,
@@ -131,8 +132,15 @@ internal sealed class PackedTensors
         StoredTensor? groups = _stored.ContainsKey(module + ".g_idx")
             ? Part(module, ".g_idx", inputs, isWords: true) : null;
         _parts.Add(words.Name);
-        _found.Add(words.Name,
-            new GroupedTensor(form, module + ".weight", words, zeros, scales, groups));
+        Add(words, new GroupedTensor(form, module + ".weight", words, zeros, scales, groups));
+    }
+
+    // In the place of its main part.
+    private void Add(StoredTensor main, PackedTensor whole)
+    {
+        if (!_found.TryAdd(main.Name, whole)
+            || (whole.Name != main.Name && _stored.ContainsKey(whole.Name)))
+            throw new InputException($"{main.Place} is there in two forms");
     }
 
     private JsonValue Config(StoredTensor words) => _config ??=

@@ -58,12 +58,20 @@ public abstract unsafe class QuantisedWeight<TElements>(int outputs, int inputs)
     }
 
     public override void Multiply(in CudaCall call, CudaMatrix x, CudaMatrix y, double alpha,
-        double beta) =>
+        double beta)
+    {
+        ArenaMark mark = call.Mark();
         call.Multiply(x, ((CudaMatrix)Unpacked(call)).T, y, alpha, beta);
+        call.Pop(mark);
+    }
 
     public override void MultiplyTransposed(in CudaCall call, CudaMatrix x, CudaMatrix y,
-        double alpha, double beta) =>
+        double alpha, double beta)
+    {
+        ArenaMark mark = call.Mark();
         call.Multiply(x, Unpacked(call), y, alpha, beta);
+        call.Pop(mark);
+    }
 
     /// <summary>Queues the kernel that unpacks all elements.</summary>
     protected abstract void Unpack(in CudaCall call, in Tensor to);
@@ -80,8 +88,8 @@ public abstract unsafe class QuantisedWeight<TElements>(int outputs, int inputs)
         where T : unmanaged, IBinaryFloatingPointIeee754<T>
     {
         int panel = PackedMatrix.PanelRows, most = Elements / Math.Max(1, inputs);
-        return call.Scratch(new Shape(
-            Math.Clamp(most / panel * panel, panel, Math.Max(1, outputs)), inputs));
+        int rows = Math.Max(panel, most / panel * panel);
+        return call.Scratch(new Shape(Math.Min(rows, Math.Max(1, outputs)), inputs));
     }
 
     private Matrix<T> Unpacked<T>(in CpuCall<T> call, int row, Matrix<T> room)
