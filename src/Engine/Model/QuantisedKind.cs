@@ -34,10 +34,8 @@ public sealed class QuantisedKind(
     ParameterTable table, DType storage, Quantisation? quantisation, Checkpoint? checkpoint)
     : IWeightKind
 {
-    private readonly HashSet<string> _linears = quantisation is null ? [] :
-    [
-        .. table.Linears.Where(l => quantisation.Takes(table, l)).Select(l => l.Name + ".weight"),
-    ];
+    private readonly HashSet<string> _linears = [.. table.Linears
+        .Where(l => quantisation?.Takes(table, l) == true).Select(l => l.Name + ".weight")];
 
     public bool Takes(string weight) =>
         checkpoint?.Find(weight) is PackedTensor { IsKept: true } || _linears.Contains(weight);
