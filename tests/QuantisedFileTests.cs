@@ -2,8 +2,8 @@ using System.Text.Json;
 using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Weights;
 using MiniCpmNative.Kernels;
-using MiniCpmNative.Kernels.Cpu;
 using MiniCpmNative.Kernels.Cases;
+using MiniCpmNative.Kernels.Cpu;
 using MiniCpmNative.Kernels.Ops;
 using NUnit.Framework;
 

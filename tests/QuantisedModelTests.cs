@@ -143,10 +143,10 @@ public sealed unsafe class QuantisedModelTests
             Throws.TypeOf<InputException>().With.Message.Contains(
                 "is quantised, which cannot be trained whole: set use_lora"));
         Assert.That(() => BaseModel.Open(V26.Lora with
-            {
-                ModelNameOrPath = _folder,
-                ModulesToSave = ["vpm"],
-            }),
+        {
+            ModelNameOrPath = _folder,
+            ModulesToSave = ["vpm"],
+        }),
             Throws.TypeOf<InputException>().With.Message.Contains("modules_to_save"));
         // Modules that are not quantised can be.
         using var model = BaseModel.Open(V26.Lora with
