@@ -9,7 +9,7 @@
 //   4  casts, fills, sums                 10  attention, forward
 //   5  normalisation                      11  attention, backward
 //   6  element-wise: residual, GELU,      12  optimizer: gradient norm, AdamW
-//      SwiGLU, rotary embedding
+//      SwiGLU, rotary embedding          13  quantised weights
 //
 // Conventions. `real` is the storage type; arithmetic, sums and saved statistics are float.
 // Matrices are row-major. A gradient is written, or added to what is there when `accumulate` is not
@@ -3891,4 +3891,74 @@ extern "C" __global__ void __launch_bounds__(256) adamw_bf16_moments(
         }
     }
     if (rounded) store_rounded(rounded, rounded_type, i, x, mine, wide);
+}
+
+// ---- 13. quantised weights ----------------------------------------------------------------------
+
+// CAST neighbours at y + i, which is a multiple of 16 bytes, or what there is of them.
+DEVICE void store_unpacked(real* y, long long i, long long count, const float* v)
+{
+    if (i + CAST <= count)
+    {
+#pragma unroll
+        for (int j = 0; j < CAST; j += VECTOR) store_vector(y + i + j, v + j);
+        return;
+    }
+    for (int j = 0; j < CAST && i + j < count; j++) y[i + j] = narrow(v[j]);
+}
+
+// y[i] = table[code of i] * scale of its block: codes of 4 bits, the first of a byte in its high
+// half, in blocks of 2^block_shift elements, at least CAST. The scale of block b is scales[b], or
+// scale_table[scale_codes[b]] * scales[(first_block + b) >> scale_shift] + offset, rounded twice.
+// y and codes are multiples of 16 bytes. A thread takes CAST elements, 4 bytes of codes, so that
+// both sides of a warp are contiguous; the table of 16 lies in as many banks of shared memory.
+// Reads count / 2 bytes and the scales, writes S count; 1 FLOP each.
+extern "C" __global__ void __launch_bounds__(256) unpack_4bit(
+    real* y, const unsigned char* codes, const float* table, const float* scales,
+    const unsigned char* scale_codes, const float* scale_table, float offset, int block_shift,
+    int scale_shift, long long first_block, long long count)
+{
+    __shared__ float values[16];
+    if (threadIdx.x < 16) values[threadIdx.x] = table[threadIdx.x];
+    __syncthreads();
+    long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * CAST;
+    if (i >= count) return;
+    u32 word = 0;
+    if (i + CAST <= count)
+        word = *(const u32*)(codes + i / 2);
+    else
+        for (int j = 0; i + 2 * j < count; j++) word |= (u32)codes[i / 2 + j] << 8 * j;
+    long long block = i >> block_shift;
+    float scale = scale_codes == 0 ? scales[block]
+        : __fadd_rn(__fmul_rn(scale_table[scale_codes[block]],
+              scales[(first_block + block) >> scale_shift]), offset);
+    float v[CAST];
+#pragma unroll
+    for (int j = 0; j < CAST; j++) v[j] = values[word >> (8 * (j / 2) + 4 - 4 * (j % 2)) & 15] * scale;
+    store_unpacked(y, i, count, v);
+}
+
+// y[r, c] = x[r, c] * scales[r] / 127, the product rounded first; x of signed bytes. A thread
+// takes CAST elements. Reads count bytes and the scales, writes S count; 2 FLOP each.
+extern "C" __global__ void __launch_bounds__(256) unpack_int8(
+    real* y, const signed char* x, const float* scales, int cols, long long count)
+{
+    long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * CAST;
+    if (i >= count) return;
+    u64 word = 0;
+    if (i + CAST <= count)
+        word = *(const u64*)(x + i);
+    else
+        for (int j = 0; i + j < count; j++) word |= (u64)(unsigned char)x[i + j] << 8 * j;
+    long long row = i / cols;
+    int left = (int)((row + 1) * cols - i);
+    float scale = scales[row], v[CAST];
+#pragma unroll
+    for (int j = 0; j < CAST; j++)
+    {
+        if (left == 0 && i + j < count) { scale = scales[++row]; left = cols; }
+        left--;
+        v[j] = __fdiv_rn(__fmul_rn((float)(signed char)(word >> 8 * j), scale), 127.0f);
+    }
+    store_unpacked(y, i, count, v);
 }

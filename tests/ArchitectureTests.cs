@@ -71,11 +71,12 @@ public sealed partial class ArchitectureTests
     [TestCase("Updates", "")]
     [TestCase("Cpu", "Updates")]
     [TestCase("Cuda", "Updates")]
+    [TestCase("Quantised", "Cpu Cuda")]
     [TestCase("Ops", "Cpu Cuda")]
     [TestCase("Cases", "Cpu Cuda Ops")]
     public void A_part_of_Kernels_uses_those_below_it_only(string part, string below)
     {
-        string[] parts = ["Cpu", "Cuda", "Ops", "Updates", "Cases"];
+        string[] parts = ["Cpu", "Cuda", "Quantised", "Ops", "Updates", "Cases"];
         string folder = Path.Combine(Root, "src/Kernels");
         IEnumerable<string> files = part.Length == 0
             ? Directory.EnumerateFiles(folder, "*.cs").Where(

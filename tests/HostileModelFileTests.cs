@@ -1,5 +1,6 @@
 using System.Buffers.Binary;
 using System.Text;
+using System.Text.Json;
 using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Model;
@@ -83,6 +84,44 @@ public sealed class HostileModelFileTests
                 ? mutations.Bytes(Encoding.UTF8.GetBytes(good))
                 : Encoding.UTF8.GetBytes(mutations.Json(good));
         }, path => AdapterLayout.Create(table, AdapterConfig.Read(path), path));
+    }
+
+    [TestCase("bnb_4bit")]
+    [TestCase("bnb_int8")]
+    [TestCase("awq")]
+    [TestCase("gptq")]
+    public void QuantisedTensors(string name)
+    {
+        JsonElement index = ReferenceText.Json($"quant/{name}.json");
+        string layer = index.GetProperty("layers").EnumerateObject().First().Name;
+        string config = name is "awq" or "gptq" ? index.GetProperty("quantization_config")
+            .EnumerateObject().First().Value.GetRawText() : "{}";
+        File.WriteAllText(Path.Combine(_folder, "config.json"),
+            $$"""{"quantization_config": {{config}}}""");
+        // AWQ and GPTQ have one configuration for all layers.
+        using (var all = SafetensorsFile.Open(
+            Path.Combine(ReferenceFile.Root, "quant", name + ".safetensors")))
+            CheckpointWriter.Write(_folder, [.. all.Tensors.Where(t => config == "{}"
+                || t.Name.StartsWith(layer + ".", StringComparison.Ordinal)).Select(t => t.ToSave())]);
+        using (var checkpoint = Checkpoint.Open(_folder))
+            Assert.That(checkpoint.Tensors.Any(t => t is PackedTensor));
+        byte[] good = File.ReadAllBytes(Path.Combine(_folder, Checkpoint.SingleFile));
+        int length = (int)BinaryPrimitives.ReadInt64LittleEndian(good);
+        byte[] header = good[8..(8 + length)], data = good[(8 + length)..];
+        string text = Encoding.UTF8.GetString(header);
+        // States are JSON within the data; scales and codes may be anything.
+        RunAll(seed: 14, Path.Combine(_folder, Checkpoint.SingleFile), most: 8 << 20,
+            (mutations, number) => (number % 3) switch
+            {
+                0 => [.. good[..(8 + length)], .. mutations.Bytes(data)],
+                1 => SafetensorsTests.Bytes(mutations.Bytes(header), data),
+                _ => SafetensorsTests.Bytes(Encoding.UTF8.GetBytes(mutations.Json(text)), data),
+            }, _ =>
+            {
+                using var checkpoint = Checkpoint.Open(_folder);
+                foreach (StoredTensor tensor in checkpoint.Tensors)
+                    if (tensor is PackedTensor) tensor.ToFloats();
+            }, Cases / 40);
     }
 
     private static void ReadAllTensors(string path)

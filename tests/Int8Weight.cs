@@ -16,7 +16,7 @@ internal sealed unsafe class Int8Weight : Weight
     /// <summary>kernels.cu with the kernel that unpacks.</summary>
     public static string Source { get; } = CudaKernels.Source + """
 
-        extern "C" __global__ void __launch_bounds__(256) unpack_int8(
+        extern "C" __global__ void __launch_bounds__(256) unpack_test(
             real* y, const signed char* x, const float* scales, int cols, long long count)
         {
             long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
@@ -127,7 +127,7 @@ internal sealed unsafe class Int8Weight : Weight
         Products++;
         Tensor w = call.Scratch(call.Real, Outputs, Inputs);
         long count = w.Shape.Count;
-        call.Launch("unpack_int8", Grid.Elements(count), w, _elements, _scales, Inputs, count);
+        call.Launch("unpack_test", Grid.Elements(count), w, _elements, _scales, Inputs, count);
         return w;
     }
 }

@@ -62,7 +62,8 @@ public sealed class KernelBudgetTests
         "lora_gradient_a_parts", "attention_statistics", "sum_parts_to_real",
     ];
 
-    private static readonly string[] s_wideWrites = ["fill_real", "fill_rows"];
+    private static readonly string[] s_wideWrites =
+        ["fill_real", "fill_rows", "unpack_4bit", "unpack_int8"];
 
     // Kernels of small or strided work, where an access of an element is right.
     private static readonly string[] s_narrow =

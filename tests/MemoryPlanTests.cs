@@ -127,6 +127,44 @@ public sealed class MemoryPlanTests
         });
     }
 
+    /// <summary>
+    /// The same with the decoder in 4 bits: its linear layers take 4.127 bits a number, and a step
+    /// one matrix of them in bf16 besides, gate's or down's.
+    /// </summary>
+    [TestCase(64, false, 7.56)]
+    [TestCase(8, false, 7.15)]
+    [TestCase(64, true, 7.0)]
+    [TestCase(8, true, 6.6)]
+    public void InFourBitsItTakesWhatItsShapesSay(int rank, bool vision, double most)
+    {
+        const long Tower = 27 * 1152L * ((4 * 1152) + (2 * 4304));
+        const long Width = 3584, Inner = 18944, Keys = 512, Layers = 28;
+        const long Linears = Layers * Width * ((2 * Width) + (2 * Keys) + (3 * Inner));
+        const long Parameters = 8_099_175_152;
+        TrainArguments arguments = Real() with
+        {
+            LoraR = rank,
+            GradientCheckpointing = true,
+        };
+        long dense, packed;
+        using (DryRun dry = Dry(arguments)) dense = dry.Train(Row(2048));
+        using DryRun four = Dry(arguments with
+        {
+            QLora = true,
+            LlmInt8SkipModules = vision ? ["resampler", "lm_head"] : null,
+        });
+        packed = four.Train(Row(2048));
+        MemoryParts parts = four.Parts(packed);
+        TestContext.Out.WriteLine($"{parts}: {parts.Total / (double)(1 << 30):0.00} GiB; a step "
+            + $"{packed:N0}, {dense:N0} with dense weights, {four.Fullest}");
+        long quantised = Linears + (vision ? Tower : 0);
+        double expected = (2.0 * (Parameters - quantised)) + (quantised * 4.127 / 8);
+        Assert.That(parts.Weights, Is.InRange(0.999 * expected, 1.01 * expected));
+        // The scratch matrix, unless the peak is elsewhere.
+        Assert.That(packed - dense, Is.InRange(0, (2 * Width * Inner) + (1 << 20)));
+        Assert.That(parts.Total, Is.LessThan(most * (1 << 30)));
+    }
+
     [Test]
     public void AsLittleIsRecomputedAsFits()
     {
@@ -367,7 +405,7 @@ public sealed class MemoryPlanTests
     private DryRun Dry(TrainArguments arguments)
     {
         foreach (string file in Directory.EnumerateFiles(V26.Model, "*.json"))
-            File.Copy(file, Path.Combine(_folder, Path.GetFileName(file)));
+            File.Copy(file, Path.Combine(_folder, Path.GetFileName(file)), overwrite: true);
         string path = Path.Combine(_folder, "config.json");
         JsonNode config = JsonNode.Parse(File.ReadAllText(path))!;
         config["hidden_size"] = 3584;
@@ -385,7 +423,9 @@ public sealed class MemoryPlanTests
         ModelSpec spec = ModelSpec.Read(_folder);
         TrainedParts parts = TrainedParts.Choose(
             spec, arguments, TrainedParts.AdapterOf(arguments, spec), DType.BF16);
-        return new DryRun(arguments, new PlannedModel(spec, parts, _ => DType.BF16), s_card);
+        var kind = new QuantisedKind(
+            spec.Parameters, DType.BF16, TrainingModel.QuantisationOf(arguments), null);
+        return new DryRun(arguments, new PlannedModel(spec, parts, _ => DType.BF16, kind), s_card);
     }
 
     private static Batch Row(int tokens)

@@ -155,6 +155,43 @@ public sealed class MergeTests
             Throws.TypeOf<RunException>());
     }
 
+    [TestCase(false)]
+    [TestCase(true)]
+    public void AQuantisedModelIsMadeWhole(bool adapted)
+    {
+        Directory.CreateDirectory(At("int4"));
+        QuantisedModel.Write(
+            At("int4"), QuantisedModel.Int4(), """{"quant_method": "bitsandbytes"}""");
+        string? adapter = adapted ? V26.Adapter("random_lora_only") : null;
+        Assert.That(
+            () => MergeRun.Run(new(At("int4"), adapter, At("merged")), TextWriter.Null),
+            Throws.TypeOf<InputException>().With.Message.Contains("--dequantize writes the model"));
+        Assert.That(Directory.Exists(At("merged")), Is.False);
+        var screen = new StringWriter();
+        MergeRun.Run(new(At("int4"), adapter, At("merged"), Dequantize: true), screen);
+        Assert.That($"{screen}", Does.Contain("29 quantised tensors are written as F16"));
+        Assert.That(File.ReadAllText(At("merged/config.json")),
+            Does.Not.Contain("quantization_config").And.Contain("float16"));
+        using Checkpoint packed = Checkpoint.Open(At("int4")), whole = Checkpoint.Open(At("merged"));
+        Assert.That(whole.Tensors.Select(t => t.Type), Is.All.EqualTo(DType.F16));
+        foreach (StoredTensor tensor in whole.Tensors)
+        {
+            bool changed = adapted
+                && tensor.Name.Contains(".self_attn.", StringComparison.Ordinal)
+                && tensor.Name.StartsWith("llm.", StringComparison.Ordinal)
+                && tensor.Name.EndsWith("weight", StringComparison.Ordinal);
+            float[] rounded = Array.ConvertAll(
+                packed.Get(tensor.Name).ToFloats(), v => (float)(Half)v);
+            Assert.That(tensor.ToFloats(),
+                changed ? Is.Not.EqualTo(rounded) : Is.EqualTo(rounded), tensor.Name);
+        }
+
+        Assert.That(
+            () => MergeRun.Run(
+                new(At("merged"), adapter, At("again"), Dequantize: true), TextWriter.Null),
+            Throws.TypeOf<InputException>().With.Message.Contains("nothing is quantised"));
+    }
+
     private string At(string name) => Path.Combine(_folder, name);
 
     private string Merge(string model, string adapter, string to = "merged")

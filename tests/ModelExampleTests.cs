@@ -111,7 +111,19 @@ public sealed class ModelExampleTests
     {
         Assert.That(Models, Is.EquivalentTo(Families.All.Select(f => f.Name)));
         Assert.That(Directory.GetFiles(s_examples).Select(Path.GetFileName), Is.EquivalentTo(
-            Models.SelectMany(m => new[] { FileOf(m, "lora"), FileOf(m, "full") })));
+            Models.SelectMany(m => new[] { FileOf(m, "lora"), FileOf(m, "full") })
+                .Append(FileOf("MiniCPM-V-2_6", "qlora"))));
+    }
+
+    [Test]
+    public void AdaptersInFourBitsHaveOneToo()
+    {
+        var notices = new List<string>();
+        TrainArguments arguments = TrainReader.Read(
+            [Path.Combine(s_examples, FileOf("MiniCPM-V-2_6", "qlora"))], _folder, notices.Add);
+        Assert.That(notices, Is.Empty);
+        Assert.That(arguments.Quantises && arguments.Bf16 && arguments.GradientCheckpointing);
+        Assert.That(arguments.TrainedWhole, Is.Empty);
     }
 
     // What is not named has its default: a key too many changes what TrainWriter writes.

@@ -242,7 +242,7 @@ public sealed class ModelSpecTests
     [TestCase("rope_scaling", """{"type": "longrope", "attention_factor": "1"}""",
         "key \"rope_scaling.attention_factor\" is \"1\", expected")]
     [TestCase("rope_scaling", "3", "key \"rope_scaling\" is 3, expected an object")]
-    [TestCase("quantization_config", """{"load_in_4bit": true}""", "the weights are quantised")]
+    [TestCase("quantization_config", """{"quant_method": "hqq"}""", "of bitsandbytes, awq or gptq")]
     [TestCase("vision_config", "[]", "key \"vision_config\" is an array, expected an object")]
     [TestCase("vision_config.hidden_size", "145", "expected a multiple of num_attention_heads (2)")]
     [TestCase("vision_config.image_size", "13", "expected at least patch_size (14)")]

@@ -96,5 +96,23 @@ internal static partial class Plants
         {
             With = [7],
         },
+
+        // 13: quantised weights
+        Quantised("the low half of a byte first", "unpack_4bit", "+ 4 - 4 * (j % 2)",
+            "+ 4 * (j % 2)", "nf4"),
+        Quantised("a part's blocks of blocks begin at 0", "unpack_4bit", "(first_block + block)",
+            "block", "fp4_nested_part"),
+        Quantised("the offset is left out", "unpack_4bit", ", offset);", ", 0);", "nf4_nested"),
+        Quantised("the last byte is left out", "unpack_4bit", "i + 2 * j < count",
+            "i + 2 * j + 1 < count", "nf4"),
+        Quantised("the next row has the scale of this one", "unpack_int8", "scales[++row]",
+            "scales[row++]", "int8"),
+        Quantised("the table is read before it is there", "unpack_4bit", "__syncthreads();", "",
+            "nf4") with { By = Finder.Emulator, Check = Check.SharedRaceWithinWarp },
     ];
+
+    private static Plant Quantised(
+        string name, string function, string from, string to, string kind) =>
+        Other(name, function, from, to, nameof(QuantisedWeightTests.OnCuda),
+            cuda => QuantisedWeightTests.OnCuda(cuda, kind, DType.BF16));
 }

@@ -136,7 +136,10 @@ public sealed class TrainArgumentsTests
     [TestCase("--lora_target_modules all-linear", "a regular expression or a list of names")]
     [TestCase("--use_lora --tune_llm false --lora_layers_to_transform 1",
         "needs lora_target_modules")]
-    [TestCase("--q_lora true", "q_lora = \"true\" is not supported")]
+    [TestCase("--q_lora true", "q_lora (load_in_4bit) needs use_lora")]
+    [TestCase("--load_in_8bit true", "load_in_8bit = \"true\" is not supported")]
+    [TestCase("--bnb_4bit_quant_type fp4", "need q_lora")]
+    [TestCase("--bnb_4bit_compute_dtype bfloat16", "bnb_4bit_compute_dtype is not float32")]
     [TestCase("--optim adamw_8bit", "optim is \"adamw_8bit\", expected adamw_torch")]
     [TestCase("--report_to wandb", "report_to is \"wandb\", expected tensorboard")]
     [TestCase("--group_by_length", "train_sampling_strategy is random or sequential")]

@@ -74,6 +74,30 @@ public sealed partial record TrainArguments
     [Key("Trained parts", "train low-rank adapters instead of the weights")]
     public bool UseLora { get; init; }
 
+    [Key("Trained parts", "adapters on a decoder whose linear layers are quantised to 4 bits on "
+        + "load (load_in_4bit is the same); a quantised model is trained as it is without it")]
+    public bool QLora { get; init; }
+
+    [Key("Trained parts", "the same as q_lora", Name = "load_in_4bit")]
+    public bool LoadIn4bit { get; init; }
+
+    // Hugging Face's default fp4 without double quantisation is worse at the same size.
+    [Key("Trained parts", "table of 4-bit values: nf4 (when not given) or fp4",
+        Name = "bnb_4bit_quant_type")]
+    public QuantType? Bnb4bitQuantType { get; init; }
+
+    [Key("Trained parts", "quantise the scales of 4-bit values too: true when not given",
+        Name = "bnb_4bit_use_double_quant")]
+    public bool? Bnb4bitUseDoubleQuant { get; init; }
+
+    [Key("Trained parts", "modules that q_lora does not quantise: list of names; when not given all "
+        + "but the decoder, [lm_head, resampler] takes the vision tower too")]
+    public IReadOnlyList<string>? LlmInt8SkipModules { get; init; }
+
+    [Key("Trained parts", "type that products with 4-bit weights are computed in: that of bf16 and "
+        + "fp16, else float32", Name = "bnb_4bit_compute_dtype")]
+    public ComputeType? Bnb4bitComputeDtype { get; init; }
+
     [Key("Trained parts", "rank of the adapters", Min = 1, Max = 65536)]
     public int LoraR { get; init; } = 64;
 

@@ -13,6 +13,9 @@ public sealed partial record TrainArguments
         _ => [],
     };
 
+    /// <summary>Whether the decoder's linear layers are quantised on load.</summary>
+    public bool Quantises => QLora || LoadIn4bit;
+
     /// <summary>What is computed again in backward, both keys together.</summary>
     public Recompute Recomputes => GradientCheckpointing ? Recompute.Block : Recompute;
 
@@ -53,6 +56,17 @@ internal static class TrainChecks
         Refuse(!a.UseLora && a.ModulesToSave is { Count: > 0 },
             "modules_to_save needs use_lora; without it tune_vision and tune_llm say what is trained");
         Refuse(!a.UseLora && a.LoraWeightPath is not null, "lora_weight_path needs use_lora");
+        Refuse(a.Quantises && !a.UseLora, "q_lora (load_in_4bit) needs use_lora: 4-bit weights are "
+            + "not trained themselves");
+        Refuse(!a.Quantises && (a.Bnb4bitQuantType is not null || a.Bnb4bitUseDoubleQuant is not null
+                || a.LlmInt8SkipModules is not null),
+            "bnb_4bit_quant_type, bnb_4bit_use_double_quant and llm_int8_skip_modules need q_lora "
+            + "(load_in_4bit)");
+        var computes = a.Bf16 ? ComputeType.Bfloat16 : a.Fp16 ? ComputeType.Float16
+            : ComputeType.Float32;
+        Refuse(a.Bnb4bitComputeDtype is { } type && type != computes,
+            $"bnb_4bit_compute_dtype is not {TrainKeys.SnakeCase(computes.ToString())}, the type of "
+            + "the run: set bf16 or fp16, or leave it out");
         Refuse(a.LoraLayersToTransform is not null && a.LoraTargetModules.Pattern is not null,
             "lora_layers_to_transform needs lora_target_modules as a list of names "
             + "(a regular expression names its layers itself)");

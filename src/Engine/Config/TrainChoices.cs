@@ -57,6 +57,11 @@ public enum OptimizerKind { AdamwTorch, AdamwTorchFused, AdamwBf16 }
 /// </summary>
 public enum Recompute { Auto, Nothing, Norms, Mlp, Block }
 
+/// <summary>The table of 4-bit values.</summary>
+public enum QuantType { Nf4, Fp4 }
+
+public enum ComputeType { Float32, Float16, Bfloat16 }
+
 public enum LoraBias { None, All, LoraOnly }
 
 public enum WarmupCurve { Log, Linear }

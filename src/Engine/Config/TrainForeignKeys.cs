@@ -58,7 +58,7 @@ internal static class TrainForeignKeys
             ["parallelism_config"] = ([], "is not supported"),
             ["past_index"] = (["-1"], "is not supported"),
             ["push_to_hub"] = ([], "is not supported: nothing is uploaded"),
-            ["q_lora"] = ([], "is not supported: use_lora with bf16 is the nearest"),
+            ["load_in_8bit"] = ([], "is not supported: q_lora quantises to 4 bits"),
             ["save_safetensors"] =
                 (["true"], "is not supported: everything is saved as safetensors"),
             ["use_cpu"] = ([], "is spelt device=cpu here"),

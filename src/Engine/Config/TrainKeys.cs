@@ -23,6 +23,9 @@ public sealed class KeyAttribute(string group, string help) : Attribute
     /// <summary>The minimum is itself excluded.</summary>
     public bool Open { get; init; }
 
+    /// <summary>The key, where it is not the property's name.</summary>
+    public string? Name { get; init; }
+
     /// <summary>The value is a path, relative to where it was given.</summary>
     public bool Path { get; init; }
 
@@ -126,7 +129,7 @@ internal static class TrainKeys
         var keys = new List<TrainKey>();
         foreach (var property in record.GetProperties())
             if (property.GetCustomAttribute<KeyAttribute>() is { } rule)
-                keys.Add(new TrainKey(SnakeCase(property.Name), property, rule));
+                keys.Add(new TrainKey(rule.Name ?? SnakeCase(property.Name), property, rule));
         return keys;
     }
 }

@@ -24,12 +24,16 @@ internal static class LogitCheck
     // swallow what is far below a weight's last place.
     private const double MostF32 = 0.01, MostRounded = 0.5;
 
+    // Share of the logits that rounding to 16 bits may move.
+    private const double MostWhole = 0.02;
+
     /// <returns>A line that says what was found.</returns>
     /// <exception cref="RunException">The merged model does something else.</exception>
-    public static string Run(string model, string adapter, string merged)
+    public static string Run(string model, string? adapter, string merged)
     {
-        float[] before = Logits(model, null), tuned = Logits(model, adapter);
-        float[] after = Logits(merged, null);
+        float[] before = Logits(model, null), after = Logits(merged, null);
+        if (adapter is null) return Whole(before, after);
+        float[] tuned = Logits(model, adapter);
         var (effect, largestEffect) = Distance(before, tuned);
         var (error, largestError) = Distance(tuned, after);
         string found = FormattableString.Invariant(
@@ -47,6 +51,18 @@ internal static class LogitCheck
             $"{found}: {100 * share:0} % of the adapter's effect, expected at most {100 * most:0} %")
             + (isExact ? "" : ": the weights' 16 bits may be too few for so small changes")
             + "; nothing is written (--no-check writes it all the same)");
+    }
+
+    // Of a quantised model and the one that it became: only its 16 bits differ.
+    private static string Whole(float[] before, float[] after)
+    {
+        var (error, largest) = Distance(before, after);
+        string found = FormattableString.Invariant(
+            $"logits of a small prompt: differ by up to {largest:0.000e+0} from the quantised model's");
+        return error <= MostWhole * Norm(before) ? found : throw new RunException(
+            FormattableString.Invariant($"{found}, {100 * error / Norm(before):0.0} % of their norm, ")
+            + FormattableString.Invariant($"expected at most {100 * MostWhole:0} %; nothing is ")
+            + "written (--no-check writes it all the same)");
     }
 
     /// <summary>Logits of all tokens of the prompt, computed in F32.</summary>

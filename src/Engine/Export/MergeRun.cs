@@ -9,10 +9,12 @@ namespace MiniCpmNative.Engine.Export;
 
 /// <summary>What `cpmx merge` was asked for.</summary>
 /// <param name="Model">Folder of the model that the adapter was trained on.</param>
-/// <param name="Adapter">The adapter's folder.</param>
+/// <param name="Adapter">The adapter's folder; null only makes a quantised model whole.</param>
 /// <param name="Out">The folder to make.</param>
 /// <param name="Check">Whether the merged model's logits are compared with the adapter's.</param>
-public sealed record MergeRequest(string Model, string Adapter, string Out, bool Check = true);
+/// <param name="Dequantize">Whether quantised weights become those of 16 bits.</param>
+public sealed record MergeRequest(
+    string Model, string? Adapter, string Out, bool Check = true, bool Dequantize = false);
 
 /// <summary>
 /// `cpmx merge`: puts an adapter into the weights, so that anything that loads the model loads the
@@ -41,6 +43,13 @@ public sealed unsafe class MergeRun
     public static void Run(MergeRequest request, TextWriter output)
     {
         using MergedWeights weights = MergedWeights.Open(request.Model, request.Adapter);
+        StoredTensor? packed = weights.Checkpoint.Tensors.FirstOrDefault(t => t is PackedTensor);
+        if (packed is not null && !request.Dequantize)
+            throw new InputException($"{packed.Place} is quantised, into which no adapter is merged: "
+                + "--dequantize writes the model in 16 bits");
+        if (packed is null && request.Dequantize)
+            throw new InputException($"{request.Model}: --dequantize is given and nothing is "
+                + "quantised: leave it out");
         new MergeRun(request, weights).Run(output);
     }
 
@@ -49,13 +58,15 @@ public sealed unsafe class MergeRun
         IReadOnlyList<TensorToSave> tensors = Tensors(out bool untied);
         using NewFolder folder = NewFolder.Create(_request.Out, tensors.Sum(t => t.Bytes));
         CheckpointWriter.Write(folder.Path, tensors);
-        if (_changes.Values.All(change => change.Stored == 0))
+        if (_request.Adapter is not null && _changes.Values.All(change => change.Stored == 0))
             throw new InputException($"{_request.Adapter}: merging it changes no value of "
                 + $"{_request.Model} as it is stored: was it trained?");
         foreach (var (name, content) in SavedFiles.Read(
             _request.Model, _weights.Spec, Trained(), Storage(), output.WriteLine))
         {
-            byte[] saved = untied && name == "config.json" ? Untied(content) : content;
+            // What only tells readers how the weights were quantised.
+            if (_request.Dequantize && name is "quantize_config.json" or "quant_config.json") continue;
+            byte[] saved = name == "config.json" ? Configured(content, untied) : content;
             AtomicFile.Write(Path.Combine(folder.Path, name), stream => stream.Write(saved));
         }
 
@@ -73,7 +84,8 @@ public sealed unsafe class MergeRun
         var parameters = _weights.Spec.Parameters;
         var tensors = new List<TensorToSave>();
         foreach (StoredTensor tensor in _weights.Checkpoint.Tensors)
-            tensors.Add(_weights.Changes(tensor.Name) ? Merged(tensor) : tensor.ToSave());
+            tensors.Add(_weights.Changes(tensor.Name) ? Merged(tensor)
+                : tensor is PackedTensor ? tensor.ToSave(Storage()) : tensor.ToSave());
         untied = false;
         foreach (var (module, to) in parameters.Tied)
         {
@@ -89,8 +101,8 @@ public sealed unsafe class MergeRun
     private TensorToSave Merged(StoredTensor tensor)
     {
         var change = _changes[tensor.Name] = new WeightChange();
-        DType type = tensor.Type;
-        return new TensorToSave(tensor.Name, tensor.StoredType, tensor.Sizes, stream =>
+        DType type = tensor is PackedTensor ? Storage() : tensor.Type;
+        return new TensorToSave(tensor.Name, StoredType.Of(type), tensor.Sizes, stream =>
         {
             // Whole rows, so that a piece has all of its part of B.
             int row = Math.Max(1, checked((int)(tensor.Count / Math.Max(1, tensor.Sizes[0]))));
@@ -118,6 +130,11 @@ public sealed unsafe class MergeRun
 
     private void Tell(TextWriter output)
     {
+        if (_request.Dequantize)
+            output.WriteLine(
+                $"{_weights.Checkpoint.Tensors.Count(t => t is PackedTensor)} quantised tensors are "
+                + $"written as {Storage()}");
+        if (_request.Adapter is null) return;
         output.WriteLine($"the adapter has {_changes.Count} of {_weights.Checkpoint.Tensors.Count} tensors; "
             + "largest and mean change of a value, and how many are others as stored:");
         int width = _changes.Keys.Max(name => name.Length);
@@ -130,7 +147,8 @@ public sealed unsafe class MergeRun
     // What a run wrote beside its result, or above its checkpoint: how pictures were cut then.
     private TrainArguments? Trained()
     {
-        if (TrainWriter.Beside(_request.Adapter) is not { } json) return null;
+        if (_request.Adapter is not { } adapter || TrainWriter.Beside(adapter) is not { } json)
+            return null;
         var trained = new TrainArguments();
         return trained with
         {
@@ -139,14 +157,14 @@ public sealed unsafe class MergeRun
         };
     }
 
-    // The type that most of the model is stored in.
+    // The type that most of the model is stored in, what is quantised left aside.
     private DType Storage() => _weights.Checkpoint.Tensors
-        .Where(t => !_weights.Spec.Parameters.IsUntouched(t.Name))
+        .Where(t => t is not PackedTensor && !_weights.Spec.Parameters.IsUntouched(t.Name))
         .GroupBy(t => t.Type).MaxBy(group => group.Sum(t => t.Bytes))!.Key;
 
-    private static byte[] Untied(byte[] config) => SavedFiles.Edit(config, json =>
+    private byte[] Configured(byte[] config, bool untied) => SavedFiles.Edit(config, json =>
     {
-        json["tie_word_embeddings"] = false;
-        return true;
+        if (untied) json["tie_word_embeddings"] = false;
+        return json.Remove("quantization_config") || untied;
     });
 }

@@ -98,7 +98,8 @@ public sealed class AskedModel : IDisposable
                     whole!.Contains(t.Name) ? storage : DType.F32, Decays: false))],
                 learns: false);
             LoadedModel model = LoadedModel.Load(device, spec, checkpoint, storage, values,
-                file is null ? Adapters.None : Adapters.Of(file.Config, layout!));
+                file is null ? Adapters.None : Adapters.Of(file.Config, layout!),
+                kind: new QuantisedKind(spec.Parameters, storage, null, checkpoint));
             return new AskedModel(model, checkpoint, file, trained, values);
         }
         catch

@@ -96,9 +96,10 @@ public sealed class ModelConfig
     /// <exception cref="InputException">Parts or files do not fit together.</exception>
     public ModelSpec Spec(Family family, DecoderSpec decoder, VisionSpec vision)
     {
-        if (Json.Find("quantization_config") is { } quantised)
-            throw quantised.Error(
-                "says the weights are quantised, which is not supported; use the bf16 model");
+        if (Json.Find("quantization_config")?.Find("quant_method") is { } method
+            && method.Text() is not ("bitsandbytes" or "awq" or "gptq"))
+            throw method.Error($"is {Messages.Quote(method.Text())}: quantised weights are read "
+                + "where they are of bitsandbytes, awq or gptq; use the bf16 model");
         var resampler = new ResamplerSpec(
             decoder.HiddenSize, vision.HiddenSize, Size(Json, "query_num", 1 << 12, 64));
         if (decoder.HiddenSize < 128 || decoder.HiddenSize % resampler.Heads != 0

@@ -1,4 +1,3 @@
-using System.Runtime.InteropServices;
 using MiniCpmNative.Autograd;
 using MiniCpmNative.Engine.Weights;
 using MiniCpmNative.Kernels;
@@ -46,7 +45,7 @@ public abstract class ModelTensors(Graph graph, Trainables trainables, Adapters 
         return FrozenMatrix(name, 0, shape[0], shape.Cols);
     }
 
-    public bool IsPacked(string weight) => IsDense && !trainables.Contains(weight);
+    public bool IsPacked(string weight) => IsDense(weight) && !trainables.Contains(weight);
 
     public void Together(int rows, int cols) =>
         Device.PackTogether((long)rows * cols * Device.Activations.Size());
@@ -63,8 +62,8 @@ public abstract class ModelTensors(Graph graph, Trainables trainables, Adapters 
             Parameter(Adapters.NameOfB(module), 0, adapter.Outputs));
     }
 
-    /// <summary>Whether frozen weights of linear layers are dense.</summary>
-    protected virtual bool IsDense => true;
+    /// <summary>Whether the frozen weight of a linear layer is dense.</summary>
+    protected abstract bool IsDense(string weight);
 
     protected abstract Shape ShapeOf(string name);
 
@@ -76,7 +75,7 @@ public abstract class ModelTensors(Graph graph, Trainables trainables, Adapters 
     protected abstract Tensor FrozenTable(string name);
 
     /// <summary>A frozen weight that is not dense, or null.</summary>
-    protected virtual Weight? OtherKind(string weight, int begin, int rows) => null;
+    protected abstract Weight? OtherKind(string weight, int begin, int rows);
 
     private Tensor Parameter(string name, int begin, int count)
     {
@@ -102,7 +101,7 @@ public sealed class ModelWeights(
     IWeightKind? kind = null)
     : ModelTensors(graph, trainables, adapters)
 {
-    protected override bool IsDense => kind is null;
+    protected override bool IsDense(string weight) => kind?.Takes(weight) != true;
 
     protected override Shape ShapeOf(string name) => checkpoint.Get(name).Shape;
 
@@ -139,39 +138,6 @@ public sealed class ModelWeights(
 
     protected override Weight? OtherKind(string weight, int begin, int rows) =>
         kind?.Load(Device, checkpoint.Get(weight), begin, rows);
-
-    /// <summary>
-    /// Elements of a stored tensor in the run's storage type: the file's own memory when nothing
-    /// needs rounding, else a rounded copy.
-    /// </summary>
-    private sealed unsafe class StorageValues : IDisposable
-    {
-        private readonly void* _copy;
-
-        public StorageValues(StoredTensor file, long begin, long count, DType storage)
-        {
-            void* source = (byte*)file.Data + (begin * file.Type.Size());
-            Type = StoredAs(file.Type, storage);
-            Data = source;
-            if (Type == file.Type) return;
-            _copy = Data = NativeMemory.Alloc((nuint)(count * storage.Size()));
-            var wide = storage == DType.F32
-                ? (float*)_copy : (float*)NativeMemory.Alloc((nuint)count * 4);
-            FloatBits.Widen(source, file.Type, wide, (nint)count);
-            if (storage == DType.F32) return;
-            FloatBits.Narrow(wide, _copy, storage, (nint)count);
-            NativeMemory.Free(wide);
-        }
-
-        public DType Type { get; }
-
-        public void* Data { get; }
-
-        public void Dispose()
-        {
-            if (_copy is not null) NativeMemory.Free(_copy);
-        }
-    }
 }
 
 /// <summary>
@@ -184,4 +150,10 @@ public interface IWeightKind
     /// Rows begin..begin+rows of a matrix as a weight on the device; null leaves it dense.
     /// </summary>
     Weight? Load(Device device, StoredTensor matrix, int begin, int rows);
+
+    /// <summary>The same without content, by the matrix's name.</summary>
+    Weight? Plan(Device device, string weight, int begin, int rows) => null;
+
+    /// <summary>Whether it makes a weight of this matrix.</summary>
+    bool Takes(string weight) => true;
 }

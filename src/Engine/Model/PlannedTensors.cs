@@ -12,11 +12,17 @@ namespace MiniCpmNative.Engine.Model;
 /// <param name="trainables">The trained ranges on the tape's device.</param>
 /// <param name="adapters">Adapters that sit on linear layers.</param>
 /// <param name="storedAs">The type in which the run keeps a frozen tensor, by its name.</param>
+/// <param name="kind">Makes frozen weights of linear layers; null keeps them dense.</param>
 internal sealed class PlannedTensors(
     Graph graph, ModelSpec spec, Trainables trainables, Adapters adapters,
-    Func<string, DType> storedAs)
+    Func<string, DType> storedAs, IWeightKind? kind = null)
     : ModelTensors(graph, trainables, adapters)
 {
+    protected override bool IsDense(string weight) => kind?.Takes(weight) != true;
+
+    protected override Weight? OtherKind(string weight, int begin, int rows) =>
+        kind?.Plan(Device, weight, begin, rows);
+
     protected override Shape ShapeOf(string name) => spec.Parameters.Find(name)!.Shape;
 
     protected override Tensor FrozenVector(string name, int begin, int count) =>

@@ -55,8 +55,7 @@ public sealed class BaseModel : IDisposable
         {
             var trained = Parts.Tensors.Select(t => t.Name).ToHashSet(StringComparer.Ordinal);
             long frozen = Weights.Tensors.Where(t =>
-                !trained.Contains(t.Name) && !Spec.Parameters.IsUntouched(t.Name)).Sum(t =>
-                t.Count * Math.Min(t.StoredType.Size, Storage.Size()));
+                !trained.Contains(t.Name) && !Spec.Parameters.IsUntouched(t.Name)).Sum(Kind.Bytes);
             const int gradient = 4;
             return frozen + SavedBytes.State
                 + Parts.Tensors.Sum(t => t.Shape.Count * (t.Type.Size() + gradient));
@@ -77,9 +76,12 @@ public sealed class BaseModel : IDisposable
             var types = Weights.Tensors.Where(t => !Spec.Parameters.IsUntouched(t.Name))
                 .ToDictionary(t => t.Name, t => ModelWeights.StoredAs(t.Type, Storage),
                     StringComparer.Ordinal);
-            return new(Spec, Parts, name => types[name]);
+            return new(Spec, Parts, name => types[name], Kind);
         }
     }
+
+    /// <summary>Makes the frozen weights that a run keeps in fewer bits.</summary>
+    public required QuantisedKind Kind { get; init; }
 
     private DType Moments { get; init; }
 
@@ -107,6 +109,7 @@ public sealed class BaseModel : IDisposable
             }
 
             TrainedParts parts = TrainedParts.Choose(spec, arguments, adapter, storage);
+            RefuseQuantised(weights, parts);
             if (start is not null)
             {
                 AdapterStart.MustKeepModules(parts.Layout!, start, spec.Parameters);
@@ -122,6 +125,7 @@ public sealed class BaseModel : IDisposable
             return new BaseModel(spec, weights, start, parts, storage)
             {
                 Moments = TrainingModel.MomentsOf(arguments),
+                Kind = new(spec.Parameters, storage, TrainingModel.QuantisationOf(arguments), weights),
                 Untouched = [.. weights.Tensors.Where(t => spec.Parameters.IsUntouched(t.Name))],
                 Saved = adapter is null
                     ? SavedFiles.Read(folder, spec, arguments, storage, say) : [],
@@ -173,6 +177,20 @@ public sealed class BaseModel : IDisposable
     {
         Start?.Dispose();
         Weights.Dispose();
+    }
+
+    // What is trained needs more bits than these, and a whole model is saved in one form.
+    private static void RefuseQuantised(Checkpoint weights, TrainedParts parts)
+    {
+        if (weights.Tensors.FirstOrDefault(t => t is PackedTensor) is not { } packed) return;
+        if (parts.Config is null)
+            throw new InputException($"{packed.Place} is quantised, which cannot be trained whole: "
+                + "set use_lora, or make the model whole first with cpmx merge --dequantize");
+        foreach (Trainable tensor in parts.Tensors)
+            if (weights.Find(tensor.Name) is PackedTensor trained)
+                throw new InputException($"{trained.Place} is quantised, which cannot be trained: "
+                    + "leave its module out of modules_to_save, or make the model whole first with "
+                    + "cpmx merge --dequantize");
     }
 
     private static int MasterBytes(Trainable tensor) => tensor.Type == DType.F32 ? 0 : 4;

@@ -19,8 +19,9 @@ public sealed record MemoryParts(
 
 /// <summary>What a dry run needs to know of a model.</summary>
 /// <param name="StoredAs">The type in which a frozen tensor is kept, by its name.</param>
+/// <param name="Kind">Makes frozen weights of linear layers; null keeps them dense.</param>
 public sealed record PlannedModel(
-    ModelSpec Spec, TrainedParts Parts, Func<string, DType> StoredAs);
+    ModelSpec Spec, TrainedParts Parts, Func<string, DType> StoredAs, IWeightKind? Kind = null);
 
 /// <summary>
 /// A training on a device that only counts: the same model, tape, optimizer and launches as on the
@@ -51,7 +52,8 @@ public sealed class DryRun : IDisposable
         _model = LoadedModel.Build(
             new OpenDevice(_device, card.Name, _context), model.Spec,
             graph => new PlannedTensors(
-                graph, model.Spec, trainables, parts.Adapters, model.StoredAs), Recomputation);
+                graph, model.Spec, trainables, parts.Adapters, model.StoredAs, model.Kind),
+            Recomputation);
         long weights = _context.HeldBytes - before;
         _trainer = new Trainer(arguments, _model, trainables);
         long moments = trainables.FirstMoments.Spec.Bytes + trainables.SecondMoments.Spec.Bytes;

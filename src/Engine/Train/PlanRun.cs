@@ -190,7 +190,8 @@ public static class PlanRun
         TrainedParts parts = TrainedParts.Choose(
             spec, arguments, TrainedParts.AdapterOf(arguments, spec), storage);
         output.WriteLine($"{folder} has no weights: taken as bfloat16");
-        return new(spec, parts, _ => ModelWeights.StoredAs(DType.BF16, storage));
+        return new(spec, parts, _ => ModelWeights.StoredAs(DType.BF16, storage),
+            new QuantisedKind(spec.Parameters, storage, TrainingModel.QuantisationOf(arguments), null));
     }
 
     private static Card Find(PlanRequest request)

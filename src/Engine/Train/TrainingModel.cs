@@ -4,6 +4,7 @@ using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Weights;
 using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Quantised;
 
 namespace MiniCpmNative.Engine.Train;
 
@@ -54,6 +55,12 @@ public sealed class TrainingModel : IDisposable
     public static DType StorageOf(TrainArguments arguments) =>
         arguments.Fp16 ? DType.F16 : arguments.Bf16 ? DType.BF16 : DType.F32;
 
+    /// <summary>How linear layers are quantised on load, or null.</summary>
+    public static Quantisation? QuantisationOf(TrainArguments arguments) =>
+        !arguments.Quantises ? null
+        : new(arguments.Bnb4bitQuantType == QuantType.Fp4 ? FourBitKind.Fp4 : FourBitKind.Nf4,
+            arguments.Bnb4bitUseDoubleQuant ?? true, arguments.LlmInt8SkipModules);
+
     /// <summary>Storage type of AdamW's moments.</summary>
     public static DType MomentsOf(TrainArguments arguments) =>
         arguments.Optim == OptimizerKind.AdamwBf16 ? DType.BF16 : DType.F32;
@@ -61,7 +68,8 @@ public sealed class TrainingModel : IDisposable
     /// <param name="arguments">Say what is loaded where, and what of it is trained.</param>
     /// <param name="devices">Opens the device; null takes the machine's.</param>
     /// <param name="say">Takes a line on the choice of the device.</param>
-    /// <param name="kind">See <see cref="LoadedModel.Load"/>.</param>
+    /// <param name="kind">Makes frozen weights of linear layers; null as the configuration
+    /// says.</param>
     /// <exception cref="InputException">The model, the adapter, the device or what is to be trained
     /// is unusable.</exception>
     public static TrainingModel Open(
@@ -101,7 +109,7 @@ public sealed class TrainingModel : IDisposable
         Recomputation recomputation = parts.NewRecomputation(source.Spec, arguments);
         LoadedModel loaded = LoadedModel.Load(
             device, source.Spec, source.Weights, source.Storage, trainables, parts.Adapters,
-            recomputation, kind);
+            recomputation, kind ?? source.Kind);
         var model = new TrainingModel(source, loaded, owns, trainables, recomputation);
         foreach (Trainable tensor in trainables.List)
             if (source.Weights.Find(tensor.Name) is { } stored)

@@ -43,6 +43,7 @@ public sealed class Checkpoint : IDisposable
             if (File.Exists(single)) checkpoint.AddSingle(single);
             else if (File.Exists(index)) checkpoint.AddShards(index);
             else throw NoWeights(directory);
+            PackedTensors.Fold(directory, checkpoint._tensors);
             return checkpoint;
         }
         catch

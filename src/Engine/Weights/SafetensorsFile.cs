@@ -145,7 +145,7 @@ public sealed unsafe class SafetensorsFile : IDisposable
     }
 
     /// <summary>The bytes of a tensor in memory that the next call uses again.</summary>
-    internal nint Load(StoredTensor tensor, long offset)
+    internal nint Load(StoredTensor tensor)
     {
         if (ReferenceEquals(_buffered, tensor)) return (nint)_buffer;
         _buffered = null;
@@ -156,7 +156,7 @@ public sealed unsafe class SafetensorsFile : IDisposable
             _bufferBytes = tensor.Bytes;
         }
 
-        Read(offset, _buffer, tensor.Bytes);
+        tensor.Fill(_buffer);
         _buffered = tensor;
         return (nint)_buffer;
     }

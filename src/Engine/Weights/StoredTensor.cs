@@ -8,7 +8,7 @@ namespace MiniCpmNative.Engine.Weights;
 /// One tensor of an open <see cref="SafetensorsFile"/>: its description and where its bytes are.
 /// Row-major, little-endian. The tensors of one file are read by one thread at a time.
 /// </summary>
-public sealed unsafe class StoredTensor
+public unsafe class StoredTensor
 {
     private const int PieceElements = 1 << 20;
 
@@ -25,6 +25,9 @@ public sealed unsafe class StoredTensor
     }
 
     public string Name { get; }
+
+    /// <summary>The file it lies in.</summary>
+    internal SafetensorsFile File => _file;
 
     /// <summary>The type as the file names it, among them some that no kernel takes.</summary>
     public StoredType StoredType { get; }
@@ -83,7 +86,7 @@ public sealed unsafe class StoredTensor
     {
         get
         {
-            nint data = _file.Load(this, _offset);
+            nint data = _file.Load(this);
             if (_kept is not { } kept) return data;
             _kept = null;
             FiniteValues.Require(this, kept);
@@ -107,12 +110,15 @@ public sealed unsafe class StoredTensor
 
     /// <summary>Reads bytes from..from + target.Length of the tensor.</summary>
     /// <exception cref="InputException">The file cannot be read, or was changed.</exception>
-    public void Read(long from, Span<byte> target)
+    public virtual void Read(long from, Span<byte> target)
     {
         ArgumentOutOfRangeException.ThrowIfNegative(from);
         ArgumentOutOfRangeException.ThrowIfGreaterThan(target.Length, Bytes - from);
         fixed (byte* to = target) _file.Read(_offset + from, to, target.Length);
     }
+
+    /// <summary>Writes all bytes.</summary>
+    internal virtual void Fill(void* target) => _file.Read(_offset, target, Bytes);
 
     /// <summary>target[i] = (float)tensor[i] for all <see cref="Count"/> elements.</summary>
     /// <exception cref="InputException">The tensor does not hold floats, or cannot be

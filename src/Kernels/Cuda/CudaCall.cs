@@ -65,6 +65,13 @@ public readonly ref struct CudaCall(CudaDevice device, Op op, OpCall call)
     public Tensor Scratch(DType type, params ReadOnlySpan<int> sizes) =>
         device.Step.Push(new Spec(type, new Shape(sizes)), op.Name);
 
+    /// <summary>Where scratch begins that is given back before the operation returns, once what
+    /// reads it is queued.</summary>
+    public ArenaMark Mark() => device.Step.Mark();
+
+    /// <summary>Gives back the scratch since the mark.</summary>
+    public void Pop(ArenaMark mark) => device.Step.Pop(mark);
+
     /// <summary>Queues zeros into a tensor.</summary>
     public void Clear(in Tensor tensor) => device.Fill(tensor, 0);
 

@@ -1,0 +1,69 @@
+using MiniCpmNative.Engine.Weights;
+using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Quantised;
+
+namespace MiniCpmNative.Engine.Model;
+
+/// <summary>How a run quantises linear layers on load.</summary>
+/// <param name="Nested">Whether scales are codes themselves (double quantisation).</param>
+/// <param name="Skipped">Names of modules that are left out with all that is in them; null takes
+/// the decoder alone.</param>
+public sealed record Quantisation(
+    FourBitKind Kind, bool Nested, IReadOnlyList<string>? Skipped = null)
+{
+    /// <summary>Whether it takes a linear layer. The head's product is a part of the loss, which
+    /// reads it as it is.</summary>
+    public bool Takes(ParameterTable table, LinearModule linear) => linear.Name != table.Head
+        && (Skipped is null
+            ? table.Find(linear.Name + ".weight")?.Part == ModelPart.Decoder
+            : !Skipped.Any(name => $".{linear.Name}.".Contains($".{name}.", StringComparison.Ordinal)));
+
+    public FourBitForm Form(int outputs, int inputs) =>
+        new(outputs, inputs, ScaleBlock: Nested ? 256 : 0);
+}
+
+/// <summary>
+/// Frozen weights in 4 or 8 bits: those that the checkpoint holds so, as they are, and, where a run
+/// asks for it, linear layers, each quantised when it is read.
+/// </summary>
+/// <param name="table">The model's parameters.</param>
+/// <param name="storage">The type that values are rounded to before they are quantised.</param>
+/// <param name="quantisation">Null quantises nothing.</param>
+/// <param name="checkpoint">The files; null plans without them.</param>
+public sealed class QuantisedKind(
+    ParameterTable table, DType storage, Quantisation? quantisation, Checkpoint? checkpoint)
+    : IWeightKind
+{
+    private readonly HashSet<string> _linears = [.. table.Linears
+        .Where(l => quantisation?.Takes(table, l) == true).Select(l => l.Name + ".weight")];
+
+    public bool Takes(string weight) =>
+        checkpoint?.Find(weight) is PackedTensor { IsKept: true } || _linears.Contains(weight);
+
+    public unsafe Weight? Load(Device device, StoredTensor matrix, int begin, int rows)
+    {
+        if (matrix is PackedTensor { IsKept: true } packed) return packed.On(device, begin, rows);
+        if (!_linears.Contains(matrix.Name)) return null;
+        FourBitForm form = quantisation!.Form(matrix.Shape[0], matrix.Shape.Cols);
+        if (!form.Splits(begin)) return null;
+        using var values = new StorageValues(matrix, 0, matrix.Count, storage);
+        return new FourBitWeight(device, FourBitCodes.Of(
+            form, quantisation.Kind, values.Type, values.Data).Rows(begin, rows));
+    }
+
+    public Weight? Plan(Device device, string weight, int begin, int rows)
+    {
+        if (checkpoint?.Find(weight) is PackedTensor { IsKept: true } packed)
+            return packed.On(device, begin, rows, isPlan: true);
+        if (!_linears.Contains(weight)) return null;
+        Shape shape = table.Find(weight)!.Shape;
+        FourBitForm form = quantisation!.Form(shape[0], shape.Cols);
+        return form.Splits(begin) ? new FourBitWeight(device, form.Part(begin, rows)) : null;
+    }
+
+    /// <summary>Bytes that a frozen tensor takes, about.</summary>
+    public long Bytes(StoredTensor tensor) =>
+        tensor is PackedTensor { IsKept: true } packed ? packed.PackedBytes
+        : _linears.Contains(tensor.Name) ? (tensor.Count / 2) + (tensor.Count / 60)
+        : tensor.Count * Math.Min(tensor.StoredType.Size, storage.Size());
+}

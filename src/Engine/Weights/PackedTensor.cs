@@ -1,0 +1,195 @@
+using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Quantised;
+
+namespace MiniCpmNative.Engine.Weights;
+
+/// <summary>
+/// A matrix that its files hold quantised, in several tensors: to readers a tensor of F32 under the
+/// name and shape that the model has it by. What it is made of can be taken as it is (<see
+/// cref="On"/>).
+/// </summary>
+public abstract unsafe class PackedTensor : StoredTensor
+{
+    private protected PackedTensor(
+        StoredTensor main, string name, int outputs, int inputs, params StoredTensor?[] others)
+        : base(main.File, name, StoredType.Of(DType.F32), [outputs, inputs], 0,
+            (long)outputs * inputs * sizeof(float))
+    {
+        (Outputs, Inputs) = (outputs, inputs);
+        Main = main;
+        PackedBytes = main.Bytes + others.Sum(t => t?.Bytes ?? 0);
+    }
+
+    public int Outputs { get; }
+
+    public int Inputs { get; }
+
+    /// <summary>Bytes in the files.</summary>
+    public long PackedBytes { get; }
+
+    private protected StoredTensor Main { get; }
+
+    /// <summary>Whether a run can keep it as it is.</summary>
+    public virtual bool IsKept => true;
+
+    /// <summary>
+    /// Rows begin..begin + rows as a frozen weight on a device; without content for a plan. Null
+    /// where the form has no weight, or does not split there.
+    /// </summary>
+    /// <exception cref="InputException">The files cannot be read, or hold no such
+    /// matrix.</exception>
+    public abstract Weight? On(Device device, int begin, int rows, bool isPlan = false);
+
+    public override void Read(long from, Span<byte> target) =>
+        new ReadOnlySpan<byte>((byte*)Data + from, target.Length).CopyTo(target);
+
+    /// <summary>A part of the files as floats; all must be finite.</summary>
+    private protected static float[] Floats(StoredTensor tensor)
+    {
+        float[] values = tensor.ToFloats();
+        int bad = Array.FindIndex(values, v => !float.IsFinite(v));
+        return bad < 0 ? values : throw new InputException(
+            $"{tensor.Place}, element {bad} is {values[bad]}: the file is damaged");
+    }
+
+    private protected static byte[] All(StoredTensor tensor)
+    {
+        var bytes = new byte[tensor.Bytes];
+        tensor.Read(0, bytes);
+        return bytes;
+    }
+}
+
+/// <summary>
+/// A matrix of bitsandbytes' Linear4bit: codes, the table, scales or codes of scales, and a state
+/// in JSON. The tables are the file's: those written by a CPU differ in an entry.
+/// </summary>
+internal sealed unsafe class FourBitTensor(
+    FourBitForm form, string name, StoredTensor codes, StoredTensor table, StoredTensor scales,
+    StoredTensor? nestedScales, StoredTensor? nestedTable, float offset)
+    : PackedTensor(codes, name, form.Outputs, form.Inputs, table, scales, nestedScales, nestedTable)
+{
+    public FourBitCodes Codes() => nestedScales is null
+        ? new(form, All(Main)[..form.CodeBytes], Floats(table), Floats(scales))
+        : new(form, All(Main)[..form.CodeBytes], Floats(table), Floats(nestedScales), All(scales),
+            Floats(nestedTable!), offset);
+
+    public override Weight? On(Device device, int begin, int rows, bool isPlan) =>
+        !form.Splits(begin) ? null
+        : isPlan ? new FourBitWeight(device, form.Part(begin, rows))
+        : new FourBitWeight(device, Codes().Rows(begin, rows));
+
+    internal override void Fill(void* target)
+    {
+        const int piece = 1 << 16;
+        FourBitCodes all = Codes();
+        Parallel.For(0, (Count + piece - 1) / piece, i => all.Unpack(i * piece, new Span<float>(
+            (float*)target + (i * piece), (int)Math.Min(piece, Count - (i * piece)))));
+    }
+}
+
+/// <summary>A matrix of bitsandbytes' Linear8bitLt: signed bytes, and a scale for each
+/// row.</summary>
+internal sealed unsafe class Int8Tensor(string name, StoredTensor elements, StoredTensor scales)
+    : PackedTensor(elements, name, elements.Shape[0], elements.Shape[1], scales)
+{
+    public override Weight On(Device device, int begin, int rows, bool isPlan)
+    {
+        if (isPlan) return new Int8RowsWeight(device, rows, Inputs);
+        var bytes = new byte[checked(rows * Inputs)];
+        Main.Read((long)begin * Inputs, bytes);
+        return new Int8RowsWeight(device, Inputs, bytes, Floats(scales).AsSpan(begin, rows));
+    }
+
+    internal override void Fill(void* target)
+    {
+        byte[] bytes = All(Main);
+        float[] factors = Floats(scales);
+        fixed (byte* from = bytes)
+        fixed (float* scale = factors)
+            new Int8RowsElements((sbyte*)from, scale, Inputs)
+                .Unpack(0, (float*)target, checked((int)Count));
+    }
+}
+
+/// <summary>
+/// A matrix of AWQ (the layout of its matrix product) or GPTQ: unsigned codes in words of 32 bits,
+/// W[n, k] = (code[k, n] - zero[g, n]) * scale[g, n] with g the group of input k.
+/// </summary>
+internal sealed unsafe class GroupedTensor(
+    GroupedForm form, string name, StoredTensor words, StoredTensor zeros, StoredTensor scales,
+    StoredTensor? groups)
+    : PackedTensor(words, name, form.Outputs, form.Inputs, zeros, scales, groups)
+{
+    // Field p of a word of AWQ's belongs to this one of its columns.
+    private static readonly int[] s_awqOrder = [0, 2, 4, 6, 1, 3, 5, 7];
+
+    // Its kernels would have to know the order of words; a run unpacks it into 16 bits.
+    public override bool IsKept => false;
+
+    public override Weight? On(Device device, int begin, int rows, bool isPlan) => null;
+
+    internal override void Fill(void* target)
+    {
+        uint[] codes = Words(Main), zero = Words(zeros);
+        float[] scale = Floats(scales);
+        int[] group = GroupOf();
+        if (form.AddsOne)
+            for (int i = 0; i < zero.Length; i++) zero[i] += form.Ones;
+        Parallel.For(0, form.Outputs, n =>
+        {
+            float* to = (float*)target + ((long)n * form.Inputs);
+            for (int k = 0; k < form.Inputs; k++)
+            {
+                long code = form.IsAwq ? Field(codes, k, n)
+                    : codes[((long)(k / form.Fields) * form.Outputs) + n]
+                        >> (k % form.Fields * form.Bits) & form.Mask;
+                to[k] = (code - Field(zero, group[k], n))
+                    * scale[((long)group[k] * form.Outputs) + n];
+            }
+        });
+    }
+
+    // Of a row of words that hold neighbouring outputs.
+    private long Field(uint[] rows, int row, int n)
+    {
+        int place = n % form.Fields;
+        if (form.IsAwq) place = Array.IndexOf(s_awqOrder, place);
+        long word = ((long)row * (form.Outputs / form.Fields)) + (n / form.Fields);
+        return rows[word] >> (place * form.Bits) & form.Mask;
+    }
+
+    private int[] GroupOf()
+    {
+        if (groups is null)
+            return [.. Enumerable.Range(0, form.Inputs).Select(k => k / form.GroupSize)];
+        int[] found = [.. Words(groups).Select(g => (int)g)];
+        int bad = Array.FindIndex(found, g => g < 0 || g >= form.Groups);
+        return bad < 0 ? found : throw new InputException(
+            $"{groups.Place}, element {bad} is {found[bad]}, expected a group from 0 to "
+            + $"{form.Groups - 1}");
+    }
+
+    private static uint[] Words(StoredTensor tensor)
+    {
+        var found = new uint[tensor.Bytes / sizeof(uint)];
+        tensor.Read(0, System.Runtime.InteropServices.MemoryMarshal.AsBytes(found.AsSpan()));
+        return found;
+    }
+}
+
+/// <summary>Sizes of a matrix of AWQ or GPTQ.</summary>
+/// <param name="AddsOne">Whether zero points are stored less one, in each field of a word, with
+/// borrows between them (GPTQ v1).</param>
+internal readonly record struct GroupedForm(
+    int Outputs, int Inputs, int Bits, int GroupSize, bool IsAwq, bool AddsOne)
+{
+    public int Fields => 32 / Bits;
+
+    public uint Mask => (1u << Bits) - 1;
+
+    public int Groups => (Inputs + GroupSize - 1) / GroupSize;
+
+    /// <summary>A one in each field.</summary>
+    public uint Ones => uint.MaxValue / Mask;
+}

@@ -1,0 +1,209 @@
+using System.Runtime.InteropServices;
+using MiniCpmNative.GpuEmulator;
+using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Cpu;
+using MiniCpmNative.Kernels.Cuda;
+using MiniCpmNative.Kernels.Ops;
+using MiniCpmNative.Kernels.Quantised;
+using NUnit.Framework;
+
+namespace MiniCpmNative.Tests;
+
+/// <summary>
+/// Products with weights of 4 and 8 bits against those with the dense weight of the same numbers:
+/// outputs and gradients have the same bits on each device. What the numbers are is held by
+/// <see cref="FourBitCodesTests"/> and <see cref="FourBitCodesTests"/>.
+/// </summary>
+[TestFixture]
+public sealed unsafe class QuantisedWeightTests
+{
+    // Columns that blocks cross, an odd number of elements, and whole blocks.
+    private static readonly (int Outputs, int Inputs)[] s_sizes = [(9, 20), (13, 21), (40, 64)];
+
+    private static readonly string[] s_kinds =
+        ["nf4", "nf4_nested", "fp4", "fp4_nested_part", "nf4_not_finite", "int8"];
+
+    private static readonly string[] s_ops =
+        ["linear", "linear_transposed", "lora_dropout", "linears"];
+
+    [Test]
+    public void OnTheCpu(
+        [ValueSource(nameof(s_kinds))] string kind, [ValueSource(nameof(s_ops))] string op,
+        [Values(DType.F32, DType.F64)] DType type)
+    {
+        using var device = new CpuDevice(2, 1L << 26, type) { Random = new(3, 4, true) };
+        foreach (var (outputs, inputs) in s_sizes)
+            foreach (int rows in (int[])[0, 1, 33]) EqualsDense(device, kind, op, outputs, inputs, rows);
+    }
+
+    [TestCase(DType.F32)]
+    [TestCase(DType.BF16)]
+    public void OnCuda(DType type)
+    {
+        using var cuda = new CudaUnderTest();
+        foreach (string kind in s_kinds)
+            foreach (string op in s_ops)
+                foreach (var (outputs, inputs) in s_sizes)
+                    OnCuda(cuda, kind, op, type, outputs, inputs);
+    }
+
+    /// <summary>For planted mistakes: a few sizes of one kind.</summary>
+    internal static void OnCuda(CudaUnderTest cuda, string kind, DType type)
+    {
+        foreach (var (outputs, inputs) in s_sizes)
+            OnCuda(cuda, kind, "linear", type, outputs, inputs);
+    }
+
+    private static void OnCuda(
+        CudaUnderTest cuda, string kind, string op, DType type, int outputs, int inputs)
+    {
+        cuda.ForgetSteps();
+        CudaDevice device = cuda.Device(type);
+        device.Random = new(3, 4, true);
+        EqualsDense(device, kind, op, outputs, inputs, 5);
+    }
+
+    // More rows than are unpacked at a time: the same sums in the forward, in pieces in the
+    // backward.
+    [TestCase("nf4_nested")]
+    [TestCase("int8")]
+    public void InSeveralPieces(string kind)
+    {
+        const int Outputs = 1100, Inputs = 2000, Rows = 3;
+        using var device = new CpuDevice(2, 1L << 27, DType.F64);
+        Weight weight = Make(device, kind, Outputs, Inputs, out double[] values);
+        using var run = new OpRun(device, new Linear(Weight: weight), Of("linear", Inputs, Outputs, Rows));
+        Value[] dense = Of("linear", Inputs, Outputs, Rows);
+        dense[1] = Value.Float("w", [Outputs, Inputs], values);
+        using var plain = new OpRun(device, new Linear(), dense);
+        double[] dy = Fill.Normal(77, run.Count);
+        foreach (OpRun each in (OpRun[])[run, plain])
+        {
+            each.Forward();
+            each.Want(i => i == 0, accumulate: true, start: 2);
+            each.Backward(dy);
+        }
+
+        Assert.That(run.Output, Is.EqualTo(plain.Output).Within(1e-12));
+        Assert.That(run.Gradient(0), Is.EqualTo(plain.Gradient(0)).Within(1e-12));
+        Assert.That(plain.Output, Has.Some.Not.Zero);
+    }
+
+    [TestCase("nf4", 4.5)]
+    [TestCase("nf4_nested", 4.127)]
+    [TestCase("int8", 8)]
+    public void BitsOfAnElement(string kind, double bits)
+    {
+        using var device = new CpuDevice(1, 1L << 20);
+        Weight weight = Make(device, kind, 1024, 1024, out _);
+        Assert.That(weight.Bytes * 8 / (1024.0 * 1024), Is.EqualTo(bits).Within(0.04));
+        Assert.That(weight.Tensor.Exists, Is.False);
+    }
+
+    [TestCase("nf4", DType.BF16)]
+    [TestCase("nf4_nested", DType.F32)]
+    [TestCase("int8", DType.BF16)]
+    public void UnpackingMovesEachByteOnce(string kind, DType type)
+    {
+        const int Outputs = 512, Inputs = 1024;
+        if (CudaUnderTest.IsReal) Assert.Ignore("counted by the emulator only");
+        using var cuda = new CudaUnderTest(new EmulatorOptions { Footprint = true });
+        CudaDevice device = cuda.Device(type);
+        Weight weight = Make(device, kind, Outputs, Inputs, out _);
+        using var run = new OpRun(device, new Linear(Weight: weight), Of("linear", Inputs, Outputs, 1));
+        cuda.Emulator!.ClearLaunches();
+        run.Forward();
+        cuda.Context.Synchronise();
+        LaunchCounters launch = cuda.Emulator.Launches.Single(
+            l => l.Kernel == (kind == "int8" ? "unpack_int8" : "unpack_4bit"));
+        long needed = weight.Bytes + ((long)Outputs * Inputs * type.Size());
+        TestContext.Out.WriteLine($"{launch.DramBytes} bytes, {needed} needed");
+        Assert.That(launch.DramBytes, Is.InRange(needed * 0.99, needed * 1.05));
+    }
+
+    private static void EqualsDense(
+        Device device, string kind, string op, int outputs, int inputs, int rows)
+    {
+        Weight weight = Make(device, kind, outputs, inputs, out double[] values);
+        var (from, to) = op == "linear_transposed" ? (outputs, inputs) : (inputs, outputs);
+        Value[] others = Of(op, from, to, rows), dense = [.. others];
+        dense[1] = Value.Float("w", [outputs, inputs], values);
+        if (op == "linears") dense[5] = dense[1] with { Name = "w1" };
+        using var run = new OpRun(device, OpOf(op, outputs, weight), others);
+        using var plain = new OpRun(device, OpOf(op, outputs, null), dense);
+        double[] dy = Storage.Round(Fill.Normal(78, run.Count), DType.BF16);
+        foreach (OpRun each in (OpRun[])[run, plain])
+        {
+            each.Forward();
+            each.Want(i => i == 0, accumulate: true, start: 2);
+            each.Backward(dy);
+            each.Want(_ => true);
+            each.Backward(dy);
+        }
+
+        string what = $"{kind} {op} [{outputs}, {inputs}] of {rows} rows";
+        Assert.That(run.Output, Is.EqualTo(plain.Output), what);
+        for (int i = 0; i < others.Length; i++)
+            if (run.HasGradient(i))
+                Assert.That(run.Gradient(i), Is.EqualTo(plain.Gradient(i)), $"{what}, {i}");
+        Assert.That(run.HasGradient(1), Is.False);
+    }
+
+    private static Weight Make(
+        Device device, string kind, int outputs, int inputs, out double[] values)
+    {
+        double[] random = Fill.Normal(outputs, outputs * inputs);
+        if (kind == "int8")
+        {
+            byte[] elements = [.. random.Select(v => (byte)(sbyte)Math.Clamp(v * 50, -127, 127))];
+            float[] scales = [.. Enumerable.Range(0, outputs).Select(r => 0.3f + (0.7f * (r % 7)))];
+            values = [.. elements.Select((e, i) =>
+                (double)((sbyte)e * scales[i / inputs] / 127f))];
+            return new Int8RowsWeight(device, inputs, elements, scales);
+        }
+
+        float[] floats = Array.ConvertAll(random, v => (float)v);
+        bool nested = kind.Contains("nested");
+        // As rows of a larger matrix they have another place among the blocks of blocks.
+        int before = kind.EndsWith("part", StringComparison.Ordinal) ? 1024 : 0;
+        floats = [.. Fill.Normal(5, before * inputs).Select(v => (float)(2 * v)), .. floats];
+        var form = new FourBitForm(before + outputs, inputs, 64, nested ? 256 : 0);
+        FourBitCodes codes;
+        fixed (float* from = floats)
+            codes = FourBitCodes.Of(form, kind.StartsWith("nf4", StringComparison.Ordinal)
+                ? FourBitKind.Nf4 : FourBitKind.Fp4, DType.F32, from);
+        if (kind == "nf4_not_finite")
+            (codes.Scales[0], codes.Scales[^1]) = (float.NaN, float.PositiveInfinity);
+        var back = new float[outputs * inputs];
+        codes.Unpack((long)before * inputs, back);
+        values = Array.ConvertAll(back, v => (double)v);
+        return new FourBitWeight(device, codes.Rows(before, outputs));
+    }
+
+    private static Op OpOf(string name, int outputs, Weight? weight) => name switch
+    {
+        "linear" => new Linear(Weight: weight),
+        "linear_transposed" => new Linear(Transposed: true, weight),
+        "linears" => new Linears(
+            [new LinearPart(outputs, 0, weight), new LinearPart(outputs, 1, weight)], 0.5),
+        _ => new LoraLinear(2, 0.5, 0.3, weight),
+    };
+
+    private static Value[] Of(string name, int from, int to, int rows)
+    {
+        Value[] layer =
+        [
+            Value.Absent("w"), Value.Float("b", [to], Fill.Normal(2, to)),
+            Value.Float("a", [3, from], Fill.Normal(3, 3 * from)),
+            Value.Float("bb", [to, 3], Fill.Normal(5, to * 3)),
+        ];
+        Value x = Value.Float("x", [rows, from], Fill.Normal(1, rows * from));
+        return name switch
+        {
+            "linears" => [x, .. layer, Value.Absent("w1"), Value.Absent("b1"), Value.Absent("a1"),
+                Value.Absent("bb1")],
+            "lora_dropout" => [x, .. layer],
+            _ => [x, .. layer[..2]],
+        };
+    }
+}
