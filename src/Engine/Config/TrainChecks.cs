@@ -1,3 +1,5 @@
+using MiniCpmNative.Engine.Data;
+
 namespace MiniCpmNative.Engine.Config;
 
 public sealed partial record TrainArguments
@@ -12,6 +14,14 @@ public sealed partial record TrainArguments
             : ["embed_tokens", "resampler"],
         _ => [],
     };
+
+    /// <summary>The rows that are trained on: data_path without the share kept.</summary>
+    public DataSources TrainingData => EvalSplit > 0
+        ? DataPath! with { Share = new(EvalSplit, DataSeed ?? Seed, Evaluates: false) } : DataPath!;
+
+    /// <summary>The rows of evaluations: eval_data_path, or the share kept of data_path.</summary>
+    public DataSources? EvaluationData => EvalDataPath ?? (EvalSplit > 0
+        ? DataPath! with { Share = new(EvalSplit, DataSeed ?? Seed, Evaluates: true) } : null);
 
     /// <summary>What is computed again in backward, both keys together.</summary>
     public Recompute Recomputes => GradientCheckpointing ? Recompute.Block : Recompute;
@@ -56,8 +66,15 @@ internal static class TrainChecks
         Refuse(a.LoraLayersToTransform is not null && a.LoraTargetModules.Pattern is not null,
             "lora_layers_to_transform needs lora_target_modules as a list of names "
             + "(a regular expression names its layers itself)");
-        Refuse((a.EvalStrategy != When.No || a.EvalOnStart) && a.EvalDataPath is null,
-            "evaluation needs eval_data_path (or set eval_strategy to no)");
+        Refuse((a.EvalStrategy != When.No || a.EvalOnStart) && a.EvalDataPath is null
+                && a.EvalSplit == 0,
+            "evaluation needs eval_data_path or eval_split (or set eval_strategy to no)");
+        Refuse(a.EvalSplit > 0 && a.EvalDataPath is not null,
+            "eval_data_path and eval_split are both given: leave one of them out");
+        Refuse(a.EvalSplit >= 1 && a.EvalSplit != Math.Floor(a.EvalSplit),
+            $"eval_split is {a.EvalSplit}, expected a whole number of rows, or a share below 1");
+        Refuse(a.OfficialCompat && a.TrainOn != TrainOn.All,
+            "official_compat learns every answer: leave train_on out");
         Refuse(a.EvalGenerate > 0 && a.EvalStrategy == When.No && !a.EvalOnStart,
             "eval_generate needs evaluations: set eval_strategy");
         Refuse(a.OverwriteOutputDir && a.ResumeFromCheckpoint is not null,

@@ -1,5 +1,6 @@
 using System.Reflection;
 using System.Text.Json;
+using MiniCpmNative.Engine.Data;
 
 namespace MiniCpmNative.Engine.Config;
 
@@ -52,7 +53,7 @@ internal sealed record TrainKey(string Name, PropertyInfo Property, KeyAttribute
     public bool Optional { get; } =
         new NullabilityInfoContext().Create(Property).WriteState == NullabilityState.Nullable;
 
-    public bool IsList => Type == typeof(TargetModules)
+    public bool IsList => Type == typeof(TargetModules) || Type == typeof(DataSources)
         || Type == typeof(IReadOnlyList<string>) || Type == typeof(IReadOnlyList<int>);
 }
 

@@ -1,6 +1,7 @@
 using System.Globalization;
 using System.Reflection;
 using System.Text.Json;
+using MiniCpmNative.Engine.Data;
 
 namespace MiniCpmNative.Engine.Config;
 
@@ -43,6 +44,7 @@ internal static class TrainValues
             var type when type == typeof(long) => Whole(key, given),
             var type when type == typeof(double) => Number(key, given),
             var type when type == typeof(string) => Words(key, given),
+            var type when type == typeof(DataSources) => Sources(key, given),
             var type when type == typeof(Interval) => Steps(key, given),
             var type when type == typeof(MemoryLimit) => Limit(key, given),
             var type when type == typeof(ResumePoint) => Resume(key, given),
@@ -108,6 +110,20 @@ internal static class TrainValues
         if (!key.Rule.Path) return text;
         if (text.Contains('\0')) throw Wrong(key, given, "a path");
         return Path.GetFullPath(text, given.Folder);
+    }
+
+    private static DataSources? Sources(TrainKey key, Given given)
+    {
+        var paths = new List<string>();
+        foreach (var item in Items(key, given))
+        {
+            string? text = item.ValueKind == JsonValueKind.String ? item.GetString() : null;
+            if (text is null || text.Any(char.IsControl))
+                throw Wrong(key, given, "a path, or a list of paths");
+            if (text.Length > 0) paths.Add(Path.GetFullPath(text, given.Folder));
+        }
+
+        return paths.Count > 0 ? new DataSources(paths) : null;
     }
 
     private static MemoryLimit Limit(TrainKey key, Given given) =>

@@ -38,8 +38,8 @@ public sealed partial class TrainRun
         (_arguments, _log, _stop, _folder) = (arguments, log, stop, folder);
         _metrics = Metric.Of(arguments.Metrics);
         RowFormat format = source.Spec.Rows();
-        _rows = TrainingRows.Open(arguments.DataPath!, arguments, format, log.Message);
-        if (arguments.EvalDataPath is { } evaluation && Evaluates)
+        _rows = TrainingRows.Open(arguments.TrainingData, arguments, format, log.Message);
+        if (arguments.EvaluationData is { } evaluation && Evaluates)
             _evaluationRows = TrainingRows.Open(evaluation, arguments, format, log.Message);
         Plan();
         CheckPlaces(source);
