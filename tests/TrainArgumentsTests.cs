@@ -98,8 +98,8 @@ public sealed class TrainArgumentsTests
         Assert.Multiple(() =>
         {
             Assert.That(a.ModelNameOrPath, Is.EqualTo(Path.Combine(_folder, "sub/m")));
-            Assert.That(a.DataPath, Is.EqualTo(Path.Combine(_folder, "d.json")));
-            Assert.That(a.EvalDataPath, Is.EqualTo(Path.Combine(_folder, "e.json")));
+            Assert.That($"{a.DataPath}", Is.EqualTo(Path.Combine(_folder, "d.json")));
+            Assert.That($"{a.EvalDataPath}", Is.EqualTo(Path.Combine(_folder, "e.json")));
             Assert.That(a.OutputDir, Is.EqualTo(Path.Combine(_folder, "trainer_output")));
             Assert.That(a.Seed, Is.EqualTo(8), "the last one counts");
             Assert.That((a.Bf16, a.GradientCheckpointing), Is.EqualTo((true, true)));

@@ -12,6 +12,10 @@ namespace MiniCpmNative.Engine.Data;
 /// </summary>
 public sealed class RowFile
 {
+    // Of two values of one key the first would be lost.
+    private static readonly JsonDocumentOptions s_strict =
+        new() { AllowDuplicateProperties = false };
+
     private readonly string _path;
     private readonly RowOptions _options;
     private readonly int _before;
@@ -137,9 +141,9 @@ public sealed class RowFile
         int? turn = null;
         try
         {
-            using var document = JsonDocument.Parse(json);
+            using var document = JsonDocument.Parse(json, s_strict);
             var row = document.RootElement;
-            if (row.ValueKind == JsonValueKind.Object) _reader ??= NewReader(row);
+            if (row.ValueKind == JsonValueKind.Object) _reader ??= Recognized(row);
             var reader = _reader ?? new RowReader(_path, RowColumns.Official, _options);
             _rows.Add(reader.Read(number, _before + number, row, ref id, ref turn));
         }
@@ -162,11 +166,11 @@ public sealed class RowFile
     private void Refuse(int number, string? id, int? turn, string reason) =>
         _bad.Add(new BadRow(_path, number, id, turn, reason) { Place = _before + number });
 
-    private RowReader NewReader(JsonElement row)
+    private RowReader? Recognized(JsonElement row)
     {
         try
         {
-            return new RowReader(_path, RowColumns.Of(row), _options);
+            return RowColumns.Of(row) is { } known ? new RowReader(_path, known, _options) : null;
         }
         catch (FormatException problem)
         {

@@ -84,9 +84,9 @@ internal sealed record RowColumns(string? Name)
     public bool Uses(string key) => key == Turns || key == Question || key == Input || key == Answer
         || key == History || Pictures.Contains(key) || System.Contains(key);
 
-    /// <summary>The format that a row has; the official one where it is none.</summary>
+    /// <summary>The format that a row has; null where it has none.</summary>
     /// <exception cref="FormatException">Two of its keys mean the same.</exception>
-    public static RowColumns Of(JsonElement row)
+    public static RowColumns? Of(JsonElement row)
     {
         foreach (string key in s_turnLists)
         {
@@ -97,7 +97,7 @@ internal sealed record RowColumns(string? Name)
         }
 
         string? question = Find(row, s_questions, out string? another);
-        if (question is null) return Official;
+        if (question is null) return null;
         string? answer = Find(row, s_answers, out string? second);
         string? instruction = Find(row, ["instruction"], out _), input = Find(row, ["input"], out _);
         bool alpaca = instruction is not null && (input is not null || another is null);

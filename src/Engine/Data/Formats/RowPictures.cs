@@ -80,7 +80,7 @@ internal static class RowPictures
     private static RowPicture Stored(JsonElement value, string tag)
     {
         var bytes = value.Member("bytes");
-        if (bytes.IsNull()) return One(value.Member("path"), tag);
+        if (bytes.SaysNothing()) return One(value.Member("path"), tag);
         return bytes.ValueKind == JsonValueKind.String && bytes.TryGetBytesFromBase64(out byte[]? content)
             ? Embedded(content, tag)
             : throw new FormatException(

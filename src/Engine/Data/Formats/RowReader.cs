@@ -55,6 +55,9 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         else AddQuestion(row, turns, ref references);
         if (!columns.IsOfficial)
         {
+            if (columns.Pictures.Where(key => !row.Member(key).SaysNothing()).Skip(1).Any())
+                throw new FormatException("has pictures under both "
+                    + string.Join(" and ", columns.Pictures.Select(key => $"\"{key}\"")));
             RowPicture[] listed = [.. columns.Pictures.SelectMany(
                 key => RowPictures.Listed(row.Member(key)))];
             if (listed.Length > 0 && shown.Count > 0)
@@ -241,7 +244,8 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         var list = Unfolded(row.Member(key));
         if (list.SaysNothing()) return;
         if (list.ValueKind != JsonValueKind.Array)
-            throw new FormatException($"\"{key}\" is {Kind(list)}, expected a list of pairs");
+            throw new FormatException($"\"{key}\" is {Kind(list)}, expected a list of "
+                + "pairs (in a table, as JSON)");
         foreach (var pair in list.EnumerateArray())
         {
             if (pair.ValueKind != JsonValueKind.Array || pair.GetArrayLength() != 2
@@ -288,6 +292,13 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
                         throw new FormatException($"has the tag {tag}: no model of this program "
                             + "takes videos or audio");
                     }
+                if (!columns.IsOfficial && turns[i].Content.Contains("<img>", StringComparison.Ordinal))
+                {
+                    turn = i + 1;
+                    throw new FormatException("has an <img> tag, which ms-swift reads as a picture: "
+                        + "write <image>, and the path into \"images\"");
+                }
+
                 continue;
             }
 
