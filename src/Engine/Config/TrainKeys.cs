@@ -99,6 +99,16 @@ internal static class TrainKeys
         return best;
     }
 
+    /// <summary>" (did you mean ...?)", or nothing where no name is near.</summary>
+    public static string Guess(string name, IEnumerable<string> known)
+    {
+        string best = Nearest(name, known);
+        // A third of the letters may be others, as in a slip; beyond that it is another word.
+        return best.Length > 0 && Distance(name.Length > 100 ? name[..100] : name, best)
+            <= Math.Max(2, Math.Min(name.Length, best.Length) / 3)
+            ? $" (did you mean \"{best}\"?)" : "";
+    }
+
     /// <summary>
     /// Damerau-Levenshtein distance (adjacent transpositions count once, no part edited twice).
     /// </summary>

@@ -150,7 +150,17 @@ internal static class TrainValues
             : given.Plain();
         foreach (string name in Enum.GetNames(type))
             if (Letters(name) == Letters(text)) return Enum.Parse(type, name);
-        throw Wrong(key, given, string.Join(", ", Enum.GetNames(type).Select(TrainKeys.SnakeCase)));
+        throw Wrong(key, given, string.Join(", ", Enum.GetNames(type).Select(TrainKeys.SnakeCase))
+            + Words(key.Name, Letters(text)));
+
+        static string Words(string key, string letters) => (key, letters) switch
+        {
+            ("lr_scheduler_type", "cosinewithminlr") =>
+                "; a lowest rate is polynomial's lr_end, in lr_scheduler_kwargs",
+            ("report_to", _) => "; beside them train_log.jsonl and report.html are always written, "
+                + "which wandb and swanlab can take in (offline)",
+            _ => "",
+        };
     }
 
     private static TargetModules? Targets(TrainKey key, Given given)

@@ -8,7 +8,7 @@ namespace MiniCpmNative.Engine.Data;
 /// <summary>From files to rows: several of them one behind the other, a share, boxes.</summary>
 public sealed partial class TrainingRows
 {
-    private static (RowSet Set, string Digest, IReadOnlyList<string> Formats) ReadSet(
+    internal static (RowSet Set, string Digest, IReadOnlyList<string> Formats) ReadSet(
         DataSources sources, RowOptions options, BoxFormat boxes)
     {
         var rows = new List<Row>();

@@ -181,6 +181,7 @@ public sealed partial class TrainRun
 
     private int Resume(string folder)
     {
+        RunState.RequireOurs(folder);
         ModelFiles.Load(folder, _model, _arguments);
         RunState state = RunState.Load(folder, _model);
         // The same places for the same rows, whichever of them have become bad since.
