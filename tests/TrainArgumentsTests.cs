@@ -106,7 +106,7 @@ public sealed class TrainArgumentsTests
         });
     }
 
-    [TestCase("--lora_rank 8", "unknown key \"lora_rank\" (did you mean \"lora_r\"?)")]
+    [TestCase("--lora_rank 8", "\"lora_rank\" is not used here: set lora_r")]
     [TestCase("--learning_reat 8 --sede 1", "unknown key \"learning_reat\" (did you mean "
         + "\"learning_rate\"?); unknown key \"sede\" (did you mean \"seed\"?)")]
     [TestCase("--learning_rate -1", "learning_rate is \"-1\", expected a number at least 0")]

@@ -125,14 +125,16 @@ public sealed class RowFile
         }
     }
 
-    // Whether the first object goes on over the next lines: neither does its line end it, nor is
-    // the next line another row.
+    // Whether the first object goes on over the next lines: its line does not end it, and either
+    // must go on, or the next line is no row. (A line that is cut off is one bad row.)
     private static bool IsPretty(ReadOnlySpan<byte> json)
     {
         int end = json.IndexOf((byte)'\n');
         if (end < 0) return false;
         var rest = json[(end + 1)..].TrimStart(" \t\r\n"u8);
-        return !json[..end].TrimEnd(" \t\r"u8).EndsWith("}"u8) && !rest.IsEmpty && rest[0] != '{';
+        var line = json[..end].TrimEnd(" \t\r"u8);
+        return !rest.IsEmpty && line[^1] != '}'
+            && (line[^1] is (byte)',' or (byte)'[' or (byte)'{' or (byte)':' || rest[0] != '{');
     }
 
     private void Add(int number, ReadOnlyMemory<byte> json)
