@@ -66,8 +66,7 @@ internal static class TrainChecks
         Refuse(a.LoraLayersToTransform is not null && a.LoraTargetModules.Pattern is not null,
             "lora_layers_to_transform needs lora_target_modules as a list of names "
             + "(a regular expression names its layers itself)");
-        Refuse((a.EvalStrategy != When.No || a.EvalOnStart) && a.EvalDataPath is null
-                && a.EvalSplit == 0,
+        Refuse(a.Evaluates && a.EvaluationData is null,
             "evaluation needs eval_data_path or eval_split (or set eval_strategy to no)");
         Refuse(a.EvalSplit > 0 && a.EvalDataPath is not null,
             "eval_data_path and eval_split are both given: leave one of them out");
@@ -75,7 +74,7 @@ internal static class TrainChecks
             $"eval_split is {a.EvalSplit}, expected a whole number of rows, or a share below 1");
         Refuse(a.OfficialCompat && a.TrainOn != TrainOn.All,
             "official_compat learns every answer: leave train_on out");
-        Refuse(a.EvalGenerate > 0 && a.EvalStrategy == When.No && !a.EvalOnStart,
+        Refuse(a.EvalGenerate > 0 && !a.Evaluates,
             "eval_generate needs evaluations: set eval_strategy");
         Refuse(a.OverwriteOutputDir && a.ResumeFromCheckpoint is not null,
             "overwrite_output_dir and resume_from_checkpoint contradict each other");
