@@ -88,7 +88,8 @@ public class RowTests
         Assert.That(set.Rows.Select(row => row.Names), Is.EqualTo((PictureNames[])
             [PictureNames.Single, PictureNames.None, PictureNames.Tagged, PictureNames.Listed]));
         Assert.That(set.Rows[2].Pictures[1], Is.EqualTo(new RowPicture("<image_01>", "y.png")));
-        Assert.That(set.Rows[0].Turns[1], Is.EqualTo(new ChatTurn("assistant", "This.")));
+        Assert.That(set.Rows[0].Turns[1], Is.EqualTo(
+            new ChatTurn("assistant", "This.") { Trained = true }));
     }
 
     [Test]
@@ -111,10 +112,10 @@ public class RowTests
         Assert.That(set.Bad[1].ToString(), Does.StartWith("train.json row 4: is not valid JSON"));
     }
 
-    [TestCase("3", "row 1: is a number, expected an object")]
-    [TestCase("\"x\"", "row 1: is text, expected an object")]
+    [TestCase("3", "row 2: is a number, expected an object")]
+    [TestCase("\"x\"", "row 2: is text, expected an object")]
     [TestCase("{\"id\":[],\"conversations\":TALK}", "\"id\" is a list")]
-    [TestCase("{\"id\":\"a\"}", "row 1 (id \"a\"): \"conversations\" is missing")]
+    [TestCase("{\"id\":\"a\"}", "row 2 (id \"a\"): \"conversations\" is missing")]
     [TestCase("{\"conversations\":[]}", "has 0 turn(s)")]
     [TestCase("{\"conversations\":[{\"role\":\"user\",\"content\":\"x\"}]}", "has 1 turn(s)")]
     [TestCase("{\"conversations\":[1,2]}", "turn 1: is a number")]
@@ -122,9 +123,12 @@ public class RowTests
     [TestCase("{\"conversations\":[{\"role\":\"user\"},{}]}", "turn 1: \"content\" is missing")]
     [TestCase("{\"conversations\":[{\"role\":\"user\",\"content\":5},{}]}",
         "turn 1: \"content\" is a number")]
-    [TestCase("{\"conversations\":[{\"role\":\"system\",\"content\":\"x\"},{}]}",
-        "turn 1: role is \"system\"")]
-    [TestCase("{\"conversations\":[{\"role\":\"assistant\",\"content\":\"x\"},{}]}", "first turn")]
+    [TestCase("{\"conversations\":[{\"role\":\"user\",\"content\":\"x\"},"
+        + "{\"role\":\"system\",\"content\":\"x\"}]}", "turn 2: role is \"system\"")]
+    [TestCase("{\"system\":\"x\",\"conversations\":[{\"role\":\"system\",\"content\":\"x\"},{}]}",
+        "turn 1: has a system turn and \"system\" too")]
+    [TestCase("{\"conversations\":[{\"role\":\"assistant\",\"content\":\"x\"},"
+        + "{\"role\":\"user\",\"content\":\"x\"}]}", "first turn")]
     [TestCase("{\"conversations\":[{\"role\":\"user\",\"content\":\"x\"},{\"role\":\"user\",\"content\":\"y\"}]}",
         "no turn has role \"assistant\"")]
     [TestCase("{\"image\":3,\"conversations\":TALK}", "\"image\" is a number")]
@@ -133,22 +137,27 @@ public class RowTests
     [TestCase("{\"image\":{\"<image_00>\":\"a\",\"<image_00>\":\"b\"},\"conversations\":TALK}",
         "twice")]
     [TestCase("{\"images\":[\"a\"],\"conversations\":TALK}", "key \"images\" is not used here")]
-    [TestCase("{\"system\":\"Shout.\",\"conversations\":TALK}", "key \"system\" is not used here")]
-    [TestCase("{\"objects\":{\"ref\":[\"a\"]},\"conversations\":TALK}",
-        "key \"objects\" is not used here")]
+    [TestCase("{\"system\":3,\"conversations\":TALK}", "\"system\" is a number")]
+    [TestCase("{\"objects\":[1],\"conversations\":TALK}", "\"objects\" is a list")]
+    [TestCase("{\"objects\":{\"bbox\":[[1,2,3]]},\"conversations\":TALK}", "a bbox is a list of 3")]
+    [TestCase("{\"image\":\"https://x.org/a.png\",\"conversations\":TALK}", "address on the network")]
+    [TestCase("{\"image\":\"data:image/png;base64,!\",\"conversations\":TALK}", "is not base64")]
+    [TestCase("{\"videos\":[\"a.mp4\"],\"conversations\":TALK}", "key \"videos\" is not used here")]
+    [TestCase("{\"conversations\":[{\"role\":\"user\",\"content\":\"<video>What?\"},"
+        + "{\"role\":\"assistant\",\"content\":\"x\"}]}", "turn 1: has the tag <video>")]
     [TestCase("{\"rejected\":\"no\",\"conversations\":TALK}", "key \"rejected\" is not used here")]
     [TestCase("{\"history\":[[\"a\",\"b\"]],\"conversations\":TALK}",
         "key \"history\" is not used here")]
     [TestCase("{\"conversations\":[{\"role\":\"user\",\"content\":\"a\"},"
         + "{\"role\":\"assistant\",\"content\":\"b\",\"loss\":false}]}",
-        "key \"loss\" is not used here")]
+        "no answer is learned")]
     [TestCase("{\"conversations\":[{\"role\":\"user\",\"content\":\"\\ud800\"},{}]}", "surrogate")]
     public void FaultyRowsAreNamed(string row, string reason)
     {
-        var set = Parse($"[{row.Replace("TALK", Talk)},{{\"conversations\":{Talk}}}]");
+        var set = Parse($"[{{\"conversations\":{Talk}}},{row.Replace("TALK", Talk)}]");
         Assert.That(set.Rows, Has.Count.EqualTo(1));
         Assert.That(set.Bad.Single().ToString(),
-            Does.StartWith("train.json row 1").And.Contain(reason)
+            Does.StartWith("train.json row 2").And.Contain(reason)
             .And.Not.Contain("\n"));
     }
 
@@ -165,7 +174,7 @@ public class RowTests
     [Test]
     public void DeepNestingIsRefused() => Assert.That(
         Assert.Throws<InputException>(() => Parse(new string('[', 100_000)))!.Message,
-        Does.Contain("depth").And.Not.Contain("\n"));
+        Does.Contain("nested too deeply").And.Not.Contain("\n"));
 
     [Test]
     public void TextThatIsNotUtf8IsRefusedWithItsLine()

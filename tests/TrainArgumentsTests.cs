@@ -98,15 +98,15 @@ public sealed class TrainArgumentsTests
         Assert.Multiple(() =>
         {
             Assert.That(a.ModelNameOrPath, Is.EqualTo(Path.Combine(_folder, "sub/m")));
-            Assert.That(a.DataPath, Is.EqualTo(Path.Combine(_folder, "d.json")));
-            Assert.That(a.EvalDataPath, Is.EqualTo(Path.Combine(_folder, "e.json")));
+            Assert.That($"{a.DataPath}", Is.EqualTo(Path.Combine(_folder, "d.json")));
+            Assert.That($"{a.EvalDataPath}", Is.EqualTo(Path.Combine(_folder, "e.json")));
             Assert.That(a.OutputDir, Is.EqualTo(Path.Combine(_folder, "trainer_output")));
             Assert.That(a.Seed, Is.EqualTo(8), "the last one counts");
             Assert.That((a.Bf16, a.GradientCheckpointing), Is.EqualTo((true, true)));
         });
     }
 
-    [TestCase("--lora_rank 8", "unknown key \"lora_rank\" (did you mean \"lora_r\"?)")]
+    [TestCase("--lora_rank 8", "\"lora_rank\" is not used here: set lora_r")]
     [TestCase("--learning_reat 8 --sede 1", "unknown key \"learning_reat\" (did you mean "
         + "\"learning_rate\"?); unknown key \"sede\" (did you mean \"seed\"?)")]
     [TestCase("--learning_rate -1", "learning_rate is \"-1\", expected a number at least 0")]

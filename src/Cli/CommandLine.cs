@@ -20,6 +20,7 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
           plan CONFIG.json [--gpu 24GB]            what a training takes of a GPU, without one
           data check CONFIG.json [--name value ...]
                                                    read every row; name bad ones, show statistics
+          data convert IN [IN ...] OUT.json        write rows of other formats in the official one
           trace CONFIG.json --rows ID,ID --out FILE.safetensors [--gradients]
                                                    write the intermediate tensors of some rows
           merge MODEL --adapter DIR --out DIR      put an adapter into the model's weights
@@ -99,10 +100,13 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
                 return TrainCommand.Run(Rest(args, 1), help, output, runners);
             case "plan":
                 return PlanCommand.Run(Rest(args, 1), help, output, runners);
+            case "data" when args.Count > 1 && args[1] == "convert":
+                return DataConvertCommand.Run(Rest(args, 2), help, output);
             case "data" when args.Count > 1 && (args[1] == "check" || help):
                 return DataCheckCommand.Run(Rest(args, 2), help, output, runners);
             case "data":
-                throw new InputException("data: expected the command data check CONFIG.json");
+                throw new InputException(
+                    "data: expected the command data check CONFIG.json or data convert IN OUT");
             case "trace":
                 return TraceCommand.Run(Rest(args, 1), help, output, runners);
             case "merge":

@@ -2,6 +2,7 @@ using System.Globalization;
 using System.Runtime.InteropServices;
 using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Generate;
 using MiniCpmNative.Engine.Metrics;
 
@@ -76,8 +77,8 @@ internal sealed class PredictCommand
 
     private static PredictRequest Request(OwnOptions own, TrainArguments arguments, bool scores)
     {
-        string data = own.Text("--data") is { } given ? Path.GetFullPath(given)
-            : arguments.EvalDataPath ?? throw new InputException(
+        DataSources data = own.Text("--data") is { } given ? Path.GetFullPath(given)
+            : arguments.EvaluationData ?? throw new InputException(
                 "eval_data_path is missing: the rows to answer (or --data FILE)");
         int? rows = null;
         if (own.Text("--rows") is { } number)

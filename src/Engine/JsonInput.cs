@@ -44,7 +44,7 @@ public static class JsonInput
         {
             throw new InputException($"{place}: is not valid JSON at line"
                 + $" {(failure.LineNumber ?? 0) + 1}, byte {(failure.BytePositionInLine ?? 0) + 1}"
-                + $" ({Reason(failure)})", failure);
+                + $" ({JsonFault.Reason(utf8.Span, failure)})", failure);
         }
     }
 
@@ -62,13 +62,6 @@ public static class JsonInput
             if (!seen.Add(name)) throw member.Error("is there twice");
             CheckText(member);
         }
-    }
-
-    private static string Reason(JsonException failure)
-    {
-        string text = Messages.OneLine(failure.Message);
-        int place = text.IndexOf(" LineNumber:", StringComparison.Ordinal);
-        return (place < 0 ? text : text[..place]).TrimEnd('.');
     }
 }
 

@@ -1,3 +1,5 @@
+using MiniCpmNative.Engine.Data;
+
 namespace MiniCpmNative.Engine.Config;
 
 /// <summary>
@@ -40,11 +42,20 @@ public sealed partial record TrainArguments
     [Key("Model", "threads of the CPU device; all processors when not given", Min = 1, Max = 4096)]
     public int? Threads { get; init; }
 
-    [Key("Data", "training rows", Path = true)]
-    public string? DataPath { get; init; }
+    [Key("Data", "training rows: files, folders, patterns with *, dataset_info.json#NAME", Path = true)]
+    public DataSources? DataPath { get; init; }
 
-    [Key("Data", "evaluation rows", Path = true)]
-    public string? EvalDataPath { get; init; }
+    [Key("Data", "evaluation rows, as data_path", Path = true)]
+    public DataSources? EvalDataPath { get; init; }
+
+    [Key("Data", "rows of data_path kept for evaluation, drawn by data_seed; below 1 a share of all")]
+    public double EvalSplit { get; init; }
+
+    [Key("Data", "answers of a row that are learned: all, or last, those behind the last question")]
+    public TrainOn TrainOn { get; init; }
+
+    [Key("Data", "boxes of \"objects\": text, [(x1,y1),(x2,y2)], or tokens, <box>x1 y1 x2 y2</box>")]
+    public BoxFormat BoxFormat { get; init; }
 
     [Key("Data", "error refuses a file with bad rows, skip lists and leaves them out")]
     public BadRows OnBadRow { get; init; }

@@ -1,3 +1,5 @@
+using MiniCpmNative.Engine.Data;
+
 namespace MiniCpmNative.Engine.Config;
 
 public sealed partial record TrainArguments
@@ -15,6 +17,14 @@ public sealed partial record TrainArguments
 
     /// <summary>Whether the decoder's linear layers are quantised on load.</summary>
     public bool Quantises => QLora || LoadIn4bit;
+
+    /// <summary>The rows that are trained on: data_path without the share kept.</summary>
+    public DataSources TrainingData => EvalSplit > 0
+        ? DataPath! with { Share = new(EvalSplit, DataSeed ?? Seed, Evaluates: false) } : DataPath!;
+
+    /// <summary>The rows of evaluations: eval_data_path, or the share kept of data_path.</summary>
+    public DataSources? EvaluationData => EvalDataPath ?? (EvalSplit > 0
+        ? DataPath! with { Share = new(EvalSplit, DataSeed ?? Seed, Evaluates: true) } : null);
 
     /// <summary>What is computed again in backward, both keys together.</summary>
     public Recompute Recomputes => GradientCheckpointing ? Recompute.Block : Recompute;
@@ -70,8 +80,14 @@ internal static class TrainChecks
         Refuse(a.LoraLayersToTransform is not null && a.LoraTargetModules.Pattern is not null,
             "lora_layers_to_transform needs lora_target_modules as a list of names "
             + "(a regular expression names its layers itself)");
-        Refuse(a.Evaluates && a.EvalDataPath is null,
-            "evaluation needs eval_data_path (or set eval_strategy to no)");
+        Refuse(a.Evaluates && a.EvaluationData is null,
+            "evaluation needs eval_data_path or eval_split (or set eval_strategy to no)");
+        Refuse(a.EvalSplit > 0 && a.EvalDataPath is not null,
+            "eval_data_path and eval_split are both given: leave one of them out");
+        Refuse(a.EvalSplit >= 1 && a.EvalSplit != Math.Floor(a.EvalSplit),
+            $"eval_split is {a.EvalSplit}, expected a whole number of rows, or a share below 1");
+        Refuse(a.OfficialCompat && a.TrainOn != TrainOn.All,
+            "official_compat learns every answer: leave train_on out");
         Refuse(a.EvalGenerate > 0 && !a.Evaluates,
             "eval_generate needs evaluations: set eval_strategy");
         Refuse(a.OverwriteOutputDir && a.ResumeFromCheckpoint is not null,

@@ -9,6 +9,15 @@ public enum DeviceChoice { Auto, Cpu, Cuda }
 
 public enum BadRows { Error, Skip }
 
+/// <summary>Which answers of a row are learned; a turn's own "loss" goes before it.</summary>
+public enum TrainOn { All, Last }
+
+/// <summary>
+/// How the boxes of a row's "objects" are written: as ms-swift does for this family, or with the
+/// model's own tokens.
+/// </summary>
+public enum BoxFormat { Text, Tokens }
+
 public enum SamplingStrategy { Random, Sequential }
 
 /// <summary>When something is done during training.</summary>

@@ -10,7 +10,9 @@ internal static class TrainForeignKeys
     /// <summary>Accepted whatever the value.</summary>
     public static IReadOnlySet<string> Ignored { get; } = new HashSet<string>(
         """
-        average_tokens_across_devices batch_eval_metrics bf16_full_eval cache_dir data_parallel
+        add_version average_tokens_across_devices batch_eval_metrics bf16_full_eval cache_dir create_checkpoint_symlink
+        data_parallel dataset_num_proc download_mode lazy_tokenize load_from_cache_file
+        overwrite_cache plot_loss preprocessing_num_workers print_param_status trust_remote_code use_hf
         dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor
         ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_timeout
         debug deepspeed do_eval do_predict do_train enable_jit_checkpoint eval_accumulation_steps
@@ -45,13 +47,15 @@ internal static class TrainForeignKeys
             ["init_lora_weights"] = (["true"], "is not supported: B starts at zero"),
             ["label_smoothing_factor"] = (["0"], "is not supported"),
             ["load_best_model_at_end"] = ([],
-                "is not supported: trainer_state.json has the evaluation loss of every checkpoint"),
+                "is not supported: keep the checkpoints (save_total_limit) and take the one with the "
+                + "lowest evaluation loss, as trainer_state.json and report.html have it"),
             ["lora_layer_replication"] = ([], "is not supported"),
             ["lora_layers_pattern"] =
                 ([], "is not supported: name the layers in lora_target_modules"),
             ["metric_for_best_model"] =
                 (["loss", "eval_loss"], "is not supported: the metric is the loss"),
-            ["neftune_noise_alpha"] = (["0"], "is not supported"),
+            ["neftune_noise_alpha"] =
+                (["0"], "is not supported: no noise is added to embeddings; leave it out"),
             ["no_cuda"] = ([], "is spelt device=cpu here"),
             ["optim_args"] = ([], "is not supported: set adam_beta1, adam_beta2, adam_epsilon"),
             ["optim_target_modules"] = ([], "is not supported"),
@@ -65,10 +69,6 @@ internal static class TrainForeignKeys
             ["use_dora"] = ([], "is not supported: plain LoRA is"),
             ["use_mps_device"] = ([], "is not supported: device is auto, cpu or cuda"),
             ["use_rslora"] = ([], "is not supported: set lora_alpha to alpha * sqrt(lora_r)"),
-            ["cutoff_len"] = ([], "is spelt model_max_length here"),
-            ["freeze_vit"] = ([], "is spelt tune_vision=false here"),
-            ["freeze_vision_tower"] = ([], "is spelt tune_vision=false here"),
-            ["max_length"] = ([], "is spelt model_max_length here"),
         };
 
     public static bool IsNeutral(string key, string value) =>

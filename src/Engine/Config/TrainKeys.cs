@@ -1,5 +1,6 @@
 using System.Reflection;
 using System.Text.Json;
+using MiniCpmNative.Engine.Data;
 
 namespace MiniCpmNative.Engine.Config;
 
@@ -55,7 +56,7 @@ internal sealed record TrainKey(string Name, PropertyInfo Property, KeyAttribute
     public bool Optional { get; } =
         new NullabilityInfoContext().Create(Property).WriteState == NullabilityState.Nullable;
 
-    public bool IsList => Type == typeof(TargetModules)
+    public bool IsList => Type == typeof(TargetModules) || Type == typeof(DataSources)
         || Type == typeof(IReadOnlyList<string>) || Type == typeof(IReadOnlyList<int>);
 }
 
@@ -99,6 +100,16 @@ internal static class TrainKeys
         }
 
         return best;
+    }
+
+    /// <summary>" (did you mean ...?)", or nothing where no name is near.</summary>
+    public static string Guess(string name, IEnumerable<string> known)
+    {
+        string best = Nearest(name, known);
+        // A third of the letters may be others, as in a slip; beyond that it is another word.
+        return best.Length > 0 && Distance(name.Length > 100 ? name[..100] : name, best)
+            <= Math.Max(2, Math.Min(name.Length, best.Length) / 3)
+            ? $" (did you mean \"{best}\"?)" : "";
     }
 
     /// <summary>

@@ -1,12 +1,14 @@
 namespace MiniCpmNative.Engine.Config;
 
 /// <summary>
-/// Reads a configuration: a JSON file of one flat object, then --name value, --name=value or a bare
+/// Reads a configuration: a JSON or YAML file of one flat object, then --name value, --name=value or a bare
 /// --name (true) over it, or such arguments alone. Everything wrong in one source is reported at
 /// once.
 /// </summary>
 public sealed class TrainReader
 {
+    private const int MostProblems = 30;
+
     private readonly Dictionary<string, Given> _given = [];
     private readonly SortedSet<string> _ignored = [];
     private readonly string _workingDirectory;
@@ -58,6 +60,8 @@ public sealed class TrainReader
         reader.TakeArguments(arguments, first);
         var result = reader.Build();
         TrainChecks.Check(result);
+        result = result with { ModelNameOrPath = HubModel.Find(
+            result.ModelNameOrPath!, reader._given["model_name_or_path"].Plain(), notice) };
         foreach (string line in reader.Notices(result)) notice?.Invoke(line);
         return result;
     }
@@ -71,7 +75,8 @@ public sealed class TrainReader
         var found = new Dictionary<string, Given>();
         var problems = new List<string>();
         string folder = Path.GetDirectoryName(path) ?? path;
-        foreach (var (key, value) in JsonInput.ReadObject(path).Members())
+        var root = YamlInput.Accepts(path) ? YamlInput.ReadObject(path) : JsonInput.ReadObject(path);
+        foreach (var (key, value) in root.Members())
             Take(found, key, new Given(value.Element, null, folder), problems);
         Merge(found, problems, Path.GetFileName(path) + ": ");
     }
@@ -127,8 +132,9 @@ public sealed class TrainReader
         {
             var names = (_keys ?? TrainKeys.Train).Select(k => k.Name)
                 .Concat(_keys is null ? TrainKeys.Aliases.Keys : []);
-            problems.Add(
-                $"unknown key {Messages.Quote(name)} (did you mean \"{TrainKeys.Nearest(name, names)}\"?)");
+            problems.Add(_keys is null && OtherToolsKeys.Advice(key) is { } advice
+                ? $"{Messages.Quote(name)} {advice}"
+                : $"unknown key {Messages.Quote(name)}{TrainKeys.Guess(name, names)}");
         }
         else if (!found.TryAdd(key, given with { Key = known }))
         {
@@ -152,7 +158,9 @@ public sealed class TrainReader
         }
 
         if (problems.Count > 0)
-            throw new InputException(source + string.Join("; ", problems.Take(20)));
+            throw new InputException(source + string.Join("; ", problems.Take(MostProblems))
+                + (problems.Count > MostProblems
+                    ? $"; and {problems.Count - MostProblems} more" : ""));
     }
 
     private TrainArguments Build()

@@ -1,6 +1,7 @@
 using System.Globalization;
 using System.Reflection;
 using System.Text.Json;
+using MiniCpmNative.Engine.Data;
 
 namespace MiniCpmNative.Engine.Config;
 
@@ -43,6 +44,7 @@ internal static class TrainValues
             var type when type == typeof(long) => Whole(key, given),
             var type when type == typeof(double) => Number(key, given),
             var type when type == typeof(string) => Words(key, given),
+            var type when type == typeof(DataSources) => Sources(key, given),
             var type when type == typeof(Interval) => Steps(key, given),
             var type when type == typeof(MemoryLimit) => Limit(key, given),
             var type when type == typeof(ResumePoint) => Resume(key, given),
@@ -110,6 +112,20 @@ internal static class TrainValues
         return Path.GetFullPath(text, given.Folder);
     }
 
+    private static DataSources? Sources(TrainKey key, Given given)
+    {
+        var paths = new List<string>();
+        foreach (var item in Items(key, given))
+        {
+            string? text = item.ValueKind == JsonValueKind.String ? item.GetString() : null;
+            if (text is null || text.Any(char.IsControl))
+                throw Wrong(key, given, "a path, or a list of paths");
+            if (text.Length > 0) paths.Add(Path.GetFullPath(text, given.Folder));
+        }
+
+        return paths.Count > 0 ? new DataSources(paths) : null;
+    }
+
     private static MemoryLimit Limit(TrainKey key, Given given) =>
         MemoryLimit.Parse(given.Plain())
         ?? throw Wrong(key, given, "memory such as 24GiB or 24GB, or a share up to 1");
@@ -134,7 +150,17 @@ internal static class TrainValues
             : given.Plain();
         foreach (string name in Enum.GetNames(type))
             if (Letters(name) == Letters(text)) return Enum.Parse(type, name);
-        throw Wrong(key, given, string.Join(", ", Enum.GetNames(type).Select(TrainKeys.SnakeCase)));
+        throw Wrong(key, given, string.Join(", ", Enum.GetNames(type).Select(TrainKeys.SnakeCase))
+            + Words(key.Name, Letters(text)));
+
+        static string Words(string key, string letters) => (key, letters) switch
+        {
+            ("lr_scheduler_type", "cosinewithminlr") =>
+                "; a lowest rate is polynomial's lr_end, in lr_scheduler_kwargs",
+            ("report_to", _) => "; beside them train_log.jsonl and report.html are always written, "
+                + "which wandb and swanlab can take in (offline)",
+            _ => "",
+        };
     }
 
     private static TargetModules? Targets(TrainKey key, Given given)

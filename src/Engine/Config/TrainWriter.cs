@@ -2,6 +2,7 @@ using System.Collections;
 using System.Globalization;
 using System.Text;
 using System.Text.Json;
+using MiniCpmNative.Engine.Data;
 
 namespace MiniCpmNative.Engine.Config;
 
@@ -121,6 +122,8 @@ public static class TrainWriter
             case MemoryLimit limit: json.WriteStringValue(limit.Text); break;
             case ResumePoint { Path: null }: json.WriteBooleanValue(true); break;
             case ResumePoint { Path: { } path }: json.WriteStringValue(path); break;
+            case DataSources { Paths: [var only] }: json.WriteStringValue(only); break;
+            case DataSources several: Write(json, several.Paths); break;
             case TargetModules { Pattern: { } pattern }: json.WriteStringValue(pattern); break;
             case TargetModules targets: Write(json, targets.Suffixes); break;
             case ScheduleOptions options: WriteRecord(json, TrainKeys.Schedule, options); break;

@@ -14,15 +14,16 @@ public static class DataCheck
     public static bool Run(TrainArguments arguments, RowFormat format, TextWriter output)
     {
         bool good = true;
-        foreach (string? path in (string?[])[arguments.DataPath, arguments.EvalDataPath])
-            if (path is not null) good &= Run(path, arguments, format, output);
+        foreach (var sources in (DataSources?[])[arguments.TrainingData, arguments.EvaluationData])
+            if (sources is not null) good &= Run(sources, arguments, format, output);
         return good;
     }
 
-    private static bool Run(string path, TrainArguments arguments, RowFormat format,
+    private static bool Run(DataSources path, TrainArguments arguments, RowFormat format,
         TextWriter output)
     {
         TrainingRows rows = TrainingRows.Read(path, arguments, format);
+        foreach (string file in rows.OtherFormats) output.WriteLine(file);
         RowCheck[] checks = rows.Check(decode: true);
         var bad = rows.Bad(checks);
         foreach (BadRow row in bad) output.WriteLine(row);

@@ -21,6 +21,12 @@ internal static partial class OfficialText
         if (row.Names == PictureNames.Listed)
             throw row.Bad("\"image\" is a list, which the official script cannot read; use "
                 + "{\"<image_00>\": path, ...} or leave official_compat out");
+        if (row.Turns[0].Role == "system")
+            throw row.Bad("has a system text, which the official script refuses; it works without "
+                + "official_compat");
+        if (row.Turns.Any(turn => turn is { Role: "assistant", Trained: false }))
+            throw row.Bad("has an answer that is not learned, but the official script learns all; "
+                + "leave official_compat out");
         int numbered = 0;
         var texts = new string[sliced.Length];
         for (int k = 0; k < texts.Length; k++)

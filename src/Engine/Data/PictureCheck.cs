@@ -27,12 +27,12 @@ public sealed class PictureCheck
     {
         (_damaged, _message) = (damaged, message);
         // A path means the same file in every row of one data file.
-        var seen = new HashSet<string>(StringComparer.Ordinal);
+        var seen = new HashSet<(string File, string Path)>();
         foreach (var (row, pixels) in rows)
         {
             int before = _pictures.Count;
             for (int i = 0; i < row.Pictures.Count; i++)
-                if (seen.Add(row.Pictures[i].Path)) _pictures.Add((row, i));
+                if (seen.Add((row.File, row.Pictures[i].Path))) _pictures.Add((row, i));
             if (_pictures.Count > before) Pixels += pixels;
         }
     }

@@ -65,7 +65,11 @@ internal static partial class RowText
                         tag.Turn + 1);
         int pictures = row.Pictures.Count;
         if (tags.Count == 0)
-            return [.. Enumerable.Range(0, pictures).Select(k => new Place(0, 0, 0, k))];
+        {
+            int first = row.Turns[0].Role == "system" ? 1 : 0;
+            return [.. Enumerable.Range(0, pictures).Select(k => new Place(first, 0, 0, k))];
+        }
+
         if (pictures == 0)
             throw row.Bad("tag <image>, but the row has no \"image\"", tags[0].Turn + 1);
         if (tags.Count != pictures)
@@ -106,9 +110,9 @@ internal static partial class RowText
             foreach (var match in Tag().EnumerateMatches(row.Turns[turn].Content))
             {
                 if (row.Turns[turn].Role != "user")
-                    throw row.Bad(
-                        "an image tag stands in an answer; pictures are shown in user turns",
-                        turn + 1);
+                    throw row.Bad("an image tag stands in "
+                        + (row.Turns[turn].Role == "assistant" ? "an answer" : "the system text")
+                        + "; pictures are shown in user turns", turn + 1);
                 tags.Add(new Place(turn, match.Index, match.Length, -1));
             }
         return tags;

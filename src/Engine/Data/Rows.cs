@@ -23,7 +23,11 @@ public enum PictureNames
 }
 
 /// <summary>One picture of a row; the path as the row has it.</summary>
-public sealed record RowPicture(string Tag, string Path);
+public sealed record RowPicture(string Tag, string Path)
+{
+    /// <summary>The file's content where the row holds it; Path is a name of it then.</summary>
+    public byte[]? Bytes { get; init; }
+}
 
 /// <summary>
 /// One row of a data file. Number counts from 1: the row, or the line of a .jsonl file.
@@ -32,6 +36,12 @@ public sealed record Row(
     string File, int Number, string? Id, PictureNames Names, IReadOnlyList<RowPicture> Pictures,
     IReadOnlyList<ChatTurn> Turns)
 {
+    /// <summary>Number, counted on over all files of a data set.</summary>
+    public int Place { get; init; } = Number;
+
+    /// <summary>Boxes that are still to be written into the turns; mostly none.</summary>
+    public Formats.Grounding? Objects { get; init; }
+
     /// <summary>Right answers to the last question, besides the row's own; mostly none.</summary>
     public IReadOnlyList<string> References { get; init; } = [];
 
@@ -48,7 +58,7 @@ public sealed record Row(
     /// What makes the row unusable, as an exception to throw; turn counts from 1.
     /// </summary>
     public BadRowException Bad(string reason, int? turn = null) =>
-        new(new BadRow(File, Number, Id, turn, reason));
+        new(new BadRow(File, Number, Id, turn, reason) { Place = Place });
 
     /// <summary>
     /// The file of a picture path: relative to the data file's folder,
@@ -57,19 +67,28 @@ public sealed record Row(
     /// <exception cref="BadRowException">Neither exists.</exception>
     public string Locate(RowPicture picture)
     {
-        string beside = System.IO.Path.Combine(
-            System.IO.Path.GetDirectoryName(System.IO.Path.GetFullPath(File)) ?? "", picture.Path);
-        return System.IO.File.Exists(beside) ? beside
-            : System.IO.File.Exists(picture.Path) ? picture.Path
-            : throw Bad(
-                $"picture {Messages.Quote(picture.Path)} is neither in the data file's folder "
-                + "nor in the working directory");
+        return Find(picture.Path)
+            // Separators of Windows, where no file has them in its name.
+            ?? (picture.Path.Contains('\\') ? Find(picture.Path.Replace('\\', '/')) : null)
+            ?? throw Bad($"picture {Messages.Quote(picture.Path)} is neither in the data file's "
+                + "folder nor in the working directory");
+
+        string? Find(string path)
+        {
+            string beside = System.IO.Path.Combine(
+                System.IO.Path.GetDirectoryName(System.IO.Path.GetFullPath(File)) ?? "", path);
+            return System.IO.File.Exists(beside) ? beside
+                : System.IO.File.Exists(path) ? path : null;
+        }
     }
 }
 
 /// <summary>A row that cannot be trained on, and why.</summary>
 public sealed record BadRow(string File, int Number, string? Id, int? Turn, string Reason)
 {
+    /// <summary>Number, counted on over all files of a data set.</summary>
+    public int Place { get; init; } = Number;
+
     /// <summary>train.json row 17 (id "42"), turn 3: reason</summary>
     public override string ToString() => $"{File} row {Number}"
         + (Id is null ? "" : $" (id {Messages.Quote(Id)})")
@@ -85,4 +104,11 @@ public sealed class BadRowException(BadRow row) : Exception(row.ToString())
 /// <summary>
 /// The rows of a data file: those that can be used, and the others with their reasons.
 /// </summary>
-public sealed record RowSet(IReadOnlyList<Row> Rows, IReadOnlyList<BadRow> Bad);
+/// <param name="Format">What the file was taken for; null for the official format.</param>
+public sealed record RowSet(
+    IReadOnlyList<Row> Rows, IReadOnlyList<BadRow> Bad, string? Format = null);
+
+/// <summary>How rows are read.</summary>
+/// <param name="Asked">They are only asked, and need no answers.</param>
+/// <param name="LastOnly">Of each row only answers behind the last question are learned.</param>
+internal readonly record struct RowOptions(bool Asked = false, bool LastOnly = false);

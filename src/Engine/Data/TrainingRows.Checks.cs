@@ -18,13 +18,15 @@ public sealed partial class TrainingRows
     /// </summary>
     /// <exception cref="InputException">The file cannot be used, or has bad rows.</exception>
     public static TrainingRows Open(
-        string path, TrainArguments arguments, RowFormat format, Action<string> message) =>
-        Open(path, arguments, format, message, ManyPixels);
+        DataSources sources, TrainArguments arguments, RowFormat format,
+        Action<string> message) =>
+        Open(sources, arguments, format, message, ManyPixels);
 
-    internal static TrainingRows Open(string path, TrainArguments arguments, RowFormat format,
+    internal static TrainingRows Open(DataSources sources, TrainArguments arguments, RowFormat format,
         Action<string> message, long manyPixels)
     {
-        var rows = new TrainingRows(path, arguments, format, message);
+        var rows = new TrainingRows(sources, arguments, format, message);
+        foreach (string file in rows.OtherFormats) message(file);
         rows.Settle(manyPixels, arguments.ModelMaxLength);
         return rows;
     }
@@ -33,11 +35,12 @@ public sealed partial class TrainingRows
     /// Reads rows that are only asked and need no answers. Bad ones are refused, or, with
     /// on_bad_row=skip, told and left out; their pictures are looked at when they are asked.
     /// </summary>
-    /// <inheritdoc cref="Open(string, TrainArguments, RowFormat, Action{string})"/>
+    /// <inheritdoc cref="Open(DataSources, TrainArguments, RowFormat, Action{string})"/>
     public static TrainingRows Asked(
-        string path, TrainArguments arguments, RowFormat format, Action<string> message)
+        DataSources sources, TrainArguments arguments, RowFormat format, Action<string> message)
     {
-        var rows = new TrainingRows(path, arguments, format, message, asked: true);
+        var rows = new TrainingRows(sources, arguments, format, message, asked: true);
+        foreach (string file in rows.OtherFormats) message(file);
         var checks = new RowCheck[rows.Count];
         InParallel(rows.Count, i =>
         {
@@ -51,7 +54,7 @@ public sealed partial class TrainingRows
             }
         });
         rows.TakeOut(checks);
-        if (rows.Count == 0) throw new InputException($"{path}: no usable row is left");
+        if (rows.Count == 0) throw new InputException($"{sources}: no usable row is left");
         return rows;
     }
 
@@ -72,7 +75,7 @@ public sealed partial class TrainingRows
         PictureCheck pictures = Pictures(checks, Found);
         bool later = pictures.Pixels > manyPixels;
         if (!later) Decode(checks);
-        for (int i = 0; i < checks.Length; i++) _sizes[_rows[i].Number] = checks[i].Size;
+        for (int i = 0; i < checks.Length; i++) _sizes[_rows[i].Place] = checks[i].Size;
         TakeOut(checks);
         if (JpegFallback(checks) is { } fallback) _message($"{Path}: {fallback}");
         Counts = RowCounts.Of(checks, Unreadable.Count, _orient, maxLength);
@@ -101,10 +104,10 @@ public sealed partial class TrainingRows
     /// <param name="leftOut">As <see cref="LeftOut"/> was.</param>
     public void Restore(IReadOnlyCollection<int> absent, IReadOnlyCollection<int> leftOut)
     {
-        var bad = _bad.Select(row => row.Number).Concat(leftOut).ToHashSet();
+        var bad = _bad.Select(row => row.Place).Concat(leftOut).ToHashSet();
         var gone = absent.ToHashSet();
-        _rows = [.. _set.Rows.Where(row => !gone.Contains(row.Number))];
-        _leftOut = [.. _rows.Select(row => bad.Contains(row.Number))];
+        _rows = [.. _set.Rows.Where(row => !gone.Contains(row.Place))];
+        _leftOut = [.. _rows.Select(row => bad.Contains(row.Place))];
     }
 
     /// <inheritdoc/>
@@ -134,7 +137,8 @@ public sealed partial class TrainingRows
     {
         string path = first.Pictures[index].Path;
         for (int i = 0; i < _rows.Count; i++)
-            if (_rows[i].Pictures.Any(picture => picture.Path == path))
+            if (_rows[i].Pictures.Any(picture => picture.Path == path)
+                && _rows[i].File == first.File)
                 LeaveOut(i, _rows[i].Bad(reason).Row);
     }
 
@@ -143,7 +147,7 @@ public sealed partial class TrainingRows
     /// </summary>
     public List<BadRow> Bad(RowCheck[] checks) =>
         [.. Unreadable.Concat(checks.Select(c => c.Bad).OfType<BadRow>())
-            .OrderBy(row => row.Number)];
+            .OrderBy(row => row.Place)];
 
     /// <summary>
     /// Looks at every row, on all processors; decode: at its pictures whole, not at their headers
@@ -159,16 +163,16 @@ public sealed partial class TrainingRows
 
     private void Decode(RowCheck[] checks)
     {
-        var damaged = new ConcurrentDictionary<string, string>(StringComparer.Ordinal);
+        var damaged = new ConcurrentDictionary<(string File, string Path), string>();
         PictureCheck pictures = Pictures(
-            checks, (row, index, reason) => damaged[row.Pictures[index].Path] = reason);
+            checks, (row, index, reason) => damaged[(row.File, row.Pictures[index].Path)] = reason);
         InParallel(pictures.Count, _ => pictures.Next());
         if (damaged.IsEmpty) return;
         for (int i = 0; i < checks.Length; i++)
         {
             if (checks[i].Bad is not null) continue;
             foreach (RowPicture picture in _rows[i].Pictures)
-                if (damaged.TryGetValue(picture.Path, out string? reason))
+                if (damaged.TryGetValue((_rows[i].File, picture.Path), out string? reason))
                     checks[i] = new RowCheck { Bad = _rows[i].Bad(reason).Row };
         }
     }

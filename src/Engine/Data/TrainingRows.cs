@@ -1,4 +1,3 @@
-using System.Security.Cryptography;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data.Images;
 using MiniCpmNative.Engine.Data.Text;
@@ -28,14 +27,13 @@ public sealed partial class TrainingRows : IRowLoader
     private PictureCheck? _pictures;
     private BadRow? _failure;
 
-    private TrainingRows(string path, TrainArguments arguments, RowFormat format,
+    private TrainingRows(DataSources sources, TrainArguments arguments, RowFormat format,
         Action<string>? message, bool asked = false)
     {
         format.RequireLlmType(arguments.LlmType, arguments.OfficialCompat);
-        Path = path;
-        byte[] bytes = InputFile.ReadAll(path, Array.MaxLength);
-        Digest = Convert.ToHexStringLower(SHA256.HashData(bytes));
-        _set = RowFile.Parse(path, bytes, asked);
+        Path = sources;
+        (_set, Digest, OtherFormats) = ReadSet(
+            sources, new RowOptions(asked, arguments.TrainOn == TrainOn.Last), arguments.BoxFormat);
         _rows = _set.Rows;
         _leftOut = new bool[_rows.Count];
         _skip = arguments.OnBadRow == BadRows.Skip;
@@ -48,31 +46,36 @@ public sealed partial class TrainingRows : IRowLoader
         _strips = new ThreadLocal<PatchStrips>(format.NewStrips);
     }
 
+    /// <summary>The data file, or several, for messages.</summary>
     public string Path { get; }
+
+    /// <summary>Files of other formats than the official one, each with its format.</summary>
+    public IReadOnlyList<string> OtherFormats { get; }
 
     public RowFormat Format => _format;
 
     public int Count => _rows.Count;
 
     /// <summary>
-    /// SHA-256 of the data file as it was read, by which a resumed run knows its rows again.
+    /// SHA-256 of the data as it was read, by which a resumed run knows its rows again.
     /// </summary>
     public string Digest { get; }
 
     /// <summary>The files of all pictures.</summary>
     public IEnumerable<string> PictureFiles =>
-        _rows.SelectMany(row => row.Pictures.Select(row.Locate));
+        _rows.SelectMany(row => row.Pictures.Where(picture => picture.Bytes is null)
+            .Select(row.Locate));
 
     /// <summary>What the usable rows are like; known when they were opened.</summary>
     public RowCounts? Counts { get; private set; }
 
     /// <summary>Rows of the file that have no place in the order, by number.</summary>
     public IReadOnlyList<int> Absent =>
-        [.. _set.Rows.Select(row => row.Number).Except(_rows.Select(row => row.Number))];
+        [.. _set.Rows.Select(row => row.Place).Except(_rows.Select(row => row.Place))];
 
     /// <summary>Rows that keep their place and are left out there, by number.</summary>
     public IReadOnlyList<int> LeftOut =>
-        [.. _rows.Where((_, i) => Volatile.Read(ref _leftOut[i])).Select(row => row.Number)];
+        [.. _rows.Where((_, i) => Volatile.Read(ref _leftOut[i])).Select(row => row.Place)];
 
     /// <summary>
     /// A bad row that was found since the rows were opened and must not be left out.
@@ -86,8 +89,9 @@ public sealed partial class TrainingRows : IRowLoader
     /// <exception cref="InputException">
     /// The file cannot be used, or llm_type is another model's.
     /// </exception>
-    public static TrainingRows Read(string path, TrainArguments arguments, RowFormat format) =>
-        new(path, arguments, format, null);
+    public static TrainingRows Read(
+        DataSources sources, TrainArguments arguments, RowFormat format) =>
+        new(sources, arguments, format, null);
 
     /// <summary>
     /// The row with this id, or else with this number (counted from 1); -1 if there is none.
@@ -97,14 +101,14 @@ public sealed partial class TrainingRows : IRowLoader
         for (int i = 0; i < Count; i++)
             if (_rows[i].Id == id) return i;
         return int.TryParse(id, out int number)
-            ? _rows.Index().FirstOrDefault(r => r.Item.Number == number, (-1, null!)).Index
+            ? _rows.Index().FirstOrDefault(r => r.Item.Place == number, (-1, null!)).Index
             : -1;
     }
 
     public Row this[int row] => _rows[row];
 
     /// <summary>What a row that was checked brings to the device.</summary>
-    public RowSize Size(int row) => _sizes.GetValueOrDefault(_rows[row].Number);
+    public RowSize Size(int row) => _sizes.GetValueOrDefault(_rows[row].Place);
 
     /// <summary>A row's tokens, labels and bounds.</summary>
     /// <exception cref="BadRowException">The row cannot be trained on.</exception>
@@ -190,10 +194,12 @@ public sealed partial class TrainingRows : IRowLoader
     /// <exception cref="BadRowException">The picture cannot be decoded.</exception>
     internal static Picture Decode(Row row, int index)
     {
-        string path = row.Locate(row.Pictures[index]);
+        RowPicture named = row.Pictures[index];
+        string path = named.Bytes is null ? row.Locate(named) : named.Path;
         try
         {
-            return PictureDecoder.Decode(path);
+            return named.Bytes is { } bytes
+                ? PictureDecoder.Decode(bytes, path) : PictureDecoder.Decode(path);
         }
         catch (InputException failure)
         {
@@ -232,11 +238,13 @@ public sealed partial class TrainingRows : IRowLoader
     /// <summary>The EXIF orientation that is applied; 1 changes nothing.</summary>
     private int Turn(PictureInfo picture) => _orient ? picture.Orientation : 1;
 
-    private static PictureInfo Probe(Row row, int index)
+    internal static PictureInfo Probe(Row row, int index)
     {
         try
         {
-            return PictureDecoder.Probe(row.Locate(row.Pictures[index]));
+            RowPicture named = row.Pictures[index];
+            return named.Bytes is { } bytes ? PictureDecoder.Probe(bytes, named.Path)
+                : PictureDecoder.Probe(row.Locate(named));
         }
         catch (InputException failure)
         {

@@ -19,7 +19,7 @@ public sealed record PredictSide(string Name, string Model, string? Adapter);
 /// <param name="Metrics">How answers are scored; none where rows need not have any.</param>
 /// <param name="Rows">Only the first so many rows.</param>
 public sealed record PredictRequest(
-    string Data, string Out, IReadOnlyList<PredictSide> Sides, IReadOnlyList<Metric> Metrics,
+    DataSources Data, string Out, IReadOnlyList<PredictSide> Sides, IReadOnlyList<Metric> Metrics,
     int? Rows = null);
 
 /// <summary>How far it is.</summary>

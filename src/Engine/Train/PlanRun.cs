@@ -55,9 +55,9 @@ public static class PlanRun
         PlannedModel model = Model(arguments, output, out ModelSpec spec);
         RowFormat format = spec.Rows();
         var rows = TrainingRows.Open(
-            arguments.DataPath!, arguments, format, output.WriteLine);
+            arguments.TrainingData, arguments, format, output.WriteLine);
         TrainingRows? evaluation = arguments.Evaluates ? TrainingRows.Open(
-            arguments.EvalDataPath!, arguments, format, output.WriteLine) : null;
+            arguments.EvaluationData!, arguments, format, output.WriteLine) : null;
         var plan = new StepPlan(arguments, rows.Count);
         var batches = PlannedBatches.Of(arguments, rows, evaluation, plan);
         long memory = card.Figures.Memory;

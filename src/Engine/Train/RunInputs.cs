@@ -27,8 +27,9 @@ internal sealed class RunInputs(
                 + "replace the model it starts from; choose another output_dir");
         MustKeepFolder("model_name_or_path", model);
         if (arguments.LoraWeightPath is { } adapter) MustKeepFolder("lora_weight_path", adapter);
-        MustKeep("data_path", arguments.DataPath!);
-        if (arguments.EvalDataPath is { } rows) MustKeep("eval_data_path", rows);
+        foreach (var (file, _) in arguments.DataPath!.Files()) MustKeep("data_path", file);
+        foreach (var (file, _) in arguments.EvalDataPath?.Files() ?? [])
+            MustKeep("eval_data_path", file);
     }
 
     /// <exception cref="InputException">A picture would be removed.</exception>

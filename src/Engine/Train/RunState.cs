@@ -41,6 +41,21 @@ public sealed record RunState(
             Path.Combine(folder, FileName), JsonSerializer.Serialize(this, s_json) + "\n");
     }
 
+    /// <summary>
+    /// Refuses a checkpoint of Hugging Face's Trainer, whose optimizer state is Python's.
+    /// </summary>
+    /// <exception cref="InputException">It is one.</exception>
+    public static void RequireOurs(string folder)
+    {
+        string[] theirs = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"];
+        if (File.Exists(Path.Combine(folder, FileName))
+            || !theirs.Any(name => File.Exists(Path.Combine(folder, name)))) return;
+        throw new InputException($"{folder}: is a checkpoint of Hugging Face's Trainer: its "
+            + "optimizer, schedule and random state are not read, so a run cannot go on from it; its "
+            + "adapter can be started from with lora_weight_path, whole weights with "
+            + "model_name_or_path");
+    }
+
     /// <summary>Reads the numbers, and copies the moments and masters into the model.</summary>
     /// <exception cref="InputException">A file is missing, broken, or of another model.</exception>
     public static RunState Load(string folder, TrainingModel model)

@@ -28,7 +28,7 @@ public static class TraceRun
             if (row < 0)
             {
                 BadRow? bad =
-                    rows.Unreadable.FirstOrDefault(b => b.Id == id || $"{b.Number}" == id);
+                    rows.Unreadable.FirstOrDefault(b => b.Id == id || $"{b.Place}" == id);
                 throw new InputException(bad?.ToString()
                     ?? $"{arguments.DataPath}: no row has the id or number \"{id}\"");
             }

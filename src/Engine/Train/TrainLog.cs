@@ -66,7 +66,7 @@ public sealed class TrainLog : ITrainLog
         _progress.Message(FormattableString.Invariant(
             $"{run.Plan.Rows:N0} rows, {run.Plan.MaxSteps:N0} steps, {run.Plan.StepsPerEpoch:N0} per epoch"));
         Tell(run.Rows, arguments.DataPath, "rows", resumed is null);
-        Tell(run.EvaluationRows, arguments.EvalDataPath, "eval_rows", resumed is null);
+        Tell(run.EvaluationRows, arguments.EvaluationData, "eval_rows", resumed is null);
         lock (_turn)
         {
             _isStarted = true;
@@ -286,7 +286,7 @@ public sealed class TrainLog : ITrainLog
     }
 
     // What the rows are like does not belong into the history of the steps.
-    private void Tell(RowCounts? counts, string? path, string name, bool isNew)
+    private void Tell(RowCounts? counts, DataSources? path, string name, bool isNew)
     {
         if (counts is null) return;
         if ($"{counts}" is { Length: > 0 } text) _progress.Message($"{path}: {text}");

@@ -38,8 +38,8 @@ public sealed partial class TrainRun
         (_arguments, _log, _stop, _folder) = (arguments, log, stop, folder);
         _metrics = Metric.Of(arguments.Metrics);
         RowFormat format = source.Spec.Rows();
-        _rows = TrainingRows.Open(arguments.DataPath!, arguments, format, log.Message);
-        if (arguments.EvalDataPath is { } evaluation && arguments.Evaluates)
+        _rows = TrainingRows.Open(arguments.TrainingData, arguments, format, log.Message);
+        if (arguments.EvaluationData is { } evaluation && arguments.Evaluates)
             _evaluationRows = TrainingRows.Open(evaluation, arguments, format, log.Message);
         Plan();
         CheckPlaces(source);
@@ -179,6 +179,7 @@ public sealed partial class TrainRun
 
     private int Resume(string folder)
     {
+        RunState.RequireOurs(folder);
         ModelFiles.Load(folder, _model, _arguments);
         RunState state = RunState.Load(folder, _model);
         // The same places for the same rows, whichever of them have become bad since.

@@ -163,6 +163,9 @@ public sealed unsafe class SafetensorsFile : IDisposable
 
     private static long HeaderBytes(string path, ReadOnlySpan<byte> prefix, long fileBytes)
     {
+        if (prefix.SequenceEqual("version "u8))
+            throw new InputException(
+                $"{path}: is a pointer of Git LFS, not the weights themselves: run git lfs pull");
         ulong claimed = BinaryPrimitives.ReadUInt64LittleEndian(prefix);
         if (claimed > (ulong)(fileBytes - 8))
             throw new InputException(

@@ -32,6 +32,11 @@ public static class PictureDecoder
         return Guard(path, () => Parse(new ByteSource(file, length, path), orientation: true).Info);
     }
 
+    /// <summary>The same of a file in memory; name stands in errors.</summary>
+    /// <exception cref="InputException">Of a format that is not read, or damaged.</exception>
+    public static PictureInfo Probe(byte[] file, string name) => Guard(
+        name, () => Parse(new ByteSource(file, file.Length, name), orientation: true).Info);
+
     /// <summary>
     /// Reads and decodes a file. Waits while the pictures of other threads, which count until they
     /// are disposed of, leave too little memory (<see cref="PictureMemory"/>).
@@ -42,13 +47,35 @@ public static class PictureDecoder
     {
         using var file = Open(path, out long length);
         long needed = Guard(path, () => Needed(new ByteSource(file, length, path)));
+        return Within(needed, () =>
+        {
+            byte[] bytes = ArrayPool<byte>.Shared.Rent((int)length);
+            try
+            {
+                int got = Guard(path, () => Fill(file, bytes.AsSpan(0, (int)length)));
+                return Decode(bytes, got, path);
+            }
+            finally
+            {
+                ArrayPool<byte>.Shared.Return(bytes);
+            }
+        });
+    }
+
+    /// <summary>The same of a file in memory; name stands in errors.</summary>
+    /// <exception cref="InputException">Of a format that is not read, or damaged.</exception>
+    public static Picture Decode(byte[] file, string name)
+    {
+        long needed = Guard(name, () => Needed(new ByteSource(file, file.Length, name)));
+        return Within(needed, () => Decode(file, file.Length, name));
+    }
+
+    private static Picture Within(long needed, Func<Picture> decode)
+    {
         var memory = PictureMemory.Enter(needed);
-        byte[]? bytes = null;
         try
         {
-            bytes = ArrayPool<byte>.Shared.Rent((int)length);
-            int got = Guard(path, () => Fill(file, bytes.AsSpan(0, (int)length)));
-            var picture = Decode(bytes, got, path);
+            var picture = decode();
             memory.Shrink(picture.Bytes.Length);
             picture.Holds(memory);
             return picture;
@@ -57,10 +84,6 @@ public static class PictureDecoder
         {
             memory.Dispose();
             throw;
-        }
-        finally
-        {
-            if (bytes != null) ArrayPool<byte>.Shared.Return(bytes);
         }
     }
 

@@ -57,6 +57,8 @@ internal static class PictureFormats
         if (WebPHeader.Accepts(head)) return PictureFormat.WebP;
         if (GifHeader.Accepts(head)) return PictureFormat.Gif;
         if (BmpHeader.Accepts(head)) return PictureFormat.Bmp;
+        if (head.StartsWith("version https://git-lfs"u8))
+            throw source.Error("is a pointer of Git LFS, not the picture itself: run git lfs pull");
         string? kind = Refused(head);
         if (kind == null && TgaHeader.Accepts(source)) return PictureFormat.Tga;
         if (kind == null)

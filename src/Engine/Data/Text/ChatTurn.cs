@@ -6,7 +6,11 @@ namespace MiniCpmNative.Engine.Data.Text;
 /// <param name="Thought">What an answer thought first, where its content does not hold it.</param>
 /// <param name="Calls">Functions that an answer calls.</param>
 public sealed record ChatTurn(
-    string Role, string Content, string? Thought = null, IReadOnlyList<ToolCall>? Calls = null);
+    string Role, string Content, string? Thought = null, IReadOnlyList<ToolCall>? Calls = null)
+{
+    /// <summary>Whether an answer is learned; null where nothing was said, which means yes.</summary>
+    public bool? Trained { get; init; }
+}
 
 /// <summary>
 /// A conversation in tokens: Ids[T], and Answer[t] where token t is what the model is to say.

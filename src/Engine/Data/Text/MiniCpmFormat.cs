@@ -45,7 +45,8 @@ public sealed class MiniCpmFormat : PromptFormat
             answer.AddRange(Enumerable.Repeat(false, ids.Count - answer.Count));
             Tokenizer.Encode(turns[i].Content, ids);
             if (i == turns.Count - 1) ids.Add(EndOfAnswer);
-            answer.AddRange(Enumerable.Repeat(answers, ids.Count - answer.Count));
+            answer.AddRange(Enumerable.Repeat(
+                answers && turns[i].Trained != false, ids.Count - answer.Count));
         }
 
         return new EncodedChat([.. ids], [.. answer]);

@@ -72,7 +72,7 @@ public abstract class TemplateFormat : PromptFormat
             int end = ids.Count;
             Tokenizer.Encode(End + Tail, ids);
             // An answer of white space may have joined the head's last token.
-            if (turn.Role == "assistant")
+            if (turn.Role == "assistant" && turn.Trained != false)
                 answers.Add(Math.Min(from + head + Added(turn), end)..(end + 1));
         }
 

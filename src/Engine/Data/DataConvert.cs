@@ -1,0 +1,194 @@
+using System.Text.Encodings.Web;
+using System.Text.Json;
+using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data.Text;
+
+namespace MiniCpmNative.Engine.Data;
+
+/// <summary>
+/// `cpmx data convert`: rows of any format that is read, written in the official one. Pictures that
+/// stand in the rows become files in a folder beside the result.
+/// </summary>
+/// <param name="From">The rows.</param>
+/// <param name="Out">A .json file, a list, or a .jsonl file, a row on each line.</param>
+/// <param name="Boxes">How boxes are written.</param>
+/// <param name="Skip">Bad rows are left out, not refused.</param>
+public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, bool Skip)
+{
+    private static readonly JsonWriterOptions s_plain =
+        new() { Encoder = JavaScriptEncoder.UnsafeRelaxedJsonEscaping };
+
+    private string Folder => Path.GetDirectoryName(Path.GetFullPath(Out))!;
+
+    private string PictureFolder => Path.GetFileNameWithoutExtension(Out) + "_pictures";
+
+    /// <summary>Writes the file, and lines on what was done; false when rows are bad and nothing
+    /// was written.</summary>
+    /// <exception cref="InputException">The rows cannot be read, or OUT cannot be it.</exception>
+    /// <exception cref="RunException">The result cannot be written.</exception>
+    public bool Run(TextWriter output)
+    {
+        bool lines = Path.GetExtension(Out).ToLowerInvariant() switch
+        {
+            ".jsonl" => true,
+            ".json" => false,
+            _ => throw new InputException($"{Out}: expected a name that ends in .json or .jsonl"),
+        };
+        if (From.Files().Any(file => Path.GetFullPath(file.Path) == Path.GetFullPath(Out)))
+            throw new InputException($"{Out}: is one of the files to convert; choose another name");
+        var (set, _, formats) = TrainingRows.ReadSet(From, new RowOptions(Asked: true), Boxes);
+        foreach (string format in formats) output.WriteLine(format);
+        var bad = new List<BadRow>(set.Bad);
+        var good = new List<(Row Row, string[] Paths)>();
+        foreach (Row row in set.Rows)
+        {
+            try
+            {
+                _ = RowText.Compose(row, (_, _) => "", []);
+                good.Add((row, [.. row.Pictures.Select(picture => PathOf(row, picture))]));
+            }
+            catch (BadRowException failure)
+            {
+                bad.Add(failure.Row);
+            }
+        }
+
+        foreach (BadRow row in bad.OrderBy(row => row.Place)) output.WriteLine(row);
+        if (good.Count == 0 || (bad.Count > 0 && !Skip))
+        {
+            output.WriteLine($"{bad.Count:N0} bad rows, nothing is written"
+                + (good.Count > 0 ? " (--on_bad_row skip leaves them out)" : ""));
+            return false;
+        }
+
+        try
+        {
+            WritePictures(good);
+            AtomicFile.Write(Out, stream => Write(stream, good, lines));
+        }
+        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
+        {
+            throw new RunException(
+                $"{Out}: cannot write: {Messages.Reason(failure, Out)}", failure);
+        }
+
+        output.WriteLine($"{Out}: {good.Count:N0} rows written, {bad.Count:N0} left out");
+        Tell(good.Count(row => row.Row.Turns[0].Role == "system"), "have a system turn");
+        Tell(good.Count(row => row.Row.Turns.Any(turn => turn.Trained == false)),
+            "have answers that are not learned (\"loss\": false)");
+        return true;
+
+        void Tell(int rows, string what)
+        {
+            if (rows > 0)
+                output.WriteLine($"  {rows:N0} rows {what}: cpmx reads that, the official script not");
+        }
+    }
+
+    private string PathOf(Row row, RowPicture picture)
+    {
+        if (picture.Bytes is not { } bytes)
+            return Path.GetRelativePath(Folder, Path.GetFullPath(row.Locate(picture))).Replace('\\', '/');
+        try
+        {
+            string kind = Ending(bytes, picture.Path);
+            string name = picture.Path["embedded picture ".Length..].Split(' ')[0];
+            return $"{PictureFolder}/{name}.{kind}";
+        }
+        catch (InputException failure)
+        {
+            throw row.Bad(failure.Message);
+        }
+    }
+
+    private static string Ending(byte[] bytes, string name) =>
+        Images.PictureDecoder.Probe(bytes, name).Format switch
+        {
+            Images.PictureFormat.Jpeg => "jpg",
+            var format => format.ToString().ToLowerInvariant(),
+        };
+
+    private void WritePictures(List<(Row Row, string[] Paths)> rows)
+    {
+        var written = new HashSet<string>();
+        foreach (var (row, paths) in rows)
+            foreach (var (picture, path) in row.Pictures.Zip(paths))
+            {
+                if (picture.Bytes is not { } bytes || !written.Add(path)) continue;
+                Directory.CreateDirectory(Path.Combine(Folder, PictureFolder));
+                AtomicFile.Write(Path.Combine(Folder, path), stream => stream.Write(bytes));
+            }
+    }
+
+    private static void Write(Stream stream, List<(Row Row, string[] Paths)> rows, bool lines)
+    {
+        for (int i = 0; i < rows.Count; i++)
+        {
+            stream.Write(lines ? [] : i == 0 ? "[\n"u8 : ",\n"u8);
+            using (var json = new Utf8JsonWriter(stream, s_plain)) Write(json, rows[i].Row, rows[i].Paths);
+            if (lines) stream.Write("\n"u8);
+        }
+
+        if (!lines) stream.Write("\n]\n"u8);
+    }
+
+    private static void Write(Utf8JsonWriter json, Row row, string[] paths)
+    {
+        var turns = row.Turns.ToArray();
+        json.WriteStartObject();
+        if (row.Id is not null) json.WriteString("id", row.Id);
+        if (row.Names == PictureNames.Single) json.WriteString("image", paths[0]);
+        else if (paths.Length > 0)
+        {
+            // The official script shows several pictures at tags of their own.
+            if (row.Names == PictureNames.Listed) Tag(turns, paths.Length);
+            json.WriteStartObject("image");
+            for (int i = 0; i < paths.Length; i++)
+                json.WriteString(row.Names == PictureNames.Listed ? Name(i) : row.Pictures[i].Tag,
+                    paths[i]);
+            json.WriteEndObject();
+        }
+
+        json.WriteStartArray("conversations");
+        foreach (var turn in turns)
+        {
+            json.WriteStartObject();
+            json.WriteString("role", turn.Role);
+            json.WriteString("content", turn.Content);
+            if (turn.Trained == false) json.WriteBoolean("loss", false);
+            json.WriteEndObject();
+        }
+
+        json.WriteEndArray();
+        if (row.References.Count > 0)
+        {
+            json.WriteStartArray("references");
+            foreach (string text in row.References) json.WriteStringValue(text);
+            json.WriteEndArray();
+        }
+
+        json.WriteEndObject();
+    }
+
+    private static void Tag(ChatTurn[] turns, int pictures)
+    {
+        const string plain = "<image>";
+        int next = 0;
+        for (int i = 0; i < turns.Length; i++)
+        {
+            string[] parts = turns[i].Content.Split(plain);
+            for (int k = 1; k < parts.Length; k++) parts[k] = Name(next++) + parts[k];
+            turns[i] = turns[i] with { Content = string.Concat(parts) };
+        }
+
+        if (next > 0) return;
+        int first = turns[0].Role == "system" ? 1 : 0;
+        turns[first] = turns[first] with
+        {
+            Content = string.Concat(Enumerable.Range(0, pictures).Select(k => Name(k) + "\n"))
+                + turns[first].Content,
+        };
+    }
+
+    private static string Name(int picture) => $"<image_{picture:00}>";
+}

@@ -1,0 +1,127 @@
+using System.Buffers;
+using System.Collections;
+using System.Runtime.InteropServices;
+using System.Text.Json;
+using Parquet;
+using Parquet.Serialization;
+
+namespace MiniCpmNative.Engine.Data.Formats;
+
+/// <summary>Rows of a Parquet file, one group of them after the other; nulls are absent.</summary>
+internal static class ParquetRows
+{
+    public static bool Accepts(ReadOnlySpan<byte> bytes) => bytes.StartsWith("PAR1"u8);
+
+    /// <param name="path">The file, for messages.</param>
+    /// <param name="bytes">Its content.</param>
+    /// <param name="add">Takes each row's number, from 1, and the row as JSON.</param>
+    /// <exception cref="InputException">It is damaged, or has types that are no row's.</exception>
+    public static void Read(
+        string path, ReadOnlyMemory<byte> bytes, Action<int, ReadOnlyMemory<byte>> add)
+    {
+        if (!bytes.Span.EndsWith("PAR1"u8))
+            throw new InputException($"{path}: is a Parquet file without its end; copy it again");
+        var row = new ArrayBufferWriter<byte>();
+        using var json = new Utf8JsonWriter(row, new JsonWriterOptions { SkipValidation = true });
+        int number = 0;
+        foreach (var fields in Rows(path, bytes))
+        {
+            row.Clear();
+            json.Reset();
+            if (!Write(json, fields, 0))
+                throw new InputException($"{path}: row {number + 1} has a column of a type that is "
+                    + "not read here: write it as texts, numbers, lists or structures of them");
+            json.Flush();
+            add(++number, row.WrittenMemory);
+        }
+    }
+
+    private static IEnumerable<Dictionary<string, object>> Rows(
+        string path, ReadOnlyMemory<byte> bytes)
+    {
+        for (int group = 0; group < Guard(path, () => Groups(bytes)); group++)
+        {
+            int at = group;
+            foreach (var row in Guard(path, () => Group(bytes, at))) yield return row;
+        }
+    }
+
+    private static int Groups(ReadOnlyMemory<byte> bytes)
+    {
+        using var stream = Stream(bytes);
+        var reader = ParquetReader.CreateAsync(stream).GetAwaiter().GetResult();
+        return reader.RowGroupCount;
+    }
+
+    private static IList<Dictionary<string, object>> Group(ReadOnlyMemory<byte> bytes, int index)
+    {
+        using var stream = Stream(bytes);
+        return ParquetSerializer.DeserializeUntypedAsync(stream, rowGroupIndex: index)
+            .GetAwaiter().GetResult().Data;
+    }
+
+    private static MemoryStream Stream(ReadOnlyMemory<byte> bytes) =>
+        MemoryMarshal.TryGetArray(bytes, out var array)
+            ? new MemoryStream(array.Array!, array.Offset, array.Count, writable: false)
+            : new MemoryStream(bytes.ToArray(), writable: false);
+
+    // The library fails on damaged files in any way there is.
+    private static T Guard<T>(string path, Func<T> read)
+    {
+        try
+        {
+            return read();
+        }
+        catch (Exception failure)
+        {
+            throw new InputException($"{path}: cannot be read as Parquet: it is damaged, or of a "
+                + "kind that is not read here; write it anew, or as .jsonl", failure);
+        }
+    }
+
+    private static bool Write(Utf8JsonWriter json, object? value, int depth)
+    {
+        const int mostDepth = 30;
+        switch (value)
+        {
+            case null: json.WriteNullValue(); return true;
+            case string text: json.WriteStringValue(text); return true;
+            case ReadOnlyMemory<char> text: json.WriteStringValue(text.Span); return true;
+            case byte[] data: json.WriteBase64StringValue(data); return true;
+            case ReadOnlyMemory<byte> data: json.WriteBase64StringValue(data.Span); return true;
+            case bool flag: json.WriteBooleanValue(flag); return true;
+            case double or float:
+                double number = Convert.ToDouble(value);
+                if (double.IsFinite(number)) json.WriteNumberValue(number);
+                else json.WriteNullValue();
+                return true;
+            case sbyte or byte or short or ushort or int or uint or long:
+                json.WriteNumberValue(Convert.ToInt64(value));
+                return true;
+            case IDictionary members when depth < mostDepth:
+                json.WriteStartObject();
+                foreach (DictionaryEntry member in members)
+                {
+                    // Absent, as a key that a JSON row does not have.
+                    if (member.Value is null) continue;
+                    json.WritePropertyName((string)member.Key);
+                    if (!Write(json, member.Value, depth + 1)) return false;
+                }
+
+                json.WriteEndObject();
+                return true;
+            case IEnumerable items when depth < mostDepth:
+                json.WriteStartArray();
+                foreach (object? item in items)
+                    if (!Write(json, item, depth + 1)) return false;
+                json.WriteEndArray();
+                return true;
+            default:
+                // Dates and the like are nothing that a row has use for, but under a key of its own
+                // they harm no one.
+                if (value is not IFormattable) return false;
+                json.WriteNullValue();
+                return true;
+        }
+    }
+}

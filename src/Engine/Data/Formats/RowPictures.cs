@@ -1,0 +1,120 @@
+using System.Buffers.Text;
+using System.Security.Cryptography;
+using System.Text.Json;
+using MiniCpmNative.Engine.Data.Text;
+
+namespace MiniCpmNative.Engine.Data.Formats;
+
+/// <summary>
+/// Pictures as rows name them: a path, a data: URI or plain base64, {"bytes", "path"}. Addresses on
+/// the network are refused: a run that loads pictures as it goes is not repeatable.
+/// </summary>
+internal static class RowPictures
+{
+    // What base64 of a JPEG, PNG, GIF, WebP or BMP begins with; no path does at such a length.
+    private static readonly string[] s_base64 = ["/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk"];
+    private const int LeastBase64 = 128;
+
+    /// <summary>"image" of the official format.</summary>
+    public static (PictureNames, RowPicture[]) Official(JsonElement image)
+    {
+        switch (image.ValueKind)
+        {
+            case JsonValueKind.Null or JsonValueKind.Undefined:
+                return (PictureNames.None, []);
+            case JsonValueKind.String:
+                return (PictureNames.Single, [One(image)]);
+            case JsonValueKind.Array:
+                return (PictureNames.Listed, [.. image.EnumerateArray().Select(item => One(item))]);
+            case JsonValueKind.Object when !IsStored(image):
+                var tagged = image.EnumerateObject()
+                    .Select(item => One(item.Value, item.Name)).ToArray();
+                if (tagged.GroupBy(item => item.Tag)
+                    .FirstOrDefault(g => g.Count() > 1) is { } twice)
+                    throw new FormatException($"\"image\" has {Messages.Quote(twice.Key)} twice");
+                return (tagged is [{ Tag: "<image>" }] ? PictureNames.Single : PictureNames.Tagged,
+                    tagged);
+            case JsonValueKind.Object:
+                return (PictureNames.Single, [One(image)]);
+            default:
+                throw new FormatException(
+                    $"\"image\" is {RowValues.Kind(image)}, expected a path, a list of paths "
+                    + "or {\"<image_00>\": path, ...}");
+        }
+    }
+
+    /// <summary>Pictures of other formats: one, or a list of them.</summary>
+    public static IEnumerable<RowPicture> Listed(JsonElement images)
+    {
+        images = RowValues.Unfolded(images);
+        if (images.SaysNothing()) return [];
+        return images.ValueKind == JsonValueKind.Array
+            ? images.EnumerateArray().Select(item => One(item)) : [One(images)];
+    }
+
+    /// <summary>One picture.</summary>
+    public static RowPicture One(JsonElement value, string tag = "<image>")
+    {
+        if (value.ValueKind == JsonValueKind.Object && IsStored(value)) return Stored(value, tag);
+        if (value.Text() is not { Length: > 0 } path)
+            throw new FormatException(
+                $"a picture's path is {RowValues.Kind(value)}, expected text");
+        if (path.StartsWith("data:", StringComparison.OrdinalIgnoreCase))
+            return Embedded(Content(path), tag);
+        if (path.Length >= LeastBase64
+            && s_base64.Any(start => path.StartsWith(start, StringComparison.Ordinal))
+            && Base64.IsValid(path))
+            return Embedded(Convert.FromBase64String(path), tag);
+        int scheme = path.AsSpan(0, Math.Min(path.Length, 12)).IndexOf("://");
+        if (scheme < 0) return new RowPicture(tag, path);
+        if (path.StartsWith("file://", StringComparison.OrdinalIgnoreCase))
+            return new RowPicture(tag, path["file://".Length..]);
+        throw new FormatException($"picture {Messages.Quote(path)} is an address on the network: "
+            + "download it, and name the file");
+    }
+
+    private static bool IsStored(JsonElement value) =>
+        value.TryGetProperty("bytes", out _) || value.TryGetProperty("path", out _);
+
+    // The bytes go first: the path is where they came from.
+    private static RowPicture Stored(JsonElement value, string tag)
+    {
+        var bytes = value.Member("bytes");
+        if (bytes.SaysNothing()) return One(value.Member("path"), tag);
+        return bytes.ValueKind == JsonValueKind.String && bytes.TryGetBytesFromBase64(out byte[]? content)
+            ? Embedded(content, tag)
+            : throw new FormatException(
+                $"a picture's \"bytes\" are {RowValues.Kind(bytes)}, expected base64");
+    }
+
+    private static byte[] Content(string uri)
+    {
+        int comma = uri.IndexOf(',');
+        string head = comma < 0 ? uri : uri[..comma];
+        if (head.Length > 200) head = head[..200];
+        string kind = head["data:".Length..].Split(';')[0];
+        if (kind.StartsWith("video/", StringComparison.OrdinalIgnoreCase)
+            || kind.StartsWith("audio/", StringComparison.OrdinalIgnoreCase))
+            throw new FormatException($"is given {Messages.Quote(kind)} as a picture; videos and "
+                + "audio are not used here");
+        if (comma < 0 || !head.EndsWith(";base64", StringComparison.OrdinalIgnoreCase))
+            throw new FormatException(
+                $"picture {Messages.Quote(head)} is no data: URI of base64");
+        try
+        {
+            return Convert.FromBase64String(uri[(comma + 1)..]);
+        }
+        catch (FormatException)
+        {
+            throw new FormatException($"picture {Messages.Quote(head)}: its data is not base64");
+        }
+    }
+
+    // The name tells contents apart, as a path does.
+    private static RowPicture Embedded(byte[] content, string tag) => new(tag,
+        $"embedded picture {Convert.ToHexStringLower(SHA256.HashData(content).AsSpan(0, 6))} "
+        + $"of {Messages.Number(content.Length)} bytes")
+    {
+        Bytes = content,
+    };
+}

@@ -1,0 +1,318 @@
+using System.Text;
+using System.Text.Json;
+using MiniCpmNative.Engine.Data.Text;
+using static MiniCpmNative.Engine.Data.Formats.RowValues;
+
+namespace MiniCpmNative.Engine.Data.Formats;
+
+/// <summary>
+/// Rows of one file as this program has them: turns, pictures, boxes, whatever they are called in
+/// the file. What would be lost, or means something else elsewhere, is refused by name.
+/// </summary>
+internal sealed class RowReader(string file, RowColumns columns, RowOptions options)
+{
+    // Where other tools put media; a row that has them would lose its pictures unseen.
+    private static readonly string[] s_otherKeys =
+        ["images", "picture", "pictures", "video", "videos", "audio", "audios"];
+
+    // What changes a row's meaning in other tools: passed over, it would be trained without.
+    private static readonly string[] s_otherMeanings =
+    [
+        "system", "tools", "functions", "history", "query", "instruction", "response", "messages",
+        "rejected", "rejected_response", "rejected_messages", "rejected_images", "chosen",
+        "solution", "label", "kto_tag", "loss", "loss_scale", "margin", "image", "conversations",
+    ];
+
+    private static readonly string[] s_otherTurnMeanings =
+        ["tool_calls", "reasoning_content", "images", "image"];
+
+    private readonly string[] _media = [.. s_otherKeys.Where(key => !columns.Uses(key))];
+    private readonly string[] _meanings = [.. s_otherMeanings.Where(key => !columns.Uses(key))];
+
+    public RowColumns Columns => columns;
+
+    /// <summary>Reads a row; id and turn (from 1) are known to whoever catches.</summary>
+    /// <exception cref="FormatException">The row cannot be used.</exception>
+    public Row Read(int number, int place, JsonElement row, ref string? id, ref int? turn)
+    {
+        if (row.ValueKind != JsonValueKind.Object)
+            throw new FormatException($"is {Kind(row)}, expected an object");
+        id = Id(row.Member("id"));
+        foreach (string key in _media)
+            if (!row.Member(key).SaysNothing())
+                throw new FormatException(key is "images" or "picture" or "pictures"
+                    ? $"key \"{key}\" is not used here; pictures belong in \"image\""
+                    : $"key \"{key}\" is not used here: no model of this program takes videos or "
+                        + "audio; write a video's pictures to files and name those");
+        MustNotHave(row, _meanings);
+        var (names, pictures) = columns.IsOfficial
+            ? RowPictures.Official(row.Member("image")) : (PictureNames.None, []);
+        var turns = new List<ChatTurn>();
+        var shown = new List<RowPicture>();
+        if (System(row) is { Length: > 0 } system) turns.Add(new ChatTurn("system", system));
+        string[] references = References(row.Member("references"));
+        if (columns.Turns is not null) AddTurns(row, turns, shown, ref turn);
+        else AddQuestion(row, turns, ref references);
+        if (!columns.IsOfficial)
+        {
+            if (columns.Pictures.Where(key => !row.Member(key).SaysNothing()).Skip(1).Any())
+                throw new FormatException("has pictures under both "
+                    + string.Join(" and ", columns.Pictures.Select(key => $"\"{key}\"")));
+            RowPicture[] listed = [.. columns.Pictures.SelectMany(
+                key => RowPictures.Listed(row.Member(key)))];
+            if (listed.Length > 0 && shown.Count > 0)
+                throw new FormatException("has pictures in the parts of its turns and in "
+                    + $"\"{columns.Pictures[0]}\" too: in which order is not said");
+            pictures = shown.Count > 0 ? [.. shown] : listed;
+            names = pictures.Length switch
+            {
+                0 => PictureNames.None,
+                1 => PictureNames.Single,
+                _ => PictureNames.Listed,
+            };
+        }
+
+        Check(turns, ref turn);
+        return new Row(file, number, id, names, pictures, turns)
+        {
+            Place = place,
+            References = references,
+            Objects = Grounding.Read(row.Member("objects")),
+        };
+    }
+
+    private static void MustNotHave(JsonElement of, string[] keys)
+    {
+        foreach (string key in keys)
+            if (!of.Member(key).SaysNothing())
+                throw new FormatException($"key \"{key}\" is not used here, and without it the row "
+                    + "would mean something else: take the key out, or put what it says into the "
+                    + "turns' texts");
+    }
+
+    private string? System(JsonElement row)
+    {
+        string? system = null;
+        foreach (string key in columns.System)
+        {
+            var value = row.Member(key);
+            if (value.IsNull()) continue;
+            system = value.Text()
+                ?? throw new FormatException($"\"{key}\" is {Kind(value)}, expected text");
+        }
+
+        return system;
+    }
+
+    private static string[] References(JsonElement list)
+    {
+        if (list.IsNull()) return [];
+        return list.ValueKind == JsonValueKind.Array
+            && list.EnumerateArray().Select(text => text.Text()).ToArray() is { Length: > 0 } texts
+            && !texts.Contains(null) ? texts.OfType<string>().ToArray() : throw new FormatException(
+                $"\"references\" is {Kind(list)}, expected a list of right answers");
+    }
+
+    private void AddTurns(
+        JsonElement row, List<ChatTurn> turns, List<RowPicture> shown, ref int? turn)
+    {
+        string key = columns.Turns!;
+        var list = Unfolded(row.Member(key));
+        if (list.IsNull()) throw new FormatException($"\"{key}\" is missing");
+        if (list.ValueKind != JsonValueKind.Array)
+            throw new FormatException($"\"{key}\" is {Kind(list)}, expected a list of turns");
+        int least = options.Asked || columns.Pairs ? 1 : 2, count = list.GetArrayLength();
+        if (count < least)
+            throw new FormatException($"\"{key}\" has {count} turn(s), expected at least {least}");
+        // Enumerated: an index walks from the start each time.
+        foreach (var item in list.EnumerateArray())
+        {
+            turn = (turn ?? 0) + 1;
+            if (item.ValueKind != JsonValueKind.Object)
+                throw new FormatException($"is {Kind(item)}, expected {{\"{columns.Role}\", "
+                    + $"\"{columns.Content}\"}}");
+            if (columns.Pairs) AddPair(item, turns);
+            else AddTurn(item, turns, shown, first: turn == 1);
+        }
+
+        turn = null;
+    }
+
+    private void AddTurn(
+        JsonElement item, List<ChatTurn> turns, List<RowPicture> shown, bool first)
+    {
+        string said = TextOf(item, columns.Role);
+        MustNotHave(item, s_otherTurnMeanings);
+        if (!columns.Roles.TryGetValue(said, out string? role))
+            throw new FormatException($"role is {Messages.Quote(said)}, expected "
+                + Names("user") + " or " + Names("assistant"));
+        if (role == "tool")
+            throw new FormatException($"role is {Messages.Quote(said)}: calls of functions and "
+                + "their results are not used here; write them into the texts of the turns");
+        if (role == "system")
+        {
+            if (!first)
+                throw new FormatException("role is \"system\": only the first turn can be");
+            if (turns.Count > 0)
+                throw new FormatException($"has a system turn and \"{columns.System[0]}\" too");
+        }
+
+        string content = Contents(item.Member(columns.Content), shown);
+        // An empty system text is as good as none.
+        if (role == "system" && content.Length == 0) return;
+        turns.Add(new ChatTurn(role, content)
+        {
+            Trained = role == "assistant"
+                ? Flag(item, "loss") ?? Flag(item, "loss_scale") ?? Flag(item, "weight") : null,
+        });
+
+        string Names(string wanted) => string.Join(" or ", columns.Roles
+            .Where(pair => pair.Value == wanted).Select(pair => $"\"{pair.Key}\"").Take(2));
+    }
+
+    private static void AddPair(JsonElement item, List<ChatTurn> turns)
+    {
+        string Of(string one, string other) =>
+            TextOf(item, item.TryGetProperty(one, out _) ? one : other);
+        turns.Add(new ChatTurn("user", Of("human", "user")));
+        turns.Add(new ChatTurn("assistant", Of("assistant", "gpt")));
+    }
+
+    private string Contents(JsonElement content, List<RowPicture> shown)
+    {
+        if (content.Text() is { } text) return text;
+        if (content.ValueKind == JsonValueKind.Undefined)
+            throw new FormatException($"\"{columns.Content}\" is missing");
+        if (columns.IsOfficial || content.ValueKind != JsonValueKind.Array)
+            throw new FormatException(
+                $"\"{columns.Content}\" is {Kind(content)}, expected text");
+        // Parts stand behind each other without anything between, as ms-swift has them.
+        var joined = new StringBuilder();
+        foreach (var part in content.EnumerateArray())
+        {
+            string? type = part.Member("type").Text();
+            switch (type)
+            {
+                case "text":
+                    joined.Append(TextOf(part, "text"));
+                    break;
+                case "image_url" or "image":
+                    var value = part.Member(type);
+                    if (value.IsNull()) value = part.Member("url");
+                    if (value.ValueKind == JsonValueKind.Object && value.TryGetProperty("url", out var url))
+                        value = url;
+                    // A part without its picture shows the next of the row's.
+                    if (!value.IsNull()) shown.Add(RowPictures.One(value));
+                    joined.Append("<image>");
+                    break;
+                default:
+                    throw new FormatException("has a part of type "
+                        + (type is null ? Kind(part.Member("type")) : Messages.Quote(type))
+                        + ", expected \"text\" or \"image_url\"");
+            }
+        }
+
+        return joined.ToString();
+    }
+
+    private void AddQuestion(JsonElement row, List<ChatTurn> turns, ref string[] references)
+    {
+        if (columns.History is { } history) AddHistory(row, history, turns);
+        string question = Optional(row, columns.Question!);
+        string input = columns.Input is { } key ? Optional(row, key) : "";
+        if (row.Member(columns.Question!).IsNull() && input.Length == 0)
+            throw new FormatException($"\"{columns.Question}\" is missing");
+        turns.Add(new ChatTurn("user",
+            question + (question.Length > 0 && input.Length > 0 ? "\n" : "") + input));
+        var answer = Unfolded(row.Member(columns.Answer!));
+        if (answer.IsNull() && options.Asked) return;
+        // Several right answers: the first is learned, the others count in scores.
+        if (answer.ValueKind == JsonValueKind.Array && answer.GetArrayLength() > 0
+            && answer.EnumerateArray().All(text => text.Text() is not null))
+        {
+            string[] all = [.. answer.EnumerateArray().Select(text => text.Text()!)];
+            turns.Add(new ChatTurn("assistant", all[0]));
+            references = [.. references, .. all[1..]];
+            return;
+        }
+
+        turns.Add(new ChatTurn("assistant", TextOf(row, columns.Answer!)));
+    }
+
+    private static void AddHistory(JsonElement row, string key, List<ChatTurn> turns)
+    {
+        var list = Unfolded(row.Member(key));
+        if (list.SaysNothing()) return;
+        if (list.ValueKind != JsonValueKind.Array)
+            throw new FormatException($"\"{key}\" is {Kind(list)}, expected a list of "
+                + "pairs (in a table, as JSON)");
+        foreach (var pair in list.EnumerateArray())
+        {
+            if (pair.ValueKind != JsonValueKind.Array || pair.GetArrayLength() != 2
+                || pair[0].Text() is not { } question || pair[1].Text() is not { } answer)
+                throw new FormatException(
+                    $"\"{key}\" has what is no pair of two texts, question and answer");
+            turns.Add(new ChatTurn("user", question));
+            turns.Add(new ChatTurn("assistant", answer));
+        }
+    }
+
+    private static string Optional(JsonElement row, string key) =>
+        row.Member(key).IsNull() ? "" : TextOf(row, key);
+
+    // The order of the roles, and which answers are learned.
+    private void Check(List<ChatTurn> turns, ref int? turn)
+    {
+        int first = turns.Count > 0 && turns[0].Role == "system" ? 1 : 0;
+        if (turns.Count == first) throw new FormatException("has no question");
+        if (turns[first].Role != "user")
+        {
+            turn = first + 1;
+            throw new FormatException("role is \"assistant\", the first turn must be the user's");
+        }
+
+        int question = turns.FindLastIndex(item => item.Role == "user");
+        bool answered = false, learned = false;
+        for (int i = first; i < turns.Count; i++)
+        {
+            if (!columns.IsOfficial && i > first && turns[i].Role == turns[i - 1].Role)
+            {
+                turn = i + 1;
+                throw new FormatException("two turns in a row are the "
+                    + (turns[i].Role == "user" ? "user's" : "assistant's")
+                    + ": ms-swift would join them, LLaMA-Factory leave the row out; join them");
+            }
+
+            if (turns[i].Role == "user")
+            {
+                foreach (string tag in (string[])["<video>", "<audio>"])
+                    if (turns[i].Content.Contains(tag, StringComparison.Ordinal))
+                    {
+                        turn = i + 1;
+                        throw new FormatException($"has the tag {tag}: no model of this program "
+                            + "takes videos or audio");
+                    }
+                if (!columns.IsOfficial && turns[i].Content.Contains("<img>", StringComparison.Ordinal))
+                {
+                    turn = i + 1;
+                    throw new FormatException("has an <img> tag, which ms-swift reads as a picture: "
+                        + "write <image>, and the path into \"images\"");
+                }
+
+                continue;
+            }
+
+            answered = true;
+            bool trained = turns[i].Trained ?? (!options.LastOnly || i > question);
+            learned |= trained;
+            if (turns[i].Trained != trained) turns[i] = turns[i] with { Trained = trained };
+        }
+
+        if (options.Asked) return;
+        if (!answered)
+            throw new FormatException("no turn has role \"assistant\": nothing to learn");
+        if (!learned) throw new FormatException(options.LastOnly
+            ? "no answer is learned: train_on=last wants one behind the last question"
+            : "no answer is learned: each has \"loss\": false");
+    }
+}
