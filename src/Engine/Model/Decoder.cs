@@ -25,21 +25,25 @@ public sealed class Decoder : IBatchInput
     private readonly Norm _norm;
     private readonly Recomputation _recomputation;
 
-    public Decoder(DecoderSpec spec, ModuleScope scope, Recomputation recomputation)
+    /// <param name="spec">The decoder.</param>
+    /// <param name="scope">Holds it and its head.</param>
+    /// <param name="name">The decoder's name in there.</param>
+    /// <param name="recomputation">What layers compute again in backward.</param>
+    public Decoder(DecoderSpec spec, ModuleScope scope, string name, Recomputation recomputation)
     {
         (_spec, _recomputation) = (spec, recomputation);
         _lookUp = new Embedding(spec.EmbeddingScale);
         if (spec.OutputScale != 1) _outputScale = new Scale(spec.OutputScale);
-        ModuleScope model = scope.In("model");
+        ModuleScope model = scope.In(name);
         _embedding = model.In("embed_tokens").Table("weight", false, spec.VocabSize, spec.HiddenSize);
         _layers = new DecoderLayer[spec.Layers];
         for (int i = 0; i < _layers.Length; i++)
             _layers[i] = new DecoderLayer(spec, model.In("layers").In(i), i, recomputation);
         _norm = model.RmsNorm(
-            "norm", spec.HiddenSize, spec.RmsNormEpsilon, spec.FinalNormDecays);
+            "norm", spec.HiddenSize, spec.Norm with { Decays = spec.FinalNormDecays });
         model.Module("rotary_emb");
         _vocabulary = spec.TiedHead
-            ? scope.Tied("lm_head", "model.embed_tokens", _embedding)
+            ? scope.Tied("lm_head", name + ".embed_tokens", _embedding)
             : scope.Head("lm_head", spec.HiddenSize, spec.VocabSize);
     }
 
