@@ -42,6 +42,9 @@ internal static partial class KernelConstants
     /// <summary>Largest head dimension of the kernels.</summary>
     public const int AttentionMostCols = 256;
 
+    /// <summary>Inputs of a causal convolution.</summary>
+    public const int ConvTaps = 4;
+
     /// <summary>-DNAME=value for each.</summary>
     public static string[] Macros { get; } =
     [
