@@ -14,6 +14,8 @@ internal sealed class AttentionMixer : Mixer
     private readonly Projections _heads;
     private readonly Projection _output;
     private readonly Rope _rope;
+    private readonly Columns? _query;
+    private readonly SigmoidGate? _gate;
     private readonly Attention _attention, _cachedAttention;
     private readonly DecoderSpec _spec;
     private readonly int _index;
@@ -23,11 +25,13 @@ internal sealed class AttentionMixer : Mixer
         (_spec, _index) = (spec, index);
         int width = spec.HiddenSize, keys = spec.KvHeads * spec.HeadDim;
         int outputs = spec.Heads * spec.HeadDim;
-        attention.Together(width, ("q_proj", outputs), ("k_proj", keys), ("v_proj", keys));
-        Projection query = attention.Linear("q_proj", width, outputs, spec.QkvBias);
+        // With gates each head's query stands before its gate.
+        int queries = spec.OutputGate ? 2 * outputs : outputs;
+        attention.Together(width, ("q_proj", queries), ("k_proj", keys), ("v_proj", keys));
+        Projection query = attention.Linear("q_proj", width, queries, spec.QkvBias);
         Projection key = attention.Linear("k_proj", width, keys, spec.QkvBias);
         Projection value = attention.Linear("v_proj", width, keys, spec.QkvBias);
-        _heads = new Projections([query, key, value], [outputs, keys, keys], spec.HeadDim,
+        _heads = new Projections([query, key, value], [queries, keys, keys], spec.HeadDim,
             rotated: spec.QkNorm ? 0 : 2);
         _output = attention.Linear("o_proj", outputs, width, bias: false);
         if (spec.QkNorm)
@@ -36,7 +40,10 @@ internal sealed class AttentionMixer : Mixer
             _keyNorm = attention.RmsNorm("k_norm", spec.HeadDim, spec.Norm);
         }
 
-        _rope = new Rope(spec.HeadDim);
+        _rope = new Rope(
+            spec.HeadDim, spec.RotaryDim == spec.HeadDim ? null : spec.RotaryDim);
+        if (spec.OutputGate)
+            (_query, _gate) = (new Columns(0, spec.HeadDim), new SigmoidGate(spec.HeadDim));
         _attention = new Attention(
             spec.Heads, spec.KvHeads, spec.HeadDim, Causal: true, 1 / Math.Sqrt(spec.HeadDim));
         _cachedAttention = _attention with { Cached = true };
@@ -52,9 +59,19 @@ internal sealed class AttentionMixer : Mixer
         Span<Tensor> y = [Tensor.None, Tensor.None, Tensor.None];
         _heads.Run(graph, a, context.Positions, context.RopeCos, context.RopeSin, y);
         graph.Drop(a);
-        Tensor q = Turned(graph, y[0], _queryNorm, context);
+        Tensor q = Turned(graph, Query(graph, y[0]), _queryNorm, context);
         Tensor k = Turned(graph, y[1], _keyNorm, context);
-        return _output.RunFleeting(graph, Attend(graph, q, k, y[2], context));
+        a = Attend(graph, q, k, y[2], context);
+        if (_gate is not null) a = graph.Run(_gate, a, y[0]);
+        return _output.RunFleeting(graph, a);
+    }
+
+    private Tensor Query(Graph graph, Tensor queries)
+    {
+        if (_query is null) return queries;
+        int tokens = (int)queries.Shape.Rows;
+        Tensor heads = queries.Reshape(tokens * _spec.Heads, 2 * _spec.HeadDim);
+        return graph.Run(_query, heads).Reshape(tokens, _spec.Heads * _spec.HeadDim);
     }
 
     private Tensor Attend(Graph graph, Tensor q, Tensor k, Tensor v, DecoderContext context)

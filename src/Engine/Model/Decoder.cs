@@ -87,7 +87,7 @@ public sealed class Decoder : IBatchInput
     /// </summary>
     public void Continue(KeyValueCache? cache) => _context.Cache = cache;
 
-    public long Count(Batch batch) => batch.Positions.Count + batch.SequenceStarts.Count
+    public long Count(Batch batch) => (_spec.Delta is null ? 1 : 3) * batch.Positions.Count + batch.SequenceStarts.Count
         + BatchUpload.TileNumbers(
             batch.Tokens.Count, batch.Tokens.Count, batch.SequenceStarts.Count);
 
@@ -98,9 +98,23 @@ public sealed class Decoder : IBatchInput
         _context.Starts = upload.Ints(starts, "sequence starts");
         _context.Tiles = _context.Cache is null
             ? upload.Tiles(starts, starts, causal: true) : default;
+        if (_spec.Delta is not null) LoadPairs(batch.Tokens.Count, upload);
         int last = 0;
         foreach (int position in batch.Positions.Span) last = Math.Max(last, position);
         _context.Reach(_spec, last + 1, upload);
+    }
+
+    private void LoadPairs(int tokens, BatchUpload upload)
+    {
+        Growing<int> pairs = upload.Scratch;
+        pairs.Clear();
+        for (int t = 0; t < tokens; t++)
+        {
+            pairs.Add(t);
+            pairs.Add(tokens + t);
+        }
+
+        _context.Pairs = upload.Ints(pairs.Span, "pairs of rows");
     }
 }
 
@@ -122,6 +136,11 @@ public sealed class DecoderContext
     /// Attention's tiles of queries and of keys where sequences are whole; may be absent.
     /// </summary>
     public (Tensor OfQueries, Tensor OfKeys) Tiles { get; set; }
+
+    /// <summary>
+    /// I32[2 tokens]: brings two matrices that lie behind each other side by side.
+    /// </summary>
+    public Tensor Pairs { get; set; }
 
     /// <summary>
     /// Has the keys and values of the tokens before these and takes theirs; null where sequences

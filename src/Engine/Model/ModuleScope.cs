@@ -113,12 +113,27 @@ public sealed class ModuleScope
     {
         string weight = Declare(Name(name) + ".weight", kind.Decays, [size]);
         return new Norm(
-            new RmsNorm(kind.Epsilon), _source.Vector(weight, 0, size), Tensor.None);
+            new RmsNorm(kind.Epsilon, kind.Centred), _source.Vector(weight, 0, size), Tensor.None);
     }
 
     /// <summary>A vector that is added or multiplied, such as a bias.</summary>
     public Tensor Vector(string name, int size) =>
         _source.Vector(Declare(Name(name), decays: true, [size]), 0, size);
+
+    /// <summary>The same of rows that are gated behind it.</summary>
+    public Norm GatedRmsNorm(string name, int size, NormKind kind)
+    {
+        string weight = Declare(Name(name) + ".weight", kind.Decays, [size]);
+        return new Norm(
+            new GatedRmsNorm(kind.Epsilon), _source.Vector(weight, 0, size), Tensor.None);
+    }
+
+    /// <summary>Few numbers as kernels take them, rows of all axes but the first.</summary>
+    public Tensor Rows(string name, params ReadOnlySpan<int> sizes)
+    {
+        Tensor rows = _source.Small(Declare(Name(name), decays: true, sizes));
+        return rows.Exists ? rows.Reshape(sizes[0], (int)(rows.Shape.Count / sizes[0])) : rows;
+    }
 
     /// <summary>A weight of a matrix product, all axes but the first seen as columns.</summary>
     public Tensor Matrix(string name, params ReadOnlySpan<int> sizes)
@@ -187,6 +202,8 @@ public sealed class ModuleScope
     {
         public Tensor Vector(string name, int begin, int count) => Tensor.None;
 
+        public Tensor Small(string name) => Tensor.None;
+
         public Tensor Matrix(string name, int begin, int rows, int cols) => Tensor.None;
 
         public Tensor Table(string name) => Tensor.None;
@@ -210,6 +227,9 @@ public interface ITensorSource
 {
     /// <summary>Elements begin..begin+count of a vector.</summary>
     Tensor Vector(string name, int begin, int count);
+
+    /// <summary>All elements of a small tensor, kept as vectors are.</summary>
+    Tensor Small(string name);
 
     /// <summary>
     /// Rows begin..begin+rows of a weight of matrix products, seen with these columns.
