@@ -27,9 +27,10 @@ public sealed class Decoder : IBatchInput
 
     /// <param name="spec">The decoder.</param>
     /// <param name="scope">Holds it and its head.</param>
-    /// <param name="name">The decoder's name in there.</param>
     /// <param name="recomputation">What layers compute again in backward.</param>
-    public Decoder(DecoderSpec spec, ModuleScope scope, string name, Recomputation recomputation)
+    /// <param name="name">The decoder's name in there.</param>
+    public Decoder(
+        DecoderSpec spec, ModuleScope scope, Recomputation recomputation, string name = "model")
     {
         (_spec, _recomputation) = (spec, recomputation);
         _lookUp = new Embedding(spec.EmbeddingScale);

@@ -65,7 +65,7 @@ public abstract class Family(string name)
     public virtual MiniCpmModel Build(ModelSpec spec, ModuleScope root, Recomputation recomputation)
     {
         // In state_dict's order.
-        var decoder = new Decoder(spec.Decoder, root.In("llm"), "model", recomputation);
+        var decoder = new Decoder(spec.Decoder, root.In("llm"), recomputation);
         IVisionTower vision =
             Tower(spec.Vision, root.As(ModelPart.Vision).In("vpm"), recomputation);
         var joiner = new Resampler(spec.Resampler, root.As(ModelPart.Joiner).In("resampler"));

@@ -45,7 +45,7 @@ internal sealed class MiniCpmV46() : Family("MiniCPM-V-4_6")
         root.PassOver("mtp");
         var vision = new SiglipTower(
             spec.Vision, model.As(ModelPart.Vision).In("vision_tower"), recomputation);
-        var decoder = new Decoder(spec.Decoder, root, Decoder, recomputation);
+        var decoder = new Decoder(spec.Decoder, root, recomputation, Decoder);
         var joiner = new BlockMerger(
             (MergerSpec)spec.Joiner, model.As(ModelPart.Joiner).In("merger"));
         return new MiniCpmModel(vision, joiner, decoder);
