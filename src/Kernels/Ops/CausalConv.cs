@@ -71,9 +71,39 @@ public sealed record CausalConv() : Op("causal_conv")
             for (int j = 0; j < Taps; j++) dw.Put((c * Taps) + j, sum[(j * x.Cols) + c]);
     }
 
-    public override void CudaForward(in CudaCall call) => throw new NotImplementedException();
+    public override void CudaForward(in CudaCall call)
+    {
+        Tensor x = call.In(0), starts = call.Input(2), state = call.Input(3);
+        if (call.Recorded && state.Exists) throw PackedRows.HasNoGradient(this);
+        int tokens = x.Shape[0], cols = x.Shape.Cols, sequences = (int)starts.Shape.Count - 1;
+        call.Launch("conv_forward", Blocks(call, tokens, cols), call.Output, x, call.Floats(1),
+            state, starts, call.Faults, sequences, tokens, cols);
+        if (state.Exists)
+            call.Launch("conv_state", Grid.Blocks256((cols + 255) / 256, sequences), state, x,
+                starts, tokens, cols);
+    }
 
-    public override void CudaBackward(in CudaCall call) => throw new NotImplementedException();
+    public override void CudaBackward(in CudaCall call)
+    {
+        GradientTarget dx = call.Gradient(0), dw = call.FloatGradient(1);
+        Tensor x = call.In(0), starts = call.Input(2);
+        int tokens = x.Shape[0], cols = x.Shape.Cols;
+        Grid grid = Blocks(call, tokens, cols);
+        Tensor parts = dw.Wanted
+            ? call.Scratch(DType.F32, grid.Blocks.Y, Taps * cols) : Tensor.None;
+        if (dx.Wanted || dw.Wanted)
+            call.Launch("conv_backward", grid, dx.Buffer, parts, call.OutputGradient, x,
+                call.Floats(1), starts, (int)starts.Shape.Count - 1, tokens, cols, dx.Accumulate);
+        if (dw.Wanted) call.SumParts(parts, dw);
+    }
+
+    // A thread per 16 bytes of channels, a row of blocks for some tokens.
+    private static Grid Blocks(in CudaCall call, int tokens, int cols)
+    {
+        const int Tokens = KernelConstants.ConvTokens;
+        int vectors = ((cols * call.Real.Size()) + 15) / 16;
+        return Grid.Blocks256((vectors + 255) / 256, (tokens + Tokens - 1) / Tokens);
+    }
 
     private Matrix<int> Starts<T>(in CpuCall<T> call)
         where T : unmanaged, IBinaryFloatingPointIeee754<T>

@@ -62,9 +62,16 @@ public sealed record DeltaRule(int KeyHeads, int ValueHeads, int KeyDim, int Val
     public override void CpuBackward<T>(in CpuCall<T> call) =>
         CpuDeltaRule.Backward(call, Heads(call));
 
-    public override void CudaForward(in CudaCall call) => throw new NotImplementedException();
+    public override void CudaForward(in CudaCall call)
+    {
+        Tensor state = call.Input(State);
+        if (call.Recorded && state.Exists) throw PackedRows.HasNoGradient(this);
+        new CudaDeltaRule(call, KeyHeads, ValueHeads, KeyDim, ValueDim, state).Output(call);
+    }
 
-    public override void CudaBackward(in CudaCall call) => throw new NotImplementedException();
+    public override void CudaBackward(in CudaCall call) =>
+        new CudaDeltaRule(call, KeyHeads, ValueHeads, KeyDim, ValueDim, Tensor.None)
+            .Backward(call);
 
     private DeltaHeads<T> Heads<T>(in CpuCall<T> call)
         where T : unmanaged, System.Numerics.IBinaryFloatingPointIeee754<T>

@@ -51,9 +51,34 @@ public sealed record GatedRmsNorm(double Epsilon) : Op("gated_rms_norm")
         Normalisation.Backward(call, between, x, w, default, call.Saved(0), dx, dw, default);
     }
 
-    public override void CudaForward(in CudaCall call) => throw new NotImplementedException();
+    public override void CudaForward(in CudaCall call)
+    {
+        Tensor x = call.In(0);
+        int rows = (int)x.Shape.Rows;
+        call.Launch("gated_norm_forward", Warps(rows), call.Output, call.Saved(0), x,
+            call.Floats(1), call.In(2), rows, x.Shape.Cols, Epsilon);
+    }
 
-    public override void CudaBackward(in CudaCall call) => throw new NotImplementedException();
+    public override void CudaBackward(in CudaCall call)
+    {
+        const int PartRows = 256, Columns = 32;
+        GradientTarget dx = call.Gradient(0), dw = call.FloatGradient(1), dGate = call.Gradient(2);
+        Tensor x = call.In(0), gate = call.In(2), dy = call.OutputGradient;
+        int rows = (int)x.Shape.Rows, cols = x.Shape.Cols;
+        if (dx.Wanted || dGate.Wanted)
+            call.Launch("gated_norm_backward", Warps(rows), dx.Buffer, dGate.Buffer, dy, x,
+                call.Floats(1), gate, call.Saved(0), rows, cols, dx.Accumulate, dGate.Accumulate);
+        if (!dw.Wanted) return;
+        int blocks = (cols + Columns - 1) / Columns;
+        var (parts, each) = call.Split(rows, blocks, perMultiprocessor: 8, PartRows, multiple: 8);
+        Tensor part = call.Scratch(DType.F32, parts, cols);
+        call.Launch("gated_norm_weight_parts", Grid.Blocks256(blocks, parts), part, dy, x, gate,
+            call.Saved(0), rows, cols, each);
+        call.SumParts(part, dw);
+    }
+
+    // A warp per row.
+    private static Grid Warps(int rows) => Grid.Blocks256((rows + 7) / 8);
 
     private readonly struct Gated<T> : IMap<T>
         where T : unmanaged

@@ -33,10 +33,12 @@ public sealed record RmsNorm(double Epsilon, bool ZeroCentred = false) : Op("rms
             call.Saved(0), call.Gradient(0), call.Gradient(1), default);
 
     public override void CudaForward(in CudaCall call) =>
-        CudaNormalisation.Forward(call, Tensor.None, call.Saved(0), Epsilon);
+        CudaNormalisation.Forward(
+            call, Tensor.None, call.Saved(0), Epsilon, ZeroCentred ? 1 : 0);
 
     public override void CudaBackward(in CudaCall call) =>
-        CudaNormalisation.Backward(call, Tensor.None, call.Saved(0));
+        CudaNormalisation.Backward(
+            call, Tensor.None, call.Saved(0), ZeroCentred ? 1 : 0);
 
     private Matrix<T> Weights<T>(in CpuCall<T> call)
         where T : unmanaged, System.Numerics.IBinaryFloatingPointIeee754<T>

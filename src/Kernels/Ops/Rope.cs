@@ -67,8 +67,8 @@ public sealed record Rope(int HeadDim, int? Turned = null) : Op("rope")
     {
         Tensor cos = call.Floats(2);
         call.Launch("rope", Grid.Rows((int)x.Shape.Rows, x.Shape.Cols / 2, call.Real),
-            y.Buffer, x, call.Input(1), cos, call.Floats(3), call.Faults, x.Shape.Cols, HeadDim / 2,
-            (int)cos.Shape.Rows, direction, y.Accumulate);
+            y.Buffer, x, call.Input(1), cos, call.Floats(3), call.Faults, x.Shape.Cols, HeadDim,
+            Width / 2, (int)cos.Shape.Rows, direction, y.Accumulate);
     }
 
     private void Rotate<T>(in CpuCall<T> call, Matrix<T> x, Gradient<T> y, T direction)

@@ -41,9 +41,22 @@ public sealed record SigmoidGate(int HeadDim) : Op("sigmoid_gate")
                 new GateRows<T>(call.In(0), queries, dy, dQueries, HeadDim));
     }
 
-    public override void CudaForward(in CudaCall call) => throw new NotImplementedException();
+    public override void CudaForward(in CudaCall call) =>
+        Gate(call, call.In(0), new GradientTarget(call.Output, Accumulate: false));
 
-    public override void CudaBackward(in CudaCall call) => throw new NotImplementedException();
+    public override void CudaBackward(in CudaCall call)
+    {
+        Tensor dy = call.OutputGradient;
+        long count = dy.Shape.Count;
+        if (call.Gradient(0) is { Wanted: true } dx) Gate(call, dy, dx);
+        if (call.Gradient(1) is { Wanted: true } dQueries)
+            call.Launch("sigmoid_gate_backward", Grid.Vectors(count, call.Real), dQueries.Buffer,
+                dy, call.In(0), call.In(1), HeadDim, count, dQueries.Accumulate);
+    }
+
+    private void Gate(in CudaCall call, in Tensor x, GradientTarget y) =>
+        call.Launch("sigmoid_gate", Grid.Vectors(x.Shape.Count, call.Real), y.Buffer, x,
+            call.In(1), HeadDim, x.Shape.Count, y.Accumulate);
 
     private readonly unsafe struct ForwardRows<T>(
         Matrix<T> x, Matrix<T> queries, Gradient<T> y, int dim) : IRangeBody
