@@ -54,7 +54,10 @@ public sealed class MiniCpmV46ModelTests
     public void WithoutTheTowersMergerThereAreFourTimesAsManyFeatures()
     {
         V46.Changed(_folder, (config, processor) =>
-            config["downsample_mode"] = processor["downsample_mode"] = "4x");
+        {
+            config["downsample_mode"] = "4x";
+            processor["downsample_mode"] = "4x";
+        });
         File.Copy(Path.Combine(V46.Model, Checkpoint.SingleFile),
             Path.Combine(_folder, Checkpoint.SingleFile));
         using var model = TrainingModel.Open(V46.Full with { ModelNameOrPath = _folder });
@@ -117,12 +120,13 @@ public sealed class MiniCpmV46ModelTests
         {
             StepResult result = trainer.Step(
                 step.GetProperty("step").GetInt32(), [batch], step.GetProperty("lr").GetDouble());
+            TestContext.Out.WriteLine($"{Error(result.Loss, step.GetProperty("loss")):E2} "
+                + $"{Error(result.GradientNorm, step.GetProperty("grad_norm")):E2}");
             loss = Math.Max(loss, Error(result.Loss, step.GetProperty("loss")));
             norm = Math.Max(norm, Error(result.GradientNorm, step.GetProperty("grad_norm")));
         }
 
         TestContext.Out.WriteLine($"worst loss {loss:E2}, norm {norm:E2}");
-        Assert.That(Math.Max(loss, norm), Is.LessThan(1e-4));
         double worst = 0;
         foreach (JsonProperty tensor in expected.GetProperty(
             kind == "full" ? "parameters_after_10" : "adapter_after_10").EnumerateObject())
@@ -134,10 +138,12 @@ public sealed class MiniCpmV46ModelTests
                 model.Device.ReadFloats(model.Trainables.Value(name)), wanted.Shape)
                 .NormError(wanted);
             worst = Math.Max(worst, error);
-            Assert.That(error, Is.LessThan(1e-4), name);
+            if (error > 1e-4) TestContext.Out.WriteLine($"{name} {error:E2} {wanted.Norm}");
         }
 
         TestContext.Out.WriteLine($"worst tensor {worst:E2}");
+        Assert.That(worst, Is.LessThan(1e-4));
+        Assert.That(Math.Max(loss, norm), Is.LessThan(1e-4));
     }
 
     [Test]
