@@ -4139,9 +4139,10 @@ template <int N> DEVICE void conv_backward_part(real* dx, float* dw, const real*
 // c, j] = sum of ds[t] x[t - 3 + j] over the tokens of block p. Either may be null. Moves 3 R C S,
 // and 32 C bytes of sums for every CONV_TOKENS rows.
 extern "C" __global__ void __launch_bounds__(256) conv_backward(real* dx, float* dw,
-    const real* dy, const real* x, const float* w, const int* starts, int sequences, int tokens,
-    int cols, int accumulate)
+    const real* dy, const real* x, const float* w, const int* starts, int* faults, int sequences,
+    int tokens, int cols, int accumulate)
 {
+    check_starts(starts, sequences, tokens, faults, FAULT_CAUSAL_CONV_STARTS);
     bool wide = aligned16(x, cols, sizeof(real)) && aligned16(dx, cols, sizeof(real))
         && aligned16(dy, cols, sizeof(real));
     int thread = blockIdx.x * blockDim.x + threadIdx.x;

@@ -22,6 +22,8 @@ public sealed class KernelBudgetTests
     // Bytes of dynamic shared memory that the host asks for, at the head size of production.
     private static int Dynamic(KernelBuild b)
     {
+        if (b.Kernel.StartsWith("delta_", StringComparison.Ordinal))
+            return CudaDeltaRule.SharedBytes(b.Kernel, keyDim: 128, b.Storage.Size());
         if (b.Kernel == "attention_forward_any") return sizeof(float) * ((16 * 128) + (64 * 129));
         if (!s_tensorCores.Contains(b.Kernel)) return 0;
         int headDim = int.Parse(b.Kernel[(b.Kernel.LastIndexOf('_') + 1)..]);
@@ -40,7 +42,10 @@ public sealed class KernelBudgetTests
 
     // Tensor-core kernels that load their operands straight into registers.
     private static readonly string[] s_fragments =
-        ["lora_down", "lora_gradient_x", "lora_gradient_a"];
+    [
+        "lora_down", "lora_gradient_x", "lora_gradient_a", "delta_chunks", "delta_states",
+        "delta_output", "delta_state_gradients", "delta_gradients",
+    ];
 
     // Kernels that move long rows, and so must move 16 bytes at a time.
     private static readonly string[] s_wide =
@@ -52,6 +57,8 @@ public sealed class KernelBudgetTests
         "lookup_rows", "weighted_gather", "sum_by_id", "gather_rows", "columns_forward",
         "columns_backward", "cache_append", "splice_forward", "splice_text_backward",
         "cross_entropy_rows", "cross_entropy_scatter",
+        "gated_norm_forward", "gated_norm_backward", "sigmoid_gate", "sigmoid_gate_backward",
+        "conv_forward", "conv_backward",
     ];
 
     // The same, but only what they read, or write, is long.
@@ -68,6 +75,7 @@ public sealed class KernelBudgetTests
     [
         "sum_parts", "gradient_norm_finish", "attention_forward_any", "attention_keys_backward",
         "attention_queries_backward", "lora_down_parts", "attention_tiles", "dropout_mask",
+        "gated_norm_weight_parts", "conv_state", "delta_unit_gradients",
         "order_by_id", "row_of_term", "splice_invert", "cross_entropy_check", "cross_entropy_sum",
     ];
 

@@ -40,19 +40,20 @@ public static class OpCases
             ProductionOp = new SigmoidGate(256),
         },
         new("causal_conv", new CausalConv(),
-            n => [X("x", n, 5), X("w", 5, 4), Value.Int("cu_seqlens", Starts([n / 3, 0, n - (n / 3)]))],
-            () => [X("x", 2048, 6144), X("w", 6144, 4), Value.Int("cu_seqlens", 0, 2048)])
+            n => [X("x", n, 5), X("w", 5, 4), Packed(n / 3, 0, n - (n / 3))],
+            () => [X("x", 2048, 6144), X("w", 6144, 4), Packed(2048)])
         {
             FreeColumns = ["cu_seqlens"],
         },
         new("causal_conv_whole", new CausalConv(),
-            n => [X("x", n, 24), X("w", 24, 4), Value.Int("cu_seqlens", Starts([n - (n / 3), n / 3]))],
-            () => [X("x", 2048, 6144), X("w", 6144, 4), Value.Int("cu_seqlens", 0, 2048)])
+            n => [X("x", n, 24), X("w", 24, 4), Packed(n - (n / 3), n / 3)],
+            () => [X("x", 2048, 6144), X("w", 6144, 4), Packed(2048)])
         {
             Sizes = [0, 1, 7, 130],
             FreeColumns = ["cu_seqlens"],
         },
-        new("delta_rule", new DeltaRule(2, 4, 8, 6), n => Delta([n / 3, 0, n - (n / 3)], 2, 4, 8, 6),
+        new("delta_rule", new DeltaRule(2, 4, 8, 6),
+            n => Delta([n / 3, 0, n - (n / 3)], 2, 4, 8, 6),
             () => Delta([2048], 16, 16, 128, 128))
         {
             ProductionOp = new DeltaRule(16, 16, 128, 128),
@@ -60,7 +61,8 @@ public static class OpCases
             SelfTestSizes = [15, 130],
             FreeColumns = ["cu_seqlens"],
         },
-        new("delta_rule_128", new DeltaRule(1, 2, 128, 128), n => Delta([n / 4, n - (n / 4)], 1, 2, 128, 128),
+        new("delta_rule_128", new DeltaRule(1, 2, 128, 128),
+            n => Delta([n / 4, n - (n / 4)], 1, 2, 128, 128),
             () => Delta([1024, 1024], 16, 32, 128, 128))
         {
             ProductionOp = new DeltaRule(16, 32, 128, 128),
@@ -297,9 +299,12 @@ public static class OpCases
         [
             X("qkv", tokens, (2 * keyHeads * keyDim) + (valueHeads * valueDim)),
             X("gates", tokens, 2 * valueHeads), X("a_log", valueHeads), X("dt_bias", valueHeads),
-            Value.Int("cu_seqlens", Starts(lengths)),
+            Packed(lengths),
         ];
     }
+
+    private static Value Packed(params int[] lengths) =>
+        Value.Int("cu_seqlens", Starts(lengths));
 
     private static Value[] Cache(int room, int tokens, int cols) =>
     [

@@ -7,7 +7,7 @@ namespace MiniCpmNative.Kernels.Cuda;
 /// </summary>
 internal readonly ref struct CudaDeltaRule
 {
-    private const int Tokens = 64, Square = Tokens + 8, Slice = KernelConstants.DeltaSlice;
+    private const int Tokens = 64, Margin = 8, Slice = KernelConstants.DeltaSlice;
     private const int LargestHead = KernelConstants.DeltaMostCols, OutputCols = 32;
 
     private readonly int _keyHeads, _valueHeads, _keyDim, _valueDim, _tokens, _sequences, _chunks;
@@ -36,28 +36,37 @@ internal readonly ref struct CudaDeltaRule
         _states = call.Scratch(call.Real, _chunks, valueHeads, keyDim * valueDim);
         _solved = call.Scratch(call.Real, _tokens, valueHeads * valueDim);
         if (_chunks == 0) return;
-        int size = call.Real.Size(), units = Tokens * Pitch;
-        call.Launch("delta_chunks",
-            Chunks(Math.Max(2 * units * size, Tokens * (Tokens + 1) * sizeof(float))), _units,
-            _chunkGates, _inverses, _scores, _qkv, _gates, _aLog, _dtBias, _starts, call.Faults,
-            _sequences, _tokens, keyHeads, valueHeads, keyDim, valueDim);
-        call.Launch("delta_states",
-            Slices(size * (units + (Tokens * Square) + ((Padded + Tokens) * (Slice + 8)))), _states,
-            _solved, state, _units, _chunkGates, _inverses, _qkv, _starts, _tokens, keyHeads,
-            valueHeads, keyDim, valueDim);
+        call.Launch("delta_chunks", Chunks(call, "delta_chunks"), _units, _chunkGates, _inverses,
+            _scores, _qkv, _gates, _aLog, _dtBias, _starts, call.Faults, _sequences, _tokens,
+            keyHeads, valueHeads, keyDim, valueDim);
+        call.Launch("delta_states", Slices(call, "delta_states"), _states, _solved, state, _units,
+            _chunkGates, _inverses, _qkv, _starts, _tokens, keyHeads, valueHeads, keyDim, valueDim);
     }
 
-    // Key heads in shared memory.
-    private int Padded => (_keyDim + 15) / 16 * 16;
-
-    private int Pitch => Padded + 8;
+    /// <summary>Dynamic shared memory of a kernel; its elements have `size` bytes.</summary>
+    public static int SharedBytes(string kernel, int keyDim, int size)
+    {
+        int padded = (keyDim + 15) / 16 * 16, keys = Tokens * (padded + Margin);
+        int square = Tokens * (Tokens + Margin), values = Tokens * (Slice + Margin);
+        int state = padded * (Slice + Margin);
+        return kernel switch
+        {
+            // Keys and queries, then the inverse as floats.
+            "delta_chunks" => Math.Max(2 * keys * size, Tokens * (Tokens + 1) * sizeof(float)),
+            "delta_states" => size * (keys + square + state + values),
+            "delta_output" => size * (keys + square + ((padded + Tokens) * (OutputCols + Margin))),
+            "delta_state_gradients" => size * (keys + square + state + (2 * values)),
+            "delta_gradients" =>
+                size * Math.Max((5 * values) + (2 * state), keys + (2 * square)),
+            _ => 0,
+        };
+    }
 
     public void Output(in CudaCall call)
     {
         if (_chunks == 0) return;
-        int elements = (Tokens * (Pitch + Square)) + ((Padded + Tokens) * (OutputCols + 8));
-        call.Launch("delta_output", Chunks(elements * call.Real.Size()), call.Output, _units,
-            _chunkGates, _scores, _states, _solved, _starts, _sequences, _tokens, _keyHeads,
+        call.Launch("delta_output", Chunks(call, "delta_output"), call.Output, _units, _chunkGates,
+            _scores, _states, _solved, _starts, _sequences, _tokens, _keyHeads,
             _valueHeads, _keyDim, _valueDim);
     }
 
@@ -70,17 +79,13 @@ internal readonly ref struct CudaDeltaRule
         Tensor dQueries = call.Scratch(DType.F32, _tokens, _valueHeads * _keyDim);
         Tensor dKeys = call.Scratch(DType.F32, _tokens, _valueHeads * _keyDim);
         Tensor parts = call.Scratch(DType.F32, _chunks, 2 * _valueHeads);
-        int size = call.Real.Size(), units = Tokens * Pitch, dy = Tokens * (Slice + 8);
         if (_chunks > 0)
         {
-            call.Launch("delta_state_gradients",
-                Slices(size * (units + (Tokens * Square) + (Padded * (Slice + 8)) + (2 * dy))),
-                dStates, dSolved, call.OutputGradient, _units, _chunkGates, _inverses, _scores,
+            call.Launch("delta_state_gradients", Slices(call, "delta_state_gradients"), dStates,
+                dSolved, call.OutputGradient, _units, _chunkGates, _inverses, _scores,
                 _starts, _tokens, _keyHeads, _valueHeads, _keyDim, _valueDim);
-            int elements = Math.Max(
-                (5 * dy) + (2 * Padded * (Slice + 8)), units + (2 * Tokens * Square));
-            call.Launch("delta_gradients", Chunks(elements * size), dQueries, dKeys, dQkv.Buffer,
-                dGates.Buffer, parts, call.OutputGradient, _qkv, _gates, _aLog, _dtBias, _units,
+            call.Launch("delta_gradients", Chunks(call, "delta_gradients"), dQueries, dKeys,
+                dQkv.Buffer, dGates.Buffer, parts, call.OutputGradient, _qkv, _gates, _aLog, _dtBias, _units,
                 _chunkGates, _scores, _states, _solved, dStates, dSolved, _starts, _sequences,
                 _tokens, _keyHeads, _valueHeads, _keyDim, _valueDim, dQkv.Accumulate,
                 dGates.Accumulate);
@@ -105,8 +110,10 @@ internal readonly ref struct CudaDeltaRule
         if (into.Wanted) call.SumParts(both.Slice(first, _valueHeads).Reshape(1, _valueHeads), into);
     }
 
-    private Grid Chunks(int shared) => new(new Dim3(_chunks, _valueHeads), 256, shared);
+    private Grid Chunks(in CudaCall call, string kernel) =>
+        new(new Dim3(_chunks, _valueHeads), 256, SharedBytes(kernel, _keyDim, call.Real.Size()));
 
-    private Grid Slices(int shared) => new(
-        new Dim3((_valueDim + Slice - 1) / Slice, _valueHeads, _sequences), 128, shared);
+    private Grid Slices(in CudaCall call, string kernel) => new(
+        new Dim3((_valueDim + Slice - 1) / Slice, _valueHeads, _sequences), 128,
+        SharedBytes(kernel, _keyDim, call.Real.Size()));
 }

@@ -93,7 +93,8 @@ public sealed record CausalConv() : Op("causal_conv")
             ? call.Scratch(DType.F32, grid.Blocks.Y, Taps * cols) : Tensor.None;
         if (dx.Wanted || dw.Wanted)
             call.Launch("conv_backward", grid, dx.Buffer, parts, call.OutputGradient, x,
-                call.Floats(1), starts, (int)starts.Shape.Count - 1, tokens, cols, dx.Accumulate);
+                call.Floats(1), starts, call.Faults, (int)starts.Shape.Count - 1, tokens, cols,
+                dx.Accumulate);
         if (dw.Wanted) call.SumParts(parts, dw);
     }
 
@@ -154,7 +155,7 @@ public sealed record CausalConv() : Op("causal_conv")
         {
             int into = token - back - starts[sequence];
             return into >= 0 ? X.Row(token - back)
-                : state.Exists ? state.Row((sequence * CausalConv.Before) + CausalConv.Before + into)
+                : state.Exists ? state.Row(((sequence + 1) * CausalConv.Before) + into)
                 : null;
         }
     }

@@ -4,7 +4,7 @@ using MiniCpmNative.Kernels.Cuda;
 namespace MiniCpmNative.Kernels.Ops;
 
 /// <summary>
-/// Linear attention whose state forgets and corrects itself, per value head h over packed sequences:
+/// Linear attention whose state forgets and corrects itself, per value head over packed sequences:
 ///
 ///   S_t = e^g_t S_t-1 + k_t d_t^T,  d_t = beta_t (v_t - e^g_t S_t-1^T k_t),  o_t = S_t^T q_t,
 ///
