@@ -105,45 +105,86 @@ public sealed class MiniCpmV46ModelTests
         Assert.That(compared, Is.EqualTo(model.Trainables.List.Count));
     }
 
-    [TestCase("full")]
-    [TestCase("lora")]
-    public void TenStepsAreEqual(string kind)
+    // Adam makes steps of full size of the smallest gradients, so rounding grows from step to step:
+    // in the full run, whose loss falls from 7 to 0.01, tenfold in each. A tensor or a loss may
+    // differ by 1e-4, or by a few times what a run differs by that starts with the last bits of all
+    // weights changed; in the first two steps by 1e-4 alone.
+    [TestCase("full", "parameters")]
+    [TestCase("lora", "adapter")]
+    public void TenStepsAreEqual(string kind, string what)
     {
+        const double Bar = 1e-4, Times = 4;
         JsonElement expected = V46.Json(kind + "_steps.json");
         TrainArguments arguments = kind == "full" ? V46.Full
             : V46.Lora with { LoraWeightPath = V46.Adapter("lora_init") };
-        using var model = TrainingModel.Open(arguments);
-        Batch batch = V46.Batch(model.Loaded.Rows);
-        var trainer = new Trainer(arguments, model);
-        double loss = 0, norm = 0;
+        var run = Run(0);
+        var other = Run(1e-7);
+        Assert.That(run.Steps[^1].Loss, Is.LessThan(0.7 * run.Steps[0].Loss));
         foreach (JsonElement step in expected.GetProperty("steps").EnumerateArray())
         {
-            StepResult result = trainer.Step(
-                step.GetProperty("step").GetInt32(), [batch], step.GetProperty("lr").GetDouble());
-            TestContext.Out.WriteLine($"{Error(result.Loss, step.GetProperty("loss")):E2} "
-                + $"{Error(result.GradientNorm, step.GetProperty("grad_norm")):E2}");
-            loss = Math.Max(loss, Error(result.Loss, step.GetProperty("loss")));
-            norm = Math.Max(norm, Error(result.GradientNorm, step.GetProperty("grad_norm")));
+            int i = step.GetProperty("step").GetInt32();
+            Assert.That(run.Steps[i].Loss, Is.EqualTo(step.GetProperty("loss").GetDouble())
+                .Within(Allowed(i, run.Steps[i].Loss, other.Steps[i].Loss)), $"loss {i}");
+            Assert.That(run.Steps[i].Norm, Is.EqualTo(step.GetProperty("grad_norm").GetDouble())
+                .Within(Allowed(i, run.Steps[i].Norm, other.Steps[i].Norm)), $"norm {i}");
         }
 
-        TestContext.Out.WriteLine($"worst loss {loss:E2}, norm {norm:E2}");
-        double worst = 0;
-        foreach (JsonProperty tensor in expected.GetProperty(
-            kind == "full" ? "parameters_after_10" : "adapter_after_10").EnumerateObject())
+        AssertTensors(run.After2, null, expected.GetProperty(what + "_after_2"));
+        AssertTensors(run.After10, other.After10, expected.GetProperty(what + "_after_10"));
+
+        double Allowed(int step, double value, double moved) => step <= 2
+            ? Bar * value : Math.Max(Bar * value, Times * Math.Abs(value - moved));
+
+        void AssertTensors(Dictionary<string, float[]> got, Dictionary<string, float[]>? moved,
+            JsonElement tensors)
         {
-            string name = V26.Name(tensor.Name);
-            if (V26.IsKeyBias(name)) continue;
-            var wanted = Fingerprint.Read(tensor.Value);
-            double error = Fingerprint.Of(
-                model.Device.ReadFloats(model.Trainables.Value(name)), wanted.Shape)
-                .NormError(wanted);
-            worst = Math.Max(worst, error);
-            if (error > 1e-4) TestContext.Out.WriteLine($"{name} {error:E2} {wanted.Norm}");
+            double worst = 0;
+            int strict = 0;
+            foreach (JsonProperty tensor in tensors.EnumerateObject())
+            {
+                string name = V26.Name(tensor.Name);
+                if (V26.IsKeyBias(name)) continue;
+                var wanted = Fingerprint.Read(tensor.Value);
+                double error = Fingerprint.Of(got[name], wanted.Shape).NormError(wanted);
+                double noise = moved is null ? 0
+                    : V26.NormError(moved[name], [.. got[name].Select(v => (double)v)]);
+                worst = Math.Max(worst, error);
+                if (error < Bar) strict++;
+                Assert.That(error, Is.LessThan(Math.Max(Bar, Times * noise)), name);
+            }
+
+            TestContext.Out.WriteLine($"worst tensor {worst:E2}, {strict} within {Bar}");
         }
 
-        TestContext.Out.WriteLine($"worst tensor {worst:E2}");
-        Assert.That(worst, Is.LessThan(1e-4));
-        Assert.That(Math.Max(loss, norm), Is.LessThan(1e-4));
+        (List<(double Loss, double Norm)> Steps, Dictionary<string, float[]> After2,
+            Dictionary<string, float[]> After10) Run(double shift)
+        {
+            using var model = TrainingModel.Open(arguments);
+            Batch batch = V46.Batch(model.Loaded.Rows);
+            if (shift > 0)
+                foreach (Trainable tensor in model.Trainables.List)
+                    model.Trainables.Write(tensor.Name,
+                        [.. Values(model, tensor.Name).Select((v, i) =>
+                            (float)(v * (1 + (i % 2 == 0 ? shift : -shift))))]);
+            var trainer = new Trainer(arguments, model);
+            var steps = new List<(double, double)>();
+            var after2 = new Dictionary<string, float[]>();
+            foreach (JsonElement step in expected.GetProperty("steps").EnumerateArray())
+            {
+                int i = step.GetProperty("step").GetInt32();
+                StepResult result =
+                    trainer.Step(i, [batch], step.GetProperty("lr").GetDouble());
+                steps.Add((result.Loss, result.GradientNorm));
+                if (i == 1) after2 = All(model);
+            }
+
+            return (steps, after2, All(model));
+        }
+
+        static Dictionary<string, float[]> All(TrainingModel model) => model.Trainables.List
+            .ToDictionary(t => t.Name, t => Values(model, t.Name));
+        static float[] Values(TrainingModel model, string name) =>
+            model.Device.ReadFloats(model.Trainables.Value(name));
     }
 
     [Test]
@@ -176,7 +217,4 @@ public sealed class MiniCpmV46ModelTests
     private static void AssertLoss(Trace trace, JsonElement expected) => Assert.That(
         trace.Floats["loss"].Values[0],
         Is.EqualTo(expected.GetDouble()).Within(1e-5 * expected.GetDouble()));
-
-    private static double Error(double got, JsonElement expected) =>
-        Math.Abs(got - expected.GetDouble()) / expected.GetDouble();
 }

@@ -175,7 +175,7 @@ public sealed class MiniCpmV46Tests
     public void ARowBecomesTheReferencesTokensAndPatches()
     {
         string path = Path.Combine(_folder, "rows.json");
-        using (Picture picture = V46.Picture(0)) SaveBmp(picture, Path.Combine(_folder, "a.bmp"));
+        using (Picture picture = V46.Picture(0)) V46.SaveBmp(picture, Path.Combine(_folder, "a.bmp"));
         File.WriteAllText(path, """
             [{"image": "a.bmp", "conversations": [
               {"role": "user", "content": "<image>\nWhat is in the picture? "},
@@ -239,29 +239,4 @@ public sealed class MiniCpmV46Tests
     public void TheOfficialScriptDoesNotKnowIt() => Assert.That(
         () => s_format.RequireLlmType(null, officialCompat: true),
         Throws.TypeOf<InputException>().With.Message.Contains("official_compat"));
-
-    // A picture as a BMP of 24 bits.
-    private static void SaveBmp(Picture picture, string path)
-    {
-        int width = picture.Size.Width, height = picture.Size.Height;
-        int row = ((3 * width) + 3) / 4 * 4;
-        using var file = new BinaryWriter(File.Create(path));
-        file.Write("BM"u8);
-        file.Write(54 + (row * height));
-        file.Write(0);
-        file.Write(54);
-        file.Write(40);
-        file.Write(width);
-        file.Write(height);
-        file.Write((short)1);
-        file.Write((short)24);
-        for (int i = 0; i < 6; i++) file.Write(0);
-        var line = new byte[row];
-        for (int y = height - 1; y >= 0; y--)
-        {
-            for (int x = 0; x < width; x++)
-                for (int c = 0; c < 3; c++) line[(3 * x) + c] = picture.Row(y)[(3 * x) + 2 - c];
-            file.Write(line);
-        }
-    }
 }

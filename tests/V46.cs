@@ -147,6 +147,47 @@ internal static class V46
         Assert.That(error, Is.LessThan(tolerance), name);
     }
 
+    /// <summary>A picture as a BMP of 24 bits.</summary>
+    public static void SaveBmp(Picture picture, string path)
+    {
+        int width = picture.Size.Width, height = picture.Size.Height;
+        int row = ((3 * width) + 3) / 4 * 4;
+        using var file = new BinaryWriter(File.Create(path));
+        file.Write("BM"u8);
+        file.Write(54 + (row * height));
+        file.Write(0);
+        file.Write(54);
+        file.Write(40);
+        file.Write(width);
+        file.Write(height);
+        file.Write((short)1);
+        file.Write((short)24);
+        for (int i = 0; i < 6; i++) file.Write(0);
+        var line = new byte[row];
+        for (int y = height - 1; y >= 0; y--)
+        {
+            for (int x = 0; x < width; x++)
+                for (int c = 0; c < 3; c++) line[(3 * x) + c] = picture.Row(y)[(3 * x) + 2 - c];
+            file.Write(line);
+        }
+    }
+
+    /// <summary>A file of two rows, one with a picture of the batch and one without.</summary>
+    public static string Data(string folder)
+    {
+        using (Picture picture = Picture(1)) SaveBmp(picture, Path.Combine(folder, "b.bmp"));
+        string path = Path.Combine(folder, "rows.json");
+        File.WriteAllText(path, """
+            [{"id": "one", "image": "b.bmp", "conversations": [
+              {"role": "user", "content": "<image>\nWhich colour is the largest one?"},
+              {"role": "assistant", "content": "It is yellow."}]},
+             {"id": "text", "conversations": [
+              {"role": "user", "content": "How many shapes are there?"},
+              {"role": "assistant", "content": "Three."}]}]
+            """);
+        return path;
+    }
+
     private static string Unpack()
     {
         string folder = Directory.CreateTempSubdirectory("cpmx-test-v46-").FullName;
