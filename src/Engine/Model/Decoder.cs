@@ -88,7 +88,8 @@ public sealed class Decoder : IBatchInput
     /// </summary>
     public void Continue(KeyValueCache? cache) => _context.Cache = cache;
 
-    public long Count(Batch batch) => (_spec.Delta is null ? 1 : 3) * batch.Positions.Count + batch.SequenceStarts.Count
+    public long Count(Batch batch) => ((_spec.Delta is null ? 1L : 3) * batch.Positions.Count)
+        + batch.SequenceStarts.Count
         + BatchUpload.TileNumbers(
             batch.Tokens.Count, batch.Tokens.Count, batch.SequenceStarts.Count);
 

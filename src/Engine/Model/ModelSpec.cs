@@ -163,8 +163,10 @@ public sealed record DecoderSpec(
     /// <summary>The layers of gated delta rule between those of attention (V-4_6), if any.</summary>
     public DeltaSpec? Delta { get; init; }
 
-    /// <summary>Columns of a head that are turned by its position, the first ones.</summary>
-    public int RotaryDim { get; init; } = HeadDim;
+    /// <summary>
+    /// How many of a head's columns, the first ones, are turned by its position; null for all.
+    /// </summary>
+    public int? RotatedColumns { get; init; }
 
     /// <summary>
     /// Whether norms are multiplied by 1 + weight, and weight decay passes them over.
@@ -178,19 +180,19 @@ public sealed record DecoderSpec(
     public bool OutputGate { get; init; }
 
     /// <summary>
-    /// cos and sin [positions, RotaryDim/2] of position * theta^(-2k/RotaryDim) / divisor_k, times the
+    /// cos and sin [positions, columns/2] of position * theta^(-2k/columns) / divisor_k, times the
     /// amplitude; frequencies and angles are rounded to float as transformers has them.
     /// </summary>
     /// <param name="positions">Rows of the tables.</param>
     /// <param name="isLong">Whether they have the long divisors.</param>
     public (float[] Cos, float[] Sin) RopeTable(int positions, bool isLong = false)
     {
-        int half = RotaryDim / 2;
+        int columns = RotatedColumns ?? HeadDim, half = columns / 2;
         ImmutableArray<double> divisors = isLong ? RopeScaling.Long : RopeScaling.Short;
         var frequencies = new float[half];
         for (int k = 0; k < half; k++)
         {
-            float power = (float)Math.Pow(RopeTheta, 2f * k / RotaryDim);
+            float power = (float)Math.Pow(RopeTheta, 2f * k / columns);
             float divisor = divisors.IsEmpty ? 1 : (float)divisors[k];
             frequencies[k] = 1 / (divisor * power);
         }

@@ -66,7 +66,7 @@ internal sealed class WindowMerger : Layer<VisionContext>
 
     public long Count(Batch batch)
     {
-        int patches = batch.PictureStarts[batch.PictureStarts.Count - 1], pictures = batch.PictureStarts.Count - 1;
+        int pictures = batch.PictureStarts.Count - 1, patches = batch.PictureStarts[pictures];
         int windows = patches / Window;
         return (3L * patches) + windows + 1 + pictures + 1
             + BatchUpload.TileNumbers(patches, patches, windows)
@@ -77,7 +77,8 @@ internal sealed class WindowMerger : Layer<VisionContext>
     public void Load(Batch batch, BatchUpload upload)
     {
         Growing<int> ints = upload.Scratch;
-        int patches = batch.PictureStarts[batch.PictureStarts.Count - 1], windows = patches / Window;
+        int patches = batch.PictureStarts[batch.PictureStarts.Count - 1];
+        int windows = patches / Window;
         ints.Clear();
         Squares.Append(batch, 1, ints);
         _order = upload.Ints(ints.Span, "window order");

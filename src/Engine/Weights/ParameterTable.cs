@@ -85,7 +85,8 @@ public sealed class ParameterTable
     public ModelParameter? Find(string name) => _byName.GetValueOrDefault(name);
 
     /// <summary>The part that a parameter, or an adapter's matrix, belongs to.</summary>
-    public ModelPart? PartOf(string name) => Find(name.Replace(".lora_A.", ".", StringComparison.Ordinal)
+    public ModelPart? PartOf(string name) => Find(name
+        .Replace(".lora_A.", ".", StringComparison.Ordinal)
         .Replace(".lora_B.", ".", StringComparison.Ordinal))?.Part;
 
     /// <summary>

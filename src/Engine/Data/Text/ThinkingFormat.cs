@@ -44,7 +44,7 @@ public sealed class ThinkingFormat : TemplateFormat
         foreach (string part in (string[])[TurnStart, TurnEnd, Close, "trim", "<|image_pad|>"])
             if (!text.Contains(part, StringComparison.Ordinal))
                 throw new InputException($"{file}: chat_template has no {Messages.Quote(part)}; "
-                    + "only that of MiniCPM-V-4_6 is supported for this model");
+                    + "only the template that came with the model is supported");
         return new ThinkingFormat(tokenizer, directory);
     }
 

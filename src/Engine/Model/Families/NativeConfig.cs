@@ -12,7 +12,9 @@ internal static class NativeConfig
     private const string Full = "full_attention", Linear = "linear_attention";
     private const int MaxHeads = 1 << 12, MaxHeadDim = 1 << 10;
 
-    /// <summary>The processor's file of this model: its "image_processor", else the older one.</summary>
+    /// <summary>
+    /// The processor's file of this model: its "image_processor", else the older one.
+    /// </summary>
     public static (string Name, string? Key) ProcessorFile(string directory)
     {
         const string Name = "processor_config.json", Key = "image_processor";
@@ -38,21 +40,23 @@ internal static class NativeConfig
         if (heads % kvHeads != 0)
             throw text["num_attention_heads"]
                 .Expected($"a multiple of num_key_value_heads ({kvHeads})");
-        int headDim = Size("head_dim", MaxHeadDim, 256), layers = Size("num_hidden_layers", ModelConfig.MaxLayers);
+        int headDim = Size("head_dim", MaxHeadDim, 256);
+        int layers = Size("num_hidden_layers", ModelConfig.MaxLayers);
         ModelConfig.RequireText(text, "hidden_act", "silu");
         ModelConfig.RequireZero(text, "attention_dropout");
         if (text.Find("attention_bias") is { } bias && bias.Bool())
             throw bias.Expected("false: biases of this decoder's attention are not supported");
         var (theta, rotary) = Rope(text, headDim);
         return new DecoderSpec(
-            Size("vocab_size", ModelConfig.MaxVocabulary), Size("hidden_size", ModelConfig.MaxWidth),
+            Size("vocab_size", ModelConfig.MaxVocabulary),
+            Size("hidden_size", ModelConfig.MaxWidth),
             Size("intermediate_size", 1 << 20), layers, heads, kvHeads, headDim,
             (float)(text.Find("rms_norm_eps")?.Number(1e-12, 1) ?? 1e-6), QkvBias: false,
             config.Flag("tie_word_embeddings", false), theta, RopeScaling.None,
             Size("max_position_embeddings", int.MaxValue, 32768), QkNorm: true,
             FinalNormDecays: false)
         {
-            RotaryDim = rotary,
+            RotatedColumns = rotary,
             ZeroCentredNorms = true,
             OutputGate = true,
             Delta = Delta(text, layers),
@@ -104,7 +108,8 @@ internal static class NativeConfig
     {
         var (name, key) = ProcessorFile(config.Directory);
         string path = Path.Combine(config.Directory, name);
-        JsonValue json = File.Exists(path) ? JsonInput.ReadObject(path) : JsonInput.Parse(path, "{}"u8.ToArray());
+        JsonValue json = File.Exists(path)
+            ? JsonInput.ReadObject(path) : JsonInput.Parse(path, "{}"u8.ToArray());
         if (key is not null) json = json[key];
         int patch = ModelConfig.Size(json, "patch_size", 1 << 8, 14);
         if (patch != vision.PatchSize)
@@ -117,7 +122,8 @@ internal static class NativeConfig
             if (json.Find(needed) is { } flag && !flag.Bool()) throw flag.Expected("true");
         if (json.Find("resample") is { } filter && filter.Int() != 3)
             throw filter.Expected("3, bicubic, the only one supported");
-        if (json.Find("rescale_factor") is { } factor && Math.Abs((255 * factor.Number()) - 1) > 1e-6)
+        if (json.Find("rescale_factor") is { } factor
+            && Math.Abs((255 * factor.Number()) - 1) > 1e-6)
             throw factor.Expected("1 / 255");
         var slicing = new SlicingSpec(
             ModelConfig.Size(json, "max_slice_nums", 1 << 12, 9),
@@ -156,7 +162,8 @@ internal static class NativeConfig
         JsonValue? rope = text.Find("rope_parameters");
         if (rope?.Find("rope_type") is { } type && type.Text() != "default")
             throw type.Expected("\"default\", the only one supported for this decoder");
-        JsonValue? share = rope?.Find("partial_rotary_factor") ?? text.Find("partial_rotary_factor");
+        JsonValue? share =
+            rope?.Find("partial_rotary_factor") ?? text.Find("partial_rotary_factor");
         int rotary = (int)(headDim * (share?.Number(0, 1) ?? 0.25));
         if (rotary < 2 || rotary % 2 != 0)
             throw (share ?? text["head_dim"]).Expected(
@@ -186,7 +193,8 @@ internal static class NativeConfig
     {
         if (text.Find("layer_types") is not { } types)
         {
-            int interval = ModelConfig.Size(text, "full_attention_interval", ModelConfig.MaxLayers, 4);
+            int interval = ModelConfig.Size(
+                text, "full_attention_interval", ModelConfig.MaxLayers, 4);
             return [.. Enumerable.Range(1, layers).Select(i => i % interval != 0)];
         }
 
@@ -199,7 +207,8 @@ internal static class NativeConfig
 
     private static void RequireSquares(JsonValue json, string key)
     {
-        if (json.Find(key) is { } sizes && !sizes.Items().Take(3).Select(v => v.Int()).SequenceEqual([2, 2]))
+        if (json.Find(key) is { } sizes
+            && !sizes.Items().Take(3).Select(v => v.Int()).SequenceEqual([2, 2]))
             throw sizes.Expected("[2, 2], the only one supported");
     }
 }
