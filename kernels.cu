@@ -9,8 +9,9 @@
 //   4  casts, fills, sums                 10  attention, forward
 //   5  normalisation                      11  attention, backward
 //   6  element-wise: residual, GELU,      12  optimizer: gradient norm, AdamW
-//      SwiGLU, rotary embedding           13  linear attention: gated norm, output gate,
-//                                             causal convolution, delta rule
+//      SwiGLU, rotary embedding           13  around linear attention: gated norm, output
+//                                             gate, causal convolution
+//                                         14  gated delta rule
 //
 // Conventions. `real` is the storage type; arithmetic, sums and saved statistics are float.
 // Matrices are row-major. A gradient is written, or added to what is there when `accumulate` is not
@@ -330,6 +331,30 @@ DEVICE void report(int* faults, int what, int position, int value, int limit)
     faults[1] = position;
     faults[2] = value;
     faults[3] = limit;
+}
+
+// Where a sequence of a packed batch starts. A wrong list makes results without meaning, which the
+// host refuses (check_starts), but no access outside of anything.
+DEVICE int start_at(const int* starts, int sequence, int tokens)
+{
+    return min(max(starts[sequence], 0), tokens);
+}
+
+// Reports the first start that does not rise from 0 to tokens; one thread of a grid does it.
+DEVICE void check_starts(const int* starts, int sequences, int tokens, int* faults, int what)
+{
+    if (blockIdx.x + blockIdx.y + blockIdx.z + threadIdx.x > 0) return;
+    for (int s = 0, before = 0; s <= sequences; s++)
+    {
+        int start = starts[s];
+        if (start < before || start > tokens || (s == 0 && start > 0)
+            || (s == sequences && start < tokens))
+        {
+            report(faults, what, s, start, tokens);
+            return;
+        }
+        before = start;
+    }
 }
 
 // Reports starts that do not rise from 0 to the tokens; for one block of a launch.
@@ -3693,31 +3718,7 @@ extern "C" __global__ void __launch_bounds__(256) adamw_bf16_moments(
     if (rounded) store_rounded(rounded, rounded_type, i, x, mine, wide);
 }
 
-// ---- 13. linear attention -----------------------------------------------------------------------
-
-// Where a sequence of a packed batch starts. A wrong list makes results without meaning, which the
-// host refuses (check_starts), but no access outside of anything.
-DEVICE int start_at(const int* starts, int sequence, int tokens)
-{
-    return min(max(starts[sequence], 0), tokens);
-}
-
-// Reports the first start that does not rise from 0 to tokens; one thread of a grid does it.
-DEVICE void check_starts(const int* starts, int sequences, int tokens, int* faults, int what)
-{
-    if (blockIdx.x + blockIdx.y + blockIdx.z + threadIdx.x > 0) return;
-    for (int s = 0, before = 0; s <= sequences; s++)
-    {
-        int start = starts[s];
-        if (start < before || start > tokens || (s == 0 && start > 0)
-            || (s == sequences && start < tokens))
-        {
-            report(faults, what, s, start, tokens);
-            return;
-        }
-        before = start;
-    }
-}
+// ---- 13. around linear attention ----------------------------------------------------------------
 
 // -- gated norm: y = x rstd w silu(gate) --
 
@@ -4155,8 +4156,10 @@ extern "C" __global__ void __launch_bounds__(256) conv_backward(real* dx, float*
             thread * VECTOR, accumulate);
 }
 
-// -- gated delta rule, in chunks of 64 tokens: Kernels/Cpu/DeltaChunk.cs and DeltaBackward.cs have
-// the equations and these names --
+// ---- 14. gated delta rule -----------------------------------------------------------------------
+
+// In chunks of 64 tokens; Kernels/Cpu/DeltaChunk.cs and DeltaBackward.cs have the equations and
+// these names.
 //
 // What chunks do for themselves runs in a block for each of them and value head; only the state
 // goes along a sequence, in blocks of 16 columns of it, which know nothing of each other. Operands
