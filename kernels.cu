@@ -3820,7 +3820,7 @@ template <bool WIDE> DEVICE void gated_norm_backward_row(real* dx, real* dgate, 
 
 // dx = rstd (g - n mean_c(g n)) with g = w silu(gate) dy and n = x rstd, dgate = dy w n
 // silu'(gate); either may be null. A warp per row. Moves 5 R C S + 4 R.
-extern "C" __global__ void __launch_bounds__(256) gated_norm_backward(real* dx, real* dgate,
+extern "C" __global__ void __launch_bounds__(256, 2) gated_norm_backward(real* dx, real* dgate,
     const real* dy, const real* x, const float* w, const real* gate, const float* rstd, int rows,
     int cols, int accumulate_x, int accumulate_gate)
 {
@@ -4451,7 +4451,7 @@ extern "C" __global__ void __launch_bounds__(256) delta_chunks(real* units, floa
 
 // Along a sequence: the states at the starts of chunks, and X. Block (slice, head, sequence) of 128
 // threads; state (may be null) is where S starts and ends.
-extern "C" __global__ void __launch_bounds__(128) delta_states(real* states, real* solved,
+extern "C" __global__ void __launch_bounds__(128, 4) delta_states(real* states, real* solved,
     float* state, const real* units, const float* chunk_gates, const real* inverses,
     const real* qkv, const int* starts, int tokens, int key_heads, int value_heads, int key_dim,
     int value_dim)
@@ -4569,7 +4569,7 @@ extern "C" __global__ void __launch_bounds__(256) delta_output(real* o, const re
 
 // Along a sequence from its end: the gradients of the states behind chunks, and dR. Blocks and
 // registers as in delta_states; keys and queries, and P and the inverse, take turns in their places.
-extern "C" __global__ void __launch_bounds__(128) delta_state_gradients(real* dstates, real* dsolved,
+extern "C" __global__ void __launch_bounds__(128, 4) delta_state_gradients(real* dstates, real* dsolved,
     const real* dout, const real* units, const float* chunk_gates, const real* inverses,
     const real* scores, const int* starts, int tokens, int key_heads, int value_heads, int key_dim,
     int value_dim)

@@ -57,7 +57,7 @@ public static class OpCases
             () => Delta([2048], 16, 16, 128, 128))
         {
             ProductionOp = new DeltaRule(16, 16, 128, 128),
-            Sizes = [0, 1, 7, 300],
+            Sizes = [0, 1, 7, 200],
             SelfTestSizes = [15, 130],
             FreeColumns = ["cu_seqlens"],
         },
