@@ -9,8 +9,9 @@
 //   4  casts, fills, sums                 10  attention, forward
 //   5  normalisation                      11  attention, backward
 //   6  element-wise: residual, GELU,      12  optimizer: gradient norm, AdamW
-//      SwiGLU, rotary embedding           13  linear attention: gated norm, output gate,
-//                                             causal convolution, delta rule
+//      SwiGLU, rotary embedding           13  around linear attention: gated norm, output
+//                                             gate, causal convolution
+//                                         14  gated delta rule
 //
 // Conventions. `real` is the storage type; arithmetic, sums and saved statistics are float.
 // Matrices are row-major. A gradient is written, or added to what is there when `accumulate` is not
@@ -330,6 +331,30 @@ DEVICE void report(int* faults, int what, int position, int value, int limit)
     faults[1] = position;
     faults[2] = value;
     faults[3] = limit;
+}
+
+// Where a sequence of a packed batch starts. A wrong list makes results without meaning, which the
+// host refuses (check_starts), but no access outside of anything.
+DEVICE int start_at(const int* starts, int sequence, int tokens)
+{
+    return min(max(starts[sequence], 0), tokens);
+}
+
+// Reports the first start that does not rise from 0 to tokens; one thread of a grid does it.
+DEVICE void check_starts(const int* starts, int sequences, int tokens, int* faults, int what)
+{
+    if (blockIdx.x + blockIdx.y + blockIdx.z + threadIdx.x > 0) return;
+    for (int s = 0, before = 0; s <= sequences; s++)
+    {
+        int start = starts[s];
+        if (start < before || start > tokens || (s == 0 && start > 0)
+            || (s == sequences && start < tokens))
+        {
+            report(faults, what, s, start, tokens);
+            return;
+        }
+        before = start;
+    }
 }
 
 // Reports starts that do not rise from 0 to the tokens; for one block of a launch.
@@ -3681,31 +3706,7 @@ extern "C" __global__ void __launch_bounds__(256) adamw_bf16_moments(
     if (rounded) store_rounded(rounded, rounded_type, i, x, mine, wide);
 }
 
-// ---- 13. linear attention -----------------------------------------------------------------------
-
-// Where a sequence of a packed batch starts. A wrong list makes results without meaning, which the
-// host refuses (check_starts), but no access outside of anything.
-DEVICE int start_at(const int* starts, int sequence, int tokens)
-{
-    return min(max(starts[sequence], 0), tokens);
-}
-
-// Reports the first start that does not rise from 0 to tokens; one thread of a grid does it.
-DEVICE void check_starts(const int* starts, int sequences, int tokens, int* faults, int what)
-{
-    if (blockIdx.x + blockIdx.y + blockIdx.z + threadIdx.x > 0) return;
-    for (int s = 0, before = 0; s <= sequences; s++)
-    {
-        int start = starts[s];
-        if (start < before || start > tokens || (s == 0 && start > 0)
-            || (s == sequences && start < tokens))
-        {
-            report(faults, what, s, start, tokens);
-            return;
-        }
-        before = start;
-    }
-}
+// ---- 13. around linear attention ----------------------------------------------------------------
 
 // -- gated norm: y = x rstd w silu(gate) --
 
@@ -3807,7 +3808,7 @@ template <bool WIDE> DEVICE void gated_norm_backward_row(real* dx, real* dgate, 
 
 // dx = rstd (g - n mean_c(g n)) with g = w silu(gate) dy and n = x rstd, dgate = dy w n
 // silu'(gate); either may be null. A warp per row. Moves 5 R C S + 4 R.
-extern "C" __global__ void __launch_bounds__(256) gated_norm_backward(real* dx, real* dgate,
+extern "C" __global__ void __launch_bounds__(256, 2) gated_norm_backward(real* dx, real* dgate,
     const real* dy, const real* x, const float* w, const real* gate, const float* rstd, int rows,
     int cols, int accumulate_x, int accumulate_gate)
 {
@@ -4143,8 +4144,10 @@ extern "C" __global__ void __launch_bounds__(256) conv_backward(real* dx, float*
             thread * VECTOR, accumulate);
 }
 
-// -- gated delta rule, in chunks of 64 tokens: Kernels/Cpu/DeltaChunk.cs and DeltaBackward.cs have
-// the equations and these names --
+// ---- 14. gated delta rule -----------------------------------------------------------------------
+
+// In chunks of 64 tokens; Kernels/Cpu/DeltaChunk.cs and DeltaBackward.cs have the equations and
+// these names.
 //
 // What chunks do for themselves runs in a block for each of them and value head; only the state
 // goes along a sequence, in blocks of 16 columns of it, which know nothing of each other. Operands
@@ -4436,7 +4439,7 @@ extern "C" __global__ void __launch_bounds__(256) delta_chunks(real* units, floa
 
 // Along a sequence: the states at the starts of chunks, and X. Block (slice, head, sequence) of 128
 // threads; state (may be null) is where S starts and ends.
-extern "C" __global__ void __launch_bounds__(128) delta_states(real* states, real* solved,
+extern "C" __global__ void __launch_bounds__(128, 4) delta_states(real* states, real* solved,
     float* state, const real* units, const float* chunk_gates, const real* inverses,
     const real* qkv, const int* starts, int tokens, int key_heads, int value_heads, int key_dim,
     int value_dim)
@@ -4554,7 +4557,7 @@ extern "C" __global__ void __launch_bounds__(256) delta_output(real* o, const re
 
 // Along a sequence from its end: the gradients of the states behind chunks, and dR. Blocks and
 // registers as in delta_states; keys and queries, and P and the inverse, take turns in their places.
-extern "C" __global__ void __launch_bounds__(128) delta_state_gradients(real* dstates, real* dsolved,
+extern "C" __global__ void __launch_bounds__(128, 4) delta_state_gradients(real* dstates, real* dsolved,
     const real* dout, const real* units, const float* chunk_gates, const real* inverses,
     const real* scores, const int* starts, int tokens, int key_heads, int value_heads, int key_dim,
     int value_dim)

@@ -1,7 +1,7 @@
 namespace MiniCpmNative.Kernels.Cuda;
 
 /// <summary>
-/// The delta rule's kernels, section 13 of kernels.cu: what chunks need before any state, the
+/// The delta rule's kernels, section 14 of kernels.cu: what chunks need before any state, the
 /// states along each sequence, and what chunks make of them; backward anew, and the same the other
 /// way round. Inputs are those of the operation.
 /// </summary>
@@ -85,10 +85,10 @@ internal readonly ref struct CudaDeltaRule
                 dSolved, call.OutputGradient, _units, _chunkGates, _inverses, _scores,
                 _starts, _tokens, _keyHeads, _valueHeads, _keyDim, _valueDim);
             call.Launch("delta_gradients", Chunks(call, "delta_gradients"), dQueries, dKeys,
-                dQkv.Buffer, dGates.Buffer, parts, call.OutputGradient, _qkv, _gates, _aLog, _dtBias, _units,
-                _chunkGates, _scores, _states, _solved, dStates, dSolved, _starts, _sequences,
-                _tokens, _keyHeads, _valueHeads, _keyDim, _valueDim, dQkv.Accumulate,
-                dGates.Accumulate);
+                dQkv.Buffer, dGates.Buffer, parts, call.OutputGradient, _qkv, _gates, _aLog,
+                _dtBias, _units, _chunkGates, _scores, _states, _solved, dStates, dSolved, _starts,
+                _sequences, _tokens, _keyHeads, _valueHeads, _keyDim, _valueDim,
+                dQkv.Accumulate, dGates.Accumulate);
         }
 
         const int Warps = 8;
@@ -107,7 +107,8 @@ internal readonly ref struct CudaDeltaRule
     // The parameters' gradients lie side by side.
     private void Part(in CudaCall call, in Tensor both, int first, GradientTarget into)
     {
-        if (into.Wanted) call.SumParts(both.Slice(first, _valueHeads).Reshape(1, _valueHeads), into);
+        if (into.Wanted)
+            call.SumParts(both.Slice(first, _valueHeads).Reshape(1, _valueHeads), into);
     }
 
     private Grid Chunks(in CudaCall call, string kernel) =>
