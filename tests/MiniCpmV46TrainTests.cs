@@ -146,7 +146,10 @@ public sealed class MiniCpmV46TrainTests
                         batch.TryAddPicture(
                             format.NewStrips(), one, plan, format.Placeholders.Features(plan));
                     }
-                }) { Ids = ids });
+                })
+                {
+                    Ids = ids,
+                });
             }
 
             GeneratedTokens[] answers = generator.Run(inputs, new GenerationSettings
