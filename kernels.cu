@@ -10,6 +10,9 @@
 //   5  normalisation                      11  attention, backward
 //   6  element-wise: residual, GELU,      12  optimizer: gradient norm, AdamW
 //      SwiGLU, rotary embedding          13  quantised weights
+//                                         14  around linear attention: gated norm, output
+//                                             gate, causal convolution
+//                                         15  gated delta rule
 //
 // Conventions. `real` is the storage type; arithmetic, sums and saved statistics are float.
 // Matrices are row-major. A gradient is written, or added to what is there when `accumulate` is not
@@ -396,6 +399,30 @@ DEVICE void report(int* faults, int what, int position, int value, int limit)
     faults[3] = limit;
 }
 
+// Where a sequence of a packed batch starts. A wrong list makes results without meaning, which the
+// host refuses (check_starts), but no access outside of anything.
+DEVICE int start_at(const int* starts, int sequence, int tokens)
+{
+    return min(max(starts[sequence], 0), tokens);
+}
+
+// Reports the first start that does not rise from 0 to tokens; one thread of a grid does it.
+DEVICE void check_starts(const int* starts, int sequences, int tokens, int* faults, int what)
+{
+    if (blockIdx.x + blockIdx.y + blockIdx.z + threadIdx.x > 0) return;
+    for (int s = 0, before = 0; s <= sequences; s++)
+    {
+        int start = starts[s];
+        if (start < before || start > tokens || (s == 0 && start > 0)
+            || (s == sequences && start < tokens))
+        {
+            report(faults, what, s, start, tokens);
+            return;
+        }
+        before = start;
+    }
+}
+
 // Reports starts that do not rise from 0 to the tokens; for one block of a launch.
 DEVICE void check_starts(int* faults, int what, const int* starts, int sequences, int tokens)
 {
@@ -732,7 +759,7 @@ template <bool WIDE> struct Share
 
 template <bool WIDE> DEVICE void norm_forward_row(
     real* y, float* mean, float* rstd, const real* x, const float* w, const float* b, int cols,
-    float epsilon)
+    float epsilon, float weight_centre)
 {
     __shared__ float sums[256 / WARP];
     Share<WIDE> own = {(int)threadIdx.x, (int)blockDim.x, cols};
@@ -769,7 +796,7 @@ template <bool WIDE> DEVICE void norm_forward_row(
             own.load_weight(g, w, first);
         }
 #pragma unroll
-        for (int i = 0; i < KEPT; i++) v[i] = (v[i] - centre) * scale * g[i];
+        for (int i = 0; i < KEPT; i++) v[i] = (v[i] - centre) * scale * (g[i] + weight_centre);
         if (b)
         {
             own.load_weight(g, b, first);
@@ -781,21 +808,22 @@ template <bool WIDE> DEVICE void norm_forward_row(
 }
 
 // y = (x - mean[r]) rstd[r] w + b, rstd[r] = 1 / sqrt(mean_c (x - mean[r])^2 + epsilon): LayerNorm,
-// and where mean and b are null, with nothing in their place, RMSNorm. A block per row, which has
-// no more warps than the row needs. Moves 2 R C S + 8 R + 8 C bytes, 4 (RMSNorm) to 7 R C FLOP.
+// and where mean and b are null, with nothing in their place, RMSNorm; weight_centre is added to w.
+// A block per row, which has no more warps than the row needs. Moves 2 R C S + 8 R + 8 C bytes, 4
+// (RMSNorm) to 7 R C FLOP.
 extern "C" __global__ void __launch_bounds__(256) norm_forward(
     real* y, float* mean, float* rstd, const real* x, const float* w, const float* b, int cols,
-    float epsilon)
+    float epsilon, float weight_centre)
 {
     bool wide = aligned16(x, cols, sizeof(real)) && aligned16(y, cols, sizeof(real))
         && aligned16(w, 4, 4) && aligned16(b, 4, 4);
-    if (wide) norm_forward_row<true>(y, mean, rstd, x, w, b, cols, epsilon);
-    else norm_forward_row<false>(y, mean, rstd, x, w, b, cols, epsilon);
+    if (wide) norm_forward_row<true>(y, mean, rstd, x, w, b, cols, epsilon, weight_centre);
+    else norm_forward_row<false>(y, mean, rstd, x, w, b, cols, epsilon, weight_centre);
 }
 
 template <bool WIDE> DEVICE void norm_backward_row(
     real* dx, const real* dy, const real* x, const float* w, const float* mean, const float* rstd,
-    int cols, int accumulate)
+    int cols, int accumulate, float weight_centre)
 {
     __shared__ float sums[256 / WARP];
     Share<WIDE> own = {(int)threadIdx.x, (int)blockDim.x, cols};
@@ -811,7 +839,7 @@ template <bool WIDE> DEVICE void norm_backward_row(
 #pragma unroll
         for (int i = 0; i < KEPT; i++)
         {
-            g[i] *= other[i];
+            g[i] *= other[i] + weight_centre;
             sum += g[i];
             pull += g[i] * (v[i] - centre);
         }
@@ -826,7 +854,7 @@ template <bool WIDE> DEVICE void norm_backward_row(
             own.load(g, dy + row, first);
             own.load_weight(other, w, first);
 #pragma unroll
-            for (int i = 0; i < KEPT; i++) g[i] *= other[i];
+            for (int i = 0; i < KEPT; i++) g[i] *= other[i] + weight_centre;
         }
 #pragma unroll
         for (int i = 0; i < KEPT; i++) g[i] = (g[i] - average - (v[i] - centre) * pull) * scale;
@@ -845,12 +873,12 @@ template <bool WIDE> DEVICE void norm_backward_row(
 // S when adding), 8 R C FLOP.
 extern "C" __global__ void __launch_bounds__(256) norm_backward(
     real* dx, const real* dy, const real* x, const float* w, const float* mean, const float* rstd,
-    int cols, int accumulate)
+    int cols, int accumulate, float weight_centre)
 {
     bool wide = aligned16(x, cols, sizeof(real)) && aligned16(dx, cols, sizeof(real))
         && aligned16(dy, cols, sizeof(real)) && aligned16(w, 4, 4);
-    if (wide) norm_backward_row<true>(dx, dy, x, w, mean, rstd, cols, accumulate);
-    else norm_backward_row<false>(dx, dy, x, w, mean, rstd, cols, accumulate);
+    if (wide) norm_backward_row<true>(dx, dy, x, w, mean, rstd, cols, accumulate, weight_centre);
+    else norm_backward_row<false>(dx, dy, x, w, mean, rstd, cols, accumulate, weight_centre);
 }
 
 // A lane's columns of dw and db over every eighth row of begin..end, its warp's.
@@ -1126,23 +1154,25 @@ extern "C" __global__ void __launch_bounds__(256) swiglu_backward(
 
 // Rotates the halves [a, b] of every head by its token's angles, [a cos - b sin, b cos + a sin], or
 // with direction -1 back; written or added. x and y [rows, cols], positions[rows], tables
-// [limit, half]; a row with a position outside them becomes zeros. A block per row, 16 bytes of
-// both halves per thread where half allows it. Moves 2 R C S, or 3 when adding, + 4 R C bytes of
+// [limit, half]; a row with a position outside them becomes zeros. Columns of a head behind both
+// halves stay as they are. A block per row, 16 bytes of both halves per thread where half allows
+// it. Moves 2 R C S, or 3 when adding, + 4 R C bytes of
 // tables, of which heads share each row; 3 R C FLOP.
 extern "C" __global__ void __launch_bounds__(256) rope(
     real* y, const real* x, const int* positions, const float* cosines, const float* sines,
-    int* faults, int cols, int half, int limit, float direction, int accumulate)
+    int* faults, int cols, int head, int half, int limit, float direction, int accumulate)
 {
     int row = blockIdx.x, position = positions[row];
     bool known = position >= 0 && position < limit;
     if (!known && threadIdx.x == 0) report(faults, FAULT_ROPE_POSITIONS, row, position, limit);
     bool wide = aligned16(x, half, sizeof(real)) && aligned16(y, half, sizeof(real))
-        && aligned16(cosines, half, 4) && aligned16(sines, half, 4);
+        && aligned16(cosines, half, 4) && aligned16(sines, half, 4) && head % VECTOR == 0;
     int step = wide ? VECTOR : 1;
-    for (int i = threadIdx.x * step; i < cols / 2; i += blockDim.x * step)
+    for (int i = threadIdx.x * step; i < cols / head * half; i += blockDim.x * step)
     {
         int k = i % half;
-        u64 table = (u64)(known ? position : 0) * half + k, at = (u64)row * cols + 2 * i - k;
+        u64 table = (u64)(known ? position : 0) * half + k;
+        u64 at = (u64)row * cols + i / half * head + k;
         float a[VECTOR], b[VECTOR], c[VECTOR] = {}, s[VECTOR] = {};
         if (known && wide)
         {
@@ -1165,6 +1195,14 @@ extern "C" __global__ void __launch_bounds__(256) rope(
         }
         store_run(y, a, at, at + step, wide, accumulate);
         store_run(y, b, at + half, at + half + step, wide, accumulate);
+    }
+    int rest = head - 2 * half;
+    for (int i = threadIdx.x * step; i < cols / head * rest; i += blockDim.x * step)
+    {
+        u64 at = (u64)row * cols + i / rest * head + 2 * half + i % rest;
+        float a[VECTOR];
+        load_run(a, x, at, at + step, wide);
+        store_run(y, a, at, at + step, wide, accumulate);
     }
 }
 
@@ -3961,4 +3999,1273 @@ extern "C" __global__ void __launch_bounds__(256) unpack_int8(
         v[j] = __fdiv_rn(__fmul_rn((float)(signed char)(word >> 8 * j), scale), 127.0f);
     }
     store_unpacked(y, i, count, v);
+
+// ---- 14. around linear attention ----------------------------------------------------------------
+
+// -- gated norm: y = x rstd w silu(gate) --
+
+// The columns of a warp's row, of which each lane has its Share.
+#define GATED_WARPS 8
+
+template <bool WIDE> DEVICE void gated_norm_forward_row(real* y, float* rstd, const real* x,
+    const float* w, const real* gate, int row, int cols, float epsilon)
+{
+    Share<WIDE> own = {(int)threadIdx.x % WARP, WARP, cols};
+    u64 at = (u64)row * cols;
+    const int stretch = WARP * VECTOR;
+    float v[VECTOR], g[VECTOR], z[VECTOR], squares = 0;
+    for (int first = 0; first < cols; first += stretch)
+    {
+        own.load(v, x + at, first);
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++) squares += v[i] * v[i];
+    }
+    float scale = 1.0f / sqrtf(warp_sum(squares) / cols + epsilon);
+    if (threadIdx.x % WARP == 0) rstd[row] = scale;
+    for (int first = 0; first < cols; first += stretch)
+    {
+        own.load(v, x + at, first);
+        own.load(z, gate + at, first);
+        own.load_weight(g, w, first);
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++) v[i] *= scale * g[i] * (z[i] * sigmoid(z[i]));
+        own.store(y + at, v, first);
+    }
+}
+
+// A warp per row: rows are heads. Moves 3 R C S + 4 R, of which x may be read twice from cache.
+extern "C" __global__ void __launch_bounds__(256) gated_norm_forward(real* y, float* rstd,
+    const real* x, const float* w, const real* gate, int rows, int cols, float epsilon)
+{
+    int row = blockIdx.x * GATED_WARPS + threadIdx.x / WARP;
+    if (row >= rows) return;
+    bool wide = aligned16(x, cols, sizeof(real)) && aligned16(y, cols, sizeof(real))
+        && aligned16(gate, cols, sizeof(real)) && aligned16(w, 4, 4);
+    if (wide) gated_norm_forward_row<true>(y, rstd, x, w, gate, row, cols, epsilon);
+    else gated_norm_forward_row<false>(y, rstd, x, w, gate, row, cols, epsilon);
+}
+
+template <bool WIDE> DEVICE void gated_norm_backward_row(real* dx, real* dgate, const real* dy,
+    const real* x, const float* w, const real* gate, const float* rstd, int row, int cols,
+    int accumulate_x, int accumulate_gate)
+{
+    Share<WIDE> own = {(int)threadIdx.x % WARP, WARP, cols};
+    u64 at = (u64)row * cols;
+    const int stretch = WARP * VECTOR;
+    float v[VECTOR], g[VECTOR], z[VECTOR], weight[VECTOR], scale = rstd[row], pull = 0;
+    for (int first = 0; first < cols; first += stretch)
+    {
+        own.load(v, x + at, first);
+        own.load(g, dy + at, first);
+        own.load(z, gate + at, first);
+        own.load_weight(weight, w, first);
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++)
+            pull += g[i] * weight[i] * (z[i] * sigmoid(z[i])) * v[i];
+    }
+    pull = warp_sum(pull) / cols * scale * scale;
+    for (int first = 0; first < cols; first += stretch)
+    {
+        own.load(v, x + at, first);
+        own.load(g, dy + at, first);
+        own.load(z, gate + at, first);
+        own.load_weight(weight, w, first);
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++)
+        {
+            float s = sigmoid(z[i]), through = g[i] * weight[i];
+            g[i] = (through * (z[i] * s) - v[i] * pull) * scale;
+            z[i] = through * (v[i] * scale) * (s + z[i] * s * (1 - s));
+        }
+        if (dx)
+        {
+            if (accumulate_x)
+            {
+                own.load(v, dx + at, first);
+#pragma unroll
+                for (int i = 0; i < VECTOR; i++) g[i] += v[i];
+            }
+            own.store(dx + at, g, first);
+        }
+        if (dgate)
+        {
+            if (accumulate_gate)
+            {
+                own.load(v, dgate + at, first);
+#pragma unroll
+                for (int i = 0; i < VECTOR; i++) z[i] += v[i];
+            }
+            own.store(dgate + at, z, first);
+        }
+    }
+}
+
+// dx = rstd (g - n mean_c(g n)) with g = w silu(gate) dy and n = x rstd, dgate = dy w n
+// silu'(gate); either may be null. A warp per row. Moves 5 R C S + 4 R.
+extern "C" __global__ void __launch_bounds__(256, 2) gated_norm_backward(real* dx, real* dgate,
+    const real* dy, const real* x, const float* w, const real* gate, const float* rstd, int rows,
+    int cols, int accumulate_x, int accumulate_gate)
+{
+    int row = blockIdx.x * GATED_WARPS + threadIdx.x / WARP;
+    if (row >= rows) return;
+    bool wide = aligned16(x, cols, sizeof(real)) && aligned16(dx, cols, sizeof(real))
+        && aligned16(dy, cols, sizeof(real)) && aligned16(gate, cols, sizeof(real))
+        && aligned16(dgate, cols, sizeof(real)) && aligned16(w, 4, 4);
+    if (wide)
+        gated_norm_backward_row<true>(dx, dgate, dy, x, w, gate, rstd, row, cols, accumulate_x,
+            accumulate_gate);
+    else
+        gated_norm_backward_row<false>(dx, dgate, dy, x, w, gate, rstd, row, cols, accumulate_x,
+            accumulate_gate);
+}
+
+// dw[p, c] = sum of dy silu(gate) x rstd[r] over the rows r of part p. A warp has 32 columns of
+// eight rows at a time; a block's sums are added in order. Reads 3 R C S + 4 R.
+extern "C" __global__ void __launch_bounds__(256) gated_norm_weight_parts(float* dw,
+    const real* dy, const real* x, const real* gate, const float* rstd, int rows, int cols,
+    int rows_per_part)
+{
+    __shared__ float sums[GATED_WARPS][WARP];
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, c = blockIdx.x * WARP + lane;
+    int end = min(rows, (int)(blockIdx.y + 1) * rows_per_part);
+    float sum = 0;
+    if (c < cols)
+    {
+#pragma unroll 4
+        for (int r = blockIdx.y * rows_per_part + warp; r < end; r += GATED_WARPS)
+        {
+            u64 at = (u64)r * cols + c;
+            float z = widen(gate[at]);
+            sum += widen(dy[at]) * (z * sigmoid(z)) * (widen(x[at]) * rstd[r]);
+        }
+    }
+    sums[warp][lane] = sum;
+    __syncthreads();
+    if (warp > 0 || c >= cols) return;
+    for (int w = 1; w < GATED_WARPS; w++) sum += sums[w][lane];
+    dw[(u64)blockIdx.y * cols + c] = sum;
+}
+
+// -- output gate of attention: y = x sigmoid(gate), gate the second half of each head of queries --
+
+// An infinite gate is a run that went wrong, and is seen: 0 * infinity is not a number.
+DEVICE float open_gate(float z) { return sigmoid(z) + 0 * z; }
+
+// y = x sigmoid(gate), or adds it: forward, and dx from dy. Moves 3 R C S.
+extern "C" __global__ void __launch_bounds__(256) sigmoid_gate(real* y, const real* x,
+    const real* queries, int head_dim, long long count, int accumulate)
+{
+    bool wide = aligned16(x, head_dim, sizeof(real)) && aligned16(y, head_dim, sizeof(real))
+        && aligned16(queries, head_dim, sizeof(real));
+    int step = wide ? VECTOR : 1;
+    long long threads = (long long)gridDim.x * blockDim.x;
+    for (long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * step; i < count;
+        i += threads * step)
+    {
+        long long gate = 2 * i - i % head_dim + head_dim;
+        float v[VECTOR], z[VECTOR];
+        load_run(v, x, i, i + step, wide);
+        load_run(z, queries, gate, gate + step, wide);
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++) v[j] *= open_gate(z[j]);
+        store_run(y, v, i, i + step, wide, accumulate);
+    }
+}
+
+// dgate = dy x s (1 - s), or adds it; zeros, or nothing, for the queries. Moves 5 R C S.
+extern "C" __global__ void __launch_bounds__(256) sigmoid_gate_backward(real* dqueries,
+    const real* dy, const real* x, const real* queries, int head_dim, long long count,
+    int accumulate)
+{
+    bool wide = aligned16(x, head_dim, sizeof(real)) && aligned16(dy, head_dim, sizeof(real))
+        && aligned16(queries, head_dim, sizeof(real))
+        && aligned16(dqueries, head_dim, sizeof(real));
+    int step = wide ? VECTOR : 1;
+    long long threads = (long long)gridDim.x * blockDim.x;
+    for (long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * step; i < count;
+        i += threads * step)
+    {
+        long long query = 2 * i - i % head_dim, gate = query + head_dim;
+        float v[VECTOR], z[VECTOR], g[VECTOR], none[VECTOR] = {};
+        load_run(v, x, i, i + step, wide);
+        load_run(g, dy, i, i + step, wide);
+        load_run(z, queries, gate, gate + step, wide);
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++)
+        {
+            float s = sigmoid(z[j]);
+            v[j] *= g[j] * (s * (1 - s));
+        }
+        store_run(dqueries, v, gate, gate + step, wide, accumulate);
+        if (!accumulate) store_run(dqueries, none, query, query + step, wide, 0);
+    }
+}
+
+// -- causal convolution of four inputs, and SiLU --
+
+// A thread has 16 bytes of channels, or one channel at a time where rows do not allow it.
+#define CONV_BEFORE (CONV_TAPS - 1)
+
+DEVICE int sequence_of(const int* starts, int sequences, int tokens, int token)
+{
+    int s = 0;
+    while (s + 1 < sequences && start_at(starts, s + 1, tokens) <= token) s++;
+    return s;
+}
+
+// N channels of the inputs before a token and at it, as the convolution goes along.
+template <int N> struct ConvWindow
+{
+    float x[CONV_TAPS][N];
+
+    __device__ __forceinline__ void load(int at, const real* from)
+    {
+        if (!from)
+        {
+#pragma unroll
+            for (int i = 0; i < N; i++) x[at][i] = 0;
+        }
+        else if constexpr (N == VECTOR) load_vector(x[at], from);
+        else x[at][0] = widen(from[0]);
+    }
+
+    // The inputs before a token of a sequence, from x or, before its start, from its state.
+    __device__ __forceinline__ void begin(const real* input, const real* state, int cols, int token,
+        int start, int sequence)
+    {
+#pragma unroll
+        for (int back = CONV_BEFORE; back > 0; back--)
+        {
+            int into = token - back - start;
+            load(CONV_TAPS - back, into >= 0 ? input + (u64)(token - back) * cols
+                : state ? state + (u64)(sequence * CONV_BEFORE + CONV_BEFORE + into) * cols : 0);
+        }
+    }
+
+    // Goes on to the next token.
+    __device__ __forceinline__ void next(const real* from)
+    {
+#pragma unroll
+        for (int j = 0; j < CONV_BEFORE; j++)
+        {
+#pragma unroll
+            for (int i = 0; i < N; i++) x[j][i] = x[j + 1][i];
+        }
+        load(CONV_BEFORE, from);
+    }
+
+    __device__ __forceinline__ float sum(const float (&w)[N][CONV_TAPS], int i) const
+    {
+        float sum = 0;
+#pragma unroll
+        for (int j = CONV_BEFORE; j >= 0; j--) sum += w[i][j] * x[j][i];
+        return sum;
+    }
+};
+
+template <int N> DEVICE void load_taps(float (&w)[N][CONV_TAPS], const float* from)
+{
+#pragma unroll
+    for (int i = 0; i < N; i++)
+    {
+#pragma unroll
+        for (int j = 0; j < CONV_TAPS; j++) w[i][j] = from[i * CONV_TAPS + j];
+    }
+}
+
+template <int N> DEVICE void conv_forward_part(real* y, const real* x, const float* w,
+    const real* state, const int* starts, int sequences, int tokens, int cols, int c)
+{
+    int first = blockIdx.y * CONV_TOKENS;
+    int s = sequence_of(starts, sequences, tokens, first);
+    int start = start_at(starts, s, tokens), end = start_at(starts, s + 1, tokens);
+    float taps[N][CONV_TAPS];
+    load_taps(taps, w + (u64)c * CONV_TAPS);
+    ConvWindow<N> window;
+    if (state) state += c;
+    window.begin(x + c, state, cols, first, start, s);
+    for (int t = first; t < min(first + CONV_TOKENS, tokens); t++)
+    {
+        if (t >= end && s + 1 < sequences)
+        {
+            do
+                end = start_at(starts, ++s + 1, tokens);
+            while (end <= t && s + 1 < sequences);
+            window.begin(x + c, state, cols, t, t, s);
+        }
+        window.next(x + (u64)t * cols + c);
+        float v[N];
+#pragma unroll
+        for (int i = 0; i < N; i++)
+        {
+            v[i] = window.sum(taps, i);
+            v[i] *= sigmoid(v[i]);
+        }
+        if constexpr (N == VECTOR) store_vector(y + (u64)t * cols + c, v);
+        else y[(u64)t * cols + c] = narrow(v[0]);
+    }
+}
+
+// y[t, c] = silu(sum over j of w[c, j] x[t - 3 + j, c]), with zeros, or the state's three rows,
+// before the start of a sequence. Moves 2 R C S + 3 C S for a block's tokens before its first, from
+// cache, + 16 C.
+extern "C" __global__ void __launch_bounds__(256) conv_forward(real* y, const real* x,
+    const float* w, const real* state, const int* starts, int* faults, int sequences, int tokens,
+    int cols)
+{
+    check_starts(starts, sequences, tokens, faults, FAULT_CAUSAL_CONV_STARTS);
+    bool wide = aligned16(x, cols, sizeof(real)) && aligned16(y, cols, sizeof(real))
+        && aligned16(state, cols, sizeof(real));
+    int thread = blockIdx.x * blockDim.x + threadIdx.x;
+    if (!wide)
+        for (int c = thread; c < cols; c += gridDim.x * blockDim.x)
+            conv_forward_part<1>(y, x, w, state, starts, sequences, tokens, cols, c);
+    else if (thread * VECTOR < cols)
+        conv_forward_part<VECTOR>(
+            y, x, w, state, starts, sequences, tokens, cols, thread * VECTOR);
+}
+
+// The state's rows after the sequences: the last three inputs, of which a short sequence has fewer
+// than the state keeps. A thread per channel, a row of blocks per sequence.
+extern "C" __global__ void __launch_bounds__(256) conv_state(
+    real* state, const real* x, const int* starts, int tokens, int cols)
+{
+    int c = blockIdx.x * blockDim.x + threadIdx.x, s = blockIdx.y;
+    if (c >= cols) return;
+    int start = start_at(starts, s, tokens), length = start_at(starts, s + 1, tokens) - start;
+    real kept[CONV_BEFORE];
+    real* rows = state + (u64)s * CONV_BEFORE * cols + c;
+    for (int j = 0; j < CONV_BEFORE; j++)
+    {
+        int into = length - CONV_BEFORE + j;
+        kept[j] = into >= 0 ? x[(u64)(start + into) * cols + c] : rows[(u64)(length + j) * cols];
+    }
+    for (int j = 0; j < CONV_BEFORE; j++) rows[(u64)j * cols] = kept[j];
+}
+
+template <int N> DEVICE void store_conv_gradient(real* dx, float (&v)[N], int accumulate)
+{
+    if constexpr (N == VECTOR) store_run(dx, v, 0, VECTOR, true, accumulate);
+    else dx[0] = narrow(v[0] + (accumulate ? widen(dx[0]) : 0));
+}
+
+// Goes over the block's tokens and, as their dx needs, up to three more of the sequence.
+template <int N> DEVICE void conv_backward_part(real* dx, float* dw, const real* dy, const real* x,
+    const float* w, const int* starts, int sequences, int tokens, int cols, int c, int accumulate)
+{
+    int first = blockIdx.y * CONV_TOKENS, last = min(first + CONV_TOKENS, tokens);
+    int s = sequence_of(starts, sequences, tokens, first);
+    int start = start_at(starts, s, tokens), end = start_at(starts, s + 1, tokens);
+    float taps[N][CONV_TAPS], sums[N][CONV_TAPS] = {};
+    // dx of token t - 3 + j, as far as it is known.
+    float pending[CONV_TAPS][N] = {};
+    load_taps(taps, w + (u64)c * CONV_TAPS);
+    ConvWindow<N> window;
+    window.begin(x + c, 0, cols, first, start, s);
+    for (int t = first; t < last + CONV_BEFORE; t++)
+    {
+        bool inside = t < end || s + 1 == sequences && t < tokens;
+        if (!inside && t < last)
+        {
+            do
+                end = start_at(starts, ++s + 1, tokens);
+            while (end <= t && s + 1 < sequences);
+            window.begin(x + c, 0, cols, t, t, s);
+            inside = true;
+            start = t;
+        }
+        float ds[N] = {};
+        if (inside)
+        {
+            window.next(x + (u64)t * cols + c);
+            if constexpr (N == VECTOR) load_vector(ds, dy + (u64)t * cols + c);
+            else ds[0] = widen(dy[(u64)t * cols + c]);
+#pragma unroll
+            for (int i = 0; i < N; i++)
+            {
+                float sum = window.sum(taps, i), gate = sigmoid(sum);
+                ds[i] *= gate + sum * gate * (1 - gate);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < CONV_TAPS; j++)
+        {
+            bool reached = t - CONV_BEFORE + j >= start;
+#pragma unroll
+            for (int i = 0; i < N; i++)
+            {
+                if (reached) pending[j][i] += taps[i][j] * ds[i];
+                if (t < last) sums[i][j] += ds[i] * window.x[j][i];
+            }
+        }
+        if (dx && t - CONV_BEFORE >= first)
+            store_conv_gradient<N>(dx + (u64)(t - CONV_BEFORE) * cols + c, pending[0], accumulate);
+#pragma unroll
+        for (int j = 0; j < CONV_TAPS; j++)
+        {
+#pragma unroll
+            for (int i = 0; i < N; i++)
+                pending[j][i] = j < CONV_BEFORE ? pending[j < CONV_BEFORE ? j + 1 : j][i] : 0;
+        }
+    }
+    if (!dw) return;
+#pragma unroll
+    for (int i = 0; i < N; i++)
+    {
+#pragma unroll
+        for (int j = 0; j < CONV_TAPS; j++)
+            dw[((u64)blockIdx.y * cols + c + i) * CONV_TAPS + j] = sums[i][j];
+    }
+}
+
+// ds = dy silu'(s); dx[t] = sum over j of w[j] ds[t + 3 - j] within the sequence, or adds it; dw[p,
+// c, j] = sum of ds[t] x[t - 3 + j] over the tokens of block p. Either may be null. Moves 3 R C S,
+// and 32 C bytes of sums for every CONV_TOKENS rows.
+extern "C" __global__ void __launch_bounds__(256) conv_backward(real* dx, float* dw,
+    const real* dy, const real* x, const float* w, const int* starts, int* faults, int sequences,
+    int tokens, int cols, int accumulate)
+{
+    check_starts(starts, sequences, tokens, faults, FAULT_CAUSAL_CONV_STARTS);
+    bool wide = aligned16(x, cols, sizeof(real)) && aligned16(dx, cols, sizeof(real))
+        && aligned16(dy, cols, sizeof(real));
+    int thread = blockIdx.x * blockDim.x + threadIdx.x;
+    if (!wide)
+        for (int c = thread; c < cols; c += gridDim.x * blockDim.x)
+            conv_backward_part<1>(
+                dx, dw, dy, x, w, starts, sequences, tokens, cols, c, accumulate);
+    else if (thread * VECTOR < cols)
+        conv_backward_part<VECTOR>(dx, dw, dy, x, w, starts, sequences, tokens, cols,
+            thread * VECTOR, accumulate);
+}
+
+// ---- 15. gated delta rule -----------------------------------------------------------------------
+
+// In chunks of 64 tokens; Kernels/Cpu/DeltaChunk.cs and DeltaBackward.cs have the equations and
+// these names.
+//
+// What chunks do for themselves runs in a block for each of them and value head; only the state
+// goes along a sequence, in blocks of 16 columns of it, which know nothing of each other. Operands
+// of products are rounded to the storage type, sums and what products change are floats. All
+// matrices of a product lie in shared memory, rows 8 elements longer than they need, so that rows
+// begin in different banks; heads are padded with zeros to whole tiles of 16.
+
+#define CHUNK 64
+#define SQUARE (CHUNK + 8)
+#define SLICE DELTA_SLICE
+#define SLICE_PITCH (SLICE + 8)
+
+// A chunk of a packed batch: those of a sequence begin at starts / 64 + the sequence's number.
+struct ChunkPlace
+{
+    int number, first, count;
+};
+
+DEVICE int first_chunk(const int* starts, int sequence, int tokens)
+{
+    return start_at(starts, sequence, tokens) / CHUNK + sequence;
+}
+
+// False where there is no such chunk.
+DEVICE bool take_chunk(
+    ChunkPlace& at, const int* starts, int sequences, int tokens, int number)
+{
+    int s = 0;
+    while (s + 1 < sequences && first_chunk(starts, s + 1, tokens) <= number) s++;
+    at.number = number;
+    at.first = start_at(starts, s, tokens) + (number - first_chunk(starts, s, tokens)) * CHUNK;
+    at.count = min(CHUNK, start_at(starts, s + 1, tokens) - at.first);
+    return at.count > 0;
+}
+
+// Rows and columns of an array in shared memory from one in global memory, zeros beyond it.
+DEVICE void load_rows(real* to, int pitch, const real* from, u64 stride, int rows, int cols,
+    int rows_padded, int cols_padded)
+{
+    bool wide = aligned16(from, VECTOR, sizeof(real)) && stride % VECTOR == 0 && cols % VECTOR == 0;
+    int vectors = cols_padded / VECTOR;
+    for (int i = threadIdx.x; i < rows_padded * vectors; i += blockDim.x)
+    {
+        int r = i / vectors, c = i % vectors * VECTOR;
+        real* into = to + r * pitch + c;
+        const real* row = from + r * stride;
+        if (wide && r < rows && c < cols) *(uint4*)into = *(const uint4*)(row + c);
+        else
+            for (int j = 0; j < VECTOR; j++)
+                into[j] = r < rows && c + j < cols ? row[c + j] : (real)0;
+    }
+}
+
+// A product of two arrays in shared memory over a tile of 16 x 16, added to what the warp's lanes
+// have of it; ACROSS says that an array lies the other way round than its product takes it.
+template <bool LEFT_ACROSS, bool RIGHT_ACROSS> DEVICE void add_product(float (&d)[2][4],
+    const real* left, int left_pitch, const real* right, int right_pitch, int row, int col,
+    int depth)
+{
+    int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+    for (int k = 2 * t; k < depth; k += 16)
+    {
+        real2 a[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+        {
+            int r = row + g + i % 2 * 8, at = k + i / 2 * 8;
+            if constexpr (LEFT_ACROSS)
+                a[i] = pair_of(left[at * left_pitch + r], left[(at + 1) * left_pitch + r]);
+            else a[i] = *(const real2*)(left + r * left_pitch + at);
+        }
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+        {
+            real2 b[2];
+            int c = col + n * 8 + g;
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+            {
+                int at = k + i * 8;
+                if constexpr (RIGHT_ACROSS) b[i] = *(const real2*)(right + c * right_pitch + at);
+                else b[i] = pair_of(right[at * right_pitch + c], right[(at + 1) * right_pitch + c]);
+            }
+            multiply_add_16x8x16(d[n], a, b);
+        }
+    }
+}
+
+// use(row, column, value) for each of the lane's elements of a tile.
+template <class USE> DEVICE void each_of_tile(float (&d)[2][4], int row, int col, USE use)
+{
+    int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+    {
+#pragma unroll
+        for (int i = 0; i < 4; i++) use(row + g + i / 2 * 8, col + n * 8 + 2 * t + i % 2, d[n][i]);
+    }
+}
+
+// The same where rows are scaled.
+DEVICE void scale_tile(float (&d)[2][4], int row, const float* scales)
+{
+    each_of_tile(d, row, 0, [&](int r, int, float& v) { v *= scales[r]; });
+}
+
+// b and beta of a chunk as floats in shared memory, and what follows from them; all threads call.
+struct ChunkGates
+{
+    float sum[CHUNK], beta[CHUNK], decay[CHUNK], rest[CHUNK];
+
+    __device__ __forceinline__ void load(const float* from)
+    {
+        int i = threadIdx.x;
+        if (i < CHUNK)
+        {
+            float b = from[i];
+            sum[i] = b;
+            beta[i] = from[CHUNK + i];
+            decay[i] = expf(b);
+            rest[i] = expf(from[CHUNK - 1] - b);
+        }
+        __syncthreads();
+    }
+};
+
+struct DeltaSizes
+{
+    int key_heads, value_heads, key_dim, value_dim;
+
+    __device__ __forceinline__ int group() const { return value_heads / key_heads; }
+    __device__ __forceinline__ int padded() const { return (key_dim + 15) / 16 * 16; }
+    __device__ __forceinline__ int pitch() const { return padded() + 8; }
+    __device__ __forceinline__ int unit_cols() const { return 2 * key_heads * key_dim; }
+    __device__ __forceinline__ int cols() const { return unit_cols() + value_heads * value_dim; }
+    // Of an array with a matrix for each chunk and value head.
+    __device__ __forceinline__ u64 square(int chunk, int head) const
+    {
+        return ((u64)chunk * value_heads + head) * (CHUNK * CHUNK);
+    }
+    __device__ __forceinline__ u64 state(int chunk, int head) const
+    {
+        return ((u64)chunk * value_heads + head) * key_dim * value_dim;
+    }
+    __device__ __forceinline__ u64 gates(int chunk, int head) const
+    {
+        return ((u64)chunk * value_heads + head) * (2 * CHUNK);
+    }
+};
+
+// Queries (which 0) or keys (1) of a chunk, of length 1, with what pads them.
+DEVICE void load_units(real* to, const real* units, const DeltaSizes& z, const ChunkPlace& at,
+    int head, int which)
+{
+    int column = (which * z.key_heads + head / z.group()) * z.key_dim;
+    load_rows(to, z.pitch(), units + (u64)at.first * z.unit_cols() + column, z.unit_cols(), at.count,
+        z.key_dim, CHUNK, z.padded());
+}
+
+extern __shared__ uint4 delta_shared[];
+
+// The inverse of I + L, in floats [64, 65]: blocks of 16 on the diagonal by substitution, a thread
+// per column; then X_IJ = -X_II sum over K of L_IK X_KJ, a row of blocks after the other.
+DEVICE void invert_lower(float* x, const float* lower)
+{
+    const int pitch = CHUNK + 1, block = 16;
+    for (int i = threadIdx.x; i < CHUNK * pitch; i += blockDim.x) x[i] = 0;
+    __syncthreads();
+    if (threadIdx.x < CHUNK)
+    {
+        int col = threadIdx.x, first = col / block * block;
+        for (int r = first; r < first + block; r++)
+        {
+            float sum = r == col ? 1 : 0;
+            for (int k = first; k < r; k++) sum -= lower[r * pitch + k] * x[k * pitch + col];
+            x[r * pitch + col] = sum;
+        }
+    }
+    __syncthreads();
+    for (int first = block; first < CHUNK; first += block)
+    {
+        int r = first + threadIdx.x / block, c = threadIdx.x % block;
+        float sums[CHUNK / block - 1] = {};
+#pragma unroll
+        for (int j = 0; j < CHUNK / block - 1; j++)
+        {
+            if (j * block >= first) continue;
+            for (int k = j * block; k < first; k++)
+                sums[j] += lower[r * pitch + k] * x[k * pitch + j * block + c];
+            x[r * pitch + j * block + c] = sums[j];
+        }
+        __syncthreads();
+#pragma unroll
+        for (int j = 0; j < CHUNK / block - 1; j++)
+        {
+            sums[j] = 0;
+            if (j * block >= first) continue;
+            for (int k = first; k <= r; k++)
+                sums[j] -= x[r * pitch + k] * x[k * pitch + j * block + c];
+        }
+        __syncthreads();
+#pragma unroll
+        for (int j = 0; j < CHUNK / block - 1; j++)
+            if (j * block < first) x[r * pitch + j * block + c] = sums[j];
+        __syncthreads();
+    }
+}
+
+// What a chunk and value head needs before any state: queries and keys of length 1 (by the first
+// value head of a key head), b and beta, (I + L)^-1 and P. A block of 256 threads.
+extern "C" __global__ void __launch_bounds__(256) delta_chunks(real* units, float* chunk_gates,
+    real* inverses, real* scores, const real* qkv, const real* gates, const float* a_log,
+    const float* dt_bias, const int* starts, int* faults, int sequences, int tokens,
+    int key_heads, int value_heads, int key_dim, int value_dim)
+{
+    __shared__ float lower[CHUNK * (CHUNK + 1)], sum[CHUNK], beta[CHUNK];
+    check_starts(starts, sequences, tokens, faults, FAULT_DELTA_RULE_STARTS);
+    DeltaSizes z = {key_heads, value_heads, key_dim, value_dim};
+    ChunkPlace at;
+    if (!take_chunk(at, starts, sequences, tokens, blockIdx.x)) return;
+    int head = blockIdx.y, key = head / z.group(), warp = threadIdx.x / WARP;
+    int lane = threadIdx.x % WARP;
+    real* rows = (real*)delta_shared;
+    for (int i = warp; i < 2 * CHUNK; i += 256 / WARP)
+    {
+        int which = i / CHUNK, r = i % CHUNK, column = (which * key_heads + key) * key_dim;
+        const real* from = qkv + (u64)(at.first + r) * z.cols() + column;
+        float squares = 0;
+        if (r < at.count)
+            for (int c = lane; c < key_dim; c += WARP) squares += widen(from[c]) * widen(from[c]);
+        float scale = 1 / sqrtf(warp_sum(squares) + 1e-6f);
+        if (which == 0) scale *= 1 / sqrtf((float)key_dim);
+        for (int c = lane; c < z.padded(); c += WARP)
+        {
+            bool there = r < at.count && c < key_dim;
+            real unit = there ? narrow(widen(from[c]) * scale) : (real)0;
+            rows[i * z.pitch() + c] = unit;
+            if (there && head % z.group() == 0)
+                units[(u64)(at.first + r) * z.unit_cols() + column + c] = unit;
+        }
+    }
+    if (threadIdx.x < CHUNK)
+    {
+        int i = threadIdx.x;
+        const real* row = gates + (u64)(at.first + i) * 2 * value_heads;
+        beta[i] = i < at.count ? sigmoid(widen(row[head])) : 0;
+        float a = i < at.count ? widen(row[value_heads + head]) + dt_bias[head] : 0;
+        sum[i] = i < at.count ? -expf(a_log[head]) * (a > 20 ? a : log1pf(expf(a))) : 0;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0)
+        for (int i = 1; i < CHUNK; i++) sum[i] += sum[i - 1];
+    __syncthreads();
+    if (threadIdx.x < CHUNK)
+    {
+        float* to = chunk_gates + z.gates(at.number, head);
+        to[threadIdx.x] = sum[threadIdx.x];
+        to[CHUNK + threadIdx.x] = beta[threadIdx.x];
+    }
+    const real *queries = rows, *keys = rows + CHUNK * z.pitch();
+    for (int tile = warp; tile < 16; tile += 256 / WARP)
+    {
+        int row = tile / 4 * 16, col = tile % 4 * 16;
+        float d[2][4] = {}, p[2][4] = {};
+        if (col <= row)
+        {
+            add_product<false, true>(d, keys, z.pitch(), keys, z.pitch(), row, col, z.padded());
+            add_product<false, true>(p, queries, z.pitch(), keys, z.pitch(), row, col, z.padded());
+        }
+        each_of_tile(d, row, col, [&](int r, int c, float& v) {
+            lower[r * (CHUNK + 1) + c] = c < r ? beta[r] * expf(sum[r] - sum[c]) * v : 0;
+        });
+        real* to = scores + z.square(at.number, head);
+        each_of_tile(p, row, col, [&](int r, int c, float& v) {
+            to[r * CHUNK + c] = c <= r ? narrow(expf(sum[r] - sum[c]) * v) : (real)0;
+        });
+    }
+    __syncthreads();
+    float* inverse = (float*)delta_shared;
+    invert_lower(inverse, lower);
+    real* to = inverses + z.square(at.number, head);
+    for (int i = threadIdx.x; i < CHUNK * CHUNK; i += blockDim.x)
+        to[i] = narrow(inverse[i / CHUNK * (CHUNK + 1) + i % CHUNK]);
+}
+
+// Tiles of 16 rows of a slice of a state that a warp has in registers.
+#define STATE_TILES 2
+#define STATE_WARPS 4
+
+// Along a sequence: the states at the starts of chunks, and X. Block (slice, head, sequence) of 128
+// threads; state (may be null) is where S starts and ends.
+extern "C" __global__ void __launch_bounds__(128, 4) delta_states(real* states, real* solved,
+    float* state, const real* units, const float* chunk_gates, const real* inverses,
+    const real* qkv, const int* starts, int tokens, int key_heads, int value_heads, int key_dim,
+    int value_dim)
+{
+    __shared__ ChunkGates gates;
+    DeltaSizes z = {key_heads, value_heads, key_dim, value_dim};
+    int column = blockIdx.x * SLICE, head = blockIdx.y, sequence = blockIdx.z;
+    int start = start_at(starts, sequence, tokens), end = start_at(starts, sequence + 1, tokens);
+    int warp = threadIdx.x / WARP, cols = min(SLICE, value_dim - column);
+    real* keys = (real*)delta_shared;
+    real* inverse = keys + CHUNK * z.pitch();
+    real* now = inverse + CHUNK * SQUARE;
+    real* x = now + z.padded() * SLICE_PITCH;
+    u64 kept = ((u64)sequence * value_heads + head) * key_dim;
+    float s[STATE_TILES][2][4] = {};
+#pragma unroll
+    for (int i = 0; i < STATE_TILES; i++)
+        if (state)
+            each_of_tile(s[i], (warp + i * STATE_WARPS) * 16, 0, [&](int r, int c, float& v) {
+                if (r < key_dim && c < cols) v = state[(kept + r) * value_dim + column + c];
+            });
+    ChunkPlace at = {first_chunk(starts, sequence, tokens), start, 0};
+    for (; at.first < end; at.first += CHUNK, at.number++)
+    {
+        at.count = min(CHUNK, end - at.first);
+        real* to = states + z.state(at.number, head) + column;
+#pragma unroll
+        for (int i = 0; i < STATE_TILES; i++)
+            each_of_tile(s[i], (warp + i * STATE_WARPS) * 16, 0, [&](int r, int c, float& v) {
+                if (r < z.padded()) now[r * SLICE_PITCH + c] = narrow(v);
+                if (r < key_dim && c < cols) to[(u64)r * value_dim + c] = narrow(v);
+            });
+        gates.load(chunk_gates + z.gates(at.number, head));
+        load_units(keys, units, z, at, head, 1);
+        load_rows(inverse, SQUARE, inverses + z.square(at.number, head), CHUNK, CHUNK, CHUNK, CHUNK,
+            CHUNK);
+        __syncthreads();
+        // R, then X, of the warp's 16 tokens.
+        float d[2][4] = {};
+        int row = warp * 16;
+        add_product<false, false>(d, keys, z.pitch(), now, SLICE_PITCH, row, 0, z.padded());
+        const real* v = qkv + (u64)at.first * z.cols() + z.unit_cols() + head * value_dim + column;
+        each_of_tile(d, row, 0, [&](int r, int c, float& y) {
+            float value = r < at.count && c < cols ? widen(v[(u64)r * z.cols() + c]) : 0;
+            x[r * SLICE_PITCH + c] = narrow(gates.beta[r] * (value - gates.decay[r] * y));
+            y = 0;
+        });
+        __syncthreads();
+        add_product<false, false>(d, inverse, SQUARE, x, SLICE_PITCH, row, 0, CHUNK);
+        __syncthreads();
+        real* out = solved + ((u64)at.first * value_heads + head) * value_dim + column;
+        each_of_tile(d, row, 0, [&](int r, int c, float& y) {
+            if (r < at.count && c < cols) out[(u64)r * value_heads * value_dim + c] = narrow(y);
+            x[r * SLICE_PITCH + c] = narrow(gates.rest[r] * y);
+        });
+        __syncthreads();
+        float decay = gates.decay[CHUNK - 1];
+#pragma unroll
+        for (int i = 0; i < STATE_TILES; i++)
+        {
+            int first = (warp + i * STATE_WARPS) * 16;
+            if (first >= z.padded()) continue;
+            each_of_tile(s[i], first, 0, [&](int, int, float& v) { v *= decay; });
+            add_product<true, false>(s[i], keys, z.pitch(), x, SLICE_PITCH, first, 0, CHUNK);
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < STATE_TILES; i++)
+        if (state)
+            each_of_tile(s[i], (warp + i * STATE_WARPS) * 16, 0, [&](int r, int c, float& v) {
+                if (r < key_dim && c < cols) state[(kept + r) * value_dim + column + c] = v;
+            });
+}
+
+// O = e^b q S + P X, 32 columns of values at a time. A block of 256 threads per chunk and head.
+#define OUTPUT_COLS 32
+
+extern "C" __global__ void __launch_bounds__(256) delta_output(real* o, const real* units,
+    const float* chunk_gates, const real* scores, const real* states, const real* solved,
+    const int* starts, int sequences, int tokens, int key_heads, int value_heads, int key_dim,
+    int value_dim)
+{
+    __shared__ ChunkGates gates;
+    const int pitch = OUTPUT_COLS + 8;
+    DeltaSizes z = {key_heads, value_heads, key_dim, value_dim};
+    ChunkPlace at;
+    if (!take_chunk(at, starts, sequences, tokens, blockIdx.x)) return;
+    int head = blockIdx.y, warp = threadIdx.x / WARP, row = warp / 2 * 16, col = warp % 2 * 16;
+    real* queries = (real*)delta_shared;
+    real* p = queries + CHUNK * z.pitch();
+    real* state = p + CHUNK * SQUARE;
+    real* x = state + z.padded() * pitch;
+    gates.load(chunk_gates + z.gates(at.number, head));
+    load_units(queries, units, z, at, head, 0);
+    load_rows(p, SQUARE, scores + z.square(at.number, head), CHUNK, CHUNK, CHUNK, CHUNK, CHUNK);
+    u64 stride = (u64)value_heads * value_dim, place = at.first * stride + head * value_dim;
+    for (int first = 0; first < value_dim; first += OUTPUT_COLS)
+    {
+        int cols = min(OUTPUT_COLS, value_dim - first);
+        load_rows(state, pitch, states + z.state(at.number, head) + first, value_dim, key_dim, cols,
+            z.padded(), OUTPUT_COLS);
+        load_rows(x, pitch, solved + place + first, stride, at.count, cols, CHUNK, OUTPUT_COLS);
+        __syncthreads();
+        float d[2][4] = {};
+        add_product<false, false>(d, queries, z.pitch(), state, pitch, row, col, z.padded());
+        scale_tile(d, row, gates.decay);
+        add_product<false, false>(d, p, SQUARE, x, pitch, row, col, CHUNK);
+        each_of_tile(d, row, col, [&](int r, int c, float& v) {
+            if (r < at.count && c < cols) o[place + first + r * stride + c] = narrow(v);
+        });
+        __syncthreads();
+    }
+}
+
+// Along a sequence from its end: the gradients of the states behind chunks, and dR. Blocks and
+// registers as in delta_states; keys and queries, and P and the inverse, take turns in their places.
+extern "C" __global__ void __launch_bounds__(128, 4) delta_state_gradients(real* dstates, real* dsolved,
+    const real* dout, const real* units, const float* chunk_gates, const real* inverses,
+    const real* scores, const int* starts, int tokens, int key_heads, int value_heads, int key_dim,
+    int value_dim)
+{
+    __shared__ ChunkGates gates;
+    DeltaSizes z = {key_heads, value_heads, key_dim, value_dim};
+    int column = blockIdx.x * SLICE, head = blockIdx.y, sequence = blockIdx.z;
+    int start = start_at(starts, sequence, tokens), end = start_at(starts, sequence + 1, tokens);
+    int warp = threadIdx.x / WARP, row = warp * 16, cols = min(SLICE, value_dim - column);
+    real* units_tile = (real*)delta_shared;
+    real* square = units_tile + CHUNK * z.pitch();
+    real* now = square + CHUNK * SQUARE;
+    real* given = now + z.padded() * SLICE_PITCH;
+    real* x = given + CHUNK * SLICE_PITCH;
+    u64 stride = (u64)value_heads * value_dim;
+    float s[STATE_TILES][2][4] = {};
+    int chunks = (end - start + CHUNK - 1) / CHUNK, base = first_chunk(starts, sequence, tokens);
+    for (int chunk = chunks - 1; chunk >= 0; chunk--)
+    {
+        ChunkPlace at = {base + chunk, start + chunk * CHUNK, min(CHUNK, end - start - chunk * CHUNK)};
+        u64 place = at.first * stride + head * value_dim + column;
+        real* to = dstates + z.state(at.number, head) + column;
+        gates.load(chunk_gates + z.gates(at.number, head));
+        float decay = gates.decay[CHUNK - 1];
+#pragma unroll
+        for (int i = 0; i < STATE_TILES; i++)
+            each_of_tile(s[i], (warp + i * STATE_WARPS) * 16, 0, [&](int r, int c, float& v) {
+                if (r < z.padded()) now[r * SLICE_PITCH + c] = narrow(v);
+                if (r < key_dim && c < cols) to[(u64)r * value_dim + c] = narrow(v);
+                v *= decay;
+            });
+        load_units(units_tile, units, z, at, head, 0);
+        load_rows(given, SLICE_PITCH, dout + place, stride, at.count, cols, CHUNK, SLICE);
+        load_rows(square, SQUARE, scores + z.square(at.number, head), CHUNK, CHUNK, CHUNK, CHUNK,
+            CHUNK);
+        __syncthreads();
+        for (int i = threadIdx.x; i < CHUNK * SLICE; i += blockDim.x)
+        {
+            int r = i / SLICE, at_x = r * SLICE_PITCH + i % SLICE;
+            x[at_x] = narrow(gates.decay[r] * widen(given[at_x]));
+        }
+        __syncthreads();
+        // (e^b q)^T dO.
+#pragma unroll
+        for (int i = 0; i < STATE_TILES; i++)
+        {
+            int first = (warp + i * STATE_WARPS) * 16;
+            if (first < z.padded())
+                add_product<true, false>(s[i], units_tile, z.pitch(), x, SLICE_PITCH, first, 0,
+                    CHUNK);
+        }
+        __syncthreads();
+        load_units(units_tile, units, z, at, head, 1);
+        __syncthreads();
+        // dX = e^(b_last - b) k dS' + P^T dO.
+        float d[2][4] = {};
+        add_product<false, false>(d, units_tile, z.pitch(), now, SLICE_PITCH, row, 0, z.padded());
+        scale_tile(d, row, gates.rest);
+        add_product<true, false>(d, square, SQUARE, given, SLICE_PITCH, row, 0, CHUNK);
+        each_of_tile(d, row, 0, [&](int r, int c, float& v) {
+            x[r * SLICE_PITCH + c] = narrow(v);
+            v = 0;
+        });
+        __syncthreads();
+        load_rows(square, SQUARE, inverses + z.square(at.number, head), CHUNK, CHUNK, CHUNK, CHUNK,
+            CHUNK);
+        __syncthreads();
+        add_product<true, false>(d, square, SQUARE, x, SLICE_PITCH, row, 0, CHUNK);
+        __syncthreads();
+        // dR, and in x dY = -beta e^b dR.
+        each_of_tile(d, row, 0, [&](int r, int c, float& v) {
+            if (r < at.count && c < cols) dsolved[place + r * stride + c] = narrow(v);
+            x[r * SLICE_PITCH + c] = narrow(-gates.beta[r] * gates.decay[r] * v);
+        });
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < STATE_TILES; i++)
+        {
+            int first = (warp + i * STATE_WARPS) * 16;
+            if (first < z.padded())
+                add_product<true, false>(s[i], units_tile, z.pitch(), x, SLICE_PITCH, first, 0,
+                    CHUNK);
+        }
+        __syncthreads();
+    }
+}
+
+// Tiles of a chunk by keys, 64 x 128, and of a chunk by itself, that each of 8 warps has.
+#define KEY_TILES 4
+#define SQUARE_TILES 2
+#define GRADIENT_WARPS 8
+
+// Sums of a warp's tile over its columns, for each row, to sums[row]; and over its rows.
+DEVICE void sum_tile_rows(float low, float high, float* sums, int row)
+{
+    int g = threadIdx.x % WARP / 4;
+#pragma unroll
+    for (int lane = 1; lane < 4; lane *= 2)
+    {
+        low += __shfl_xor_sync(ALL_LANES, low, lane);
+        high += __shfl_xor_sync(ALL_LANES, high, lane);
+    }
+    if (threadIdx.x % 4 != 0) return;
+    sums[row + g] = low;
+    sums[row + g + 8] = high;
+}
+
+// Products of gradients of unit rows with these, per row: parts[column tile][row].
+DEVICE void dot_rows(float (*parts)[CHUNK], float (&d)[KEY_TILES][2][4], const real* rows, int pitch,
+    int padded)
+{
+    int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4;
+#pragma unroll
+    for (int i = 0; i < KEY_TILES; i++)
+    {
+        int tile = warp + i * GRADIENT_WARPS, row = tile % 4 * 16, col = tile / 4 * 16;
+        if (col >= padded) continue;
+        float low = 0, high = 0;
+        each_of_tile(d[i], row, col, [&](int r, int c, float& v) {
+            float product = v * widen(rows[r * pitch + c]);
+            if (r == row + g) low += product;
+            else high += product;
+        });
+        sum_tile_rows(low, high, parts[col / 16], row);
+    }
+}
+
+DEVICE float sum_column(const float (*parts)[CHUNK], int count, int i)
+{
+    float sum = 0;
+    for (int p = 0; p < count; p++) sum += parts[p][i];
+    return sum;
+}
+
+// Everything else of a chunk and value head: dv, the gates' gradients, and what dq and dk of its
+// key head have of it, of length 1 still and as floats. A block of 256 threads.
+extern "C" __global__ void __launch_bounds__(256) delta_gradients(float* dqueries, float* dkeys,
+    real* dqkv, real* dgates, float* parameter_parts, const real* dout, const real* qkv,
+    const real* gate_inputs, const float* a_log, const float* dt_bias, const real* units,
+    const float* chunk_gates, const real* scores, const real* states, const real* solved,
+    const real* dstates, const real* dsolved, const int* starts, int sequences, int tokens,
+    int key_heads, int value_heads, int key_dim, int value_dim, int accumulate_qkv,
+    int accumulate_gates)
+{
+    __shared__ ChunkGates gates;
+    __shared__ float query_parts[8][CHUNK], key_parts[8][CHUNK], read_parts[8][CHUNK];
+    __shared__ float row_parts[4][CHUNK], beta_parts[4][CHUNK], column_parts[4][CHUNK];
+    __shared__ float db[CHUNK], dbeta[CHUNK], warp_sums[GRADIENT_WARPS], logs[CHUNK], biases[CHUNK];
+    DeltaSizes z = {key_heads, value_heads, key_dim, value_dim};
+    int head = blockIdx.y, warp = threadIdx.x / WARP;
+    float* part = parameter_parts + (u64)blockIdx.x * 2 * value_heads;
+    ChunkPlace at;
+    if (!take_chunk(at, starts, sequences, tokens, blockIdx.x))
+    {
+        if (threadIdx.x == 0) part[head] = part[value_heads + head] = 0;
+        return;
+    }
+    gates.load(chunk_gates + z.gates(at.number, head));
+    int pitch = z.pitch(), padded = z.padded();
+
+    // A slice of values at a time: what dO, X and dR give to dq, dk, dP and -dL.
+    real* given = (real*)delta_shared;
+    real* given_decayed = given + CHUNK * SLICE_PITCH;
+    real* x = given_decayed + CHUNK * SLICE_PITCH;
+    real* x_rest = x + CHUNK * SLICE_PITCH;
+    real* dr = x_rest + CHUNK * SLICE_PITCH;
+    real* state = dr + CHUNK * SLICE_PITCH;
+    real* dstate = state + padded * SLICE_PITCH;
+    u64 stride = (u64)value_heads * value_dim;
+    float dq[KEY_TILES][2][4] = {}, dk[KEY_TILES][2][4] = {}, read[KEY_TILES][2][4] = {};
+    float dp[SQUARE_TILES][2][4] = {}, dl[SQUARE_TILES][2][4] = {};
+    float with_value = 0, with_state = 0;
+    for (int column = 0; column < value_dim; column += SLICE)
+    {
+        int cols = min(SLICE, value_dim - column);
+        u64 place = at.first * stride + head * value_dim + column;
+        load_rows(given, SLICE_PITCH, dout + place, stride, at.count, cols, CHUNK, SLICE);
+        load_rows(x, SLICE_PITCH, solved + place, stride, at.count, cols, CHUNK, SLICE);
+        load_rows(dr, SLICE_PITCH, dsolved + place, stride, at.count, cols, CHUNK, SLICE);
+        load_rows(state, SLICE_PITCH, states + z.state(at.number, head) + column, value_dim, key_dim,
+            cols, padded, SLICE);
+        load_rows(dstate, SLICE_PITCH, dstates + z.state(at.number, head) + column, value_dim,
+            key_dim, cols, padded, SLICE);
+        __syncthreads();
+        // A thread has four columns of a row.
+        int r = threadIdx.x / 4;
+        for (int c = threadIdx.x % 4 * 4, i = 0; i < 4; i++, c++)
+        {
+            int e = r * SLICE_PITCH + c;
+            given_decayed[e] = narrow(gates.decay[r] * widen(given[e]));
+            x_rest[e] = narrow(gates.rest[r] * widen(x[e]));
+            if (r >= at.count || c >= cols) continue;
+            u64 value = (u64)(at.first + r) * z.cols() + z.unit_cols() + head * value_dim + column + c;
+            with_value += widen(dr[e]) * widen(qkv[value]);
+            if (!dqkv) continue;
+            float dv = gates.beta[r] * widen(dr[e]);
+            dqkv[value] = narrow(accumulate_qkv ? widen(dqkv[value]) + dv : dv);
+        }
+        for (int i = threadIdx.x; i < padded * SLICE; i += blockDim.x)
+        {
+            int e = i / SLICE * SLICE_PITCH + i % SLICE;
+            with_state += widen(state[e]) * widen(dstate[e]);
+        }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < KEY_TILES; i++)
+        {
+            int tile = warp + i * GRADIENT_WARPS, row = tile % 4 * 16, col = tile / 4 * 16;
+            if (col >= padded) continue;
+            add_product<false, true>(dq[i], given_decayed, SLICE_PITCH, state, SLICE_PITCH, row,
+                col, SLICE);
+            add_product<false, true>(dk[i], x_rest, SLICE_PITCH, dstate, SLICE_PITCH, row, col,
+                SLICE);
+            add_product<false, true>(read[i], dr, SLICE_PITCH, state, SLICE_PITCH, row, col, SLICE);
+        }
+#pragma unroll
+        for (int i = 0; i < SQUARE_TILES; i++)
+        {
+            int tile = warp + i * GRADIENT_WARPS, row = tile / 4 * 16, col = tile % 4 * 16;
+            if (col > row) continue;
+            add_product<false, true>(dp[i], given, SLICE_PITCH, x, SLICE_PITCH, row, col, SLICE);
+            add_product<false, true>(dl[i], dr, SLICE_PITCH, x, SLICE_PITCH, row, col, SLICE);
+        }
+        __syncthreads();
+    }
+    with_state = block_sum(with_state, warp_sums);
+#pragma unroll
+    for (int lane = 1; lane < 4; lane *= 2)
+        with_value += __shfl_xor_sync(ALL_LANES, with_value, lane);
+    if (threadIdx.x % 4 == 0) dbeta[threadIdx.x / 4] = with_value;
+
+    // Products of what goes to q and k with them are what the exponents have of it.
+    real* rows = (real*)delta_shared;
+    real* left = rows + CHUNK * pitch;
+    real* lower = left + CHUNK * SQUARE;
+    load_units(rows, units, z, at, head, 0);
+    __syncthreads();
+    dot_rows(query_parts, dq, rows, pitch, padded);
+    __syncthreads();
+    load_units(rows, units, z, at, head, 1);
+    __syncthreads();
+    dot_rows(key_parts, dk, rows, pitch, padded);
+    dot_rows(read_parts, read, rows, pitch, padded);
+#pragma unroll
+    for (int i = 0; i < KEY_TILES; i++)
+    {
+        int row = (warp + i * GRADIENT_WARPS) % 4 * 16;
+        scale_tile(read[i], row, gates.decay);
+        scale_tile(read[i], row, gates.beta);
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+        {
+#pragma unroll
+            for (int e = 0; e < 4; e++) dk[i][n][e] -= read[i][n][e];
+        }
+    }
+
+    // dP G and N, and what b and beta have of P and L.
+#pragma unroll
+    for (int i = 0; i < SQUARE_TILES; i++)
+    {
+        int tile = warp + i * GRADIENT_WARPS, row = tile / 4 * 16, col = tile % 4 * 16;
+        int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+        float products[2][4] = {}, pull[2] = {}, of_beta[2] = {}, down[2][2] = {};
+        const real* p = scores + z.square(at.number, head);
+        if (col <= row)
+            add_product<false, true>(products, rows, pitch, rows, pitch, row, col, padded);
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+        {
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+            {
+                int r = row + g + e / 2 * 8, c = col + n * 8 + 2 * t + e % 2;
+                float decay = c <= r ? expf(gates.sum[r] - gates.sum[c]) : 0;
+                float score = c <= r ? dp[i][n][e] * decay : 0, key = 0;
+                if (c < r)
+                {
+                    float drawn = -dl[i][n][e] * decay, of_lower = drawn * products[n][e];
+                    key = gates.beta[r] * drawn;
+                    float both = dp[i][n][e] * widen(p[r * CHUNK + c]) + gates.beta[r] * of_lower;
+                    pull[e / 2] += both;
+                    down[n][e % 2] += both;
+                    of_beta[e / 2] += of_lower;
+                }
+                left[r * SQUARE + c] = narrow(score);
+                lower[r * SQUARE + c] = narrow(key);
+            }
+        }
+        sum_tile_rows(pull[0], pull[1], row_parts[col / 16], row);
+        sum_tile_rows(of_beta[0], of_beta[1], beta_parts[col / 16], row);
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+        {
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+            {
+#pragma unroll
+                for (int lane = 4; lane < WARP; lane *= 2)
+                    down[n][e] += __shfl_xor_sync(ALL_LANES, down[n][e], lane);
+                if (g == 0) column_parts[row / 16][col + n * 8 + 2 * t + e] = down[n][e];
+            }
+        }
+    }
+    __syncthreads();
+    u64 key_stride = (u64)value_heads * key_dim, place = at.first * key_stride + head * key_dim;
+#pragma unroll
+    for (int i = 0; i < KEY_TILES; i++)
+    {
+        int tile = warp + i * GRADIENT_WARPS, row = tile % 4 * 16, col = tile / 4 * 16;
+        if (col >= padded) continue;
+        add_product<false, false>(dq[i], left, SQUARE, rows, pitch, row, col, CHUNK);
+        add_product<false, false>(dk[i], lower, SQUARE, rows, pitch, row, col, CHUNK);
+        add_product<true, false>(dk[i], lower, SQUARE, rows, pitch, row, col, CHUNK);
+        each_of_tile(dq[i], row, col, [&](int r, int c, float& v) {
+            if (r < at.count && c < key_dim) dqueries[place + r * key_stride + c] = v;
+        });
+    }
+    __syncthreads();
+    load_units(rows, units, z, at, head, 0);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < KEY_TILES; i++)
+    {
+        int tile = warp + i * GRADIENT_WARPS, row = tile % 4 * 16, col = tile / 4 * 16;
+        if (col >= padded) continue;
+        add_product<true, false>(dk[i], left, SQUARE, rows, pitch, row, col, CHUNK);
+        each_of_tile(dk[i], row, col, [&](int r, int c, float& v) {
+            if (r < at.count && c < key_dim) dkeys[place + r * key_stride + c] = v;
+        });
+    }
+
+    // The gates: db and dbeta of each token, then dg, the sum of db from its token on.
+    int i = threadIdx.x;
+    if (i < CHUNK)
+    {
+        float rest = sum_column(key_parts, padded / 16, i);
+        float read_sum = gates.decay[i] * sum_column(read_parts, padded / 16, i);
+        db[i] = sum_column(query_parts, padded / 16, i) - rest - gates.beta[i] * read_sum
+            + sum_column(row_parts, 4, i) - sum_column(column_parts, 4, i);
+        dbeta[i] += sum_column(beta_parts, 4, i) - read_sum;
+        logs[i] = rest;
+    }
+    __syncthreads();
+    if (i == 0)
+    {
+        float sum = gates.decay[CHUNK - 1] * with_state;
+        for (int j = 0; j < CHUNK; j++) sum += logs[j];
+        for (int j = CHUNK - 1; j >= 0; j--) db[j] = sum += db[j];
+    }
+    __syncthreads();
+    if (i < CHUNK)
+    {
+        float da = 0, dlog = 0;
+        if (i < at.count)
+        {
+            u64 row = (u64)(at.first + i) * 2 * value_heads;
+            float b = gates.beta[i], a = widen(gate_inputs[row + value_heads + head]) + dt_bias[head];
+            float strength = expf(a_log[head]);
+            da = -db[i] * strength * sigmoid(a);
+            dlog = -db[i] * strength * (a > 20 ? a : log1pf(expf(a)));
+            if (dgates)
+            {
+                real *to_b = dgates + row + head, *to_a = to_b + value_heads;
+                float gradient = dbeta[i] * b * (1 - b);
+                *to_b = narrow(accumulate_gates ? widen(*to_b) + gradient : gradient);
+                *to_a = narrow(accumulate_gates ? widen(*to_a) + da : da);
+            }
+        }
+        logs[i] = dlog;
+        biases[i] = da;
+    }
+    __syncthreads();
+    if (i > 0) return;
+    float log_sum = 0, bias_sum = 0;
+    for (int j = 0; j < CHUNK; j++)
+    {
+        log_sum += logs[j];
+        bias_sum += biases[j];
+    }
+    part[head] = log_sum;
+    part[value_heads + head] = bias_sum;
+}
+
+// dq and dk of the rows as they were before they had length 1: n (d - u (u d)), u = x n, n = 1 /
+// |x|, d the sum over the value heads of the key head (for q over sqrt(key_dim)). A warp per token,
+// key head, and q or k.
+extern "C" __global__ void __launch_bounds__(256) delta_unit_gradients(real* dqkv,
+    const float* dqueries, const float* dkeys, const real* qkv, int tokens, int key_heads,
+    int value_heads, int key_dim, int value_dim, int accumulate)
+{
+    DeltaSizes z = {key_heads, value_heads, key_dim, value_dim};
+    int item = blockIdx.x * (256 / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (item >= 2 * tokens * key_heads) return;
+    int token = item / (2 * key_heads), which = item / key_heads % 2, head = item % key_heads;
+    u64 at = (u64)token * z.cols() + (which * key_heads + head) * key_dim;
+    const float* from = (which ? dkeys : dqueries)
+        + ((u64)token * value_heads + head * z.group()) * key_dim;
+    float squares = 0, pull = 0;
+    for (int c = lane; c < key_dim; c += WARP)
+    {
+        float x = widen(qkv[at + c]), d = 0;
+        for (int g = 0; g < z.group(); g++) d += from[g * key_dim + c];
+        squares += x * x;
+        pull += x * d;
+    }
+    float scale = 1 / sqrtf(warp_sum(squares) + 1e-6f);
+    pull = warp_sum(pull) * scale * scale;
+    if (which == 0) scale *= 1 / sqrtf((float)key_dim);
+    for (int c = lane; c < key_dim; c += WARP)
+    {
+        float x = widen(qkv[at + c]), d = 0;
+        for (int g = 0; g < z.group(); g++) d += from[g * key_dim + c];
+        float v = scale * (d - x * pull);
+        dqkv[at + c] = narrow(accumulate ? widen(dqkv[at + c]) + v : v);
+    }
 }

@@ -95,7 +95,7 @@ internal static class StepBench
                 Directory.Delete(folder, recursive: true);
             }
 
-            _batch = new BatchTensors(queries: 1);
+            _batch = new BatchTensors();
             _upload = new BatchUpload(_device);
             _optimizer = new Optimizer(_device, _trainables, new TrainArguments());
             Fill();

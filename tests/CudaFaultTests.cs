@@ -41,6 +41,7 @@ public sealed class CudaFaultTests
         Terms(2, 1, -7, "starts[1] is -7, expected to rise from 0 to 6, the ids"),
         Terms(3, 1, 40, "ids[1] is 40, expected 0 to 39"),
         Terms(3, 5, -1, "ids[5] is -1, expected 0 to 39"),
+        .. Packed("causal_conv"), .. Packed("delta_rule"),
     ];
 
     [OneTimeSetUp]
@@ -99,6 +100,15 @@ public sealed class CudaFaultTests
             Value.Float("weights", [6], Fill.Normal(6, 6)),
         ],
         input, index, wrong, message);
+
+    private static IEnumerable<TestCaseData> Packed(string name)
+    {
+        OpCase c = OpCases.All.Single(each => each.Name == name);
+        int input = Array.FindIndex(c.Inputs(7), v => v.IsInteger);
+        foreach (var (index, wrong) in ((int, int)[])[(0, 1), (1, -1), (2, 99), (3, 6)])
+            yield return Case(c.Op, c.Inputs(7), input, index, wrong,
+                $"cu_seqlens[{index}] is {wrong}, expected to rise from 0 to 7, the tokens");
+    }
 
     private static TestCaseData Splice(int index, int wrong, string message) => Case(
         new Splice(), [X("x", 9, 5), X("features", 4, 5), Value.Int("positions", 7, 2, 5)], 2,

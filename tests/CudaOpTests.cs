@@ -230,6 +230,7 @@ public sealed class CudaOpTests
     {
         LoraLinear lora when type != DType.F32 => new RoundedLora(lora, type),
         Linears linears when type != DType.F32 => new RoundedLinears(linears, type),
+        DeltaRule rule when type != DType.F32 => new RoundedDeltaRule(rule, type),
         _ => op,
     };
 

@@ -324,7 +324,8 @@ public sealed class GgufTests
             var batch = new Batch();
             batch.Clear();
             batch.AddRow(prompt.InputIds, prompt.Bounds);
-            batch.TryAddPicture(_model.Rows.NewStrips(), picture, plan);
+            batch.TryAddPicture(_model.Rows.NewStrips(), picture, plan,
+                _model.Rows.Placeholders.Features(plan));
             _model.Hidden(batch, this);
             _model.Graph.EndStep();
             return [.. _rows.Chunk(Spec.Resampler.Queries * Spec.Decoder.HiddenSize)];

@@ -22,6 +22,8 @@ public sealed class KernelBudgetTests
     // Bytes of dynamic shared memory that the host asks for, at the head size of production.
     private static int Dynamic(KernelBuild b)
     {
+        if (b.Kernel.StartsWith("delta_", StringComparison.Ordinal))
+            return CudaDeltaRule.SharedBytes(b.Kernel, keyDim: 128, b.Storage.Size());
         if (b.Kernel == "attention_forward_any") return sizeof(float) * ((16 * 128) + (64 * 129));
         if (s_adapters.Contains(b.Kernel)) return CudaLoraProducts.SharedBytes(b.Storage);
         if (!s_tensorCores.Contains(b.Kernel)) return 0;
@@ -43,6 +45,12 @@ public sealed class KernelBudgetTests
         .. s_adapters,
     ];
 
+    // Tensor-core kernels that load their operands straight into registers.
+    private static readonly string[] s_fragments =
+    [
+        "delta_chunks", "delta_states", "delta_output", "delta_state_gradients", "delta_gradients",
+    ];
+
     // Kernels that move long rows, and so must move 16 bytes at a time.
     private static readonly string[] s_wide =
     [
@@ -53,6 +61,8 @@ public sealed class KernelBudgetTests
         "lookup_rows", "weighted_gather", "sum_by_id", "gather_rows", "columns_forward",
         "columns_backward", "cache_append", "splice_forward", "splice_text_backward",
         "cross_entropy_rows", "cross_entropy_scatter",
+        "gated_norm_forward", "gated_norm_backward", "sigmoid_gate", "sigmoid_gate_backward",
+        "conv_forward", "conv_backward",
     ];
 
     // The same, but only what they read, or write, is long.
@@ -70,6 +80,7 @@ public sealed class KernelBudgetTests
     [
         "sum_parts", "gradient_norm_finish", "attention_forward_any", "attention_keys_backward",
         "attention_queries_backward", "attention_tiles", "dropout_mask",
+        "gated_norm_weight_parts", "conv_state", "delta_unit_gradients",
         "order_by_id", "row_of_term", "splice_invert", "cross_entropy_check", "cross_entropy_sum",
     ];
 
@@ -117,6 +128,11 @@ public sealed class KernelBudgetTests
         b => $"{b.Count("HMMA")} HMMA, {b.Count("LDSM")} LDSM, {b.Count("LDGSTS")} LDGSTS");
 
     [Test]
+    public void FragmentKernelsUseTensorCores() => None(
+        b => s_fragments.Contains(b.Kernel) && b.Storage != DType.F32 && b.Count("HMMA") == 0, _ =>
+            "no HMMA");
+
+    [Test]
     public void MemoryBoundKernelsMoveSixteenBytesAtATime() => None(
         b => (s_wide.Concat(s_wideReads).Contains(b.Kernel) && b.Count("LDG", "128") == 0)
             || (s_wide.Concat(s_wideWrites).Contains(b.Kernel) && b.Count("STG", "128") == 0),
@@ -128,8 +144,8 @@ public sealed class KernelBudgetTests
     {
         string[] listed =
         [
-            .. s_tensorCores, .. s_wide, .. s_wideReads, .. s_wideWrites,
-                .. s_narrow,
+            .. s_tensorCores, .. s_fragments, .. s_wide, .. s_wideReads, .. s_wideWrites,
+            .. s_narrow,
         ];
         Assert.That(listed.Distinct().Order(),
             Is.EqualTo(_builds.Select(b => b.Kernel).Distinct().Order()));

@@ -90,6 +90,8 @@ public sealed class LaunchCountTests
 
         public Tensor Vector(string name, int begin, int count) => New(DType.F32, count);
 
+        public Tensor Small(string name) => Tensor.None;
+
         public Tensor Matrix(string name, int begin, int rows, int cols) =>
             New(DType.BF16, rows, cols);
 

@@ -10,6 +10,7 @@ internal static partial class Plants
     public static Plant[] All =>
     [
         .. Basics, .. Blocks, .. Operations, .. AttentionForward, .. AttentionBackward,
+        .. LinearAttention,
     ];
 
     private static Plant[] Basics { get; } =

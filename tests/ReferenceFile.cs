@@ -52,6 +52,9 @@ internal sealed class ReferenceFile
     /// <summary>The committed file, for those that the full set has in another layout.</summary>
     public static ReferenceFile OpenCommitted(string name) => new(Path.Combine(Root, name));
 
+    /// <summary>A file anywhere, its path without the extension.</summary>
+    public static ReferenceFile OpenAt(string path) => new(path);
+
     /// <summary>The committed folder tests/reference.</summary>
     public static string Root { get; } = FindRoot();
 

@@ -139,8 +139,9 @@ internal static class V26
 
     /// <summary>Whether the gradient is zero in exact arithmetic.</summary>
     public static bool IsKeyBias(string name) =>
-        name.StartsWith("vpm.", StringComparison.Ordinal)
-        && name.EndsWith("k_proj.bias", StringComparison.Ordinal);
+        name.EndsWith("k_proj.bias", StringComparison.Ordinal)
+        && (name.StartsWith("vpm.", StringComparison.Ordinal)
+            || name.StartsWith("model.vision_tower.", StringComparison.Ordinal));
 
     /// <summary>
     /// A tensor against the reference's fingerprint, relative to its largest magnitude.

@@ -186,7 +186,7 @@ public sealed class TrainReader
         if (_ignored.Count > 0)
             yield return "no effect on the result, ignored: " + string.Join(", ", _ignored);
         if (arguments.UseLora && arguments.TuneVision && _given.ContainsKey("tune_vision")
-            && !arguments.TrainedWhole.Contains("vpm"))
+            && !arguments.TrainedWhole.Any(name => name is "vpm" or "vision_tower"))
         {
             yield return "tune_vision trains nothing together with use_lora, "
                 + "unless modules_to_save has vpm (as official_compat sets it)";

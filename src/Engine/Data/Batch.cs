@@ -48,12 +48,15 @@ public sealed class Batch
     /// </summary>
     public Growing<int> Slots { get; } = new();
 
-    /// <summary>The picture feature of each slot: picture * queries + query.</summary>
+    /// <summary>The picture feature of each slot, counted over all pictures.</summary>
     public Growing<int> SlotFeatures { get; } = new();
+
+    /// <summary>Features of all pictures.</summary>
+    public int Features { get; private set; }
 
     public void Clear()
     {
-        Samples = 0;
+        Samples = Features = 0;
         foreach (var buffer
             in (ReadOnlySpan<Growing<int>>)[Tokens, Positions, SequenceStarts, LabelRows,
             Targets, Grids, PictureStarts, ImageBounds, Slots, SlotFeatures])
@@ -74,28 +77,25 @@ public sealed class Batch
         for (int t = from; t < ids.Length; t++) Positions.Add(t);
         SequenceStarts.Add(Tokens.Count);
         Samples++;
-        int view = Grids.Count / 2;
+        int feature = Features;
         foreach (ImageBound bound in bounds)
         {
             if (bound.Start < from) continue;
             ImageBounds.Add(bound.Start);
             ImageBounds.Add(bound.End);
-            int queries = bound.End - bound.Start;
-            for (int q = 0; q < queries; q++)
+            for (int t = bound.Start; t < bound.End; t++)
             {
-                Slots.Add(start + bound.Start + q);
-                SlotFeatures.Add((view * queries) + q);
+                Slots.Add(start + t);
+                SlotFeatures.Add(feature++);
             }
-
-            view++;
         }
     }
 
     /// <summary>
-    /// Adds the views of a picture; false where they are too many patches. Without a picture the
-    /// pixels are undefined.
+    /// Adds the views of a picture, which have so many features in all; false where they are too
+    /// many patches. Without a picture the pixels are undefined.
     /// </summary>
-    public bool TryAddPicture(PatchStrips strips, Picture? picture, SlicePlan plan)
+    public bool TryAddPicture(PatchStrips strips, Picture? picture, SlicePlan plan, int features)
     {
         long floats = strips.Patches(plan) * strips.PatchLength;
         if (floats > Array.MaxLength) return false;
@@ -107,6 +107,7 @@ public sealed class Batch
             PictureStarts.Add(PictureStarts[PictureStarts.Count - 1] + grid.Patches);
         }
 
+        Features += features;
         Span<float> patches = Patches.Extend((int)floats);
         if (picture is not null) strips.Write(picture, plan, patches);
         return true;

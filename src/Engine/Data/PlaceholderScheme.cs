@@ -7,8 +7,9 @@ namespace MiniCpmNative.Engine.Data;
 
 /// <summary>
 /// The text that stands for a picture, and where its views lie in the tokens. Every view is
-/// &lt;image&gt;unk*Q&lt;/image&gt; with Q query tokens; for a sliced picture a line of tiles per row
-/// follows. Since V-2_6 a tile is &lt;slice&gt;unk*Q&lt;/slice&gt; and a picture may carry its number,
+/// &lt;image&gt;unk*Q&lt;/image&gt; with Q tokens, one for each feature: a resampler's
+/// queries, or, where features are merged patches, as many as the view has; for a sliced picture a
+/// line of tiles per row follows. Since V-2_6 a tile is &lt;slice&gt;unk*Q&lt;/slice&gt; and a picture may carry its number,
 /// &lt;image_id&gt;k&lt;/image_id&gt;, in front. Before, tiles are written like pictures, all of them
 /// between one &lt;slice&gt; and &lt;/slice&gt;, and there are no numbers. The tokens are the
 /// checkpoint's own.
@@ -17,12 +18,14 @@ public sealed class PlaceholderScheme
 {
     private readonly PlaceholderTokens _tokens;
     private readonly bool _marksTiles;
+    private readonly int _queries, _side;
     private readonly int _imageStart, _imageEnd, _sliceStart, _sliceEnd;
 
     private PlaceholderScheme(
-        Tokenizer tokenizer, PlaceholderTokens tokens, int queries, bool marksTiles, string place)
+        Tokenizer tokenizer, PlaceholderTokens tokens, int queries, int side, bool marksTiles,
+        string place)
     {
-        (_tokens, Queries, _marksTiles) = (tokens, queries, marksTiles);
+        (_tokens, _queries, _side, _marksTiles) = (tokens, queries, side, marksTiles);
         _imageStart = Id(tokens.ImageStart);
         _imageEnd = Id(tokens.ImageEnd);
         _sliceStart = Id(tokens.SliceStart);
@@ -38,9 +41,6 @@ public sealed class PlaceholderScheme
         int Id(string token) => tokenizer.Require(token, place);
     }
 
-    /// <summary>Feature rows per view (query_num).</summary>
-    public int Queries { get; }
-
     /// <summary>The token that holds a feature row's place.</summary>
     public int UnknownId { get; }
 
@@ -51,13 +51,30 @@ public sealed class PlaceholderScheme
     /// <exception cref="InputException">The tokenizer lacks one of the tokens.</exception>
     public static PlaceholderScheme New(
         Tokenizer tokenizer, PlaceholderTokens tokens, int queries, string place = "tokenizer") =>
-        new(tokenizer, tokens, queries, marksTiles: true, place);
+        new(tokenizer, tokens, queries, 0, marksTiles: true, place);
+
+    /// <summary>The same with a feature for each square of so many pixels a side (V-4_6).</summary>
+    /// <inheritdoc cref="New"/>
+    public static PlaceholderScheme Merged(
+        Tokenizer tokenizer, PlaceholderTokens tokens, int side, string place = "tokenizer") =>
+        new(tokenizer, tokens, 0, side, marksTiles: true, place);
 
     /// <summary>Tiles like pictures in one pair around all, no numbers (V-2, V-2_5).</summary>
     /// <inheritdoc cref="New"/>
     public static PlaceholderScheme Old(
         Tokenizer tokenizer, PlaceholderTokens tokens, int queries, string place = "tokenizer") =>
-        new(tokenizer, tokens, queries, marksTiles: false, place);
+        new(tokenizer, tokens, queries, 0, marksTiles: false, place);
+
+    /// <summary>Feature rows of a view: 0 is the overview, then the tiles.</summary>
+    public int Features(SlicePlan plan, int view)
+    {
+        PictureSize size = view == 0 ? plan.Overview : plan.Tile;
+        return _side == 0 ? _queries : size.Width / _side * (size.Height / _side);
+    }
+
+    /// <summary>Feature rows of all views of a picture.</summary>
+    public int Features(SlicePlan plan) => Features(plan, 0)
+        + (plan.Sliced ? (plan.Views - 1) * Features(plan, 1) : 0);
 
     /// <summary>A picture's text.</summary>
     /// <param name="plan">How it is cut.</param>
@@ -68,22 +85,22 @@ public sealed class PlaceholderScheme
         if (number is not null && _marksTiles)
             text.Append(_tokens.ImageIdStart).Append(CultureInfo.InvariantCulture, $"{number}")
                 .Append(_tokens.ImageIdEnd);
-        View(_tokens.ImageStart, _tokens.ImageEnd);
+        View(0, _tokens.ImageStart, _tokens.ImageEnd);
         if (!plan.Sliced) return text.ToString();
         if (!_marksTiles) text.Append(_tokens.SliceStart);
         for (int row = 0; row < plan.Rows; row++)
         {
             if (row > 0) text.Append('\n');
             for (int column = 0; column < plan.Columns; column++)
-                if (_marksTiles) View(_tokens.SliceStart, _tokens.SliceEnd);
-                else View(_tokens.ImageStart, _tokens.ImageEnd);
+                if (_marksTiles) View(1, _tokens.SliceStart, _tokens.SliceEnd);
+                else View(1, _tokens.ImageStart, _tokens.ImageEnd);
         }
 
         if (!_marksTiles) text.Append(_tokens.SliceEnd);
         return text.ToString();
 
-        void View(string start, string end) =>
-            text.Append(start).Insert(text.Length, _tokens.Unknown, Queries).Append(end);
+        void View(int view, string start, string end) => text.Append(start)
+            .Insert(text.Length, _tokens.Unknown, Features(plan, view)).Append(end);
     }
 
     /// <summary>The views in ids; null when starts and ends do not pair up.</summary>

@@ -58,6 +58,9 @@ public sealed record RowFormat(
     /// </exception>
     public void RequireLlmType(string? llmType, bool officialCompat)
     {
+        if (officialCompat && !Prompts.IsOfficial)
+            throw new InputException($"{Prompts.Place}: the official script does not know this "
+                + "model: leave official_compat out");
         if (llmType is null || llmType == Prompts.LlmType) return;
         if (llmType != DocumentedLlmType)
             throw new InputException($"llm_type is {Messages.Quote(llmType)}, but the model's "
@@ -71,7 +74,14 @@ public sealed record RowFormat(
 }
 
 /// <summary>How a picture is cut (slice_config of config.json).</summary>
-public sealed record SlicingSpec(int MaxSliceNums, int ScaleResolution, int PatchSize);
+public sealed record SlicingSpec(int MaxSliceNums, int ScaleResolution, int PatchSize)
+{
+    /// <summary>Patches that are merged into one along each side of a view.</summary>
+    public int Merges { get; init; } = 1;
+
+    /// <summary>What the sides of views are multiples of, in pixels.</summary>
+    public int Multiple => PatchSize * Merges;
+}
 
 /// <summary>Texts of the special tokens around and inside a picture's placeholder.</summary>
 public sealed record PlaceholderTokens(

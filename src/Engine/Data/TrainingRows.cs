@@ -154,11 +154,17 @@ public sealed partial class TrainingRows : IRowLoader
         Row row, int[] ids, ImageBound[] bounds, int[] shown, SlicePlan[] plans,
         PictureInfo[] pictures, Batch batch, bool decode = true)
     {
-        int queries = _format.Placeholders.Queries;
-        foreach (ImageBound bound in bounds)
-            if (bound.End - bound.Start != queries)
-                throw row.Bad($"a picture's place has {bound.End - bound.Start} tokens, "
-                    + $"expected {queries}");
+        int place = 0;
+        foreach (int picture in shown)
+            for (int view = 0; view < plans[picture].Views && place < bounds.Length; view++)
+            {
+                ImageBound bound = bounds[place++];
+                int features = _format.Placeholders.Features(plans[picture], view);
+                if (bound.End - bound.Start != features)
+                    throw row.Bad($"a picture's place has {bound.End - bound.Start} tokens, "
+                        + $"expected {features}");
+            }
+
         batch.AddRow(ids, bounds);
         foreach (int picture in shown)
             AppendPicture(
@@ -186,7 +192,8 @@ public sealed partial class TrainingRows : IRowLoader
     private void AppendPicture(Row row, int index, SlicePlan plan, int? orientation, Batch batch)
     {
         using Picture? picture = orientation is { } turn ? Decode(row, index, turn) : null;
-        if (!batch.TryAddPicture(_strips.Value!, picture, plan))
+        if (!batch.TryAddPicture(
+            _strips.Value!, picture, plan, _format.Placeholders.Features(plan)))
             throw row.Bad($"picture \"{row.Pictures[index].Path}\" has too many patches");
     }
 
@@ -229,7 +236,7 @@ public sealed partial class TrainingRows : IRowLoader
             PictureSize size = pictures[i].Size;
             if (Turn(pictures[i]) >= 5) size = new(size.Height, size.Width);
             plans[i] = Slicer.Plan(
-                size, _slicing.MaxSliceNums, _slicing.ScaleResolution, _slicing.PatchSize);
+                size, _slicing.MaxSliceNums, _slicing.ScaleResolution, _slicing.Multiple);
         }
 
         return plans;

@@ -107,7 +107,8 @@ internal static class LogitCheck
         var batch = new Batch();
         batch.Clear();
         batch.AddRow(prompt.InputIds, prompt.Bounds);
-        batch.TryAddPicture(format.NewStrips(), picture, plan);
+        batch.TryAddPicture(
+            format.NewStrips(), picture, plan, format.Placeholders.Features(plan));
         return batch;
     }
 

@@ -39,6 +39,9 @@ internal sealed class CachedModel(LoadedModel model)
 
     public ReadOnlySpan<int> Lengths => _cache!.Lengths;
 
+    /// <inheritdoc cref="KeyValueCache.Reachable"/>
+    public int Reachable(int sequence, int length) => _cache!.Reachable(sequence, length);
+
     /// <inheritdoc cref="KeyValueCache.Cut"/>
     public void Cut(int sequence, int length) => _cache!.Cut(sequence, length);
 

@@ -101,7 +101,7 @@ public sealed class Generator(LoadedModel model)
             inputs[0].Ids.AsSpan().CommonPrefixLength(_held), inputs[0].Tokens - 1);
         foreach (ImageBound picture in inputs[0].Pictures)
             if (known > picture.Start && known < picture.End) known = picture.Start;
-        return known;
+        return _cached.Reachable(0, known);
     }
 
     private GeneratedTokens[] Choose(

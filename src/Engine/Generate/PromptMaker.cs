@@ -95,7 +95,8 @@ public sealed class PromptMaker
                 if (places[i].Start < from) continue;
                 PromptPicture shown = pictures[prompt.Pictures[i]];
                 using Picture picture = shown.Decode();
-                if (!batch.TryAddPicture(_strips, picture, shown.Plan))
+                if (!batch.TryAddPicture(_strips, picture, shown.Plan,
+                    _format.Placeholders.Features(shown.Plan)))
                     throw new InputException($"{shown.Name}: has too many patches");
             }
         }
@@ -103,5 +104,5 @@ public sealed class PromptMaker
 
     private PromptPicture Cut(string name, Func<Picture> decode, PictureSize size) => new(
         name, decode, Slicer.Plan(
-            size, _slicing.MaxSliceNums, _slicing.ScaleResolution, _slicing.PatchSize));
+            size, _slicing.MaxSliceNums, _slicing.ScaleResolution, _slicing.Multiple));
 }

@@ -7,7 +7,7 @@ namespace MiniCpmNative.Engine.Model;
 /// What every model needs of the batch that is on the device; parts of the model bring what is
 /// their own besides (<see cref="IBatchInput"/>).
 /// </summary>
-public sealed class BatchTensors(int queries) : IBatchInput
+public sealed class BatchTensors : IBatchInput
 {
     public int Pictures { get; private set; }
 
@@ -43,7 +43,7 @@ public sealed class BatchTensors(int queries) : IBatchInput
         PictureStarts = FeatureIds = Tensor.None;
         if (Pictures == 0) return;
         PictureStarts = upload.Ints(batch.PictureStarts.Span, "picture starts");
-        bool allInOrder = batch.SlotFeatures.Count == Pictures * queries;
+        bool allInOrder = batch.SlotFeatures.Count == batch.Features;
         for (int i = 0; i < batch.SlotFeatures.Count && allInOrder; i++)
             allInOrder = batch.SlotFeatures[i] == i;
         if (!allInOrder) FeatureIds = upload.Ints(batch.SlotFeatures.Span, "feature ids");

@@ -78,6 +78,16 @@ public sealed class BatchUpload(Device device)
     public Tensor Floats(ReadOnlySpan<float> values, string name) => Push(
         new Spec(device.Activations.Statistics(), new Shape(values.Length)), values, name);
 
+    /// <summary>The same number so many times, in F32.</summary>
+    public unsafe Tensor Constant(float value, int count, string name)
+    {
+        var spec = new Spec(device.Activations.Statistics(), new Shape(count));
+        Tensor tensor = _input.Push(spec, name, out nint host);
+        if (spec.Type == DType.F64) new Span<double>((void*)host, count).Fill(value);
+        else new Span<float>((void*)host, count).Fill(value);
+        return tensor;
+    }
+
     /// <summary>Patches of so many numbers each, rounded to the activations' type.</summary>
     public Tensor Patches(ReadOnlySpan<float> pixels, int length)
     {

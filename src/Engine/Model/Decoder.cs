@@ -25,21 +25,26 @@ public sealed class Decoder : IBatchInput
     private readonly Norm _norm;
     private readonly Recomputation _recomputation;
 
-    public Decoder(DecoderSpec spec, ModuleScope scope, Recomputation recomputation)
+    /// <param name="spec">The decoder.</param>
+    /// <param name="scope">Holds it and its head.</param>
+    /// <param name="recomputation">What layers compute again in backward.</param>
+    /// <param name="name">The decoder's name in there.</param>
+    public Decoder(
+        DecoderSpec spec, ModuleScope scope, Recomputation recomputation, string name = "model")
     {
         (_spec, _recomputation) = (spec, recomputation);
         _lookUp = new Embedding(spec.EmbeddingScale);
         if (spec.OutputScale != 1) _outputScale = new Scale(spec.OutputScale);
-        ModuleScope model = scope.In("model");
+        ModuleScope model = scope.In(name);
         _embedding = model.In("embed_tokens").Table("weight", false, spec.VocabSize, spec.HiddenSize);
         _layers = new DecoderLayer[spec.Layers];
         for (int i = 0; i < _layers.Length; i++)
             _layers[i] = new DecoderLayer(spec, model.In("layers").In(i), i, recomputation);
         _norm = model.RmsNorm(
-            "norm", spec.HiddenSize, spec.RmsNormEpsilon, spec.FinalNormDecays);
+            "norm", spec.HiddenSize, spec.Norm with { Decays = spec.FinalNormDecays });
         model.Module("rotary_emb");
         _vocabulary = spec.TiedHead
-            ? scope.Tied("lm_head", "model.embed_tokens", _embedding)
+            ? scope.Tied("lm_head", name + ".embed_tokens", _embedding)
             : scope.Head("lm_head", spec.HiddenSize, spec.VocabSize);
     }
 
@@ -83,7 +88,8 @@ public sealed class Decoder : IBatchInput
     /// </summary>
     public void Continue(KeyValueCache? cache) => _context.Cache = cache;
 
-    public long Count(Batch batch) => batch.Positions.Count + batch.SequenceStarts.Count
+    public long Count(Batch batch) => ((_spec.Delta is null ? 1L : 3) * batch.Positions.Count)
+        + batch.SequenceStarts.Count
         + BatchUpload.TileNumbers(
             batch.Tokens.Count, batch.Tokens.Count, batch.SequenceStarts.Count);
 
@@ -94,9 +100,23 @@ public sealed class Decoder : IBatchInput
         _context.Starts = upload.Ints(starts, "sequence starts");
         _context.Tiles = _context.Cache is null
             ? upload.Tiles(starts, starts, causal: true) : default;
+        if (_spec.Delta is not null) LoadPairs(batch.Tokens.Count, upload);
         int last = 0;
         foreach (int position in batch.Positions.Span) last = Math.Max(last, position);
         _context.Reach(_spec, last + 1, upload);
+    }
+
+    private void LoadPairs(int tokens, BatchUpload upload)
+    {
+        Growing<int> pairs = upload.Scratch;
+        pairs.Clear();
+        for (int t = 0; t < tokens; t++)
+        {
+            pairs.Add(t);
+            pairs.Add(tokens + t);
+        }
+
+        _context.Pairs = upload.Ints(pairs.Span, "pairs of rows");
     }
 }
 
@@ -118,6 +138,11 @@ public sealed class DecoderContext
     /// Attention's tiles of queries and of keys where sequences are whole; may be absent.
     /// </summary>
     public (Tensor OfQueries, Tensor OfKeys) Tiles { get; set; }
+
+    /// <summary>
+    /// I32[2 tokens]: brings two matrices that lie behind each other side by side.
+    /// </summary>
+    public Tensor Pairs { get; set; }
 
     /// <summary>
     /// Has the keys and values of the tokens before these and takes theirs; null where sequences

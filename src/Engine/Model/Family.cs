@@ -1,3 +1,4 @@
+using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Data.Text;
 using MiniCpmNative.Engine.Weights;
@@ -17,6 +18,23 @@ public abstract class Family(string name)
     /// The key of config.json with the numbers of slicing; null where they stand beside the others.
     /// </summary>
     public virtual string? SlicingKey => "slice_config";
+
+    /// <summary>
+    /// Whether config.json says how pictures are cut; else the processor's file alone does.
+    /// </summary>
+    public virtual bool ConfiguresPictures => true;
+
+    /// <summary>
+    /// The processor's file of a model, and the key of it that says how pictures are cut, if not all
+    /// of it does.
+    /// </summary>
+    public virtual (string Name, string? Key) ProcessorFile(string directory) =>
+        ("preprocessor_config.json", null);
+
+    /// <summary>
+    /// Where adapters sit, as a run says it; what nobody chose may mean others of this family's.
+    /// </summary>
+    public virtual TargetModules Targets(TargetModules chosen) => chosen;
 
     /// <summary>
     /// Whether placeholders are the new ones: a picture's number, a token of their own for slices.
@@ -51,7 +69,7 @@ public abstract class Family(string name)
         IVisionTower vision =
             Tower(spec.Vision, root.As(ModelPart.Vision).In("vpm"), recomputation);
         var joiner = new Resampler(spec.Resampler, root.As(ModelPart.Joiner).In("resampler"));
-        return new MiniCpmModel(spec, vision, joiner, decoder);
+        return new MiniCpmModel(vision, joiner, decoder);
     }
 
     /// <summary>
@@ -119,6 +137,7 @@ public static class Families
         new MiniCpmV4(),
         new MiniCpmV45(),
         new MiniCpmO45(),
+        new MiniCpmV46(),
     ];
 
     /// <exception cref="InputException">The model is none of <see cref="All"/>.</exception>

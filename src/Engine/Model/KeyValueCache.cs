@@ -8,7 +8,8 @@ namespace MiniCpmNative.Engine.Model;
 /// <summary>
 /// Keys and values that the layers of a decoder have computed for some sequences, so that only the
 /// tokens that follow need to be run. Every sequence has the same room, in each layer rows of its
-/// own. A batch brings the next tokens of all sequences, none for one that rests. The memory stays
+/// own, or, where a layer is a gated delta rule, a state that all of its tokens went into. A batch
+/// brings the next tokens of all sequences, none for one that rests. The memory stays
 /// allocated as long as the device: a cache is cleared and used again. Nothing trained runs over
 /// one, for the keys in it have no gradient.
 /// </summary>
@@ -17,7 +18,10 @@ public sealed class KeyValueCache : IBatchInput
     private readonly CacheAppend _append = new();
     private readonly Device _device;
     private readonly (Tensor Keys, Tensor Values)[] _layers;
+    private readonly (Tensor Inputs, Tensor State)[] _states = [];
+    private readonly DeltaSpec? _delta;
     private readonly long _rows;
+    private readonly int _most;
     private int[] _lengths = [], _starts = [];
     private Tensor _slots;
 
@@ -32,8 +36,13 @@ public sealed class KeyValueCache : IBatchInput
         var rows = new Spec(
             device.Activations, new Shape((int)_rows, spec.KvHeads * spec.HeadDim));
         _layers = new (Tensor, Tensor)[spec.Layers];
-        foreach (ref var layer in _layers.AsSpan())
-            layer = (device.Allocate(rows, "cached keys"), device.Allocate(rows, "cached values"));
+        (_delta, _most) = (spec.Delta, sequences);
+        if (_delta is not null) _states = new (Tensor, Tensor)[spec.Layers];
+        for (int i = 0; i < _layers.Length; i++)
+            if (_delta is { } delta && delta.Layers[i]) _states[i] = NewState(delta, sequences);
+            else
+                _layers[i] = (
+                    device.Allocate(rows, "cached keys"), device.Allocate(rows, "cached values"));
         Clear(sequences, room);
     }
 
@@ -52,10 +61,20 @@ public sealed class KeyValueCache : IBatchInput
     public Tensor KeyLengths { get; private set; }
 
     /// <summary>Forgets all sequences.</summary>
-    public void Clear() => Array.Clear(_lengths);
+    public void Clear()
+    {
+        Array.Clear(_lengths);
+        foreach (var (inputs, state) in _states)
+            if (state.Exists)
+            {
+                _device.Fill(inputs, 0);
+                _device.Fill(state, 0);
+            }
+    }
 
     /// <summary>Whether the memory is enough for so many sequences of so many tokens.</summary>
-    public bool Holds(int sequences, int room) => (long)sequences * room <= _rows;
+    public bool Holds(int sequences, int room) => (long)sequences * room <= _rows
+        && (_delta is null || sequences <= _most);
 
     /// <summary>Forgets all sequences and shares the memory out anew.</summary>
     /// <exception cref="ShapeException">There is too little of it.</exception>
@@ -68,9 +87,17 @@ public sealed class KeyValueCache : IBatchInput
         _lengths = new int[sequences];
         _starts = new int[sequences + 1];
         for (int s = 0; s <= sequences; s++) _starts[s] = s * room;
+        Clear();
     }
 
-    /// <summary>Forgets a sequence's tokens from this one on.</summary>
+    /// <summary>
+    /// How many of a sequence's first tokens it can go on from: these, or none where states cannot
+    /// be taken back.
+    /// </summary>
+    public int Reachable(int sequence, int length) =>
+        _delta is null || length == _lengths[sequence] ? length : 0;
+
+    /// <summary>Forgets a sequence's tokens from this one on, a reachable one.</summary>
     public void Cut(int sequence, int length) =>
         _lengths[sequence] = Math.Min(length, _lengths[sequence]);
 
@@ -83,11 +110,30 @@ public sealed class KeyValueCache : IBatchInput
         for (int s = 0; s < from.Length; s++) lengths[s] = _lengths[from[s]];
         foreach (var (keys, values) in _layers)
         {
-            Move(keys, from, lengths);
-            Move(values, from, lengths);
+            if (!keys.Exists) continue;
+            Move(keys, from, Room, lengths);
+            Move(values, from, Room, lengths);
+        }
+
+        foreach (var (inputs, state) in _states)
+        {
+            if (!state.Exists) continue;
+            Move(inputs, from, inputs.Shape[0] / _most);
+            Move(state, from, state.Shape[0] / _most);
         }
 
         _lengths = lengths;
+    }
+
+    /// <summary>
+    /// What a layer of gated delta rule goes on from, and leaves behind: its convolution's last
+    /// inputs [sequences * (kernel - 1), channels] and its heads' states.
+    /// </summary>
+    public (Tensor Inputs, Tensor State) State(int layer)
+    {
+        var (inputs, state) = _states[layer];
+        return (inputs.Slice(0, inputs.Shape[0] / _most * _lengths.Length),
+            state.Slice(0, state.Shape[0] / _most * _lengths.Length));
     }
 
     /// <summary>
@@ -132,21 +178,28 @@ public sealed class KeyValueCache : IBatchInput
         KeyLengths = upload.Ints(_lengths, "key lengths");
     }
 
-    // All that moves is copied out first, since what is written may be another one's source.
-    private void Move(Tensor rows, ReadOnlySpan<int> from, int[] lengths)
+    private (Tensor Inputs, Tensor State) NewState(DeltaSpec delta, int sequences) => (
+        _device.Allocate(new Spec(_device.Activations, new Shape(
+            checked(sequences * (delta.Kernel - 1)), delta.Channels)), "last inputs"),
+        _device.Allocate(new Spec(_device.Activations.Statistics(), new Shape(
+            checked(sequences * delta.ValueHeads * delta.KeyDim), delta.ValueDim)), "states"));
+
+    // All that moves is copied out first, since what is written may be another one's source. Each
+    // sequence has so many rows, of which its length counts, or all.
+    private void Move(Tensor rows, ReadOnlySpan<int> from, int each, int[]? lengths = null)
     {
         ArenaMark mark = _device.Step.Mark();
         var copies = new Tensor[from.Length];
         for (int s = 0; s < from.Length; s++)
         {
-            if (from[s] == s || lengths[s] == 0) continue;
-            Tensor source = rows.Slice(_starts[from[s]], lengths[s]);
+            if (from[s] == s || lengths?[s] == 0) continue;
+            Tensor source = rows.Slice(from[s] * each, lengths?[s] ?? each);
             copies[s] = _device.Step.Push(source.Spec, "moved keys");
             _device.Copy(source, copies[s]);
         }
 
         for (int s = 0; s < from.Length; s++)
-            if (copies[s].Exists) _device.Copy(copies[s], rows.Slice(_starts[s], lengths[s]));
+            if (copies[s].Exists) _device.Copy(copies[s], rows.Slice(s * each, copies[s].Shape[0]));
         _device.Step.Pop(mark);
     }
 }

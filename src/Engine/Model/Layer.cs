@@ -24,10 +24,15 @@ internal abstract class Layer<TContext> : IBlock<TContext>
     }
 
     /// <summary>Names what it is made of, once all of it is there.</summary>
-    protected void Holds(Projection[] projections, params ReadOnlySpan<Norm?> norms)
+    protected void Holds(Projection[] projections, params ReadOnlySpan<Norm?> norms) =>
+        Holds(projections, false, norms);
+
+    /// <summary>The same with parts of which something may be trained besides.</summary>
+    protected void Holds(
+        Projection[] projections, bool trainable, params ReadOnlySpan<Norm?> norms)
     {
         _projections = projections;
-        Trainable = Array.Exists(projections, p => p.Trainable);
+        Trainable = trainable || Array.Exists(projections, p => p.Trainable);
         foreach (Norm? norm in norms) Trainable |= norm is { Trainable: true };
     }
 }

@@ -30,14 +30,13 @@ public interface IJoiner : IBatchInput
 /// A model of the family: vision tower, joiner, decoder, and the merge of picture features into the
 /// embedded text. Which ones is said where a family composes them.
 /// </summary>
-public sealed class MiniCpmModel(
-    ModelSpec spec, IVisionTower vision, IJoiner joiner, Decoder decoder)
+public sealed class MiniCpmModel(IVisionTower vision, IJoiner joiner, Decoder decoder)
 {
     private readonly Embedding _select = new();
     private readonly Splice _splice = new();
     // Those of pictures first, and last the cache, if there is one.
     private readonly IBatchInput?[] _inputs =
-        [vision, joiner, new BatchTensors(spec.Resampler.Queries), decoder, null];
+        [vision, joiner, new BatchTensors(), decoder, null];
 
     /// <summary>The batch that is on the device.</summary>
     public BatchTensors Batch => (BatchTensors)_inputs[2]!;

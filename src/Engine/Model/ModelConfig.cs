@@ -12,10 +12,10 @@ namespace MiniCpmNative.Engine.Model;
 /// </summary>
 public sealed class ModelConfig
 {
-    private const int MaxWidth = 1 << 17;
-    private const int MaxLayers = 1000;
-    private const int MaxVocabulary = 1 << 24;
-    private const int MaxSide = 1 << 14;
+    internal const int MaxWidth = 1 << 17;
+    internal const int MaxLayers = 1000;
+    internal const int MaxVocabulary = 1 << 24;
+    internal const int MaxSide = 1 << 14;
 
     private ModelConfig(string directory, JsonValue json) => (Directory, Json) = (directory, json);
 
@@ -46,7 +46,8 @@ public sealed class ModelConfig
         }
     }
 
-    private string Type => Json.Find("model_type")?.Text() ?? "";
+    /// <summary>model_type.</summary>
+    public string Type => Json.Find("model_type")?.Text() ?? "";
 
     private string Architecture => Json.Find("architectures")?.Items()
         .FirstOrDefault() is { IsText: true } first ? first.Text() : "";
@@ -111,6 +112,13 @@ public sealed class ModelConfig
             family, Directory, vision, resampler, decoder, Slicing(family, vision), useImageId,
             Flag("slice_mode", true), Processor(vision, resampler, useImageId),
             Generation(), ModelClass());
+    }
+
+    internal void RefuseQuantised()
+    {
+        if (Json.Find("quantization_config") is { } quantised)
+            throw quantised.Error(
+                "says the weights are quantised, which is not supported; use the bf16 model");
     }
 
     /// <summary>The decoder of the Llama kind that the configuration describes.</summary>
@@ -225,14 +233,14 @@ public sealed class ModelConfig
             Channels(json, "norm_mean", -1e6), Channels(json, "norm_std", 1e-6), tokens);
     }
 
-    private static ImmutableArray<double> Channels(JsonValue json, string key, double least)
+    internal static ImmutableArray<double> Channels(JsonValue json, string key, double least)
     {
         if (json.Find(key) is not { } list) return [0.5, 0.5, 0.5];
         ImmutableArray<double> values = [.. list.Items().Take(4).Select(v => v.Number(least, 1e6))];
         return values.Length == 3 ? values : throw list.Expected("three numbers");
     }
 
-    private GenerationSpec Generation()
+    internal GenerationSpec Generation()
     {
         string path = Path.Combine(Directory, "generation_config.json");
         JsonValue json = File.Exists(path) ? JsonInput.ReadObject(path) : Json;
@@ -256,18 +264,18 @@ public sealed class ModelConfig
             : new ModelClass(local[(dot + 1)..], local[..dot]);
     }
 
-    private static InputException Disagrees(JsonValue json, string key, int value, string other,
+    internal static InputException Disagrees(JsonValue json, string key, int value, string other,
         int expected) =>
         new($"{json.File}: {(json.Path.Length > 0 ? json.Path + "." : "")}{key} is {value}, expected {expected}"
             + $" as {other}");
 
-    private static int Size(JsonValue json, string key, int most, int? otherwise = null) =>
+    internal static int Size(JsonValue json, string key, int most, int? otherwise = null) =>
         otherwise is { } value && json.Find(key) is null ? value : json[key].Int(1, most);
 
     /// <summary>A switch of config.json.</summary>
     public bool Flag(string key, bool otherwise) => Json.Find(key)?.Bool() ?? otherwise;
 
-    private static string Text(JsonValue json, string key, string otherwise)
+    internal static string Text(JsonValue json, string key, string otherwise)
     {
         if (json.Find(key) is not { } value) return otherwise;
         string text = value.Text();
@@ -275,13 +283,13 @@ public sealed class ModelConfig
             ? text : throw value.Expected("a text of 1 to 256 characters");
     }
 
-    private static void RequireText(JsonValue json, string key, string expected)
+    internal static void RequireText(JsonValue json, string key, string expected)
     {
         if (json.Find(key) is { } value && value.Text() != expected)
             throw value.Expected($"{Messages.Quote(expected)}, the only one supported");
     }
 
-    private static void RequireZero(JsonValue json, string key)
+    internal static void RequireZero(JsonValue json, string key)
     {
         if (json.Find(key) is { } value && value.Number() != 0)
             throw value.Expected("0: dropout in the base model is not supported");

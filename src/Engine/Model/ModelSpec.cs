@@ -20,7 +20,7 @@ public sealed record ModelSpec(
     Family Family,
     string Directory,
     VisionSpec Vision,
-    ResamplerSpec Resampler,
+    JoinerSpec Joiner,
     DecoderSpec Decoder,
     SlicingSpec Slicing,
     bool UseImageId,
@@ -30,6 +30,13 @@ public sealed record ModelSpec(
     ModelClass ModelClass)
 {
     private ParameterTable? _parameters;
+
+    /// <summary>The joiner of a model that has a resampler.</summary>
+    public ResamplerSpec Resampler
+    {
+        get => (ResamplerSpec)Joiner;
+        init => Joiner = value;
+    }
 
     /// <summary>
     /// All tensors and modules of the model by official name, as its modules declare them.
@@ -86,10 +93,34 @@ public sealed record VisionSpec(
 {
     public PatchLayout Layout { get; init; } = new GridLayout();
 
+    /// <summary>
+    /// The layer behind which four neighbouring patches become one (V-4_6); null where none do.
+    /// </summary>
+    public int? MergesAfter { get; init; }
+
+    /// <summary>Whether the model has what merges them, be it used or not.</summary>
+    public bool HasMerger { get; init; }
+
     public int HeadDim => HiddenSize / Heads;
 
     /// <summary>Numbers in a patch, in (channel, y, x) order.</summary>
     public int PatchLength => Channels * PatchSize * PatchSize;
+}
+
+/// <summary>What turns vision features into rows of the decoder's width.</summary>
+public abstract record JoinerSpec;
+
+/// <summary>
+/// Squares of 2 x 2 neighbours become one feature of the decoder's width, HiddenSize.
+/// </summary>
+/// <param name="Halved">Whether the vision tower has merged patches already.</param>
+public sealed record MergerSpec(int HiddenSize, int VisionSize, bool Halved) : JoinerSpec
+{
+    // Fixed in the official code.
+    public float LayerNormEpsilon => 1e-6f;
+
+    /// <summary>Patches along each side of what becomes one feature.</summary>
+    public int Merges => Halved ? 4 : 2;
 }
 
 /// <summary>
@@ -98,7 +129,7 @@ public sealed record VisionSpec(
 /// <param name="QueryPositions">Whether queries have positions too, from a stored table (version
 /// 2.0).</param>
 public sealed record ResamplerSpec(
-    int HiddenSize, int VisionSize, int Queries, bool QueryPositions = false)
+    int HiddenSize, int VisionSize, int Queries, bool QueryPositions = false) : JoinerSpec
 {
     // Fixed in the official code: heads of 128, LayerNorm of 1e-6.
     public int Heads => HiddenSize / 128;
@@ -129,20 +160,39 @@ public sealed record DecoderSpec(
     double EmbeddingScale = 1, double ResidualScale = 1, double OutputScale = 1,
     bool FinalNormDecays = true)
 {
+    /// <summary>The layers of gated delta rule between those of attention (V-4_6), if any.</summary>
+    public DeltaSpec? Delta { get; init; }
+
     /// <summary>
-    /// cos and sin [positions, HeadDim/2] of position * theta^(-2k/HeadDim) / divisor_k, times the
+    /// How many of a head's columns, the first ones, are turned by its position; null for all.
+    /// </summary>
+    public int? RotatedColumns { get; init; }
+
+    /// <summary>
+    /// Whether norms are multiplied by 1 + weight, and weight decay passes them over.
+    /// </summary>
+    public bool ZeroCentredNorms { get; init; }
+
+    /// <summary>The kind of the layers' norms.</summary>
+    public NormKind Norm => new(RmsNormEpsilon, ZeroCentredNorms, Decays: !ZeroCentredNorms);
+
+    /// <summary>Whether queries bring gates, by which what attention gives is multiplied.</summary>
+    public bool OutputGate { get; init; }
+
+    /// <summary>
+    /// cos and sin [positions, columns/2] of position * theta^(-2k/columns) / divisor_k, times the
     /// amplitude; frequencies and angles are rounded to float as transformers has them.
     /// </summary>
     /// <param name="positions">Rows of the tables.</param>
     /// <param name="isLong">Whether they have the long divisors.</param>
     public (float[] Cos, float[] Sin) RopeTable(int positions, bool isLong = false)
     {
-        int half = HeadDim / 2;
+        int columns = RotatedColumns ?? HeadDim, half = columns / 2;
         ImmutableArray<double> divisors = isLong ? RopeScaling.Long : RopeScaling.Short;
         var frequencies = new float[half];
         for (int k = 0; k < half; k++)
         {
-            float power = (float)Math.Pow(RopeTheta, 2f * k / HeadDim);
+            float power = (float)Math.Pow(RopeTheta, 2f * k / columns);
             float divisor = divisors.IsEmpty ? 1 : (float)divisors[k];
             frequencies[k] = 1 / (divisor * power);
         }
@@ -159,6 +209,24 @@ public sealed record DecoderSpec(
 
         return (cos, sin);
     }
+}
+
+/// <summary>A root mean square norm.</summary>
+/// <param name="Centred">Whether it multiplies by 1 + weight.</param>
+/// <param name="Decays">Whether weight decay applies to the weight.</param>
+public sealed record NormKind(float Epsilon, bool Centred = false, bool Decays = true);
+
+/// <summary>
+/// Layers of gated delta rule: heads with a state [KeyDim, ValueDim] each, fed by a causal
+/// convolution over the last Kernel tokens of each channel.
+/// </summary>
+/// <param name="Layers">Of each layer of the decoder, whether it is one.</param>
+public sealed record DeltaSpec(
+    int KeyHeads, int ValueHeads, int KeyDim, int ValueDim, int Kernel,
+    ImmutableArray<bool> Layers)
+{
+    /// <summary>Channels of queries, keys and values together.</summary>
+    public int Channels => (2 * KeyHeads * KeyDim) + (ValueHeads * ValueDim);
 }
 
 /// <summary>

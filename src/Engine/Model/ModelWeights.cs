@@ -24,6 +24,10 @@ public abstract class ModelTensors(Graph graph, Trainables trainables, Adapters 
     public Tensor Vector(string name, int begin, int count) => trainables.Contains(name)
         ? Parameter(name, begin, count) : FrozenVector(name, begin, count);
 
+    public Tensor Small(string name) => trainables.Contains(name)
+        ? Parameter(name, 0, ShapeOf(name)[0])
+        : FrozenVector(name, 0, checked((int)ShapeOf(name).Count));
+
     public Tensor Matrix(string name, int begin, int rows, int cols)
     {
         if (!trainables.Contains(name)) return FrozenMatrix(name, begin, rows, cols);

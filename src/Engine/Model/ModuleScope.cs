@@ -23,6 +23,7 @@ public sealed class ModuleScope
     private readonly ITensorSource _source;
     private readonly string _path;
     private readonly ModelPart _part;
+    private readonly bool _isUnused;
 
     /// <param name="table">Takes what the modules declare.</param>
     /// <param name="source">Gives them tensors; null only describes.</param>
@@ -32,17 +33,26 @@ public sealed class ModuleScope
     }
 
     private ModuleScope(
-        ParameterTable.Builder table, ITensorSource source, string path, ModelPart part) =>
-        (_table, _source, _path, _part) = (table, source, path, part);
+        ParameterTable.Builder table, ITensorSource source, string path, ModelPart part,
+        bool isUnused = false) =>
+        (_table, _source, _path, _part, _isUnused) = (table, source, path, part, isUnused);
 
     /// <summary>The module of this name inside this one.</summary>
-    public ModuleScope In(string name) => new(_table, _source, Name(name) + ".", _part);
+    public ModuleScope In(string name) =>
+        new(_table, _source, Name(name) + ".", _part, _isUnused);
 
     /// <summary>The module of this number inside this one.</summary>
     public ModuleScope In(int index) => In(index.ToString(Invariant));
 
     /// <summary>This place as the root of another part of the model.</summary>
-    public ModuleScope As(ModelPart part) => new(_table, _source, _path, part);
+    public ModuleScope As(ModelPart part) => new(_table, _source, _path, part, _isUnused);
+
+    /// <summary>
+    /// This place for a module that the model has and, as it is configured, does not run: its
+    /// parameters are handed on and not trained, for no gradient reaches them.
+    /// </summary>
+    public ModuleScope Unused() =>
+        new(_table, new NoTensors(), _path, _part, isUnused: true);
 
     /// <summary>A linear layer, on which an adapter can sit unless a reason is given.</summary>
     public Projection Linear(
@@ -99,15 +109,31 @@ public sealed class ModuleScope
             _source.Vector(bias, 0, size));
     }
 
-    public Norm RmsNorm(string name, int size, float epsilon, bool decays = true)
+    public Norm RmsNorm(string name, int size, NormKind kind)
     {
-        string weight = Declare(Name(name) + ".weight", decays, [size]);
-        return new Norm(new RmsNorm(epsilon), _source.Vector(weight, 0, size), Tensor.None);
+        string weight = Declare(Name(name) + ".weight", kind.Decays, [size]);
+        return new Norm(
+            new RmsNorm(kind.Epsilon, kind.Centred), _source.Vector(weight, 0, size), Tensor.None);
     }
 
     /// <summary>A vector that is added or multiplied, such as a bias.</summary>
     public Tensor Vector(string name, int size) =>
         _source.Vector(Declare(Name(name), decays: true, [size]), 0, size);
+
+    /// <summary>The same of rows that are gated behind it.</summary>
+    public Norm GatedRmsNorm(string name, int size, NormKind kind)
+    {
+        string weight = Declare(Name(name) + ".weight", kind.Decays, [size]);
+        return new Norm(
+            new GatedRmsNorm(kind.Epsilon), _source.Vector(weight, 0, size), Tensor.None);
+    }
+
+    /// <summary>Few numbers as kernels take them, rows of all axes but the first.</summary>
+    public Tensor Rows(string name, params ReadOnlySpan<int> sizes)
+    {
+        Tensor rows = _source.Small(Declare(Name(name), decays: true, sizes));
+        return rows.Exists ? rows.Reshape(sizes[0], (int)(rows.Shape.Count / sizes[0])) : rows;
+    }
 
     /// <summary>A weight of a matrix product, all axes but the first seen as columns.</summary>
     public Tensor Matrix(string name, params ReadOnlySpan<int> sizes)
@@ -167,13 +193,16 @@ public sealed class ModuleScope
     {
         foreach (string word in s_exempt)
             decays &= !name.Contains(word, StringComparison.OrdinalIgnoreCase);
-        _table.Add(new ModelParameter(name, new Shape(sizes), _part, decays, isFixed));
+        _table.Add(new ModelParameter(
+            name, new Shape(sizes), _part, decays, isFixed || _isUnused));
         return name;
     }
 
     private sealed class NoTensors : ITensorSource
     {
         public Tensor Vector(string name, int begin, int count) => Tensor.None;
+
+        public Tensor Small(string name) => Tensor.None;
 
         public Tensor Matrix(string name, int begin, int rows, int cols) => Tensor.None;
 
@@ -198,6 +227,9 @@ public interface ITensorSource
 {
     /// <summary>Elements begin..begin+count of a vector.</summary>
     Tensor Vector(string name, int begin, int count);
+
+    /// <summary>All elements of a small tensor, kept as vectors are.</summary>
+    Tensor Small(string name);
 
     /// <summary>
     /// Rows begin..begin+rows of a weight of matrix products, seen with these columns.

@@ -30,9 +30,15 @@ public static class PositionBuckets
     /// <summary>
     /// Number of boundaries j / side, j = 1..side-1, that are at most i / count, in float32.
     /// </summary>
-    public static int Bucket(int i, int count, int side)
+    public static int Bucket(int i, int count, int side) =>
+        Bucket(Arange(i, count, 0, 1f / count), i, count, side);
+
+    /// <summary>The same where the place is a quotient of float32, as newer classes have it.</summary>
+    public static int QuotientBucket(int i, int count, int side) =>
+        Bucket((float)i / count, i, count, side);
+
+    private static int Bucket(float place, int i, int count, int side)
     {
-        float place = Arange(i, count, 0, 1f / count);
         double step = 1.0 / side;
         // The answer is within one of the exact quotient.
         int bucket = Math.Max(0, (int)((long)side * i / count) - 1);

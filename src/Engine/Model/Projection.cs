@@ -102,6 +102,13 @@ public sealed class Projections
             fleeting ? graph.RunFleeting(_op, _inputs) : graph.Run(_op, _inputs), y, _columns);
     }
 
+    /// <summary>The same, as it lies in memory: one matrix behind the other.</summary>
+    public Tensor RunWhole(Graph graph, Tensor x)
+    {
+        _inputs[0] = x;
+        return graph.Run(_op, _inputs);
+    }
+
     /// <summary>The same with heads rotated: positions I32[rows] in the tables cos and sin.</summary>
     public void Run(
         Graph graph, Tensor x, Tensor positions, Tensor cos, Tensor sin, Span<Tensor> y)
@@ -123,4 +130,7 @@ public sealed class Norm(Op op, Tensor weight, Tensor bias)
         (false, true) => graph.RunFleeting(op, x, weight),
         _ => graph.Run(op, x, weight),
     };
+
+    /// <summary>Of a norm whose result is gated: x and gate alike.</summary>
+    public Tensor Run(Graph graph, Tensor x, Tensor gate) => graph.Run(op, x, weight, gate);
 }

@@ -72,7 +72,8 @@ public sealed class Resampler : IJoiner
             _tiles.OfQueries, _tiles.OfKeys);
         y = _postNorm.Run(graph, _output.Run(graph, y));
         y = graph.Run(_project, y, _projection);
-        probe?.Visit("resampler", y);
+        probe?.Visit("resampler",
+            y.Reshape(y.Shape[0] / _queryCount, _queryCount, y.Shape.Cols));
         return y;
     }
 

@@ -21,6 +21,7 @@ public sealed class SiglipTower : IVisionTower
     private readonly Tensor _patchWeight, _patchBias, _positions;
     private readonly VisionLayer[] _layers;
     private readonly Norm _post;
+    private readonly WindowMerger? _merger;
     private readonly VisionContext _context = new();
     private readonly Recomputation _recomputation;
     private Tensor _patches, _filled;
@@ -37,6 +38,11 @@ public sealed class SiglipTower : IVisionTower
         _layers = new VisionLayer[spec.Layers];
         for (int i = 0; i < _layers.Length; i++) _layers[i] = new VisionLayer(spec, layers.In(i));
         _post = scope.LayerNorm("post_layernorm", width, spec.LayerNormEpsilon);
+        if (!spec.HasMerger) return;
+        bool runs = spec.MergesAfter is not null;
+        ModuleScope merger = scope.In("vit_merger");
+        var made = new WindowMerger(spec, runs ? merger : merger.Unused());
+        if (runs) _merger = made;
     }
 
     public Tensor PositionIds { get; private set; }
@@ -46,10 +52,15 @@ public sealed class SiglipTower : IVisionTower
         Tensor x = graph.Run(_embed, _patches, _patchWeight, _patchBias);
         x = graph.Run(_gather, x, _positions, PositionIds);
         probe?.Visit("vision.embeddings", x);
+        VisionContext context = _context;
         for (int i = 0; i < _layers.Length; i++)
         {
-            x = graph.Run(_layers[i], x, _context, _recomputation.Vision(i));
+            x = graph.Run(_layers[i], x, context, _recomputation.Vision(i));
             probe?.Visit("vision.layer", i, x);
+            if (i != _spec.MergesAfter) continue;
+            x = graph.Run(_merger!, x, context, checkpoint: false);
+            context = _merger!.Merged;
+            probe?.Visit("vision.vit_merger", x);
         }
 
         x = _post.Run(graph, x);
@@ -63,7 +74,7 @@ public sealed class SiglipTower : IVisionTower
         long rows = 0;
         for (int i = 0; i < pictures; i++) rows += Rows(batch, i, longest);
         return (rows * (_spec.PatchLength + 1)) + pictures + 1 + batch.PictureStarts[pictures]
-            + BatchUpload.TileNumbers(rows, rows, pictures);
+            + BatchUpload.TileNumbers(rows, rows, pictures) + (_merger?.Count(batch) ?? 0);
     }
 
     public void Load(Batch batch, BatchUpload upload)
@@ -82,6 +93,7 @@ public sealed class SiglipTower : IVisionTower
                 _spec.PositionsPerSide, ints.Extend(Rows(batch, i, longest)));
         PositionIds = upload.Ints(ints.Span, "patch positions");
         _filled = Tensor.None;
+        _merger?.Load(batch, upload);
         if (packed) _patches = upload.Patches(batch.Patches.Span, _spec.PatchLength);
         else Pad(batch, longest, upload);
     }

@@ -74,8 +74,10 @@ internal static class SavedFiles
         DType storage) => name switch
         {
             "config.json" => Edit(content, json => Configure(json, arguments, spec, storage)),
-            "preprocessor_config.json" => Edit(content, json => Configure(json, arguments, spec,
-                spec.Processor)),
+            _ when name == spec.Family.ProcessorFile(spec.Directory).Name =>
+                Edit(content, json => Configure(
+                    spec.Family.ProcessorFile(spec.Directory).Key is { } key
+                        ? json[key]!.AsObject() : json, arguments, spec, spec.Processor)),
             _ => content,
         };
 
@@ -101,6 +103,7 @@ internal static class SavedFiles
             DType.F16 => "float16",
             _ => "float32",
         };
+        if (!spec.Family.ConfiguresPictures) return true;
         bool imageId = spec.TrainsImageId(arguments);
         if (spec.Family.NumbersPictures && imageId != spec.UseImageId) json["use_image_id"] = imageId;
         SlicingSpec slicing = spec.TrainedSlicing(arguments);

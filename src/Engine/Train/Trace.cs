@@ -53,10 +53,7 @@ public sealed class Trace : ITensorProbe
 
     public void Visit(string name, Tensor tensor)
     {
-        Shape shape = name == "resampler"
-            ? new Shape(_model.Model.Batch.Pictures, _model.Spec.Resampler.Queries, tensor.Shape.Cols)
-            : tensor.Shape;
-        _floats.Add(name, (shape, _model.Device.ReadFloats(tensor)));
+        _floats.Add(name, (tensor.Shape, _model.Device.ReadFloats(tensor)));
         if (tensor.Variable != 0) _watched[tensor.Variable] = name;
     }
 

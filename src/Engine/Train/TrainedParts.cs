@@ -50,7 +50,7 @@ public sealed record TrainedParts(
     /// </summary>
     public Recomputation NewRecomputation(ModelSpec spec, TrainArguments arguments)
     {
-        bool vision = Tensors.Any(t => t.Name.StartsWith("vpm.", StringComparison.Ordinal));
+        bool vision = Tensors.Any(t => spec.Parameters.PartOf(t.Name) == ModelPart.Vision);
         var found = new Recomputation(spec.Decoder.Layers, vision ? spec.Vision.Layers : 0);
         found.Amount = found.Of(arguments.Recomputes);
         return found;
@@ -64,7 +64,7 @@ public sealed record TrainedParts(
             Alpha = arguments.LoraAlpha,
             Dropout = arguments.LoraDropout,
             Bias = arguments.LoraBias,
-            Targets = arguments.LoraTargetModules,
+            Targets = spec.Family.Targets(arguments.LoraTargetModules),
             LayersToTransform = arguments.LoraLayersToTransform,
             ModulesToSave = arguments.TrainedWhole,
             BaseModel = arguments.ModelNameOrPath,

@@ -84,6 +84,11 @@ public sealed class ParameterTable
 
     public ModelParameter? Find(string name) => _byName.GetValueOrDefault(name);
 
+    /// <summary>The part that a parameter, or an adapter's matrix, belongs to.</summary>
+    public ModelPart? PartOf(string name) => Find(name
+        .Replace(".lora_A.", ".", StringComparison.Ordinal)
+        .Replace(".lora_B.", ".", StringComparison.Ordinal))?.Part;
+
     /// <summary>
     /// Whether a tensor belongs to a part that the engine does not run and hands on as it is, such
     /// as the speech of the omni models.

@@ -6,7 +6,8 @@ namespace MiniCpmNative.Kernels.Cases;
 public sealed record Value(string Name, DType Type, int[] Shape, double[] Data)
 {
     /// <summary>Whether it stands for parameters, whose gradient is F32 in training.</summary>
-    public bool IsParameter => Name.TrimEnd('1', '2') is "w" or "b" or "a" or "bb" or "table";
+    public bool IsParameter => Name.TrimEnd('1', '2') is "w" or "b" or "a" or "bb" or "table"
+        or "a_log" or "dt_bias";
 
     public bool IsInteger => Type == DType.I32;
 

@@ -23,6 +23,53 @@ public static class OpCases
         {
             Sizes = s_longRows,
         },
+        new("rms_norm_zero_centred", new RmsNorm(1e-6, ZeroCentred: true),
+            n => [X("x", n, 24), X("w", 24)], () => [X("x", 8 * 2048, 256), X("w", 256)])
+        {
+            Sizes = [0, 1, 7, 65],
+        },
+        new("gated_rms_norm", new GatedRmsNorm(1e-6),
+            n => [X("x", 3, n), X("w", n), X("gate", 3, n)],
+            () => [X("x", 16 * 2048, 128), X("w", 128), X("gate", 16 * 2048, 128)])
+        {
+            Sizes = s_longRows,
+        },
+        new("sigmoid_gate", new SigmoidGate(6), n => [X("x", n, 12), X("queries", n, 24)],
+            () => [X("x", 2048, 8 * 256), X("queries", 2048, 16 * 256)])
+        {
+            ProductionOp = new SigmoidGate(256),
+        },
+        new("causal_conv", new CausalConv(),
+            n => [X("x", n, 5), X("w", 5, 4), Packed(n / 3, 0, n - (n / 3))],
+            () => [X("x", 2048, 6144), X("w", 6144, 4), Packed(2048)])
+        {
+            FreeColumns = ["cu_seqlens"],
+        },
+        new("causal_conv_whole", new CausalConv(),
+            n => [X("x", n, 24), X("w", 24, 4), Packed(n - (n / 3), n / 3)],
+            () => [X("x", 2048, 6144), X("w", 6144, 4), Packed(2048)])
+        {
+            Sizes = [0, 1, 7, 130],
+            FreeColumns = ["cu_seqlens"],
+        },
+        new("delta_rule", new DeltaRule(2, 4, 8, 6),
+            n => Delta([n / 3, 0, n - (n / 3)], 2, 4, 8, 6),
+            () => Delta([2048], 16, 16, 128, 128))
+        {
+            ProductionOp = new DeltaRule(16, 16, 128, 128),
+            Sizes = [0, 1, 7, 200],
+            SelfTestSizes = [15, 130],
+            FreeColumns = ["cu_seqlens"],
+        },
+        new("delta_rule_128", new DeltaRule(1, 2, 128, 128),
+            n => Delta([n / 4, n - (n / 4)], 1, 2, 128, 128),
+            () => Delta([1024, 1024], 16, 32, 128, 128))
+        {
+            ProductionOp = new DeltaRule(16, 32, 128, 128),
+            Sizes = [0, 1, 7, 100],
+            SelfTestSizes = [130],
+            FreeColumns = ["cu_seqlens"],
+        },
         new("layer_norm", new LayerNorm(1e-6),
             n => [X("x", n, 7), X("w", 7), X("b", 7)],
             () => [X("x", 1024, 1152), X("w", 1152), X("b", 1152)]),
@@ -76,6 +123,14 @@ public static class OpCases
                 X("cos", Rows, 64), X("sin", Rows, 64)])
         {
             ProductionOp = new Rope(128),
+        },
+        new("rope_part", new Rope(16, 8),
+            n => [X("x", n, 32), Value.Int("positions", Fill.Below(5, n, 9)), X("cos", 9, 4),
+                X("sin", 9, 4)],
+            () => [X("x", Rows, 8 * 256), Value.Int("positions", Fill.Below(5, Rows, Rows)),
+                X("cos", Rows, 32), X("sin", Rows, 32)])
+        {
+            ProductionOp = new Rope(256, 64),
         },
         new("embedding", new Embedding(3),
             n => [X("table", 40, 5), Value.Int("ids", Fill.Below(2, n, 40))],
@@ -235,6 +290,25 @@ public static class OpCases
             Value.Int("cu_seqlens_k", keyStarts), Value.Int("key_lengths", lengths),
         ];
     }
+
+    private static Value[] Delta(
+        int[] lengths, int keyHeads, int valueHeads, int keyDim, int valueDim)
+    {
+        int tokens = lengths.Sum();
+        return
+        [
+            X("qkv", tokens, (2 * keyHeads * keyDim) + (valueHeads * valueDim)),
+            X("gates", tokens, 2 * valueHeads),
+            // So little is forgotten that chunks hear of those before, as in trained models.
+            Value.Float("a_log", [valueHeads],
+                [.. Fill.Normal(6, valueHeads).Select(v => Math.Round(2 * v) / 4 - 4)]),
+            X("dt_bias", valueHeads),
+            Packed(lengths),
+        ];
+    }
+
+    private static Value Packed(params int[] lengths) =>
+        Value.Int("cu_seqlens", Starts(lengths));
 
     private static Value[] Cache(int room, int tokens, int cols) =>
     [

@@ -35,6 +35,9 @@ public sealed unsafe class OpRun : IDisposable
     /// <summary>The result: the output, or what the operation changed in place.</summary>
     public double[] Output => Read(_op.Writes is int input ? _inputs[input] : _output);
 
+    /// <summary>An input as it is now: one may be changed in place.</summary>
+    public double[] Input(int index) => Read(_inputs[index]);
+
     /// <summary>Elements of the output.</summary>
     public int Count => (int)_output.Shape.Count;
 

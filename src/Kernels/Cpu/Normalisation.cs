@@ -24,11 +24,10 @@ internal static unsafe class Normalisation
     // dx = rstd * (g - mean(g) - n * mean(g * n)),  dw = sum of dy * n,  db = sum of dy over rows;
     // without a mean, mean(g) is left out too.
     public static void Backward<T>(
-        in CpuCall<T> call, Matrix<T> x, Matrix<T> w, Matrix<T> mean, Matrix<T> rstd,
+        in CpuCall<T> call, Matrix<T> dy, Matrix<T> x, Matrix<T> w, Matrix<T> mean, Matrix<T> rstd,
         Gradient<T> dx, Gradient<T> dw, Gradient<T> db)
         where T : unmanaged, IBinaryFloatingPointIeee754<T>
     {
-        Matrix<T> dy = call.OutputGradient;
         if (dx.Wanted) call.Workers.For(x.Rows, new BackwardRows<T>(x, w, dy, mean, rstd, dx));
         if (dw.Wanted)
         {

@@ -10,16 +10,19 @@ internal static class CudaNormalisation
     // thread per column.
     private const int PartRows = 64, MaxParts = 64;
 
-    public static void Forward(in CudaCall call, in Tensor mean, in Tensor rstd, double epsilon)
+    public static void Forward(in CudaCall call, in Tensor mean, in Tensor rstd, double epsilon,
+        double weightCentre = 0)
     {
         Tensor x = call.In(0);
         call.Launch("norm_forward", Grid.Rows((int)x.Shape.Rows, x.Shape.Cols, call.Real),
-            call.Output, mean, rstd, x, call.Floats(1), call.Floats(2), x.Shape.Cols, epsilon);
+            call.Output, mean, rstd, x, call.Floats(1), call.Floats(2), x.Shape.Cols, epsilon,
+            weightCentre);
     }
 
     // The gradients of w and b read x and dy once more;
     // where weights are frozen nobody pays for that.
-    public static void Backward(in CudaCall call, in Tensor mean, in Tensor rstd)
+    public static void Backward(
+        in CudaCall call, in Tensor mean, in Tensor rstd, double weightCentre = 0)
     {
         GradientTarget dx = call.Gradient(0), dw = call.FloatGradient(1),
             db = call.FloatGradient(2);
@@ -27,7 +30,8 @@ internal static class CudaNormalisation
         int rows = (int)x.Shape.Rows, cols = x.Shape.Cols;
         if (dx.Wanted)
             call.Launch("norm_backward", Grid.Rows(rows, cols, call.Real),
-                dx.Buffer, dy, x, call.Floats(1), mean, rstd, cols, dx.Accumulate);
+                dx.Buffer, dy, x, call.Floats(1), mean, rstd, cols, dx.Accumulate,
+                weightCentre);
         if (!dw.Wanted && !db.Wanted) return;
         int partRows = Math.Max(PartRows, (rows + MaxParts - 1) / MaxParts);
         int parts = (rows + partRows - 1) / partRows;

@@ -42,6 +42,13 @@ internal static partial class KernelConstants
     /// <summary>Largest head dimension of the kernels.</summary>
     public const int AttentionMostCols = 256;
 
+    /// <summary>Inputs of a causal convolution, and tokens of a block of its kernels.</summary>
+    public const int ConvTaps = 4, ConvTokens = 32;
+
+    /// <summary>Columns of values of a block of the delta rule that goes along a sequence, and the
+    /// largest heads of keys.</summary>
+    public const int DeltaSlice = 16, DeltaMostCols = 128;
+
     /// <summary>-DNAME=value for each.</summary>
     public static string[] Macros { get; } =
     [

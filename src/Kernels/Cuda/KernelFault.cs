@@ -20,6 +20,8 @@ public enum KernelFault
     WeightedGatherStarts = 10,
     WeightedGatherIds = 11,
     CacheAppendSlots = 12,
+    CausalConvStarts = 20,
+    DeltaRuleStarts = 21,
 }
 
 /// <summary>What faults say.</summary>
@@ -41,8 +43,14 @@ internal static class KernelFaults
             KernelFault.CrossEntropyRows =>
                 $"cross_entropy: rows[{position}] is {value}, expected rising rows of h below {limit}",
             KernelFault.CrossEntropyTargets => $"cross_entropy: targets[{position}] is {range}",
-            KernelFault.AttentionQueryStarts => Starts("cu_seqlens_q", position, value, limit),
-            KernelFault.AttentionKeyStarts => Starts("cu_seqlens_k", position, value, limit),
+            KernelFault.AttentionQueryStarts =>
+                Starts("attention: cu_seqlens_q", position, value, limit),
+            KernelFault.AttentionKeyStarts =>
+                Starts("attention: cu_seqlens_k", position, value, limit),
+            KernelFault.CausalConvStarts =>
+                Starts("causal_conv: cu_seqlens", position, value, limit),
+            KernelFault.DeltaRuleStarts =>
+                Starts("delta_rule: cu_seqlens", position, value, limit),
             KernelFault.WeightedGatherStarts =>
                 $"weighted_gather: starts[{position}] is {value}, expected to rise from 0 to "
                 + $"{limit}, the ids",
@@ -55,5 +63,5 @@ internal static class KernelFaults
     }
 
     private static string Starts(string name, int position, int value, int end) =>
-        $"attention: {name}[{position}] is {value}, expected to rise from 0 to {end}, the tokens";
+        $"{name}[{position}] is {value}, expected to rise from 0 to {end}, the tokens";
 }

@@ -7,20 +7,27 @@ namespace MiniCpmNative.Kernels.Ops;
 /// <summary>
 /// Rotates the halves [a, b] of every head by its token's angles: [a cos - b sin, b cos + a sin].
 /// x[tokens, heads * HeadDim], positions I32[tokens], cos[positions, HeadDim/2], sin alike -> y
-/// like x; saves nothing. Base, frequency factors and attention factor come in through the tables.
+/// like x; saves nothing. With Turned set only the first Turned columns of a head are rotated, by
+/// tables of half as many columns. Base, frequency factors and attention factor come in through the
+/// tables, and so do positions of several rows: a table that has a row per token.
 /// Rotary position embedding, Su et al. 2021, in the "rotate half" pairing of Hugging Face.
 /// </summary>
 /// <exception cref="ShapeException">
 /// A shape does not fit, or a position is outside the tables.
 /// </exception>
-public sealed record Rope(int HeadDim) : Op("rope")
+public sealed record Rope(int HeadDim, int? Turned = null) : Op("rope")
 {
+    private int Width => Turned ?? HeadDim;
+
     public override Outputs Infer(ReadOnlySpan<Spec> inputs, DType activations)
     {
         Spec x = inputs.Float(this, 0, "x");
         if (HeadDim < 2 || HeadDim % 2 != 0 || x.Shape.Cols % HeadDim != 0)
             throw this.Wrong("x", $"heads of {HeadDim} columns, an even number", x);
-        CheckTables(this, inputs, 1, HeadDim, (int)x.Shape.Rows);
+        if (Width < 2 || Width % 2 != 0 || Width > HeadDim)
+            throw new ShapeException(
+                $"{Name}: {Width} columns of a head are rotated, expected 2 to {HeadDim}, even");
+        CheckTables(this, inputs, 1, Width, (int)x.Shape.Rows);
         return new(x.As(activations));
     }
 
@@ -60,36 +67,37 @@ public sealed record Rope(int HeadDim) : Op("rope")
     {
         Tensor cos = call.Floats(2);
         call.Launch("rope", Grid.Rows((int)x.Shape.Rows, x.Shape.Cols / 2, call.Real),
-            y.Buffer, x, call.Input(1), cos, call.Floats(3), call.Faults, x.Shape.Cols, HeadDim / 2,
-            (int)cos.Shape.Rows, direction, y.Accumulate);
+            y.Buffer, x, call.Input(1), cos, call.Floats(3), call.Faults, x.Shape.Cols, HeadDim,
+            Width / 2, (int)cos.Shape.Rows, direction, y.Accumulate);
     }
 
     private void Rotate<T>(in CpuCall<T> call, Matrix<T> x, Gradient<T> y, T direction)
         where T : unmanaged, IBinaryFloatingPointIeee754<T> =>
-        Rotate(this, call, 1, HeadDim, x, y, direction);
+        Rotate(this, call, 1, HeadDim, x, y, direction, Turned);
 
     /// <summary>
     /// y = x rotated, or adds it; y may be x. The operation's inputs from `first` on are positions,
     /// cos and sin; direction -1 rotates back.
     /// </summary>
     internal static void Rotate<T>(Op op, in CpuCall<T> call, int first, int headDim, Matrix<T> x,
-        Gradient<T> y, T direction)
+        Gradient<T> y, T direction, int? turned = null)
         where T : unmanaged, IBinaryFloatingPointIeee754<T>
     {
         Matrix<T> cos = call.In(first + 1), sin = call.In(first + 2);
         Matrix<int> positions = call.Ints(first);
         Indices.MustBeBelow(op, "positions", positions, cos.Rows);
-        call.Workers.For(x.Rows, new Rows<T>(x, positions, cos, sin, y, headDim, direction));
+        call.Workers.For(x.Rows, 
+            new Rows<T>(x, positions, cos, sin, y, headDim, turned ?? headDim, direction));
     }
 
     private readonly unsafe struct Rows<T>(
         Matrix<T> x, Matrix<int> positions, Matrix<T> cos, Matrix<T> sin, Gradient<T> y,
-        int headDim, T direction) : IRangeBody
+        int headDim, int turned, T direction) : IRangeBody
         where T : unmanaged, IBinaryFloatingPointIeee754<T>
     {
         public void Run(int begin, int end, int worker)
         {
-            int half = headDim / 2;
+            int half = turned / 2;
             for (int r = begin; r < end; r++)
             {
                 T* c = cos.Row(positions[r]), s = sin.Row(positions[r]);
@@ -97,6 +105,9 @@ public sealed record Rope(int HeadDim) : Op("rope")
                 {
                     T* a = x.Row(r) + head, into = y.Into.Row(r) + head;
                     Turn(a, c, s, into, half);
+                    if (turned < headDim)
+                        Elementwise.Map(a + turned, null, null, into + turned, headDim - turned,
+                            y.Accumulate, new Elementwise.Scaled<T>(T.One));
                 }
             }
         }

@@ -62,7 +62,7 @@ public sealed record SwiGlu() : Op("swiglu")
     }
 
     // silu'(g) = s + g s (1 - s), s = sigmoid(g).
-    private readonly struct GateSlope<T> : IMap<T>
+    internal readonly struct GateSlope<T> : IMap<T>
         where T : unmanaged
     {
         public Vector<T> At(Vector<T> gate, Vector<T> up, Vector<T> dy)

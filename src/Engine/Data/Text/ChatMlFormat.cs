@@ -47,7 +47,7 @@ public sealed partial class ChatMlFormat : TemplateFormat
 
     public override IReadOnlyList<string> Markers { get; } = [TurnStart, TurnEnd];
 
-    private protected override int EndOfAnswer { get; }
+    private protected override int? EndOfAnswer { get; }
 
     private protected override string Tail => "\n";
 
@@ -58,18 +58,24 @@ public sealed partial class ChatMlFormat : TemplateFormat
     /// <exception cref="InputException">No template, or one that is not recognised.</exception>
     public static ChatMlFormat Load(string directory, Tokenizer tokenizer)
     {
+        var (text, file) = Template(directory, tokenizer);
+        return Recognize(tokenizer, text, file, directory);
+    }
+
+    /// <summary>The Jinja template of a model directory, and where it stands.</summary>
+    /// <exception cref="InputException">There is none.</exception>
+    internal static (string Text, string File) Template(string directory, Tokenizer tokenizer)
+    {
         string jinja = Path.Combine(directory, "chat_template.jinja");
         if (File.Exists(jinja))
-            return Of(Encoding.UTF8.GetString(InputFile.ReadAll(jinja, 1 << 20)), jinja);
+            return (Encoding.UTF8.GetString(InputFile.ReadAll(jinja, 1 << 20)), jinja);
         string config = Path.Combine(directory, "tokenizer_config.json");
-        if (tokenizer.ChatTemplate is { } template) return Of(template, config);
+        if (tokenizer.ChatTemplate is { } template) return (template, config);
         string json = Path.Combine(directory, "chat_template.json");
         if (File.Exists(json))
-            return Of(JsonInput.ReadObject(json)["chat_template"].Text(), json);
+            return (JsonInput.ReadObject(json)["chat_template"].Text(), json);
         throw new InputException($"{config}: has no chat_template, and there is no "
             + "chat_template.jinja; copy the checkpoint's own");
-
-        ChatMlFormat Of(string text, string file) => Recognize(tokenizer, text, file, directory);
     }
 
     /// <summary>The format that a Jinja template renders.</summary>

@@ -29,7 +29,7 @@ public sealed class Llama3Format : TemplateFormat
 
     public override IReadOnlyList<string> Markers { get; }
 
-    private protected override int EndOfAnswer => EndId;
+    private protected override int? EndOfAnswer => EndId;
 
     private protected override string Begin { get; }
 

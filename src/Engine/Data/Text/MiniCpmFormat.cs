@@ -13,12 +13,13 @@ public sealed class MiniCpmFormat : PromptFormat
     private const string Question = "<用户>", Answer = "<AI>";
 
     private readonly int[] _question, _answer;
+    private readonly int _end;
 
     /// <exception cref="InputException">The tokenizer has no end token.</exception>
     public MiniCpmFormat(Tokenizer tokenizer, string place = "tokenizer")
         : base(tokenizer, place)
     {
-        EndOfAnswer = EosId();
+        _end = EosId();
         (_question, _answer) = (tokenizer.Encode(Question), tokenizer.Encode(Answer));
         Markers = [Question, Answer, tokenizer.EosToken!, .. BosToken()];
 
@@ -29,9 +30,9 @@ public sealed class MiniCpmFormat : PromptFormat
 
     public override IReadOnlyList<string> Markers { get; }
 
-    public override IReadOnlyList<int> StopIds => [EndOfAnswer];
+    public override IReadOnlyList<int> StopIds => [_end];
 
-    private protected override int EndOfAnswer { get; }
+    private protected override int? EndOfAnswer => _end;
 
     /// <inheritdoc/>
     public override EncodedChat Encode(IReadOnlyList<ChatTurn> turns)
@@ -44,7 +45,7 @@ public sealed class MiniCpmFormat : PromptFormat
             ids.AddRange(answers ? _answer : _question);
             answer.AddRange(Enumerable.Repeat(false, ids.Count - answer.Count));
             Tokenizer.Encode(turns[i].Content, ids);
-            if (i == turns.Count - 1) ids.Add(EndOfAnswer);
+            if (i == turns.Count - 1) ids.Add(_end);
             answer.AddRange(Enumerable.Repeat(
                 answers && turns[i].Trained != false, ids.Count - answer.Count));
         }

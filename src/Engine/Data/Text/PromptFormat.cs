@@ -31,11 +31,15 @@ public abstract class PromptFormat
     /// <summary>Tokens that end a generated answer, as the official chat() has them.</summary>
     public abstract IReadOnlyList<int> StopIds { get; }
 
+    /// <summary>Whether the official script knows the format.</summary>
+    public virtual bool IsOfficial => true;
+
     /// <summary>
     /// What the last token of an answer is to predict where something follows it, besides being
-    /// predicted itself: the official script's eot_id, or eos_id where its tokenizer has none.
+    /// predicted itself: the official script's eot_id, or eos_id where its tokenizer has none. Null
+    /// where no official script has it predict anything.
     /// </summary>
-    private protected abstract int EndOfAnswer { get; }
+    private protected abstract int? EndOfAnswer { get; }
 
     /// <summary>The conversation, with each answer and its end marked.</summary>
     /// <exception cref="InputException">The format has no such role.</exception>
@@ -71,7 +75,7 @@ public abstract class PromptFormat
         labels.AsSpan().Fill(Ignored);
         for (int i = 1; i < ids.Length; i++)
             if (answer[i]) labels[i - 1] = ids[i];
-            else if (answer[i - 1]) labels[i - 1] = EndOfAnswer;
+            else if (answer[i - 1] && EndOfAnswer is { } end) labels[i - 1] = end;
         return labels;
     }
 
