@@ -4597,8 +4597,8 @@ DEVICE void load_units(real* to, const real* units, const DeltaSizes& z, const C
     int head, int which)
 {
     int column = (which * z.key_heads + head / z.group()) * z.key_dim;
-    load_rows(to, z.pitch(), units + (u64)at.first * z.unit_cols() + column, z.unit_cols(), at.count,
-        z.key_dim, CHUNK, z.padded());
+    load_rows(to, z.pitch(), units + (u64)at.first * z.unit_cols() + column, z.unit_cols(),
+        at.count, z.key_dim, CHUNK, z.padded());
 }
 
 extern __shared__ uint4 delta_shared[];
@@ -4850,9 +4850,9 @@ extern "C" __global__ void __launch_bounds__(256) delta_output(real* o, const re
 }
 
 // Along a sequence from its end: the gradients of the states behind chunks, and dR. Blocks and
-// registers as in delta_states; keys and queries, and P and the inverse, take turns in their places.
-extern "C" __global__ void __launch_bounds__(128, 4) delta_state_gradients(real* dstates, real* dsolved,
-    const real* dout, const real* units, const float* chunk_gates, const real* inverses,
+// registers as in delta_states; keys and queries, and P and the inverse, take turns in a place.
+extern "C" __global__ void __launch_bounds__(128, 4) delta_state_gradients(real* dstates,
+    real* dsolved, const real* dout, const real* units, const float* chunk_gates, const real* inverses,
     const real* scores, const int* starts, int tokens, int key_heads, int value_heads, int key_dim,
     int value_dim)
 {
@@ -4871,7 +4871,8 @@ extern "C" __global__ void __launch_bounds__(128, 4) delta_state_gradients(real*
     int chunks = (end - start + CHUNK - 1) / CHUNK, base = first_chunk(starts, sequence, tokens);
     for (int chunk = chunks - 1; chunk >= 0; chunk--)
     {
-        ChunkPlace at = {base + chunk, start + chunk * CHUNK, min(CHUNK, end - start - chunk * CHUNK)};
+        ChunkPlace at = {base + chunk, start + chunk * CHUNK, 0};
+        at.count = min(CHUNK, end - at.first);
         u64 place = at.first * stride + head * value_dim + column;
         real* to = dstates + z.state(at.number, head) + column;
         gates.load(chunk_gates + z.gates(at.number, head));
@@ -4960,8 +4961,8 @@ DEVICE void sum_tile_rows(float low, float high, float* sums, int row)
 }
 
 // Products of gradients of unit rows with these, per row: parts[column tile][row].
-DEVICE void dot_rows(float (*parts)[CHUNK], float (&d)[KEY_TILES][2][4], const real* rows, int pitch,
-    int padded)
+DEVICE void dot_rows(float (*parts)[CHUNK], float (&d)[KEY_TILES][2][4], const real* rows,
+    int pitch, int padded)
 {
     int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4;
 #pragma unroll
@@ -5031,8 +5032,8 @@ extern "C" __global__ void __launch_bounds__(256) delta_gradients(float* dquerie
         load_rows(given, SLICE_PITCH, dout + place, stride, at.count, cols, CHUNK, SLICE);
         load_rows(x, SLICE_PITCH, solved + place, stride, at.count, cols, CHUNK, SLICE);
         load_rows(dr, SLICE_PITCH, dsolved + place, stride, at.count, cols, CHUNK, SLICE);
-        load_rows(state, SLICE_PITCH, states + z.state(at.number, head) + column, value_dim, key_dim,
-            cols, padded, SLICE);
+        load_rows(state, SLICE_PITCH, states + z.state(at.number, head) + column, value_dim,
+            key_dim, cols, padded, SLICE);
         load_rows(dstate, SLICE_PITCH, dstates + z.state(at.number, head) + column, value_dim,
             key_dim, cols, padded, SLICE);
         __syncthreads();
@@ -5044,7 +5045,8 @@ extern "C" __global__ void __launch_bounds__(256) delta_gradients(float* dquerie
             given_decayed[e] = narrow(gates.decay[r] * widen(given[e]));
             x_rest[e] = narrow(gates.rest[r] * widen(x[e]));
             if (r >= at.count || c >= cols) continue;
-            u64 value = (u64)(at.first + r) * z.cols() + z.unit_cols() + head * value_dim + column + c;
+            u64 value = (u64)(at.first + r) * z.cols() + z.unit_cols() + head * value_dim + column;
+            value += c;
             with_value += widen(dr[e]) * widen(qkv[value]);
             if (!dqkv) continue;
             float dv = gates.beta[r] * widen(dr[e]);
@@ -5209,8 +5211,8 @@ extern "C" __global__ void __launch_bounds__(256) delta_gradients(float* dquerie
         if (i < at.count)
         {
             u64 row = (u64)(at.first + i) * 2 * value_heads;
-            float b = gates.beta[i], a = widen(gate_inputs[row + value_heads + head]) + dt_bias[head];
-            float strength = expf(a_log[head]);
+            float b = gates.beta[i], strength = expf(a_log[head]);
+            float a = widen(gate_inputs[row + value_heads + head]) + dt_bias[head];
             da = -db[i] * strength * sigmoid(a);
             dlog = -db[i] * strength * (a > 20 ? a : log1pf(expf(a)));
             if (dgates)

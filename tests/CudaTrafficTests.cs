@@ -51,22 +51,6 @@ public sealed class CudaTrafficTests
         new("swiglu_forward", "swiglu", v => 3 * S * Count(v), Nothing),
         new("swiglu_backward", "swiglu", v => 5 * S * Count(v), Nothing),
         new("add_forward", "add", v => 3 * S * Count(v), Nothing),
-        // Rows are read once more where they are normalised.
-        new("gated_norm_forward", "gated_rms_norm",
-            v => (3 * S * Count(v)) + (F * (Rows(v) + Cols(v))), v => (S + F) * Count(v)),
-        new("gated_norm_backward", "gated_rms_norm",
-            v => (5 * S * Count(v)) + (F * (Rows(v) + Cols(v))), v => ((3 * S) + (2 * F)) * Count(v)),
-        new("gated_norm_weight_parts", "gated_rms_norm",
-            v => (3 * S * Count(v)) + (F * (Rows(v) + Cols(v))), Nothing),
-        new("sigmoid_gate", "sigmoid_gate", v => 3 * S * Count(v), Nothing),
-        new("sigmoid_gate_backward", "sigmoid_gate", v => 5 * S * Count(v), Nothing),
-        // Three tokens more of every 32, backward on either side and their dy, from cache.
-        new("conv_forward", "causal_conv",
-            v => (2 * S * Count(v)) + (4 * F * Cols(v)),
-            v => (3 * S * Count(v) / 32) + (4 * F * Count(v) / 32)),
-        new("conv_backward", "causal_conv",
-            v => (3 * S * Count(v)) + (4 * F * Cols(v)) + (4 * F * Count(v) / 32),
-            v => (9 * S * Count(v) / 32) + (4 * F * Count(v) / 32)),
         new("scale_rows", "add", v => 2 * S * Count(v), Nothing),
 
         // Of a table only the rows that are asked for; of its gradient only those.

@@ -272,7 +272,8 @@ public sealed class LinearAttentionTests
 
         double[] Kept(string when)
         {
-            double[] four = s_small.Doubles("conv.step.state_" + when), kept = new double[2 * 3 * 5];
+            double[] four = s_small.Doubles("conv.step.state_" + when);
+            var kept = new double[2 * 3 * 5];
             for (int i = 0; i < kept.Length; i++)
                 kept[i] = four[(((i / 15 * 5) + (i % 5)) * 4) + 1 + (i / 5 % 3)];
             return kept;
@@ -391,7 +392,8 @@ public sealed class LinearAttentionTests
         [
             Value.Float("qkv", [tokens, Row], qkv),
             Value.Float("gates", [tokens, 2 * ValueHeads],
-                Gates(s_delta.Doubles(name + "g"), s_delta.Doubles(name + "beta"), length, readers)),
+                Gates(
+                    s_delta.Doubles(name + "g"), s_delta.Doubles(name + "beta"), length, readers)),
             Value.Float("a_log", [ValueHeads], new double[ValueHeads]),
             Value.Float("dt_bias", [ValueHeads], new double[ValueHeads]),
             Value.Int("cu_seqlens", 0, all, tokens),

@@ -10,7 +10,8 @@ internal static partial class Plants
     [
         // Norms, gates and rotations.
         new("the weight's centre is left out", "norm_backward_row",
-            "g[i] *= other[i] + weight_centre;\n            sum", "g[i] *= other[i];\n            sum",
+            "g[i] *= other[i] + weight_centre;\n            sum",
+            "g[i] *= other[i];\n            sum",
             "rms_norm_zero_centred"),
         new("what is not rotated is left as it was", "rope", "int rest = head - 2 * half",
             "int rest = 0", "rope_part"),
@@ -35,7 +36,7 @@ internal static partial class Plants
         Gated("tokens of the next block count twice for w", "conv_backward_part",
             "if (t < last) sums", "if (t >= 0) sums", "causal_conv_whole") with { Size = 64 },
 
-        // The delta rule: 100 tokens are two sequences, one of two chunks, and 200 have one of three.
+        // The delta rule: 100 tokens have a sequence of two chunks, 200 one of three.
         Delta("L does not decay", "delta_chunks", "beta[r] * expf(sum[r] - sum[c]) * v : 0",
             "beta[r] * v : 0"),
         Delta("blocks of the inverse beside each other are left out", "invert_lower",

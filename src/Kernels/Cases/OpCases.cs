@@ -24,30 +24,30 @@ public static class OpCases
             Sizes = s_longRows,
         },
         new("rms_norm_zero_centred", new RmsNorm(1e-6, ZeroCentred: true),
-            n => [X("x", n, 24), X("w", 24)], () => [X("x", 8 * 2048, 256), X("w", 256)])
+            n => [X("x", n, 24), X("w", 24)], () => [X("x", 8 * Rows, 256), X("w", 256)])
         {
             Sizes = [0, 1, 7, 65],
         },
         new("gated_rms_norm", new GatedRmsNorm(1e-6),
             n => [X("x", 3, n), X("w", n), X("gate", 3, n)],
-            () => [X("x", 16 * 2048, 128), X("w", 128), X("gate", 16 * 2048, 128)])
+            () => [X("x", 16 * Rows, 128), X("w", 128), X("gate", 16 * Rows, 128)])
         {
             Sizes = s_longRows,
         },
         new("sigmoid_gate", new SigmoidGate(6), n => [X("x", n, 12), X("queries", n, 24)],
-            () => [X("x", 2048, 8 * 256), X("queries", 2048, 16 * 256)])
+            () => [X("x", Rows, 8 * 256), X("queries", Rows, 16 * 256)])
         {
             ProductionOp = new SigmoidGate(256),
         },
         new("causal_conv", new CausalConv(),
             n => [X("x", n, 5), X("w", 5, 4), Packed(n / 3, 0, n - (n / 3))],
-            () => [X("x", 2048, 6144), X("w", 6144, 4), Packed(2048)])
+            () => [X("x", Rows, 6144), X("w", 6144, 4), Packed(Rows)])
         {
             FreeColumns = ["cu_seqlens"],
         },
         new("causal_conv_whole", new CausalConv(),
             n => [X("x", n, 24), X("w", 24, 4), Packed(n - (n / 3), n / 3)],
-            () => [X("x", 2048, 6144), X("w", 6144, 4), Packed(2048)])
+            () => [X("x", Rows, 6144), X("w", 6144, 4), Packed(Rows)])
         {
             Sizes = [0, 1, 7, 130],
             FreeColumns = ["cu_seqlens"],

@@ -126,7 +126,8 @@ internal readonly unsafe struct DeltaBackward<TLanes, TVector, T>(
 
         restSum += chunk.Decay[rows - 1] * Dot(dState, state, keys * values);
         m.DB[rows - 1] += restSum;
-        Multiply(chunk.Scores, 1, Tokens, m.DO, values, m.DR, values, rows, values, rows, add: true);
+        Multiply(chunk.Scores, 1, Tokens, m.DO, values, m.DR, values, rows, values, rows,
+            add: true);
         SolveUpwards(ref m);
         Across(m.DO, m.DOAcross, rows, values);
         Across(m.DR, m.DRAcross, rows, values);
@@ -184,15 +185,16 @@ internal readonly unsafe struct DeltaBackward<TLanes, TVector, T>(
         Across(m.A, m.C, rows, Tokens);
         Multiply(chunk.KeysAcross, Tokens, 1, m.C, Tokens, m.QueriesAcross, Tokens, keys, Tokens,
             rows, add: true);
-        Multiply(chunk.Q, 1, keys, m.A, Tokens, m.KeysAcross, Tokens, keys, Tokens, rows, add: true);
+        Multiply(chunk.Q, 1, keys, m.A, Tokens, m.KeysAcross, Tokens, keys, Tokens, rows,
+            add: true);
         Across(m.B, m.C, rows, Tokens);
         for (int i = 0; i < rows * Tokens; i++) m.C[i] += m.B[i];
         Multiply(chunk.KeysAcross, Tokens, 1, m.C, Tokens, m.KeysAcross, Tokens, keys, Tokens, rows,
             add: true);
-        // The columns of dO, X and dR are scaled in their places: nothing reads them unscaled after.
+        // Columns of dO, X and dR are scaled in their places: nothing reads them unscaled after.
         ScaleColumns(m.DOAcross, values, chunk.Decay, rows);
-        Multiply(state, values, 1, m.DOAcross, Tokens, m.QueriesAcross, Tokens, keys, Tokens, values,
-            add: true);
+        Multiply(state, values, 1, m.DOAcross, Tokens, m.QueriesAcross, Tokens, keys, Tokens,
+            values, add: true);
         ScaleColumns(m.XAcross, values, chunk.Rest, rows);
         Multiply(dState, values, 1, m.XAcross, Tokens, m.KeysAcross, Tokens, keys, Tokens, values,
             add: true);
@@ -260,8 +262,8 @@ internal readonly unsafe struct DeltaBackward<TLanes, TVector, T>(
         Multiply(chunk.K, 1, keys, m.DR, values, dState, values, keys, values, rows, add: true);
     }
 
-    // The gradients of q and k before they were made of length 1: x / |x| has n (d - u (u d)), u the
-    // result and n = 1 / |x|.
+    // The gradients of q and k before they were made of length 1: x / |x| has n (d - u (u d)), u
+    // the result and n = 1 / |x|.
     private void PutKeys(ref Memory m, int keyHead, int first)
     {
         ref DeltaChunk<TLanes, TVector, T> chunk = ref m.Chunk;

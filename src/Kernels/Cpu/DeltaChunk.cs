@@ -2,7 +2,7 @@ using System.Numerics;
 
 namespace MiniCpmNative.Kernels.Cpu;
 
-/// <summary>The operands of the delta rule; see Ops.DeltaRule.</summary>
+/// <summary>The operands of the delta rule; see the operation.</summary>
 internal readonly struct DeltaHeads<T>
     where T : unmanaged, IBinaryFloatingPointIeee754<T>
 {

@@ -27,8 +27,8 @@ public sealed record LayerNorm(double Epsilon) : Op("layer_norm")
             call.Output, call.Saved(0), call.Saved(1), Epsilon);
 
     public override void CpuBackward<T>(in CpuCall<T> call) =>
-        Normalisation.Backward(call, call.OutputGradient, call.In(0), call.In(1), call.Saved(0), call.Saved(1),
-            call.Gradient(0), call.Gradient(1), call.Gradient(2));
+        Normalisation.Backward(call, call.OutputGradient, call.In(0), call.In(1), call.Saved(0),
+            call.Saved(1), call.Gradient(0), call.Gradient(1), call.Gradient(2));
 
     public override void CudaForward(in CudaCall call) =>
         CudaNormalisation.Forward(call, call.Saved(0), call.Saved(1), Epsilon);
