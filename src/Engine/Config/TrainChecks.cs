@@ -56,6 +56,17 @@ internal static class TrainChecks
         Refuse(a.LoraLayersToTransform is not null && a.LoraTargetModules.Pattern is not null,
             "lora_layers_to_transform needs lora_target_modules as a list of names "
             + "(a regular expression names its layers itself)");
+        Refuse(a.LoraLayersPattern is { Count: > 0 } && a.LoraLayersToTransform is null,
+            "lora_layers_pattern needs lora_layers_to_transform");
+        Refuse(a.LoraplusLrRatio is not null && !a.UseLora, "loraplus_lr_ratio needs use_lora");
+        Refuse(a.LearningRate == 0 && a.LearningRates is { Count: > 0 },
+            "learning_rates needs a learning_rate above 0, of which they are multiples over time");
+        Refuse(a.LrSchedulerType == LrSchedule.WarmupLr && a.LearningRates is { Count: > 0 },
+            "learning_rates means nothing to DeepSpeed's warmup_lr, which has one rate for all");
+        foreach (var (pattern, rank) in a.RankPattern?.List ?? [])
+            Refuse(rank != Math.Floor(rank),
+                FormattableString.Invariant($"rank_pattern \"{pattern}\" is {rank}, ")
+                + "expected a whole number");
         Refuse((a.EvalStrategy != When.No || a.EvalOnStart) && a.EvalDataPath is null,
             "evaluation needs eval_data_path (or set eval_strategy to no)");
         Refuse(a.EvalGenerate > 0 && a.EvalStrategy == When.No && !a.EvalOnStart,

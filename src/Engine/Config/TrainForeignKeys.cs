@@ -42,13 +42,10 @@ internal static class TrainForeignKeys
             ["group_by_length"] =
                 ([], "is not supported: train_sampling_strategy is random or sequential"),
             ["ignore_data_skip"] = ([], "is not supported: a resumed run goes on at its row"),
-            ["init_lora_weights"] = (["true"], "is not supported: B starts at zero"),
             ["label_smoothing_factor"] = (["0"], "is not supported"),
             ["load_best_model_at_end"] = ([],
                 "is not supported: trainer_state.json has the evaluation loss of every checkpoint"),
             ["lora_layer_replication"] = ([], "is not supported"),
-            ["lora_layers_pattern"] =
-                ([], "is not supported: name the layers in lora_target_modules"),
             ["metric_for_best_model"] =
                 (["loss", "eval_loss"], "is not supported: the metric is the loss"),
             ["neftune_noise_alpha"] = (["0"], "is not supported"),
@@ -64,7 +61,6 @@ internal static class TrainForeignKeys
             ["use_cpu"] = ([], "is spelt device=cpu here"),
             ["use_dora"] = ([], "is not supported: plain LoRA is"),
             ["use_mps_device"] = ([], "is not supported: device is auto, cpu or cuda"),
-            ["use_rslora"] = ([], "is not supported: set lora_alpha to alpha * sqrt(lora_r)"),
             ["cutoff_len"] = ([], "is spelt model_max_length here"),
             ["freeze_vit"] = ([], "is spelt tune_vision=false here"),
             ["freeze_vision_tower"] = ([], "is spelt tune_vision=false here"),

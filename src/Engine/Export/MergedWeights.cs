@@ -84,7 +84,8 @@ internal sealed unsafe class MergedWeights : IDisposable
             if (!stored.TryGetValue(Adapters.NameOfA(linear.Name), out var a)) continue;
             StoredTensor b = stored[Adapters.NameOfB(linear.Name)];
             _deltas.Add(linear.Name + ".weight", new LowRank(
-                a.ToFloats(), b.ToFloats(), config.Rank, linear.Inputs, (float)config.Scale));
+                a.ToFloats(), b.ToFloats(), a.Shape[0], linear.Inputs,
+                (float)config.ScaleOf(linear.Name)));
         }
 
         foreach (var (name, tensor) in stored)

@@ -64,15 +64,19 @@ public sealed class Projection
 
 /// <summary>
 /// Linear layers of one input, which run together: queries, keys and values, whose heads may be
-/// rotated on the way, or gate and up of a feed-forward.
+/// rotated on the way, or gate and up of a feed-forward. Where their adapters differ in rank or
+/// scale they run one after the other.
 /// </summary>
 public sealed class Projections
 {
     private const int Each = 4;
 
-    private readonly Linears _op;
-    private readonly Tensor[] _inputs;
+    private readonly Linears? _op;
+    private readonly Tensor[] _inputs = [];
     private readonly int[] _columns;
+    private readonly Projection[] _apart = [];
+    private readonly Rope _rope;
+    private readonly int _rotated;
 
     /// <param name="layers">The layers.</param>
     /// <param name="columns">The outputs of each.</param>
@@ -81,8 +85,15 @@ public sealed class Projections
     public Projections(Projection[] layers, int[] columns, int headDim = 0, int rotated = 0)
     {
         Projection? adapted = Array.Find(layers, layer => layer.Adapter is not null);
-        _columns = columns;
+        (_columns, _rotated, _rope) = (columns, rotated, new Rope(headDim));
         ReadsInput = Array.Exists(layers, layer => layer.ReadsInput);
+        if (Array.Exists(layers, layer => layer.Adapter is { } its
+            && (its.Rank, its.Scale) != (adapted!.Adapter!.Rank, adapted.Adapter.Scale)))
+        {
+            _apart = layers;
+            return;
+        }
+
         _op = new Linears(
             [.. layers.Select((layer, i) => new LinearPart(
                 columns[i], layer.Adapter?.Index ?? 0, Projection.Other(layer.Weight)))],
@@ -97,6 +108,13 @@ public sealed class Projections
     /// <summary>x[rows, in] -> y of each, [rows, its columns].</summary>
     public void Run(Graph graph, Tensor x, Span<Tensor> y, bool fleeting = false)
     {
+        if (_op is null)
+        {
+            for (int i = 0; i < _apart.Length; i++)
+                y[i] = fleeting ? _apart[i].RunFleeting(graph, x) : _apart[i].Run(graph, x);
+            return;
+        }
+
         _inputs[0] = x;
         graph.Split(
             fleeting ? graph.RunFleeting(_op, _inputs) : graph.Run(_op, _inputs), y, _columns);
@@ -106,8 +124,25 @@ public sealed class Projections
     public void Run(
         Graph graph, Tensor x, Tensor positions, Tensor cos, Tensor sin, Span<Tensor> y)
     {
-        if (_op.Rotated > 0) (_inputs[^3], _inputs[^2], _inputs[^1]) = (positions, cos, sin);
-        Run(graph, x, y);
+        if (_op?.Rotated > 0) (_inputs[^3], _inputs[^2], _inputs[^1]) = (positions, cos, sin);
+        if (_op is not null || _rotated == 0)
+        {
+            Run(graph, x, y);
+            return;
+        }
+
+        for (int i = 0; i < _apart.Length; i++)
+        {
+            if (i >= _rotated)
+            {
+                y[i] = _apart[i].Run(graph, x);
+                continue;
+            }
+
+            Tensor straight = _apart[i].RunFleeting(graph, x);
+            y[i] = graph.Run(_rope, straight, positions, cos, sin);
+            graph.Drop(straight);
+        }
     }
 }
 

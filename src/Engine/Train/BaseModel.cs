@@ -102,8 +102,7 @@ public sealed class BaseModel : IDisposable
             if (arguments.LoraWeightPath is { } path)
             {
                 start = AdapterFile.Open(path);
-                adapter = adapter! with { LayersPattern = start.Config.LayersPattern };
-                AdapterStart.MustFit(adapter, start, spec.Parameters);
+                AdapterStart.MustFit(adapter!, start, spec.Parameters);
             }
 
             TrainedParts parts = TrainedParts.Choose(spec, arguments, adapter, storage);

@@ -25,23 +25,21 @@ public sealed record TrainedParts(
     public static TrainedParts Choose(
         ModelSpec spec, TrainArguments arguments, AdapterConfig? adapter, DType storage)
     {
+        var rules = new LearningRules(spec.Parameters, arguments);
         if (adapter is null)
         {
-            return new TrainedParts(Adapters.None, null, null, [.. spec.Parameters.All
+            return new TrainedParts(Adapters.None, null, null, rules.Apply(spec.Parameters.All
                 .Where(p => !p.Fixed && IsTrained(p.Part, arguments))
-                .Select(p => new Trainable(p.Name, p.Shape, storage, Decays(p.Name)))]);
+                .Select(p => (p.Name, p.Shape, storage))));
         }
 
         var layout = AdapterLayout.Create(spec.Parameters, adapter, "lora_target_modules");
+        adapter = layout.Config;
         RefuseHead(spec.Parameters, adapter, layout);
         var whole = layout.Saved.Concat(layout.Biases).Select(p => p.Name).ToHashSet();
         return new TrainedParts(Adapters.Of(adapter, layout), adapter, layout,
-            [.. layout.Tensors.Select(t => new Trainable(
-            t.Name, t.Shape, whole.Contains(t.Name) ? storage : DType.F32,
-            Decays(t.Name)))]);
-
-        bool Decays(string name) => arguments.WeightDecayScope == DecayScope.All
-            || spec.Parameters.Find(name) is not { Decays: false };
+            rules.Apply(layout.Tensors.Select(t => (
+                t.Name, t.Shape, whole.Contains(t.Name) ? storage : DType.F32))));
     }
 
     /// <summary>
@@ -64,8 +62,14 @@ public sealed record TrainedParts(
             Alpha = arguments.LoraAlpha,
             Dropout = arguments.LoraDropout,
             Bias = arguments.LoraBias,
+            UseRslora = arguments.UseRslora,
+            RankPattern = arguments.RankPattern ?? NumbersByName.None,
+            AlphaPattern = arguments.AlphaPattern ?? NumbersByName.None,
+            Start = arguments.InitLoraWeights,
             Targets = arguments.LoraTargetModules,
+            Exclude = arguments.ExcludeModules,
             LayersToTransform = arguments.LoraLayersToTransform,
+            LayersPattern = arguments.LoraLayersPattern ?? [],
             ModulesToSave = arguments.TrainedWhole,
             BaseModel = arguments.ModelNameOrPath,
             ModelClass = spec.ModelClass,
