@@ -102,14 +102,12 @@ public sealed class AdapterTests
             Is.EqualTo($"base_model.model.{expected[0]}.base_layer.bias"));
     }
 
-    [TestCase("variant_dora", "use_dora")]
     [TestCase("variant_lora_bias", "lora_bias")]
     [TestCase("variant_pissa", "init_lora_weights")]
     public void UnsupportedVariantsAreRefusedByTheirKey(string name, string key) =>
         Assert.That(() => AdapterFile.Open(Adapter(name)),
             Refuses($"adapter_config.json: key \"{key}\" ").And.Message.Contain("not supported"));
 
-    [TestCase("use_dora", "true")]
     [TestCase("lora_bias", "true")]
     [TestCase("fan_in_fan_out", "true")]
     [TestCase("use_qalora", "true")]

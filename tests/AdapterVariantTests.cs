@@ -69,6 +69,7 @@ public sealed class AdapterVariantTests
     }
 
     [TestCase("train_rslora")]
+    [TestCase("train_dora")]
     [TestCase("train_groups")]
     [TestCase("loraplus")]
     public void TenStepsAreEqual(string name)
@@ -212,6 +213,68 @@ public sealed class AdapterVariantTests
             Is.EqualTo("""{"q_proj":2,"(a|b)":4}"""), "PEFT 0.14 splits a|b");
     }
 
+    [Test]
+    public void RunsGoOnWithTheSameBits()
+    {
+        TrainArguments arguments = V26.Lora with
+        {
+            DataPath = Runs.Data(_folder, "one", "turns"),
+            OutputDir = Path.Combine(_folder, "out"),
+            UseDora = true,
+            UseRslora = true,
+            LoraDropout = 0.1,
+            RankPattern = new NumbersByName([("q_proj", 4)]),
+            LoraplusLrRatio = 4,
+            LearningRates = new NumbersByName([("lora_A", 2e-3)]),
+            LearningRate = 1e-3,
+            MaxSteps = 4,
+            SaveSteps = new Interval(2),
+        };
+        Runs.Train(arguments);
+        TrainArguments resumed = arguments with
+        {
+            OutputDir = Path.Combine(_folder, "resumed"),
+            ResumeFromCheckpoint = new ResumePoint(RunFolder.Checkpoint(arguments.OutputDir, 2)),
+        };
+        Runs.Train(resumed);
+        foreach (string file in (string[])[AdapterFile.WeightsName, RunState.OptimizerFile])
+            Assert.That(
+                File.ReadAllBytes(Path.Combine(RunFolder.Checkpoint(resumed.OutputDir, 4), file)),
+                Is.EqualTo(File.ReadAllBytes(
+                    Path.Combine(RunFolder.Checkpoint(arguments.OutputDir, 4), file))), file);
+
+        // Beside the adapter: what AutoPeftModel needs to find the model, and the tokenizer.
+        JsonNode config = JsonNode.Parse(File.ReadAllText(
+            Path.Combine(arguments.OutputDir, AdapterConfig.FileName)))!;
+        Assert.That((string?)config["auto_mapping"]!["parent_library"],
+            Is.EqualTo("transformers_modules.model.modeling_minicpmv"));
+        Assert.That(Path.IsPathRooted((string)config["base_model_name_or_path"]!), Is.True);
+        foreach (string file in (string[])["tokenizer.json", "tokenizer_config.json",
+            "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"])
+            Assert.That(File.ReadAllBytes(Path.Combine(arguments.OutputDir, file)),
+                Is.EqualTo(File.ReadAllBytes(Path.Combine(V26.Model, file))), file);
+        Assert.That(File.Exists(Path.Combine(arguments.OutputDir, "config.json")), Is.False);
+    }
+
+    [Test]
+    public void BiasesThatNewerPeftDoesNotTrainMayBeAbsent()
+    {
+        using var file = SafetensorsFile.Open(
+            Path.Combine(V26.Adapter("variant_bias_all"), AdapterFile.WeightsName));
+        string folder = Path.Combine(_folder, "bias_all");
+        Directory.CreateDirectory(folder);
+        SafetensorsWriter.Write(Path.Combine(folder, AdapterFile.WeightsName),
+            [.. file.Tensors.Where(t =>
+                !t.Name.EndsWith("in_proj_bias") && !t.Name.Contains(".o_proj.")).Select(t => t.ToSave())]);
+        File.Copy(Path.Combine(ReferenceFile.Root, "adapters", "peft021_bias_all.json"),
+            Path.Combine(folder, AdapterConfig.FileName));
+        using var adapter = AdapterFile.Open(folder);
+        Assert.That(adapter.Match(V26.Spec.Parameters).Keys,
+            Does.Contain("vpm.post_layernorm.bias")
+            .And.Contain("resampler.attn.out_proj.bias")
+            .And.Not.Contain("resampler.attn.in_proj_bias"));
+    }
+
     private static AdapterConfig Config(JsonElement options)
     {
         var json = new JsonObject { ["peft_type"] = "LORA", ["r"] = 8, ["lora_alpha"] = 16 };
@@ -274,6 +337,7 @@ public sealed class AdapterVariantTests
         return name switch
         {
             "train_rslora" => plain with { UseRslora = true, LoraAlpha = 4 },
+            "train_dora" => plain with { UseDora = true },
             "loraplus" => plain with { LoraplusLrRatio = 16 },
             "train_groups" => plain with
             {

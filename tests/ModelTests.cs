@@ -159,6 +159,7 @@ public sealed class ModelTests
     [TestCase("suffixes", 46)]
     [TestCase("rslora", 16)]
     [TestCase("patterns", 16)]
+    [TestCase("dora", 24)]
     public void VariantsOfAdaptersAreEqual(string name, int tensors)
     {
         var expected = ReferenceText.Json("v26/lora/variants.json").GetProperty(name);

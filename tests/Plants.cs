@@ -9,7 +9,8 @@ internal static partial class Plants
     // A list per section, made before this one is.
     public static Plant[] All =>
     [
-        .. Basics, .. Blocks, .. Operations, .. AttentionForward, .. AttentionBackward,
+        .. Basics, .. Blocks, .. Operations, .. Magnitudes, .. AttentionForward,
+        .. AttentionBackward,
     ];
 
     private static Plant[] Basics { get; } =

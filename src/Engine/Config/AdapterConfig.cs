@@ -7,7 +7,7 @@ namespace MiniCpmNative.Engine.Config;
 /// <summary>
 /// adapter_config.json of a PEFT LoRA adapter, the part of it that this program does. Written with
 /// exactly the keys and the layout of PEFT 0.14; read from any version: what is not supported
-/// (DoRA, lora_bias, ...) is refused by its key,
+/// (lora_bias, ...) is refused by its key,
 /// and unknown keys may only have a neutral value.
 /// </summary>
 public sealed record AdapterConfig
@@ -25,7 +25,7 @@ public sealed record AdapterConfig
     [
         "peft_type", "r", "lora_alpha", "lora_dropout", "bias", "target_modules",
         "layers_to_transform", "layers_pattern", "modules_to_save", "init_lora_weights",
-        "use_rslora", "rank_pattern", "alpha_pattern", "exclude_modules",
+        "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "exclude_modules",
     ];
 
     public required int Rank { get; init; }
@@ -35,6 +35,9 @@ public sealed record AdapterConfig
     public double Dropout { get; init; }
 
     public LoraBias Bias { get; init; }
+
+    /// <summary>Rows of the adapted weights have magnitudes of their own, Liu et al. 2024.</summary>
+    public bool UseDora { get; init; }
 
     /// <summary>Scale by alpha / sqrt(rank), Kalajdzievski 2023.</summary>
     public bool UseRslora { get; init; }
@@ -129,7 +132,7 @@ public sealed record AdapterConfig
             ["revision"] = Null,
             ["target_modules"] = json => WriteModules(json, Targets),
             ["task_type"] = Null,
-            ["use_dora"] = False,
+            ["use_dora"] = json => json.WriteBooleanValue(UseDora),
             ["use_rslora"] = json => json.WriteBooleanValue(UseRslora),
         };
         using var buffer = new MemoryStream();
@@ -161,6 +164,10 @@ public sealed record AdapterConfig
         if (targets.Pattern is not null && layers is { Count: > 0 })
             throw json["layers_to_transform"]
                 .Error("cannot go with a regular expression in target_modules");
+        IReadOnlyList<string> before = TextOf(json, "layers_pattern") is { Length: 0 }
+            ? [] : Names(json, "layers_pattern");
+        if (before.Count > 0 && layers is not { Count: > 0 })
+            throw json["layers_pattern"].Error("needs layers_to_transform");
         string? bias = json.Find("bias")?.Text();
         return new AdapterConfig
         {
@@ -174,6 +181,7 @@ public sealed record AdapterConfig
                 "lora_only" => LoraBias.LoraOnly,
                 _ => throw json["bias"].Expected("\"none\", \"all\" or \"lora_only\""),
             },
+            UseDora = json.Find("use_dora")?.Bool() ?? false,
             UseRslora = json.Find("use_rslora")?.Bool() ?? false,
             RankPattern = Numbers(json, "rank_pattern", value => value.Int(1, 1 << 16)),
             AlphaPattern = Numbers(json, "alpha_pattern", value => value.Number(0, 1e9)),
@@ -182,8 +190,7 @@ public sealed record AdapterConfig
                 ? ParseTargets(exclude) : null,
             Start = ParseStart(json),
             LayersToTransform = layers is { Count: > 0 } ? layers : null,
-            LayersPattern = TextOf(json, "layers_pattern") is { Length: 0 }
-                ? [] : Names(json, "layers_pattern"),
+            LayersPattern = before,
             ModulesToSave = Names(json, "modules_to_save"),
             BaseModel = TextOf(json, "base_model_name_or_path"),
             ModelClass = json.Find("auto_mapping") is { IsObject: true } map

@@ -29,6 +29,7 @@ public static class AdapterSettings
             LoraAlpha = isGiven("lora_alpha") ? arguments.LoraAlpha : its.Alpha,
             LoraDropout = isGiven("lora_dropout") ? arguments.LoraDropout : its.Dropout,
             LoraBias = isGiven("lora_bias") ? arguments.LoraBias : its.Bias,
+            UseDora = isGiven("use_dora") ? arguments.UseDora : its.UseDora,
             UseRslora = isGiven("use_rslora") ? arguments.UseRslora : its.UseRslora,
             RankPattern = isGiven("rank_pattern") || its.RankPattern.Count == 0
                 ? arguments.RankPattern : its.RankPattern,

@@ -86,6 +86,9 @@ public sealed partial record TrainArguments
     [Key("Trained parts", "dropout of the adapters' input", Below = 1)]
     public double LoraDropout { get; init; } = 0.05;
 
+    [Key("Trained parts", "rows of the adapted weights have trained magnitudes (DoRA)")]
+    public bool UseDora { get; init; }
+
     [Key("Trained parts", "ranks of single modules: object of regular expressions for a name or its "
         + "end, the first that matches counts", Min = 1, Max = 65536)]
     public NumbersByName? RankPattern { get; init; }

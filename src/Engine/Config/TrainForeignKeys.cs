@@ -59,7 +59,6 @@ internal static class TrainForeignKeys
             ["save_safetensors"] =
                 (["true"], "is not supported: everything is saved as safetensors"),
             ["use_cpu"] = ([], "is spelt device=cpu here"),
-            ["use_dora"] = ([], "is not supported: plain LoRA is"),
             ["use_mps_device"] = ([], "is not supported: device is auto, cpu or cuda"),
             ["cutoff_len"] = ([], "is spelt model_max_length here"),
             ["freeze_vit"] = ([], "is spelt tune_vision=false here"),

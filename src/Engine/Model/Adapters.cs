@@ -6,10 +6,11 @@ namespace MiniCpmNative.Engine.Model;
 
 /// <summary>
 /// A low-rank adapter on one linear module: y += Scale * drop(x) A^T B^T with A[Rank, Inputs],
-/// B[Outputs, Rank]. Index keys its dropout masks.
+/// B[Outputs, Rank]. Index keys its dropout masks. IsDora: rows have magnitudes[Outputs] too
+/// (<see cref="Kernels.Ops.DoraLinear"/>).
 /// </summary>
 public sealed record Adapter(string Module, int Index, int Rank, double Scale, int Inputs,
-    int Outputs);
+    int Outputs, bool IsDora = false);
 
 /// <summary>
 /// All adapters of a run, by the name of their module; Hu et al. 2021, as PEFT has them.
@@ -24,7 +25,7 @@ public sealed class Adapters(IReadOnlyList<Adapter> list, double dropout)
     public static Adapters Of(AdapterConfig config, AdapterLayout layout) => new(
         [.. layout.Targets.Select((module, i) => new Adapter(
             module.Name, i, config.RankOf(module.Name), config.ScaleOf(module.Name),
-            module.Inputs, module.Outputs))],
+            module.Inputs, module.Outputs, config.UseDora))],
         config.Dropout);
 
     public IReadOnlyList<Adapter> List { get; } = list;
@@ -38,12 +39,20 @@ public sealed class Adapters(IReadOnlyList<Adapter> list, double dropout)
 
     public static string NameOfB(string module) => module + ".lora_B.weight";
 
+    public static string NameOfMagnitude(string module) => module + ".lora_magnitude_vector";
+
     /// <summary>
     /// PEFT's start: A uniform in +-1/sqrt(Inputs) (Kaiming with a = sqrt 5), or normal with
     /// standard deviation 1/Rank (gaussian); B zero, or uniform in +-1/sqrt(Rank) (false). The
     /// numbers depend on the seed and on each element's place only.
     /// </summary>
-    public void Initialise(Trainables trainables, ulong seed, LoraStart start)
+    /// <param name="trainables">Take the numbers.</param>
+    /// <param name="seed">Of the random ones.</param>
+    /// <param name="start">Which they are.</param>
+    /// <param name="rowNorms">The norms of a weight's rows, which DoRA's magnitudes start
+    /// as.</param>
+    public void Initialise(
+        Trainables trainables, ulong seed, LoraStart start, Func<string, double[]> rowNorms)
     {
         foreach (Adapter adapter in List)
         {
@@ -55,6 +64,9 @@ public sealed class Adapters(IReadOnlyList<Adapter> list, double dropout)
                 FillUniform(b, 1 / Math.Sqrt(adapter.Rank), adapter, 1, seed);
             trainables.Write(NameOfA(adapter.Module), a);
             trainables.Write(NameOfB(adapter.Module), b);
+            if (adapter.IsDora)
+                trainables.Write(NameOfMagnitude(adapter.Module), [.. rowNorms(
+                    adapter.Module + ".weight").Select(norm => (float)norm)]);
         }
     }
 

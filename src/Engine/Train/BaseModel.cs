@@ -32,7 +32,8 @@ public sealed class BaseModel : IDisposable
     public DType Storage { get; }
 
     /// <summary>
-    /// Small files that a whole model is saved with, as it was trained; none with adapters.
+    /// Small files that a whole model is saved with, as it was trained; with adapters the
+    /// tokenizer's, as the official script leaves them.
     /// </summary>
     public IReadOnlyList<(string Name, byte[] Content)> Saved { get; private init; }
 
@@ -123,7 +124,9 @@ public sealed class BaseModel : IDisposable
                 Moments = TrainingModel.MomentsOf(arguments),
                 Untouched = [.. weights.Tensors.Where(t => spec.Parameters.IsUntouched(t.Name))],
                 Saved = adapter is null
-                    ? SavedFiles.Read(folder, spec, arguments, storage, say) : [],
+                    ? SavedFiles.Read(folder, spec, arguments, storage, say)
+                    : SavedFiles.Read(
+                        folder, spec, null, storage, say, ResultFiles.IsTokenizer),
             };
         }
         catch

@@ -43,7 +43,8 @@ internal sealed class LearningRules(ParameterTable table, TrainArguments argumen
     private bool? Fits(string word, string name)
     {
         string owner = name.Replace(".lora_A.", ".", StringComparison.Ordinal)
-            .Replace(".lora_B.", ".", StringComparison.Ordinal);
+            .Replace(".lora_B.", ".", StringComparison.Ordinal)
+            .Replace(".lora_magnitude_vector", ".weight", StringComparison.Ordinal);
         return word switch
         {
             "vision" => table.Find(owner)?.Part == ModelPart.Vision,

@@ -62,6 +62,7 @@ public sealed record TrainedParts(
             Alpha = arguments.LoraAlpha,
             Dropout = arguments.LoraDropout,
             Bias = arguments.LoraBias,
+            UseDora = arguments.UseDora,
             UseRslora = arguments.UseRslora,
             RankPattern = arguments.RankPattern ?? NumbersByName.None,
             AlphaPattern = arguments.AlphaPattern ?? NumbersByName.None,
@@ -72,8 +73,16 @@ public sealed record TrainedParts(
             LayersPattern = arguments.LoraLayersPattern ?? [],
             ModulesToSave = arguments.TrainedWhole,
             BaseModel = arguments.ModelNameOrPath,
-            ModelClass = spec.ModelClass,
+            ModelClass = spec.ModelClass with { Module = LoadedAs(arguments, spec.ModelClass) },
         };
+
+    // Transformers imports a folder's code under this name, where AutoPeftModel finds it.
+    private static string LoadedAs(TrainArguments arguments, ModelClass model)
+    {
+        string folder = Path.GetFileName(Path.TrimEndingDirectorySeparator(
+            Path.GetFullPath(arguments.ModelNameOrPath ?? ".")));
+        return $"transformers_modules.{folder}.{model.Module}";
+    }
 
     // The loss is fused with the head's product, which has no place for an adapter; a module that
     // is another one's tensor has no weight of its own to train.

@@ -48,7 +48,8 @@ public sealed class TrainingModel : IDisposable
 
     /// <summary>Trainable and frozen numbers together, adapters included.</summary>
     public long TotalParameters => Spec.Parameters.Count + Base.Untouched.Sum(t => t.Count)
-        + Parts.Adapters.List.Sum(a => (long)a.Rank * (a.Inputs + a.Outputs));
+        + Parts.Adapters.List.Sum(
+            a => ((long)a.Rank * (a.Inputs + a.Outputs)) + (a.IsDora ? a.Outputs : 0));
 
     /// <summary>Storage type of weights: fp16, bf16, else F32, as the official flags say.</summary>
     public static DType StorageOf(TrainArguments arguments) =>
@@ -107,7 +108,8 @@ public sealed class TrainingModel : IDisposable
             if (source.Weights.Find(tensor.Name) is { } stored)
                 trainables.Write(tensor.Name, stored.ToFloats());
         parts.Adapters.Initialise(
-            trainables, (ulong)arguments.Seed, arguments.InitLoraWeights);
+            trainables, (ulong)arguments.Seed, arguments.InitLoraWeights,
+            name => ModelWeights.RowNorms(source.Weights.Get(name), source.Storage));
         if (source.Start is { } start) model.CopyFrom(start);
         source.EndLoading();
         return model;

@@ -35,6 +35,9 @@ public sealed partial class AdapterLayout
             int rank = config.RankOf(target.Name);
             tensors.Add(new(a, Prefix + a, new Shape(rank, target.Inputs)));
             tensors.Add(new(b, Prefix + b, new Shape(target.Outputs, rank)));
+            if (!config.UseDora) continue;
+            string magnitude = target.Name + ".lora_magnitude_vector";
+            tensors.Add(new(magnitude, Prefix + magnitude, new Shape(target.Outputs)));
         }
 
         tensors.AddRange(saved.Select(tensor =>

@@ -28,6 +28,7 @@ internal static class AdapterStart
 
         Same("lora_r", own.Rank, its.Rank, own.Rank == its.Rank);
         Same("lora_alpha", own.Alpha, its.Alpha, own.Alpha == its.Alpha);
+        Same("use_dora", own.UseDora, its.UseDora, own.UseDora == its.UseDora);
         Same("use_rslora", own.UseRslora, its.UseRslora, own.UseRslora == its.UseRslora);
         Same("rank_pattern", own.RankPattern, its.RankPattern,
             $"{own.RankPattern}" == $"{its.RankPattern}");
