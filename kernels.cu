@@ -555,7 +555,8 @@ extern "C" __global__ void sum_parts(float* y, const float* part, int parts, int
 #if defined(STORAGE_BF16) // with F32 sum_parts does it
 
 // The same of a gradient in the storage type, four elements a thread: count is a multiple of 4.
-// Nothing where a fault was found, since then nobody may have written some of the parts. Reads 4 count bytes a part, writes count S.
+// Nothing where a fault was found, since then nobody may have written some of the parts. Reads 4
+// count bytes a part, writes count S.
 extern "C" __global__ void __launch_bounds__(256) sum_parts_to_real(
     real* y, const float* part, int parts, int count, int accumulate, const int* faults)
 {
@@ -2173,8 +2174,9 @@ DEVICE void check_starts(int* faults, const AttentionMask& mask)
 }
 
 // The list of tiles where only the device knows the starts: the last tiles of queries first, as
-// causal ones have the most keys, and the first tiles of keys, which the most queries see; rows of zeros behind the last. A warp per row, which are tokens / 128 +
-// sequences at most; checks the starts. Writes 32 bytes a row.
+// causal ones have the most keys, and the first tiles of keys, which the most queries see; rows of
+// zeros behind the last. A warp per row, which are tokens / 128 + sequences at most; checks the
+// starts. Writes 32 bytes a row.
 extern "C" __global__ void __launch_bounds__(256) attention_tiles(
     int* tiles, const int* starts_q, const int* starts_k, int* faults, int sequences, int tokens,
     int key_tokens, int count, int of_keys)
@@ -2266,12 +2268,12 @@ struct AttentionForwardCall
 // sequence and head; 0 and -infinity for a query that sees no key. q and o [tokens, heads, DIM], k
 // and v [key tokens, kv_heads, DIM], lse [tokens, heads]; Dao et al. 2022, Dao 2023.
 //
-// Grid: a block per head and tile of the list, the heads of a tile neighbours. Scores and output are
-// in registers; matrices of keys and values from shared memory serve two blocks of 16 queries. Keys
-// come a tile ahead, values while their scores are computed. What was summed is rescaled only when
-// a row's maximum has risen by a factor of 2^8: p is at most that then. 4 DIM FLOP per query and key
-// seen, plus what the mask cuts from the last tiles; q and o move once, k and v once per tile of
-// queries and head, mostly from L2.
+// Grid: a block per head and tile of the list, the heads of a tile neighbours. Scores and output
+// are in registers; matrices of keys and values from shared memory serve two blocks of 16 queries.
+// Keys come a tile ahead, values while their scores are computed. What was summed is rescaled only
+// when a row's maximum has risen by a factor of 2^8: p is at most that then. 4 DIM FLOP per query
+// and key seen, plus what the mask cuts from the last tiles; q and o move once, k and v once per
+// tile of queries and head, mostly from L2.
 template <int DIM> DEVICE void attention_forward_tile(const AttentionForwardCall& a)
 {
     using F = ForwardTiles<DIM>;
@@ -2658,17 +2660,18 @@ extern "C" __global__ void __launch_bounds__(128) attention_forward_any(
 //   dv = sum p dO,   ds = p (dO . v - delta),   dk = scale sum ds q,   dq = scale sum ds k.
 // What is added is added in a fixed order. On tensor cores one kernel computes p and ds once. In
 // float, where that matters less, every element has one owner: blocks of keys go over the queries
-// (dk, dv; the query heads of a key head one after the other), blocks of queries over the keys (dq),
-// and both compute p and ds anew. They are one algorithm. A block owns rows x, y and goes over rows
-// u, w:
+// (dk, dv; the query heads of a key head one after the other), blocks of queries over the keys
+// (dq), and both compute p and ds anew. They are one algorithm. A block owns rows x, y and goes
+// over rows u, w:
 //   keys:      x = k, y = v,   u = q, w = dO:   dx = scale sum ds u,   dy = sum p w
 //   queries:   x = q, y = dO,  u = k, w = v:    dx = scale sum ds u
-// Per visible pair and query head 8 DIM FLOP for keys (4 when only dv is wanted), 6 DIM for queries.
+// Per visible pair and query head 8 DIM FLOP for keys (4 when only dv is wanted), 6 DIM for
+// queries.
 
 // statistics[head, token] = (lse, delta): what is needed of a query beside its rows. For
-// attention_backward_tile also no turns taken and, unless it adds to what is there, the dq of queries
-// that see no key. A warp per token and head, 8 tokens per block. Reads 2 T H D S + 4 T H bytes,
-// writes 8 T H or 12; 2 T H D FLOP.
+// attention_backward_tile also no turns taken and, unless it adds to what is there, the dq of
+// queries that see no key. A warp per token and head, 8 tokens per block. Reads 2 T H D S + 4 T H
+// bytes, writes 8 T H or 12; 2 T H D FLOP.
 extern "C" __global__ void __launch_bounds__(256) attention_statistics(
     float* statistics, int* turns, real* dq, const real* output_gradient, const real* output,
     const float* lse, int tokens, int heads, int head_dim)
@@ -2739,14 +2742,6 @@ DEVICE float probability(float product, float scale, float lse)
 }
 
 // Wrong starts, noted by one block of the launch.
-DEVICE void check_all_starts(int* faults, const AttentionMask& mask)
-{
-    if (blockIdx.x != 0 || blockIdx.y != 0) return;
-    check_starts(faults, FAULT_ATTENTION_QUERY_STARTS, mask.starts_q, mask.sequences, mask.tokens);
-    check_starts(faults, FAULT_ATTENTION_KEY_STARTS, mask.starts_k, mask.sequences,
-        mask.key_tokens);
-}
-
 // Any head dimension up to 256 and any storage type, in float: a block of 8 warps owns 8 rows, a
 // warp one of them, and takes 32 rows u, w at a time: a lane computes p and ds of one of them, then
 // every lane adds all 32 to its columns lane + 32 i. For F32 and for heads that tensor cores do not
@@ -2822,7 +2817,7 @@ extern "C" __global__ void __launch_bounds__(256) attention_keys_backward(
     AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
     AttentionBackward a = {dk, dv, k, v, q, output_gradient, (const float2*)statistics, mask, heads,
         kv_heads, head_dim, scale, accumulate_k, accumulate_v};
-    check_all_starts(faults, mask);
+    if (blockIdx.x == 0 && blockIdx.y == 0) check_starts(faults, mask);
     attention_backward_by_rows<true>(a);
 }
 
@@ -2836,7 +2831,7 @@ extern "C" __global__ void __launch_bounds__(256) attention_queries_backward(
     AttentionMask mask = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
     AttentionBackward a = {dq, 0, q, output_gradient, k, v, (const float2*)statistics, mask, heads,
         kv_heads, head_dim, scale, accumulate, 0};
-    check_all_starts(faults, mask);
+    if (blockIdx.x == 0 && blockIdx.y == 0) check_starts(faults, mask);
     attention_backward_by_rows<false>(a);
 }
 
@@ -2846,10 +2841,10 @@ extern "C" __global__ void __launch_bounds__(256) attention_queries_backward(
 //
 // A block owns KEYS keys of a sequence and key head and goes over the queries that see them, STEP
 // at a time and the last ones first. Its warps share out three things differently, each in pieces
-// as square as can be, since what a piece reads from shared memory is its edges: p^T and ds^T, which
-// go to shared memory rounded to the storage type; dv += p^T dO and dk += ds^T q, which stay in
-// registers; and dq += ds k. dq is a sum over blocks. They add in turn, in the order of their keys,
-// to floats that the last one narrows: turns[head, first query] counts those that have added.
+// as square as can be, since what a piece reads from shared memory is its edges: p^T and ds^T,
+// which go to shared memory rounded to the storage type; dv += p^T dO and dk += ds^T q, which stay
+// in registers; and dq += ds k. dq is a sum over blocks. They add in turn, in the order of their
+// keys, to floats that the last one narrows: turns[head, first query] counts those that have added.
 // Blocks take numbers as they begin, and wait only for lower ones, so that they wait for blocks
 // that run. The blocks of a tile's key heads are neighbours; tiles come as listed, with the most
 // queries first.
@@ -2864,8 +2859,8 @@ template <int DIM> struct BackwardTiles
     static constexpr int STEP = (DIM > 128 ? 32 : SMALL && DIM < 128 ? 128 : 64) / (SMALL ? 2 : 1);
     static constexpr int WARPS = SMALL ? 4 : 8, THREADS = WARPS * WARP;
     static constexpr int CHUNKS = TILE_CHUNKS(DIM), STEP_CHUNKS = STEP / 8;
-    // Of p and ds a warp has SCORE_BLOCKS x 16 keys and SCORE_QUERIES queries; where these are fewer
-    // pieces than warps, some compute the same.
+    // Of p and ds a warp has SCORE_BLOCKS x 16 keys and SCORE_QUERIES queries; where these are
+    // fewer pieces than warps, some compute the same.
     static constexpr int SCORE_BLOCKS = DIM > 128 ? 1 : 2, SCORE_QUERIES = STEP < 64 ? 16 : 32;
     static constexpr int SCORE_WARPS = STEP / SCORE_QUERIES;
     static constexpr int SCORE_PIECES = KEYS / 16 / SCORE_BLOCKS * SCORE_WARPS;
@@ -2898,8 +2893,8 @@ struct AttentionBackwardCall
     int accumulate_q, accumulate_k, accumulate_v, parts;
 };
 
-// d[BLOCKS x 16, COLS] += a[BLOCKS x 16, all columns] b[COLS, all columns]^T, from a lane's addresses
-// down first in a, across first in b.
+// d[BLOCKS x 16, COLS] += a[BLOCKS x 16, all columns] b[COLS, all columns]^T, from a lane's
+// addresses down first in a, across first in b.
 template <int CHUNKS, int BLOCKS, int COLS>
 DEVICE void multiply_transposed(float (*d)[COLS / 8][4], u32 a_lane, u32 b_lane)
 {
@@ -2925,8 +2920,8 @@ DEVICE void multiply_transposed(float (*d)[COLS / 8][4], u32 a_lane, u32 b_lane)
     }
 }
 
-// d[BLOCKS x 16, TILES x 8] += a[BLOCKS x 16, 16] b[16, TILES x 8]: rows `row` on of a tile, and its
-// columns from first x 8 on.
+// d[BLOCKS x 16, TILES x 8] += a[BLOCKS x 16, 16] b[16, TILES x 8]: rows `row` on of a tile, and
+// its columns from first x 8 on.
 template <int CHUNKS, int BLOCKS, int TILES>
 DEVICE void multiply_rows(
     float (*d)[TILES][4], const u32 (*a)[4], u32 tile, int row, int first)
@@ -2936,8 +2931,8 @@ DEVICE void multiply_rows(
 #pragma unroll
     for (int n = 0; n < TILES; n += 2)
     {
-        // Where `first` may be no multiple of 4, or behind this tile the row ends, steps are none of
-        // constants.
+        // Where `first` may be no multiple of 4, or behind this tile the row ends, steps are none
+        // of constants.
         bool apart = CHUNKS % 8 == 4 || n + 1 == TILES;
         u32 from = !apart ? lane_of_first
             : tile_address<CHUNKS>(tile, lane % 16, first + n + (n + 1 < TILES ? lane / 16 : 0));
@@ -3143,8 +3138,8 @@ template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCa
         commit_copies();
     };
 
-    // Of this lane's first key: those that are not masked for all from there on, and the first query
-    // that sees it. From seen_by_all on queries see all of the tile's keys.
+    // Of this lane's first key: those that are not masked for all from there on, and the first
+    // query that sees it. From seen_by_all on queries see all of the tile's keys.
     int keys_left = at.visible - at.first - score_key - g;
     int first_query = at.first + score_key + g - at.before, seen_by_all = 0;
     if (a.causal) seen_by_all = at.first + KEYS - 1 - at.before;
@@ -3358,6 +3353,11 @@ template <int DIM> DEVICE void attention_backward_tile(const AttentionBackwardCa
 }
 
 // For the head dimensions of the models.
+#define BACKWARD_CALL \
+    {dq, dk, dv, dq_sums, dk_parts, dv_parts, turns, q, k, v, output_gradient, \
+        (const float2*)statistics, (const int4*)tiles, key_lengths, tokens, key_tokens, causal, \
+        heads, kv_heads, scale, accumulate_q, accumulate_k, accumulate_v, parts}
+
 extern "C" __global__ void __launch_bounds__(BackwardTiles<64>::THREADS) attention_backward_64(
     real* dq, real* dk, real* dv, float* dq_sums, float* dk_parts, float* dv_parts, int* turns,
     const real* q, const real* k, const real* v, const real* output_gradient,
@@ -3365,9 +3365,7 @@ extern "C" __global__ void __launch_bounds__(BackwardTiles<64>::THREADS) attenti
     int causal, int heads, int kv_heads, float scale, int accumulate_q, int accumulate_k,
     int accumulate_v, int parts)
 {
-    AttentionBackwardCall a = {dq, dk, dv, dq_sums, dk_parts, dv_parts, turns, q, k, v,
-        output_gradient, (const float2*)statistics, (const int4*)tiles, key_lengths, tokens,
-        key_tokens, causal, heads, kv_heads, scale, accumulate_q, accumulate_k, accumulate_v, parts};
+    AttentionBackwardCall a = BACKWARD_CALL;
     attention_backward_tile<64>(a);
 }
 
@@ -3378,9 +3376,7 @@ extern "C" __global__ void __launch_bounds__(BackwardTiles<72>::THREADS) attenti
     int causal, int heads, int kv_heads, float scale, int accumulate_q, int accumulate_k,
     int accumulate_v, int parts)
 {
-    AttentionBackwardCall a = {dq, dk, dv, dq_sums, dk_parts, dv_parts, turns, q, k, v,
-        output_gradient, (const float2*)statistics, (const int4*)tiles, key_lengths, tokens,
-        key_tokens, causal, heads, kv_heads, scale, accumulate_q, accumulate_k, accumulate_v, parts};
+    AttentionBackwardCall a = BACKWARD_CALL;
     attention_backward_tile<72>(a);
 }
 
@@ -3391,9 +3387,7 @@ extern "C" __global__ void __launch_bounds__(BackwardTiles<80>::THREADS) attenti
     int causal, int heads, int kv_heads, float scale, int accumulate_q, int accumulate_k,
     int accumulate_v, int parts)
 {
-    AttentionBackwardCall a = {dq, dk, dv, dq_sums, dk_parts, dv_parts, turns, q, k, v,
-        output_gradient, (const float2*)statistics, (const int4*)tiles, key_lengths, tokens,
-        key_tokens, causal, heads, kv_heads, scale, accumulate_q, accumulate_k, accumulate_v, parts};
+    AttentionBackwardCall a = BACKWARD_CALL;
     attention_backward_tile<80>(a);
 }
 
@@ -3404,9 +3398,7 @@ extern "C" __global__ void __launch_bounds__(BackwardTiles<96>::THREADS) attenti
     int causal, int heads, int kv_heads, float scale, int accumulate_q, int accumulate_k,
     int accumulate_v, int parts)
 {
-    AttentionBackwardCall a = {dq, dk, dv, dq_sums, dk_parts, dv_parts, turns, q, k, v,
-        output_gradient, (const float2*)statistics, (const int4*)tiles, key_lengths, tokens,
-        key_tokens, causal, heads, kv_heads, scale, accumulate_q, accumulate_k, accumulate_v, parts};
+    AttentionBackwardCall a = BACKWARD_CALL;
     attention_backward_tile<96>(a);
 }
 
@@ -3417,9 +3409,7 @@ extern "C" __global__ void __launch_bounds__(BackwardTiles<128>::THREADS) attent
     int causal, int heads, int kv_heads, float scale, int accumulate_q, int accumulate_k,
     int accumulate_v, int parts)
 {
-    AttentionBackwardCall a = {dq, dk, dv, dq_sums, dk_parts, dv_parts, turns, q, k, v,
-        output_gradient, (const float2*)statistics, (const int4*)tiles, key_lengths, tokens,
-        key_tokens, causal, heads, kv_heads, scale, accumulate_q, accumulate_k, accumulate_v, parts};
+    AttentionBackwardCall a = BACKWARD_CALL;
     attention_backward_tile<128>(a);
 }
 
@@ -3430,9 +3420,7 @@ extern "C" __global__ void __launch_bounds__(BackwardTiles<256>::THREADS) attent
     int causal, int heads, int kv_heads, float scale, int accumulate_q, int accumulate_k,
     int accumulate_v, int parts)
 {
-    AttentionBackwardCall a = {dq, dk, dv, dq_sums, dk_parts, dv_parts, turns, q, k, v,
-        output_gradient, (const float2*)statistics, (const int4*)tiles, key_lengths, tokens,
-        key_tokens, causal, heads, kv_heads, scale, accumulate_q, accumulate_k, accumulate_v, parts};
+    AttentionBackwardCall a = BACKWARD_CALL;
     attention_backward_tile<256>(a);
 }
 

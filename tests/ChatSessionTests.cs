@@ -68,7 +68,11 @@ public sealed class ChatSessionTests
                 StopIds = model.Rows.Prompts.StopIds,
                 NumBeams = how == "beams" ? 3 : 1,
                 RepetitionPenalty = how == "beams" ? 1.2 : 1.05,
-            }, (_, id) => pieces.Add(text.Add(id)))[0];
+            }, (_, id) =>
+            {
+                pieces.Add(text.Add(id));
+                return true;
+            })[0];
             Assert.That(tokens.Ids, Is.EqualTo(ReferenceText.Ints(line.GetProperty("ids"))),
                 $"{name}, {how}");
             seen++;

@@ -41,6 +41,8 @@ public sealed class CudaAdapterTests
             using var model = TrainingModel.Open(arguments with
             {
                 Device = devices is null ? DeviceChoice.Cpu : DeviceChoice.Cuda,
+                // What is computed again in backward is the same.
+                Recompute = devices is null ? Recompute.Nothing : Recompute.Block,
             }, devices);
             var trainer = new Trainer(arguments, model);
             return [.. Enumerable.Range(0, 3).Select(i => trainer.Step(i, [text], 3e-3))];

@@ -193,6 +193,8 @@ public sealed class CudaAttentionBackwardTests
     [TestCase("multiply_rows", "b + 2", "b")]
     [TestCase("store_part", "half * 2 + 1", "half * 2")]
     [TestCase("attention_statistics", "delta = warp_sum(delta)", "delta = delta")]
+    [TestCase("attention_backward_tile", "store_turn(a.turns + added, tile + 1)",
+        "store_turn(a.turns + added, tile)")]
     public void MistakesAreFound(string function, string from, string to) =>
         IsFound(function, from, to, Self(8, 2, 64, [300, 100], causal: true, [290, 100]));
 
@@ -201,6 +203,8 @@ public sealed class CudaAttentionBackwardTests
         IsFound(function, from, to, Self(2, 1, 128, [150], causal: true));
 
     [TestCase("attention_statistics", "dq && log_sum == MINUS_INFINITY", "false")]
+    [TestCase("attention_backward_tile", "if (at.first + KEYS >= at.visible) next_lowest",
+        "if (0) next_lowest")]
     public void MistakesWhereQueriesSeeNoKeyAreFound(string function, string from, string to) =>
         IsFound(function, from, to,
             AttentionProblem.Random(2, 1, 64, [20, 200], [0, 100], causal: true));

@@ -227,17 +227,26 @@ public sealed class GenerateTests
         int[] whole = generator.Run([input], settings)[0].Ids;
         var told = new List<int>();
         GeneratedTokens cut = generator.Run(
-            [input], settings, (_, id) => told.Add(id), () => told.Count < 4)[0];
+            [input], settings, Tell, () => told.Count < 4)[0];
         Assert.That(told, Is.EqualTo(whole[..4]));
         Assert.That(cut.Ids, Is.EqualTo(told));
+        told.Clear();
+        cut = generator.Run([input], settings, (_, id) => Tell(0, id) && told.Count < 4)[0];
+        Assert.That(cut.Ids, Is.EqualTo(whole[..4]));
         told.Clear();
         GeneratedTokens stopped = generator.Run([input], settings with
         {
             StopIds = [whole[2]],
-        }, (_, id) => told.Add(id))[0];
+        }, Tell)[0];
         int at = Array.IndexOf(whole, whole[2]);
         Assert.That((stopped.Ids, stopped.Stopped), Is.EqualTo((whole[..(at + 1)], true)));
         Assert.That(told, Is.EqualTo(whole[..at]), "a stop token is not said");
+
+        bool Tell(int _, int id)
+        {
+            told.Add(id);
+            return true;
+        }
     }
 
     // An adapter that is turned off leaves the model as it is without; one of them has biases of

@@ -26,6 +26,21 @@ internal static partial class Plants
         Forward("the mask is left out where a tile is ragged", "attention_forward_tile",
             "> min(seen_first, at.visible)",
             "> min(seen_first, at.visible) + 32"),
+        Forward("a diagonal too many", "attention_forward_tile", "8 * n + i >= seen",
+            "8 * n + i > seen"),
+        Forward("another key head", "attention_forward_tile", "head / (a.heads / a.kv_heads)",
+            "head % a.kv_heads"),
+        Forward("counted from the start, not the end", "keys_seen", "+ at.before", "") with
+        {
+            Other = cuda => CudaAttentionTests.Compare(
+                AttentionProblem.Random(2, 1, 64, [30], [90], causal: true),
+                DType.BF16, cuda.Device(DType.BF16)),
+        },
+        Forward("values are not waited for", "attention_forward_tile", "wait_copies<1>();", "") with
+        {
+            By = Finder.Emulator, Check = Check.AsyncCopyNotWaitedFor,
+            Kernel = "attention_forward_64",
+        },
         Forward("two lanes' shares of the sum are left out", "attention_forward_tile",
             "total += __shfl_xor_sync(ALL_LANES, total, 2);", ""),
         Forward("lse in powers of two", "log_sum_exp", "fmaf(max, scale,", "fmaf(max, factor,"),

@@ -66,10 +66,10 @@ internal sealed class ChatCommand : IDisposable
         var own = new OwnOptions(args, ["--adapter", "--image", "--system"], ["--think"]);
         if (own.Rest.Length == 0 || own.Rest[0].StartsWith('-'))
             throw new InputException("chat: the folder of a model is missing: cpmx chat MODEL");
-        TrainArguments arguments = Arguments(own.Rest);
+        TrainArguments arguments = Arguments(own.Rest, out var given);
         using AskedModel model = runners.Ask(arguments, own.Text("--adapter"), error.WriteLine);
         var maker = new PromptMaker(model.Model.Spec, model.Rows,
-            own.Rest.Any(a => a.StartsWith("--max_slice_nums", StringComparison.Ordinal))
+            given.Contains("max_slice_nums")
                 ? arguments.MaxSliceNums : model.TrainedSlices);
         var session = new ChatSession(model, maker, GenerationSettings.Of(
             arguments, model.Model.Spec, model.Rows.Prompts.StopIds, chats: true))
@@ -90,15 +90,15 @@ internal sealed class ChatCommand : IDisposable
     public void Dispose() => _signal.Dispose();
 
     // Weights are bfloat16 on a GPU unless something else is asked for.
-    private static TrainArguments Arguments(string[] rest)
+    internal static TrainArguments Arguments(
+        string[] rest, out IReadOnlyCollection<string> given)
     {
-        TrainArguments read = TrainReader.ReadAsking(rest[1..], Environment.CurrentDirectory);
-        bool typed = rest.Any(a => a.StartsWith("--bf16", StringComparison.Ordinal)
-            || a.StartsWith("--fp16", StringComparison.Ordinal));
+        TrainArguments read =
+            TrainReader.ReadAsking(rest[1..], Environment.CurrentDirectory, out given);
         return read with
         {
             ModelNameOrPath = Path.GetFullPath(rest[0]),
-            Bf16 = typed ? read.Bf16 : true,
+            Bf16 = given.Contains("bf16") || given.Contains("fp16") ? read.Bf16 : true,
         };
     }
 

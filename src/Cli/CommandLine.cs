@@ -1,3 +1,4 @@
+using MiniCpmNative.Cli.Serve;
 using MiniCpmNative.Engine;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Cuda;
@@ -27,6 +28,7 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
           report DIR [DIR ...] [--out FILE.html]   write a page on one run, or on several
           chat MODEL [--adapter DIR] [--image FILE]
                                                    ask a model, with or without an adapter
+          serve MODEL [--adapter DIR] [--port N]   OpenAI's API and a page that ask it
           eval [CONFIG.json] [--adapter DIR] [--base]
                                                    answer the evaluation rows and score the answers
           predict [CONFIG.json] --data FILE        answer rows
@@ -40,7 +42,7 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
 
     private static readonly string[] s_commands =
     [
-        "train", "plan", "data", "trace", "chat", "eval", "predict", "merge", "export", "report",
+        "train", "plan", "data", "trace", "chat", "serve", "eval", "predict", "merge", "export", "report",
         "doctor", "help",
     ];
 
@@ -114,6 +116,8 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
             case "chat":
                 return ChatCommand.Run(Rest(args, 1), help, Console.In, output, error, runners,
                     Terminal.IsThere && !Console.IsInputRedirected);
+            case "serve":
+                return ServeCommand.Run(Rest(args, 1), help, output, error, runners);
             case "eval" or "predict":
                 return PredictCommand.Run(Rest(args, 1), help, scores: command == "eval", output,
                     runners, Terminal.IsThere);

@@ -37,29 +37,14 @@ internal static class PlanCommand
     /// </summary>
     internal static (PlanRequest Request, string[] Others) Split(string[] args)
     {
+        var own = new OwnOptions(args, ["--gpu", "--tflops", "--gbs"], []);
         var request = new PlanRequest();
-        var rest = new List<string>();
-        for (int i = 0; i < args.Length; i++)
-        {
-            string name = args[i].Split('=', 2)[0];
-            if (name is not ("--gpu" or "--tflops" or "--gbs"))
-            {
-                rest.Add(args[i]);
-                continue;
-            }
-
-            string? value = args[i].Length > name.Length ? args[i][(name.Length + 1)..]
-                : i + 1 < args.Length ? args[++i] : null;
-            if (string.IsNullOrEmpty(value)) throw new InputException($"{name} has no value");
-            request = name switch
-            {
-                "--gpu" => request with { Gpu = value },
-                "--tflops" => request with { Tflops = Number(name, value) },
-                _ => request with { GigabytesPerSecond = Number(name, value) },
-            };
-        }
-
-        return (request, [.. rest]);
+        if (own.Text("--gpu") is { } gpu) request = request with { Gpu = gpu };
+        if (own.Text("--tflops") is { } tflops)
+            request = request with { Tflops = Number("--tflops", tflops) };
+        if (own.Text("--gbs") is { } gbs)
+            request = request with { GigabytesPerSecond = Number("--gbs", gbs) };
+        return (request, own.Rest);
     }
 
     private static double Number(string name, string value) =>

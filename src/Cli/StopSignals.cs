@@ -14,7 +14,7 @@ internal sealed partial class StopSignals : IDisposable
 {
     // What tells a second order from the first one's echo: timeout(1) and schedulers signal the
     // process and its group, a terminal that closes the shell and its jobs.
-    private const double EchoSeconds = 0.5;
+    internal const double EchoSeconds = 0.5;
 
     private readonly StopRequest _stop;
     private readonly Action<string> _said;

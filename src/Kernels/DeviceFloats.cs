@@ -1,3 +1,5 @@
+using System.Buffers;
+
 namespace MiniCpmNative.Kernels;
 
 /// <summary>
@@ -29,27 +31,34 @@ public static class DeviceFloats
     }
 
     /// <summary>Copies values out as floats.</summary>
-    public static unsafe float[] ReadFloats(this Device device, in Tensor tensor)
+    public static float[] ReadFloats(this Device device, in Tensor tensor)
     {
         var values = new float[checked((int)tensor.Shape.Count)];
+        device.ReadFloats(tensor, values);
+        return values;
+    }
+
+    /// <summary>Copies values out as floats, all of them.</summary>
+    public static unsafe void ReadFloats(
+        this Device device, in Tensor tensor, Span<float> values)
+    {
         if (tensor.Type == DType.F32)
         {
-            device.Read<float>(tensor, values);
+            device.Read(tensor, values);
         }
         else if (tensor.Type == DType.F64)
         {
             var wide = new double[values.Length];
             device.Read<double>(tensor, wide);
-            values = Array.ConvertAll(wide, v => (float)v);
+            for (int i = 0; i < wide.Length; i++) values[i] = (float)wide[i];
         }
         else
         {
-            var narrow = new ushort[values.Length];
-            device.Read<ushort>(tensor, narrow);
+            var narrow = ArrayPool<ushort>.Shared.Rent(values.Length);
+            device.Read<ushort>(tensor, narrow.AsSpan(0, values.Length));
             fixed (ushort* from = narrow)
             fixed (float* to = values) FloatBits.Widen(from, tensor.Type, to, values.Length);
+            ArrayPool<ushort>.Shared.Return(narrow);
         }
-
-        return values;
     }
 }

@@ -221,6 +221,9 @@ public sealed partial record TrainArguments
     [Key("Evaluation", "evaluate before the first step")]
     public bool EvalOnStart { get; init; }
 
+    /// <summary>Whether there is any evaluation.</summary>
+    public bool Evaluates => EvalStrategy != When.No || EvalOnStart;
+
     [Key("Evaluation", "rows whose answers are generated at each evaluation, the first ones")]
     public int EvalGenerate { get; init; }
 

@@ -67,9 +67,9 @@ internal static class TrainChecks
             Refuse(rank != Math.Floor(rank),
                 FormattableString.Invariant($"rank_pattern \"{pattern}\" is {rank}, ")
                 + "expected a whole number");
-        Refuse((a.EvalStrategy != When.No || a.EvalOnStart) && a.EvalDataPath is null,
+        Refuse(a.Evaluates && a.EvalDataPath is null,
             "evaluation needs eval_data_path (or set eval_strategy to no)");
-        Refuse(a.EvalGenerate > 0 && a.EvalStrategy == When.No && !a.EvalOnStart,
+        Refuse(a.EvalGenerate > 0 && !a.Evaluates,
             "eval_generate needs evaluations: set eval_strategy");
         Refuse(a.OverwriteOutputDir && a.ResumeFromCheckpoint is not null,
             "overwrite_output_dir and resume_from_checkpoint contradict each other");

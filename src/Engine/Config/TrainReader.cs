@@ -21,10 +21,17 @@ public sealed class TrainReader
     /// </summary>
     /// <exception cref="InputException">Anything unknown, misspelt or out of range.</exception>
     public static TrainArguments ReadAsking(
-        IReadOnlyList<string> arguments, string workingDirectory)
+        IReadOnlyList<string> arguments, string workingDirectory) =>
+        ReadAsking(arguments, workingDirectory, out _);
+
+    /// <param name="given">Keys that the arguments set.</param>
+    /// <inheritdoc cref="ReadAsking(IReadOnlyList{string}, string)"/>
+    public static TrainArguments ReadAsking(IReadOnlyList<string> arguments,
+        string workingDirectory, out IReadOnlyCollection<string> given)
     {
         var reader = new TrainReader(Path.GetFullPath(workingDirectory), TrainKeys.Asking);
         reader.TakeArguments(arguments, 0);
+        given = reader._given.Keys;
         return reader.Build();
     }
 

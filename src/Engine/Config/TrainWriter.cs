@@ -25,6 +25,19 @@ public static class TrainWriter
     public static void Save(TrainArguments arguments) => AtomicFile.Write(
         Path.Combine(arguments.OutputDir, FileName), stream => stream.Write(ToJson(arguments)));
 
+    /// <summary>
+    /// The configuration that a run left beside its result, or above it where that is a checkpoint;
+    /// null where there is none.
+    /// </summary>
+    /// <exception cref="InputException">It cannot be read.</exception>
+    internal static JsonValue? Beside(string result)
+    {
+        string folder = Path.TrimEndingDirectorySeparator(Path.GetFullPath(result));
+        return new[] { folder, Path.GetDirectoryName(folder) ?? folder }
+            .Select(where => Path.Combine(where, FileName))
+            .FirstOrDefault(File.Exists) is { } file ? JsonInput.ReadObject(file) : null;
+    }
+
     /// <summary>All keys with their values, null where none is set; paths are absolute.</summary>
     public static byte[] ToJson(TrainArguments arguments)
     {

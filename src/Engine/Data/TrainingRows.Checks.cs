@@ -38,27 +38,32 @@ public sealed partial class TrainingRows
         string path, TrainArguments arguments, RowFormat format, Action<string> message)
     {
         var rows = new TrainingRows(path, arguments, format, message, asked: true);
-        var bad = new List<BadRow>(rows.Unreadable);
-        var good = new List<Row>();
-        for (int i = 0; i < rows.Count; i++)
+        var checks = new RowCheck[rows.Count];
+        InParallel(rows.Count, i =>
         {
             try
             {
-                _ = rows.Prompt(i);
-                good.Add(rows[i]);
+                checks[i] = new RowCheck { Size = new(rows.Prompt(i).Tokens, 0, 0, 0) };
             }
             catch (BadRowException found)
             {
-                bad.Add(found.Row);
+                checks[i] = new RowCheck { Bad = found.Row };
             }
-        }
-
-        bad.Sort((a, b) => a.Number.CompareTo(b.Number));
-        if (bad.Count > 0 && !rows._skip) throw rows.Refused(bad);
-        foreach (BadRow row in bad) message($"skipped: {row}");
-        if (good.Count == 0) throw new InputException($"{path}: no usable row is left");
-        rows._rows = good;
+        });
+        rows.TakeOut(checks);
+        if (rows.Count == 0) throw new InputException($"{path}: no usable row is left");
         return rows;
+    }
+
+    // Refuses bad rows, or takes them out.
+    private void TakeOut(RowCheck[] checks)
+    {
+        var bad = Bad(checks);
+        if (bad.Count > 0 && !_skip) throw Refused(bad);
+        foreach (BadRow row in bad) _message($"skipped: {row}");
+        _bad = [.. checks.Select(c => c.Bad).OfType<BadRow>()];
+        _rows = [.. _rows.Where((_, i) => checks[i].Bad is null)];
+        _leftOut = new bool[_rows.Count];
     }
 
     private void Settle(long manyPixels, int maxLength)
@@ -67,16 +72,11 @@ public sealed partial class TrainingRows
         PictureCheck pictures = Pictures(checks, Found);
         bool later = pictures.Pixels > manyPixels;
         if (!later) Decode(checks);
-        var bad = Bad(checks);
-        if (bad.Count > 0 && !_skip) throw Refused(bad);
-        foreach (BadRow row in bad) _message($"skipped: {row}");
+        for (int i = 0; i < checks.Length; i++) _sizes[_rows[i].Number] = checks[i].Size;
+        TakeOut(checks);
         if (JpegFallback(checks) is { } fallback) _message($"{Path}: {fallback}");
         Counts = RowCounts.Of(checks, Unreadable.Count, _orient, maxLength);
         if (Counts.Rows == 0) throw new InputException($"{Path}: no usable row is left");
-        _bad = [.. checks.Select(c => c.Bad).OfType<BadRow>()];
-        for (int i = 0; i < checks.Length; i++) _sizes[_rows[i].Number] = checks[i].Size;
-        _rows = [.. _rows.Where((_, i) => checks[i].Bad is null)];
-        _leftOut = new bool[_rows.Count];
         if (!later) return;
         _pictures = pictures;
         _message($"{Path}: idle threads check its {Messages.Number(pictures.Count)} pictures in "

@@ -141,6 +141,7 @@ public sealed partial class TrainingRows : IRowLoader
         SlicePlan[] plans = Plans(asked, out PictureInfo[] pictures);
         int answer = asked.Answer;
         Prompt prompt = _builder.BuildPrompt(asked, plans, answer);
+        MustKnow(asked, Largest(prompt.InputIds));
         return (prompt.InputIds.Length, batch => Show(
             asked, prompt.InputIds, prompt.Bounds, prompt.Pictures, plans, pictures, batch));
     }
@@ -163,12 +164,18 @@ public sealed partial class TrainingRows : IRowLoader
     private Sample Build(Row row, SlicePlan[] plans)
     {
         Sample sample = _builder.Build(row, plans);
-        int largest = -1;
-        foreach (int id in sample.InputIds) largest = Math.Max(largest, id);
-        foreach (int label in sample.Labels) largest = Math.Max(largest, label);
-        return largest < _format.Vocabulary ? sample : throw row.Bad(
-            $"the tokenizer gives it the token id {largest}, the model has "
-            + $"{_format.Vocabulary:N0} (vocab_size in config.json): they do not belong together");
+        MustKnow(row, Math.Max(Largest(sample.InputIds), Largest(sample.Labels)));
+        return sample;
+    }
+
+    private static int Largest(int[] ids) => ids.Length == 0 ? -1 : ids.Max();
+
+    private void MustKnow(Row row, int id)
+    {
+        if (id >= _format.Vocabulary)
+            throw row.Bad($"the tokenizer gives it the token id {id}, the model has "
+                + $"{_format.Vocabulary:N0} (vocab_size in config.json): they do not belong "
+                + "together");
     }
 
     // Without an orientation the picture is not decoded.

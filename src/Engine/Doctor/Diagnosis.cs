@@ -69,7 +69,7 @@ public static class Diagnosis
 
                 first = false;
                 well &= Test(output, "gpu     ", device, $"kernels for {storage}");
-                string[] idle = [.. device.Kernels.Names.Except(device.Kernels.Used).Order()];
+                string[] idle = [.. device.Kernels.Idle.Order()];
                 if (idle.Length == 0) continue;
                 output.WriteLine(
                     $"gpu      not reached by the self-test: {string.Join(", ", idle)}");

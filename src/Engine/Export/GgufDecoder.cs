@@ -72,7 +72,7 @@ internal static class GgufDecoder
 
     private static void AddTokens(GgufFile file, ModelSpec spec, Tokenizer tokenizer)
     {
-        int? end = tokenizer.EosId ?? spec.Generation.EosTokenIds.FirstOrDefault();
+        int? end = tokenizer.EosId ?? spec.Generation.EosTokenIds.Cast<int?>().FirstOrDefault();
         Id("bos", tokenizer.BosId ?? spec.Generation.BosTokenId);
         Id("eos", end);
         // The end of a turn, where it is another one.

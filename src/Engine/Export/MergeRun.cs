@@ -130,12 +130,7 @@ public sealed unsafe class MergeRun
     // What a run wrote beside its result, or above its checkpoint: how pictures were cut then.
     private TrainArguments? Trained()
     {
-        string adapter = Path.GetFullPath(_request.Adapter);
-        string? file = new[] { adapter, Path.GetDirectoryName(adapter) ?? adapter }
-            .Select(folder => Path.Combine(folder, TrainWriter.FileName))
-            .FirstOrDefault(File.Exists);
-        if (file is null) return null;
-        JsonValue json = JsonInput.ReadObject(file);
+        if (TrainWriter.Beside(_request.Adapter) is not { } json) return null;
         var trained = new TrainArguments();
         return trained with
         {

@@ -27,7 +27,8 @@ public sealed class AskedModel : IDisposable
         (Model, _checkpoint, _adapter, _trained, _values) =
             (model, checkpoint, adapter, trained, values);
         foreach (Trainable tensor in values.List)
-            if (checkpoint.Find(tensor.Name) is { } own) values.Write(tensor.Name, own.ToFloats());
+            if (!trained.ContainsKey(tensor.Name) && checkpoint.Find(tensor.Name) is { } own)
+                values.Write(tensor.Name, own.ToFloats());
         IsAdapted = adapter is not null;
     }
 
@@ -42,9 +43,8 @@ public sealed class AskedModel : IDisposable
     /// max_slice_nums that the adapter was trained with, where its run says so; an adapter's own
     /// files have no place for it.
     /// </summary>
-    public int? TrainedSlices =>
-        Adapter is { } folder && Path.Combine(folder, TrainWriter.FileName) is var run
-        && File.Exists(run) ? JsonInput.ReadObject(run).Find("max_slice_nums")?.Int(1, 1000) : null;
+    public int? TrainedSlices => Adapter is { } folder
+        ? TrainWriter.Beside(folder)?.Find("max_slice_nums")?.Int(1, 1000) : null;
 
     /// <summary>Whether the adapter is at work; without one it never is.</summary>
     public bool IsAdapted

@@ -13,7 +13,6 @@ internal sealed class CachedModel(LoadedModel model)
     private readonly Batch _batch = new();
     private KeyValueCache? _cache;
     private float[] _logits = [];
-    private ushort[] _narrow = [];
 
     public int Vocabulary => model.Spec.Decoder.VocabSize;
 
@@ -86,25 +85,14 @@ internal sealed class CachedModel(LoadedModel model)
         return Run();
     }
 
-    private unsafe Span<float> Run()
+    private Span<float> Run()
     {
         Tensor logits = model.Model.LabelLogits(
             model.Graph, model.Hidden(_batch, cache: _cache));
         int count = checked((int)logits.Shape.Count);
         if (_logits.Length < count) _logits = new float[count];
         Span<float> values = _logits.AsSpan(0, count);
-        if (logits.Type == DType.F32)
-        {
-            model.Device.Read(logits, values);
-        }
-        else
-        {
-            if (_narrow.Length < count) _narrow = new ushort[count];
-            model.Device.Read(logits, _narrow.AsSpan(0, count));
-            fixed (ushort* from = _narrow)
-            fixed (float* to = values) FloatBits.Widen(from, logits.Type, to, count);
-        }
-
+        model.Device.ReadFloats(logits, values);
         model.Graph.EndStep();
         return values;
     }

@@ -111,7 +111,7 @@ public sealed class ChatSession
         long start = Stopwatch.GetTimestamp();
         double first = 0;
         GeneratedTokens tokens = _generator.Run(
-            [input], _settings, (_, id) => Say(text.Add(id)), goesOn, _conversation)[0];
+            [input], _settings, Take, goesOn, _conversation)[0];
         if (_settings.NumBeams > 1)
             foreach (int id in tokens.Ids)
                 if (!_settings.StopIds.Contains(id)) Say(text.Add(id));
@@ -120,6 +120,12 @@ public sealed class ChatSession
         return new ChatAnswer(
             PythonText.Strip(text.Text), input.Tokens, tokens.Ids.Length, first, seconds,
             tokens.Stopped);
+
+        bool Take(int _, int id)
+        {
+            Say(text.Add(id));
+            return true;
+        }
 
         void Say(string piece)
         {

@@ -49,7 +49,8 @@ public sealed class Generator(LoadedModel model)
     /// <param name="inputs">The prompts of a batch.</param>
     /// <param name="settings">How tokens are chosen.</param>
     /// <param name="said">Called with the number of a prompt and each token of its answer as it
-    /// comes, stop tokens not; not with beams, which decide at the end.</param>
+    /// comes, stop tokens not; false ends that answer. Not with beams, which decide at the
+    /// end.</param>
     /// <param name="goesOn">Asked before each step; false ends all answers where they are.</param>
     /// <param name="conversation">What a single prompt belongs to: what the cache has of the same
     /// one is not run again. Whoever changes earlier pictures or the adapter gives another
@@ -57,7 +58,7 @@ public sealed class Generator(LoadedModel model)
     /// <exception cref="InputException">The settings make no sense.</exception>
     public GeneratedTokens[] Run(
         IReadOnlyList<GenerationInput> inputs, GenerationSettings settings,
-        Action<int, int>? said = null, Func<bool>? goesOn = null, object? conversation = null)
+        Func<int, int, bool>? said = null, Func<bool>? goesOn = null, object? conversation = null)
     {
         settings.Checked();
         bool recording = model.Graph.Recording;
@@ -105,7 +106,7 @@ public sealed class Generator(LoadedModel model)
 
     private GeneratedTokens[] Choose(
         IReadOnlyList<GenerationInput> inputs, GenerationSettings settings,
-        Action<int, int>? said, Func<bool> goesOn, int known)
+        Func<int, int, bool>? said, Func<bool> goesOn, int known)
     {
         var answers = new Growing<int>[inputs.Count];
         var next = new int[inputs.Count];
@@ -135,8 +136,8 @@ public sealed class Generator(LoadedModel model)
             int id = Token(logits, answers[i].Span, settings, inputs[i].Number);
             answers[i].Add(id);
             stopped[i] = settings.StopIds.Contains(id);
-            if (!stopped[i]) said?.Invoke(i, id);
-            next[i] = stopped[i] || answers[i].Count == settings.MaxNewTokens ? -1 : id;
+            bool goes = !stopped[i] && said?.Invoke(i, id) != false;
+            next[i] = goes && answers[i].Count < settings.MaxNewTokens ? id : -1;
         }
     }
 

@@ -1,7 +1,6 @@
 using System.Diagnostics;
 using System.Security.Cryptography;
 using System.Text;
-using System.Text.Encodings.Web;
 using System.Text.Json;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
@@ -38,15 +37,11 @@ public sealed record PredictResult(
 /// </summary>
 public sealed class PredictRun
 {
-    private static readonly JsonWriterOptions s_json = new()
-    {
-        Encoder = JavaScriptEncoder.UnsafeRelaxedJsonEscaping,
-    };
-
     private readonly TrainArguments _arguments;
     private readonly PredictRequest _request;
     private readonly Action<string> _say;
-    private readonly Dictionary<(string Side, int Row), RowAnswer> _answers = [];
+    // By the row's number in its file, which stays when rows before it turn out bad.
+    private readonly Dictionary<(string Side, int Number), RowAnswer> _answers = [];
 
     private PredictRun(TrainArguments arguments, PredictRequest request, Action<string> say) =>
         (_arguments, _request, _say) = (arguments, request, say);
@@ -116,17 +111,19 @@ public sealed class PredictRun
         int all = Count(rows), before = all - Missing().Count();
         if (before > 0) _say($"{side.Name}: {before:N0} of {all:N0} rows are answered already");
         using var partial = new FileStream(Partial, FileMode.Append, FileAccess.Write);
+        // Behind a line that was torn off.
+        partial.WriteByte((byte)'\n');
         Append(json => json.WriteString("key", key));
         long start = Stopwatch.GetTimestamp(), tokens = 0;
         int done = before;
         new RowAnswerer(model.Model, rows, settings).Run(
             [.. Missing()], _arguments.PerDeviceEvalBatchSize, (row, answer) =>
         {
-            _answers[(side.Name, row)] = answer;
+            _answers[(side.Name, rows[row].Number)] = answer;
             Append(json =>
             {
                 json.WriteString("side", side.Name);
-                json.WriteNumber("row", row);
+                json.WriteNumber("row", rows[row].Number);
                 json.WriteString("text", answer.Text);
                 json.WriteBoolean("ended", answer.Ended);
                 json.WriteStartArray("ids");
@@ -141,11 +138,11 @@ public sealed class PredictRun
         }, goesOn);
 
         IEnumerable<int> Missing() => Enumerable.Range(0, all)
-            .Where(row => !_answers.ContainsKey((side.Name, row)));
+            .Where(row => !_answers.ContainsKey((side.Name, rows[row].Number)));
 
         void Append(Action<Utf8JsonWriter> write)
         {
-            partial.Write(Line(write));
+            partial.Write(JsonLine.Of(write));
             partial.Flush();
         }
     }
@@ -154,8 +151,8 @@ public sealed class PredictRun
     private string Key(PredictSide side, TrainingRows rows, GenerationSettings settings)
     {
         string all = string.Join('\n', side, rows.Digest, settings,
-            string.Join(' ', settings.StopIds), _arguments.MaxSliceNums, _arguments.Bf16,
-            _arguments.Fp16, string.Join('\n',
+            string.Join(' ', settings.StopIds), _arguments.MaxSliceNums,
+            _arguments.ApplyExifOrientation, _arguments.Bf16, _arguments.Fp16, string.Join('\n',
                 new[] { side.Model, side.Adapter }.OfType<string>()
                     .SelectMany(folder => Directory.EnumerateFiles(folder, "*.safetensors"))
                     .Select(file => new FileInfo(file)).OrderBy(file => file.FullName)
@@ -195,10 +192,10 @@ public sealed class PredictRun
         // [metric][side]
         MetricResult[][] results = [.. _request.Metrics.Select(metric => _request.Sides.Select(
             side => metric.Score([.. Enumerable.Range(0, count).Select(row => RowAnswerer.Scored(
-                rows[row], _answers[(side.Name, row)], rows.Format.Tokenizer))])).ToArray())];
+                rows[row], _answers[(side.Name, rows[row].Number)], rows.Format.Tokenizer))])).ToArray())];
         AtomicFile.Write(_request.Out, stream =>
         {
-            for (int row = 0; row < count; row++) stream.Write(Line(json => Write(json, row)));
+            for (int row = 0; row < count; row++) stream.Write(JsonLine.Of(json => Write(json, row)));
         });
         File.Delete(Partial);
         return new PredictResult(count, [.. _request.Metrics.Select((metric, m) =>
@@ -214,7 +211,7 @@ public sealed class PredictRun
             for (int s = 0; s < _request.Sides.Count; s++)
             {
                 string side = _request.Sides[s].Name;
-                RowAnswer answer = _answers[(side, number)];
+                RowAnswer answer = _answers[(side, row.Number)];
                 json.WriteString(side, answer.Text);
                 if (!answer.Ended) json.WriteBoolean(side + "_cut", true);
                 for (int m = 0; m < results.Length; m++)
@@ -222,19 +219,5 @@ public sealed class PredictRun
                         $"{side}_{_request.Metrics[m].Name}", results[m][s].Each[number]);
             }
         }
-    }
-
-    private static byte[] Line(Action<Utf8JsonWriter> write)
-    {
-        using var line = new MemoryStream();
-        using (var json = new Utf8JsonWriter(line, s_json))
-        {
-            json.WriteStartObject();
-            write(json);
-            json.WriteEndObject();
-        }
-
-        line.WriteByte((byte)'\n');
-        return line.ToArray();
     }
 }

@@ -1,4 +1,5 @@
 using System.Text.Json;
+using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Report;
 
 namespace MiniCpmNative.Engine.Train;
@@ -12,13 +13,7 @@ internal sealed class LogLines : ILogFile
 {
     public const string FileName = RunRecord.LogFile;
 
-    public const string AnswersName = "eval_answers.jsonl";
-
-    // Texts are to be read.
-    private static readonly JsonWriterOptions s_text = new()
-    {
-        Encoder = System.Text.Encodings.Web.JavaScriptEncoder.UnsafeRelaxedJsonEscaping,
-    };
+    public const string AnswersName = RunRecord.AnswersFile;
 
     private readonly FileStream _file;
     private readonly string _path;
@@ -61,6 +56,15 @@ internal sealed class LogLines : ILogFile
     {
         json.WriteNumber("row", answer.Row.Number);
         if (answer.Row.Id is not null) json.WriteString("id", answer.Row.Id);
+        json.WriteString("question", answer.Row.Turns[answer.Row.Answer - 1].Content);
+        if (answer.Row.Pictures.Count > 0)
+        {
+            json.WriteStartArray("pictures");
+            foreach (RowPicture picture in answer.Row.Pictures)
+                json.WriteStringValue(answer.Row.Locate(picture));
+            json.WriteEndArray();
+        }
+
         json.WriteString("expected", answer.Row.Expected);
         json.WriteString("answer", answer.Answer);
     });
@@ -69,19 +73,14 @@ internal sealed class LogLines : ILogFile
     /// <exception cref="RunException">The file cannot be written.</exception>
     public void Write(int step, Action<Utf8JsonWriter> content)
     {
-        using var line = new MemoryStream();
-        using (var json = new Utf8JsonWriter(line, s_text))
+        byte[] line = JsonLine.Of(json =>
         {
-            json.WriteStartObject();
             json.WriteNumber("step", step);
             content(json);
-            json.WriteEndObject();
-        }
-
-        line.WriteByte((byte)'\n');
+        });
         try
         {
-            _file.Write(line.GetBuffer(), 0, (int)line.Length);
+            _file.Write(line);
         }
         catch (IOException failure)
         {

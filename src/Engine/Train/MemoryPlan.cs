@@ -15,11 +15,11 @@ public sealed class MemoryPlan
     // With more of them in each try, a plan would take long.
     private const int Searched = 8;
 
-    private MemoryPlan(MemoryParts parts, Recomputation recomputation, Need most, int batches)
+    private MemoryPlan(MemoryParts parts, Recomputation recomputation, Need most)
     {
         (Parts, Recomputation) = (parts, recomputation);
-        (Rows, Size, Fullest, Trains, Batches) =
-            (most.Planned.Rows, most.Planned.Size, most.Fullest, most.Planned.Trains, batches);
+        (Rows, Size, Fullest, Trains) =
+            (most.Planned.Rows, most.Planned.Size, most.Fullest, most.Planned.Trains);
     }
 
     public MemoryParts Parts { get; }
@@ -36,9 +36,6 @@ public sealed class MemoryPlan
 
     /// <summary>Whether it is reached in training, not in evaluation.</summary>
     public bool Trains { get; }
-
-    /// <summary>Micro-batches that were tried.</summary>
-    public int Batches { get; }
 
     /// <summary>Of a run on rows that were checked.</summary>
     /// <param name="arguments">The run's configuration.</param>
@@ -96,7 +93,7 @@ public sealed class MemoryPlan
             throw new RunException($"out of memory: the run takes {RunPlaces.Gib(parts.Total)}, most "
                 + $"of it in {needs[0].Planned.Rows}, and may take {RunPlaces.Gib(allowed!.Value)}; "
                 + Advice(arguments));
-        return new MemoryPlan(parts, recomputation, needs[0], batches.Count);
+        return new MemoryPlan(parts, recomputation, needs[0]);
     }
 
     /// <summary>Settings that are still open and take less.</summary>

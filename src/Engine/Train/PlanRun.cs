@@ -56,8 +56,7 @@ public static class PlanRun
         RowFormat format = spec.Rows();
         var rows = TrainingRows.Open(
             arguments.DataPath!, arguments, format, output.WriteLine);
-        bool evaluates = arguments.EvalStrategy != When.No || arguments.EvalOnStart;
-        TrainingRows? evaluation = evaluates ? TrainingRows.Open(
+        TrainingRows? evaluation = arguments.Evaluates ? TrainingRows.Open(
             arguments.EvalDataPath!, arguments, format, output.WriteLine) : null;
         var plan = new StepPlan(arguments, rows.Count);
         var batches = PlannedBatches.Of(arguments, rows, evaluation, plan);

@@ -39,7 +39,7 @@ public sealed partial class TrainRun
         _metrics = Metric.Of(arguments.Metrics);
         RowFormat format = source.Spec.Rows();
         _rows = TrainingRows.Open(arguments.DataPath!, arguments, format, log.Message);
-        if (arguments.EvalDataPath is { } evaluation && Evaluates)
+        if (arguments.EvalDataPath is { } evaluation && arguments.Evaluates)
             _evaluationRows = TrainingRows.Open(evaluation, arguments, format, log.Message);
         Plan();
         CheckPlaces(source);
@@ -71,8 +71,6 @@ public sealed partial class TrainRun
         _memory = MemoryPlan.Make(_arguments, _planned, card, _rows, _evaluationRows, _plan,
             _device.Allowed(_arguments.MemoryLimit));
     }
-
-    private bool Evaluates => _arguments.EvalStrategy != When.No || _arguments.EvalOnStart;
 
     /// <summary>Trains as configured, from the beginning or a checkpoint.</summary>
     /// <exception cref="InputException">What the user gave cannot be used.</exception>

@@ -26,8 +26,11 @@ public sealed class CudaKernels : IDisposable
     /// <summary>Names of all kernels.</summary>
     public IEnumerable<string> Names => _modules.SelectMany(m => m.Names);
 
-    /// <summary>Names of the kernels that were asked for so far.</summary>
-    public IEnumerable<string> Used => _known.Keys;
+    /// <summary>
+    /// Names of those that were not asked for so far, but for kernels that one of sm_90a replaces.
+    /// </summary>
+    public IEnumerable<string> Idle => Names.Except(_known.Keys).Where(name =>
+        name.LastIndexOf('_') is var at && (at < 0 || !Has($"{name[..at]}_hopper{name[at..]}")));
 
     /// <summary>Compiles what the device runs and the compiler knows.</summary>
     /// <exception cref="CudaException">It does not compile or is not taken.</exception>
@@ -42,8 +45,7 @@ public sealed class CudaKernels : IDisposable
             options with { Specific = true }));
     }
 
-    // $CPMX_ATTENTION: "sm_80" keeps a device to kernels.cu, to compare, or to do without what has
-    // not run on such a card yet.
+    // $CPMX_ATTENTION: "sm_80" keeps a device to kernels.cu, to compare the two.
     internal static string? Wish => Environment.GetEnvironmentVariable("CPMX_ATTENTION");
 
     /// <summary>

@@ -1,0 +1,164 @@
+using System.Threading.Channels;
+using MiniCpmNative.Engine;
+using MiniCpmNative.Engine.Generate;
+
+namespace MiniCpmNative.Cli.Serve;
+
+/// <summary>An answer that was asked for: its pieces come through a channel.</summary>
+/// <param name="Input">The prompt.</param>
+/// <param name="Request">What it came with.</param>
+/// <param name="Adapted">Whether the adapter is at work.</param>
+/// <param name="MaxTokens">Most tokens of the answer.</param>
+/// <param name="Gone">Set when nobody waits any more.</param>
+internal sealed record AnswerJob(
+    GenerationInput Input, ChatRequest Request, bool Adapted, int MaxTokens, CancellationToken Gone)
+{
+    private readonly Channel<string> _pieces = Channel.CreateUnbounded<string>(
+        new UnboundedChannelOptions { SingleReader = true, SingleWriter = true });
+
+    /// <summary>The answer as it comes; a failure comes out of it.</summary>
+    public ChannelReader<string> Pieces => _pieces.Reader;
+
+    /// <summary>Tokens of the answer so far.</summary>
+    public int Tokens { get; set; }
+
+    /// <summary>"stop", or "length" where it was cut; known at the end.</summary>
+    public string Finish { get; private set; } = "stop";
+
+    public void Tell(string piece)
+    {
+        if (piece.Length > 0) _pieces.Writer.TryWrite(piece);
+    }
+
+    public void End(bool cut)
+    {
+        Finish = cut ? "length" : "stop";
+        _pieces.Writer.TryComplete();
+    }
+
+    public void Fail(Exception failure) => _pieces.Writer.TryComplete(failure);
+}
+
+/// <summary>
+/// Answers what was asked for, on a thread of its own, which alone touches the model. Requests of
+/// the same settings that wait are answered together; an answer depends on its seed, not on what is
+/// generated beside it.
+/// </summary>
+internal sealed class AnswerQueue : IDisposable
+{
+    private readonly AskedModel _model;
+    private readonly Generator _generator;
+    private readonly int _batch, _waiting;
+    private readonly Lock _turn = new();
+    private readonly LinkedList<AnswerJob> _jobs = [];
+    private readonly SemaphoreSlim _news = new(0);
+    private readonly Thread _worker;
+    private bool _closed;
+
+    /// <param name="model">Is touched by this queue alone from now on.</param>
+    /// <param name="batch">Most answers at once.</param>
+    /// <param name="waiting">Most requests that wait.</param>
+    public AnswerQueue(AskedModel model, int batch, int waiting)
+    {
+        (_model, _batch, _waiting) = (model, batch, waiting);
+        _generator = new Generator(model.Model);
+        _worker = new Thread(Work) { IsBackground = true, Name = "answers" };
+        _worker.Start();
+    }
+
+    /// <summary>False when too many wait, or the server ends.</summary>
+    public bool TryAdd(AnswerJob job)
+    {
+        lock (_turn)
+        {
+            if (_closed || _jobs.Count >= _waiting) return false;
+            _jobs.AddLast(job);
+        }
+
+        _news.Release();
+        return true;
+    }
+
+    /// <summary>Takes nothing more; who waits is told, what runs goes on.</summary>
+    public void Close()
+    {
+        AnswerJob[] left;
+        lock (_turn)
+        {
+            _closed = true;
+            left = [.. _jobs];
+            _jobs.Clear();
+        }
+
+        foreach (AnswerJob job in left)
+            job.Fail(new RunException("the server is being shut down"));
+        _news.Release();
+    }
+
+    /// <summary>Closes, and waits for what runs.</summary>
+    public void Dispose()
+    {
+        Close();
+        _worker.Join();
+        _news.Dispose();
+    }
+
+    private void Work()
+    {
+        while (true)
+        {
+            _news.Wait();
+            if (Next() is { } jobs) Answer(jobs);
+            else if (_closed) return;
+        }
+    }
+
+    // The first that waits, and others that can be answered with it.
+    private List<AnswerJob>? Next()
+    {
+        lock (_turn)
+        {
+            while (_jobs.First is { Value.Gone.IsCancellationRequested: true })
+                _jobs.RemoveFirst();
+            if (_jobs.First is not { } first) return null;
+            var chosen = new List<AnswerJob>();
+            for (var node = first; node is not null && chosen.Count < _batch;)
+            {
+                var next = node.Next;
+                if (node.Value.Adapted == first.Value.Adapted
+                    && node.Value.Request.Settings == first.Value.Request.Settings)
+                {
+                    chosen.Add(node.Value);
+                    _jobs.Remove(node);
+                }
+
+                node = next;
+            }
+
+            return chosen;
+        }
+    }
+
+    private void Answer(List<AnswerJob> jobs)
+    {
+        var answers = jobs.ConvertAll(job => new RunningAnswer(job, _model.Rows.Tokenizer));
+        try
+        {
+            if (_model.Adapter is not null) _model.IsAdapted = jobs[0].Adapted;
+            GenerationSettings settings = jobs[0].Request.Settings with
+            {
+                MaxNewTokens = jobs.Max(job => job.MaxTokens),
+                MinNewTokens = 0,
+            };
+            GeneratedTokens[] tokens = _generator.Run(
+                [.. jobs.Select(job => job.Input)], settings,
+                (i, id) => answers[i].Take(id),
+                () => jobs.Exists(job => !job.Gone.IsCancellationRequested));
+            for (int i = 0; i < jobs.Count; i++) answers[i].End(tokens[i].Stopped);
+        }
+        catch (Exception failure)
+        {
+            foreach (AnswerJob job in jobs) job.Fail(failure);
+        }
+    }
+}

@@ -1,0 +1,220 @@
+using MiniCpmNative.Engine;
+using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Generate;
+
+namespace MiniCpmNative.Cli.Serve;
+
+/// <summary>The body of POST /v1/chat/completions, as far as it is served.</summary>
+internal sealed record ChatRequest
+{
+    private const string Place = "the request";
+
+    private const int MostTurns = 1000, MostPictures = 64, MostStops = 16;
+
+    // Taken with the one value that changes nothing, or about the sender alone.
+    private static readonly string[] s_harmless =
+    [
+        "user", "metadata", "store", "stream_options", "service_tier", "safety_identifier",
+        "prompt_cache_key",
+    ];
+
+    public required string Model { get; init; }
+
+    public required IReadOnlyList<PromptTurn> Turns { get; init; }
+
+    /// <summary>The content of the pictures that parts point to.</summary>
+    public required IReadOnlyList<byte[]> Pictures { get; init; }
+
+    /// <summary>In place of the format's system prompt.</summary>
+    public string? System { get; init; }
+
+    public bool Streams { get; init; }
+
+    /// <summary>Whether a stream ends with the numbers of tokens.</summary>
+    public bool ReportsUsage { get; init; }
+
+    public bool Thinks { get; init; }
+
+    /// <summary>Null draws another answer each time.</summary>
+    public ulong? Seed { get; init; }
+
+    public int? MaxTokens { get; init; }
+
+    /// <summary>Texts that end an answer, and are not part of it.</summary>
+    public IReadOnlyList<string> Stops { get; init; } = [];
+
+    public required GenerationSettings Settings { get; init; }
+
+    /// <param name="body">JSON in UTF-8.</param>
+    /// <param name="settings">What holds where the request says nothing.</param>
+    /// <exception cref="InputException">Not such a request, or it asks for what is not
+    /// served.</exception>
+    public static ChatRequest Read(byte[] body, GenerationSettings settings)
+    {
+        JsonValue json = JsonInput.Parse(Place, body);
+        if (!json.IsObject) throw json.Expected("an object");
+        var pictures = new List<byte[]>();
+        (string? system, List<PromptTurn> turns) = Messages(json["messages"], pictures);
+        int? tokens = null;
+        var request = new ChatRequest
+        {
+            Model = json.Find("model")?.Text() ?? "",
+            Turns = turns,
+            Pictures = pictures,
+            System = system,
+            Settings = settings,
+        };
+        foreach (var (name, value) in json.Members())
+        {
+            if (value.Element.ValueKind == global::System.Text.Json.JsonValueKind.Null) continue;
+            switch (name)
+            {
+                case "model" or "messages":
+                    break;
+                case "stream":
+                    request = request with { Streams = value.Bool() };
+                    break;
+                case "max_tokens" or "max_completion_tokens":
+                    tokens = value.Int(1);
+                    break;
+                case "seed":
+                    request = request with { Seed = unchecked((ulong)value.Long()) };
+                    break;
+                case "stop":
+                    request = request with { Stops = TextsOf(value) };
+                    break;
+                case "enable_thinking":
+                    request = request with { Thinks = value.Bool() };
+                    break;
+                case "n":
+                    Only(value, value.Number() == 1, "1");
+                    break;
+                case "frequency_penalty" or "presence_penalty":
+                    Only(value, value.Number() == 0,
+                        "0: repetition_penalty does what they are for");
+                    break;
+                case "logprobs":
+                    Only(value, !value.Bool(), "false");
+                    break;
+                case "tools" or "functions":
+                    Only(value, !value.Items().Any(), "none");
+                    break;
+                case "response_format":
+                    Only(value, value["type"].Text() == "text", "{\"type\": \"text\"}");
+                    break;
+                default:
+                    if (Choice(request.Settings, name, value) is { } chosen)
+                        request = request with { Settings = chosen };
+                    else if (!s_harmless.Contains(name))
+                        throw value.Error("is not known here");
+                    break;
+            }
+        }
+
+        // As OpenAI has it, and as the drawing of the official chat() has not: 0 is greedy.
+        if (json.Find("temperature")?.Number() == 0)
+            request = request with
+            {
+                Settings = request.Settings with { DoSample = false, Temperature = 1 },
+            };
+        return request with
+        {
+            MaxTokens = tokens,
+            ReportsUsage = json.Find("stream_options")?.Find("include_usage")?.Bool() ?? false,
+            Settings = request.Settings.Checked(),
+        };
+    }
+
+    private static GenerationSettings? Choice(
+        GenerationSettings settings, string name, JsonValue value) => name switch
+        {
+            "temperature" => settings with
+            {
+                DoSample = true,
+                Temperature = value.Number(0, 1e6) is > 0 and var t ? t : 1,
+            },
+            "top_p" => settings with { TopP = value.Number(0, 1) },
+            "top_k" => settings with { TopK = value.Int(0) },
+            "repetition_penalty" => settings with { RepetitionPenalty = value.Number(0, 1e6) },
+            _ => null,
+        };
+
+    private static void Only(JsonValue value, bool holds, string served)
+    {
+        if (!holds) throw value.Expected(served);
+    }
+
+    private static IReadOnlyList<string> TextsOf(JsonValue value)
+    {
+        string[] texts = value.IsText ? [value.Text()] : [.. value.Items().Select(v => v.Text())];
+        return texts.Length <= MostStops && texts.All(text => text.Length > 0) ? texts
+            : throw value.Error($"has {texts.Length} texts, expected up to {MostStops}, none empty");
+    }
+
+    private static (string? System, List<PromptTurn> Turns) Messages(
+        JsonValue messages, List<byte[]> pictures)
+    {
+        string? system = null;
+        var turns = new List<PromptTurn>();
+        foreach (JsonValue message in messages.Items())
+        {
+            if (turns.Count == MostTurns)
+                throw messages.Error($"has more than {MostTurns} turns");
+            string role = message["role"].Text();
+            bool isSystem = role is "system" or "developer";
+            if (!isSystem && role != (turns.Count % 2 == 0 ? "user" : "assistant"))
+                throw message["role"].Expected(
+                    "user and assistant in turn, behind one system turn at most");
+            if (isSystem && (turns.Count > 0 || system is not null))
+                throw message["role"].Error("is a system turn, expected one, in front");
+            PromptPart[] parts = Parts(message["content"], role, pictures);
+            if (isSystem) system = string.Join('\n', parts.Select(part => part.Text));
+            else turns.Add(new PromptTurn(role, parts));
+        }
+
+        return turns.Count % 2 == 1 ? (system, turns)
+            : throw messages.Error("ends without a question of the user");
+    }
+
+    private static PromptPart[] Parts(JsonValue content, string role, List<byte[]> pictures)
+    {
+        if (content.IsText) return [content.Text()];
+        var parts = new List<PromptPart>();
+        foreach (JsonValue part in content.Items())
+        {
+            switch (part["type"].Text())
+            {
+                case "text":
+                    parts.Add(part["text"].Text());
+                    break;
+                case "image_url" when role == "user":
+                    if (pictures.Count == MostPictures)
+                        throw part.Error($"is picture {MostPictures + 1}, at most "
+                            + $"{MostPictures} are shown");
+                    JsonValue url = part["image_url"];
+                    parts.Add(pictures.Count);
+                    pictures.Add(Picture(url.IsText ? url : url["url"]));
+                    break;
+                default:
+                    throw part["type"].Expected(
+                        "text, or image_url in a turn of the user");
+            }
+        }
+
+        return parts.Count > 0 ? [.. parts] : throw content.Error("is empty");
+    }
+
+    // Only what comes with the request: nothing is fetched.
+    private static byte[] Picture(JsonValue url)
+    {
+        string text = url.Text();
+        int comma = text.IndexOf(',');
+        if (!text.StartsWith("data:", StringComparison.OrdinalIgnoreCase) || comma < 0
+            || !text.AsSpan(0, comma).EndsWith(";base64", StringComparison.OrdinalIgnoreCase))
+            throw url.Error(
+                "is no data: URL in base64 (data:image/png;base64,...): pictures are not fetched");
+        var bytes = new byte[(text.Length - comma) / 4 * 3 + 3];
+        return Convert.TryFromBase64Chars(text.AsSpan(comma + 1), bytes, out int length)
+            ? bytes[..length] : throw url.Error("has a data: URL that is not base64");
+    }
+}
