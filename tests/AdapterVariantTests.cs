@@ -267,7 +267,8 @@ public sealed class AdapterVariantTests
         Directory.CreateDirectory(folder);
         SafetensorsWriter.Write(Path.Combine(folder, AdapterFile.WeightsName),
             [.. file.Tensors.Where(t =>
-                !t.Name.EndsWith("in_proj_bias") && !t.Name.Contains(".o_proj.")).Select(t => t.ToSave())]);
+                !t.Name.EndsWith("in_proj_bias") && !t.Name.Contains(".o_proj."))
+                .Select(t => t.ToSave())]);
         File.Copy(Path.Combine(ReferenceFile.Root, "adapters", "peft021_bias_all.json"),
             Path.Combine(folder, AdapterConfig.FileName));
         using var adapter = AdapterFile.Open(folder);

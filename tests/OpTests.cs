@@ -96,7 +96,8 @@ public sealed class OpTests
             }
         }
 
-        Assert.That(checkedInputs, c.Op.Writes is null && c.Op is not AdaptedNorm ? Is.GreaterThan(0) : Is.Zero);
+        Assert.That(checkedInputs, c.Op.Writes is null && c.Op is not AdaptedNorm
+            ? Is.GreaterThan(0) : Is.Zero);
         Assert.That(worst, Is.LessThan(1e-6));
         TestContext.Out.WriteLine($"{c.Name}: worst relative error {worst:E1}");
     }

@@ -9,7 +9,8 @@ namespace MiniCpmNative.Engine.Export;
 /// <summary>
 /// A model's weights with an adapter put in, in F32 and some rows at a time, so that a model of any
 /// size passes through a few megabytes: W + Scale * B A for the layers with an adapter (Hu et al.
-/// 2021; Scale as PEFT has it), rows brought to DoRA's magnitudes where it has them, the adapter's own values for biases and for modules that it holds
+/// 2021; Scale as PEFT has it), rows brought to DoRA's magnitudes where it has them, the
+/// adapter's own values for biases and for modules that it holds
 /// whole. Without an adapter, the weights as they are.
 /// </summary>
 internal sealed unsafe class MergedWeights : IDisposable

@@ -46,7 +46,8 @@ public sealed class Optimizer
         foreach (Trainables.Run run in _trainables.Runs)
         {
             var step = new AdamW(
-                learningRate * run.Rate, _arguments.AdamBeta1, _arguments.AdamBeta2, _arguments.AdamEpsilon,
+                learningRate * run.Rate, _arguments.AdamBeta1, _arguments.AdamBeta2,
+                _arguments.AdamEpsilon,
                 run.Decay, Updates + 1,
                 (ulong)_arguments.Seed);
             var (weights, masters) = _trainables.Updated(run);
