@@ -13,6 +13,7 @@
 //                                         14  around linear attention: gated norm, output
 //                                             gate, causal convolution
 //                                         15  gated delta rule
+//                                         16  magnitudes of weight-decomposed adapters
 //
 // Conventions. `real` is the storage type; arithmetic, sums and saved statistics are float.
 // Matrices are row-major. A gradient is written, or added to what is there when `accumulate` is not
@@ -5269,5 +5270,114 @@ extern "C" __global__ void __launch_bounds__(256) delta_unit_gradients(real* dqk
         for (int g = 0; g < z.group(); g++) d += from[g * key_dim + c];
         float v = scale * (d - x * pull);
         dqkv[at + c] = narrow(accumulate ? widen(dqkv[at + c]) + v : v);
+
+// ---- 16. magnitudes of weight-decomposed adapters -----------------------------------------------
+
+// y[j] = sqrt(squares[j] + sum of bb[j, k] (2 scale p[k, j] + scale^2 z[j, k]) over k), the norm of a
+// row of w + scale bb a from its parts. A thread has a row. Reads 4 (2 + 3 rank) outputs.
+extern "C" __global__ void adapted_norm(float* y, const float* squares, const float* bb,
+    const float* p, const float* z, int outputs, int rank, float scale)
+{
+    int j = blockIdx.x * blockDim.x + threadIdx.x;
+    if (j >= outputs) return;
+    float sum = squares[j];
+    for (int k = 0; k < rank; k++)
+    {
+        u64 at = (u64)j * rank + k;
+        sum += bb[at] * (2 * scale * p[(u64)k * outputs + j] + scale * scale * z[at]);
+    }
+    // What rounding leaves below 0 is 0; a NaN stays one.
+    y[j] = sqrtf(sum < 0 ? 0 : sum);
+}
+
+// y = (m / n - minus) x + b for each column, or adds it; b may be absent. A thread has 16 bytes of
+// columns and every gridDim.y-th row. Moves 2 or 3 R C S.
+extern "C" __global__ void __launch_bounds__(256) dora_columns(real* y, const real* x,
+    const float* m, const float* n, const float* b, int rows, int cols, float minus, int accumulate)
+{
+    int c = (blockIdx.x * blockDim.x + threadIdx.x) * VECTOR;
+    if (c >= cols) return;
+    float factor[VECTOR], offset[VECTOR], v[VECTOR];
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++)
+    {
+        // An infinite norm is no factor of 0.
+        factor[i] = c + i < cols ? m[c + i] / n[c + i] + (n[c + i] - n[c + i]) - minus : 0;
+        offset[i] = b && c + i < cols ? b[c + i] : 0;
+    }
+    bool whole = aligned16(y, cols, sizeof(real)) && aligned16(x, cols, sizeof(real));
+    for (int r = blockIdx.y; r < rows; r += gridDim.y)
+    {
+        u64 row = (u64)r * cols;
+        load_run(v, x + row, c, cols, whole);
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++) v[i] = factor[i] * v[i] + offset[i];
+        store_run(y + row, v, c, cols, whole, accumulate);
+    }
+}
+
+// g = (m / n) dy, and part[p, c] = sum of dy u / n over the rows of part p, of which the magnitudes'
+// gradient is the sum. Blocks and warps as in sum_rows. Moves 3 R C S.
+extern "C" __global__ void __launch_bounds__(256) dora_backward(real* g, float* part,
+    const real* dy, const real* u, const float* m, const float* n, int rows, int cols,
+    int rows_per_part)
+{
+    __shared__ float sums[8][WARP * VECTOR];
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    int c = (blockIdx.x * WARP + lane) * VECTOR;
+    int first = blockIdx.y * rows_per_part, last = min(rows, first + rows_per_part);
+    bool whole = aligned16(dy, cols, sizeof(real)) && aligned16(u, cols, sizeof(real))
+        && aligned16(g, cols, sizeof(real));
+    float factor[VECTOR], sum[VECTOR] = {}, v[VECTOR], w[VECTOR];
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++) factor[i] = c + i < cols ? m[c + i] / n[c + i] : 0;
+    for (int r = first + warp; r < last && c < cols; r += 8)
+    {
+        u64 row = (u64)r * cols;
+        load_run(v, dy + row, c, cols, whole);
+        load_run(w, u + row, c, cols, whole);
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++)
+        {
+            sum[i] += v[i] * w[i];
+            v[i] *= factor[i];
+        }
+        store_run(g + row, v, c, cols, whole, 0);
+    }
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++) sums[warp][lane * VECTOR + i] = sum[i];
+    __syncthreads();
+    int own = blockIdx.x * WARP * VECTOR + threadIdx.x;
+    if (threadIdx.x >= WARP * VECTOR || own >= cols) return;
+    float total = 0;
+#pragma unroll
+    for (int w = 0; w < 8; w++) total += sums[w][threadIdx.x];
+    part[(u64)blockIdx.y * cols + own] = total / n[own];
+}
+
+// y = factor x where x is kept, else 0, or adds it. A thread has eight elements of a row, which are
+// one draw (section 8 has the numbering). Moves 2 or 3 R C S.
+extern "C" __global__ void __launch_bounds__(256) dora_mask(real* y, const real* x, int rows,
+    int cols, int words, long long seed, long long step, int layer, int threshold, float factor,
+    int accumulate)
+{
+    int eights = (cols + 7) / 8;
+    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= (long long)rows * eights) return;
+    u32 row = i / eights, c = i % eights * 8, limit = (u32)threshold << 16;
+    uint4 draw = philox((u64)seed, (u64)step, (u32)layer, row * 4 * words + c / 8);
+    u32 halves[4] = {draw.x, draw.y, draw.z, draw.w};
+    long long begin = (long long)row * cols + c, end = (long long)(row + 1) * cols;
+    bool aligned = cols % VECTOR == 0;
+    float v[VECTOR];
+#pragma unroll
+    for (int j = 0; j < 8; j += VECTOR)
+    {
+        bool whole = aligned && is_whole(begin + j, end, y, x);
+        load_run(v, x, begin + j, end, whole);
+#pragma unroll
+        for (int k = 0; k < VECTOR; k++)
+            v[k] *= halves[(j + k) / 2] << (k % 2 ? 0 : 16) >= limit ? factor : 0.0f;
+        store_run(y, v, begin + j, end, whole, accumulate);
     }
 }

@@ -48,6 +48,7 @@ internal static class GenerateBench
                 generator.Run(inputs, settings, (_, _) =>
                 {
                     if (++said == batch) begun = Stopwatch.GetTimestamp();
+                    return true;
                 });
                 if (round == 0) continue;
                 first = Math.Min(first, Stopwatch.GetElapsedTime(start, begun).TotalSeconds);

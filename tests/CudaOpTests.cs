@@ -229,6 +229,7 @@ public sealed class CudaOpTests
     private static Op Plain(Op op, DType type) => op switch
     {
         LoraLinear lora when type != DType.F32 => new RoundedLora(lora, type),
+        DoraLinear dora when type != DType.F32 => new RoundedDora(dora, type),
         Linears linears when type != DType.F32 => new RoundedLinears(linears, type),
         DeltaRule rule when type != DType.F32 => new RoundedDeltaRule(rule, type),
         _ => op,

@@ -56,7 +56,8 @@ public sealed class KernelBudgetTests
     [
         "norm_forward", "norm_backward", "add_forward", "scale_rows", "gelu_forward",
         "gelu_backward",
-        "swiglu_forward", "swiglu_backward", "rope", "heads", "cast_to_real", "cast_to_float",
+        "swiglu_forward", "swiglu_backward", "dora_columns", "dora_backward", "dora_mask", "rope",
+        "heads", "cast_to_real", "cast_to_float",
         "adamw", "adamw_bf16_moments",
         "lookup_rows", "weighted_gather", "sum_by_id", "gather_rows", "columns_forward",
         "columns_backward", "cache_append", "splice_forward", "splice_text_backward",
@@ -79,7 +80,7 @@ public sealed class KernelBudgetTests
     private static readonly string[] s_narrow =
     [
         "sum_parts", "gradient_norm_finish", "attention_forward_any", "attention_keys_backward",
-        "attention_queries_backward", "attention_tiles", "dropout_mask",
+        "attention_queries_backward", "adapted_norm", "attention_tiles", "dropout_mask",
         "gated_norm_weight_parts", "conv_state", "delta_unit_gradients",
         "order_by_id", "row_of_term", "splice_invert", "cross_entropy_check", "cross_entropy_sum",
     ];

@@ -40,6 +40,19 @@ public sealed class MergeTests
         Assert.That(V26.LargestError(got, expected), Is.LessThan(1e-5));
     }
 
+    /// <summary>PEFT's logits of the adapter, from the merged weights.</summary>
+    [TestCase("dora")]
+    [TestCase("patterns")]
+    public void MergedModelsAnswerAsTheirAdapters(string name)
+    {
+        Merge(ModelOf(V26.Model, DType.F32), V26.Adapter("variant_" + name));
+        using var merged = TrainingModel.Open(V26.Full with { ModelNameOrPath = At("merged") });
+        Trace trace = Trace.Run(
+            merged, V26.Batch(V26.Full, "one", "two-small"), gradients: false);
+        V26.AssertClose("logits", trace.Floats["logits"],
+            ReferenceText.Json("v26/lora/variants.json").GetProperty(name).GetProperty("logits"));
+    }
+
     // Alpha / r is 2, 2, 1 and 2; suffixes reaches the vision tower, bias_all every bias.
     [TestCase("trained_lora_only", 8)]
     [TestCase("variant_layer_1", 4)]

@@ -157,12 +157,20 @@ public sealed class ModelTests
     [TestCase("bias_lora_only", 22)]
     [TestCase("layer_1", 8)]
     [TestCase("suffixes", 46)]
+    [TestCase("rslora", 16)]
+    [TestCase("patterns", 16)]
+    [TestCase("dora", 24)]
     public void VariantsOfAdaptersAreEqual(string name, int tensors)
     {
         var expected = ReferenceText.Json("v26/lora/variants.json").GetProperty(name);
-        // PEFT does not save the biases that bias_lora_only trains: the adapter is the random one.
-        using var model = name == "bias_lora_only"
-            ? Open(V26.Lora with { LoraBias = LoraBias.LoraOnly }, "random_lora_only")
+        // PEFT does not save the biases that bias_lora_only trains: the adapter is the random one,
+        // as that of rslora.
+        using var model = name is "bias_lora_only" or "rslora"
+            ? OpenRandom(V26.Lora with
+            {
+                LoraBias = name == "rslora" ? LoraBias.None : LoraBias.LoraOnly,
+                UseRslora = name == "rslora",
+            })
             : TrainingModel.Open(AdapterSettings.Complete(
                 V26.Lora with { LoraWeightPath = V26.Adapter("variant_" + name) }, _ => false));
         Assert.That(model.Trainables.List, Has.Count.EqualTo(tensors));
@@ -266,6 +274,17 @@ public sealed class ModelTests
     {
         var model = TrainingModel.Open(arguments);
         Load(model, adapter);
+        return model;
+    }
+
+    // The random adapter's tensors under another configuration.
+    private static TrainingModel OpenRandom(TrainArguments arguments)
+    {
+        var model = TrainingModel.Open(arguments);
+        using var file = SafetensorsFile.Open(
+            Path.Combine(V26.Adapter("random_lora_only"), AdapterFile.WeightsName));
+        foreach (StoredTensor tensor in file.Tensors)
+            model.Trainables.Write(V26.Name(tensor.Name), tensor.ToFloats());
         return model;
     }
 

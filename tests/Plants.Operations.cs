@@ -115,4 +115,40 @@ internal static partial class Plants
         string name, string function, string from, string to, string kind) =>
         Other(name, function, from, to, nameof(QuantisedWeightTests.OnCuda),
             cuda => QuantisedWeightTests.OnCuda(cuda, kind, DType.BF16));
+
+    // 16: magnitudes of weight-decomposed adapters
+    private static Plant[] Magnitudes { get; } =
+    [
+        new("the scale once where it is squared", "adapted_norm", "+ scale * scale * z[at]",
+            "+ scale * z[at]", "adapted_norm") { With = [6] },
+        new("p by rows", "adapted_norm", "(u64)k * outputs + j", "(u64)j * rank + k",
+            "adapted_norm") { With = [6] },
+        new("the bias is left out", "dora_columns", "v[i] + offset[i]", "v[i]", "dora_linear")
+        {
+            With = [6],
+        },
+        new("what is there is not added to", "dora_columns", "whole, accumulate);", "whole, 0);",
+            "dora_linear_dropout") { With = [6, 8] },
+        new("the magnitude's neighbour", "dora_columns", "m[c + i] / n", "m[c] / n", "dora_linear")
+        {
+            With = [6],
+        },
+        new("the norm is left out of the magnitudes' gradient", "dora_backward", "total / n[own]",
+            "total", "dora_linear") { With = [6] },
+        new("the first warp's rows are left out", "dora_backward", "int w = 0; w < 8",
+            "int w = 1; w < 8", "dora_linear") { With = [6] },
+        Plant.Fault(Check.SharedRaceWithinWarp, "no barrier before the warps' sums are read",
+            "dora_backward", "= sum[i];\n    __syncthreads();", "= sum[i];", "dora_linear") with
+        {
+            With = [6],
+        },
+        new("a row's draws are those of the one before", "dora_mask", "row * 4 * words",
+            "(row - 1) * 4 * words", "dora_linear_dropout") { With = [6, 8] },
+        new("neighbours have the same half", "dora_mask", "k % 2 ? 0 : 16", "16",
+            "dora_linear_dropout") { With = [6, 8] },
+        new("a kept element's factor", "dora_mask", ">= limit ? factor", ">= limit ? 1.0f",
+            "dora_linear_dropout") { With = [6, 8] },
+        Plant.Fault(Check.Uninitialised, "one column too many", "dora_columns",
+            "c + i < cols ? m", "c + i <= cols ? m", "dora_linear") with { With = [6] },
+    ];
 }

@@ -133,7 +133,6 @@ public sealed class TrainArgumentsTests
     [TestCase("--lr_scheduler_kwargs {\"powr\":2}",
         "unknown key \"powr\" (did you mean \"power\"?)")]
     [TestCase("--lora_target_modules (", "lora_target_modules: \"(\" is not a regular expression")]
-    [TestCase("--lora_target_modules all-linear", "a regular expression or a list of names")]
     [TestCase("--use_lora --tune_llm false --lora_layers_to_transform 1",
         "needs lora_target_modules")]
     [TestCase("--q_lora true", "q_lora (load_in_4bit) needs use_lora")]

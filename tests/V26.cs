@@ -103,7 +103,8 @@ internal static class V26
     /// <summary>The engine's name of a tensor that PEFT names.</summary>
     public static string Name(string peft) => peft
         .Replace("base_model.model.", "", StringComparison.Ordinal)
-        .Replace(".base_layer.", ".", StringComparison.Ordinal);
+        .Replace(".base_layer.", ".", StringComparison.Ordinal)
+        .Replace("_magnitude_vector.weight", "_magnitude_vector", StringComparison.Ordinal);
 
     /// <summary>
     /// Gradients against the reference's, all of them, by relative norm. Softmax ignores what all

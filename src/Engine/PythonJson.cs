@@ -73,6 +73,9 @@ internal static class PythonJson
     }
 
     /// <summary>A float's repr: 2.5, 1e-05, 1e+16, 100000.0.</summary>
+    public static string Short(double value) =>
+        value.ToString("R", CultureInfo.InvariantCulture).Replace('E', 'e');
+
     public static string Float(double value)
     {
         if (!double.IsFinite(value)) return value.ToString(CultureInfo.InvariantCulture);

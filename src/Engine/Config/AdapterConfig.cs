@@ -1,4 +1,3 @@
-using System.Globalization;
 using System.Text;
 using System.Text.Encodings.Web;
 using System.Text.Json;
@@ -8,7 +7,7 @@ namespace MiniCpmNative.Engine.Config;
 /// <summary>
 /// adapter_config.json of a PEFT LoRA adapter, the part of it that this program does. Written with
 /// exactly the keys and the layout of PEFT 0.14; read from any version: what is not supported
-/// (DoRA, rsLoRA, patterns, ...) is refused by its key,
+/// (lora_bias, ...) is refused by its key,
 /// and unknown keys may only have a neutral value.
 /// </summary>
 public sealed record AdapterConfig
@@ -26,6 +25,7 @@ public sealed record AdapterConfig
     [
         "peft_type", "r", "lora_alpha", "lora_dropout", "bias", "target_modules",
         "layers_to_transform", "layers_pattern", "modules_to_save", "init_lora_weights",
+        "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "exclude_modules",
     ];
 
     public required int Rank { get; init; }
@@ -36,7 +36,24 @@ public sealed record AdapterConfig
 
     public LoraBias Bias { get; init; }
 
+    /// <summary>Rows of the adapted weights have magnitudes of their own, Liu et al. 2024.</summary>
+    public bool UseDora { get; init; }
+
+    /// <summary>Scale by alpha / sqrt(rank), Kalajdzievski 2023.</summary>
+    public bool UseRslora { get; init; }
+
+    /// <summary>Ranks and alphas of single modules.</summary>
+    public NumbersByName RankPattern { get; init; } = NumbersByName.None;
+
+    public NumbersByName AlphaPattern { get; init; } = NumbersByName.None;
+
     public required TargetModules Targets { get; init; }
+
+    /// <summary>What gets no adapter although it is a target.</summary>
+    public TargetModules? Exclude { get; init; }
+
+    /// <summary>How it was started.</summary>
+    public LoraStart Start { get; init; } = new("true");
 
     public IReadOnlyList<int>? LayersToTransform { get; init; }
 
@@ -50,8 +67,14 @@ public sealed record AdapterConfig
     /// <summary>Class and Python module of the base model, for PEFT's automatic loading.</summary>
     public ModelClass? ModelClass { get; init; }
 
-    /// <summary>The adapter's contribution is multiplied by it.</summary>
-    public double Scale => Alpha / Rank;
+    public int RankOf(string module) => (int)(RankPattern.OfModule(module) ?? Rank);
+
+    /// <summary>The contribution of a module's adapter is multiplied by it.</summary>
+    public double ScaleOf(string module)
+    {
+        double rank = RankOf(module);
+        return (AlphaPattern.OfModule(module) ?? Alpha) / (UseRslora ? Math.Sqrt(rank) : rank);
+    }
 
     /// <exception cref="InputException">
     /// Missing, malformed, or an adapter that is not supported.
@@ -65,7 +88,6 @@ public sealed record AdapterConfig
             if (!s_read.Contains(name) && !s_ignored.Contains(name) && !IsNeutral(value))
                 throw value.Error(
                     "asks for something that is not supported; expected null, false or nothing");
-        CheckInitialisation(json);
         try
         {
             return Parse(json);
@@ -84,34 +106,34 @@ public sealed record AdapterConfig
     {
         var members = new SortedDictionary<string, Action<Utf8JsonWriter>>(StringComparer.Ordinal)
         {
-            ["alpha_pattern"] = Empty,
+            ["alpha_pattern"] = AlphaPattern.Write,
             ["auto_mapping"] = WriteModelClass,
             ["base_model_name_or_path"] = json => json.WriteStringValue(BaseModel),
             ["bias"] = json => json.WriteStringValue(BiasName(Bias)),
             ["eva_config"] = Null,
-            ["exclude_modules"] = Null,
+            ["exclude_modules"] = json => WriteModules(json, Exclude),
             ["fan_in_fan_out"] = False,
             ["inference_mode"] = json => json.WriteBooleanValue(true),
-            ["init_lora_weights"] = json => json.WriteBooleanValue(true),
+            ["init_lora_weights"] = Start.Write,
             ["layer_replication"] = Null,
             ["layers_pattern"] = json => WriteList(json, LayersPattern, json.WriteStringValue),
             ["layers_to_transform"] = json =>
                 WriteList(json, LayersToTransform ?? [], json.WriteNumberValue),
             ["loftq_config"] = Empty,
-            ["lora_alpha"] = json => json.WriteRawValue(Number(Alpha, whole: true)),
+            ["lora_alpha"] = json => json.WriteRawValue(PythonJson.Short(Alpha)),
             ["lora_bias"] = False,
-            ["lora_dropout"] = json => json.WriteRawValue(Number(Dropout, whole: false)),
+            ["lora_dropout"] = json => json.WriteRawValue(PythonJson.Float(Dropout)),
             ["megatron_config"] = Null,
             ["megatron_core"] = json => json.WriteStringValue("megatron.core"),
             ["modules_to_save"] = json => WriteList(json, ModulesToSave, json.WriteStringValue),
             ["peft_type"] = json => json.WriteStringValue("LORA"),
             ["r"] = json => json.WriteNumberValue(Rank),
-            ["rank_pattern"] = Empty,
+            ["rank_pattern"] = RankPattern.Write,
             ["revision"] = Null,
-            ["target_modules"] = WriteTargets,
+            ["target_modules"] = json => WriteModules(json, Targets),
             ["task_type"] = Null,
-            ["use_dora"] = False,
-            ["use_rslora"] = False,
+            ["use_dora"] = json => json.WriteBooleanValue(UseDora),
+            ["use_rslora"] = json => json.WriteBooleanValue(UseRslora),
         };
         using var buffer = new MemoryStream();
         using (var json = new Utf8JsonWriter(buffer, new JsonWriterOptions
@@ -142,6 +164,10 @@ public sealed record AdapterConfig
         if (targets.Pattern is not null && layers is { Count: > 0 })
             throw json["layers_to_transform"]
                 .Error("cannot go with a regular expression in target_modules");
+        IReadOnlyList<string> before = TextOf(json, "layers_pattern") is { Length: 0 }
+            ? [] : Names(json, "layers_pattern");
+        if (before.Count > 0 && layers is not { Count: > 0 })
+            throw json["layers_pattern"].Error("needs layers_to_transform");
         string? bias = json.Find("bias")?.Text();
         return new AdapterConfig
         {
@@ -155,9 +181,16 @@ public sealed record AdapterConfig
                 "lora_only" => LoraBias.LoraOnly,
                 _ => throw json["bias"].Expected("\"none\", \"all\" or \"lora_only\""),
             },
+            UseDora = json.Find("use_dora")?.Bool() ?? false,
+            UseRslora = json.Find("use_rslora")?.Bool() ?? false,
+            RankPattern = Numbers(json, "rank_pattern", value => value.Int(1, 1 << 16)),
+            AlphaPattern = Numbers(json, "alpha_pattern", value => value.Number(0, 1e9)),
             Targets = targets,
+            Exclude = json.Find("exclude_modules") is { } exclude && !IsNeutral(exclude)
+                ? ParseTargets(exclude) : null,
+            Start = ParseStart(json),
             LayersToTransform = layers is { Count: > 0 } ? layers : null,
-            LayersPattern = Names(json, "layers_pattern"),
+            LayersPattern = before,
             ModulesToSave = Names(json, "modules_to_save"),
             BaseModel = TextOf(json, "base_model_name_or_path"),
             ModelClass = json.Find("auto_mapping") is { IsObject: true } map
@@ -176,14 +209,20 @@ public sealed record AdapterConfig
     }
 
     // The other ways to start change the base weights, or need them to be decomposed again.
-    private static void CheckInitialisation(JsonValue json)
+    private static LoraStart ParseStart(JsonValue json)
     {
-        if (json.Find("init_lora_weights") is not { } start || start.IsBool) return;
-        if (start.Text() != "gaussian")
-            throw start.Error(
-                $"is {Messages.Quote(start.Text())}, which is not supported; expected true, false"
-                + " or \"gaussian\"");
+        if (json.Find("init_lora_weights") is not { } start) return new LoraStart("true");
+        if (start.IsBool) return new LoraStart(start.Bool() ? "true" : "false");
+        return LoraStart.Parse(start.Text()) ?? throw start.Error(
+            $"is {Messages.Quote(start.Text())}, which is not supported; expected true, false"
+            + " or \"gaussian\"");
     }
+
+    private static NumbersByName Numbers(
+        JsonValue json, string key, Func<JsonValue, double> number) =>
+        json.Find(key) is { } value
+            ? new NumbersByName([.. value.Members().Select(m => (m.Name, number(m.Value)))])
+            : NumbersByName.None;
 
     private static bool IsNeutral(JsonValue value) => value.Element.ValueKind switch
     {
@@ -212,10 +251,6 @@ public sealed record AdapterConfig
         _ => "none",
     };
 
-    private static string Number(double value, bool whole) => whole
-        ? value.ToString("R", CultureInfo.InvariantCulture).Replace('E', 'e')
-        : PythonJson.Float(value);
-
     private static void Null(Utf8JsonWriter json) => json.WriteNullValue();
 
     private static void False(Utf8JsonWriter json) => json.WriteBooleanValue(false);
@@ -239,10 +274,10 @@ public sealed record AdapterConfig
         json.WriteEndArray();
     }
 
-    private void WriteTargets(Utf8JsonWriter json)
+    private static void WriteModules(Utf8JsonWriter json, TargetModules? modules)
     {
-        if (Targets.Pattern is { } pattern) json.WriteStringValue(pattern);
-        else WriteList(json, Targets.Suffixes, json.WriteStringValue);
+        if (modules?.Pattern is { } pattern) json.WriteStringValue(pattern);
+        else WriteList(json, modules?.Suffixes ?? [], json.WriteStringValue);
     }
 
     private void WriteModelClass(Utf8JsonWriter json)

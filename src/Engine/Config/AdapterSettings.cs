@@ -29,10 +29,20 @@ public static class AdapterSettings
             LoraAlpha = isGiven("lora_alpha") ? arguments.LoraAlpha : its.Alpha,
             LoraDropout = isGiven("lora_dropout") ? arguments.LoraDropout : its.Dropout,
             LoraBias = isGiven("lora_bias") ? arguments.LoraBias : its.Bias,
+            UseDora = isGiven("use_dora") ? arguments.UseDora : its.UseDora,
+            UseRslora = isGiven("use_rslora") ? arguments.UseRslora : its.UseRslora,
+            RankPattern = isGiven("rank_pattern") || its.RankPattern.Count == 0
+                ? arguments.RankPattern : its.RankPattern,
+            AlphaPattern = isGiven("alpha_pattern") || its.AlphaPattern.Count == 0
+                ? arguments.AlphaPattern : its.AlphaPattern,
             LoraTargetModules = isGiven("lora_target_modules")
                 ? arguments.LoraTargetModules : its.Targets,
+            ExcludeModules = isGiven("lora_target_modules") || isGiven("exclude_modules")
+                ? arguments.ExcludeModules : its.Exclude,
             LoraLayersToTransform = layers
                 ? arguments.LoraLayersToTransform : its.LayersToTransform,
+            LoraLayersPattern = layers || isGiven("lora_layers_pattern")
+                || its.LayersPattern.Count == 0 ? arguments.LoraLayersPattern : its.LayersPattern,
             ModulesToSave = isGiven("modules_to_save")
                 ? arguments.ModulesToSave : its.ModulesToSave,
         };

@@ -17,7 +17,13 @@ public static class PythonRegex
     /// <exception cref="InputException">
     /// Not a regular expression that Python and .NET share.
     /// </exception>
-    public static Regex FullMatch(string pattern)
+    public static Regex FullMatch(string pattern) => Create(pattern, @"\A(?:", @")\z");
+
+    /// <summary>The same that matches any part of a name, as re.search.</summary>
+    /// <inheritdoc cref="FullMatch"/>
+    public static Regex Search(string pattern) => Create(pattern, "", "");
+
+    private static Regex Create(string pattern, string begin, string end)
     {
         if (pattern.Length > MaxLength)
             throw new InputException(
@@ -25,8 +31,8 @@ public static class PythonRegex
                 + $" {MaxLength:N0}");
         try
         {
-            return new Regex(
-                $@"\A(?:{Translate(pattern)})\z", RegexOptions.CultureInvariant, s_matchLimit);
+            return new Regex($"{begin}{Translate(pattern)}{end}", RegexOptions.CultureInvariant,
+                s_matchLimit);
         }
         catch (ArgumentException failure)
         {

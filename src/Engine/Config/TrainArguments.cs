@@ -115,18 +115,43 @@ public sealed partial record TrainArguments
     [Key("Trained parts", "adapter outputs are scaled by lora_alpha / lora_r", Open = true)]
     public double LoraAlpha { get; init; } = 64;
 
+    [Key("Trained parts", "adapter outputs are scaled by lora_alpha / sqrt(lora_r)")]
+    public bool UseRslora { get; init; }
+
     [Key("Trained parts", "dropout of the adapters' input", Below = 1)]
     public double LoraDropout { get; init; } = 0.05;
 
-    [Key("Trained parts", "modules with adapters: regular expression, or list of name endings")]
+    [Key("Trained parts", "rows of the adapted weights have trained magnitudes (DoRA)")]
+    public bool UseDora { get; init; }
+
+    [Key("Trained parts", "ranks of single modules: object of regular expressions for a name or its "
+        + "end, the first that matches counts", Min = 1, Max = 65536)]
+    public NumbersByName? RankPattern { get; init; }
+
+    [Key("Trained parts", "lora_alpha of single modules, as rank_pattern", Open = true)]
+    public NumbersByName? AlphaPattern { get; init; }
+
+    [Key("Trained parts", "modules with adapters: regular expression, list of name endings, or "
+        + "all-linear")]
     public TargetModules LoraTargetModules { get; init; } =
         new(@"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj)");
+
+    [Key("Trained parts", "modules without adapters all the same: as lora_target_modules")]
+    public TargetModules? ExcludeModules { get; init; }
 
     [Key("Trained parts", "biases that are trained too: none, all or lora_only")]
     public LoraBias LoraBias { get; init; }
 
     [Key("Trained parts", "only these layers get adapters: number or list")]
     public IReadOnlyList<int>? LoraLayersToTransform { get; init; }
+
+    [Key("Trained parts", "what stands before the number of such a layer: regular expressions; "
+        + "anything when not given")]
+    public IReadOnlyList<string>? LoraLayersPattern { get; init; }
+
+    [Key("Trained parts", "how adapters start: true (B is zero), gaussian (the same with another A), "
+        + "false (B is not zero)")]
+    public LoraStart InitLoraWeights { get; init; } = new("true");
 
     [Key("Trained parts", "adapter folder to start from: its rank, alpha, targets and biases stay; "
         + "lora_dropout may change, modules_to_save may name more", Path = true)]
@@ -163,6 +188,15 @@ public sealed partial record TrainArguments
     [Key("Optimisation", "peak learning rate", Max = 1e6)]
     public double LearningRate { get; init; } = 5e-5;
 
+    [Key("Optimisation", "peak learning rates of single tensors: object of vision, joiner, decoder, "
+        + "embeddings (the head too) or regular expressions for a part of the name; the first that "
+        + "matches counts", Max = 1e6)]
+    public NumbersByName? LearningRates { get; init; }
+
+    [Key("Optimisation", "B of adapters, and trained vectors, learn so many times faster (LoRA+)",
+        Open = true, Max = 1e6)]
+    public double? LoraplusLrRatio { get; init; }
+
     [Key("Optimisation", "linear, cosine, cosine_with_restarts, polynomial, constant, "
         + "constant_with_warmup, inverse_sqrt, warmup_lr (DeepSpeed's)")]
     public LrSchedule LrSchedulerType { get; init; }
@@ -183,6 +217,10 @@ public sealed partial record TrainArguments
 
     [Key("Optimisation", "decoupled weight decay", Max = 1e6)]
     public double WeightDecay { get; init; }
+
+    [Key("Optimisation", "weight decay of single tensors, as learning_rates, of what decays at all",
+        Max = 1e6)]
+    public NumbersByName? WeightDecays { get; init; }
 
     [Key("Optimisation", "what decays: hf (not norms and biases) or all (as DeepSpeed)")]
     public DecayScope WeightDecayScope { get; init; }

@@ -88,6 +88,17 @@ internal static class TrainChecks
             $"eval_split is {a.EvalSplit}, expected a whole number of rows, or a share below 1");
         Refuse(a.OfficialCompat && a.TrainOn != TrainOn.All,
             "official_compat learns every answer: leave train_on out");
+        Refuse(a.LoraLayersPattern is { Count: > 0 } && a.LoraLayersToTransform is null,
+            "lora_layers_pattern needs lora_layers_to_transform");
+        Refuse(a.LoraplusLrRatio is not null && !a.UseLora, "loraplus_lr_ratio needs use_lora");
+        Refuse(a.LearningRate == 0 && a.LearningRates is { Count: > 0 },
+            "learning_rates needs a learning_rate above 0, of which they are multiples over time");
+        Refuse(a.LrSchedulerType == LrSchedule.WarmupLr && a.LearningRates is { Count: > 0 },
+            "learning_rates means nothing to DeepSpeed's warmup_lr, which has one rate for all");
+        foreach (var (pattern, rank) in a.RankPattern?.List ?? [])
+            Refuse(rank != Math.Floor(rank),
+                FormattableString.Invariant($"rank_pattern \"{pattern}\" is {rank}, ")
+                + "expected a whole number");
         Refuse(a.EvalGenerate > 0 && !a.Evaluates,
             "eval_generate needs evaluations: set eval_strategy");
         Refuse(a.OverwriteOutputDir && a.ResumeFromCheckpoint is not null,

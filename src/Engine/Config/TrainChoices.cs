@@ -161,6 +161,18 @@ public sealed class TargetModules
     /// <summary>The regular expression, or null when suffixes decide.</summary>
     public string? Pattern { get; }
 
+    /// <summary>Every linear layer but the head, as PEFT 0.21 takes this word.</summary>
+    public bool IsAllLinear =>
+        string.Equals(Pattern, "all-linear", StringComparison.OrdinalIgnoreCase);
+
+    /// <summary>Whether both say the same, or neither is there.</summary>
+    public static bool Same(TargetModules? one, TargetModules? other) => (one, other) switch
+    {
+        (null, null) => true,
+        ({ } a, { } b) => a.Pattern == b.Pattern && a.Suffixes.SequenceEqual(b.Suffixes),
+        _ => false,
+    };
+
     public IReadOnlyList<string> Suffixes { get; } = [];
 
     /// <exception cref="InputException">The regular expression takes too long on this
@@ -174,7 +186,7 @@ public sealed class TargetModules
         catch (RegexMatchTimeoutException failure)
         {
             throw new InputException(
-                $"lora_target_modules \"{Pattern}\" takes too long to match \"{module}\"", failure);
+                $"the pattern \"{Pattern}\" takes too long to match \"{module}\"", failure);
         }
 
         foreach (string suffix in Suffixes)
@@ -182,4 +194,7 @@ public sealed class TargetModules
                 return true;
         return false;
     }
+
+    public override string ToString() => Pattern is { } pattern
+        ? Messages.Quote(pattern) : $"[{string.Join(", ", Suffixes)}]";
 }

@@ -44,14 +44,11 @@ internal static class TrainForeignKeys
             ["group_by_length"] =
                 ([], "is not supported: train_sampling_strategy is random or sequential"),
             ["ignore_data_skip"] = ([], "is not supported: a resumed run goes on at its row"),
-            ["init_lora_weights"] = (["true"], "is not supported: B starts at zero"),
             ["label_smoothing_factor"] = (["0"], "is not supported"),
             ["load_best_model_at_end"] = ([],
                 "is not supported: keep the checkpoints (save_total_limit) and take the one with the "
                 + "lowest evaluation loss, as trainer_state.json and report.html have it"),
             ["lora_layer_replication"] = ([], "is not supported"),
-            ["lora_layers_pattern"] =
-                ([], "is not supported: name the layers in lora_target_modules"),
             ["metric_for_best_model"] =
                 (["loss", "eval_loss"], "is not supported: the metric is the loss"),
             ["neftune_noise_alpha"] =
@@ -66,9 +63,7 @@ internal static class TrainForeignKeys
             ["save_safetensors"] =
                 (["true"], "is not supported: everything is saved as safetensors"),
             ["use_cpu"] = ([], "is spelt device=cpu here"),
-            ["use_dora"] = ([], "is not supported: plain LoRA is"),
             ["use_mps_device"] = ([], "is not supported: device is auto, cpu or cuda"),
-            ["use_rslora"] = ([], "is not supported: set lora_alpha to alpha * sqrt(lora_r)"),
         };
 
     public static bool IsNeutral(string key, string value) =>

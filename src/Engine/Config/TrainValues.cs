@@ -49,6 +49,8 @@ internal static class TrainValues
             var type when type == typeof(MemoryLimit) => Limit(key, given),
             var type when type == typeof(ResumePoint) => Resume(key, given),
             var type when type == typeof(TargetModules) => Targets(key, given),
+            var type when type == typeof(NumbersByName) => NumbersByName(key, given),
+            var type when type == typeof(LoraStart) => Start(key, given),
             var type when type == typeof(IReadOnlyList<string>) => Names(key, given),
             var type when type == typeof(IReadOnlyList<int>) => Layers(key, given),
             var type when type == typeof(ScheduleOptions) => Options(key, given),
@@ -174,13 +176,34 @@ internal static class TrainValues
                 : throw Wrong(key, given, "a regular expression or a list of names");
         }
 
-        if (given.Plain() is "" or "all-linear")
+        if (given.Plain().Length == 0)
             throw Wrong(key, given, "a regular expression or a list of names");
         try
         {
             return new TargetModules(given.Plain());
         }
         catch (InputException problem)
+        {
+            throw new InputException($"{key.Name}: {Messages.OneLine(problem.Message)}", problem);
+        }
+    }
+
+    private static LoraStart Start(TrainKey key, Given given) =>
+        LoraStart.Parse(given.Plain()) ?? throw Wrong(key, given, LoraStart.Choices);
+
+    private static NumbersByName NumbersByName(TrainKey key, Given given)
+    {
+        var json = given.Json ?? Parsed(key, given, given.Plain());
+        if (json.ValueKind != JsonValueKind.Object)
+            throw Wrong(key, given, "a JSON object of names and numbers");
+        try
+        {
+            return new NumbersByName([.. json.EnumerateObject().Select(member => (member.Name,
+                Number(key with { Name = $"{key.Name} {Messages.Quote(member.Name)}" },
+                    new Given(member.Value, null, given.Folder))))]);
+        }
+        catch (InputException problem) when (!problem.Message.StartsWith(key.Name,
+            StringComparison.Ordinal))
         {
             throw new InputException($"{key.Name}: {Messages.OneLine(problem.Message)}", problem);
         }

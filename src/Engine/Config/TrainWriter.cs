@@ -126,6 +126,8 @@ public static class TrainWriter
             case DataSources several: Write(json, several.Paths); break;
             case TargetModules { Pattern: { } pattern }: json.WriteStringValue(pattern); break;
             case TargetModules targets: Write(json, targets.Suffixes); break;
+            case LoraStart start: start.Write(json); break;
+            case NumbersByName numbers: numbers.Write(json); break;
             case ScheduleOptions options: WriteRecord(json, TrainKeys.Schedule, options); break;
             case string text: json.WriteStringValue(text); break;
             case IEnumerable list:
@@ -142,6 +144,7 @@ public static class TrainWriter
         bool flag => flag ? "true" : "false",
         Interval interval => interval.Value.ToString(CultureInfo.InvariantCulture),
         TargetModules targets => targets.Pattern ?? string.Join(' ', targets.Suffixes),
+        LoraStart start => start.Text,
         Enum choice => TrainKeys.SnakeCase(choice.ToString()),
         _ => string.Format(CultureInfo.InvariantCulture, "{0}", value),
     };

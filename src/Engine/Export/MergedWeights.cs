@@ -9,7 +9,8 @@ namespace MiniCpmNative.Engine.Export;
 /// <summary>
 /// A model's weights with an adapter put in, in F32 and some rows at a time, so that a model of any
 /// size passes through a few megabytes: W + Scale * B A for the layers with an adapter (Hu et al.
-/// 2021; Scale as PEFT has it), the adapter's own values for biases and for modules that it holds
+/// 2021; Scale as PEFT has it), rows brought to DoRA's magnitudes where it has them, the
+/// adapter's own values for biases and for modules that it holds
 /// whole. Without an adapter, the weights as they are.
 /// </summary>
 internal sealed unsafe class MergedWeights : IDisposable
@@ -84,7 +85,9 @@ internal sealed unsafe class MergedWeights : IDisposable
             if (!stored.TryGetValue(Adapters.NameOfA(linear.Name), out var a)) continue;
             StoredTensor b = stored[Adapters.NameOfB(linear.Name)];
             _deltas.Add(linear.Name + ".weight", new LowRank(
-                a.ToFloats(), b.ToFloats(), config.Rank, linear.Inputs, (float)config.Scale));
+                a.ToFloats(), b.ToFloats(), a.Shape[0], linear.Inputs,
+                (float)config.ScaleOf(linear.Name),
+                stored.GetValueOrDefault(Adapters.NameOfMagnitude(linear.Name))?.ToFloats()));
         }
 
         foreach (var (name, tensor) in stored)
@@ -100,8 +103,11 @@ internal sealed unsafe class MergedWeights : IDisposable
         fixed (float* to = target) FloatBits.Widen(from, tensor.Type, to, target.Length);
     }
 
-    /// <summary>Scale * B[outputs, rank] A[rank, inputs].</summary>
-    private sealed class LowRank(float[] a, float[] b, int rank, int inputs, float scale)
+    /// <summary>
+    /// Scale * B[outputs, rank] A[rank, inputs], and the norms that rows have with it, or null.
+    /// </summary>
+    private sealed class LowRank(
+        float[] a, float[] b, int rank, int inputs, float scale, float[]? norms)
     {
         public void Add(long begin, Span<float> rows)
         {
@@ -117,6 +123,9 @@ internal sealed unsafe class MergedWeights : IDisposable
                             b[((first + row) * rank) + k], sum, sum);
                     var values = new Span<float>(to + ((long)row * inputs), inputs);
                     TensorPrimitives.MultiplyAdd(sum, scale, values, values);
+                    if (norms is not null)
+                        TensorPrimitives.Multiply(values,
+                            norms[first + row] / TensorPrimitives.Norm<float>(values), values);
                 });
             }
         }

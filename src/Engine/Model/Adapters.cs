@@ -6,10 +6,11 @@ namespace MiniCpmNative.Engine.Model;
 
 /// <summary>
 /// A low-rank adapter on one linear module: y += Scale * drop(x) A^T B^T with A[Rank, Inputs],
-/// B[Outputs, Rank]. Index keys its dropout masks.
+/// B[Outputs, Rank]. Index keys its dropout masks. IsDora: rows have magnitudes[Outputs] too
+/// (<see cref="Kernels.Ops.DoraLinear"/>).
 /// </summary>
 public sealed record Adapter(string Module, int Index, int Rank, double Scale, int Inputs,
-    int Outputs);
+    int Outputs, bool IsDora = false);
 
 /// <summary>
 /// All adapters of a run, by the name of their module; Hu et al. 2021, as PEFT has them.
@@ -23,7 +24,8 @@ public sealed class Adapters(IReadOnlyList<Adapter> list, double dropout)
     /// <summary>Those of an adapter's configuration, as its layout places them.</summary>
     public static Adapters Of(AdapterConfig config, AdapterLayout layout) => new(
         [.. layout.Targets.Select((module, i) => new Adapter(
-            module.Name, i, config.Rank, config.Scale, module.Inputs, module.Outputs))],
+            module.Name, i, config.RankOf(module.Name), config.ScaleOf(module.Name),
+            module.Inputs, module.Outputs, config.UseDora))],
         config.Dropout);
 
     public IReadOnlyList<Adapter> List { get; } = list;
@@ -37,26 +39,60 @@ public sealed class Adapters(IReadOnlyList<Adapter> list, double dropout)
 
     public static string NameOfB(string module) => module + ".lora_B.weight";
 
+    public static string NameOfMagnitude(string module) => module + ".lora_magnitude_vector";
+
     /// <summary>
-    /// PEFT's start: A uniform in +-1/sqrt(Inputs) (Kaiming with a = sqrt 5), B zero. The numbers
-    /// depend on the seed and on each element's place only.
+    /// PEFT's start: A uniform in +-1/sqrt(Inputs) (Kaiming with a = sqrt 5), or normal with
+    /// standard deviation 1/Rank (gaussian); B zero, or uniform in +-1/sqrt(Rank) (false). The
+    /// numbers depend on the seed and on each element's place only.
     /// </summary>
-    public void Initialise(Trainables trainables, ulong seed)
+    /// <param name="trainables">Take the numbers.</param>
+    /// <param name="seed">Of the random ones.</param>
+    /// <param name="start">Which they are.</param>
+    /// <param name="rowNorms">The norms of a weight's rows, which DoRA's magnitudes start
+    /// as.</param>
+    public void Initialise(
+        Trainables trainables, ulong seed, LoraStart start, Func<string, double[]> rowNorms)
     {
         foreach (Adapter adapter in List)
         {
             var a = new float[adapter.Rank * adapter.Inputs];
-            double bound = 1 / Math.Sqrt(adapter.Inputs);
-            for (int i = 0; i < a.Length; i++)
-            {
-                // The layer numbers of dropout are the indices; these are others.
-                uint bits = Philox.Draw(
-                    ((uint)i, ~(uint)adapter.Index, 0, 0), ((uint)seed, (uint)(seed >> 32))).X0;
-                a[i] = (float)(((2 * (bits + 0.5) / 4294967296.0) - 1) * bound);
-            }
-
+            var b = new float[adapter.Outputs * adapter.Rank];
+            if (start.Text == "gaussian") FillNormal(a, 1.0 / adapter.Rank, adapter, seed);
+            else FillUniform(a, 1 / Math.Sqrt(adapter.Inputs), adapter, 0, seed);
+            if (start.Text == "false")
+                FillUniform(b, 1 / Math.Sqrt(adapter.Rank), adapter, 1, seed);
             trainables.Write(NameOfA(adapter.Module), a);
-            trainables.Write(NameOfB(adapter.Module), new float[adapter.Outputs * adapter.Rank]);
+            trainables.Write(NameOfB(adapter.Module), b);
+            if (adapter.IsDora)
+                trainables.Write(NameOfMagnitude(adapter.Module), [.. rowNorms(
+                    adapter.Module + ".weight").Select(norm => (float)norm)]);
         }
     }
+
+    private static void FillUniform(
+        float[] values, double bound, Adapter adapter, uint which, ulong seed)
+    {
+        for (int i = 0; i < values.Length; i++)
+            values[i] = (float)(((2 * Unit(Draw(i, adapter, which, seed).X0)) - 1) * bound);
+    }
+
+    // Box and Muller 1958.
+    private static void FillNormal(float[] values, double deviation, Adapter adapter, ulong seed)
+    {
+        for (int i = 0; i < values.Length; i++)
+        {
+            var bits = Draw(i, adapter, 0, seed);
+            values[i] = (float)(deviation * Math.Sqrt(-2 * Math.Log(Unit(bits.X0)))
+                * Math.Cos(2 * Math.PI * Unit(bits.X1)));
+        }
+    }
+
+    // The layer numbers of dropout are the indices; these are others.
+    private static (uint X0, uint X1, uint X2, uint X3) Draw(
+        int element, Adapter adapter, uint which, ulong seed) => Philox.Draw(
+        ((uint)element, ~(uint)adapter.Index, which, 0), ((uint)seed, (uint)(seed >> 32)));
+
+    // In (0, 1).
+    private static double Unit(uint bits) => (bits + 0.5) / 4294967296.0;
 }

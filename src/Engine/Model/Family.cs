@@ -41,6 +41,12 @@ public abstract class Family(string name)
     /// </summary>
     public virtual bool NumbersPictures => true;
 
+    /// <summary>
+    /// Whether the resampler's attention is a class that calls its out_proj, so that an adapter
+    /// there acts; nn.MultiheadAttention itself reads the weight.
+    /// </summary>
+    public virtual bool CallsOutProj => true;
+
     /// <summary>What the official chat() generates by, where nothing is said.</summary>
     public virtual ChatDefaults Chat => new();
 

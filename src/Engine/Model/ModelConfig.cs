@@ -102,7 +102,8 @@ public sealed class ModelConfig
             throw method.Error($"is {Messages.Quote(method.Text())}: quantised weights are read "
                 + "where they are of bitsandbytes, awq or gptq; use the bf16 model");
         var resampler = new ResamplerSpec(
-            decoder.HiddenSize, vision.HiddenSize, Size(Json, "query_num", 1 << 12, 64));
+            decoder.HiddenSize, vision.HiddenSize, Size(Json, "query_num", 1 << 12, 64),
+            CallsOutProj: family.CallsOutProj);
         if (decoder.HiddenSize < 128 || decoder.HiddenSize % resampler.Heads != 0
             || decoder.HiddenSize % 4 != 0)
             throw Json["hidden_size"].Expected(

@@ -128,8 +128,10 @@ public sealed record MergerSpec(int HiddenSize, int VisionSize, bool Halved) : J
 /// </summary>
 /// <param name="QueryPositions">Whether queries have positions too, from a stored table (version
 /// 2.0).</param>
+/// <param name="CallsOutProj">See <see cref="Family.CallsOutProj"/>.</param>
 public sealed record ResamplerSpec(
-    int HiddenSize, int VisionSize, int Queries, bool QueryPositions = false) : JoinerSpec
+    int HiddenSize, int VisionSize, int Queries, bool QueryPositions = false,
+    bool CallsOutProj = true) : JoinerSpec
 {
     // Fixed in the official code: heads of 128, LayerNorm of 1e-6.
     public int Heads => HiddenSize / 128;

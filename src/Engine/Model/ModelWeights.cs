@@ -61,9 +61,16 @@ public abstract class ModelTensors(Graph graph, Trainables trainables, Adapters 
             ?? new DenseWeight(Matrix(weight, begin, rows, ShapeOf(weight).Cols));
         if (module is null || adapters.Find(module) is not { } adapter)
             return new Projection(matrix, bias);
-        return new Projection(
-            matrix, bias, adapter, adapters.Dropout, Parameter(Adapters.NameOfA(module), 0, adapter.Rank),
-            Parameter(Adapters.NameOfB(module), 0, adapter.Outputs));
+        Tensor a = Parameter(Adapters.NameOfA(module), 0, adapter.Rank);
+        Tensor b = Parameter(Adapters.NameOfB(module), 0, adapter.Outputs);
+        if (!adapter.IsDora)
+            return new Projection(matrix, bias, adapter, adapters.Dropout, a, b);
+        // In F32 on every device: its changes are small.
+        string magnitude = Adapters.NameOfMagnitude(module);
+        Tensor m = trainables.Value(magnitude);
+        if (trainables.Learns) m = graph.Parameter(m, trainables.Gradient(magnitude));
+        return new Projection(matrix, bias, adapter, adapters.Dropout, a, b, m,
+            FrozenSquares(weight, begin, rows));
     }
 
     /// <summary>Whether the frozen weight of a linear layer is dense.</summary>
@@ -72,6 +79,9 @@ public abstract class ModelTensors(Graph graph, Trainables trainables, Adapters 
     protected abstract Shape ShapeOf(string name);
 
     protected abstract Tensor FrozenVector(string name, int begin, int count);
+
+    /// <summary>The squared norms of rows of a matrix, in F32.</summary>
+    protected abstract Tensor FrozenSquares(string name, int begin, int rows);
 
     /// <summary>In the device's packed form.</summary>
     protected abstract Tensor FrozenMatrix(string name, int begin, int rows, int cols);
@@ -118,6 +128,35 @@ public sealed class ModelWeights(
         fixed (float* to = values) FloatBits.Widen(stored.Data, stored.Type, to, count);
         Device.WriteFloats(vector, values);
         return vector;
+    }
+
+    protected override Tensor FrozenSquares(string name, int begin, int rows)
+    {
+        Tensor squares = Device.Allocate(
+            new Spec(Device.Activations.Statistics(), new Shape(rows)), name);
+        Device.WriteFloats(squares, [.. RowNorms(checkpoint.Get(name), storage)
+            .Skip(begin).Take(rows).Select(norm => (float)(norm * norm))]);
+        return squares;
+    }
+
+    /// <summary>The norms of a matrix's rows as a run of a storage type has them.</summary>
+    internal static unsafe double[] RowNorms(StoredTensor file, DType storage)
+    {
+        int rows = file.Shape[0], cols = file.Shape.Cols;
+        var norms = new double[rows];
+        var values = new float[cols];
+        using var stored = new StorageValues(file, 0, file.Count, storage);
+        for (int r = 0; r < rows; r++)
+        {
+            fixed (float* to = values)
+                FloatBits.Widen((byte*)stored.Data + ((long)r * cols * stored.Type.Size()),
+                    stored.Type, to, cols);
+            double sum = 0;
+            foreach (float value in values) sum += (double)value * value;
+            norms[r] = Math.Sqrt(sum);
+        }
+
+        return norms;
     }
 
     protected override unsafe Tensor FrozenMatrix(string name, int begin, int rows, int cols)

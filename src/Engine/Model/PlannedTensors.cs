@@ -28,6 +28,9 @@ internal sealed class PlannedTensors(
     protected override Tensor FrozenVector(string name, int begin, int count) =>
         Device.Allocate(new Spec(Device.Activations.Statistics(), new Shape(count)), name);
 
+    protected override Tensor FrozenSquares(string name, int begin, int rows) =>
+        FrozenVector(name, begin, rows);
+
     protected override unsafe Tensor FrozenMatrix(string name, int begin, int rows, int cols) =>
         Device.Pack(storedAs(name), rows, cols, null, name);
 

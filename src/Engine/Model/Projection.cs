@@ -11,7 +11,8 @@ namespace MiniCpmNative.Engine.Model;
 public sealed class Projection
 {
     private readonly Op _op;
-    private readonly Tensor _bias, _a, _b;
+    private readonly AdaptedNorm? _norm;
+    private readonly Tensor _bias, _a, _b, _magnitude, _squares;
     private readonly bool _adapted;
 
     public Projection(Weight weight, Tensor bias)
@@ -31,6 +32,23 @@ public sealed class Projection
         Dropout = dropout;
     }
 
+    /// <param name="weight">The frozen weight.</param>
+    /// <param name="bias">Its bias, or none.</param>
+    /// <param name="adapter">An adapter with magnitudes.</param>
+    /// <param name="dropout">Share of its input that is dropped.</param>
+    /// <param name="a">Its first matrix.</param>
+    /// <param name="b">Its second matrix.</param>
+    /// <param name="magnitude">F32, one for each row of the weight.</param>
+    /// <param name="squares">The squared norms of those rows.</param>
+    public Projection(Weight weight, Tensor bias, Adapter adapter, double dropout, Tensor a,
+        Tensor b, Tensor magnitude, Tensor squares)
+        : this(weight, bias, adapter, dropout, a, b)
+    {
+        _op = new DoraLinear(adapter.Index, adapter.Scale, dropout, Other(weight));
+        _norm = new AdaptedNorm(adapter.Scale, Other(weight));
+        (_magnitude, _squares) = (magnitude, squares);
+    }
+
     /// <summary>Where it has one.</summary>
     public Adapter? Adapter { get; }
 
@@ -45,18 +63,30 @@ public sealed class Projection
     public Weight Weight { get; }
 
     /// <summary>x[rows, in] -> y[rows, out].</summary>
-    public Tensor Run(Graph graph, Tensor x) => _adapted
-        ? graph.Run(_op, x, Weight.Tensor, _bias, _a, _b)
-        : graph.Run(_op, x, Weight.Tensor, _bias);
+    public Tensor Run(Graph graph, Tensor x) => (_adapted, _norm) switch
+    {
+        (true, null) => graph.Run(_op, x, Weight.Tensor, _bias, _a, _b),
+        (true, _) => graph.Run(
+            _op, x, Weight.Tensor, _bias, _a, _b, _magnitude, Norms(graph)),
+        _ => graph.Run(_op, x, Weight.Tensor, _bias),
+    };
 
     /// <summary>The same, <see cref="Graph.RunFleeting"/>.</summary>
-    public Tensor RunFleeting(Graph graph, Tensor x) => _adapted
-        ? graph.RunFleeting(_op, x, Weight.Tensor, _bias, _a, _b)
-        : graph.RunFleeting(_op, x, Weight.Tensor, _bias);
+    public Tensor RunFleeting(Graph graph, Tensor x) => (_adapted, _norm) switch
+    {
+        (true, null) => graph.RunFleeting(_op, x, Weight.Tensor, _bias, _a, _b),
+        (true, _) => graph.RunFleeting(
+            _op, x, Weight.Tensor, _bias, _a, _b, _magnitude, Norms(graph)),
+        _ => graph.RunFleeting(_op, x, Weight.Tensor, _bias),
+    };
 
     /// <summary>Its weight, bias and adapter as an operation takes them.</summary>
     internal void CopyTo(Span<Tensor> inputs) =>
         (inputs[0], inputs[1], inputs[2], inputs[3]) = (Weight.Tensor, _bias, _a, _b);
+
+    // Held constant in backward: what it is made of is no variable there.
+    private Tensor Norms(Graph graph) => graph.Run(_norm!, Weight.Tensor,
+        _a with { Variable = 0 }, _b with { Variable = 0 }, _squares);
 
     // Dense weights are an input, so that the tape can give them a gradient.
     internal static Weight? Other(Weight weight) => weight is DenseWeight ? null : weight;
@@ -64,15 +94,19 @@ public sealed class Projection
 
 /// <summary>
 /// Linear layers of one input, which run together: queries, keys and values, whose heads may be
-/// rotated on the way, or gate and up of a feed-forward.
+/// rotated on the way, or gate and up of a feed-forward. Where their adapters differ in rank or
+/// scale, or have magnitudes, they run one after the other.
 /// </summary>
 public sealed class Projections
 {
     private const int Each = 4;
 
-    private readonly Linears _op;
-    private readonly Tensor[] _inputs;
+    private readonly Linears? _op;
+    private readonly Tensor[] _inputs = [];
     private readonly int[] _columns;
+    private readonly Projection[] _apart = [];
+    private readonly Rope _rope;
+    private readonly int _rotated;
 
     /// <param name="layers">The layers.</param>
     /// <param name="columns">The outputs of each.</param>
@@ -81,8 +115,16 @@ public sealed class Projections
     public Projections(Projection[] layers, int[] columns, int headDim = 0, int rotated = 0)
     {
         Projection? adapted = Array.Find(layers, layer => layer.Adapter is not null);
-        _columns = columns;
+        (_columns, _rotated, _rope) = (columns, rotated, new Rope(headDim));
         ReadsInput = Array.Exists(layers, layer => layer.ReadsInput);
+        if (Array.Exists(layers, layer => layer.Adapter is { } its
+            && (its.IsDora
+                || (its.Rank, its.Scale) != (adapted!.Adapter!.Rank, adapted.Adapter.Scale))))
+        {
+            _apart = layers;
+            return;
+        }
+
         _op = new Linears(
             [.. layers.Select((layer, i) => new LinearPart(
                 columns[i], layer.Adapter?.Index ?? 0, Projection.Other(layer.Weight)))],
@@ -97,6 +139,13 @@ public sealed class Projections
     /// <summary>x[rows, in] -> y of each, [rows, its columns].</summary>
     public void Run(Graph graph, Tensor x, Span<Tensor> y, bool fleeting = false)
     {
+        if (_op is null)
+        {
+            for (int i = 0; i < _apart.Length; i++)
+                y[i] = fleeting ? _apart[i].RunFleeting(graph, x) : _apart[i].Run(graph, x);
+            return;
+        }
+
         _inputs[0] = x;
         graph.Split(
             fleeting ? graph.RunFleeting(_op, _inputs) : graph.Run(_op, _inputs), y, _columns);
@@ -106,15 +155,35 @@ public sealed class Projections
     public Tensor RunWhole(Graph graph, Tensor x)
     {
         _inputs[0] = x;
-        return graph.Run(_op, _inputs);
+        return graph.Run(_op ?? throw new InputException(
+            "the adapters of in_proj_b and in_proj_a have to be of one rank and scale, without "
+            + "magnitudes: set rank_pattern and alpha_pattern alike for both, or leave them out "
+            + "of lora_target_modules with use_dora"), _inputs);
     }
 
     /// <summary>The same with heads rotated: positions I32[rows] in the tables cos and sin.</summary>
     public void Run(
         Graph graph, Tensor x, Tensor positions, Tensor cos, Tensor sin, Span<Tensor> y)
     {
-        if (_op.Rotated > 0) (_inputs[^3], _inputs[^2], _inputs[^1]) = (positions, cos, sin);
-        Run(graph, x, y);
+        if (_op?.Rotated > 0) (_inputs[^3], _inputs[^2], _inputs[^1]) = (positions, cos, sin);
+        if (_op is not null || _rotated == 0)
+        {
+            Run(graph, x, y);
+            return;
+        }
+
+        for (int i = 0; i < _apart.Length; i++)
+        {
+            if (i >= _rotated)
+            {
+                y[i] = _apart[i].Run(graph, x);
+                continue;
+            }
+
+            Tensor straight = _apart[i].RunFleeting(graph, x);
+            y[i] = graph.Run(_rope, straight, positions, cos, sin);
+            graph.Drop(straight);
+        }
     }
 }
 

@@ -14,7 +14,7 @@ namespace MiniCpmNative.Engine.Model;
 /// </summary>
 public sealed class Resampler : IJoiner
 {
-    // PEFT wraps the layer, but nn.MultiheadAttention reads its weight directly.
+    // PEFT wraps the layer, but plain nn.MultiheadAttention reads its weight directly.
     private const string ReadDirectly =
         "its attention reads the weight directly: an adapter there would do nothing";
 
@@ -43,7 +43,8 @@ public sealed class Resampler : IJoiner
         ModuleScope attention = scope.In("attn");
         Projection[] inputs = attention.Fused("in_proj", _width, _width, _width, _width);
         (_query, _key, _value) = (inputs[0], inputs[1], inputs[2]);
-        _output = attention.Linear("out_proj", _width, _width, noAdapter: ReadDirectly);
+        _output = attention.Linear(
+            "out_proj", _width, _width, noAdapter: spec.CallsOutProj ? null : ReadDirectly);
         _queryNorm = scope.LayerNorm("ln_q", _width, spec.LayerNormEpsilon);
         _keyNorm = scope.LayerNorm("ln_kv", _width, spec.LayerNormEpsilon);
         _postNorm = scope.LayerNorm("ln_post", _width, spec.LayerNormEpsilon);

@@ -4,9 +4,11 @@ namespace MiniCpmNative.Engine.Model;
 
 /// <summary>
 /// A tensor that is trained: its name in the model (an official parameter, or a module's lora_A or
-/// lora_B), shape, the type it is stored and saved in, and whether weight decay applies to it.
+/// lora_B), shape, the type it is stored and saved in, whether weight decay applies to it; Rate
+/// times the run's learning rate is its own, Decay its weight decay.
 /// </summary>
-public sealed record Trainable(string Name, Shape Shape, DType Type, bool Decays);
+public sealed record Trainable(string Name, Shape Shape, DType Type, bool Decays,
+    double Rate = 1, double Decay = 0);
 
 /// <summary>
 /// The trained tensors as flat ranges on the device: values in their storage type, gradients in
@@ -14,7 +16,7 @@ public sealed record Trainable(string Name, Shape Shape, DType Type, bool Decays
 /// F32 values on a device that computes in 16 bits (adapters) have a rounded copy, which the
 /// optimizer writes, so that no product casts them. Clipping, AdamW and sharding become loops over
 /// a few ranges. F32 tensors come first, then the 16-bit ones; within a type, those that decay come
-/// first, so that a range is four runs at most.
+/// first, then those of one rate, so that a range is few runs.
 /// </summary>
 public sealed class Trainables
 {
@@ -35,10 +37,11 @@ public sealed class Trainables
         bool learns = true)
     {
         (_device, Learns) = (device, learns);
-        List = [.. tensors.OrderBy(t => t.Type != DType.F32).ThenBy(t => !t.Decays)];
+        List = [.. tensors.OrderBy(t => t.Type != DType.F32).ThenBy(t => !t.Decays)
+            .ThenBy(t => t.Rate).ThenBy(t => t.Decay)];
         long offset = 0;
         var runs = new List<Run>();
-        foreach (var group in List.GroupBy(t => (t.Type, t.Decays)))
+        foreach (var group in List.GroupBy(t => (t.Type, t.Decays, t.Rate, t.Decay)))
         {
             long begin = offset;
             foreach (Trainable tensor in group)
@@ -48,7 +51,8 @@ public sealed class Trainables
                 offset += (tensor.Shape.Count + Alignment - 1) / Alignment * Alignment;
             }
 
-            runs.Add(new Run(group.Key.Type, group.Key.Decays, begin, offset - begin));
+            runs.Add(new Run(
+                group.Key.Type, group.Key.Rate, group.Key.Decay, begin, offset - begin));
         }
 
         _runs = [.. runs];
@@ -180,6 +184,8 @@ public sealed class Trainables
         return _device.Allocate(spec, name);
     }
 
-    /// <summary>Neighbouring tensors of one type and decay, as elements of the ranges.</summary>
-    public sealed record Run(DType Type, bool Decays, long Begin, long Count);
+    /// <summary>
+    /// Neighbouring tensors of one type, rate and decay, as elements of the ranges.
+    /// </summary>
+    public sealed record Run(DType Type, double Rate, double Decay, long Begin, long Count);
 }

@@ -32,7 +32,8 @@ public sealed class BaseModel : IDisposable
     public DType Storage { get; }
 
     /// <summary>
-    /// Small files that a whole model is saved with, as it was trained; none with adapters.
+    /// Small files that a whole model is saved with, as it was trained; with adapters the
+    /// tokenizer's, as the official script leaves them.
     /// </summary>
     public IReadOnlyList<(string Name, byte[] Content)> Saved { get; private init; }
 
@@ -104,8 +105,7 @@ public sealed class BaseModel : IDisposable
             if (arguments.LoraWeightPath is { } path)
             {
                 start = AdapterFile.Open(path);
-                adapter = adapter! with { LayersPattern = start.Config.LayersPattern };
-                AdapterStart.MustFit(adapter, start, spec.Parameters);
+                AdapterStart.MustFit(adapter!, start, spec.Parameters);
             }
 
             TrainedParts parts = TrainedParts.Choose(spec, arguments, adapter, storage);
@@ -128,7 +128,9 @@ public sealed class BaseModel : IDisposable
                 Kind = new(spec.Parameters, storage, TrainingModel.QuantisationOf(arguments), weights),
                 Untouched = [.. weights.Tensors.Where(t => spec.Parameters.IsUntouched(t.Name))],
                 Saved = adapter is null
-                    ? SavedFiles.Read(folder, spec, arguments, storage, say) : [],
+                    ? SavedFiles.Read(folder, spec, arguments, storage, say)
+                    : SavedFiles.Read(
+                        folder, spec, null, storage, say, ResultFiles.IsTokenizer),
             };
         }
         catch

@@ -23,15 +23,17 @@ public static class ModelFiles
     public static IReadOnlyList<string> Save(
         string folder, TrainingModel model, TrainArguments arguments)
     {
+        BaseModel source = model.Base;
+        var written = new List<string>();
         if (arguments.UseLora)
         {
             AdapterFile.Write(
                 folder, model.Parts.Config!, model.Parts.Layout!, Trained(model));
-            return [AdapterFile.WeightsName, AdapterConfig.FileName];
+            written.AddRange([AdapterFile.WeightsName, AdapterConfig.FileName]);
+            WriteSmall(folder, source, written);
+            return written;
         }
 
-        BaseModel source = model.Base;
-        var written = new List<string>();
         try
         {
             written.AddRange(CheckpointWriter.Write(
@@ -46,13 +48,17 @@ public static class ModelFiles
             return [];
         }
 
+        WriteSmall(folder, source, written);
+        return written;
+    }
+
+    private static void WriteSmall(string folder, BaseModel source, List<string> written)
+    {
         foreach (var (name, content) in source.Saved)
         {
             AtomicFile.Write(Path.Combine(folder, name), stream => stream.Write(content));
             written.Add(name);
         }
-
-        return written;
     }
 
     /// <summary>

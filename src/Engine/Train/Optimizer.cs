@@ -46,8 +46,9 @@ public sealed class Optimizer
         foreach (Trainables.Run run in _trainables.Runs)
         {
             var step = new AdamW(
-                learningRate, _arguments.AdamBeta1, _arguments.AdamBeta2, _arguments.AdamEpsilon,
-                run.Decays ? _arguments.WeightDecay : 0, Updates + 1,
+                learningRate * run.Rate, _arguments.AdamBeta1, _arguments.AdamBeta2,
+                _arguments.AdamEpsilon,
+                run.Decay, Updates + 1,
                 (ulong)_arguments.Seed);
             var (weights, masters) = _trainables.Updated(run);
             _device.Update(

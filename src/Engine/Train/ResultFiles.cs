@@ -17,6 +17,13 @@ internal static class ResultFiles
     public static bool IsCopied(string name) =>
         s_copied.Contains(Path.GetExtension(name)) && name != Checkpoint.IndexFile;
 
+    /// <summary>Whether the file belongs to a model's tokenizer.</summary>
+    public static bool IsTokenizer(string name) => IsCopied(name)
+        && (name.StartsWith("token", StringComparison.Ordinal)
+            || name.StartsWith("chat_template.", StringComparison.Ordinal)
+            || name is "special_tokens_map.json" or "added_tokens.json" or "vocab.json"
+                or "merges.txt");
+
     /// <summary>
     /// Whether the name may be one that a run writes, logs included, or takes from a model's or an
     /// adapter's folder.
@@ -27,7 +34,8 @@ internal static class ResultFiles
     /// <summary>Whether a run writes the name into its output folder.</summary>
     public static bool IsWrittenBy(TrainArguments arguments, string name) =>
         IsLog(name) || (arguments.UseLora
-            ? IsAdapter(name)
+            ? IsAdapter(name) || (IsTokenizer(name)
+                && File.Exists(Path.Combine(arguments.ModelNameOrPath!, name)))
             : CheckpointWriter.IsWeights(name) || (IsCopied(name)
                 && File.Exists(Path.Combine(arguments.ModelNameOrPath!, name))));
 

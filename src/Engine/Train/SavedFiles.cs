@@ -29,10 +29,12 @@ internal static class SavedFiles
     /// <param name="storage">Type of the weights that are saved.</param>
     /// <param name="say">Takes a line for each file that cannot be taken over: links to nothing,
     /// pipes, devices, what is unreadable or too large.</param>
+    /// <param name="which">Says by its name whether a file is taken; all of a model's when not
+    /// given.</param>
     /// <exception cref="InputException">The folder cannot be listed.</exception>
     public static IReadOnlyList<(string Name, byte[] Content)> Read(
         string folder, ModelSpec spec, TrainArguments? arguments, DType storage,
-        Action<string>? say)
+        Action<string>? say, Func<string, bool>? which = null)
     {
         string[] files;
         try
@@ -50,7 +52,7 @@ internal static class SavedFiles
         foreach (string file in files.Order(StringComparer.Ordinal))
         {
             string name = Path.GetFileName(file);
-            if (!ResultFiles.IsCopied(name)) continue;
+            if (!(which ?? ResultFiles.IsCopied)(name)) continue;
             try
             {
                 byte[] content = InputFile.ReadAll(file, left);

@@ -25,23 +25,21 @@ public sealed record TrainedParts(
     public static TrainedParts Choose(
         ModelSpec spec, TrainArguments arguments, AdapterConfig? adapter, DType storage)
     {
+        var rules = new LearningRules(spec.Parameters, arguments);
         if (adapter is null)
         {
-            return new TrainedParts(Adapters.None, null, null, [.. spec.Parameters.All
+            return new TrainedParts(Adapters.None, null, null, rules.Apply(spec.Parameters.All
                 .Where(p => !p.Fixed && IsTrained(p.Part, arguments))
-                .Select(p => new Trainable(p.Name, p.Shape, storage, Decays(p.Name)))]);
+                .Select(p => (p.Name, p.Shape, storage))));
         }
 
         var layout = AdapterLayout.Create(spec.Parameters, adapter, "lora_target_modules");
+        adapter = layout.Config;
         RefuseHead(spec.Parameters, adapter, layout);
         var whole = layout.Saved.Concat(layout.Biases).Select(p => p.Name).ToHashSet();
         return new TrainedParts(Adapters.Of(adapter, layout), adapter, layout,
-            [.. layout.Tensors.Select(t => new Trainable(
-            t.Name, t.Shape, whole.Contains(t.Name) ? storage : DType.F32,
-            Decays(t.Name)))]);
-
-        bool Decays(string name) => arguments.WeightDecayScope == DecayScope.All
-            || spec.Parameters.Find(name) is not { Decays: false };
+            rules.Apply(layout.Tensors.Select(t => (
+                t.Name, t.Shape, whole.Contains(t.Name) ? storage : DType.F32))));
     }
 
     /// <summary>
@@ -64,12 +62,27 @@ public sealed record TrainedParts(
             Alpha = arguments.LoraAlpha,
             Dropout = arguments.LoraDropout,
             Bias = arguments.LoraBias,
+            UseDora = arguments.UseDora,
+            UseRslora = arguments.UseRslora,
+            RankPattern = arguments.RankPattern ?? NumbersByName.None,
+            AlphaPattern = arguments.AlphaPattern ?? NumbersByName.None,
+            Start = arguments.InitLoraWeights,
             Targets = spec.Family.Targets(arguments.LoraTargetModules),
+            Exclude = arguments.ExcludeModules,
             LayersToTransform = arguments.LoraLayersToTransform,
+            LayersPattern = arguments.LoraLayersPattern ?? [],
             ModulesToSave = arguments.TrainedWhole,
             BaseModel = arguments.ModelNameOrPath,
-            ModelClass = spec.ModelClass,
+            ModelClass = spec.ModelClass with { Module = LoadedAs(arguments, spec.ModelClass) },
         };
+
+    // Transformers imports a folder's code under this name, where AutoPeftModel finds it.
+    private static string LoadedAs(TrainArguments arguments, ModelClass model)
+    {
+        string folder = Path.GetFileName(Path.TrimEndingDirectorySeparator(
+            Path.GetFullPath(arguments.ModelNameOrPath ?? ".")));
+        return $"transformers_modules.{folder}.{model.Module}";
+    }
 
     // The loss is fused with the head's product, which has no place for an adapter; a module that
     // is another one's tensor has no weight of its own to train.

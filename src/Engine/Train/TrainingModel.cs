@@ -49,7 +49,8 @@ public sealed class TrainingModel : IDisposable
 
     /// <summary>Trainable and frozen numbers together, adapters included.</summary>
     public long TotalParameters => Spec.Parameters.Count + Base.Untouched.Sum(t => t.Count)
-        + Parts.Adapters.List.Sum(a => (long)a.Rank * (a.Inputs + a.Outputs));
+        + Parts.Adapters.List.Sum(
+            a => ((long)a.Rank * (a.Inputs + a.Outputs)) + (a.IsDora ? a.Outputs : 0));
 
     /// <summary>Storage type of weights: fp16, bf16, else F32, as the official flags say.</summary>
     public static DType StorageOf(TrainArguments arguments) =>
@@ -114,7 +115,9 @@ public sealed class TrainingModel : IDisposable
         foreach (Trainable tensor in trainables.List)
             if (source.Weights.Find(tensor.Name) is { } stored)
                 trainables.Write(tensor.Name, stored.ToFloats());
-        parts.Adapters.Initialise(trainables, (ulong)arguments.Seed);
+        parts.Adapters.Initialise(
+            trainables, (ulong)arguments.Seed, arguments.InitLoraWeights,
+            name => ModelWeights.RowNorms(source.Weights.Get(name), source.Storage));
         if (source.Start is { } start) model.CopyFrom(start);
         source.EndLoading();
         return model;
@@ -125,10 +128,12 @@ public sealed class TrainingModel : IDisposable
     public void CopyFrom(AdapterFile adapter)
     {
         AdapterConfig its = adapter.Config;
-        if (Parts.Config is { } own && (its.Rank, its.Alpha) != (own.Rank, own.Alpha))
-            throw new InputException(
-                $"{adapter.Directory}: was made with lora_r {its.Rank} and lora_alpha "
-                + $"{its.Alpha}, this run has {own.Rank} and {own.Alpha}");
+        foreach (Adapter own in Parts.Adapters.List)
+            if ((its.RankOf(own.Module), its.ScaleOf(own.Module)) != (own.Rank, own.Scale))
+                throw new InputException(FormattableString.Invariant(
+                    $"{adapter.Directory}: was made with rank {its.RankOf(own.Module)} and scale ")
+                    + FormattableString.Invariant($"{its.ScaleOf(own.Module)} on {own.Module}, ")
+                    + FormattableString.Invariant($"this run has {own.Rank} and {own.Scale}"));
         foreach (var (name, stored) in adapter.Match(Spec.Parameters))
         {
             if (!Trainables.Contains(name))

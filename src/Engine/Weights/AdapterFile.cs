@@ -88,8 +88,8 @@ public sealed class AdapterFile : IDisposable
 
     private static string? Explain(string name)
     {
-        if (name.Contains("lora_magnitude_vector", StringComparison.Ordinal))
-            return "DoRA, not supported";
+        if (name.EndsWith("lora_magnitude_vector", StringComparison.Ordinal))
+            return "DoRA's, without use_dora or not among target_modules";
         if (name.Contains("lora_embedding_", StringComparison.Ordinal))
             return "adapter of an embedding, not supported";
         if (name.EndsWith("lora_B.bias", StringComparison.Ordinal))

@@ -15,7 +15,8 @@ public sealed record AdapterTensor(string Name, string FileName, Shape Shape,
 /// What an adapter configuration means for a model, by PEFT's rules: which linear layers get A and
 /// B, which modules are trained whole, which biases are trained. PEFT 0.14 does not save the biases
 /// that it trains under bias "lora_only"; here they are saved under the name PEFT loads them by
-/// (...q_proj.base_layer.bias), so that nothing is lost, and they may be absent when read.
+/// (...q_proj.base_layer.bias), so that nothing is lost, and they may be absent when read; under
+/// "all" so may those that PEFT 0.21 does not train, as the resampler's in_proj_bias.
 /// </summary>
 public sealed partial class AdapterLayout
 {
@@ -25,14 +26,18 @@ public sealed partial class AdapterLayout
         IReadOnlyList<LinearModule> targets, IReadOnlyList<ExpectedTensor> saved,
         IReadOnlyList<ExpectedTensor> biases, AdapterConfig config)
     {
-        (Targets, Saved, Biases) = (targets, saved, biases);
+        (Targets, Saved, Biases, Config) = (targets, saved, biases, config);
         var wrapped = targets.Select(target => target.Name).ToHashSet(StringComparer.Ordinal);
         List<AdapterTensor> tensors = [];
         foreach (var target in targets)
         {
             string a = target.Name + ".lora_A.weight", b = target.Name + ".lora_B.weight";
-            tensors.Add(new(a, Prefix + a, new Shape(config.Rank, target.Inputs)));
-            tensors.Add(new(b, Prefix + b, new Shape(target.Outputs, config.Rank)));
+            int rank = config.RankOf(target.Name);
+            tensors.Add(new(a, Prefix + a, new Shape(rank, target.Inputs)));
+            tensors.Add(new(b, Prefix + b, new Shape(target.Outputs, rank)));
+            if (!config.UseDora) continue;
+            string magnitude = target.Name + ".lora_magnitude_vector";
+            tensors.Add(new(magnitude, Prefix + magnitude, new Shape(target.Outputs)));
         }
 
         tensors.AddRange(saved.Select(tensor =>
@@ -41,12 +46,15 @@ public sealed partial class AdapterLayout
         {
             string module = bias.Name[..bias.Name.LastIndexOf('.')];
             string file = wrapped.Contains(module) ? module + ".base_layer.bias" : bias.Name;
-            tensors.Add(
-                new(bias.Name, Prefix + file, bias.Shape, config.Bias == LoraBias.LoraOnly));
+            tensors.Add(new(bias.Name, Prefix + file, bias.Shape, config.Bias == LoraBias.LoraOnly
+                || !bias.Name.EndsWith(".bias", StringComparison.Ordinal)));
         }
 
         Tensors = tensors;
     }
+
+    /// <summary>The configuration, "all-linear" as a list of names.</summary>
+    public AdapterConfig Config { get; }
 
     /// <summary>Layers that get an adapter, in the order of the model.</summary>
     public IReadOnlyList<LinearModule> Targets { get; }
@@ -67,6 +75,7 @@ public sealed partial class AdapterLayout
     /// </exception>
     public static AdapterLayout Create(ParameterTable table, AdapterConfig config, string place)
     {
+        config = Resolve(table, config);
         var whole = WholeModules(table, config, place);
         List<ExpectedTensor> saved = [.. table.All.Where(tensor =>
             whole.Any(module => tensor.Name.StartsWith(module + ".", StringComparison.Ordinal)))];
@@ -85,6 +94,32 @@ public sealed partial class AdapterLayout
         return new AdapterLayout(targets, saved, biases, config);
     }
 
+    /// <summary>
+    /// With "all-linear" as the list of names that PEFT 0.21 makes of it, and what takes no adapter
+    /// excluded.
+    /// </summary>
+    public static AdapterConfig Resolve(ParameterTable table, AdapterConfig config)
+    {
+        if (!config.Targets.IsAllLinear) return config;
+        List<string> names = [.. LastNames(table.Linears.Where(l => l.Name != table.Head
+            && l.NoAdapter is null).Select(l => l.Name)).Order(StringComparer.Ordinal)];
+        List<string> without = [.. table.Linears.Where(l => l.NoAdapter is not null
+            && names.Exists(name => IsOrEndsWith(l.Name, name))).Select(l => l.Name)];
+        TargetModules? exclude = (config.Exclude, without.Count) switch
+        {
+            (var given, 0) => given,
+            ({ Pattern: { } pattern }, _) => new TargetModules(
+                string.Join('|', [$"(?:{pattern})", .. without.Select(Regex.Escape)])),
+            (var given, _) => new TargetModules([.. given?.Suffixes ?? [], .. without]),
+        };
+        return config with { Targets = new TargetModules(names), Exclude = exclude };
+    }
+
+    /// <summary>Whether a module is to have an adapter, if it can.</summary>
+    internal static bool IsChosen(string module, AdapterConfig config) =>
+        config.Targets.Matches(module) && config.Exclude?.Matches(module) != true
+        && LayerIsChosen(module, config);
+
     // PEFT compares ends of names, not whole components.
     private static List<string> WholeModules(ParameterTable table, AdapterConfig config,
         string place)
@@ -101,18 +136,13 @@ public sealed partial class AdapterLayout
     private static List<LinearModule> Select(
         ParameterTable table, AdapterConfig config, List<string> whole, string place)
     {
-        if (config.Targets.Pattern == "all-linear")
-            throw new InputException(
-                $"{place}: target_modules \"all-linear\" is not supported: it includes the"
-                + " resampler's attention; list the suffixes instead, q_proj and so on");
         foreach (string suffix in config.Targets.Suffixes)
             if (!table.Modules.Any(module => IsOrEndsWith(module, suffix)))
                 throw new InputException(
                     $"{place}: target_modules {Messages.Quote(suffix)} is no module of the"
                     + $" model (did you mean \"{TrainKeys.Nearest(suffix, LastNames(table.Modules))}\"?)");
 
-        var matched = table.Modules
-            .Where(module => config.Targets.Matches(module) && LayerIsChosen(module, config))
+        var matched = table.Modules.Where(module => IsChosen(module, config))
             .Except(whole).ToHashSet(StringComparer.Ordinal);
         List<LinearModule> targets =
             [.. table.Linears.Where(linear => matched.Remove(linear.Name))];
@@ -126,29 +156,30 @@ public sealed partial class AdapterLayout
             throw new InputException(
                 $"{place}: target_modules {Shown(config)} matches no linear layer; there"
                 + $" are {string.Join(", ", table.Linears.Where(l => l.NoAdapter is null).Select(l => Digits().Replace(l.Name, "N")).Distinct())}");
-        List<string> inside = [.. targets.Select(target => target.Name).Where(name =>
-            whole.Any(module => name.StartsWith(module + ".", StringComparison.Ordinal)))];
-        if (inside.Count > 0)
+        List<LinearModule> inside = [.. targets.Where(target => whole.Any(module =>
+            target.Name.StartsWith(module + ".", StringComparison.Ordinal)))];
+        if (inside.Count == targets.Count)
             throw new InputException(
-                $"{place}: target_modules matches layers of modules_to_save, which are trained"
-                + $" whole: {Messages.List(inside)}");
-        return targets;
+                $"{place}: target_modules matches nothing but layers of modules_to_save, which are"
+                + $" trained whole: {Messages.List([.. inside.Select(target => target.Name)])}");
+        // As PEFT 0.21 does; 0.14 hangs an adapter there that is never used.
+        return [.. targets.Except(inside)];
     }
 
     /// <summary>
     /// Whether a module's layer is among layers_to_transform, if there is such a choice; a module
     /// named in full is taken whatever its layer.
     /// </summary>
-    internal static bool LayerIsChosen(string module, AdapterConfig config)
+    private static bool LayerIsChosen(string module, AdapterConfig config)
     {
         if (config.LayersToTransform is not { } layers || config.Targets.Suffixes.Contains(module))
             return true;
-        string[] parts = module.Split('.');
-        for (int i = parts.Length - 2; i >= 2; i--)
+        foreach (string before in config.LayersPattern.DefaultIfEmpty(@"[^.]*"))
         {
-            if (!int.TryParse(parts[i], out int layer)) continue;
-            if (config.LayersPattern.Count == 0 || config.LayersPattern.Contains(parts[i - 1]))
-                return layers.Contains(layer);
+            Match match = PythonRegex.Search($@"\A.*\.{before}\.(?P<layer>\d+)\.").Match(module);
+            if (match.Success)
+                return int.TryParse(match.Groups["layer"].ValueSpan, out int layer)
+                    && layers.Contains(layer);
         }
 
         return false;
@@ -166,6 +197,7 @@ public sealed partial class AdapterLayout
         string targets = config.Targets.Pattern is { } pattern
             ? Messages.Quote(pattern)
             : Messages.List([.. config.Targets.Suffixes.Select(Messages.Quote)]);
+        if (config.Exclude is { } exclude) targets += $" without {exclude}";
         return config.LayersToTransform is { } layers
             ? $"{targets} with layers_to_transform {string.Join(", ", layers)}" : targets;
     }

@@ -28,6 +28,12 @@ internal static class AdapterStart
 
         Same("lora_r", own.Rank, its.Rank, own.Rank == its.Rank);
         Same("lora_alpha", own.Alpha, its.Alpha, own.Alpha == its.Alpha);
+        Same("use_dora", own.UseDora, its.UseDora, own.UseDora == its.UseDora);
+        Same("use_rslora", own.UseRslora, its.UseRslora, own.UseRslora == its.UseRslora);
+        Same("rank_pattern", own.RankPattern, its.RankPattern,
+            $"{own.RankPattern}" == $"{its.RankPattern}");
+        Same("alpha_pattern", own.AlphaPattern, its.AlphaPattern,
+            $"{own.AlphaPattern}" == $"{its.AlphaPattern}");
         Same("lora_bias", Name(own.Bias), Name(its.Bias), own.Bias == its.Bias);
         string given = Shown(own), theirs = Shown(its);
         // Other spellings of the same layers are the same.
@@ -57,15 +63,14 @@ internal static class AdapterStart
 
     private static HashSet<string> Layers(AdapterConfig config, ParameterTable table) =>
         [.. table.Linears.Select(linear => linear.Name)
-            .Where(name => config.Targets.Matches(name)
-                && AdapterLayout.LayerIsChosen(name, config))];
+            .Where(name => AdapterLayout.IsChosen(name, config))];
 
     private static string Name(LoraBias bias) => TrainKeys.SnakeCase(bias.ToString());
 
     private static string Shown(AdapterConfig config)
     {
-        string names = config.Targets.Pattern is { } pattern
-            ? Messages.Quote(pattern) : $"[{string.Join(", ", config.Targets.Suffixes)}]";
+        string names = config.Exclude is { } exclude
+            ? $"{config.Targets} without {exclude}" : $"{config.Targets}";
         return config.LayersToTransform is { } layers
             ? $"{names} in layers {string.Join(", ", layers)}" : names;
     }

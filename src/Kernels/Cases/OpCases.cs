@@ -191,6 +191,31 @@ public static class OpCases
             ProductionOp = new LoraLinear(3, 2, 0.05),
             Dropout = true,
         },
+        new("adapted_norm", new AdaptedNorm(2),
+            n => [X("w", 9, n), X("a", 4, n), X("bb", 9, 4), Squares(X("w", 9, n), 100)],
+            () =>
+            [
+                X("w", Width, Width), X("a", 16, Width), X("bb", Width, 16),
+                Squares(X("w", Width, Width), 100),
+            ]),
+        new("dora_linear", new DoraLinear(3, 2, 0),
+            n =>
+            [
+                X("x", n, 10), X("w", 9, 10), X("b", 9), X("a", 4, 10), X("bb", 9, 4), X("m", 9),
+                Squares(X("n", 9, 1), 1),
+            ],
+            Dora),
+        new("dora_linear_dropout", new DoraLinear(3, 2, 0.3),
+            n =>
+            [
+                X("x", 3, n), X("w", 9, n), Value.Absent("b"), X("a", 4, n), X("bb", 9, 4),
+                X("m", 9), Squares(X("n", 9, 1), 1),
+            ],
+            Dora)
+        {
+            ProductionOp = new DoraLinear(3, 2, 0.05),
+            Dropout = true,
+        },
         new("linears", new Linears([new(12, 3), new(8), new(8, 5)], 2, 0, headDim: 4, rotated: 2),
             n =>
             [
@@ -254,6 +279,15 @@ public static class OpCases
         name, shape, Fill.Normal(name.Sum(c => c) + shape.Length, new Shape(shape).Count));
 
     private static Value[] Lora() => [X("x", Rows, Width), .. Lora(Width, "")];
+
+    private static Value[] Dora() =>
+        [.. Lora(), X("m", Width), Squares(X("n", Width, 1), 1)];
+
+    // The squared norms of a matrix's rows, and something more: never near zero.
+    private static Value Squares(Value matrix, double more) => Value.Float(
+        matrix.Name == "n" ? "n" : "squares", [matrix.Shape[0]],
+        Storage.Round([.. Enumerable.Range(0, matrix.Shape[0]).Select(r => more + matrix.Data
+            .Skip(r * matrix.Shape[1]).Take(matrix.Shape[1]).Sum(v => v * v))], DType.BF16));
 
     private static Value[] Lora(int outputs, string number) =>
     [

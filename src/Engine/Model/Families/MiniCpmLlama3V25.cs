@@ -10,6 +10,8 @@ internal sealed class MiniCpmLlama3V25() : Family("MiniCPM-Llama3-V-2_5")
 {
     public override bool NumbersPictures => false;
 
+    public override bool CallsOutProj => false;
+
     public override ChatDefaults Chat => new(MaxNewTokens: 1024, MaxPromptTokens: 2048);
 
     public override GgufNames Gguf => new("llama", "llama-bpe", 2, Interleaves: true, Note:

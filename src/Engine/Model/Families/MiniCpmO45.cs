@@ -10,6 +10,8 @@ internal sealed class MiniCpmO45() : Family("MiniCPM-o-4_5")
 
     public override bool Is(ModelConfig config) => config.IsOmni("4.5");
 
+    public override bool CallsOutProj => false;
+
     public override ChatDefaults Chat => new(MaxNewTokens: 4096, RepetitionPenalty: 1.02);
 
     public override ModelSpec Read(ModelConfig config) =>

@@ -19,6 +19,8 @@ internal sealed class MiniCpmV2() : Family("MiniCPM-V-2")
 
     public override bool NumbersPictures => false;
 
+    public override bool CallsOutProj => false;
+
     public override ChatDefaults Chat => new(MaxNewTokens: 1024, MaxPromptTokens: 2048);
 
     public override GgufNames Gguf => new("minicpm", "default", null, Interleaves: true);
