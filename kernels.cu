@@ -4000,6 +4000,7 @@ extern "C" __global__ void __launch_bounds__(256) unpack_int8(
         v[j] = __fdiv_rn(__fmul_rn((float)(signed char)(word >> 8 * j), scale), 127.0f);
     }
     store_unpacked(y, i, count, v);
+}
 
 // ---- 14. around linear attention ----------------------------------------------------------------
 
@@ -5270,6 +5271,8 @@ extern "C" __global__ void __launch_bounds__(256) delta_unit_gradients(real* dqk
         for (int g = 0; g < z.group(); g++) d += from[g * key_dim + c];
         float v = scale * (d - x * pull);
         dqkv[at + c] = narrow(accumulate ? widen(dqkv[at + c]) + v : v);
+    }
+}
 
 // ---- 16. magnitudes of weight-decomposed adapters -----------------------------------------------
 

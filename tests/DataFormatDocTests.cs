@@ -4,7 +4,6 @@ using MiniCpmNative.Cli;
 using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
-using MiniCpmNative.Engine.Data.Formats;
 using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;

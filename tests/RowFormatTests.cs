@@ -3,7 +3,6 @@ using System.Text.Json.Nodes;
 using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
-using MiniCpmNative.Engine.Data.Formats;
 using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;

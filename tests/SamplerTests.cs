@@ -1,5 +1,6 @@
 using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Train;
 using NUnit.Framework;
 

@@ -1,4 +1,3 @@
-using MiniCpmNative.Engine.Data;
 
 namespace MiniCpmNative.Engine.Config;
 

@@ -60,8 +60,11 @@ public sealed class TrainReader
         reader.TakeArguments(arguments, first);
         var result = reader.Build();
         TrainChecks.Check(result);
-        result = result with { ModelNameOrPath = HubModel.Find(
-            result.ModelNameOrPath!, reader._given["model_name_or_path"].Plain(), notice) };
+        result = result with
+        {
+            ModelNameOrPath = HubModel.Find(
+                result.ModelNameOrPath!, reader._given["model_name_or_path"].Plain(), notice),
+        };
         foreach (string line in reader.Notices(result)) notice?.Invoke(line);
         return result;
     }

@@ -2,7 +2,6 @@ using System.Collections;
 using System.Globalization;
 using System.Text;
 using System.Text.Json;
-using MiniCpmNative.Engine.Data;
 
 namespace MiniCpmNative.Engine.Config;
 

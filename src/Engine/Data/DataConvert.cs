@@ -34,7 +34,7 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
             ".json" => false,
             _ => throw new InputException($"{Out}: expected a name that ends in .json or .jsonl"),
         };
-        if (From.Files().Any(file => Path.GetFullPath(file.Path) == Path.GetFullPath(Out)))
+        if (DataFiles.Of(From).Any(file => Path.GetFullPath(file.Path) == Path.GetFullPath(Out)))
             throw new InputException($"{Out}: is one of the files to convert; choose another name");
         var (set, _, formats) = TrainingRows.ReadSet(From, new RowOptions(Asked: true), Boxes);
         foreach (string format in formats) output.WriteLine(format);

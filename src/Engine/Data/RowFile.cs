@@ -1,6 +1,5 @@
 using System.Text.Json;
 using System.Text.Unicode;
-using MiniCpmNative.Engine.Data.Formats;
 
 namespace MiniCpmNative.Engine.Data;
 

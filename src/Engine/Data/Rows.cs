@@ -40,7 +40,7 @@ public sealed record Row(
     public int Place { get; init; } = Number;
 
     /// <summary>Boxes that are still to be written into the turns; mostly none.</summary>
-    public Formats.Grounding? Objects { get; init; }
+    public Grounding? Objects { get; init; }
 
     /// <summary>Right answers to the last question, besides the row's own; mostly none.</summary>
     public IReadOnlyList<string> References { get; init; } = [];

@@ -1,7 +1,6 @@
 using System.Security.Cryptography;
 using System.Text;
 using MiniCpmNative.Engine.Config;
-using MiniCpmNative.Engine.Data.Formats;
 
 namespace MiniCpmNative.Engine.Data;
 
@@ -16,7 +15,7 @@ public sealed partial class TrainingRows
         var digests = new List<string>();
         var formats = new List<string>();
         int before = 0;
-        foreach (var (path, columns) in sources.Files())
+        foreach (var (path, columns) in DataFiles.Of(sources))
         {
             byte[] bytes = InputFile.ReadAll(path, Array.MaxLength);
             digests.Add(Convert.ToHexStringLower(SHA256.HashData(bytes)));
@@ -47,7 +46,7 @@ public sealed partial class TrainingRows
         if (kept >= places.Length)
             throw new InputException($"{path}: eval_split keeps {kept:N0} of {places.Length:N0} rows: "
                 + "none is left to train on");
-        var order = new Train.Sampler(places.Length, places.Length, shuffle: true, (ulong)share.Seed);
+        var order = new Sampler(places.Length, places.Length, shuffle: true, (ulong)share.Seed);
         var evaluated = new HashSet<int>();
         foreach (int row in order.Batch(0, 0)[..kept]) evaluated.Add(places[row]);
         rows.RemoveAll(row => evaluated.Contains(row.Place) != share.Evaluates);

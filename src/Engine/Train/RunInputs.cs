@@ -1,4 +1,5 @@
 using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data;
 
 namespace MiniCpmNative.Engine.Train;
 
@@ -27,9 +28,9 @@ internal sealed class RunInputs(
                 + "replace the model it starts from; choose another output_dir");
         MustKeepFolder("model_name_or_path", model);
         if (arguments.LoraWeightPath is { } adapter) MustKeepFolder("lora_weight_path", adapter);
-        foreach (var (file, _) in arguments.DataPath!.Files()) MustKeep("data_path", file);
-        foreach (var (file, _) in arguments.EvalDataPath?.Files() ?? [])
-            MustKeep("eval_data_path", file);
+        foreach (var (file, _) in DataFiles.Of(arguments.DataPath!)) MustKeep("data_path", file);
+        if (arguments.EvalDataPath is { } evaluation)
+            foreach (var (file, _) in DataFiles.Of(evaluation)) MustKeep("eval_data_path", file);
     }
 
     /// <exception cref="InputException">A picture would be removed.</exception>

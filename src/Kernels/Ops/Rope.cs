@@ -86,7 +86,7 @@ public sealed record Rope(int HeadDim, int? Turned = null) : Op("rope")
         Matrix<T> cos = call.In(first + 1), sin = call.In(first + 2);
         Matrix<int> positions = call.Ints(first);
         Indices.MustBeBelow(op, "positions", positions, cos.Rows);
-        call.Workers.For(x.Rows, 
+        call.Workers.For(x.Rows,
             new Rows<T>(x, positions, cos, sin, y, headDim, turned ?? headDim, direction));
     }
 

@@ -3,7 +3,7 @@ using System.Security.Cryptography;
 using System.Text.Json;
 using MiniCpmNative.Engine.Data.Text;
 
-namespace MiniCpmNative.Engine.Data.Formats;
+namespace MiniCpmNative.Engine.Data;
 
 /// <summary>
 /// Pictures as rows name them: a path, a data: URI or plain base64, {"bytes", "path"}. Addresses on

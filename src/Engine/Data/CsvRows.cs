@@ -2,7 +2,7 @@ using System.Buffers;
 using System.Text;
 using System.Text.Json;
 
-namespace MiniCpmNative.Engine.Data.Formats;
+namespace MiniCpmNative.Engine.Data;
 
 /// <summary>
 /// Tables as text (RFC 4180): the first line names the columns, every cell is text, empty ones are

@@ -1,45 +1,18 @@
-using MiniCpmNative.Engine.Data.Formats;
+using MiniCpmNative.Engine.Config;
 
 namespace MiniCpmNative.Engine.Data;
 
-/// <summary>A share of the rows by a shuffle of them all.</summary>
-/// <param name="Kept">How many are kept for evaluation: below 1 a share of all, rounded up.</param>
-/// <param name="Seed">Of the shuffle.</param>
-/// <param name="Evaluates">Whether these are the ones kept, or the others.</param>
-public sealed record RowShare(double Kept, long Seed, bool Evaluates);
-
-/// <summary>
-/// Where rows come from: files, folders, patterns with * and ?, and entries of LLaMA-Factory's
-/// dataset_info.json (dataset_info.json#NAME), in the order given.
-/// </summary>
-/// <param name="Text">The paths, a line each.</param>
-public sealed record DataSources(string Text)
+/// <summary>The files that sources of rows stand for.</summary>
+internal static class DataFiles
 {
     private static readonly string[] s_endings = [".json", ".jsonl", ".csv", ".tsv", ".parquet"];
 
-    public DataSources(IEnumerable<string> paths)
-        : this(string.Join('\n', paths))
-    {
-    }
-
-    /// <summary>Which of the rows; null for all.</summary>
-    public RowShare? Share { get; init; }
-
-    public IReadOnlyList<string> Paths => Text.Split('\n');
-
-    /// <summary>The path of a single file.</summary>
-    public static implicit operator DataSources(string path) => new(path);
-
-    public static implicit operator string(DataSources sources) => sources.ToString();
-
-    public override string ToString() => Text.Replace("\n", ", ");
-
     /// <summary>The files, and how each is read where something says so.</summary>
     /// <exception cref="InputException">A path leads to no file.</exception>
-    internal IReadOnlyList<(string Path, RowColumns? Columns)> Files()
+    public static IReadOnlyList<(string Path, RowColumns? Columns)> Of(DataSources sources)
     {
         var files = new List<(string, RowColumns?)>();
-        foreach (string path in Paths)
+        foreach (string path in sources.Paths)
         {
             int entry = path.IndexOf(DatasetInfo.FileName + "#", StringComparison.Ordinal);
             if (entry >= 0)

@@ -1,9 +1,9 @@
 using System.Text;
 using System.Text.Json;
 using MiniCpmNative.Engine.Data.Text;
-using static MiniCpmNative.Engine.Data.Formats.RowValues;
+using static MiniCpmNative.Engine.Data.RowValues;
 
-namespace MiniCpmNative.Engine.Data.Formats;
+namespace MiniCpmNative.Engine.Data;
 
 /// <summary>
 /// Rows of one file as this program has them: turns, pictures, boxes, whatever they are called in

@@ -1,7 +1,7 @@
 using System.Text.Json;
 using MiniCpmNative.Engine.Data.Text;
 
-namespace MiniCpmNative.Engine.Data.Formats;
+namespace MiniCpmNative.Engine.Data;
 
 /// <summary>Values of a row as they are read and named; what is wrong is a FormatException.</summary>
 internal static class RowValues

@@ -5,7 +5,7 @@ using System.Text.Json;
 using Parquet;
 using Parquet.Serialization;
 
-namespace MiniCpmNative.Engine.Data.Formats;
+namespace MiniCpmNative.Engine.Data;
 
 /// <summary>Rows of a Parquet file, one group of them after the other; nulls are absent.</summary>
 internal static class ParquetRows

@@ -1,8 +1,8 @@
 using System.Text.Json;
 using MiniCpmNative.Engine.Data.Text;
-using static MiniCpmNative.Engine.Data.Formats.RowValues;
+using static MiniCpmNative.Engine.Data.RowValues;
 
-namespace MiniCpmNative.Engine.Data.Formats;
+namespace MiniCpmNative.Engine.Data;
 
 /// <summary>
 /// What a format calls things: where the turns stand, or question, answer and history, where the

@@ -1,6 +1,6 @@
 using MiniCpmNative.Engine.Config;
 
-namespace MiniCpmNative.Engine.Train;
+namespace MiniCpmNative.Engine.Data;
 
 /// <summary>
 /// The order of the rows: in each epoch a permutation that depends on (seed, epoch) alone, so that

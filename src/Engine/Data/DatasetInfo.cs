@@ -1,7 +1,7 @@
 using System.Text.Json;
 using MiniCpmNative.Engine.Data.Text;
 
-namespace MiniCpmNative.Engine.Data.Formats;
+namespace MiniCpmNative.Engine.Data;
 
 /// <summary>
 /// LLaMA-Factory's dataset_info.json: for each name a file, whether its rows are alpaca or

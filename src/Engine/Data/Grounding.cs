@@ -5,9 +5,9 @@ using System.Text.RegularExpressions;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data.Images;
 using MiniCpmNative.Engine.Data.Text;
-using static MiniCpmNative.Engine.Data.Formats.RowValues;
+using static MiniCpmNative.Engine.Data.RowValues;
 
-namespace MiniCpmNative.Engine.Data.Formats;
+namespace MiniCpmNative.Engine.Data;
 
 /// <summary>
 /// "objects" of a row, as ms-swift has it: texts for the &lt;ref-object&gt; tags and boxes, or points,
