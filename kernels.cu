@@ -136,11 +136,13 @@ typedef u32 real2;
 DEVICE float widen_low(real2 p) { return widen((real)p); }
 DEVICE float widen_high(real2 p) { return widen((real)(p >> 16)); }
 DEVICE real2 narrow_pair(float low, float high) { return narrow2(low, high); }
+DEVICE real2 pair_of(real low, real high) { return (u32)low | (u32)high << 16; }
 #else
 typedef float2 real2;
 DEVICE float widen_low(real2 p) { return p.x; }
 DEVICE float widen_high(real2 p) { return p.y; }
 DEVICE real2 narrow_pair(float low, float high) { return make_float2(low, high); }
+DEVICE real2 pair_of(real low, real high) { return make_float2(low, high); }
 #endif
 
 // Words of an array in one access: as many as fit 16 bytes.
@@ -1785,9 +1787,9 @@ DEVICE void put_two(bf16* to, float a, float b) { *(u32*)to = narrow_bf16x2(a, b
 DEVICE void put_one(float* to, float a) { *to = a; }
 DEVICE void put_one(bf16* to, float a) { *to = narrow_bf16(a); }
 
-// Writes, from an offset on, scale times a lane's sums of a row, d[n][2 half] and its neighbour for columns 8n and
-// 8n + 1, `left` of which the row still has; or adds it to the floats there. pairs says that two can be
-// written as one.
+// Writes, from an offset on, scale times a lane's sums of a row, d[n][2 half] and its neighbour for
+// columns 8n and 8n + 1, `left` of which the row still has; or adds it to the floats there. pairs
+// says that two can be written as one.
 template <int N, typename T>
 DEVICE void put_sums(T* to, u64 at, const float (*d)[4], int half, float scale, int left,
     bool pairs, bool accumulate)
@@ -1948,8 +1950,8 @@ extern "C" __global__ void __launch_bounds__(256) lora_down_parts(
     sum_four(h, part, parts, count, false);
 }
 
-// da_n[i] = sum of part[n, p, i] over p, in order, or adds it where bit n of accumulate is set; n is
-// y, and a da that is not there is not wanted.
+// da_n[i] = sum of part[n, p, i] over p, in order, or adds it where bit n of accumulate is set; n
+// is y, and a da that is not there is not wanted.
 extern "C" __global__ void __launch_bounds__(256) lora_gradient_a_parts(float* da0, float* da1,
     float* da2, const float* part, int parts, long long count, int accumulate)
 {
@@ -1961,7 +1963,8 @@ extern "C" __global__ void __launch_bounds__(256) lora_gradient_a_parts(float* d
 
 // dx[r, c] = scale * sum over n of mask_n * sum over k of t[n, r, k] a_n[k, c], or adds it. A block
 // has LORA_X_ROWS rows and LORA_X_COLS columns, a warp 32 rows and 64 columns. Writes (or reads and
-// writes) R C S of dx, the rest from cache. 2 R C rank FLOP for each adapter, ranks rounded up to 64.
+// writes) R C S of dx, the rest from cache. 2 R C rank FLOP for each adapter, ranks rounded up to
+// 64.
 extern "C" __global__ void __launch_bounds__(LORA_THREADS, LORA_BLOCKS) lora_gradient_x(
     real* dx, const real* t, const int* mask, const real* a0, const real* a1, const real* a2,
     int rows, int cols, int rank, int adapters, int words, int accumulate, float scale)
@@ -2074,7 +2077,8 @@ extern "C" __global__ void __launch_bounds__(LORA_THREADS, LORA_BLOCKS) lora_gra
 // da_n[y, k, c] = scale * sum of t[n, r, k] mask_n x[r, c] over the rows r of part y, or adds it
 // where bit n of accumulate is set; a da that is not there is not wanted. A block has LORA_A_COLS
 // columns, a warp 32 of them, LORA_A_ROWS rows at a time. Reads R C S of x once from memory, t from
-// cache; writes 4 rank C for each adapter and part. 2 R C rank FLOP for each, ranks rounded up to 64.
+// cache; writes 4 rank C for each adapter and part. 2 R C rank FLOP for each, ranks rounded up to
+// 64.
 extern "C" __global__ void __launch_bounds__(LORA_THREADS, LORA_BLOCKS) lora_gradient_a(
     float* da0, float* da1, float* da2, const real* t, const real* x, const int* mask, int rows,
     int cols, int rank, int adapters, int words, int rows_per_part, int accumulate, float scale)
@@ -3973,7 +3977,8 @@ extern "C" __global__ void __launch_bounds__(256) unpack_4bit(
               scales[(first_block + block) >> scale_shift]), offset);
     float v[CAST];
 #pragma unroll
-    for (int j = 0; j < CAST; j++) v[j] = values[word >> (8 * (j / 2) + 4 - 4 * (j % 2)) & 15] * scale;
+    for (int j = 0; j < CAST; j++)
+        v[j] = values[word >> (8 * (j / 2) + 4 - 4 * (j % 2)) & 15] * scale;
     store_unpacked(y, i, count, v);
 }
 
@@ -4854,9 +4859,9 @@ extern "C" __global__ void __launch_bounds__(256) delta_output(real* o, const re
 // Along a sequence from its end: the gradients of the states behind chunks, and dR. Blocks and
 // registers as in delta_states; keys and queries, and P and the inverse, take turns in a place.
 extern "C" __global__ void __launch_bounds__(128, 4) delta_state_gradients(real* dstates,
-    real* dsolved, const real* dout, const real* units, const float* chunk_gates, const real* inverses,
-    const real* scores, const int* starts, int tokens, int key_heads, int value_heads, int key_dim,
-    int value_dim)
+    real* dsolved, const real* dout, const real* units, const float* chunk_gates,
+    const real* inverses, const real* scores, const int* starts, int tokens, int key_heads,
+    int value_heads, int key_dim, int value_dim)
 {
     __shared__ ChunkGates gates;
     DeltaSizes z = {key_heads, value_heads, key_dim, value_dim};
@@ -5276,8 +5281,8 @@ extern "C" __global__ void __launch_bounds__(256) delta_unit_gradients(real* dqk
 
 // ---- 16. magnitudes of weight-decomposed adapters -----------------------------------------------
 
-// y[j] = sqrt(squares[j] + sum of bb[j, k] (2 scale p[k, j] + scale^2 z[j, k]) over k), the norm of a
-// row of w + scale bb a from its parts. A thread has a row. Reads 4 (2 + 3 rank) outputs.
+// y[j] = sqrt(squares[j] + sum of bb[j, k] (2 scale p[k, j] + scale^2 z[j, k]) over k), the norm of
+// a row of w + scale bb a from its parts. A thread has a row. Reads 4 (2 + 3 rank) outputs.
 extern "C" __global__ void adapted_norm(float* y, const float* squares, const float* bb,
     const float* p, const float* z, int outputs, int rank, float scale)
 {
@@ -5319,8 +5324,8 @@ extern "C" __global__ void __launch_bounds__(256) dora_columns(real* y, const re
     }
 }
 
-// g = (m / n) dy, and part[p, c] = sum of dy u / n over the rows of part p, of which the magnitudes'
-// gradient is the sum. Blocks and warps as in sum_rows. Moves 3 R C S.
+// g = (m / n) dy, and part[p, c] = sum of dy u / n over the rows of part p, of which the
+// magnitudes' gradient is the sum. Blocks and warps as in sum_rows. Moves 3 R C S.
 extern "C" __global__ void __launch_bounds__(256) dora_backward(real* g, float* part,
     const real* dy, const real* u, const float* m, const float* n, int rows, int cols,
     int rows_per_part)

@@ -33,7 +33,7 @@ public sealed partial class CommandLineTests
     [TestCase("trian",
         "cpmx: unknown command \"trian\" (did you mean \"train\"?); see cpmx --help")]
     [TestCase("data", "cpmx: data: expected the command data check CONFIG.json")]
-    [TestCase("train --lora_rank 3", "cpmx: unknown key \"lora_rank\" (did you mean \"lora_r\"?)")]
+    [TestCase("train --lora_rank 3", "cpmx: \"lora_rank\" is not used here: set lora_r")]
     [TestCase("train none.json", "there is no such file")]
     [TestCase("doctor now", "cpmx: doctor takes no arguments, got now")]
     [TestCase("trace --out=x", "cpmx: --rows is missing: the rows to run, as ID,ID")]
@@ -50,8 +50,7 @@ public sealed partial class CommandLineTests
     [TestCase("trace --rows 1 --out", "cpmx: --out has no value")]
     [TestCase("trace --rows 1", "cpmx: --out is missing: the safetensors file to write")]
     [TestCase("chat", "cpmx: chat: the folder of a model is missing: cpmx chat MODEL")]
-    [TestCase("chat m --learning_rate 1",
-        "cpmx: unknown key \"learning_rate\" (did you mean")]
+    [TestCase("chat m --learning_rate 1", "cpmx: unknown key \"learning_rate\"")]
     [TestCase("chat m --temperature 0",
         "cpmx: temperature is \"0\", expected a number above 0")]
     [TestCase("chat nowhere", "nowhere")]
