@@ -4002,7 +4002,7 @@ extern "C" __global__ void __launch_bounds__(256) unpack_int8(
     {
         if (left == 0 && i + j < count) { scale = scales[++row]; left = cols; }
         left--;
-        v[j] = __fdiv_rn(__fmul_rn((float)(signed char)(word >> 8 * j), scale), 127.0f);
+        v[j] = __fmul_rn((float)(signed char)(word >> 8 * j), scale) / 127.0f; // rounded twice
     }
     store_unpacked(y, i, count, v);
 }
