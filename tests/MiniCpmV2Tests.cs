@@ -40,7 +40,7 @@ public sealed class MiniCpmV2Tests
         Assert.That(spec.Family.Name, Is.EqualTo("MiniCPM-V-2"));
         Assert.That(spec.Vision,
             Is.EqualTo(new VisionSpec(144, 538, 3, 2, 3, 14, 27, 1e-6f, true)));
-        Assert.That(spec.Resampler, Is.EqualTo(new ResamplerSpec(256, 144, 64, true)));
+        Assert.That(spec.Resampler, Is.EqualTo(new ResamplerSpec(256, 144, 64, true, false)));
         Assert.That(spec.Slicing, Is.EqualTo(new SlicingSpec(9, 112, 14)));
         DecoderSpec decoder = spec.Decoder;
         Assert.That(

@@ -176,10 +176,19 @@ public sealed partial class AdapterLayout
             return true;
         foreach (string before in config.LayersPattern.DefaultIfEmpty(@"[^.]*"))
         {
-            Match match = PythonRegex.Search($@"\A.*\.{before}\.(?P<layer>\d+)\.").Match(module);
-            if (match.Success)
-                return int.TryParse(match.Groups["layer"].ValueSpan, out int layer)
-                    && layers.Contains(layer);
+            try
+            {
+                Match match =
+                    PythonRegex.Search($@"\A.*\.{before}\.(?P<layer>\d+)\.").Match(module);
+                if (match.Success)
+                    return int.TryParse(match.Groups["layer"].ValueSpan, out int layer)
+                        && layers.Contains(layer);
+            }
+            catch (RegexMatchTimeoutException failure)
+            {
+                throw new InputException($"layers_pattern {Messages.Quote(before)} takes too long "
+                    + "to be matched: say it with fewer repetitions", failure);
+            }
         }
 
         return false;
