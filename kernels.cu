@@ -409,23 +409,6 @@ DEVICE int start_at(const int* starts, int sequence, int tokens)
     return min(max(starts[sequence], 0), tokens);
 }
 
-// Reports the first start that does not rise from 0 to tokens; one thread of a grid does it.
-DEVICE void check_starts(const int* starts, int sequences, int tokens, int* faults, int what)
-{
-    if (blockIdx.x + blockIdx.y + blockIdx.z + threadIdx.x > 0) return;
-    for (int s = 0, before = 0; s <= sequences; s++)
-    {
-        int start = starts[s];
-        if (start < before || start > tokens || (s == 0 && start > 0)
-            || (s == sequences && start < tokens))
-        {
-            report(faults, what, s, start, tokens);
-            return;
-        }
-        before = start;
-    }
-}
-
 // Reports starts that do not rise from 0 to the tokens; for one block of a launch.
 DEVICE void check_starts(int* faults, int what, const int* starts, int sequences, int tokens)
 {
@@ -439,8 +422,8 @@ DEVICE void check_starts(int* faults, int what, const int* starts, int sequences
 
 // ---- 3. random numbers --------------------------------------------------------------------------
 
-// Philox4x32-10 (Salmon et al. 2011): counter (element / 4, layer, step low, step high), key the
-// seed; the element takes word element % 4. The same numbers as on the CPU.
+// Philox4x32-10 (Salmon et al. 2011): counter (block, layer, step low, step high), key the seed;
+// which elements a block is for is the caller's. The same numbers as on the CPU.
 DEVICE uint4 philox(u64 seed, u64 step, u32 layer, u32 block)
 {
     u32 x0 = block, x1 = layer, x2 = (u32)step, x3 = (u32)(step >> 32);
@@ -3008,7 +2991,6 @@ DEVICE float probability(float product, float scale, float lse)
     return exp2_approx(fmaf(product, scale, -lse) * LOG2_E);
 }
 
-// Wrong starts, noted by one block of the launch.
 // Any head dimension up to 256 and any storage type, in float: a block of 8 warps owns 8 rows, a
 // warp one of them, and takes 32 rows u, w at a time: a lane computes p and ds of one of them, then
 // every lane adds all 32 to its columns lane + 32 i. For F32 and for heads that tensor cores do not
@@ -4320,7 +4302,8 @@ extern "C" __global__ void __launch_bounds__(256) conv_forward(real* y, const re
     const float* w, const real* state, const int* starts, int* faults, int sequences, int tokens,
     int cols)
 {
-    check_starts(starts, sequences, tokens, faults, FAULT_CAUSAL_CONV_STARTS);
+    if (blockIdx.x + blockIdx.y == 0)
+        check_starts(faults, FAULT_CAUSAL_CONV_STARTS, starts, sequences, tokens);
     bool wide = aligned16(x, cols, sizeof(real)) && aligned16(y, cols, sizeof(real))
         && aligned16(state, cols, sizeof(real));
     int thread = blockIdx.x * blockDim.x + threadIdx.x;
@@ -4432,7 +4415,8 @@ extern "C" __global__ void __launch_bounds__(256) conv_backward(real* dx, float*
     const real* dy, const real* x, const float* w, const int* starts, int* faults, int sequences,
     int tokens, int cols, int accumulate)
 {
-    check_starts(starts, sequences, tokens, faults, FAULT_CAUSAL_CONV_STARTS);
+    if (blockIdx.x + blockIdx.y == 0)
+        check_starts(faults, FAULT_CAUSAL_CONV_STARTS, starts, sequences, tokens);
     bool wide = aligned16(x, cols, sizeof(real)) && aligned16(dx, cols, sizeof(real))
         && aligned16(dy, cols, sizeof(real));
     int thread = blockIdx.x * blockDim.x + threadIdx.x;
@@ -4608,6 +4592,15 @@ DEVICE void load_units(real* to, const real* units, const DeltaSizes& z, const C
         at.count, z.key_dim, CHUNK, z.padded());
 }
 
+// A matrix of a chunk by itself.
+DEVICE void load_square(real* to, const real* from, const DeltaSizes& z, const ChunkPlace& at,
+    int head)
+{
+    load_rows(to, SQUARE, from + z.square(at.number, head), CHUNK, CHUNK, CHUNK, CHUNK, CHUNK);
+}
+
+DEVICE float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); }
+
 extern __shared__ uint4 delta_shared[];
 
 // The inverse of I + L, in floats [64, 65]: blocks of 16 on the diagonal by substitution, a thread
@@ -4665,7 +4658,8 @@ extern "C" __global__ void __launch_bounds__(256) delta_chunks(real* units, floa
     int key_heads, int value_heads, int key_dim, int value_dim)
 {
     __shared__ float lower[CHUNK * (CHUNK + 1)], sum[CHUNK], beta[CHUNK];
-    check_starts(starts, sequences, tokens, faults, FAULT_DELTA_RULE_STARTS);
+    if (blockIdx.x + blockIdx.y == 0)
+        check_starts(faults, FAULT_DELTA_RULE_STARTS, starts, sequences, tokens);
     DeltaSizes z = {key_heads, value_heads, key_dim, value_dim};
     ChunkPlace at;
     if (!take_chunk(at, starts, sequences, tokens, blockIdx.x)) return;
@@ -4696,7 +4690,7 @@ extern "C" __global__ void __launch_bounds__(256) delta_chunks(real* units, floa
         const real* row = gates + (u64)(at.first + i) * 2 * value_heads;
         beta[i] = i < at.count ? sigmoid(widen(row[head])) : 0;
         float a = i < at.count ? widen(row[value_heads + head]) + dt_bias[head] : 0;
-        sum[i] = i < at.count ? -expf(a_log[head]) * (a > 20 ? a : log1pf(expf(a))) : 0;
+        sum[i] = i < at.count ? -expf(a_log[head]) * softplus(a) : 0;
     }
     __syncthreads();
     if (threadIdx.x == 0)
@@ -4738,6 +4732,19 @@ extern "C" __global__ void __launch_bounds__(256) delta_chunks(real* units, floa
 #define STATE_TILES 2
 #define STATE_WARPS 4
 
+// s += left^T x over a chunk's tokens, left[CHUNK, z.pitch()]: the warp's tiles of a state's slice.
+DEVICE void add_to_state(float (&s)[STATE_TILES][2][4], const real* left, const real* x,
+    const DeltaSizes& z)
+{
+#pragma unroll
+    for (int i = 0; i < STATE_TILES; i++)
+    {
+        int first = ((int)threadIdx.x / WARP + i * STATE_WARPS) * 16;
+        if (first < z.padded())
+            add_product<true, false>(s[i], left, z.pitch(), x, SLICE_PITCH, first, 0, CHUNK);
+    }
+}
+
 // Along a sequence: the states at the starts of chunks, and X. Block (slice, head, sequence) of 128
 // threads; state (may be null) is where S starts and ends.
 extern "C" __global__ void __launch_bounds__(128, 4) delta_states(real* states, real* solved,
@@ -4775,8 +4782,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) delta_states(real* states, 
             });
         gates.load(chunk_gates + z.gates(at.number, head));
         load_units(keys, units, z, at, head, 1);
-        load_rows(inverse, SQUARE, inverses + z.square(at.number, head), CHUNK, CHUNK, CHUNK, CHUNK,
-            CHUNK);
+        load_square(inverse, inverses, z, at, head);
         __syncthreads();
         // R, then X, of the warp's 16 tokens.
         float d[2][4] = {};
@@ -4800,12 +4806,8 @@ extern "C" __global__ void __launch_bounds__(128, 4) delta_states(real* states, 
         float decay = gates.decay[CHUNK - 1];
 #pragma unroll
         for (int i = 0; i < STATE_TILES; i++)
-        {
-            int first = (warp + i * STATE_WARPS) * 16;
-            if (first >= z.padded()) continue;
-            each_of_tile(s[i], first, 0, [&](int, int, float& v) { v *= decay; });
-            add_product<true, false>(s[i], keys, z.pitch(), x, SLICE_PITCH, first, 0, CHUNK);
-        }
+            each_of_tile(s[i], 0, 0, [&](int, int, float& v) { v *= decay; });
+        add_to_state(s, keys, x, z);
         __syncthreads();
     }
 #pragma unroll
@@ -4836,7 +4838,7 @@ extern "C" __global__ void __launch_bounds__(256) delta_output(real* o, const re
     real* x = state + z.padded() * pitch;
     gates.load(chunk_gates + z.gates(at.number, head));
     load_units(queries, units, z, at, head, 0);
-    load_rows(p, SQUARE, scores + z.square(at.number, head), CHUNK, CHUNK, CHUNK, CHUNK, CHUNK);
+    load_square(p, scores, z, at, head);
     u64 stride = (u64)value_heads * value_dim, place = at.first * stride + head * value_dim;
     for (int first = 0; first < value_dim; first += OUTPUT_COLS)
     {
@@ -4893,8 +4895,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) delta_state_gradients(real*
             });
         load_units(units_tile, units, z, at, head, 0);
         load_rows(given, SLICE_PITCH, dout + place, stride, at.count, cols, CHUNK, SLICE);
-        load_rows(square, SQUARE, scores + z.square(at.number, head), CHUNK, CHUNK, CHUNK, CHUNK,
-            CHUNK);
+        load_square(square, scores, z, at, head);
         __syncthreads();
         for (int i = threadIdx.x; i < CHUNK * SLICE; i += blockDim.x)
         {
@@ -4903,14 +4904,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) delta_state_gradients(real*
         }
         __syncthreads();
         // (e^b q)^T dO.
-#pragma unroll
-        for (int i = 0; i < STATE_TILES; i++)
-        {
-            int first = (warp + i * STATE_WARPS) * 16;
-            if (first < z.padded())
-                add_product<true, false>(s[i], units_tile, z.pitch(), x, SLICE_PITCH, first, 0,
-                    CHUNK);
-        }
+        add_to_state(s, units_tile, x, z);
         __syncthreads();
         load_units(units_tile, units, z, at, head, 1);
         __syncthreads();
@@ -4924,8 +4918,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) delta_state_gradients(real*
             v = 0;
         });
         __syncthreads();
-        load_rows(square, SQUARE, inverses + z.square(at.number, head), CHUNK, CHUNK, CHUNK, CHUNK,
-            CHUNK);
+        load_square(square, inverses, z, at, head);
         __syncthreads();
         add_product<true, false>(d, square, SQUARE, x, SLICE_PITCH, row, 0, CHUNK);
         __syncthreads();
@@ -4935,14 +4928,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) delta_state_gradients(real*
             x[r * SLICE_PITCH + c] = narrow(-gates.beta[r] * gates.decay[r] * v);
         });
         __syncthreads();
-#pragma unroll
-        for (int i = 0; i < STATE_TILES; i++)
-        {
-            int first = (warp + i * STATE_WARPS) * 16;
-            if (first < z.padded())
-                add_product<true, false>(s[i], units_tile, z.pitch(), x, SLICE_PITCH, first, 0,
-                    CHUNK);
-        }
+        add_to_state(s, units_tile, x, z);
         __syncthreads();
     }
 }
@@ -5221,7 +5207,7 @@ extern "C" __global__ void __launch_bounds__(256) delta_gradients(float* dquerie
             float b = gates.beta[i], strength = expf(a_log[head]);
             float a = widen(gate_inputs[row + value_heads + head]) + dt_bias[head];
             da = -db[i] * strength * sigmoid(a);
-            dlog = -db[i] * strength * (a > 20 ? a : log1pf(expf(a)));
+            dlog = -db[i] * strength * softplus(a);
             if (dgates)
             {
                 real *to_b = dgates + row + head, *to_a = to_b + value_heads;

@@ -152,9 +152,9 @@ public sealed class LinearAttentionTests
     internal static void NothingLeaks(Device device, OpCase c, int tokens)
     {
         int first = tokens / 3;
+        double[][] plain = Results(_ => false);
         foreach (bool changeFirst in (bool[])[true, false])
         {
-            double[][] plain = Results(_ => false);
             double[][] changed = Results(t => t < first == changeFirst);
             foreach (var (a, b) in plain.Zip(changed))
             {

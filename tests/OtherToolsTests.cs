@@ -38,7 +38,9 @@ public sealed class OtherToolsTests
         foreach (string key in ReferenceText.Lines("formats/keys.json")[0].EnumerateArray()
             .Select(key => key.GetString()!))
         {
-            if (OtherToolsKeys.Advice(key) is not { } advice || !advice.Contains(": set ")) continue;
+            if (OtherToolsKeys.Advice(key) is not { } advice) continue;
+            Assert.That(known, Does.Not.Contain(key));
+            if (!advice.Contains(": set ")) continue;
             string name = advice[(advice.IndexOf(": set ") + 6)..].Split(' ', ',', '=')[0];
             Assert.That(known, Does.Contain(name), key);
         }

@@ -11,7 +11,7 @@ namespace MiniCpmNative.Tests;
 /// to a storage type what a GPU rounds: the operands of products, of which states and the results
 /// of other products are some.
 /// </summary>
-internal sealed record RoundedDeltaRule(DeltaRule Inner, DType Storage) : Op("delta_rule")
+internal sealed record RoundedDeltaRule(DeltaRule Inner, DType Storage) : RoundedOp(Inner, Storage)
 {
     private const int Tokens = 64;
 
@@ -20,11 +20,6 @@ internal sealed record RoundedDeltaRule(DeltaRule Inner, DType Storage) : Op("de
     private int ValueDim => Inner.ValueDim;
 
     private int Group => Inner.ValueHeads / Inner.KeyHeads;
-
-    public override Outputs Infer(ReadOnlySpan<Spec> inputs, DType activations) =>
-        Inner.Infer(inputs, activations);
-
-    public override bool Differentiates(int input) => Inner.Differentiates(input);
 
     public override void CpuForward<T>(in CpuCall<T> call)
     {
@@ -63,10 +58,6 @@ internal sealed record RoundedDeltaRule(DeltaRule Inner, DType Storage) : Op("de
         Write(call.Gradient(2).Into, dLog);
         Write(call.Gradient(3).Into, dBias);
     }
-
-    public override void CudaForward(in CudaCall call) => Inner.CudaForward(call);
-
-    public override void CudaBackward(in CudaCall call) => Inner.CudaBackward(call);
 
     // Returns dS, adds to the rest.
     private double[] Backward(Operands x, Chunk c, int head, double[] dy, double[] dEnd,
@@ -248,8 +239,6 @@ internal sealed record RoundedDeltaRule(DeltaRule Inner, DType Storage) : Op("de
         for (int i = 0; i < values.Length; i++)
             into[((c.First + (i / cols)) * stride) + column + (i % cols)] = values[i];
     }
-
-    private double[] Rounded(double[] values) => Kernels.Cases.Storage.Round(values, Storage);
 
     private static Operands Read<T>(in CpuCall<T> call)
         where T : unmanaged, System.Numerics.IBinaryFloatingPointIeee754<T>

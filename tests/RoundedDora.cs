@@ -12,13 +12,8 @@ namespace MiniCpmNative.Tests;
 /// on a GPU, as <see cref="RoundedLora"/> does: h, the adapter's part, u, y before its columns are
 /// scaled, c * dy, t, and the parts of dx. Loops in double.
 /// </summary>
-internal sealed record RoundedDora(DoraLinear Inner, DType Storage) : Op("dora_linear")
+internal sealed record RoundedDora(DoraLinear Inner, DType Storage) : RoundedOp(Inner, Storage)
 {
-    public override Outputs Infer(ReadOnlySpan<Spec> inputs, DType activations) =>
-        Inner.Infer(inputs, activations);
-
-    public override bool Differentiates(int input) => Inner.Differentiates(input);
-
     public override void CpuForward<T>(in CpuCall<T> call)
     {
         Inner.CpuForward(call);
@@ -79,15 +74,7 @@ internal sealed record RoundedDora(DoraLinear Inner, DType Storage) : Op("dora_l
         Write(dx.Into, Sum(frozen, [.. part.Zip(mask, (v, k) => v * k)]));
     }
 
-    public override void CudaForward(in CudaCall call) => Inner.CudaForward(call);
-
-    public override void CudaBackward(in CudaCall call) => Inner.CudaBackward(call);
-
     private static double[] Sum(double[] a, double[] b) => [.. a.Zip(b, (p, q) => p + q)];
 
     private static double[] Scaled(double[] a, double factor) => [.. a.Select(v => factor * v)];
-
-    private double[] Added(double[] product) => CudaUnderTest.IsReal ? Rounded(product) : product;
-
-    private double[] Rounded(double[] values) => Kernels.Cases.Storage.Round(values, Storage);
 }

@@ -11,13 +11,8 @@ namespace MiniCpmNative.Tests;
 /// <see cref="RoundedLora"/> rounds, and the layers' results before biases and rotations. Weights
 /// that do not lie together. Loops in double.
 /// </summary>
-internal sealed record RoundedLinears(Linears Inner, DType Storage) : Op("linears")
+internal sealed record RoundedLinears(Linears Inner, DType Storage) : RoundedOp(Inner, Storage)
 {
-    public override Outputs Infer(ReadOnlySpan<Spec> inputs, DType activations) =>
-        Inner.Infer(inputs, activations);
-
-    public override bool Differentiates(int input) => Inner.Differentiates(input);
-
     public override void CpuForward<T>(in CpuCall<T> call)
     {
         Inner.CpuForward(call);
@@ -85,10 +80,6 @@ internal sealed record RoundedLinears(Linears Inner, DType Storage) : Op("linear
         Write(dx.Into, sum);
     }
 
-    public override void CudaForward(in CudaCall call) => Inner.CudaForward(call);
-
-    public override void CudaBackward(in CudaCall call) => Inner.CudaBackward(call);
-
     private static void Put<T>(Gradient<T> into, Func<double[]> values)
         where T : unmanaged, System.Numerics.IBinaryFloatingPointIeee754<T>
     {
@@ -120,10 +111,4 @@ internal sealed record RoundedLinears(Linears Inner, DType Storage) : Op("linear
 
         return y;
     }
-
-    // A product that is added to what is there.
-    private double[] Added(double[] product) => CudaUnderTest.IsReal ? Rounded(product) : product;
-
-    private double[] Rounded(double[] values) =>
-        Kernels.Cases.Storage.Round(values, Storage);
 }

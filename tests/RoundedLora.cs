@@ -13,13 +13,8 @@ namespace MiniCpmNative.Tests;
 /// also rounds a product before it adds what is there (seen on an H100 with cuBLAS 13.1, 600 x 24
 /// of depth 16). Loops in double.
 /// </summary>
-internal sealed record RoundedLora(LoraLinear Inner, DType Storage) : Op("lora_linear")
+internal sealed record RoundedLora(LoraLinear Inner, DType Storage) : RoundedOp(Inner, Storage)
 {
-    public override Outputs Infer(ReadOnlySpan<Spec> inputs, DType activations) =>
-        Inner.Infer(inputs, activations);
-
-    public override bool Differentiates(int input) => Inner.Differentiates(input);
-
     public override void CpuForward<T>(in CpuCall<T> call)
     {
         Inner.CpuForward(call);
@@ -59,10 +54,6 @@ internal sealed record RoundedLora(LoraLinear Inner, DType Storage) : Op("lora_l
         }
     }
 
-    public override void CudaForward(in CudaCall call) => Inner.CudaForward(call);
-
-    public override void CudaBackward(in CudaCall call) => Inner.CudaBackward(call);
-
     /// <summary>What an adapter multiplies each element of x by.</summary>
     public static double[] MaskOf(LoraLinear op, Randomness random, int rows, int cols) =>
         MaskOf(op.Layer, op.Dropout, random, rows, cols);
@@ -90,12 +81,6 @@ internal sealed record RoundedLora(LoraLinear Inner, DType Storage) : Op("lora_l
 
         return factors;
     }
-
-    // A product that is added to what is there.
-    private double[] Added(double[] product) => CudaUnderTest.IsReal ? Rounded(product) : product;
-
-    private double[] Rounded(double[] values) =>
-        Kernels.Cases.Storage.Round(values, Storage);
 
     internal static double[] Product(double[] a, double[] b, int rows, int cols)
     {

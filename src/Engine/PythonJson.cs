@@ -72,10 +72,11 @@ internal static class PythonJson
         text.Append('"');
     }
 
-    /// <summary>A float's repr: 2.5, 1e-05, 1e+16, 100000.0.</summary>
+    /// <summary>The shortest digits: 2.5, 64, 1e-05.</summary>
     public static string Short(double value) =>
         value.ToString("R", CultureInfo.InvariantCulture).Replace('E', 'e');
 
+    /// <summary>A float's repr: 2.5, 1e-05, 1e+16, 100000.0.</summary>
     public static string Float(double value)
     {
         if (!double.IsFinite(value)) return value.ToString(CultureInfo.InvariantCulture);

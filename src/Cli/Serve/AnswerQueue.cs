@@ -50,7 +50,7 @@ internal sealed class AnswerQueue : IDisposable
     private readonly Generator _generator;
     private readonly int _batch, _waiting;
     private readonly Lock _turn = new();
-    private readonly LinkedList<AnswerJob> _jobs = [];
+    private readonly List<AnswerJob> _jobs = [];
     private readonly SemaphoreSlim _news = new(0);
     private readonly Thread _worker;
     private bool _closed;
@@ -66,13 +66,20 @@ internal sealed class AnswerQueue : IDisposable
         _worker.Start();
     }
 
-    /// <summary>False when too many wait, or the server ends.</summary>
+    /// <summary>False when too many wait.</summary>
     public bool TryAdd(AnswerJob job)
     {
         lock (_turn)
         {
-            if (_closed || _jobs.Count >= _waiting) return false;
-            _jobs.AddLast(job);
+            if (_closed)
+            {
+                job.Fail(Closing());
+                return true;
+            }
+
+            _jobs.RemoveAll(waits => waits.Gone.IsCancellationRequested);
+            if (_jobs.Count >= _waiting) return false;
+            _jobs.Add(job);
         }
 
         _news.Release();
@@ -90,8 +97,7 @@ internal sealed class AnswerQueue : IDisposable
             _jobs.Clear();
         }
 
-        foreach (AnswerJob job in left)
-            job.Fail(new RunException("the server is being shut down"));
+        foreach (AnswerJob job in left) job.Fail(Closing());
         _news.Release();
     }
 
@@ -103,8 +109,11 @@ internal sealed class AnswerQueue : IDisposable
         _news.Dispose();
     }
 
+    private static RunException Closing() => new("the server is being shut down");
+
     private void Work()
     {
+        _model.Model.MakeCurrent();
         while (true)
         {
             _news.Wait();
@@ -118,23 +127,12 @@ internal sealed class AnswerQueue : IDisposable
     {
         lock (_turn)
         {
-            while (_jobs.First is { Value.Gone.IsCancellationRequested: true })
-                _jobs.RemoveFirst();
-            if (_jobs.First is not { } first) return null;
-            var chosen = new List<AnswerJob>();
-            for (var node = first; node is not null && chosen.Count < _batch;)
-            {
-                var next = node.Next;
-                if (node.Value.Adapted == first.Value.Adapted
-                    && node.Value.Request.Settings == first.Value.Request.Settings)
-                {
-                    chosen.Add(node.Value);
-                    _jobs.Remove(node);
-                }
-
-                node = next;
-            }
-
+            _jobs.RemoveAll(job => job.Gone.IsCancellationRequested);
+            if (_jobs.Count == 0) return null;
+            AnswerJob first = _jobs[0];
+            List<AnswerJob> chosen = [.. _jobs.Where(job => job.Adapted == first.Adapted
+                && job.Request.Settings == first.Request.Settings).Take(_batch)];
+            _jobs.RemoveAll(chosen.Contains);
             return chosen;
         }
     }
@@ -144,11 +142,13 @@ internal sealed class AnswerQueue : IDisposable
         var answers = jobs.ConvertAll(job => new RunningAnswer(job, _model.Rows.Tokenizer));
         try
         {
-            if (_model.Adapter is not null) _model.IsAdapted = jobs[0].Adapted;
-            GenerationSettings settings = jobs[0].Request.Settings with
+            _model.IsAdapted = jobs[0].Adapted;
+            GenerationSettings settings = jobs[0].Request.Settings;
+            int most = jobs.Max(job => job.MaxTokens);
+            settings = settings with
             {
-                MaxNewTokens = jobs.Max(job => job.MaxTokens),
-                MinNewTokens = 0,
+                MaxNewTokens = most,
+                MinNewTokens = Math.Min(settings.MinNewTokens, most),
             };
             GeneratedTokens[] tokens = _generator.Run(
                 [.. jobs.Select(job => job.Input)], settings,

@@ -1,21 +1,16 @@
-using System.Text.Encodings.Web;
 using System.Text.Json;
+using MiniCpmNative.Engine;
 
 namespace MiniCpmNative.Cli.Serve;
 
-/// <summary>What goes out, in the form of OpenAI's API.</summary>
+/// <summary>What goes out, in the form of OpenAI's API; each ends its line.</summary>
 internal sealed class ChatReply(string model)
 {
-    private static readonly JsonWriterOptions s_options = new()
-    {
-        Encoder = JavaScriptEncoder.UnsafeRelaxedJsonEscaping,
-    };
-
     private readonly string _id = $"chatcmpl-{Guid.NewGuid():N}";
     private readonly long _created = DateTimeOffset.UtcNow.ToUnixTimeSeconds();
 
     /// <summary>All of an answer.</summary>
-    public byte[] Whole(string text, string finish, int promptTokens, int tokens) => Json(json =>
+    public byte[] Whole(string text, string finish, int promptTokens, int tokens) => JsonLine.Of(json =>
     {
         Head(json, "chat.completion");
         json.WriteStartArray("choices");
@@ -32,7 +27,7 @@ internal sealed class ChatReply(string model)
     });
 
     /// <summary>The next piece of an answer; finish at its end alone.</summary>
-    public byte[] Chunk(string? piece, string? finish, bool first) => Json(json =>
+    public byte[] Chunk(string? piece, string? finish, bool first) => JsonLine.Of(json =>
     {
         Head(json, "chat.completion.chunk");
         json.WriteStartArray("choices");
@@ -48,7 +43,7 @@ internal sealed class ChatReply(string model)
     });
 
     /// <summary>The last chunk where numbers were asked for.</summary>
-    public byte[] UsageChunk(int promptTokens, int tokens) => Json(json =>
+    public byte[] UsageChunk(int promptTokens, int tokens) => JsonLine.Of(json =>
     {
         Head(json, "chat.completion.chunk");
         json.WriteStartArray("choices");
@@ -56,7 +51,7 @@ internal sealed class ChatReply(string model)
         Usage(json, promptTokens, tokens);
     });
 
-    public static byte[] Error(string message, string type) => Json(json =>
+    public static byte[] Error(string message, string type) => JsonLine.Of(json =>
     {
         json.WriteStartObject("error");
         json.WriteString("message", message);
@@ -66,7 +61,7 @@ internal sealed class ChatReply(string model)
         json.WriteEndObject();
     });
 
-    public static byte[] Models(IEnumerable<string> names, long created) => Json(json =>
+    public static byte[] Models(IEnumerable<string> names, long created) => JsonLine.Of(json =>
     {
         json.WriteString("object", "list");
         json.WriteStartArray("data");
@@ -82,19 +77,6 @@ internal sealed class ChatReply(string model)
 
         json.WriteEndArray();
     });
-
-    private static byte[] Json(Action<Utf8JsonWriter> content)
-    {
-        using var stream = new MemoryStream();
-        using (var json = new Utf8JsonWriter(stream, s_options))
-        {
-            json.WriteStartObject();
-            content(json);
-            json.WriteEndObject();
-        }
-
-        return stream.ToArray();
-    }
 
     private void Head(Utf8JsonWriter json, string kind)
     {

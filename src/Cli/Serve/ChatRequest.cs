@@ -11,10 +11,10 @@ internal sealed record ChatRequest
 
     private const int MostTurns = 1000, MostPictures = 64, MostStops = 16;
 
-    // Taken with the one value that changes nothing, or about the sender alone.
+    // Passed over: about the sender alone.
     private static readonly string[] s_harmless =
     [
-        "user", "metadata", "store", "stream_options", "service_tier", "safety_identifier",
+        "user", "metadata", "store", "service_tier", "safety_identifier",
         "prompt_cache_key",
     ];
 
@@ -49,13 +49,13 @@ internal sealed record ChatRequest
     /// <param name="settings">What holds where the request says nothing.</param>
     /// <exception cref="InputException">Not such a request, or it asks for what is not
     /// served.</exception>
-    public static ChatRequest Read(byte[] body, GenerationSettings settings)
+    public static ChatRequest Read(
+        ReadOnlyMemory<byte> body, GenerationSettings settings)
     {
         JsonValue json = JsonInput.Parse(Place, body);
         if (!json.IsObject) throw json.Expected("an object");
         var pictures = new List<byte[]>();
         (string? system, List<PromptTurn> turns) = Messages(json["messages"], pictures);
-        int? tokens = null;
         var request = new ChatRequest
         {
             Model = json.Find("model")?.Text() ?? "",
@@ -75,7 +75,13 @@ internal sealed record ChatRequest
                     request = request with { Streams = value.Bool() };
                     break;
                 case "max_tokens" or "max_completion_tokens":
-                    tokens = value.Int(1);
+                    request = request with { MaxTokens = value.Int(1) };
+                    break;
+                case "stream_options":
+                    request = request with
+                    {
+                        ReportsUsage = value.Find("include_usage")?.Bool() ?? false,
+                    };
                     break;
                 case "seed":
                     request = request with { Seed = unchecked((ulong)value.Long()) };
@@ -111,28 +117,16 @@ internal sealed record ChatRequest
             }
         }
 
-        // As OpenAI has it, and as the drawing of the official chat() has not: 0 is greedy.
-        if (json.Find("temperature")?.Number() == 0)
-            request = request with
-            {
-                Settings = request.Settings with { DoSample = false, Temperature = 1 },
-            };
-        return request with
-        {
-            MaxTokens = tokens,
-            ReportsUsage = json.Find("stream_options")?.Find("include_usage")?.Bool() ?? false,
-            Settings = request.Settings.Checked(),
-        };
+        return request with { Settings = request.Settings.Checked() };
     }
 
     private static GenerationSettings? Choice(
         GenerationSettings settings, string name, JsonValue value) => name switch
         {
-            "temperature" => settings with
-            {
-                DoSample = true,
-                Temperature = value.Number(0, 1e6) is > 0 and var t ? t : 1,
-            },
+            // As OpenAI has it, and as the drawing of the official chat() has not: 0 is greedy.
+            "temperature" => value.Number(0, 1e6) is > 0 and var t
+                ? settings with { DoSample = true, Temperature = t }
+                : settings with { DoSample = false, Temperature = 1 },
             "top_p" => settings with { TopP = value.Number(0, 1) },
             "top_k" => settings with { TopK = value.Int(0) },
             "repetition_penalty" => settings with { RepetitionPenalty = value.Number(0, 1e6) },

@@ -108,7 +108,7 @@ internal sealed class ChatServer : IAsyncDisposable
         }
     }
 
-    /// <summary>Takes no more requests, tells those that wait, and ends those that run.</summary>
+    /// <summary>Takes no more requests, tells those that wait, and waits for those that run.</summary>
     public async Task Stop()
     {
         _queue.Close();
@@ -158,16 +158,12 @@ internal sealed class ChatServer : IAsyncDisposable
     {
         long began = Environment.TickCount64;
         AnswerJob job;
-        bool adapted;
-        ChatRequest request;
         try
         {
             if (!context.Request.HasJsonContentType())
                 throw new InputException("the request is no JSON: Content-Type is "
                     + $"{Messages.Quote(context.Request.ContentType ?? "")}");
-            request = ChatRequest.Read(await Body(context), _settings);
-            adapted = IsAdapted(request.Model);
-            job = await Job(request, adapted, context.RequestAborted);
+            job = await Job(await Body(context), context.RequestAborted);
         }
         catch (InputException problem)
         {
@@ -192,19 +188,19 @@ internal sealed class ChatServer : IAsyncDisposable
             return;
         }
 
-        string name = adapted || _model.Adapter is null ? _name : _name + Base;
-        string how = await (request.Streams ? Stream(context, job, name) : Whole(context, job, name));
-        _say(FormattableString.Invariant($"{name}: {request.Pictures.Count} pictures, ")
+        string name = job.Adapted || _model.Adapter is null ? _name : _name + Base;
+        string how = await (job.Request.Streams ? Stream(context, job, name) : Whole(context, job, name));
+        _say(FormattableString.Invariant($"{name}: {job.Request.Pictures.Count} pictures, ")
             + FormattableString.Invariant($"{job.Input.Tokens:N0} + {job.Tokens:N0} tokens, ")
             + FormattableString.Invariant(
                 $"{(Environment.TickCount64 - began) / 1e3:0.0} s{how}"));
     }
 
-    private static async Task<byte[]> Body(HttpContext context)
+    private static async Task<ReadOnlyMemory<byte>> Body(HttpContext context)
     {
         using var body = new MemoryStream();
         await context.Request.Body.CopyToAsync(body, context.RequestAborted);
-        return body.ToArray();
+        return body.GetBuffer().AsMemory(0, (int)body.Length);
     }
 
     private bool IsAdapted(string name) =>
@@ -213,12 +209,13 @@ internal sealed class ChatServer : IAsyncDisposable
             : throw new InputException($"the request: there is no model {Messages.Quote(name)}, "
                 + $"expected {string.Join(" or ", Names)}");
 
-    private async Task<AnswerJob> Job(
-        ChatRequest request, bool adapted, CancellationToken gone)
+    private async Task<AnswerJob> Job(ReadOnlyMemory<byte> body, CancellationToken gone)
     {
         await _reading.WaitAsync(gone);
         try
         {
+            ChatRequest request = ChatRequest.Read(body, _settings);
+            bool adapted = IsAdapted(request.Model);
             GenerationInput input = _maker.Make(
                 request.Turns,
                 [.. request.Pictures.Select((picture, i) =>
@@ -272,7 +269,7 @@ internal sealed class ChatServer : IAsyncDisposable
             await Event(reply.Chunk(null, job.Finish, first: false));
             if (job.Request.ReportsUsage)
                 await Event(reply.UsageChunk(job.Input.Tokens, job.Tokens));
-            await Event("[DONE]"u8.ToArray());
+            await Event("[DONE]\n"u8.ToArray());
             return "";
         }
         catch (Exception failure) when (failure is OperationCanceledException or IOException)
@@ -289,7 +286,7 @@ internal sealed class ChatServer : IAsyncDisposable
         async Task Event(byte[] json)
         {
             await context.Response.Body.WriteAsync(
-                (byte[])[.. "data: "u8, .. json, .. "\n\n"u8], context.RequestAborted);
+                (byte[])[.. "data: "u8, .. json, .. "\n"u8], context.RequestAborted);
             await context.Response.Body.FlushAsync(context.RequestAborted);
         }
     }

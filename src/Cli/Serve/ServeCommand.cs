@@ -88,10 +88,11 @@ internal static class ServeCommand
         void Stop(PosixSignalContext context)
         {
             // A signal that comes to the process and to its group is one.
-            bool isFirst = stop.TrySetResult();
-            if (isFirst) first = Stopwatch.GetTimestamp();
-            context.Cancel = isFirst
-                || Stopwatch.GetElapsedTime(first).TotalSeconds < StopSignals.EchoSeconds;
+            long now = Stopwatch.GetTimestamp();
+            long before = Interlocked.CompareExchange(ref first, now, 0);
+            context.Cancel = before == 0
+                || Stopwatch.GetElapsedTime(before, now).TotalSeconds < StopSignals.EchoSeconds;
+            stop.TrySetResult();
         }
     }
 

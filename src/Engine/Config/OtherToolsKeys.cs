@@ -12,7 +12,7 @@ internal static class OtherToolsKeys
         add_non_thinking_prefix : think blocks are as the model's own template has them
         additional_target modules_to_save
         agent_template : calls of functions are not trained here
-        aligner_lr : there is one learning_rate
+        aligner_lr learning_rates, as {"joiner": 1e-5}
         attn_impl : attention is chosen by the device
         beta : preference training is not supported
         buffer_size : rows are read before the first step
@@ -28,7 +28,7 @@ internal static class OtherToolsKeys
         disable_auto_column_mapping : name the columns in a dataset_info.json beside the file
         disable_gradient_checkpointing recompute=nothing
         disable_shuffling train_sampling_strategy=sequential
-        double_quantization : weights are not quantised here
+        double_quantization bnb_4bit_use_double_quant
         dtype bf16 or fp16
         early_stopping_steps : the run does all its steps; choose among its checkpoints
         enable_channel_loss : the loss is that of all rows
@@ -58,7 +58,7 @@ internal static class OtherToolsKeys
         image_max_pixels max_slice_nums
         image_min_pixels : pictures are as large as the model takes them
         infer_backend : cpmx chat, eval and predict answer
-        init_weights : B starts at zero
+        init_weights init_lora_weights
         interleave_prob : files are taken one behind the other
         interleave_probs : files are taken one behind the other
         is_binary_loss_scale : a turn's "loss" is true or false
@@ -69,7 +69,6 @@ internal static class OtherToolsKeys
         lora_dtype : adapters are float32 in training
         lora_rank lora_r
         lora_target lora_target_modules, with a list of names or a regular expression
-        loraplus_lr_ratio : there is one learning_rate
         loss_scale train_on (all or last)
         loss_type : the loss is cross-entropy
         mask_history train_on=last
@@ -97,11 +96,11 @@ internal static class OtherToolsKeys
         pref_loss : preference training is not supported
         preserve_thinking : think blocks are as the model's own template has them
         pure_bf16 bf16 and optim=adamw_bf16
-        quant_bits : weights are not quantised here; use_lora with bf16 is the nearest
-        quant_method : weights are not quantised here
-        quantization_bit : weights are not quantised here; use_lora with bf16 is the nearest
-        quantization_method : weights are not quantised here
-        quantization_type : weights are not quantised here
+        quant_bits q_lora, for 4 bits
+        quant_method q_lora, which quantises to 4 bits on load
+        quantization_bit q_lora, for 4 bits
+        quantization_method q_lora, which quantises to 4 bits on load
+        quantization_type bnb_4bit_quant_type
         resize_vocab : the vocabulary is the model's own
         response_prefix : answers begin as the model's own template has them
         resume_only_model lora_weight_path, with the checkpoint's folder
@@ -138,7 +137,7 @@ internal static class OtherToolsKeys
         video_max_pixels : videos are not used here
         video_maxlen : videos are not used here
         vit_gradient_checkpointing gradient_checkpointing
-        vit_lr : there is one learning_rate
+        vit_lr learning_rates, as {"vision": 1e-5}
         """;
 
     private static readonly Dictionary<string, string> s_advice = Table

@@ -1,4 +1,3 @@
-
 namespace MiniCpmNative.Engine.Config;
 
 /// <summary>

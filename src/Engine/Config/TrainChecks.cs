@@ -1,4 +1,3 @@
-
 namespace MiniCpmNative.Engine.Config;
 
 public sealed partial record TrainArguments

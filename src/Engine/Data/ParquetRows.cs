@@ -39,7 +39,8 @@ internal static class ParquetRows
     private static IEnumerable<Dictionary<string, object>> Rows(
         string path, ReadOnlyMemory<byte> bytes)
     {
-        for (int group = 0; group < Guard(path, () => Groups(bytes)); group++)
+        int groups = Guard(path, () => Groups(bytes));
+        for (int group = 0; group < groups; group++)
         {
             int at = group;
             foreach (var row in Guard(path, () => Group(bytes, at))) yield return row;

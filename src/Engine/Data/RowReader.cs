@@ -224,7 +224,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
             throw new FormatException($"\"{columns.Question}\" is missing");
         turns.Add(new ChatTurn("user",
             question + (question.Length > 0 && input.Length > 0 ? "\n" : "") + input));
-        var answer = Unfolded(row.Member(columns.Answer!));
+        var answer = row.Member(columns.Answer!);
         if (answer.IsNull() && options.Asked) return;
         // Several right answers: the first is learned, the others count in scores.
         if (answer.ValueKind == JsonValueKind.Array && answer.GetArrayLength() > 0

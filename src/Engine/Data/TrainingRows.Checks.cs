@@ -46,7 +46,7 @@ public sealed partial class TrainingRows
         {
             try
             {
-                checks[i] = new RowCheck { Size = new(rows.Prompt(i).Tokens, 0, 0, 0) };
+                _ = rows.Prompt(i);
             }
             catch (BadRowException found)
             {

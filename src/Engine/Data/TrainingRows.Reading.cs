@@ -1,6 +1,7 @@
 using System.Security.Cryptography;
 using System.Text;
 using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data.Images;
 
 namespace MiniCpmNative.Engine.Data;
 
@@ -62,7 +63,10 @@ public sealed partial class TrainingRows
         {
             try
             {
-                good.Add(row.Objects?.Fill(row, boxes, picture => Probe(row, picture).Size) ?? row);
+                // A picture's header is read once, however many boxes it has.
+                var sizes = new PictureSize?[row.Pictures.Count];
+                good.Add(row.Objects?.Fill(row, boxes,
+                    picture => sizes[picture] ??= Probe(row, picture).Size) ?? row);
             }
             catch (BadRowException failure)
             {

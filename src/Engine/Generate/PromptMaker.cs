@@ -44,8 +44,8 @@ public sealed class PromptMaker
     /// <inheritdoc cref="Open"/>
     public PromptPicture Open(byte[] content, string name)
     {
-        using Picture picture = PictureDecoder.Decode(content, content.Length, name);
-        return Cut(name, () => PictureDecoder.Decode(content, content.Length, name),
+        using Picture picture = PictureDecoder.Decode(content, name);
+        return Cut(name, () => PictureDecoder.Decode(content, name),
             picture.Size);
     }
 

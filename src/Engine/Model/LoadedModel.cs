@@ -3,6 +3,7 @@ using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Data.Text;
 using MiniCpmNative.Engine.Weights;
 using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Cuda;
 
 namespace MiniCpmNative.Engine.Model;
 
@@ -26,6 +27,13 @@ public sealed class LoadedModel : IDisposable
 
     /// <summary>The device in words.</summary>
     public string DeviceName => _device.Name;
+
+    /// <summary>Once on each other thread that is to run the model: the driver's current context is
+    /// a thread's own.</summary>
+    public void MakeCurrent()
+    {
+        if (Device is CudaDevice gpu) gpu.Context.MakeCurrent();
+    }
 
     public Graph Graph { get; }
 

@@ -128,6 +128,11 @@ public sealed class TrainingModel : IDisposable
     public void CopyFrom(AdapterFile adapter)
     {
         AdapterConfig its = adapter.Config;
+        if (Parts.Config is { } config && (its.Rank, its.Alpha) != (config.Rank, config.Alpha))
+            throw new InputException(FormattableString.Invariant(
+                $"{adapter.Directory}: was made with lora_r {its.Rank} and lora_alpha {its.Alpha}, ")
+                + FormattableString.Invariant($"this run has {config.Rank} and {config.Alpha}"));
+        // Patterns and rsLoRA may still differ.
         foreach (Adapter own in Parts.Adapters.List)
             if ((its.RankOf(own.Module), its.ScaleOf(own.Module)) != (own.Rank, own.Scale))
                 throw new InputException(FormattableString.Invariant(

@@ -1,7 +1,7 @@
 namespace MiniCpmNative.Kernels.Cuda;
 
 /// <summary>
-/// The delta rule's kernels, section 14 of kernels.cu: what chunks need before any state, the
+/// The delta rule's kernels, section 15 of kernels.cu: what chunks need before any state, the
 /// states along each sequence, and what chunks make of them; backward anew, and the same the other
 /// way round. Inputs are those of the operation.
 /// </summary>

@@ -40,14 +40,7 @@ public sealed unsafe record DoraLinear : Op
 
     public override Outputs Infer(ReadOnlySpan<Spec> inputs, DType activations)
     {
-        Spec x = inputs.Float(this, 0, "x");
-        var (output, input) = inputs.Weight(this, 1, "w", Weight);
-        Spec a = inputs.FloatMatrix(this, 3, "a");
-        int rows = (int)x.Shape.Rows, rank = a.Shape[0];
-        if (x.Shape.Cols != input) throw this.Wrong("x", $"{input} columns, the inputs of w", x);
-        if (inputs[2].Exists) inputs.Float(this, 2, "b").MustBe(this, "b", output);
-        a.MustBe(this, "a", rank, input);
-        inputs.FloatMatrix(this, 4, "bb").MustBe(this, "bb", output, rank);
+        var (rows, output, rank) = LoraLinear.Check(this, inputs, Weight);
         inputs.Float(this, 5, "m").MustBe(this, "m", output);
         inputs.Float(this, 6, "n").MustBe(this, "n", output);
         return new(new Spec(activations, new Shape(rows, output)),
@@ -74,7 +67,7 @@ public sealed unsafe record DoraLinear : Op
         if (mask.Active)
         {
             w.Multiply(x, y, bias: call.In(2));
-            call.Workers.For(y.Rows, new RowWork<T>(u, default, default, y, Subtract: true));
+            Elementwise.Scale(call.Workers, u, -T.One, new Gradient<T>(y, accumulate: true));
         }
 
         call.Gemm.Multiply(h.View, call.View(4).T, u.View, Scale, beta: 1);
@@ -240,11 +233,11 @@ public sealed unsafe record DoraLinear : Op
     }
 
     /// <summary>
-    /// y = x factor + b by row, where b is one row, y itself or none; times another matrix; or y - x.
+    /// y = x factor + b by row, where b is one row, y itself or none; times another matrix.
     /// </summary>
     private readonly struct RowWork<T>(
-        Matrix<T> x, Matrix<T> factor, Matrix<T> b, Matrix<T> y, Matrix<T> times = default,
-        bool Subtract = false) : IRangeBody
+        Matrix<T> x, Matrix<T> factor, Matrix<T> b, Matrix<T> y, Matrix<T> times = default)
+        : IRangeBody
         where T : unmanaged, IBinaryFloatingPointIeee754<T>
     {
         public void Run(int begin, int end, int worker)
@@ -253,12 +246,6 @@ public sealed unsafe record DoraLinear : Op
             {
                 Span<T> to = y.RowSpan(r);
                 ReadOnlySpan<T> from = x.RowSpan(r);
-                if (Subtract)
-                {
-                    TensorPrimitives.Subtract(to, from, to);
-                    continue;
-                }
-
                 ReadOnlySpan<T> scale = factor.RowSpan(0);
                 if (b.Exists)
                     TensorPrimitives.MultiplyAdd(from, scale, b.RowSpan(b.Data == y.Data ? r : 0), to);

@@ -37,16 +37,24 @@ public sealed record LoraLinear : Op
 
     public override Outputs Infer(ReadOnlySpan<Spec> inputs, DType activations)
     {
-        Spec x = inputs.Float(this, 0, "x");
-        var (output, input) = inputs.Weight(this, 1, "w", Weight);
-        Spec a = inputs.FloatMatrix(this, 3, "a");
-        int rows = (int)x.Shape.Rows, rank = a.Shape[0];
-        if (x.Shape.Cols != input) throw this.Wrong("x", $"{input} columns, the inputs of w", x);
-        if (inputs[2].Exists) inputs.Float(this, 2, "b").MustBe(this, "b", output);
-        a.MustBe(this, "a", rank, input);
-        inputs.FloatMatrix(this, 4, "bb").MustBe(this, "bb", output, rank);
+        var (rows, output, rank) = Check(this, inputs, Weight);
         return new(new Spec(activations, new Shape(rows, output)),
             new Spec(activations, new Shape(rows, rank)));
+    }
+
+    /// <summary>x, w, b, a and bb, which are the first inputs, fit together.</summary>
+    internal static (int Rows, int Outputs, int Rank) Check(
+        Op op, ReadOnlySpan<Spec> inputs, Weight? weight)
+    {
+        Spec x = inputs.Float(op, 0, "x");
+        var (output, input) = inputs.Weight(op, 1, "w", weight);
+        Spec a = inputs.FloatMatrix(op, 3, "a");
+        int rank = a.Shape[0];
+        if (x.Shape.Cols != input) throw op.Wrong("x", $"{input} columns, the inputs of w", x);
+        if (inputs[2].Exists) inputs.Float(op, 2, "b").MustBe(op, "b", output);
+        a.MustBe(op, "a", rank, input);
+        inputs.FloatMatrix(op, 4, "bb").MustBe(op, "bb", output, rank);
+        return ((int)x.Shape.Rows, output, rank);
     }
 
     public override bool Differentiates(int input) =>
