@@ -41,6 +41,11 @@ internal sealed class DeltaMixer : Mixer
         Projection a = scope.Linear("in_proj_a", width, heads, bias: false);
         _inputs = new Projections([qkv, z], [delta.Channels, values]);
         _gates = new Projections([b, a], [heads, heads]);
+        if (!_gates.AreOne)
+            throw new InputException(
+                "the adapters of in_proj_b and in_proj_a have to be of one rank and scale, without "
+                + "magnitudes: set rank_pattern and alpha_pattern alike for both, or leave them out "
+                + "of lora_target_modules with use_dora");
         _rule = new DeltaRule(delta.KeyHeads, heads, delta.KeyDim, delta.ValueDim);
         Projections = [_output, qkv, z, b, a];
         Trainable = Array.Exists(Projections, p => p.Trainable) || _norm.Trainable

@@ -116,10 +116,6 @@ public sealed class ModuleScope
             new RmsNorm(kind.Epsilon, kind.Centred), _source.Vector(weight, 0, size), Tensor.None);
     }
 
-    /// <summary>A vector that is added or multiplied, such as a bias.</summary>
-    public Tensor Vector(string name, int size) =>
-        _source.Vector(Declare(Name(name), decays: true, [size]), 0, size);
-
     /// <summary>The same of rows that are gated behind it.</summary>
     public Norm GatedRmsNorm(string name, int size, NormKind kind)
     {
@@ -127,6 +123,10 @@ public sealed class ModuleScope
         return new Norm(
             new GatedRmsNorm(kind.Epsilon), _source.Vector(weight, 0, size), Tensor.None);
     }
+
+    /// <summary>A vector that is added or multiplied, such as a bias.</summary>
+    public Tensor Vector(string name, int size) =>
+        _source.Vector(Declare(Name(name), decays: true, [size]), 0, size);
 
     /// <summary>Few numbers as kernels take them, rows of all axes but the first.</summary>
     public Tensor Rows(string name, params ReadOnlySpan<int> sizes)

@@ -151,14 +151,15 @@ public sealed class Projections
             fleeting ? graph.RunFleeting(_op, _inputs) : graph.Run(_op, _inputs), y, _columns);
     }
 
-    /// <summary>The same, as it lies in memory: one matrix behind the other.</summary>
+    /// <summary>Whether they run as one operation.</summary>
+    public bool AreOne => _op is not null;
+
+    /// <summary>The same, as it lies in memory: one matrix behind the other. Of layers that run as
+    /// one.</summary>
     public Tensor RunWhole(Graph graph, Tensor x)
     {
         _inputs[0] = x;
-        return graph.Run(_op ?? throw new InputException(
-            "the adapters of in_proj_b and in_proj_a have to be of one rank and scale, without "
-            + "magnitudes: set rank_pattern and alpha_pattern alike for both, or leave them out "
-            + "of lora_target_modules with use_dora"), _inputs);
+        return graph.Run(_op!, _inputs);
     }
 
     /// <summary>The same with heads rotated: positions I32[rows] in the tables cos and sin.</summary>

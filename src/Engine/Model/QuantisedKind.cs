@@ -64,6 +64,6 @@ public sealed class QuantisedKind(
     /// <summary>Bytes that a frozen tensor takes, about.</summary>
     public long Bytes(StoredTensor tensor) =>
         tensor is PackedTensor { IsKept: true } packed ? packed.PackedBytes
-        : _linears.Contains(tensor.Name) ? (tensor.Count / 2) + (tensor.Count / 60)
+        : _linears.Contains(tensor.Name) ? quantisation!.Form((int)tensor.Sizes[0], (int)tensor.Sizes[1]).Bytes
         : tensor.Count * Math.Min(tensor.StoredType.Size, storage.Size());
 }

@@ -42,9 +42,7 @@ internal sealed class LearningRules(ParameterTable table, TrainArguments argumen
     // Whether a tensor belongs to a part; null where the word is none.
     private bool? Fits(string word, string name)
     {
-        string owner = name.Replace(".lora_A.", ".", StringComparison.Ordinal)
-            .Replace(".lora_B.", ".", StringComparison.Ordinal)
-            .Replace(".lora_magnitude_vector", ".weight", StringComparison.Ordinal);
+        string owner = ParameterTable.OwnerOf(name);
         return word switch
         {
             "vision" => table.Find(owner)?.Part == ModelPart.Vision,

@@ -84,10 +84,14 @@ public sealed class ParameterTable
 
     public ModelParameter? Find(string name) => _byName.GetValueOrDefault(name);
 
-    /// <summary>The part that a parameter, or an adapter's matrix, belongs to.</summary>
-    public ModelPart? PartOf(string name) => Find(name
+    /// <summary>The part that a parameter, or an adapter's tensor, belongs to.</summary>
+    public ModelPart? PartOf(string name) => Find(OwnerOf(name))?.Part;
+
+    /// <summary>The parameter that an adapter's tensor belongs to; others are their own.</summary>
+    public static string OwnerOf(string name) => name
         .Replace(".lora_A.", ".", StringComparison.Ordinal)
-        .Replace(".lora_B.", ".", StringComparison.Ordinal))?.Part;
+        .Replace(".lora_B.", ".", StringComparison.Ordinal)
+        .Replace(".lora_magnitude_vector", ".weight", StringComparison.Ordinal);
 
     /// <summary>
     /// Whether a tensor belongs to a part that the engine does not run and hands on as it is, such

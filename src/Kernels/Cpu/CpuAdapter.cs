@@ -3,8 +3,8 @@ using System.Numerics;
 namespace MiniCpmNative.Kernels.Cpu;
 
 /// <summary>
-/// A linear layer, with a low-rank adapter where it has one, in one run of an operation, whose inputs from `first` on
-/// are w, b, a and bb.
+/// A linear layer, with a low-rank adapter where it has one, in one run of an operation, whose
+/// inputs from `first` on are w, b, a and bb.
 /// </summary>
 /// <param name="call">The run.</param>
 /// <param name="first">Number of the input w.</param>

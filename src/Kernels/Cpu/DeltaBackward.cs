@@ -67,13 +67,16 @@ internal readonly unsafe struct DeltaBackward<TLanes, TVector, T>(
         int size = m.Chunk.KeyCols * m.Chunk.ValueCols, chunks = (length + Tokens - 1) / Tokens;
         for (int g = 0; g < heads.Group; g++)
         {
-            T* states = m.States + (g * chunks * size);
-            new Span<T>(states, size).Clear();
+            new Span<T>(m.States + (g * chunks * size), size).Clear();
             new Span<T>(m.StateGradients + (g * size), size).Clear();
-            for (int c = 0; c < chunks - 1; c++)
+        }
+
+        for (int c = 0; c < chunks - 1; c++)
+        {
+            m.Chunk.LoadKeys(heads, keyHead, start + (c * Tokens), Tokens);
+            for (int g = 0; g < heads.Group; g++)
             {
-                T* state = states + (c * size);
-                m.Chunk.LoadKeys(heads, keyHead, start + (c * Tokens), Tokens);
+                T* state = m.States + (((g * chunks) + c) * size);
                 m.Chunk.LoadValues(heads, Head(keyHead, g), start + (c * Tokens));
                 m.Chunk.Solve(state);
                 new Span<T>(state, size).CopyTo(new Span<T>(state + size, size));

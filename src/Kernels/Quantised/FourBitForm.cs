@@ -23,6 +23,10 @@ public readonly record struct FourBitForm(
     public int Scales => ScaleBlock == 0 ? Blocks
         : checked((int)((FirstBlock + Blocks + ScaleBlock - 1) / ScaleBlock));
 
+    /// <summary>Of codes, table and scales.</summary>
+    public long Bytes => CodeBytes + (sizeof(float) * (16L + Scales))
+        + (ScaleBlock == 0 ? 0 : Blocks + (sizeof(float) * 256L));
+
     /// <summary>Whether rows from there on begin with a block.</summary>
     public bool Splits(int begin) => (long)begin * Inputs % BlockSize == 0;
 
