@@ -64,7 +64,7 @@ internal static class StepBench
     {
         private readonly CpuDevice _device;
         private readonly Graph _graph;
-        private readonly Trainables _trainables;
+        private readonly ParameterRanges _trainables;
         private readonly Decoder _decoder;
         private readonly BatchTensors _batch;
         private readonly Batch _rows = new();
@@ -83,7 +83,7 @@ internal static class StepBench
             {
                 Adapters adapters = WriteModel(folder);
                 using var checkpoint = Checkpoint.Open(folder);
-                _trainables = new Trainables(_device, adapters.List.SelectMany(Parts));
+                _trainables = new ParameterRanges(_device, adapters.List.SelectMany(Parts));
                 var weights =
                     new ModelWeights(_graph, checkpoint, _trainables, adapters, DType.F32);
                 var scope = new ModuleScope(new ParameterTable.Builder(), weights);
@@ -120,7 +120,7 @@ internal static class StepBench
 
         public void Dispose() => _device.Dispose();
 
-        private static IEnumerable<Trainable> Parts(Adapter adapter)
+        private static IEnumerable<TunedTensor> Parts(Adapter adapter)
         {
             yield return new(
                 Adapters.NameOfA(adapter.Module), new Shape(adapter.Rank, adapter.Inputs),

@@ -97,14 +97,14 @@ public sealed class AdapterStartTests
         Assert.That((saved.Rank, saved.Dropout), Is.EqualTo((4, 0.25)));
         Assert.That(saved.ModulesToSave, Is.EqualTo(["resampler"]));
         // Before the first step: the adapter's own values, and the model's in what is new.
-        using var model = TrainingModel.Open(arguments);
+        using var model = TunedModel.Open(arguments);
         using var start = AdapterFile.Open(s_suffixes);
         foreach (var (name, stored) in start.Match(V26.Spec.Parameters))
-            Assert.That(model.Device.ReadFloats(model.Trainables.Value(name)),
+            Assert.That(model.Device.ReadFloats(model.ParameterRanges.Value(name)),
                 Is.EqualTo(stored.ToFloats()), name);
         using var weights = Checkpoint.Open(V26.Model);
         string query = "resampler.query";
-        Assert.That(model.Device.ReadFloats(model.Trainables.Value(query)),
+        Assert.That(model.Device.ReadFloats(model.ParameterRanges.Value(query)),
             Is.EqualTo(weights.Get(query).ToFloats()));
         // What was recorded does the same again, and a result with more goes on as it is.
         string recorded = Path.Combine(arguments.OutputDir, TrainWriter.FileName);

@@ -78,10 +78,10 @@ public sealed class AdapterVariantTests
     {
         var expected = ReferenceText.Json("adapters/cases.json").GetProperty(name);
         TrainArguments arguments = TenSteps(name);
-        using var model = TrainingModel.Open(arguments);
+        using var model = TunedModel.Open(arguments);
         using (var initial = SafetensorsFile.Open(s_initial))
             foreach (StoredTensor a in initial.Tensors)
-                model.Trainables.Write(V26.Name(a.Name), a.ToFloats());
+                model.ParameterRanges.Write(V26.Name(a.Name), a.ToFloats());
         Schedule schedule = Schedule.Of(arguments, 10);
         var trainer = new Trainer(arguments, model);
         double worst = 0;
@@ -116,7 +116,7 @@ public sealed class AdapterVariantTests
         using var source = BaseModel.Open(arguments);
         (double Rate, double Decay, bool Decays) Of(string name)
         {
-            Trainable found = source.Parts.Tensors.Single(t => t.Name == name);
+            TunedTensor found = source.Parts.Tensors.Single(t => t.Name == name);
             return (Math.Round(found.Rate, 9), found.Decay, found.Decays);
         }
 
@@ -150,7 +150,7 @@ public sealed class AdapterVariantTests
             if (tensor.Name.Contains("lora_embedding", StringComparison.Ordinal)) continue;
             string own = V26.Name(tensor.Name);
             var shape = V26.Spec.Parameters.Find(own)?.Shape ?? new Shape(2, 2);
-            Trainable got = rules.Apply([(own, shape, DType.F32)])[0];
+            TunedTensor got = rules.Apply([(own, shape, DType.F32)])[0];
             Assert.That((Math.Round(1e-3 * got.Rate, 9), got.Decay), Is.EqualTo((
                 Math.Round(tensor.Value.GetProperty("lr").GetDouble(), 9),
                 tensor.Value.GetProperty("weight_decay").GetDouble())), own);
@@ -161,11 +161,11 @@ public sealed class AdapterVariantTests
     [TestCase("true", 0.0360843918)]
     public void NewAdaptersAreDrawnAsPeftDrawsThem(string start, double deviation)
     {
-        using var model = TrainingModel.Open(
+        using var model = TunedModel.Open(
             V26.Lora with { InitLoraWeights = LoraStart.Parse(start)! });
         float[] a = [.. model.Parts.Adapters.List.SelectMany(
             adapter => model.Device.ReadFloats(
-                model.Trainables.Value(Adapters.NameOfA(adapter.Module))))];
+                model.ParameterRanges.Value(Adapters.NameOfA(adapter.Module))))];
         double mean = a.Average(), variance = a.Average(v => (double)v * v);
         // 16,384 numbers: five standard deviations of the mean and of the variance.
         Assert.That(mean, Is.Zero.Within(5 * deviation / 128));
@@ -173,7 +173,7 @@ public sealed class AdapterVariantTests
             5 * Math.Sqrt(2) / 128 * deviation * deviation));
         Assert.That(a.Max(Math.Abs), start == "gaussian"
             ? Is.GreaterThan(3 * deviation) : Is.LessThan(1.0 / 16));
-        Assert.That(model.Device.ReadFloats(model.Trainables.Value(
+        Assert.That(model.Device.ReadFloats(model.ParameterRanges.Value(
             Adapters.NameOfB(model.Parts.Adapters.List[0].Module))), Is.All.Zero);
     }
 
@@ -204,7 +204,7 @@ public sealed class AdapterVariantTests
         TrainArguments again = TrainReader.Read([file], _folder);
         Assert.That(TrainWriter.ToJson(again), Is.EqualTo(File.ReadAllBytes(file)));
         Assert.That(again.RankPattern!.OfModule("llm.b"), Is.EqualTo(4));
-        var config = TrainedParts.AdapterOf(again, V26.Spec)!;
+        var config = TunedParts.AdapterOf(again, V26.Spec)!;
         var layout = AdapterLayout.Create(V26.Spec.Parameters, config, "x");
         string written = Path.Combine(_folder, AdapterConfig.FileName);
         File.WriteAllText(written, layout.Config.ToJson());
@@ -295,7 +295,7 @@ public sealed class AdapterVariantTests
         }
     }
 
-    private static void AssertFinal(TrainingModel model, JsonElement expected)
+    private static void AssertFinal(TunedModel model, JsonElement expected)
     {
         double worst = 0;
         foreach (var tensor in expected.GetProperty("final").EnumerateObject())
@@ -304,7 +304,7 @@ public sealed class AdapterVariantTests
             if (V26.IsKeyBias(own) || own.EndsWith("in_proj_bias", StringComparison.Ordinal)) continue;
             var wanted = Fingerprint.Read(tensor.Value);
             double error = Fingerprint.Of(
-                model.Device.ReadFloats(model.Trainables.Value(own)), wanted.Shape)
+                model.Device.ReadFloats(model.ParameterRanges.Value(own)), wanted.Shape)
                 .NormError(wanted);
             worst = Math.Max(worst, error);
             Assert.That(error, Is.LessThan(1e-4), own);
@@ -314,12 +314,12 @@ public sealed class AdapterVariantTests
     }
 
     private void AssertTheSavedAdapterIsTheSame(
-        TrainingModel model, TrainArguments arguments, JsonElement after)
+        TunedModel model, TrainArguments arguments, JsonElement after)
     {
         string saved = Path.Combine(_folder, "saved");
         Directory.CreateDirectory(saved);
         ModelFiles.Save(saved, model, arguments);
-        using var reread = TrainingModel.Open(AdapterSettings.Complete(
+        using var reread = TunedModel.Open(AdapterSettings.Complete(
             V26.Lora with { ModulesToSave = arguments.ModulesToSave, LoraWeightPath = saved },
             key => key == "modules_to_save"));
         Trace trace = Trace.Run(reread, V26.Batch(V26.Full, "one", "two-small"), gradients: false);

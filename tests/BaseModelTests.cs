@@ -248,7 +248,7 @@ public sealed class BaseModelTests
                 new OpenDevice(device, "Card") { FreeBytes = needed - 1 }),
             Throws.TypeOf<RunException>().With.Message.Match(
                 "^out of memory: weights, .* take .* MiB, .* MiB are free on Card; bf16, "));
-        TrainingModel.Load(source, new OpenDevice(device, "x"), _arguments with { Bf16 = true });
+        TunedModel.Load(source, new OpenDevice(device, "x"), _arguments with { Bf16 = true });
         Assert.That(needed, Is.InRange(0.9 * device.AllocatedBytes, device.AllocatedBytes));
     }
 

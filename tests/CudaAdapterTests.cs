@@ -38,7 +38,7 @@ public sealed class CudaAdapterTests
 
         StepResult[] Steps(DeviceSource? devices)
         {
-            using var model = TrainingModel.Open(arguments with
+            using var model = TunedModel.Open(arguments with
             {
                 Device = devices is null ? DeviceChoice.Cpu : DeviceChoice.Cuda,
                 // What is computed again in backward is the same.

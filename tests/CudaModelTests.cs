@@ -24,7 +24,7 @@ public sealed class CudaModelTests
         JsonElement expected = ReferenceText.Json("v26/forward/case_a.json");
         JsonElement activations = ReferenceText.Json("v26/forward/case_a_activations.json");
         using var gpu = new CudaSource();
-        using var model = TrainingModel.Open(arguments, gpu.Source);
+        using var model = TunedModel.Open(arguments, gpu.Source);
         Trace trace = Trace.Run(model, V26.Batch(arguments, "one", "two-small"), gradients: true);
         double loss = expected.GetProperty("loss").GetDouble();
         double allowed = 2 * Math.Abs(expected.GetProperty("loss_bf16").GetDouble() - loss);

@@ -95,7 +95,7 @@ public sealed class CudaTrainTests
 
         StepResult[] Steps(TrainArguments of, DeviceSource? devices)
         {
-            using var model = TrainingModel.Open(
+            using var model = TunedModel.Open(
                 of with { Device = devices is null ? DeviceChoice.Cpu : DeviceChoice.Cuda },
                 devices);
             var trainer = new Trainer(of, model);
@@ -153,8 +153,8 @@ public sealed class CudaTrainTests
         bad.Patches.Extend(good.Patches.Count).Fill(float.NaN);
         using var gpu = new CudaSource();
         using var model =
-            TrainingModel.Open(arguments with { Device = DeviceChoice.Cuda }, gpu.Source);
-        using var cpu = TrainingModel.Open(arguments with { Device = DeviceChoice.Cpu });
+            TunedModel.Open(arguments with { Device = DeviceChoice.Cuda }, gpu.Source);
+        using var cpu = TunedModel.Open(arguments with { Device = DeviceChoice.Cpu });
         var trainer = new Trainer(arguments, model);
         var reference = new Trainer(arguments, cpu);
         Batch[] order = [good, bad, good, bad, bad, good];
@@ -200,7 +200,7 @@ public sealed class CudaTrainTests
                 new(nothing.Driver, CudaTools.Compiler(DeviceCompiler.Nvrtc), nothing.Cublas),
             Cache = CudaUnderTest.Cache,
         };
-        using var model = TrainingModel.Open(arguments, devices);
+        using var model = TunedModel.Open(arguments, devices);
         var trainer = new Trainer(arguments, model);
         Batch picture = V26.Batch(arguments, "one"), text = V26.Batch(arguments, "text0", "text1");
         Batch[][] steps = [[picture, text], [text], [text, picture], [picture]];
@@ -281,7 +281,7 @@ public sealed class CudaTrainTests
     private static Batch First(TrainArguments arguments)
     {
         string model = arguments.ModelNameOrPath!;
-        var rows = TrainingRows.Read(
+        var rows = DataRows.Read(
             arguments.DataPath!, arguments, ModelSpec.Read(model).Rows());
         var batch = new Batch();
         batch.Clear();

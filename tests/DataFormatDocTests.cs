@@ -83,7 +83,7 @@ public sealed partial class DataFormatDocTests
 
         RowSet official = RowFile.Read(result);
         Assert.That(official.Format, Is.Null);
-        var (before, _, _) = TrainingRows.ReadSet(
+        var (before, _, _) = DataRows.ReadSet(
             new DataSources(files.Select(f => Path.Combine(data, f))), default, BoxFormat.Text);
         var readable = before.Rows.Where(IsWhole).ToList();
         var after = official.Rows.ToList();
@@ -143,7 +143,7 @@ public sealed partial class DataFormatDocTests
         Assert.That(() => Answers(new DataSources(_folder) { Share = new(21, 1, false) }),
             Throws.TypeOf<InputException>().With.Message.Contains("none is left to train on"));
 
-        static string[] Answers(DataSources sources) => [.. TrainingRows.ReadSet(
+        static string[] Answers(DataSources sources) => [.. DataRows.ReadSet(
             sources, default, BoxFormat.Text).Set.Rows.Select(row => row.Expected!)];
     }
 

@@ -35,7 +35,7 @@ public sealed class DataTests
             MaxSliceNums = expected.GetProperty("max_slice_nums").GetInt32(),
             ModelMaxLength = expected.GetProperty("max_length").GetInt32(),
         };
-        var rows = TrainingRows.Read(V26.Rows, arguments, V26.Format);
+        var rows = DataRows.Read(V26.Rows, arguments, V26.Format);
         RowCheck[] checks = rows.Check(decode: false);
         int seen = 0;
         foreach (var line in expected.GetProperty("rows").EnumerateArray())
@@ -59,7 +59,7 @@ public sealed class DataTests
     [Test]
     public void AFailureInParallelIsThatOfOneRow()
     {
-        var failure = Assert.Throws<InputException>(() => TrainingRows.InParallel(100, i =>
+        var failure = Assert.Throws<InputException>(() => DataRows.InParallel(100, i =>
         {
             if (i % 2 == 1) throw new InputException($"row {i}");
         }))!;
@@ -123,11 +123,11 @@ public sealed class DataTests
         TrainArguments arguments = V26.Full with { OfficialCompat = false };
         var said = new List<string>();
         var refused = Assert.Throws<InputException>(
-            () => TrainingRows.Open(data, arguments, V26.Format, said.Add))!;
+            () => DataRows.Open(data, arguments, V26.Format, said.Add))!;
         Assert.That(refused.Message,
             Does.Contain("of 10 rows are bad: ").And.Contain("on_bad_row=skip"));
         Assert.That(refused.Message, Does.Not.Contain("\n"));
-        var rows = TrainingRows.Open(
+        var rows = DataRows.Open(
             data, arguments with { OnBadRow = BadRows.Skip }, V26.Format, said.Add);
         Assert.That(said, Has.Count.EqualTo(10 - rows.Count));
         Assert.That(said, Is.All.StartsWith("skipped: " + data + " row "));
@@ -160,14 +160,14 @@ public sealed class DataTests
     [Test]
     public void PromptsMustBeTheModels()
     {
-        var failure = Assert.Throws<InputException>(() => TrainingRows.Read(
+        var failure = Assert.Throws<InputException>(() => DataRows.Read(
             V26.Rows, V26.Full with { LlmType = "llama3" }, V26.Format))!;
         Assert.That(failure.Message,
             Does.StartWith("llm_type is \"llama3\"").And.Contain("\"qwen\""));
-        TrainingRows.Read(V26.Rows, V26.Full with { LlmType = "qwen" }, V26.Format);
+        DataRows.Read(V26.Rows, V26.Full with { LlmType = "qwen" }, V26.Format);
     }
 
-    private static void AssertRow(TrainingRows rows, int row, JsonElement expected, string id)
+    private static void AssertRow(DataRows rows, int row, JsonElement expected, string id)
     {
         var batch = new Batch();
         batch.Clear();

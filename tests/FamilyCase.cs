@@ -81,9 +81,9 @@ internal sealed class FamilyCase
     }
 
     /// <summary>Loads the adapter that the reference starts from.</summary>
-    public TrainingModel OpenAdapted(TrainArguments arguments)
+    public TunedModel OpenAdapted(TrainArguments arguments)
     {
-        var model = TrainingModel.Open(arguments);
+        var model = TunedModel.Open(arguments);
         using var file = Engine.Weights.AdapterFile.Open(Path.Combine(Folder, "adapter_init"));
         model.CopyFrom(file);
         return model;
@@ -110,7 +110,7 @@ internal sealed class FamilyCase
                     ? arguments.ModelMaxLength : Find(name).GetProperty("max_length").GetInt32(),
             };
             string model = arguments.ModelNameOrPath!;
-            TrainingRows.Read(Data(folder, name), with,
+            DataRows.Read(Data(folder, name), with,
                 model == Model ? Format : ModelSpec.Read(model).Rows()).Append(0, batch);
         }
         finally

@@ -23,7 +23,7 @@ public sealed class FamilyCudaTests(string name)
         TrainArguments arguments = _family.Full with { Bf16 = bf16, Device = DeviceChoice.Cuda };
         var expected = _family.Results.GetProperty("full");
         using var gpu = new CudaSource();
-        using var model = TrainingModel.Open(arguments, gpu.Source);
+        using var model = TunedModel.Open(arguments, gpu.Source);
         Trace trace = Trace.Run(
             model, _family.Batch(arguments, _family.Pair), gradients: true);
         double loss = expected.GetProperty("loss").GetDouble();
@@ -47,7 +47,7 @@ public sealed class FamilyCudaTests(string name)
     }
 
     private static void AssertGradients(
-        TrainingModel model, JsonElement expected, double tolerance)
+        TunedModel model, JsonElement expected, double tolerance)
     {
         double worst = 0;
         foreach (JsonProperty tensor in expected.EnumerateObject())

@@ -21,7 +21,7 @@ public sealed class FamilyModelTests(string name)
     public void TheForwardPassAndEveryGradientAreEqual()
     {
         var expected = _family.Results.GetProperty("full");
-        using var model = TrainingModel.Open(_family.Full);
+        using var model = TunedModel.Open(_family.Full);
         Batch batch = _family.Batch(_family.Full, _family.Pair);
         Trace trace = Trace.Run(model, batch, gradients: true);
         var activations = _family.Json("activations.json");
@@ -39,7 +39,7 @@ public sealed class FamilyModelTests(string name)
     [Test]
     public void EveryRowAloneHasItsLoss()
     {
-        using var model = TrainingModel.Open(_family.Lora);
+        using var model = TunedModel.Open(_family.Lora);
         foreach (var row in _family.Results.GetProperty("losses").EnumerateObject())
         {
             Trace trace = Trace.Run(
@@ -52,7 +52,7 @@ public sealed class FamilyModelTests(string name)
     public void TextAloneLeavesVisionAZeroGradient()
     {
         var expected = _family.Results.GetProperty("text_only");
-        using var model = TrainingModel.Open(_family.Full);
+        using var model = TunedModel.Open(_family.Full);
         foreach (var (part, rows) in (IEnumerable<(string, string[])>)[
             ("alone", ["text"]), ("with_row_one", ["text", "one"])])
         {
@@ -65,7 +65,7 @@ public sealed class FamilyModelTests(string name)
             Assert.That(trace.Ints["labels"].Values[..length], Is.EqualTo(labels[..length]));
             AssertLoss(trace, wanted.GetProperty("loss_train"), part);
             double squares = 0;
-            foreach (var tensor in model.Trainables.List)
+            foreach (var tensor in model.ParameterRanges.List)
                 if (!tensor.Name.StartsWith("llm.", StringComparison.Ordinal))
                     squares += V26.Gradient(model, tensor.Name).Sum(v => (double)v * v);
             double norm = wanted.GetProperty("vision_gradient_norm").GetDouble();
@@ -90,7 +90,7 @@ public sealed class FamilyModelTests(string name)
         // PEFT's total has the modules that are trained whole twice: the copy and the original.
         long trainable = counts.GetProperty("Trainable").GetInt64();
         long adapters = model.Parts.Adapters.List.Sum(a => (long)a.Rank * (a.Inputs + a.Outputs));
-        Assert.That(model.Trainables.Count, Is.EqualTo(trainable));
+        Assert.That(model.ParameterRanges.Count, Is.EqualTo(trainable));
         Assert.That(model.TotalParameters,
             Is.EqualTo(counts.GetProperty("Total").GetInt64() - (trainable - adapters)));
     }
@@ -100,7 +100,7 @@ public sealed class FamilyModelTests(string name)
     {
         if (!V26.IsFull) Assert.Ignore("the adapter is in the full reference only");
         string folder = Path.Combine(ReferenceText.Root, _family.Name, "adapter_official");
-        using var model = TrainingModel.Open(
+        using var model = TunedModel.Open(
             _family.Lora with { LoraWeightPath = folder, ModulesToSave = null });
         Trace trace = Trace.Run(
             model, _family.Batch(_family.Lora, _family.Pair), gradients: false);
@@ -138,7 +138,7 @@ public sealed class FamilyModelTests(string name)
         Assert.That(trace.Floats["loss"].Values[0],
             Is.EqualTo(expected.GetDouble()).Within(1e-5 * expected.GetDouble()), what);
 
-    private void AssertAdapterGradients(TrainingModel model)
+    private void AssertAdapterGradients(TunedModel model)
     {
         var file = ReferenceFile.Open($"{_family.Name}/lora_only_grads");
         Assert.That(file.Names.Count(), Is.EqualTo(16));

@@ -177,7 +177,7 @@ public class FamilyRowTests
     [TestCase("v45", 64)]
     public void BatchesHoldAPlaceForEveryFeature(string family, int queries)
     {
-        var rows = TrainingRows.Read(
+        var rows = DataRows.Read(
             V26.Rows, V26.Full with { OfficialCompat = false }, Of(family));
         var batch = new Batch();
         batch.Clear();

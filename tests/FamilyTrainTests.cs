@@ -181,9 +181,9 @@ public sealed class FamilyTrainTests(string name)
 
     private static void AssertDecays(TrainArguments arguments, JsonElement expected)
     {
-        using var model = TrainingModel.Open(arguments);
+        using var model = TunedModel.Open(arguments);
         foreach (bool decays in (bool[])[false, true])
-            Assert.That(model.Trainables.List.Where(t => t.Decays == decays).Select(t => t.Name),
+            Assert.That(model.ParameterRanges.List.Where(t => t.Decays == decays).Select(t => t.Name),
                 Is.EquivalentTo(expected.GetProperty(decays ? "weight_decay" : "no_weight_decay")
                     .EnumerateArray().Select(n => V26.Name(n.GetString()!))));
     }
@@ -222,7 +222,7 @@ public sealed class FamilyTrainTests(string name)
     {
         double Loss(TrainArguments arguments)
         {
-            using var model = TrainingModel.Open(arguments);
+            using var model = TunedModel.Open(arguments);
             return Trace.Run(model, _family.Batch(_family.Full, "one"), gradients: false)
                 .Floats["loss"].Values[0];
         }

@@ -108,12 +108,12 @@ public sealed class FiniteValuesTests
 
         var arguments = (lora ? V26.Lora : V26.Full) with { ModelNameOrPath = folder };
         Put(0x4800);
-        using (TrainingModel.Open(arguments)) { }
-        Assert.That(() => TrainingModel.Open(arguments with { Fp16 = true }),
+        using (TunedModel.Open(arguments)) { }
+        Assert.That(() => TunedModel.Open(arguments with { Fp16 = true }),
             Throws.TypeOf<InputException>().With.Message.Contains(
                 $"model.safetensors: tensor \"{name}\", element 1 is 131072, too large for F16"));
         Put(0x7FC0);
-        Assert.That(() => TrainingModel.Open(arguments), Throws.TypeOf<InputException>()
+        Assert.That(() => TunedModel.Open(arguments), Throws.TypeOf<InputException>()
             .With.Message.Contains($"tensor \"{name}\", element 1 is NaN"));
 
         void Put(ushort bits)

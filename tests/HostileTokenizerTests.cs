@@ -43,7 +43,7 @@ public class HostileTokenizerTests
                 [{"conversations": [{"role": "user", "content": "{{new string('c', Many)}}"},
                   {"role": "assistant", "content": "Yes."}]}]
                 """);
-            var rows = TrainingRows.Read(
+            var rows = DataRows.Read(
                 data, V26.Full with { ModelNameOrPath = folder, OfficialCompat = false },
                 (V26.Spec with { Directory = folder }).Rows());
             Assert.That(rows.Check(decode: false).Single().Bad?.Reason,

@@ -145,7 +145,7 @@ public class ImageFallbackTests
             File.WriteAllText(data, JsonSerializer.Serialize(rows));
             TrainArguments arguments = V26.Full with { DataPath = data };
             var said = new List<string>();
-            TrainingRows.Open(data, arguments, V26.Format, said.Add);
+            DataRows.Open(data, arguments, V26.Format, said.Add);
             Assert.That(said, Has.Count.EqualTo(1));
             Assert.That(said[0], Does.Contain("JPEG pictures: 3").And.Contains("StbImageSharp"));
 
@@ -158,7 +158,7 @@ public class ImageFallbackTests
             NativePictureLibrary.Hidden.Value = false;
             if (JpegDecoder.Fallback != null) Assert.Ignore("libturbojpeg is not installed");
             said.Clear();
-            TrainingRows.Open(data, arguments, V26.Format, said.Add);
+            DataRows.Open(data, arguments, V26.Format, said.Add);
             Assert.That(said, Is.Empty);
         }
         finally

@@ -115,7 +115,7 @@ public sealed class LateFailureTests
         TrainArguments arguments = Sequential("out", pictures: 5) with { OnBadRow = onBadRow };
         Damage(3);
         var said = new List<string>();
-        var rows = TrainingRows.Open(
+        var rows = DataRows.Open(
             arguments.DataPath!, arguments, V26.Format, said.Add, manyPixels: 100);
         Assert.That(said.Single(), Does.EndWith(
             "rows.json: idle threads check its 5 pictures in full while training"));
@@ -134,12 +134,12 @@ public sealed class LateFailureTests
         TrainArguments arguments = Sequential("out", pictures: 3);
         string text = File.ReadAllText(arguments.DataPath!).Replace("1.png", "0.png");
         File.WriteAllText(arguments.DataPath!, text);
-        var rows = TrainingRows.Open(
+        var rows = DataRows.Open(
             arguments.DataPath!, arguments, V26.Format, _ => { }, manyPixels: 100);
         Assert.That(Enumerable.Range(0, 9).Count(_ => rows.CheckPicture()), Is.EqualTo(2));
         Damage(0);
         Assert.That(() =>
-            TrainingRows.Open(arguments.DataPath!, arguments, V26.Format, _ => { }),
+            DataRows.Open(arguments.DataPath!, arguments, V26.Format, _ => { }),
             Throws.TypeOf<InputException>().With.Message.StartsWith("2 of 3 rows are bad: "));
     }
 
@@ -165,12 +165,12 @@ public sealed class LateFailureTests
     {
         TrainArguments arguments = Text("out") with { SaveSteps = new Interval(1) };
         string adapter = Path.Combine(_folder, "huge");
-        using (var model = TrainingModel.Open(arguments))
+        using (var model = TunedModel.Open(arguments))
         {
-            string name = model.Trainables.List[0].Name;
-            float[] values = model.Device.ReadFloats(model.Trainables.Value(name));
+            string name = model.ParameterRanges.List[0].Name;
+            float[] values = model.Device.ReadFloats(model.ParameterRanges.Value(name));
             Array.Fill(values, float.MaxValue);
-            model.Trainables.Write(name, values);
+            model.ParameterRanges.Write(name, values);
             ModelFiles.Save(adapter, model, arguments);
         }
 
@@ -294,7 +294,7 @@ public sealed class LateFailureTests
     [Test]
     public void WhatFailsInOneOfManyThreadsComesOutAsItself()
     {
-        Assert.That(() => TrainingRows.InParallel(100, i =>
+        Assert.That(() => DataRows.InParallel(100, i =>
         {
             if (i > 3) throw new InputException("tokenizer.json: is too slow");
         }), Throws.TypeOf<InputException>());

@@ -49,20 +49,20 @@ internal static class MadeModel
     /// (L(w + e d) - L(w - e d)) / 2e along the own gradient of the trained tensors whose names
     /// begin so is that gradient's norm. Two steps e, by Richardson's rule: the loss bends.
     /// </summary>
-    public static void AssertSlope(TrainingModel model, Batch batch, string part)
+    public static void AssertSlope(TunedModel model, Batch batch, string part)
     {
         Trace.Run(model, batch, gradients: true);
-        string[] names = [.. model.Trainables.List.Select(t => t.Name)
+        string[] names = [.. model.ParameterRanges.List.Select(t => t.Name)
             .Where(n => n.StartsWith(part, StringComparison.Ordinal))];
         Assert.That(names, Is.Not.Empty);
         var values = names.ToDictionary(
-            n => n, n => model.Device.ReadFloats(model.Trainables.Value(n)));
+            n => n, n => model.Device.ReadFloats(model.ParameterRanges.Value(n)));
         var gradients = names.ToDictionary(n => n, n => V26.Gradient(model, n));
         double norm = Math.Sqrt(gradients.Values.Sum(g => g.Sum(v => (double)v * v)));
         double Loss(double along)
         {
             foreach (var (name, g) in gradients)
-                model.Trainables.Write(
+                model.ParameterRanges.Write(
                     name, [.. values[name].Zip(g, (w, d) => (float)(w + (along * d / norm)))]);
             return Trace.Run(model, batch, gradients: false).Floats["loss"].Values[0];
         }

@@ -33,7 +33,7 @@ public sealed class MemoryPlanTests
     [TestCase("full")]
     public void RecomputationGivesTheSameBits(string name)
     {
-        using var model = TrainingModel.Open(Arguments(name));
+        using var model = TunedModel.Open(Arguments(name));
         var trainer = new Trainer(Arguments(name), model);
         // Of a picture a frozen tower would set the peak.
         Batch batch = name == "full" ? V26.Batch(V26.Lora, "one", "text1")
@@ -48,7 +48,7 @@ public sealed class MemoryPlanTests
             model.Device.Step.ResetNeeded();
             StepResult result = trainer.Step(3, [batch], learningRate: 0);
             needed.Add(model.Device.Step.Needed);
-            float[] gradients = model.Device.ReadFloats(model.Trainables.Gradients);
+            float[] gradients = model.Device.ReadFloats(model.ParameterRanges.Gradients);
             (kept, loss) = amount == 0 ? (gradients, result.Loss) : (kept, loss);
             Assert.That(gradients, Is.EqualTo(kept), $"{recomputation}");
             Assert.That(result.Loss, Is.EqualTo(loss), $"{recomputation}");
@@ -69,7 +69,7 @@ public sealed class MemoryPlanTests
             Device = DeviceChoice.Cuda,
         };
         DeviceSource devices = Devices(gpu);
-        using var model = TrainingModel.Open(arguments, devices);
+        using var model = TunedModel.Open(arguments, devices);
         var trainer = new Trainer(arguments, model);
         using var dry = new DryRun(arguments, model.Base.Planned, ((CudaDevice)model.Device).Card);
         Batch batch = V26.Batch(arguments, "text0", "text1");
@@ -80,7 +80,7 @@ public sealed class MemoryPlanTests
             model.Recomputation.Amount = dry.Recomputation.Amount = amount;
             model.Device.Step.ResetNeeded();
             trainer.Step(3, [batch], learningRate: 0);
-            float[] gradients = model.Device.ReadFloats(model.Trainables.Gradients);
+            float[] gradients = model.Device.ReadFloats(model.ParameterRanges.Gradients);
             kept ??= gradients;
             Assert.That(gradients, Is.EqualTo(kept), $"{model.Recomputation}");
             Assert.That(dry.Train(batch), Is.EqualTo(model.Device.Step.Needed),
@@ -175,7 +175,7 @@ public sealed class MemoryPlanTests
             NumTrainEpochs = 2,
         };
         using DryRun dry = Dry(arguments);
-        var rows = TrainingRows.Open(
+        var rows = DataRows.Open(
             arguments.DataPath!, arguments, ModelSpec.Read(_folder).Rows(), _ => { });
         var batches = PlannedBatches.Of(arguments, rows, null, new(arguments, rows.Count));
         MemoryPlan all = MemoryPlan.Make(arguments, dry, batches, null);
@@ -421,10 +421,10 @@ public sealed class MemoryPlanTests
         vision["num_attention_heads"] = 16;
         File.WriteAllText(path, config.ToJsonString());
         ModelSpec spec = ModelSpec.Read(_folder);
-        TrainedParts parts = TrainedParts.Choose(
-            spec, arguments, TrainedParts.AdapterOf(arguments, spec), DType.BF16);
+        TunedParts parts = TunedParts.Choose(
+            spec, arguments, TunedParts.AdapterOf(arguments, spec), DType.BF16);
         var kind = new QuantisedKind(
-            spec.Parameters, DType.BF16, TrainingModel.QuantisationOf(arguments), null);
+            spec.Parameters, DType.BF16, TunedModel.QuantisationOf(arguments), null);
         return new DryRun(arguments, new PlannedModel(spec, parts, _ => DType.BF16, kind), s_card);
     }
 

@@ -26,7 +26,7 @@ public sealed class MemoryTests
             Bf16 = name.Contains("bf16"),
             GradientAccumulationSteps = 2,
         };
-        using var model = TrainingModel.Open(arguments);
+        using var model = TunedModel.Open(arguments);
         var trainer = new Trainer(arguments, model);
         Batch one = V26.Batch(arguments, "one"), two = V26.Batch(arguments, "text1", "turns"),
             text = V26.Batch(arguments, "text0", "text1");
@@ -55,7 +55,7 @@ public sealed class MemoryTests
     [Test]
     public void WarmStepsAllocateNothingOnAnyThread()
     {
-        using var model = TrainingModel.Open(V26.Lora);
+        using var model = TunedModel.Open(V26.Lora);
         var trainer = new Trainer(V26.Lora, model);
         Batch[] batches = [V26.Batch(V26.Lora, "one")];
         long least = long.MaxValue;
@@ -74,7 +74,7 @@ public sealed class MemoryTests
     [Test]
     public void DeviceMemoryDoesNotGrowWithSteps()
     {
-        using var model = TrainingModel.Open(V26.Lora);
+        using var model = TunedModel.Open(V26.Lora);
         var trainer = new Trainer(V26.Lora, model);
         Batch small = V26.Batch(V26.Lora, "one"), large = V26.Batch(V26.Lora, "three");
         trainer.Step(0, [large], 1e-5);
@@ -91,10 +91,10 @@ public sealed class MemoryTests
     [TestCase(false)]
     public void FrozenWeightsTakeTheirFileSizeOnce(bool bf16)
     {
-        using var model = TrainingModel.Open(V26.Lora with { Bf16 = bf16 });
+        using var model = TunedModel.Open(V26.Lora with { Bf16 = bf16 });
         long allocated = ((CpuDevice)model.Device).AllocatedBytes;
         // Values, gradients and two moments of the adapters, all F32, with a little padding.
-        long trained = 16 * model.Trainables.Count;
+        long trained = 16 * model.ParameterRanges.Count;
         long frozen = V26.Spec.Parameters.All.Sum(p => 2 * p.Shape.Count);
         TestContext.Out.WriteLine($"{allocated - trained:N0} bytes for {frozen:N0} in the file");
         // Norms and biases are widened, and panels of packed matrices filled up: some percent here,

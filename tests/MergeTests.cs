@@ -28,7 +28,7 @@ public sealed class MergeTests
     {
         string model = ModelOf(V26.Model, DType.F32);
         Merge(model, V26.Adapter("trained_lora_only"));
-        using var merged = TrainingModel.Open(V26.Full with { ModelNameOrPath = At("merged") });
+        using var merged = TunedModel.Open(V26.Full with { ModelNameOrPath = At("merged") });
         Trace trace = Trace.Run(
             merged, V26.Batch(V26.Full, "one", "two-small"), gradients: false);
         double[] expected = ReferenceFile.OpenCommitted("v26/train/merged_logits")
@@ -46,7 +46,7 @@ public sealed class MergeTests
     public void MergedModelsAnswerAsTheirAdapters(string name)
     {
         Merge(ModelOf(V26.Model, DType.F32), V26.Adapter("variant_" + name));
-        using var merged = TrainingModel.Open(V26.Full with { ModelNameOrPath = At("merged") });
+        using var merged = TunedModel.Open(V26.Full with { ModelNameOrPath = At("merged") });
         Trace trace = Trace.Run(
             merged, V26.Batch(V26.Full, "one", "two-small"), gradients: false);
         V26.AssertClose("logits", trace.Floats["logits"],

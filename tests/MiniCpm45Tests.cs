@@ -93,7 +93,7 @@ public sealed class MiniCpm45Tests(string name, string family)
                 stream => stream.Write(new byte[p.Shape.Count * 2])));
         CheckpointWriter.Write(_folder, [.. tensors]);
         Assert.That(
-            () => TrainingModel.Open(_reference.Full with { ModelNameOrPath = _folder }),
+            () => TunedModel.Open(_reference.Full with { ModelNameOrPath = _folder }),
             Refuses("1 missing: llm.model.layers.1.self_attn.k_norm.weight"));
     }
 
@@ -122,8 +122,8 @@ public sealed class MiniCpm45Tests(string name, string family)
         ModelSpec spec = ModelSpec.Read(_folder);
         MadeModel.Write(_folder, spec, seed: 5);
         TrainArguments arguments = _reference.Full with { ModelNameOrPath = _folder };
-        using var model = TrainingModel.Open(arguments);
-        Assert.That(model.Trainables.Count, Is.EqualTo(model.TotalParameters));
+        using var model = TunedModel.Open(arguments);
+        Assert.That(model.ParameterRanges.Count, Is.EqualTo(model.TotalParameters));
         Batch batch = V26.Batch(
             spec.Rows(), arguments, [name == "o45" ? "sliced" : "turns", "text0"]);
         double loss = V26.Gradients(model, arguments, batch).Loss;

@@ -144,7 +144,7 @@ public sealed class MiniCpmLlama3V25Tests
         };
         File.Copy(Path.Combine(s_family.Model, Checkpoint.SingleFile),
             Path.Combine(arguments.ModelNameOrPath!, Checkpoint.SingleFile));
-        using var model = TrainingModel.Open(arguments);
+        using var model = TunedModel.Open(arguments);
         var expected = s_family.Results.GetProperty("batch_vision_input_false");
         double loss = expected.GetProperty("loss").GetDouble();
         Trace trace = Trace.Run(
@@ -210,8 +210,8 @@ public sealed class MiniCpmLlama3V25Tests
         ModelSpec spec = ModelSpec.Read(folder);
         MadeModel.Write(folder, spec, seed: 5);
         TrainArguments arguments = s_family.Full with { ModelNameOrPath = folder };
-        using var model = TrainingModel.Open(arguments);
-        Assert.That(model.Trainables.Count, Is.EqualTo(model.TotalParameters));
+        using var model = TunedModel.Open(arguments);
+        Assert.That(model.ParameterRanges.Count, Is.EqualTo(model.TotalParameters));
         Batch batch = s_family.Batch(arguments, "very_long", "text", "sliced");
         Assert.That(batch.Grids.Span.ToArray(), Is.EqualTo((int[])[1, 79, 7, 10, 9, 7, 9, 7]));
         double loss = V26.Gradients(model, arguments, batch).Loss;
@@ -246,7 +246,7 @@ public sealed class MiniCpmLlama3V25Tests
 
     private static float[] Logits(TrainArguments arguments, params string[] rows)
     {
-        using var model = TrainingModel.Open(arguments);
+        using var model = TunedModel.Open(arguments);
         return Trace.Run(model, s_family.Batch(arguments, rows), gradients: false)
             .Floats["logits"].Values;
     }

@@ -95,14 +95,14 @@ public sealed class MiniCpmO26Tests
     public void AdaptersLearnAsThoseOfTheVisionModel()
     {
         var expected = ReferenceText.Json("v26/lora/cases.json").GetProperty("lora_only");
-        using var model = TrainingModel.Open(V26.Lora with
+        using var model = TunedModel.Open(V26.Lora with
         {
             ModelNameOrPath = _model,
             LoraWeightPath = V26.Adapter("random_lora_only"),
         });
         Assert.That(model.TotalParameters,
             Is.EqualTo(expected.GetProperty("total").GetInt64() + s_numbers));
-        Assert.That(model.Trainables.Count,
+        Assert.That(model.ParameterRanges.Count,
             Is.EqualTo(expected.GetProperty("trainable").GetInt64()));
         Trace trace = Trace.Run(
             model, V26.Batch(model.Spec.Rows(), V26.Lora, ["one", "two-small"]), gradients: true);

@@ -186,7 +186,7 @@ public sealed class MiniCpmV2Tests
         // Three query heads per key head, 16 queries, three vision heads, positions of 5 x 5, no
         // size a multiple of the vectors' lengths where that may be, a picture of one row.
         TrainArguments arguments = s_family.Full with { ModelNameOrPath = Made() };
-        using var model = TrainingModel.Open(arguments);
+        using var model = TunedModel.Open(arguments);
         Batch batch = s_family.Batch(arguments, "tall_two_turns", "very_long", "two_images");
         double loss = V26.Gradients(model, arguments, batch).Loss;
         Assert.That(loss, Is.InRange(0.5 * Math.Log(811), 3 * Math.Log(811)));
@@ -205,14 +205,14 @@ public sealed class MiniCpmV2Tests
             LoraTargetModules = new TargetModules(["qkv", "fc1", "q_proj"]),
             ModulesToSave = ["resampler"],
         };
-        using var model = TrainingModel.Open(arguments);
-        Assert.That(model.Trainables.Value("vpm.blocks.1.attn.qkv.lora_A.weight").Shape,
+        using var model = TunedModel.Open(arguments);
+        Assert.That(model.ParameterRanges.Value("vpm.blocks.1.attn.qkv.lora_A.weight").Shape,
             Is.EqualTo(new Shape(8, 216)));
-        Assert.That(model.Trainables.Value("vpm.blocks.1.attn.qkv.lora_B.weight").Shape,
+        Assert.That(model.ParameterRanges.Value("vpm.blocks.1.attn.qkv.lora_B.weight").Shape,
             Is.EqualTo(new Shape(648, 8)));
         var random = new Random(5);
-        foreach (Trainable tensor in model.Trainables.List.Where(t => t.Name.Contains("lora_B")))
-            model.Trainables.Write(
+        foreach (TunedTensor tensor in model.ParameterRanges.List.Where(t => t.Name.Contains("lora_B")))
+            model.ParameterRanges.Write(
                 tensor.Name, [.. Enumerable.Range(0, (int)tensor.Shape.Count)
                     .Select(_ => (float)(0.1 * (random.NextDouble() - 0.5)))]);
         Batch batch = s_family.Batch(arguments, "one", "very_long");
@@ -224,7 +224,7 @@ public sealed class MiniCpmV2Tests
 
     [Test]
     public void AConvolutionTakesNoAdapter() => Assert.That(
-        () => TrainingModel.Open(s_family.Lora with
+        () => TunedModel.Open(s_family.Lora with
         {
             LoraTargetModules = new TargetModules(["qkv", "proj"]),
         }),

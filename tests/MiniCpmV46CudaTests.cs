@@ -24,8 +24,8 @@ public sealed class MiniCpmV46CudaTests
     public void WhatTheCpuComputesIsReached(bool bf16)
     {
         using var gpu = new CudaSource();
-        using var cpu = TrainingModel.Open(V46.Full);
-        using var model = TrainingModel.Open(
+        using var cpu = TunedModel.Open(V46.Full);
+        using var model = TunedModel.Open(
             V46.Full with { Bf16 = bf16, Device = DeviceChoice.Cuda }, gpu.Source);
         Trace expected = Trace.Run(cpu, Small(cpu.Loaded.Rows), gradients: true);
         Trace? moved = bf16 ? Moved() : null;
@@ -60,10 +60,10 @@ public sealed class MiniCpmV46CudaTests
 
     private static Trace Moved()
     {
-        using var model = TrainingModel.Open(V46.Full);
-        foreach (Trainable tensor in model.Trainables.List)
-            model.Trainables.Write(tensor.Name,
-                [.. model.Device.ReadFloats(model.Trainables.Value(tensor.Name)).Select((v, i) =>
+        using var model = TunedModel.Open(V46.Full);
+        foreach (TunedTensor tensor in model.ParameterRanges.List)
+            model.ParameterRanges.Write(tensor.Name,
+                [.. model.Device.ReadFloats(model.ParameterRanges.Value(tensor.Name)).Select((v, i) =>
                     v * (1 + (V46.Sign(i) / 512f)))]);
         return Trace.Run(model, Small(model.Loaded.Rows), gradients: true);
     }

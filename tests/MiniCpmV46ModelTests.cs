@@ -39,7 +39,7 @@ public sealed class MiniCpmV46ModelTests
     [Test]
     public void TheForwardPassAndEveryGradientAreEqual()
     {
-        using var model = TrainingModel.Open(V46.Full);
+        using var model = TunedModel.Open(V46.Full);
         Trace trace = Trace.Run(model, V46.Batch(model.Loaded.Rows), gradients: true);
         Assert.That(trace.Ints["vision.position_ids"].Values.Select(v => (double)v),
             Is.EqualTo(V46.Inputs.Doubles("vision.position_ids")));
@@ -60,7 +60,7 @@ public sealed class MiniCpmV46ModelTests
         });
         File.Copy(Path.Combine(V46.Model, Checkpoint.SingleFile),
             Path.Combine(_folder, Checkpoint.SingleFile));
-        using var model = TrainingModel.Open(V46.Full with { ModelNameOrPath = _folder });
+        using var model = TunedModel.Open(V46.Full with { ModelNameOrPath = _folder });
         Batch sixteen = V46.Batch(ModelSpec.Read(V46.Model).Rows());
         // The same pictures without their text, whose places would be too few.
         var batch = new Batch();
@@ -74,14 +74,14 @@ public sealed class MiniCpmV46ModelTests
         batch.Patches.Add(sixteen.Patches.Span);
         Trace trace = Trace.Run(model, batch, gradients: true);
         V46.AssertClose(trace, "merger", "image_features_4x");
-        Assert.That(model.Trainables.List.Select(t => t.Name), Has.None.Contains("vit_merger"));
+        Assert.That(model.ParameterRanges.List.Select(t => t.Name), Has.None.Contains("vit_merger"));
     }
 
     [Test]
     public void AdaptersAreEqual()
     {
         var expected = V46.Expected.GetProperty("lora");
-        using var model = TrainingModel.Open(V46.Lora with
+        using var model = TunedModel.Open(V46.Lora with
         {
             LoraWeightPath = V46.Adapter("lora_random"),
         });
@@ -102,7 +102,7 @@ public sealed class MiniCpmV46ModelTests
             compared++;
         }
 
-        Assert.That(compared, Is.EqualTo(model.Trainables.List.Count));
+        Assert.That(compared, Is.EqualTo(model.ParameterRanges.List.Count));
     }
 
     // With adapters all ten losses and norms. In the full run, whose loss falls from 7 to 0.01 by
@@ -117,7 +117,7 @@ public sealed class MiniCpmV46ModelTests
         JsonElement[] steps = [.. expected.GetProperty("steps").EnumerateArray()];
         TrainArguments arguments = kind == "full" ? V46.Full
             : V46.Lora with { LoraWeightPath = V46.Adapter("lora_init") };
-        using var model = TrainingModel.Open(arguments);
+        using var model = TunedModel.Open(arguments);
         Batch batch = V46.Batch(model.Loaded.Rows);
         var trainer = new Trainer(arguments, model);
         Dictionary<string, float[]> first = [];
@@ -133,7 +133,7 @@ public sealed class MiniCpmV46ModelTests
                     Error(result.GradientNorm, steps[i].GetProperty("grad_norm"))));
             // The rate of the first step is 0, so both have the same gradients.
             if (i == 0)
-                first = model.Trainables.List.ToDictionary(t => t.Name, t => Array.ConvertAll(
+                first = model.ParameterRanges.List.ToDictionary(t => t.Name, t => Array.ConvertAll(
                     V26.Gradient(model, t.Name), g => (float)(g / result.GradientNorm)));
             if (i == 1)
                 AssertTensors(model, expected.GetProperty(what + "_after_2"),
@@ -150,7 +150,7 @@ public sealed class MiniCpmV46ModelTests
         Assert.That(within, Is.GreaterThanOrEqualTo(0.89 * first.Count));
 
         static void AssertTensors(
-            TrainingModel model, JsonElement tensors, Func<string, double> doubt)
+            TunedModel model, JsonElement tensors, Func<string, double> doubt)
         {
             int strict = 0, all = 0;
             foreach (JsonProperty tensor in tensors.EnumerateObject())
@@ -168,11 +168,11 @@ public sealed class MiniCpmV46ModelTests
             Assert.That(strict, Is.GreaterThanOrEqualTo(0.9 * all));
         }
 
-        static double Distance(TrainingModel model, JsonProperty tensor)
+        static double Distance(TunedModel model, JsonProperty tensor)
         {
             var wanted = Fingerprint.Read(tensor.Value);
             return wanted.Norm * Fingerprint.Of(model.Device.ReadFloats(
-                model.Trainables.Value(V26.Name(tensor.Name))), wanted.Shape).NormError(wanted);
+                model.ParameterRanges.Value(V26.Name(tensor.Name))), wanted.Shape).NormError(wanted);
         }
     }
 
@@ -195,7 +195,7 @@ public sealed class MiniCpmV46ModelTests
     [Test]
     public void ATextDoesNotSeeItsNeighbourInTheBatch()
     {
-        using var model = TrainingModel.Open(V46.Lora);
+        using var model = TunedModel.Open(V46.Lora);
         RowFormat format = model.Loaded.Rows;
         float[] alone = Logits(0), other = Logits(1), both = Logits(0, 1);
         Assert.That(both[..alone.Length], Is.EqualTo(alone));

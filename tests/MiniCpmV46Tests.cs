@@ -183,7 +183,7 @@ public sealed class MiniCpmV46Tests
               {"role": "user", "content": "<image>\nWhat is in the picture? "},
               {"role": "assistant", "content": " A red circle and a blue square."}]}]
             """);
-        var rows = TrainingRows.Read(path, V46.Full with { DataPath = path }, s_format);
+        var rows = DataRows.Read(path, V46.Full with { DataPath = path }, s_format);
         var batch = new Batch();
         batch.Clear();
         rows.Append(0, batch);

@@ -112,7 +112,7 @@ public sealed class MiniCpmV46TrainTests
     [Test]
     public void AnswersAreThoseOfGenerate()
     {
-        using var model = TrainingModel.Open(V46.Full);
+        using var model = TunedModel.Open(V46.Full);
         var generator = new Generator(model.Loaded);
         RowFormat format = model.Loaded.Rows;
         int compared = 0;
@@ -183,10 +183,10 @@ public sealed class MiniCpmV46TrainTests
 
         static double Loss(TrainArguments arguments)
         {
-            using var model = TrainingModel.Open(arguments);
+            using var model = TunedModel.Open(arguments);
             var batch = new Batch();
             batch.Clear();
-            TrainingRows.Read(arguments.DataPath!, arguments, model.Loaded.Rows).Append(0, batch);
+            DataRows.Read(arguments.DataPath!, arguments, model.Loaded.Rows).Append(0, batch);
             return Trace.Run(model, batch, gradients: false).Floats["loss"].Values[0];
         }
     }

@@ -146,7 +146,7 @@ public sealed class MiniCpmV4Tests
         {
             string folder = Scaled(near, far, positions);
             using var model =
-                TrainingModel.Open(s_reference.Lora with { ModelNameOrPath = folder });
+                TunedModel.Open(s_reference.Lora with { ModelNameOrPath = folder });
             float[] logits = [];
             foreach (string[] rows in batches)
                 logits = Trace.Run(
@@ -197,8 +197,8 @@ public sealed class MiniCpmV4Tests
         Assert.That(spec.Vision.Layers, Is.EqualTo(1));
         MadeModel.Write(_folder, spec, seed: 5);
         TrainArguments arguments = s_reference.Full with { ModelNameOrPath = _folder };
-        using var model = TrainingModel.Open(arguments);
-        Assert.That(model.Trainables.Count, Is.EqualTo(model.TotalParameters));
+        using var model = TunedModel.Open(arguments);
+        Assert.That(model.ParameterRanges.Count, Is.EqualTo(model.TotalParameters));
         Batch batch = V26.Batch(spec.Rows(), arguments, ["tall", "text0"]);
         double loss = V26.Gradients(model, arguments, batch).Loss;
         Assert.That(loss, Is.InRange(0.5 * Math.Log(711), 3 * Math.Log(711)));
@@ -213,16 +213,16 @@ public sealed class MiniCpmV4Tests
     public void ItsDecoderOnTheGpuHasTheCpusNumbers(bool bf16)
     {
         Batch batch = s_reference.Batch(s_reference.Full, "text0");
-        using var cpu = TrainingModel.Open(s_reference.Full);
+        using var cpu = TunedModel.Open(s_reference.Full);
         Trace expected = Trace.Run(cpu, batch, gradients: true);
         using var gpu = new CudaSource();
-        using var model = TrainingModel.Open(
+        using var model = TunedModel.Open(
             s_reference.Full with { Bf16 = bf16, Device = DeviceChoice.Cuda }, gpu.Source);
         Trace got = Trace.Run(model, batch, gradients: true);
         foreach (string name in (string[])["llm.layer.0", "llm.layer.1", "llm.norm", "logits"])
             Assert.That(Error(got.Floats[name].Values, expected.Floats[name].Values),
                 Is.LessThan(bf16 ? 4.0 / 256 : 1e-5), name);
-        foreach (var tensor in cpu.Trainables.List)
+        foreach (var tensor in cpu.ParameterRanges.List)
             if (tensor.Name.StartsWith("llm.", StringComparison.Ordinal))
                 Assert.That(
                     Error(V26.Gradient(model, tensor.Name), V26.Gradient(cpu, tensor.Name)),

@@ -12,7 +12,7 @@ internal static class ModelChecks
     /// <summary>Steps over these batches allocate nothing once each has run.</summary>
     public static void AssertWarmStepsAllocateNothing(TrainArguments arguments, Batch[][] steps)
     {
-        using var model = TrainingModel.Open(arguments);
+        using var model = TunedModel.Open(arguments);
         var trainer = new Trainer(arguments, model);
         var bytes = new long[steps.Length];
         // The first round meets every shape.
@@ -34,9 +34,9 @@ internal static class ModelChecks
         foreach (bool checkpointing in (bool[])[false, true])
         {
             TrainArguments arguments = full with { GradientCheckpointing = checkpointing };
-            using var model = TrainingModel.Open(arguments);
+            using var model = TunedModel.Open(arguments);
             double loss = V26.Gradients(model, arguments, batch).Loss;
-            results.Add((loss, model.Device.ReadFloats(model.Trainables.Gradients),
+            results.Add((loss, model.Device.ReadFloats(model.ParameterRanges.Gradients),
                 model.Graph.PeakBytes));
         }
 

@@ -211,8 +211,8 @@ public sealed class ModelExampleTests
         {
             TrainArguments arguments = TrainReader.Read(
                 [Path.Combine(s_examples, FileOf(model, kind)), .. over], _folder);
-            TrainedParts parts = TrainedParts.Choose(
-                spec, arguments, TrainedParts.AdapterOf(arguments, spec), DType.BF16);
+            TunedParts parts = TunedParts.Choose(
+                spec, arguments, TunedParts.AdapterOf(arguments, spec), DType.BF16);
             return (Bytes(spec, parts, over.Contains("adamw_bf16")) / (double)(1 << 30))
                 .ToString("0.0", CultureInfo.InvariantCulture);
         }
@@ -221,7 +221,7 @@ public sealed class ModelExampleTests
     private static string FileOf(string model, string kind) =>
         $"{model.ToLowerInvariant()}-{kind}.json";
 
-    private static long Bytes(ModelSpec spec, TrainedParts parts, bool narrow)
+    private static long Bytes(ModelSpec spec, TunedParts parts, bool narrow)
     {
         int moments = narrow ? 2 + 2 : 4 + 4;
         long whole = parts.Tensors.Where(t => t.Type == DType.BF16).Sum(t => t.Shape.Count);

@@ -23,7 +23,7 @@ public sealed class ModelTests
     {
         var expected = ReferenceText.Json("v26/forward/case_a.json");
         Batch batch = V26.Batch(V26.Full, s_caseA);
-        using var model = TrainingModel.Open(V26.Full);
+        using var model = TunedModel.Open(V26.Full);
         Trace trace = Trace.Run(model, batch, gradients: true);
         AssertLoss(trace.Floats["loss"].Values[0], expected.GetProperty("loss"));
         Assert.That(trace.Ints["tgt_sizes"].Values, Is.EqualTo(
@@ -63,7 +63,7 @@ public sealed class ModelTests
             lengths.Aggregate(new List<int> { 0 }, (starts, n) => [.. starts, starts[^1] + n])));
         Assert.That(batch.Grids.Count / 2,
             Is.EqualTo(ReferenceText.Ints(expected.GetProperty("pictures")).Sum()));
-        using var model = TrainingModel.Open(arguments);
+        using var model = TunedModel.Open(arguments);
         Trace trace = Trace.Run(model, batch, trains);
         AssertLoss(trace.Floats["loss"].Values[0], expected.GetProperty("loss"));
         V26.AssertClose("logits", trace.Floats["logits"], expected.GetProperty("logits"));
@@ -75,7 +75,7 @@ public sealed class ModelTests
     public void TextAloneTeachesPictureFeaturesNothing()
     {
         TrainArguments arguments = V26.Full with { TuneLlm = false };
-        using var model = TrainingModel.Open(arguments);
+        using var model = TunedModel.Open(arguments);
         Batch text = V26.Batch(arguments, "text0", "text1");
         Trace trace = Trace.Run(model, text, gradients: true);
         var expected = ReferenceText.Json("v26/forward/case_b.json")
@@ -98,7 +98,7 @@ public sealed class ModelTests
             GradientAccumulationSteps = 4,
             LossNormalization = normalization,
         };
-        using var model = TrainingModel.Open(arguments);
+        using var model = TunedModel.Open(arguments);
         Batch[] batches = [.. all.GetProperty("samples").EnumerateArray().Select(
             id => V26.Batch(arguments, id.GetString()!))];
         StepResult result = V26.Gradients(model, arguments, batches);
@@ -112,10 +112,10 @@ public sealed class ModelTests
     public void MicroBatchesByTokensAreOneBatch()
     {
         string[] ids = ["one", "turns", "tall", "text1"];
-        using var model = TrainingModel.Open(V26.Full);
+        using var model = TunedModel.Open(V26.Full);
         StepResult parts = V26.Gradients(
             model, V26.Full, [.. ids.Select(id => V26.Batch(V26.Full, id))]);
-        var accumulated = model.Trainables.List.ToDictionary(
+        var accumulated = model.ParameterRanges.List.ToDictionary(
             t => t.Name, t => V26.Gradient(model, t.Name));
         StepResult whole = V26.Gradients(model, V26.Full, V26.Batch(V26.Full, ids));
         Assert.That(parts.Loss, Is.EqualTo(whole.Loss).Within(1e-6 * whole.Loss));
@@ -142,7 +142,7 @@ public sealed class ModelTests
         };
         using var model = Open(arguments, "random_lora_only");
         long trainable = expected.GetProperty("trainable").GetInt64();
-        Assert.That(model.Trainables.Count, Is.EqualTo(trainable));
+        Assert.That(model.ParameterRanges.Count, Is.EqualTo(trainable));
         // PEFT's total has the modules that are trained whole twice: the copy and the original.
         // A and B of q, k, v, o in two layers: 8 * (256 + outputs), outputs 256, 128, 128, 256.
         const long adapters = 2 * 8 * ((4 * 256) + 256 + 128 + 128 + 256);
@@ -171,9 +171,9 @@ public sealed class ModelTests
                 LoraBias = name == "rslora" ? LoraBias.None : LoraBias.LoraOnly,
                 UseRslora = name == "rslora",
             })
-            : TrainingModel.Open(AdapterSettings.Complete(
+            : TunedModel.Open(AdapterSettings.Complete(
                 V26.Lora with { LoraWeightPath = V26.Adapter("variant_" + name) }, _ => false));
-        Assert.That(model.Trainables.List, Has.Count.EqualTo(tensors));
+        Assert.That(model.ParameterRanges.List, Has.Count.EqualTo(tensors));
         AssertCase(model, expected);
         if (V26.IsFull) AssertGradientsWhole(model, $"v26/adapters/variant_{name}/gradients");
     }
@@ -187,11 +187,11 @@ public sealed class ModelTests
         var results = new List<(StepResult Result, float[] Gradients, long Peak)>();
         foreach (bool checkpointing in (bool[])[false, true])
         {
-            using var model = TrainingModel.Open(
+            using var model = TunedModel.Open(
                 arguments with { GradientCheckpointing = checkpointing });
             if (lora) Load(model, "random_lora_only");
             StepResult result = V26.Gradients(model, arguments, batch);
-            results.Add((result, model.Device.ReadFloats(model.Trainables.Gradients),
+            results.Add((result, model.Device.ReadFloats(model.ParameterRanges.Gradients),
                 model.Graph.PeakBytes));
         }
 
@@ -216,7 +216,7 @@ public sealed class ModelTests
         Assert.That(Loss(1, 1), Is.Not.EqualTo(first));
     }
 
-    private static void AssertCase(TrainingModel model, JsonElement expected)
+    private static void AssertCase(TunedModel model, JsonElement expected)
     {
         Trace trace = Trace.Run(model, V26.Batch(V26.Full, s_caseA), gradients: true);
         AssertLoss(trace.Floats["loss"].Values[0], expected.GetProperty("loss"));
@@ -243,7 +243,7 @@ public sealed class ModelTests
         Assert.That(V26.LargestError(got.ToArray(), expected), Is.LessThan(1e-5));
     }
 
-    private static void AssertCaseAWhole(TrainingModel model, Trace trace)
+    private static void AssertCaseAWhole(TunedModel model, Trace trace)
     {
         var file = ReferenceFile.Open("v26/forward/case_a");
         Assert.That(trace.Ints["vision.position_ids"].Values,
@@ -259,7 +259,7 @@ public sealed class ModelTests
         AssertGradientsWhole(model, "v26/forward/case_a_gradients");
     }
 
-    private static void AssertGradientsWhole(TrainingModel model, string path)
+    private static void AssertGradientsWhole(TunedModel model, string path)
     {
         var file = ReferenceFile.Open(path);
         foreach (string name in file.Names)
@@ -270,25 +270,25 @@ public sealed class ModelTests
         }
     }
 
-    private static TrainingModel Open(TrainArguments arguments, string adapter)
+    private static TunedModel Open(TrainArguments arguments, string adapter)
     {
-        var model = TrainingModel.Open(arguments);
+        var model = TunedModel.Open(arguments);
         Load(model, adapter);
         return model;
     }
 
     // The random adapter's tensors under another configuration.
-    private static TrainingModel OpenRandom(TrainArguments arguments)
+    private static TunedModel OpenRandom(TrainArguments arguments)
     {
-        var model = TrainingModel.Open(arguments);
+        var model = TunedModel.Open(arguments);
         using var file = SafetensorsFile.Open(
             Path.Combine(V26.Adapter("random_lora_only"), AdapterFile.WeightsName));
         foreach (StoredTensor tensor in file.Tensors)
-            model.Trainables.Write(V26.Name(tensor.Name), tensor.ToFloats());
+            model.ParameterRanges.Write(V26.Name(tensor.Name), tensor.ToFloats());
         return model;
     }
 
-    private static void Load(TrainingModel model, string adapter)
+    private static void Load(TunedModel model, string adapter)
     {
         using var file = AdapterFile.Open(V26.Adapter(adapter));
         model.CopyFrom(file);

@@ -66,7 +66,7 @@ public sealed class ModelVariantTests
         Batch batch = V26.Batch(V26.Full, "one", "text1");
         double[] logits = Array.ConvertAll(Logits(untied, batch), v => (double)v);
         Assert.That(V26.LargestError(Logits(tied, batch), logits), Is.LessThan(1e-6));
-        using TrainingModel one = TrainingModel.Open(tied), two = TrainingModel.Open(untied);
+        using TunedModel one = TunedModel.Open(tied), two = TunedModel.Open(untied);
         double loss = V26.Gradients(one, tied, batch).Loss;
         Assert.That(V26.Gradients(two, untied, batch).Loss, Is.EqualTo(loss).Within(1e-6 * loss));
         if (!trained) return;
@@ -88,11 +88,11 @@ public sealed class ModelVariantTests
                 .ToFloats();
         TrainArguments arguments = V26.Lora with { ModulesToSave = ["embed_tokens"] };
         static void Tie(JsonNode config) => config["tie_word_embeddings"] = true;
-        using TrainingModel tied = TrainingModel.Open(arguments with
+        using TunedModel tied = TunedModel.Open(arguments with
         {
             ModelNameOrPath = Variant(Tie, Spec(Tie), Value, DType.BF16).ModelNameOrPath,
         });
-        using TrainingModel untied = TrainingModel.Open(arguments with
+        using TunedModel untied = TunedModel.Open(arguments with
         {
             ModelNameOrPath = Variant(_ => { }, V26.Spec, Value, DType.BF16).ModelNameOrPath,
         });
@@ -102,8 +102,8 @@ public sealed class ModelVariantTests
             Is.EqualTo(V26.Gradients(untied, arguments, batch).Loss));
         Assert.That(V26.Gradient(tied, name), Is.EqualTo(V26.Gradient(untied, name)));
         float[] zeros = new float[V26.Gradient(tied, name).Length];
-        foreach (TrainingModel model in (TrainingModel[])[tied, untied])
-            model.Trainables.Write(name, zeros);
+        foreach (TunedModel model in (TunedModel[])[tied, untied])
+            model.ParameterRanges.Write(name, zeros);
         Assert.That(V26.Gradients(tied, arguments, batch).Loss,
             Is.EqualTo(V26.Gradients(untied, arguments, batch).Loss));
     }
@@ -112,7 +112,7 @@ public sealed class ModelVariantTests
     public void AnAdapterOrACopyOfTheHeadThatCouldNotBeTrainedIsRefused()
     {
         Assert.That(
-            () => TrainingModel.Open(
+            () => TunedModel.Open(
                 V26.Lora with { LoraTargetModules = new(["q_proj", "lm_head"]) }),
             Throws.TypeOf<InputException>().With.Message.StartsWith(
                 "lora_target_modules matches llm.lm_head: "));
@@ -121,7 +121,7 @@ public sealed class ModelVariantTests
         string folder = Variant(Tie, Spec(Tie), name => original.Get(name).ToFloats(), DType.BF16)
             .ModelNameOrPath!;
         Assert.That(
-            () => TrainingModel.Open(
+            () => TunedModel.Open(
                 V26.Lora with { ModelNameOrPath = folder, ModulesToSave = ["lm_head"] }),
             Throws.TypeOf<InputException>().With.Message.StartsWith(
                 "modules_to_save \"lm_head\": "));
@@ -183,8 +183,8 @@ public sealed class ModelVariantTests
         {
             OfficialCompat = true,
         };
-        using var model = TrainingModel.Open(arguments);
-        Assert.That(model.Trainables.Count, Is.EqualTo(model.TotalParameters));
+        using var model = TunedModel.Open(arguments);
+        Assert.That(model.ParameterRanges.Count, Is.EqualTo(model.TotalParameters));
         var batch = Batch(arguments, "turns", "one");
         double loss = V26.Gradients(model, arguments, batch).Loss;
         Assert.That(loss, Is.InRange(0.5 * Math.Log(531), 3 * Math.Log(531)));
@@ -201,9 +201,9 @@ public sealed class ModelVariantTests
         foreach (int threads in (int[])[1, 2, 3, 5])
         {
             TrainArguments arguments = V26.Full with { Threads = threads };
-            using var model = TrainingModel.Open(arguments);
+            using var model = TunedModel.Open(arguments);
             double loss = V26.Gradients(model, arguments, batch).Loss;
-            results.Add((loss, model.Device.ReadFloats(model.Trainables.Gradients)));
+            results.Add((loss, model.Device.ReadFloats(model.ParameterRanges.Gradients)));
         }
 
         foreach (var (loss, gradients) in results)
@@ -225,7 +225,7 @@ public sealed class ModelVariantTests
         };
         double exact = ReferenceText.Json("v26/forward/case_a.json").GetProperty("loss")
             .GetDouble();
-        using (var model = TrainingModel.Open(arguments))
+        using (var model = TunedModel.Open(arguments))
         {
             double loss =
                 V26.Gradients(model, arguments, V26.Batch(V26.Full, "one", "two-small")).Loss;
@@ -239,14 +239,14 @@ public sealed class ModelVariantTests
         Assert.That(V26.Spec.Parameters.All.Select(p => saved.Get(p.Name).Type),
             Is.All.EqualTo(DType.F16));
         using var again =
-            TrainingModel.Open(arguments with { ModelNameOrPath = arguments.OutputDir });
+            TunedModel.Open(arguments with { ModelNameOrPath = arguments.OutputDir });
         Assert.That(again.TotalParameters, Is.EqualTo(3153472));
     }
 
     private static Batch Batch(TrainArguments arguments, params string[] ids)
     {
         string model = arguments.ModelNameOrPath!;
-        var rows = TrainingRows.Read(
+        var rows = DataRows.Read(
             arguments.DataPath!, arguments, ModelSpec.Read(model).Rows());
         var batch = new Batch();
         batch.Clear();
@@ -256,7 +256,7 @@ public sealed class ModelVariantTests
 
     private static float[] Logits(TrainArguments arguments, Batch batch)
     {
-        using var model = TrainingModel.Open(arguments);
+        using var model = TunedModel.Open(arguments);
         return Trace.Run(model, batch, gradients: false).Floats["logits"].Values;
     }
 

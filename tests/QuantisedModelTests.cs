@@ -51,13 +51,13 @@ public sealed unsafe class QuantisedModelTests
 
         AssertHashes(found, expected);
         // And they are what a run takes.
-        using var table = TrainingModel.Open(s_qlora);
+        using var table = TunedModel.Open(s_qlora);
         string[] quantised = [.. expected.EnumerateObject().Select(p => p.Name)
             .Where(n => n.EndsWith("proj.weight", StringComparison.Ordinal))];
         var kind = table.Base.Kind;
         Assert.That(table.Spec.Parameters.All.Select(p => p.Name).Where(kind.Takes),
             Is.EquivalentTo(quantised));
-        using var dense = TrainingModel.Open(V26.Lora);
+        using var dense = TunedModel.Open(V26.Lora);
         Assert.That(((CpuDevice)table.Device).AllocatedBytes,
             Is.LessThan(((CpuDevice)dense.Device).AllocatedBytes - 1_700_000));
     }
@@ -80,11 +80,11 @@ public sealed unsafe class QuantisedModelTests
     {
         JsonElement expected = Reference("model").GetProperty("decoder_nf4").GetProperty("train");
         TrainArguments arguments = s_qlora with { WeightDecay = 0.1, AdamBeta2 = 0.95 };
-        using var model = TrainingModel.Open(arguments);
+        using var model = TunedModel.Open(arguments);
         var initial = ReferenceFile.OpenCommitted("quant/decoder_nf4_initial");
-        foreach (Trainable tensor in model.Trainables.List)
+        foreach (TunedTensor tensor in model.ParameterRanges.List)
             if (tensor.Name.Contains("lora_A", StringComparison.Ordinal))
-                model.Trainables.Write(
+                model.ParameterRanges.Write(
                     tensor.Name, initial.Floats("base_model.model." + tensor.Name));
         JsonElement[] steps = [.. expected.GetProperty("steps").EnumerateArray()];
         var trainer = new Trainer(arguments, model);
@@ -108,16 +108,16 @@ public sealed unsafe class QuantisedModelTests
     public void OnCudaItHasTheGradientsOfTheCpu()
     {
         Batch batch = V26.Batch(s_qlora, "text1");
-        using TrainingModel expected = Open(s_qlora);
+        using TunedModel expected = Open(s_qlora);
         double loss = V26.Gradients(expected, s_qlora, batch).Loss;
         using var cuda = new CudaUnderTest();
         using BaseModel source = BaseModel.Open(s_qlora);
-        using var model = TrainingModel.Load(
+        using var model = TunedModel.Load(
             source, new OpenDevice(cuda.Device(DType.F32), "GPU"), s_qlora);
         CopyAdapter(model);
         Assert.That(V26.Gradients(model, s_qlora, batch).Loss,
             Is.EqualTo(loss).Within(1e-5 * loss));
-        foreach (Trainable tensor in model.Trainables.List)
+        foreach (TunedTensor tensor in model.ParameterRanges.List)
             Assert.That(
                 V26.NormError(V26.Gradient(model, tensor.Name),
                     Array.ConvertAll(V26.Gradient(expected, tensor.Name), v => (double)v)),
@@ -162,7 +162,7 @@ public sealed unsafe class QuantisedModelTests
     private static void AssertCase(TrainArguments arguments, string name)
     {
         JsonElement expected = Reference("model").GetProperty(name).GetProperty("lora");
-        using TrainingModel model = Open(arguments);
+        using TunedModel model = Open(arguments);
         Trace trace = Trace.Run(model, V26.Batch(V26.Full, "one", "two-small"), gradients: true);
         double loss = expected.GetProperty("loss").GetDouble();
         Assert.That(trace.Floats["loss"].Values[0], Is.EqualTo(loss).Within(1e-5 * loss));
@@ -180,14 +180,14 @@ public sealed unsafe class QuantisedModelTests
     private static JsonElement Reference(string name) =>
         ReferenceText.Json($"quant/{name}.json");
 
-    private static TrainingModel Open(TrainArguments arguments)
+    private static TunedModel Open(TrainArguments arguments)
     {
-        var model = TrainingModel.Open(arguments);
+        var model = TunedModel.Open(arguments);
         CopyAdapter(model);
         return model;
     }
 
-    private static void CopyAdapter(TrainingModel model)
+    private static void CopyAdapter(TunedModel model)
     {
         using var adapter = AdapterFile.Open(V26.Adapter("random_lora_only"));
         model.CopyFrom(adapter);

@@ -22,10 +22,10 @@ public sealed class ReferenceCudaTests
     {
         var reference = ReferenceModel.Of(name);
         Batch batch = reference.Batch(reference.Full, row);
-        using var cpu = TrainingModel.Open(reference.Full);
+        using var cpu = TunedModel.Open(reference.Full);
         Trace expected = Trace.Run(cpu, batch, gradients: true);
         using var gpu = new CudaSource();
-        using var model = TrainingModel.Open(
+        using var model = TunedModel.Open(
             reference.Full with { Bf16 = bf16, Device = DeviceChoice.Cuda }, gpu.Source);
         Trace trace = Trace.Run(model, batch, gradients: true);
         Assert.That(trace.Floats.Keys, Is.EquivalentTo(expected.Floats.Keys));

@@ -24,7 +24,7 @@ public sealed class ReferenceModelTests(string name)
     {
         var expected = _reference.Json("forward/case_a.json");
         Batch batch = _reference.Batch(_reference.Full, _reference.CaseA);
-        using var model = TrainingModel.Open(_reference.Full);
+        using var model = TunedModel.Open(_reference.Full);
         Trace trace = Trace.Run(model, batch, gradients: true);
         Assert.That(trace.Ints["sequence_starts"].Values,
             Is.EqualTo(ReferenceText.Ints(expected.GetProperty("lengths")).Aggregate(
@@ -53,7 +53,7 @@ public sealed class ReferenceModelTests(string name)
         var expected = _reference.Json("lora/cases.json").GetProperty("lora_only");
         using var model = Open("random_lora_only");
         long trainable = expected.GetProperty("trainable").GetInt64();
-        Assert.That(model.Trainables.Count, Is.EqualTo(trainable));
+        Assert.That(model.ParameterRanges.Count, Is.EqualTo(trainable));
         Assert.That(model.TotalParameters, Is.EqualTo(expected.GetProperty("total").GetInt64()));
         Trace trace = Trace.Run(
             model, _reference.Batch(_reference.Lora, _reference.CaseA), gradients: true);
@@ -114,6 +114,6 @@ public sealed class ReferenceModelTests(string name)
             trace.Floats["loss"].Values[0], Is.EqualTo(loss).Within(1e-5 * loss), "loss");
     }
 
-    private TrainingModel Open(string adapter) => TrainingModel.Open(
+    private TunedModel Open(string adapter) => TunedModel.Open(
         _reference.Lora with { LoraWeightPath = _reference.Adapter(adapter) });
 }

@@ -57,15 +57,15 @@ public sealed class ReferenceTrainTests(string name)
     {
         var expected = _reference.Json("train/runs.json").GetProperty("full");
         TrainArguments arguments = TenSteps(_reference.Full);
-        using var model = TrainingModel.Open(arguments);
-        string[] decay = [.. model.Trainables.List.Where(t => t.Decays).Select(t => t.Name)];
+        using var model = TunedModel.Open(arguments);
+        string[] decay = [.. model.ParameterRanges.List.Where(t => t.Decays).Select(t => t.Name)];
         string[] without = [.. expected.GetProperty("not_decayed").EnumerateArray()
             .Select(n => n.GetString()!)];
         // The Trainer's groups, or those of a loop that exempts every norm.
         string[] exempt = [.. decay.Where(without.Contains)];
         Assert.That(exempt, Is.EquivalentTo(
             name == "o45" ? decay.Where(n => n.EndsWith("norm.weight")) : []));
-        Assert.That(model.Trainables.List.Where(t => !t.Decays).Select(t => t.Name),
+        Assert.That(model.ParameterRanges.List.Where(t => !t.Decays).Select(t => t.Name),
             Is.EquivalentTo(without.Except(exempt)));
 
         var trainer = new Trainer(arguments, model);
@@ -74,15 +74,15 @@ public sealed class ReferenceTrainTests(string name)
         {
             double rate = step.GetProperty("lr").GetDouble();
             var before = exempt.ToDictionary(
-                n => n, n => model.Device.ReadFloats(model.Trainables.Value(n)));
+                n => n, n => model.Device.ReadFloats(model.ParameterRanges.Value(n)));
             Batch batch = name == "o45" ? _reference.Batch(arguments, _reference.CaseA)
                 : _reference.Batch(arguments, step.GetProperty("row").GetString()!);
             StepResult result = trainer.Step(log.Count, [batch], rate);
             log.Add((rate, result.Loss, result.GradientNorm));
             // What the decay took is given back.
             foreach (var (tensor, values) in before)
-                model.Trainables.Write(tensor, [.. values
-                    .Zip(model.Device.ReadFloats(model.Trainables.Value(tensor)), (old, now) =>
+                model.ParameterRanges.Write(tensor, [.. values
+                    .Zip(model.Device.ReadFloats(model.ParameterRanges.Value(tensor)), (old, now) =>
                         (float)(now + (rate * arguments.WeightDecay * old)))]);
         }
 
@@ -93,7 +93,7 @@ public sealed class ReferenceTrainTests(string name)
             if (FamilyCase.HasNoise(tensor.Name)) continue;
             var wanted = Fingerprint.Read(tensor.Value);
             double error = Fingerprint.Of(
-                model.Device.ReadFloats(model.Trainables.Value(tensor.Name)), wanted.Shape)
+                model.Device.ReadFloats(model.ParameterRanges.Value(tensor.Name)), wanted.Shape)
                 .NormError(wanted);
             worst = Math.Max(worst, error);
             Assert.That(error, Is.LessThan(1e-4), tensor.Name);
@@ -187,7 +187,7 @@ public sealed class ReferenceTrainTests(string name)
     private double Loss(string folder)
     {
         TrainArguments arguments = _reference.Full with { ModelNameOrPath = folder };
-        using var model = TrainingModel.Open(arguments);
+        using var model = TunedModel.Open(arguments);
         return Trace.Run(model, _reference.Batch(arguments, Rows[0]), gradients: false)
             .Floats["loss"].Values[0];
     }

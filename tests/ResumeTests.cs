@@ -266,7 +266,7 @@ public sealed class ResumeTests
     [Test]
     public void AStepThatIsNotFiniteIsSkippedAndChangesNothing()
     {
-        using var model = TrainingModel.Open(V26.Full);
+        using var model = TunedModel.Open(V26.Full);
         var trainer = new Trainer(V26.Full, model);
         Batch good = V26.Batch(V26.Full, "one"), bad = V26.Batch(V26.Full, "one");
         bad.Patches.Clear();
@@ -293,13 +293,13 @@ public sealed class ResumeTests
     {
         string adapter = Path.Combine(_folder, "nan");
         TrainArguments arguments = Short("out", steps: 20) with { MaxNonfiniteSteps = 3 };
-        using (var model = TrainingModel.Open(arguments))
+        using (var model = TunedModel.Open(arguments))
         {
-            string name = model.Trainables.List[0].Name;
-            float[] values = model.Device.ReadFloats(model.Trainables.Value(name));
+            string name = model.ParameterRanges.List[0].Name;
+            float[] values = model.Device.ReadFloats(model.ParameterRanges.Value(name));
             // Finite, but no product with it is.
             Array.Fill(values, float.MaxValue);
-            model.Trainables.Write(name, values);
+            model.ParameterRanges.Write(name, values);
             ModelFiles.Save(adapter, model, arguments);
         }
 
@@ -383,13 +383,13 @@ public sealed class ResumeTests
     }
 
     /// <summary>Everything a step may change, as one text.</summary>
-    private static string State(TrainingModel model)
+    private static string State(TunedModel model)
     {
         var bytes = new List<byte>();
-        foreach (Trainable tensor in model.Trainables.List)
-            foreach (var part in (Kernels.Tensor[])[model.Trainables.Value(tensor.Name),
-                model.Trainables.FirstMoment(tensor.Name),
-                model.Trainables.SecondMoment(tensor.Name)])
+        foreach (TunedTensor tensor in model.ParameterRanges.List)
+            foreach (var part in (Kernels.Tensor[])[model.ParameterRanges.Value(tensor.Name),
+                model.ParameterRanges.FirstMoment(tensor.Name),
+                model.ParameterRanges.SecondMoment(tensor.Name)])
                 bytes.AddRange(MemoryMarshal.AsBytes<float>(model.Device.ReadFloats(part)));
         return Convert.ToHexString(System.Security.Cryptography.SHA256.HashData(bytes.ToArray()));
     }

@@ -158,7 +158,7 @@ public sealed class RowFormatTests
         try
         {
             if (row.Objects is { } objects)
-                row = objects.Fill(row, BoxFormat.Text, k => TrainingRows.Probe(row, k).Size);
+                row = objects.Fill(row, BoxFormat.Text, k => DataRows.Probe(row, k).Size);
             _ = RowText.Compose(row, (_, _) => "", []);
         }
         catch (BadRowException failure)

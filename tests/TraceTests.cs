@@ -102,8 +102,8 @@ public sealed class TraceTests
             ModelNameOrPath = arguments.OutputDir,
             DataPath = Runs.Data(_folder, "one", "two-small", "turns", "tall", "corner"),
         };
-        using var model = TrainingModel.Open(arguments);
-        var rows = TrainingRows.Read(arguments.DataPath!, arguments, model.Spec.Rows());
+        using var model = TunedModel.Open(arguments);
+        var rows = DataRows.Read(arguments.DataPath!, arguments, model.Spec.Rows());
         var expected = Counted(model, rows);
         foreach (int size in (int[])[1, 2, 5])
         {
@@ -132,7 +132,7 @@ public sealed class TraceTests
 
     // Row by row from all logits: the answers are the runs of labels.
     private static (long Tokens, long Hits, long Answers, long Right, double Loss) Counted(
-        TrainingModel model, TrainingRows rows)
+        TunedModel model, DataRows rows)
     {
         long tokens = 0, hits = 0, answers = 0, right = 0;
         double loss = 0;

@@ -91,7 +91,7 @@ public sealed class TrainTests
         TrainArguments arguments = TenSteps("full") with { Bf16 = true };
         double bf16 = ReferenceText.Json("v26/forward/case_a.json").GetProperty("loss_bf16")
             .GetDouble();
-        using (var model = TrainingModel.Open(arguments))
+        using (var model = TunedModel.Open(arguments))
         {
             Batch batch = V26.Batch(V26.Full, "one", "two-small");
             // The reference keeps activations in bf16 too, whose step near 6.6 is 1/32.
@@ -195,10 +195,10 @@ public sealed class TrainTests
     private string Initial(TrainArguments arguments)
     {
         string folder = Path.Combine(_folder, "initial");
-        using var model = TrainingModel.Open(arguments);
+        using var model = TunedModel.Open(arguments);
         var file = ReferenceFile.Open("v26/train/lora_initial");
         foreach (string name in file.Names)
-            model.Trainables.Write(V26.Name(name), file.Floats(name));
+            model.ParameterRanges.Write(V26.Name(name), file.Floats(name));
         ModelFiles.Save(folder, model, arguments);
         return folder;
     }
@@ -239,7 +239,7 @@ public sealed class TrainTests
         TrainArguments arguments = run.UseLora
             ? run with { LoraWeightPath = run.OutputDir }
             : run with { ModelNameOrPath = run.OutputDir };
-        using var model = TrainingModel.Open(arguments);
+        using var model = TunedModel.Open(arguments);
         Trace trace = Trace.Run(model, V26.Batch(V26.Full, "one", "two-small"), gradients: false);
         double loss = expected.GetProperty("loss").GetDouble();
         Assert.That(trace.Floats["loss"].Values[0], Is.EqualTo(loss).Within(1e-4 * loss));

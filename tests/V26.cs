@@ -75,7 +75,7 @@ internal static class V26
     /// <summary>The same in another model's format.</summary>
     public static Batch Batch(RowFormat format, TrainArguments arguments, string[] ids)
     {
-        var rows = TrainingRows.Read(arguments.DataPath!, arguments, format);
+        var rows = DataRows.Read(arguments.DataPath!, arguments, format);
         var text = ids.Any(id => id.StartsWith("text", StringComparison.Ordinal))
             ? Text(format, arguments) : null;
         var batch = new Batch();
@@ -94,11 +94,11 @@ internal static class V26
     /// Loss and gradients of a batch as one optimizer step has them, nothing changed.
     /// </summary>
     public static StepResult Gradients(
-        TrainingModel model, TrainArguments arguments, params Batch[] batches) =>
+        TunedModel model, TrainArguments arguments, params Batch[] batches) =>
         new Trainer(arguments, model).Step(0, batches, learningRate: 0);
 
-    public static float[] Gradient(TrainingModel model, string name) =>
-        model.Device.ReadFloats(model.Trainables.Gradient(name));
+    public static float[] Gradient(TunedModel model, string name) =>
+        model.Device.ReadFloats(model.ParameterRanges.Gradient(name));
 
     /// <summary>The engine's name of a tensor that PEFT names.</summary>
     public static string Name(string peft) => peft
@@ -112,11 +112,11 @@ internal static class V26
     /// noise there, which is only held to be small. In the resampler's in_proj_bias such noise is a
     /// third of the elements and far below the tolerance.
     /// </summary>
-    public static void AssertGradients(TrainingModel model, JsonElement expected,
+    public static void AssertGradients(TunedModel model, JsonElement expected,
         double tolerance = 1e-4)
     {
         Assert.That(expected.EnumerateObject().Select(p => Name(p.Name)),
-            Is.EquivalentTo(model.Trainables.List.Select(t => t.Name)), "what is trained");
+            Is.EquivalentTo(model.ParameterRanges.List.Select(t => t.Name)), "what is trained");
         double worst = 0;
         foreach (var property in expected.EnumerateObject())
         {
@@ -188,13 +188,13 @@ internal static class V26
         return Math.Sqrt(error / norm);
     }
 
-    private static TrainingRows Text(RowFormat format, TrainArguments arguments)
+    private static DataRows Text(RowFormat format, TrainArguments arguments)
     {
         string file = Path.GetTempFileName();
         try
         {
             File.WriteAllText(file, TextRows);
-            return TrainingRows.Read(file, arguments with { OfficialCompat = false }, format);
+            return DataRows.Read(file, arguments with { OfficialCompat = false }, format);
         }
         finally
         {

@@ -37,9 +37,9 @@ public sealed class WeightKindTests
         TrainArguments arguments =
             V26.Lora with { GradientCheckpointing = checkpointed, LoraDropout = 0.1 };
         var kind = new Int8Kind();
-        using TrainingModel other = Open(arguments, kind);
+        using TunedModel other = Open(arguments, kind);
         Assert.That(kind.Weights, Has.Count.EqualTo(s_projections));
-        using TrainingModel dense = Open(arguments with { ModelNameOrPath = Dense(kind) });
+        using TunedModel dense = Open(arguments with { ModelNameOrPath = Dense(kind) });
         Assert.That(((CpuDevice)other.Device).AllocatedBytes,
             Is.LessThan(((CpuDevice)dense.Device).AllocatedBytes));
         Assert.That(kind.Weights.Sum(w => w.Bytes),
@@ -54,10 +54,10 @@ public sealed class WeightKindTests
             double loss = theirs.Step(step, [batch], 1e-2).Loss;
             if (step == 0) first = last;
             Assert.That(last, Is.EqualTo(loss).Within(1e-6 * loss), $"step {step}");
-            foreach (Trainable tensor in other.Trainables.List)
+            foreach (TunedTensor tensor in other.ParameterRanges.List)
             {
-                AssertEqual(other, dense, tensor.Name, (m, n) => m.Trainables.Gradient(n));
-                AssertEqual(other, dense, tensor.Name, (m, n) => m.Trainables.Value(n));
+                AssertEqual(other, dense, tensor.Name, (m, n) => m.ParameterRanges.Gradient(n));
+                AssertEqual(other, dense, tensor.Name, (m, n) => m.ParameterRanges.Value(n));
             }
         }
 
@@ -70,7 +70,7 @@ public sealed class WeightKindTests
     {
         TrainArguments arguments = V26.Lora with { GradientCheckpointing = checkpointed };
         var kind = new Int8Kind();
-        using TrainingModel model = Open(arguments, kind);
+        using TunedModel model = Open(arguments, kind);
         var trainer = new Trainer(arguments, model);
         Batch batch = V26.Batch(arguments, "one");
         trainer.Step(0, [batch], 1e-5);
@@ -95,24 +95,24 @@ public sealed class WeightKindTests
         TrainArguments arguments = V26.Lora;
         Batch batch = V26.Batch(arguments, "text1");
         var kind = new Int8Kind();
-        using TrainingModel expected = Open(arguments, kind);
+        using TunedModel expected = Open(arguments, kind);
         double loss = V26.Gradients(expected, arguments, batch).Loss;
         using var cuda = new CudaUnderTest(source: Int8Weight.Source);
         using BaseModel source = BaseModel.Open(arguments);
         var there = new Int8Kind();
-        using var model = TrainingModel.Load(
+        using var model = TunedModel.Load(
             source, new OpenDevice(cuda.Device(DType.F32), "GPU"), arguments, kind: there);
         CopyAdapter(model);
         Assert.That(V26.Gradients(model, arguments, batch).Loss,
             Is.EqualTo(loss).Within(1e-5 * loss));
         Assert.That(there.Weights, Has.Count.EqualTo(s_projections));
-        foreach (Trainable tensor in model.Trainables.List)
+        foreach (TunedTensor tensor in model.ParameterRanges.List)
             AssertEqual(
-                model, expected, tensor.Name, (m, n) => m.Trainables.Gradient(n), 1e-4);
+                model, expected, tensor.Name, (m, n) => m.ParameterRanges.Gradient(n), 1e-4);
     }
 
-    private static void AssertEqual(TrainingModel got, TrainingModel expected, string name,
-        Func<TrainingModel, string, Tensor> of, double tolerance = 1e-6)
+    private static void AssertEqual(TunedModel got, TunedModel expected, string name,
+        Func<TunedModel, string, Tensor> of, double tolerance = 1e-6)
     {
         double[] wanted =
             Array.ConvertAll(expected.Device.ReadFloats(of(expected, name)), v => (double)v);
@@ -121,15 +121,15 @@ public sealed class WeightKindTests
             Is.LessThan(tolerance), name);
     }
 
-    private static TrainingModel Open(TrainArguments arguments, IWeightKind? kind = null)
+    private static TunedModel Open(TrainArguments arguments, IWeightKind? kind = null)
     {
-        var model = TrainingModel.Open(arguments, kind: kind);
+        var model = TunedModel.Open(arguments, kind: kind);
         CopyAdapter(model);
         return model;
     }
 
     // A fresh adapter's B is zero, and so the gradient of its A.
-    private static void CopyAdapter(TrainingModel model)
+    private static void CopyAdapter(TunedModel model)
     {
         using var adapter = AdapterFile.Open(V26.Adapter("random_lora_only"));
         model.CopyFrom(adapter);

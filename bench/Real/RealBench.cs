@@ -129,9 +129,9 @@ internal sealed class RealBench
         Console.WriteLine();
         Console.WriteLine($"== {each.Name}: {each.What}");
         total.Restart();
-        using TrainingModel training =
-            TrainingModel.Open(arguments, _devices, Console.WriteLine);
-        var rows = TrainingRows.Open(
+        using TunedModel training =
+            TunedModel.Open(arguments, _devices, Console.WriteLine);
+        var rows = DataRows.Open(
             arguments.DataPath!, arguments, training.Spec.Rows(), _ => { });
         MemoryPlan? plan = Plan(arguments, training, rows);
         Batch[] batches = Batches(each, rows);
@@ -186,7 +186,7 @@ internal sealed class RealBench
     }
 
     // As a run does it; in the order of the file, as the batches here.
-    private MemoryPlan? Plan(TrainArguments arguments, TrainingModel training, TrainingRows rows)
+    private MemoryPlan? Plan(TrainArguments arguments, TunedModel training, DataRows rows)
     {
         if (training.Device is not CudaDevice device) return null;
         arguments = arguments with { TrainSamplingStrategy = SamplingStrategy.Sequential };
@@ -199,7 +199,7 @@ internal sealed class RealBench
         return plan;
     }
 
-    private static Batch[] Batches(RealCase each, TrainingRows rows)
+    private static Batch[] Batches(RealCase each, DataRows rows)
     {
         var batches = new Batch[Math.Max(1, Math.Min(4, rows.Count / each.Batch))];
         for (int i = 0; i < batches.Length; i++)
@@ -212,7 +212,7 @@ internal sealed class RealBench
         return batches;
     }
 
-    private static void VisionForward(TrainingModel training, Batch batch, CudaDevice device)
+    private static void VisionForward(TunedModel training, Batch batch, CudaDevice device)
     {
         training.Graph.Recording = false;
         training.Hidden(batch);
@@ -228,7 +228,7 @@ internal sealed class RealBench
     }
 
     private void Profile(
-        TrainingModel training, Trainer trainer, Batch batch, CudaDevice device, double median)
+        TunedModel training, Trainer trainer, Batch batch, CudaDevice device, double median)
     {
         using var profile = new StepProfile(device, StepWork.PairsOf(batch));
         device.Watch = profile;

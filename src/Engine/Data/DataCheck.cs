@@ -22,7 +22,7 @@ public static class DataCheck
     private static bool Run(DataSources path, TrainArguments arguments, RowFormat format,
         TextWriter output)
     {
-        TrainingRows rows = TrainingRows.Read(path, arguments, format);
+        DataRows rows = DataRows.Read(path, arguments, format);
         foreach (string file in rows.OtherFormats) output.WriteLine(file);
         RowCheck[] checks = rows.Check(decode: true);
         var bad = rows.Bad(checks);
@@ -51,7 +51,7 @@ public static class DataCheck
             .OrderByDescending(k => k.Value).ThenBy(k => k.Key, StringComparer.Ordinal)
             .Select(k => $"{Number(k.Value)} {k.Key}").ToList();
         if (kinds.Count > 0) output.WriteLine("  kinds of pictures: " + string.Join(", ", kinds));
-        if (TrainingRows.JpegFallback(checks) is { } fallback) output.WriteLine("  " + fallback);
+        if (DataRows.JpegFallback(checks) is { } fallback) output.WriteLine("  " + fallback);
         Show(rows, Array.FindIndex(checks, c => c.Bad is null), output);
         return bad.Count == 0;
     }
@@ -59,7 +59,7 @@ public static class DataCheck
     /// <summary>
     /// One row as the model sees it: the text, and under it what is to be predicted.
     /// </summary>
-    private static void Show(TrainingRows rows, int index, TextWriter output)
+    private static void Show(DataRows rows, int index, TextWriter output)
     {
         Sample sample = rows.Sample(index);
         output.WriteLine(

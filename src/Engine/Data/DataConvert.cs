@@ -36,7 +36,7 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
         };
         if (DataFiles.Of(From).Any(file => Path.GetFullPath(file.Path) == Path.GetFullPath(Out)))
             throw new InputException($"{Out}: is one of the files to convert; choose another name");
-        var (set, _, formats) = TrainingRows.ReadSet(From, new RowOptions(Asked: true), Boxes);
+        var (set, _, formats) = DataRows.ReadSet(From, new RowOptions(Asked: true), Boxes);
         foreach (string format in formats) output.WriteLine(format);
         var bad = new List<BadRow>(set.Bad);
         var good = new List<(Row Row, string[] Paths)>();

@@ -53,7 +53,7 @@ public sealed class PictureCheck
         var (row, index) = _pictures[number];
         try
         {
-            TrainingRows.Decode(row, index).Dispose();
+            DataRows.Decode(row, index).Dispose();
         }
         catch (BadRowException failure)
         {

@@ -82,7 +82,7 @@ internal static class LogitCheck
 
         arguments = AdapterSettings.Complete(
             arguments with { UseLora = true, LoraWeightPath = adapter }, _ => false);
-        using var tuned = TrainingModel.Open(arguments);
+        using var tuned = TunedModel.Open(arguments);
         tuned.Graph.Recording = false;
         tuned.Device.Random = tuned.Device.Random with { Dropout = false };
         return tuned.Device.ReadFloats(

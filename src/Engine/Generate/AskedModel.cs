@@ -17,16 +17,16 @@ public sealed class AskedModel : IDisposable
     private readonly Checkpoint _checkpoint;
     private readonly AdapterFile? _adapter;
     private readonly IReadOnlyDictionary<string, StoredTensor> _trained;
-    private readonly Trainables _values;
+    private readonly ParameterRanges _values;
     private bool _isAdapted;
 
     private AskedModel(
         LoadedModel model, Checkpoint checkpoint, AdapterFile? adapter,
-        IReadOnlyDictionary<string, StoredTensor> trained, Trainables values)
+        IReadOnlyDictionary<string, StoredTensor> trained, ParameterRanges values)
     {
         (Model, _checkpoint, _adapter, _trained, _values) =
             (model, checkpoint, adapter, trained, values);
-        foreach (Trainable tensor in values.List)
+        foreach (TunedTensor tensor in values.List)
             if (!trained.ContainsKey(tensor.Name) && checkpoint.Find(tensor.Name) is { } own)
                 values.Write(tensor.Name, own.ToFloats());
         IsAdapted = adapter is not null;
@@ -93,8 +93,8 @@ public sealed class AskedModel : IDisposable
             foreach (StoredTensor tensor in checkpoint.Tensors) tensor.MustBeFinite(storage);
             foreach (StoredTensor tensor in trained.Values) tensor.MustBeFinite(DType.F32);
             var whole = layout?.Saved.Concat(layout.Biases).Select(t => t.Name).ToHashSet();
-            var values = new Trainables(device.Device,
-                [.. (layout?.Tensors ?? []).Select(t => new Trainable(t.Name, t.Shape,
+            var values = new ParameterRanges(device.Device,
+                [.. (layout?.Tensors ?? []).Select(t => new TunedTensor(t.Name, t.Shape,
                     whole!.Contains(t.Name) ? storage : DType.F32, Decays: false))],
                 learns: false);
             LoadedModel model = LoadedModel.Load(device, spec, checkpoint, storage, values,

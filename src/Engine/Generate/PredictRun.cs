@@ -62,7 +62,7 @@ public sealed class PredictRun
         Action<PredictProgress> progress, Func<bool> goesOn, DeviceSource? devices = null)
     {
         var run = new PredictRun(arguments, request, say);
-        TrainingRows? rows = null;
+        DataRows? rows = null;
         try
         {
             Directory.CreateDirectory(Path.GetDirectoryName(request.Out)!);
@@ -88,9 +88,9 @@ public sealed class PredictRun
         }
     }
 
-    private TrainingRows Rows(AskedModel model)
+    private DataRows Rows(AskedModel model)
     {
-        TrainingRows rows = TrainingRows.Asked(_request.Data, _arguments, model.Rows, _say);
+        DataRows rows = DataRows.Asked(_request.Data, _arguments, model.Rows, _say);
         if (_request.Metrics.Count == 0) return rows;
         for (int i = 0; i < Count(rows); i++)
             if (rows[i].Expected is null && rows[i].References.Count == 0)
@@ -99,9 +99,9 @@ public sealed class PredictRun
         return rows;
     }
 
-    private int Count(TrainingRows rows) => Math.Min(rows.Count, _request.Rows ?? rows.Count);
+    private int Count(DataRows rows) => Math.Min(rows.Count, _request.Rows ?? rows.Count);
 
-    private void Ask(PredictSide side, AskedModel model, TrainingRows rows,
+    private void Ask(PredictSide side, AskedModel model, DataRows rows,
         Action<PredictProgress> progress, Func<bool> goesOn)
     {
         GenerationSettings settings = GenerationSettings.Of(
@@ -148,7 +148,7 @@ public sealed class PredictRun
     }
 
     // Whatever would change an answer.
-    private string Key(PredictSide side, TrainingRows rows, GenerationSettings settings)
+    private string Key(PredictSide side, DataRows rows, GenerationSettings settings)
     {
         string all = string.Join('\n', side, rows.Digest, settings,
             string.Join(' ', settings.StopIds), _arguments.MaxSliceNums,
@@ -186,7 +186,7 @@ public sealed class PredictRun
         }
     }
 
-    private PredictResult Finish(TrainingRows rows)
+    private PredictResult Finish(DataRows rows)
     {
         int count = Count(rows);
         // [metric][side]

@@ -15,7 +15,7 @@ public sealed record RowAnswer(string Text, int[] Ids, bool Ended);
 /// Answers the last questions of rows, in batches of rows of about equal length, the longest first:
 /// what does not fit is known at once, and the memory of the first batch serves all.
 /// </summary>
-public sealed class RowAnswerer(LoadedModel model, TrainingRows rows, GenerationSettings settings)
+public sealed class RowAnswerer(LoadedModel model, DataRows rows, GenerationSettings settings)
 {
     private readonly Generator _generator = new(model);
 

@@ -52,7 +52,7 @@ public sealed class Adapters(IReadOnlyList<Adapter> list, double dropout)
     /// <param name="rowNorms">The norms of a weight's rows, which DoRA's magnitudes start
     /// as.</param>
     public void Initialise(
-        Trainables trainables, ulong seed, LoraStart start, Func<string, double[]> rowNorms)
+        ParameterRanges trainables, ulong seed, LoraStart start, Func<string, double[]> rowNorms)
     {
         foreach (Adapter adapter in List)
         {

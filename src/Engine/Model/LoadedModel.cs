@@ -62,9 +62,9 @@ public sealed class LoadedModel : IDisposable
     /// <param name="kind">Makes frozen weights of linear layers; null keeps them dense.</param>
     public static LoadedModel Load(
         OpenDevice device, ModelSpec spec, Checkpoint checkpoint, DType storage,
-        Trainables? trainables = null, Adapters? adapters = null, Recomputation? recomputation = null,
+        ParameterRanges? trainables = null, Adapters? adapters = null, Recomputation? recomputation = null,
         IWeightKind? kind = null) => Build(device, spec, graph => new ModelWeights(
-            graph, checkpoint, trainables ?? new Trainables(device.Device, []),
+            graph, checkpoint, trainables ?? new ParameterRanges(device.Device, []),
             adapters ?? Adapters.None, storage, kind), recomputation ?? Recomputation.None);
 
     /// <summary>Builds a model of tensors that come from anywhere.</summary>

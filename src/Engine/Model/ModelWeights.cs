@@ -13,7 +13,7 @@ namespace MiniCpmNative.Engine.Model;
 /// <param name="graph">The tape.</param>
 /// <param name="trainables">The trained ranges on the tape's device.</param>
 /// <param name="adapters">Adapters that sit on linear layers.</param>
-public abstract class ModelTensors(Graph graph, Trainables trainables, Adapters adapters)
+public abstract class ModelTensors(Graph graph, ParameterRanges trainables, Adapters adapters)
     : ITensorSource
 {
     protected Device Device { get; } = graph.Device;
@@ -111,7 +111,7 @@ public abstract class ModelTensors(Graph graph, Trainables trainables, Adapters 
 /// <param name="storage">The run's storage type.</param>
 /// <param name="kind">Makes frozen weights of linear layers; null keeps them dense.</param>
 public sealed class ModelWeights(
-    Graph graph, Checkpoint checkpoint, Trainables trainables, Adapters adapters, DType storage,
+    Graph graph, Checkpoint checkpoint, ParameterRanges trainables, Adapters adapters, DType storage,
     IWeightKind? kind = null)
     : ModelTensors(graph, trainables, adapters)
 {

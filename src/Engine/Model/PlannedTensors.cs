@@ -14,7 +14,7 @@ namespace MiniCpmNative.Engine.Model;
 /// <param name="storedAs">The type in which the run keeps a frozen tensor, by its name.</param>
 /// <param name="kind">Makes frozen weights of linear layers; null keeps them dense.</param>
 internal sealed class PlannedTensors(
-    Graph graph, ModelSpec spec, Trainables trainables, Adapters adapters,
+    Graph graph, ModelSpec spec, ParameterRanges trainables, Adapters adapters,
     Func<string, DType> storedAs, IWeightKind? kind = null)
     : ModelTensors(graph, trainables, adapters)
 {

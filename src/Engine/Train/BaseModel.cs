@@ -13,7 +13,7 @@ namespace MiniCpmNative.Engine.Train;
 public sealed class BaseModel : IDisposable
 {
     private BaseModel(
-        ModelSpec spec, Checkpoint weights, AdapterFile? start, TrainedParts parts, DType storage)
+        ModelSpec spec, Checkpoint weights, AdapterFile? start, TunedParts parts, DType storage)
     {
         (Spec, Weights, Start, Parts, Storage) = (spec, weights, start, parts, storage);
         Saved = [];
@@ -26,7 +26,7 @@ public sealed class BaseModel : IDisposable
     /// <summary>The adapter to start from, or null.</summary>
     public AdapterFile? Start { get; }
 
-    public TrainedParts Parts { get; }
+    public TunedParts Parts { get; }
 
     /// <summary>Type that weights are stored in.</summary>
     public DType Storage { get; }
@@ -99,16 +99,16 @@ public sealed class BaseModel : IDisposable
         try
         {
             weights.MustMatch(spec.Parameters, Families.Explain);
-            DType storage = TrainingModel.StorageOf(arguments);
+            DType storage = TunedModel.StorageOf(arguments);
             foreach (StoredTensor tensor in weights.Tensors) tensor.MustBeFinite(storage);
-            AdapterConfig? adapter = TrainedParts.AdapterOf(arguments, spec);
+            AdapterConfig? adapter = TunedParts.AdapterOf(arguments, spec);
             if (arguments.LoraWeightPath is { } path)
             {
                 start = AdapterFile.Open(path);
                 AdapterStart.MustFit(adapter!, start, spec.Parameters);
             }
 
-            TrainedParts parts = TrainedParts.Choose(spec, arguments, adapter, storage);
+            TunedParts parts = TunedParts.Choose(spec, arguments, adapter, storage);
             RefuseQuantised(weights, parts);
             if (start is not null)
             {
@@ -124,8 +124,8 @@ public sealed class BaseModel : IDisposable
 
             return new BaseModel(spec, weights, start, parts, storage)
             {
-                Moments = TrainingModel.MomentsOf(arguments),
-                Kind = new(spec.Parameters, storage, TrainingModel.QuantisationOf(arguments), weights),
+                Moments = TunedModel.MomentsOf(arguments),
+                Kind = new(spec.Parameters, storage, TunedModel.QuantisationOf(arguments), weights),
                 Untouched = [.. weights.Tensors.Where(t => spec.Parameters.IsUntouched(t.Name))],
                 Saved = adapter is null
                     ? SavedFiles.Read(folder, spec, arguments, storage, say)
@@ -182,18 +182,18 @@ public sealed class BaseModel : IDisposable
     }
 
     // What is trained needs more bits than these, and a whole model is saved in one form.
-    private static void RefuseQuantised(Checkpoint weights, TrainedParts parts)
+    private static void RefuseQuantised(Checkpoint weights, TunedParts parts)
     {
         if (weights.Tensors.FirstOrDefault(t => t is PackedTensor) is not { } packed) return;
         if (parts.Config is null)
             throw new InputException($"{packed.Place} is quantised, which cannot be trained whole: "
                 + "set use_lora, or make the model whole first with cpmx merge --dequantize");
-        foreach (Trainable tensor in parts.Tensors)
+        foreach (TunedTensor tensor in parts.Tensors)
             if (weights.Find(tensor.Name) is PackedTensor trained)
                 throw new InputException($"{trained.Place} is quantised, which cannot be trained: "
                     + "leave its module out of modules_to_save, or make the model whole first with "
                     + "cpmx merge --dequantize");
     }
 
-    private static int MasterBytes(Trainable tensor) => tensor.Type == DType.F32 ? 0 : 4;
+    private static int MasterBytes(TunedTensor tensor) => tensor.Type == DType.F32 ? 0 : 4;
 }

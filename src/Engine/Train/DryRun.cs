@@ -21,7 +21,7 @@ public sealed record MemoryParts(
 /// <param name="StoredAs">The type in which a frozen tensor is kept, by its name.</param>
 /// <param name="Kind">Makes frozen weights of linear layers; null keeps them dense.</param>
 public sealed record PlannedModel(
-    ModelSpec Spec, TrainedParts Parts, Func<string, DType> StoredAs, IWeightKind? Kind = null);
+    ModelSpec Spec, TunedParts Parts, Func<string, DType> StoredAs, IWeightKind? Kind = null);
 
 /// <summary>
 /// A training on a device that only counts: the same model, tape, optimizer and launches as on the
@@ -41,12 +41,12 @@ public sealed class DryRun : IDisposable
     /// <param name="card">The card, or one like it.</param>
     public DryRun(TrainArguments arguments, PlannedModel model, CardFigures card)
     {
-        TrainedParts parts = model.Parts;
+        TunedParts parts = model.Parts;
         _context = CountingCuda.Context(card);
         _device = CountingCuda.Device(
             _context, DeviceSource.ActivationsOf(arguments), card.Hopper);
-        var trainables = new Trainables(
-            _device, parts.Tensors, TrainingModel.MomentsOf(arguments));
+        var trainables = new ParameterRanges(
+            _device, parts.Tensors, TunedModel.MomentsOf(arguments));
         Recomputation = parts.NewRecomputation(model.Spec, arguments);
         long before = _context.HeldBytes;
         _model = LoadedModel.Build(

@@ -17,7 +17,7 @@ public sealed record Evaluation(
     /// </summary>
     /// <param name="goesOn">Asked before each batch; false stops.</param>
     public static Evaluation? Run(
-        TrainingModel model, BatchLoader loader, long batches, Func<bool> goesOn)
+        TunedModel model, BatchLoader loader, long batches, Func<bool> goesOn)
     {
         var sums = new Sums();
         var started = System.Diagnostics.Stopwatch.StartNew();
@@ -56,7 +56,7 @@ public sealed record Evaluation(
         private long _tokens, _hit, _answers, _right;
         private int _rows;
 
-        public void Add(TrainingModel model, Batch batch)
+        public void Add(TunedModel model, Batch batch)
         {
             Tensor loss = model.Loss(batch, _perRow);
             _loss += model.Device.ReadFloats(loss)[0];

@@ -13,19 +13,19 @@ namespace MiniCpmNative.Engine.Train;
 internal sealed class LearningRules(ParameterTable table, TrainArguments arguments)
 {
     /// <exception cref="InputException">A rule is the first match of no tensor.</exception>
-    public IReadOnlyList<Trainable> Apply(
+    public IReadOnlyList<TunedTensor> Apply(
         IEnumerable<(string Name, Shape Shape, DType Type)> tensors)
     {
         var rates = new Rules(arguments.LearningRates, "learning_rates", Fits);
         var decays = new Rules(arguments.WeightDecays, "weight_decays", Fits);
-        List<Trainable> found = [];
+        List<TunedTensor> found = [];
         foreach (var (name, shape, type) in tensors)
         {
             double rate = rates.Find(name) is { } own ? own / arguments.LearningRate : 1;
             if (IsFast(name, shape)) rate *= arguments.LoraplusLrRatio ?? 1;
             double decay = decays.Find(name) ?? arguments.WeightDecay;
-            found.Add(Decays(name) ? new Trainable(name, shape, type, true, rate, decay)
-                : new Trainable(name, shape, type, false, rate));
+            found.Add(Decays(name) ? new TunedTensor(name, shape, type, true, rate, decay)
+                : new TunedTensor(name, shape, type, false, rate));
         }
 
         rates.MustBeUsed();

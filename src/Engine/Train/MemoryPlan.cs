@@ -48,8 +48,8 @@ public sealed class MemoryPlan
     /// <exception cref="RunException">It does not fit: says what is needed, and what takes
     /// less.</exception>
     public static MemoryPlan Make(
-        TrainArguments arguments, PlannedModel model, CardFigures card, TrainingRows rows,
-        TrainingRows? evaluation, StepPlan plan, long? allowed)
+        TrainArguments arguments, PlannedModel model, CardFigures card, DataRows rows,
+        DataRows? evaluation, StepPlan plan, long? allowed)
     {
         using var dry = new DryRun(arguments, model, card);
         return Make(
@@ -57,7 +57,7 @@ public sealed class MemoryPlan
     }
 
     /// <summary>Lets a model that has not run yet take what was planned.</summary>
-    public void Apply(TrainingModel model)
+    public void Apply(TunedModel model)
     {
         model.Recomputation.Amount = Recomputation.Amount;
         if (model.Device is CudaDevice device) device.StepBytes = Parts.Activations;

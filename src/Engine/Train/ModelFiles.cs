@@ -21,7 +21,7 @@ public static class ModelFiles
     /// </returns>
     /// <exception cref="RunException">A file cannot be written.</exception>
     public static IReadOnlyList<string> Save(
-        string folder, TrainingModel model, TrainArguments arguments)
+        string folder, TunedModel model, TrainArguments arguments)
     {
         BaseModel source = model.Base;
         var written = new List<string>();
@@ -38,8 +38,8 @@ public static class ModelFiles
         {
             written.AddRange(CheckpointWriter.Write(
                 folder, [.. source.Spec.Parameters.All.Select(expected =>
-                    model.Trainables.Contains(expected.Name)
-                        ? model.ToSave(expected.Name, model.Trainables.Value(expected.Name))
+                    model.ParameterRanges.Contains(expected.Name)
+                        ? model.ToSave(expected.Name, model.ParameterRanges.Value(expected.Name))
                         : source.Weights.Get(expected.Name).ToSave(source.Storage)),
                     .. source.Untouched.Select(tensor => tensor.ToSave())]));
         }
@@ -67,7 +67,7 @@ public static class ModelFiles
     /// <returns>Whether it is whole.</returns>
     /// <exception cref="RunException">A file cannot be written.</exception>
     public static bool SaveCheckpoint(
-        string folder, TrainingModel model, TrainArguments arguments)
+        string folder, TunedModel model, TrainArguments arguments)
     {
         if (Save(folder, model, arguments).Count > 0) return true;
         SafetensorsWriter.Write(Path.Combine(folder, TrainedOnly), Trained(model));
@@ -76,7 +76,7 @@ public static class ModelFiles
 
     /// <summary>Reads a checkpoint's trained values back into the model.</summary>
     /// <exception cref="InputException">The checkpoint does not fit the configuration.</exception>
-    public static void Load(string folder, TrainingModel model, TrainArguments arguments)
+    public static void Load(string folder, TunedModel model, TrainArguments arguments)
     {
         if (arguments.UseLora)
         {
@@ -90,19 +90,19 @@ public static class ModelFiles
         {
             using var file = SafetensorsFile.Open(trained);
             TensorMatch.Require(trained, file.Tensors,
-                [.. model.Trainables.List.Select(t => new ExpectedTensor(t.Name, t.Shape))]);
-            foreach (Trainable tensor in model.Trainables.List)
-                model.Trainables.Write(tensor.Name, file.Get(tensor.Name).ToFloats());
+                [.. model.ParameterRanges.List.Select(t => new ExpectedTensor(t.Name, t.Shape))]);
+            foreach (TunedTensor tensor in model.ParameterRanges.List)
+                model.ParameterRanges.Write(tensor.Name, file.Get(tensor.Name).ToFloats());
             return;
         }
 
         using Checkpoint checkpoint = Checkpoint.Open(folder);
         checkpoint.MustMatch(model.Spec.Parameters, Families.Explain);
-        foreach (Trainable tensor in model.Trainables.List)
-            model.Trainables.Write(tensor.Name, checkpoint.Get(tensor.Name).ToFloats());
+        foreach (TunedTensor tensor in model.ParameterRanges.List)
+            model.ParameterRanges.Write(tensor.Name, checkpoint.Get(tensor.Name).ToFloats());
     }
 
-    private static TensorToSave[] Trained(TrainingModel model) =>
-        [.. model.Trainables.List.Select(
-            tensor => model.ToSave(tensor.Name, model.Trainables.Value(tensor.Name)))];
+    private static TensorToSave[] Trained(TunedModel model) =>
+        [.. model.ParameterRanges.List.Select(
+            tensor => model.ToSave(tensor.Name, model.ParameterRanges.Value(tensor.Name)))];
 }

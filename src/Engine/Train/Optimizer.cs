@@ -12,10 +12,10 @@ namespace MiniCpmNative.Engine.Train;
 public sealed class Optimizer
 {
     private readonly Device _device;
-    private readonly Trainables _trainables;
+    private readonly ParameterRanges _trainables;
     private readonly TrainArguments _arguments;
 
-    public Optimizer(Device device, Trainables trainables, TrainArguments arguments)
+    public Optimizer(Device device, ParameterRanges trainables, TrainArguments arguments)
     {
         (_device, _trainables, _arguments) = (device, trainables, arguments);
         Norm = device.Allocate(GradientNorm.Spec, "gradient norm");
@@ -43,7 +43,7 @@ public sealed class Optimizer
     /// </summary>
     public void Step(double learningRate)
     {
-        foreach (Trainables.Run run in _trainables.Runs)
+        foreach (ParameterRanges.Run run in _trainables.Runs)
         {
             var step = new AdamW(
                 learningRate * run.Rate, _arguments.AdamBeta1, _arguments.AdamBeta2,
@@ -55,9 +55,9 @@ public sealed class Optimizer
                 step,
                 new AdamWRange(
                     weights, masters,
-                    Trainables.Stretch(_trainables.Gradients, run),
-                    Trainables.Stretch(_trainables.FirstMoments, run),
-                    Trainables.Stretch(_trainables.SecondMoments, run), run.Begin),
+                    ParameterRanges.Stretch(_trainables.Gradients, run),
+                    ParameterRanges.Stretch(_trainables.FirstMoments, run),
+                    ParameterRanges.Stretch(_trainables.SecondMoments, run), run.Begin),
                 Norm);
         }
     }

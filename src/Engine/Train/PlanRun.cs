@@ -54,9 +54,9 @@ public static class PlanRun
         Card card = Find(request);
         PlannedModel model = Model(arguments, output, out ModelSpec spec);
         RowFormat format = spec.Rows();
-        var rows = TrainingRows.Open(
+        var rows = DataRows.Open(
             arguments.TrainingData, arguments, format, output.WriteLine);
-        TrainingRows? evaluation = arguments.Evaluates ? TrainingRows.Open(
+        DataRows? evaluation = arguments.Evaluates ? DataRows.Open(
             arguments.EvaluationData!, arguments, format, output.WriteLine) : null;
         var plan = new StepPlan(arguments, rows.Count);
         var batches = PlannedBatches.Of(arguments, rows, evaluation, plan);
@@ -116,7 +116,7 @@ public static class PlanRun
 
     // Of the micro-batch whose size is nearest to the mean.
     private static void Times(
-        TrainArguments arguments, DryRun dry, TrainingRows rows, StepPlan plan, Card card,
+        TrainArguments arguments, DryRun dry, DataRows rows, StepPlan plan, Card card,
         TextWriter output)
     {
         Batch typical = PlannedBatches.Typical(arguments, rows, plan);
@@ -186,12 +186,12 @@ public static class PlanRun
         }
 
         spec = ModelSpec.Read(folder);
-        DType storage = TrainingModel.StorageOf(arguments);
-        TrainedParts parts = TrainedParts.Choose(
-            spec, arguments, TrainedParts.AdapterOf(arguments, spec), storage);
+        DType storage = TunedModel.StorageOf(arguments);
+        TunedParts parts = TunedParts.Choose(
+            spec, arguments, TunedParts.AdapterOf(arguments, spec), storage);
         output.WriteLine($"{folder} has no weights: taken as bfloat16");
         return new(spec, parts, _ => ModelWeights.StoredAs(DType.BF16, storage),
-            new QuantisedKind(spec.Parameters, storage, TrainingModel.QuantisationOf(arguments), null));
+            new QuantisedKind(spec.Parameters, storage, TunedModel.QuantisationOf(arguments), null));
     }
 
     private static Card Find(PlanRequest request)

@@ -16,7 +16,7 @@ internal static class PlannedBatches
     public sealed record Planned(Batch Batch, bool Trains, RowSize Size, string Rows);
 
     public static List<Planned> Of(
-        TrainArguments arguments, TrainingRows rows, TrainingRows? evaluation, StepPlan plan)
+        TrainArguments arguments, DataRows rows, DataRows? evaluation, StepPlan plan)
     {
         var sampler = new Sampler(arguments, rows.Count);
         long count = plan.BatchesBefore(plan.MaxSteps);
@@ -33,7 +33,7 @@ internal static class PlannedBatches
     }
 
     /// <summary>The micro-batch of the first epoch whose size is nearest to the mean.</summary>
-    public static Batch Typical(TrainArguments arguments, TrainingRows rows, StepPlan plan)
+    public static Batch Typical(TrainArguments arguments, DataRows rows, StepPlan plan)
     {
         var sampler = new Sampler(arguments, rows.Count);
         double mean = Enumerable.Range(0, rows.Count)
@@ -47,7 +47,7 @@ internal static class PlannedBatches
     }
 
     private static List<Planned> Make(
-        TrainingRows rows, bool trains, long count, Func<long, int[]> order)
+        DataRows rows, bool trains, long count, Func<long, int[]> order)
     {
         var largest = new List<(RowSize Size, int[] Rows)>();
         for (long i = 0; i < count; i++)
@@ -67,7 +67,7 @@ internal static class PlannedBatches
     }
 
     /// <summary>Rows as messages name them.</summary>
-    public static string Names(TrainingRows rows, ReadOnlySpan<int> batch)
+    public static string Names(DataRows rows, ReadOnlySpan<int> batch)
     {
         var names = new List<string>();
         foreach (int row in batch)
@@ -75,7 +75,7 @@ internal static class PlannedBatches
         return $"{(names.Count == 1 ? "row" : "rows")} {Messages.List(names)}";
     }
 
-    private static Batch Outline(TrainingRows rows, int[] numbers)
+    private static Batch Outline(DataRows rows, int[] numbers)
     {
         var batch = new Batch();
         batch.Clear();

@@ -22,18 +22,18 @@ public sealed record RunState(
 
     private const string First = "first_moment.", Second = "second_moment.", Master = "master.";
 
-    public void Save(string folder, TrainingModel model)
+    public void Save(string folder, TunedModel model)
     {
         var tensors = new List<TensorToSave>();
-        foreach (Trainable tensor in model.Trainables.List)
+        foreach (TunedTensor tensor in model.ParameterRanges.List)
         {
             tensors.Add(
-                model.ToSave(First + tensor.Name, model.Trainables.FirstMoment(tensor.Name)));
+                model.ToSave(First + tensor.Name, model.ParameterRanges.FirstMoment(tensor.Name)));
             tensors.Add(
-                model.ToSave(Second + tensor.Name, model.Trainables.SecondMoment(tensor.Name)));
+                model.ToSave(Second + tensor.Name, model.ParameterRanges.SecondMoment(tensor.Name)));
             if (tensor.Type != DType.F32)
                 tensors.Add(
-                    model.ToSave(Master + tensor.Name, model.Trainables.Master(tensor.Name)));
+                    model.ToSave(Master + tensor.Name, model.ParameterRanges.Master(tensor.Name)));
         }
 
         SafetensorsWriter.Write(Path.Combine(folder, OptimizerFile), tensors);
@@ -58,7 +58,7 @@ public sealed record RunState(
 
     /// <summary>Reads the numbers, and copies the moments and masters into the model.</summary>
     /// <exception cref="InputException">A file is missing, broken, or of another model.</exception>
-    public static RunState Load(string folder, TrainingModel model)
+    public static RunState Load(string folder, TunedModel model)
     {
         JsonValue json = JsonInput.ReadObject(Path.Combine(folder, FileName));
         var state = new RunState(
@@ -67,11 +67,11 @@ public sealed record RunState(
             json["data_seed"].Long(), json["rows"].Int(0, int.MaxValue),
             json["data_digest"].Text(), Numbers("absent"), Numbers("left_out"));
         using var file = SafetensorsFile.Open(Path.Combine(folder, OptimizerFile));
-        Trainables trainables = model.Trainables;
+        ParameterRanges trainables = model.ParameterRanges;
         var expected = trainables.List.SelectMany(tensor => Names(tensor)
             .Select(name => new ExpectedTensor(name, tensor.Shape))).ToList();
         TensorMatch.Require(file.Path, file.Tensors, expected, _ => null);
-        foreach (Trainable tensor in trainables.List)
+        foreach (TunedTensor tensor in trainables.List)
         {
             Copy(First, trainables.FirstMoment(tensor.Name), tensor.Name);
             Copy(Second, trainables.SecondMoment(tensor.Name), tensor.Name);
@@ -102,7 +102,7 @@ public sealed record RunState(
         WriteIndented = true,
     };
 
-    private static IEnumerable<string> Names(Trainable tensor)
+    private static IEnumerable<string> Names(TunedTensor tensor)
     {
         yield return First + tensor.Name;
         yield return Second + tensor.Name;

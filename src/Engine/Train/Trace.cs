@@ -14,21 +14,21 @@ namespace MiniCpmNative.Engine.Train;
 /// </summary>
 public sealed class Trace : ITensorProbe
 {
-    private readonly TrainingModel _model;
+    private readonly TunedModel _model;
     private readonly SortedDictionary<string, (Shape Shape, float[] Values)> _floats =
         new(StringComparer.Ordinal);
     private readonly SortedDictionary<string, (Shape Shape, int[] Values)> _ints =
         new(StringComparer.Ordinal);
     private readonly Dictionary<int, string> _watched = [];
 
-    private Trace(TrainingModel model) => _model = model;
+    private Trace(TunedModel model) => _model = model;
 
     public IReadOnlyDictionary<string, (Shape Shape, float[] Values)> Floats => _floats;
 
     public IReadOnlyDictionary<string, (Shape Shape, int[] Values)> Ints => _ints;
 
     /// <summary>Traces a batch; gradients only where something is trained.</summary>
-    public static Trace Run(TrainingModel model, Batch batch, bool gradients)
+    public static Trace Run(TunedModel model, Batch batch, bool gradients)
     {
         var trace = new Trace(model);
         Graph graph = model.Graph;
@@ -125,9 +125,9 @@ public sealed class Trace : ITensorProbe
         };
         if (loss.Variable != 0) _model.Graph.Backward(loss, 1.0 / labels);
         _model.Graph.ZeroUnreachedGradients();
-        foreach (Trainable tensor in _model.Trainables.List)
+        foreach (TunedTensor tensor in _model.ParameterRanges.List)
         {
-            float[] values = _model.Device.ReadFloats(_model.Trainables.Gradient(tensor.Name));
+            float[] values = _model.Device.ReadFloats(_model.ParameterRanges.Gradient(tensor.Name));
             _floats.Add("grad." + FileName(tensor.Name), (tensor.Shape, values));
         }
     }

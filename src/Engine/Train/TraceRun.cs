@@ -19,7 +19,7 @@ public static class TraceRun
     {
         string folder = arguments.ModelNameOrPath!;
         RowFormat format = ModelSpec.Read(folder).Rows();
-        TrainingRows rows = TrainingRows.Read(arguments.DataPath!, arguments, format);
+        DataRows rows = DataRows.Read(arguments.DataPath!, arguments, format);
         var batch = new Batch();
         batch.Clear();
         foreach (string id in request.Rows)
@@ -44,7 +44,7 @@ public static class TraceRun
         }
 
         // Blocks that run again would hide gradients inside them; a trace is small enough without.
-        using var model = TrainingModel.Open(
+        using var model = TunedModel.Open(
             arguments with { GradientCheckpointing = false }, say: output.WriteLine);
         Trace trace = Trace.Run(model, batch, request.Gradients);
         trace.Save(request.Out);

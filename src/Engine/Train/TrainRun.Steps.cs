@@ -217,7 +217,7 @@ public sealed partial class TrainRun
 
     private void Evaluate(int step)
     {
-        TrainingRows rows = _evaluationRows!;
+        DataRows rows = _evaluationRows!;
         int size = _arguments.PerDeviceEvalBatchSize;
         long batches = (rows.Count + (long)size - 1) / size;
         using var loader =
@@ -251,7 +251,7 @@ public sealed partial class TrainRun
     private GeneratedReport? Generate()
     {
         if (_answerer is null) return null;
-        TrainingRows rows = _evaluationRows!;
+        DataRows rows = _evaluationRows!;
         var started = System.Diagnostics.Stopwatch.StartNew();
         var answers = new SortedDictionary<int, RowAnswer>();
         _answerer.Run(

@@ -17,10 +17,10 @@ public sealed partial class TrainRun
     private readonly ITrainLog _log;
     private readonly StopRequest _stop;
     private readonly RunFolder _folder;
-    private readonly TrainingModel _model;
+    private readonly TunedModel _model;
     private readonly Trainer _trainer;
-    private readonly TrainingRows _rows;
-    private readonly TrainingRows? _evaluationRows;
+    private readonly DataRows _rows;
+    private readonly DataRows? _evaluationRows;
     private readonly IReadOnlyList<Metric> _metrics;
     private readonly RowAnswerer? _answerer;
     private readonly int _workers;
@@ -38,14 +38,14 @@ public sealed partial class TrainRun
         (_arguments, _log, _stop, _folder) = (arguments, log, stop, folder);
         _metrics = Metric.Of(arguments.Metrics);
         RowFormat format = source.Spec.Rows();
-        _rows = TrainingRows.Open(arguments.TrainingData, arguments, format, log.Message);
+        _rows = DataRows.Open(arguments.TrainingData, arguments, format, log.Message);
         if (arguments.EvaluationData is { } evaluation && arguments.Evaluates)
-            _evaluationRows = TrainingRows.Open(evaluation, arguments, format, log.Message);
+            _evaluationRows = DataRows.Open(evaluation, arguments, format, log.Message);
         Plan();
         CheckPlaces(source);
         (_planned, _device) = (source.Planned, device);
         PlanMemory();
-        _model = TrainingModel.Load(source, device, arguments);
+        _model = TunedModel.Load(source, device, arguments);
         _memory?.Apply(_model);
         _trainer = new Trainer(arguments, _model);
         if (arguments.EvalGenerate > 0 && _evaluationRows is not null)
@@ -111,7 +111,7 @@ public sealed partial class TrainRun
         int done = resumeFrom is null ? 0 : Resume(resumeFrom);
         TrainWriter.Save(_arguments);
         _log.Start(new RunReport(
-            _arguments, _plan, _model.DeviceName, _model.TotalParameters, _model.Trainables.Count,
+            _arguments, _plan, _model.DeviceName, _model.TotalParameters, _model.ParameterRanges.Count,
             resumeFrom, _rows.Counts, _evaluationRows?.Counts));
         if (_memory is not null) _log.Message($"{_memory}");
         WarnOfLargeCheckpoints();

@@ -35,12 +35,12 @@ public sealed class Trainer
     private bool _isQueued, _isSettled;
     private long _lastSettled;
 
-    public Trainer(TrainArguments arguments, TrainingModel model)
-        : this(arguments, model.Loaded, model.Trainables)
+    public Trainer(TrainArguments arguments, TunedModel model)
+        : this(arguments, model.Loaded, model.ParameterRanges)
     {
     }
 
-    internal Trainer(TrainArguments arguments, LoadedModel model, Trainables trainables)
+    internal Trainer(TrainArguments arguments, LoadedModel model, ParameterRanges trainables)
     {
         (_arguments, _model) = (arguments, model);
         _optimizer = new Optimizer(model.Device, trainables, arguments);

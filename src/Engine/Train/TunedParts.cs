@@ -11,9 +11,9 @@ namespace MiniCpmNative.Engine.Train;
 /// adapters: their A and B (kept in F32, as PEFT keeps them),
 /// the modules trained whole beside them, and biases.
 /// </summary>
-public sealed record TrainedParts(
+public sealed record TunedParts(
     Adapters Adapters, AdapterConfig? Config, AdapterLayout? Layout,
-    IReadOnlyList<Trainable> Tensors)
+    IReadOnlyList<TunedTensor> Tensors)
 {
     /// <param name="spec">The model.</param>
     /// <param name="arguments">The configuration.</param>
@@ -22,13 +22,13 @@ public sealed record TrainedParts(
     /// <exception cref="InputException">
     /// Nothing is trained, or a named module does not exist.
     /// </exception>
-    public static TrainedParts Choose(
+    public static TunedParts Choose(
         ModelSpec spec, TrainArguments arguments, AdapterConfig? adapter, DType storage)
     {
         var rules = new LearningRules(spec.Parameters, arguments);
         if (adapter is null)
         {
-            return new TrainedParts(Adapters.None, null, null, rules.Apply(spec.Parameters.All
+            return new TunedParts(Adapters.None, null, null, rules.Apply(spec.Parameters.All
                 .Where(p => !p.Fixed && IsTrained(p.Part, arguments))
                 .Select(p => (p.Name, p.Shape, storage))));
         }
@@ -37,7 +37,7 @@ public sealed record TrainedParts(
         adapter = layout.Config;
         RefuseHead(spec.Parameters, adapter, layout);
         var whole = layout.Saved.Concat(layout.Biases).Select(p => p.Name).ToHashSet();
-        return new TrainedParts(Adapters.Of(adapter, layout), adapter, layout,
+        return new TunedParts(Adapters.Of(adapter, layout), adapter, layout,
             rules.Apply(layout.Tensors.Select(t => (
                 t.Name, t.Shape, whole.Contains(t.Name) ? storage : DType.F32))));
     }

@@ -12,15 +12,15 @@ namespace MiniCpmNative.Engine.Train;
 /// A model on a device, ready to train or evaluate:
 /// what a configuration loads before the first row.
 /// </summary>
-public sealed class TrainingModel : IDisposable
+public sealed class TunedModel : IDisposable
 {
     private readonly LoadedModel _loaded;
     private readonly bool _owns;
 
-    private TrainingModel(
-        BaseModel source, LoadedModel loaded, bool owns, Trainables trainables,
+    private TunedModel(
+        BaseModel source, LoadedModel loaded, bool owns, ParameterRanges trainables,
         Recomputation recomputation) =>
-        (Base, _loaded, _owns, Trainables, Recomputation) =
+        (Base, _loaded, _owns, ParameterRanges, Recomputation) =
             (source, loaded, owns, trainables, recomputation);
 
     /// <summary>What it was loaded from.</summary>
@@ -35,9 +35,9 @@ public sealed class TrainingModel : IDisposable
 
     public ModelSpec Spec => _loaded.Spec;
 
-    public TrainedParts Parts => Base.Parts;
+    public TunedParts Parts => Base.Parts;
 
-    public Trainables Trainables { get; }
+    public ParameterRanges ParameterRanges { get; }
 
     /// <summary>What layers compute again in backward; may change between steps.</summary>
     public Recomputation Recomputation { get; }
@@ -73,7 +73,7 @@ public sealed class TrainingModel : IDisposable
     /// says.</param>
     /// <exception cref="InputException">The model, the adapter, the device or what is to be trained
     /// is unusable.</exception>
-    public static TrainingModel Open(
+    public static TunedModel Open(
         TrainArguments arguments, DeviceSource? devices = null, Action<string>? say = null,
         IWeightKind? kind = null)
     {
@@ -101,18 +101,18 @@ public sealed class TrainingModel : IDisposable
     /// <param name="owns">Whether source and device are disposed with the model.</param>
     /// <param name="kind">See <see cref="LoadedModel.Load"/>.</param>
     /// <exception cref="InputException">The weights cannot be read.</exception>
-    public static TrainingModel Load(
+    public static TunedModel Load(
         BaseModel source, OpenDevice device, TrainArguments arguments, bool owns = false,
         IWeightKind? kind = null)
     {
-        TrainedParts parts = source.Parts;
-        var trainables = new Trainables(device.Device, parts.Tensors, MomentsOf(arguments));
+        TunedParts parts = source.Parts;
+        var trainables = new ParameterRanges(device.Device, parts.Tensors, MomentsOf(arguments));
         Recomputation recomputation = parts.NewRecomputation(source.Spec, arguments);
         LoadedModel loaded = LoadedModel.Load(
             device, source.Spec, source.Weights, source.Storage, trainables, parts.Adapters,
             recomputation, kind ?? source.Kind);
-        var model = new TrainingModel(source, loaded, owns, trainables, recomputation);
-        foreach (Trainable tensor in trainables.List)
+        var model = new TunedModel(source, loaded, owns, trainables, recomputation);
+        foreach (TunedTensor tensor in trainables.List)
             if (source.Weights.Find(tensor.Name) is { } stored)
                 trainables.Write(tensor.Name, stored.ToFloats());
         parts.Adapters.Initialise(
@@ -141,10 +141,10 @@ public sealed class TrainingModel : IDisposable
                     + FormattableString.Invariant($"this run has {own.Rank} and {own.Scale}"));
         foreach (var (name, stored) in adapter.Match(Spec.Parameters))
         {
-            if (!Trainables.Contains(name))
+            if (!ParameterRanges.Contains(name))
                 throw new InputException($"{adapter.Directory}: {name} is not trained in this run");
-            stored.MustBeFinite(Trainables.Value(name).Type);
-            Trainables.Write(name, stored.ToFloats());
+            stored.MustBeFinite(ParameterRanges.Value(name).Type);
+            ParameterRanges.Write(name, stored.ToFloats());
         }
     }
 

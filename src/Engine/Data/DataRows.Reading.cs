@@ -6,7 +6,7 @@ using MiniCpmNative.Engine.Data.Images;
 namespace MiniCpmNative.Engine.Data;
 
 /// <summary>From files to rows: several of them one behind the other, a share, boxes.</summary>
-public sealed partial class TrainingRows
+public sealed partial class DataRows
 {
     internal static (RowSet Set, string Digest, IReadOnlyList<string> Formats) ReadSet(
         DataSources sources, RowOptions options, BoxFormat boxes)

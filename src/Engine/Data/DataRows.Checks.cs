@@ -6,7 +6,7 @@ using MiniCpmNative.Engine.Data.Images;
 namespace MiniCpmNative.Engine.Data;
 
 /// <summary>Which rows are good: before the first step, and when one turns out bad later.</summary>
-public sealed partial class TrainingRows
+public sealed partial class DataRows
 {
     // Decoding more pixels than this takes too long to wait for: idle threads do it then.
     private const long ManyPixels = 1L << 32;
@@ -17,15 +17,15 @@ public sealed partial class TrainingRows
     /// <see cref="CheckPicture"/>.
     /// </summary>
     /// <exception cref="InputException">The file cannot be used, or has bad rows.</exception>
-    public static TrainingRows Open(
+    public static DataRows Open(
         DataSources sources, TrainArguments arguments, RowFormat format,
         Action<string> message) =>
         Open(sources, arguments, format, message, ManyPixels);
 
-    internal static TrainingRows Open(DataSources sources, TrainArguments arguments, RowFormat format,
+    internal static DataRows Open(DataSources sources, TrainArguments arguments, RowFormat format,
         Action<string> message, long manyPixels)
     {
-        var rows = new TrainingRows(sources, arguments, format, message);
+        var rows = new DataRows(sources, arguments, format, message);
         foreach (string file in rows.OtherFormats) message(file);
         rows.Settle(manyPixels, arguments.ModelMaxLength);
         return rows;
@@ -36,10 +36,10 @@ public sealed partial class TrainingRows
     /// on_bad_row=skip, told and left out; their pictures are looked at when they are asked.
     /// </summary>
     /// <inheritdoc cref="Open(DataSources, TrainArguments, RowFormat, Action{string})"/>
-    public static TrainingRows Asked(
+    public static DataRows Asked(
         DataSources sources, TrainArguments arguments, RowFormat format, Action<string> message)
     {
-        var rows = new TrainingRows(sources, arguments, format, message, asked: true);
+        var rows = new DataRows(sources, arguments, format, message, asked: true);
         foreach (string file in rows.OtherFormats) message(file);
         var checks = new RowCheck[rows.Count];
         InParallel(rows.Count, i =>

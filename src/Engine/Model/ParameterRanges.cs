@@ -7,7 +7,7 @@ namespace MiniCpmNative.Engine.Model;
 /// lora_B), shape, the type it is stored and saved in, whether weight decay applies to it; Rate
 /// times the run's learning rate is its own, Decay its weight decay.
 /// </summary>
-public sealed record Trainable(string Name, Shape Shape, DType Type, bool Decays,
+public sealed record TunedTensor(string Name, Shape Shape, DType Type, bool Decays,
     double Rate = 1, double Decay = 0);
 
 /// <summary>
@@ -18,22 +18,22 @@ public sealed record Trainable(string Name, Shape Shape, DType Type, bool Decays
 /// a few ranges. F32 tensors come first, then the 16-bit ones; within a type, those that decay come
 /// first, then those of one rate, so that a range is few runs.
 /// </summary>
-public sealed class Trainables
+public sealed class ParameterRanges
 {
     // Elements: a multiple of this keeps every tensor 64-byte aligned in each of the ranges.
     private const int Alignment = 32;
 
     private readonly Device _device;
     private readonly Run[] _runs;
-    private readonly Dictionary<string, (Trainable Tensor, long Offset)> _places = [];
+    private readonly Dictionary<string, (TunedTensor Tensor, long Offset)> _places = [];
     private readonly Dictionary<DType, (Tensor Values, long Begin, long Count)> _values = [];
 
     /// <param name="device">Holds the ranges.</param>
     /// <param name="tensors">What is trained.</param>
     /// <param name="moments">Type of both moments, F32 or BF16.</param>
     /// <param name="learns">False where values are only set and read: nothing else is kept.</param>
-    public Trainables(
-        Device device, IEnumerable<Trainable> tensors, DType moments = DType.F32,
+    public ParameterRanges(
+        Device device, IEnumerable<TunedTensor> tensors, DType moments = DType.F32,
         bool learns = true)
     {
         (_device, Learns) = (device, learns);
@@ -44,7 +44,7 @@ public sealed class Trainables
         foreach (var group in List.GroupBy(t => (t.Type, t.Decays, t.Rate, t.Decay)))
         {
             long begin = offset;
-            foreach (Trainable tensor in group)
+            foreach (TunedTensor tensor in group)
             {
                 _places.Add(tensor.Name, (tensor, offset));
                 Count += tensor.Shape.Count;
@@ -75,7 +75,7 @@ public sealed class Trainables
     }
 
     /// <summary>In the order of the ranges.</summary>
-    public IReadOnlyList<Trainable> List { get; }
+    public IReadOnlyList<TunedTensor> List { get; }
 
     /// <summary>Stretches of equal treatment.</summary>
     public ReadOnlySpan<Run> Runs => _runs;
@@ -112,7 +112,7 @@ public sealed class Trainables
     /// <summary>The stored values of a tensor.</summary>
     public Tensor Value(string name)
     {
-        (Trainable tensor, long offset) = _places[name];
+        (TunedTensor tensor, long offset) = _places[name];
         (Tensor values, long begin, _) = _values[tensor.Type];
         return Part(values, offset - begin, tensor.Shape);
     }
@@ -133,7 +133,7 @@ public sealed class Trainables
     /// </summary>
     public Tensor Master(string name)
     {
-        (Trainable tensor, long offset) = _places[name];
+        (TunedTensor tensor, long offset) = _places[name];
         return tensor.Type == DType.F32
             ? Value(name)
             : Part(Masters, offset - MasterBegin, tensor.Shape);
@@ -173,7 +173,7 @@ public sealed class Trainables
 
     private Tensor Part(Tensor range, string name)
     {
-        (Trainable tensor, long offset) = _places[name];
+        (TunedTensor tensor, long offset) = _places[name];
         return Part(range, offset, tensor.Shape);
     }
 

@@ -11,7 +11,7 @@ namespace MiniCpmNative.Engine.Data;
 /// the checkpoint that a run goes on from); a row that turns out bad later keeps its place and is
 /// left out there.
 /// </summary>
-public sealed partial class TrainingRows : IRowLoader
+public sealed partial class DataRows : IRowLoader
 {
     private readonly RowSet _set;
     private readonly RowFormat _format;
@@ -27,7 +27,7 @@ public sealed partial class TrainingRows : IRowLoader
     private PictureCheck? _pictures;
     private BadRow? _failure;
 
-    private TrainingRows(DataSources sources, TrainArguments arguments, RowFormat format,
+    private DataRows(DataSources sources, TrainArguments arguments, RowFormat format,
         Action<string>? message, bool asked = false)
     {
         format.RequireLlmType(arguments.LlmType, arguments.OfficialCompat);
@@ -89,7 +89,7 @@ public sealed partial class TrainingRows : IRowLoader
     /// <exception cref="InputException">
     /// The file cannot be used, or llm_type is another model's.
     /// </exception>
-    public static TrainingRows Read(
+    public static DataRows Read(
         DataSources sources, TrainArguments arguments, RowFormat format) =>
         new(sources, arguments, format, null);
 
