@@ -76,6 +76,24 @@ public sealed record AdapterConfig
         return (AlphaPattern.OfModule(module) ?? Alpha) / (UseRslora ? Math.Sqrt(rank) : rank);
     }
 
+    /// <summary>
+    /// That of the plain adapter which an adapter that started as a part of its weights is saved
+    /// as: of twice the rank, with the same scale.
+    /// </summary>
+    public AdapterConfig AsSaved()
+    {
+        if (!Start.Splits) return this;
+        double alpha = UseRslora ? Math.Sqrt(2) : 2;
+        return this with
+        {
+            Rank = 2 * Rank,
+            Alpha = alpha * Alpha,
+            RankPattern = RankPattern.Times(2),
+            AlphaPattern = AlphaPattern.Times(alpha),
+            Start = new LoraStart("true"),
+        };
+    }
+
     /// <exception cref="InputException">
     /// Missing, malformed, or an adapter that is not supported.
     /// </exception>
@@ -208,14 +226,21 @@ public sealed record AdapterConfig
             ? new TargetModules(names) : throw json.Error("names no module");
     }
 
-    // The other ways to start change the base weights, or need them to be decomposed again.
+    // Files of PEFT's that were not converted mean other base weights than those that are there.
     private static LoraStart ParseStart(JsonValue json)
     {
         if (json.Find("init_lora_weights") is not { } start) return new LoraStart("true");
         if (start.IsBool) return new LoraStart(start.Bool() ? "true" : "false");
-        return LoraStart.Parse(start.Text()) ?? throw start.Error(
-            $"is {Messages.Quote(start.Text())}, which is not supported; expected true, false"
-            + " or \"gaussian\"");
+        return LoraStart.Parse(start.Text()) switch
+        {
+            null => throw start.Error(
+                $"is {Messages.Quote(start.Text())}, which is not supported; expected true, false"
+                + " or \"gaussian\""),
+            { Splits: true } => throw start.Error($"is {Messages.Quote(start.Text())}, which is "
+                + "not supported as it means changed base weights; PEFT's save_pretrained makes it "
+                + "a plain adapter with path_initial_model_for_weight_conversion"),
+            var plain => plain,
+        };
     }
 
     private static NumbersByName Numbers(

@@ -148,7 +148,7 @@ public sealed partial record TrainArguments
     public IReadOnlyList<string>? LoraLayersPattern { get; init; }
 
     [Key("Trained parts", "how adapters start: true (B is zero), gaussian (the same with another A), "
-        + "false (B is not zero)")]
+        + "false (B is not zero), pissa, pissa_niter_N, olora (as a part of their weights)")]
     public LoraStart InitLoraWeights { get; init; } = new("true");
 
     [Key("Trained parts", "adapter folder to start from: its rank, alpha, targets and biases stay; "

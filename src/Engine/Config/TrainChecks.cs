@@ -67,6 +67,14 @@ internal static class TrainChecks
         Refuse(a.Quantises && a.UseDora, "use_dora and q_lora (load_in_4bit) are both given: the "
             + "norms that DoRA needs are those of the quantised weights, which are not taken yet; "
             + "leave one of them out, or start from a checkpoint that is quantised already");
+        string start = a.InitLoraWeights.Text;
+        void RefuseSplit(bool when, string with) => Refuse(a.InitLoraWeights.Splits && when,
+            $"init_lora_weights={start} takes adapters' starts out of the weights: {with}");
+        RefuseSplit(a.UseDora, "DoRA's magnitudes are those of whole weights; leave use_dora out");
+        RefuseSplit(a.Quantises, "with q_lora (load_in_4bit) what is left would be quantised "
+            + "otherwise than the model; leave one of them out");
+        RefuseSplit(a.LoraWeightPath is not null,
+            "lora_weight_path starts from an adapter; leave one of them out");
         Refuse(a.Quantises && !a.UseLora, "q_lora (load_in_4bit) needs use_lora: 4-bit weights are "
             + "not trained themselves");
         Refuse(!a.Quantises && (a.Bnb4bitQuantType is not null || a.Bnb4bitUseDoubleQuant is not null

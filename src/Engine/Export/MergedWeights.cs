@@ -102,32 +102,4 @@ internal sealed unsafe class MergedWeights : IDisposable
         fixed (byte* from = bytes)
         fixed (float* to = target) FloatBits.Widen(from, tensor.Type, to, target.Length);
     }
-
-    /// <summary>
-    /// Scale * B[outputs, rank] A[rank, inputs], and the norms that rows have with it, or null.
-    /// </summary>
-    private sealed class LowRank(
-        float[] a, float[] b, int rank, int inputs, float scale, float[]? norms)
-    {
-        public void Add(long begin, Span<float> rows)
-        {
-            int first = (int)(begin / inputs), count = rows.Length / inputs;
-            fixed (float* target = rows)
-            {
-                float* to = target;
-                Parallel.For(0, count, row =>
-                {
-                    var sum = new float[inputs];
-                    for (int k = 0; k < rank; k++)
-                        TensorPrimitives.MultiplyAdd(a.AsSpan(k * inputs, inputs),
-                            b[((first + row) * rank) + k], sum, sum);
-                    var values = new Span<float>(to + ((long)row * inputs), inputs);
-                    TensorPrimitives.MultiplyAdd(sum, scale, values, values);
-                    if (norms is not null)
-                        TensorPrimitives.Multiply(values,
-                            norms[first + row] / TensorPrimitives.Norm<float>(values), values);
-                });
-            }
-        }
-    }
 }

@@ -1,3 +1,4 @@
+using System.Runtime.InteropServices;
 using MiniCpmNative.Autograd;
 using MiniCpmNative.Engine.Weights;
 using MiniCpmNative.Kernels;
@@ -110,9 +111,10 @@ public abstract class ModelTensors(Graph graph, ParameterRanges trainables, Adap
 /// <param name="adapters">Adapters that sit on linear layers.</param>
 /// <param name="storage">The run's storage type.</param>
 /// <param name="kind">Makes frozen weights of linear layers; null keeps them dense.</param>
+/// <param name="split">Weights of which a part stays frozen; null for none.</param>
 public sealed class ModelWeights(
     Graph graph, Checkpoint checkpoint, ParameterRanges trainables, Adapters adapters, DType storage,
-    IWeightKind? kind = null)
+    IWeightKind? kind = null, SplitWeights? split = null)
     : ModelTensors(graph, trainables, adapters)
 {
     protected override bool IsDense(string weight) => kind?.Takes(weight) != true;
@@ -161,9 +163,30 @@ public sealed class ModelWeights(
 
     protected override unsafe Tensor FrozenMatrix(string name, int begin, int rows, int cols)
     {
+        if (split?.Contains(name) == true) return Rest(name, rows, cols);
         using var values = new StorageValues(
             checkpoint.Get(name), (long)begin * cols, (long)rows * cols, storage);
         return Device.Pack(values.Type, rows, cols, values.Data, name);
+    }
+
+    // Of linear layers, which are whole matrices.
+    private unsafe Tensor Rest(string name, int rows, int cols)
+    {
+        nuint count = (nuint)rows * (nuint)cols;
+        var wide = (float*)NativeMemory.AlignedAlloc(count * sizeof(float), 64);
+        try
+        {
+            using (var values = new StorageValues(checkpoint.Get(name), 0, (long)count, storage))
+                FloatBits.Widen(values.Data, values.Type, wide, (nint)count);
+            split!.Leave(name, wide, rows);
+            // In place: narrower values never reach those that are still to be read.
+            FloatBits.Narrow(wide, wide, storage, (nint)count);
+            return Device.Pack(storage, rows, cols, wide, name);
+        }
+        finally
+        {
+            NativeMemory.AlignedFree(wide);
+        }
     }
 
     protected override unsafe Tensor FrozenTable(string name)

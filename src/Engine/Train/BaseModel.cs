@@ -44,7 +44,8 @@ public sealed class BaseModel : IDisposable
     public SavedBytes SavedBytes => new(
         Parts.Config is null
             ? (Spec.Parameters.Count * Storage.Size()) + Untouched.Sum(t => t.Bytes)
-            : Parts.Tensors.Sum(t => t.Shape.Count * t.Type.Size()),
+            : Parts.Tensors.Sum(t => t.Shape.Count * t.Type.Size()
+                * (Parts.Config.Start.Splits && Parts.Adapters.Owner(t.Name) is not null ? 2 : 1)),
         Parts.Tensors.Sum(t => t.Shape.Count * ((2 * Moments.Size()) + MasterBytes(t))));
 
     /// <summary>
@@ -75,8 +76,8 @@ public sealed class BaseModel : IDisposable
         get
         {
             var types = Weights.Tensors.Where(t => !Spec.Parameters.IsUntouched(t.Name))
-                .ToDictionary(t => t.Name, t => ModelWeights.StoredAs(t.Type, Storage),
-                    StringComparer.Ordinal);
+                .ToDictionary(t => t.Name, t => IsSplit(t.Name)
+                    ? Storage : ModelWeights.StoredAs(t.Type, Storage), StringComparer.Ordinal);
             return new(Spec, Parts, name => types[name], Kind);
         }
     }
@@ -181,6 +182,10 @@ public sealed class BaseModel : IDisposable
         Weights.Dispose();
     }
 
+    private bool IsSplit(string weight) => Parts.Config?.Start.Splits == true
+        && weight.EndsWith(".weight", StringComparison.Ordinal)
+        && Parts.Adapters.Find(weight[..^".weight".Length]) is not null;
+
     // What is trained needs more bits than these, and a whole model is saved in one form.
     private static void RefuseQuantised(Checkpoint weights, TunedParts parts)
     {
@@ -188,6 +193,10 @@ public sealed class BaseModel : IDisposable
         if (parts.Config is null)
             throw new InputException($"{packed.Place} is quantised, which cannot be trained whole: "
                 + "set use_lora, or make the model whole first with cpmx merge --dequantize");
+        if (parts.Config.Start.Splits)
+            throw new InputException($"{packed.Place} is quantised, of which init_lora_weights="
+                + $"{parts.Config.Start.Text} can take nothing out: leave it out, or make the model "
+                + "whole first with cpmx merge --dequantize");
         foreach (TunedTensor tensor in parts.Tensors)
             if (weights.Find(tensor.Name) is PackedTensor trained)
                 throw new InputException($"{trained.Place} is quantised, which cannot be trained: "

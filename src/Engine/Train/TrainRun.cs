@@ -45,7 +45,8 @@ public sealed partial class TrainRun
         CheckPlaces(source);
         (_planned, _device) = (source.Planned, device);
         PlanMemory();
-        _model = TunedModel.Load(source, device, arguments);
+        _model = TunedModel.Load(source, device, arguments, resumeFrom: folder.ResumeFrom,
+            say: log.Message);
         _memory?.Apply(_model);
         _trainer = new Trainer(arguments, _model);
         if (arguments.EvalGenerate > 0 && _evaluationRows is not null)
