@@ -117,6 +117,11 @@ internal static class TrainChecks
         Refuse((float)a.AdamEpsilon < SmallestNormal,
             FormattableString.Invariant($"adam_epsilon is {a.AdamEpsilon}, which is 0 in 32 bits: ")
             + "where a gradient is 0, as in every new adapter, its step would be 0 / 0; Adam's usual value is 1e-8");
+        foreach (string key in a.AllowChanges ?? [])
+            Refuse(!TrainKeys.Train.Any(known => known.Name == key), $"allow_changes: there is no key "
+                + Messages.Quote(key) + TrainKeys.Guess(key, TrainKeys.Train.Select(k => k.Name)));
+        Refuse(a.AllowChanges is { Count: > 0 } && a.ResumeFromCheckpoint is null,
+            "allow_changes needs resume_from_checkpoint: a new run has nothing to differ from");
         Schedule(a, problems);
         if (problems.Count > 0) throw new InputException(string.Join("; ", problems));
     }

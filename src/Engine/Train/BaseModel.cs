@@ -1,3 +1,5 @@
+using System.Security.Cryptography;
+using System.Text;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Weights;
@@ -12,6 +14,8 @@ namespace MiniCpmNative.Engine.Train;
 /// </summary>
 public sealed class BaseModel : IDisposable
 {
+    private const long MostSmallBytes = 256 << 20;
+
     private BaseModel(
         ModelSpec spec, Checkpoint weights, AdapterFile? start, TunedParts parts, DType storage)
     {
@@ -162,8 +166,16 @@ public sealed class BaseModel : IDisposable
             + "take less, and device=cpu uses the machine's memory");
     }
 
+    /// <summary>
+    /// Tells the model from others, by its weights and the files that say what it computes; known
+    /// once it is loaded.
+    /// </summary>
+    public string Identity { get; private set; } = "";
+
     /// <summary>Closes what no save needs, and frees what reading took.</summary>
-    /// <exception cref="InputException">The weights were changed while they were read.</exception>
+    /// <exception cref="InputException">
+    /// The weights were changed while they were read, or cannot be read.
+    /// </exception>
     public void EndLoading()
     {
         foreach (SafetensorsFile file in Weights.Files) file.Trim();
@@ -171,6 +183,7 @@ public sealed class BaseModel : IDisposable
             throw new InputException(
                 $"{Weights.Directory}: its weights were changed while they were read; start again");
         Start?.Dispose();
+        Identity = Identify();
         if (Parts.Config is not null
             || (Parts.Tensors.Count == Spec.Parameters.All.Count && Untouched.Count == 0))
             Weights.Dispose();
@@ -185,6 +198,38 @@ public sealed class BaseModel : IDisposable
     private bool IsSplit(string weight) => Parts.Config?.Start.Splits == true
         && weight.EndsWith(".weight", StringComparison.Ordinal)
         && Parts.Adapters.Find(weight[..^".weight".Length]) is not null;
+
+    private string Identify()
+    {
+        using var hash = IncrementalHash.CreateHash(HashAlgorithmName.SHA256);
+        try
+        {
+            foreach (SafetensorsFile file in
+                Weights.Files.OrderBy(file => file.Path, StringComparer.Ordinal))
+                hash.AppendData(Encoding.ASCII.GetBytes(file.Digest()));
+        }
+        catch (IOException failure)
+        {
+            throw new InputException(
+                $"{Spec.Directory}: cannot read: {Messages.OneLine(failure.Message)}", failure);
+        }
+
+        foreach (string name in (string[])["config.json", "tokenizer.json", "tokenizer.model",
+            "tokenizer_config.json", Spec.Family.ProcessorFile(Spec.Directory).Name])
+        {
+            try
+            {
+                hash.AppendData(SHA256.HashData(
+                    InputFile.ReadAll(Path.Combine(Spec.Directory, name), MostSmallBytes)));
+            }
+            catch (InputException)
+            {
+                // What the model needs was read before; the others may be missing.
+            }
+        }
+
+        return Convert.ToHexStringLower(hash.GetHashAndReset());
+    }
 
     // What is trained needs more bits than these, and a whole model is saved in one form.
     private static void RefuseQuantised(Checkpoint weights, TunedParts parts)
