@@ -74,7 +74,7 @@ internal sealed class CachedModel(LoadedModel model)
             {
                 _batch.LabelRows.Add(_batch.Tokens.Count);
                 _batch.Tokens.Add(tokens[s]);
-                _batch.Positions.Add(_cache!.Lengths[s]);
+                _batch.Positions.Add(_cache!.Next[s]);
             }
 
             _batch.SequenceStarts.Add(_batch.Tokens.Count);
