@@ -82,7 +82,7 @@ public sealed class TunedModel : IDisposable
         try
         {
             device = (devices ?? DeviceSource.Default).Open(arguments, say);
-            source.MustFitOn(device);
+            source.MustFitOn(device, arguments.Streams);
             if (source.Widened(device) is { } line) say?.Invoke(line);
             return Load(source, device, arguments, owns: true, kind);
         }
@@ -110,7 +110,7 @@ public sealed class TunedModel : IDisposable
         Recomputation recomputation = parts.NewRecomputation(source.Spec, arguments);
         LoadedModel loaded = LoadedModel.Load(
             device, source.Spec, source.Weights, source.Storage, trainables, parts.Adapters,
-            recomputation, kind ?? source.Kind);
+            recomputation, kind ?? source.Kind, arguments.Streams);
         var model = new TunedModel(source, loaded, owns, trainables, recomputation);
         foreach (TunedTensor tensor in trainables.List)
             if (source.Weights.Find(tensor.Name) is { } stored)
