@@ -34,6 +34,11 @@ public sealed partial record TrainArguments
         + "what is free when not given", SameBits = true)]
     public MemoryLimit? MemoryLimit { get; init; }
 
+    [Key("Model", "frozen layers stay in the machine's memory and pass through two buffers of the "
+        + "GPU while it computes: true, false; when not given, where the run does not fit otherwise",
+        SameBits = true)]
+    public bool? StreamWeights { get; init; }
+
     [Key("Model", "on a GPU, products of float32 in TF32: faster, with 10 bits of mantissa")]
     public bool Tf32 { get; init; }
 

@@ -55,18 +55,7 @@ public sealed class BaseModel : IDisposable
     /// <summary>
     /// Bytes of weights, gradients and optimizer state on the device, activations not counted.
     /// </summary>
-    public long DeviceBytes
-    {
-        get
-        {
-            var trained = Parts.Tensors.Select(t => t.Name).ToHashSet(StringComparer.Ordinal);
-            long frozen = Weights.Tensors.Where(t =>
-                !trained.Contains(t.Name) && !Spec.Parameters.IsUntouched(t.Name)).Sum(Kind.Bytes);
-            const int gradient = 4;
-            return frozen + SavedBytes.State
-                + Parts.Tensors.Sum(t => t.Shape.Count * (t.Type.Size() + gradient));
-        }
-    }
+    public long DeviceBytes => Bytes(_ => true);
 
     /// <summary>
     /// Whether the weights on the disk are no longer those that were loaded: frozen ones cannot be
@@ -156,12 +145,15 @@ public sealed class BaseModel : IDisposable
             + "and takes half the memory";
 
     /// <summary>Refuses a device whose free memory the weights alone exceed.</summary>
+    /// <param name="device">Where to.</param>
+    /// <param name="streams">Whether frozen layers may stay in the machine's memory.</param>
     /// <exception cref="RunException">Says what is needed, free, and takes less.</exception>
-    public void MustFitOn(OpenDevice device)
+    public void MustFitOn(OpenDevice device, bool streams = false)
     {
-        if (device.FreeBytes is not { } free || DeviceBytes <= free) return;
+        long needed = Bytes(name => !streams || !Spec.Parameters.IsInBlock(name));
+        if (device.FreeBytes is not { } free || needed <= free) return;
         throw new RunException(
-            $"out of memory: weights, gradients and optimizer state take {RunPlaces.Gib(DeviceBytes)}, "
+            $"out of memory: weights, gradients and optimizer state take {RunPlaces.Gib(needed)}, "
             + $"{RunPlaces.Gib(free)} are free on {device.Name}; bf16, use_lora or optim=adamw_bf16 "
             + "take less, and device=cpu uses the machine's memory");
     }
@@ -247,6 +239,17 @@ public sealed class BaseModel : IDisposable
                 throw new InputException($"{trained.Place} is quantised, which cannot be trained: "
                     + "leave its module out of modules_to_save, or make the model whole first with "
                     + "cpmx merge --dequantize");
+    }
+
+    // With those frozen tensors.
+    private long Bytes(Func<string, bool> holds)
+    {
+        var trained = Parts.Tensors.Select(t => t.Name).ToHashSet(StringComparer.Ordinal);
+        long frozen = Weights.Tensors.Where(t => !trained.Contains(t.Name)
+            && !Spec.Parameters.IsUntouched(t.Name) && holds(t.Name)).Sum(Kind.Bytes);
+        const int gradient = 4;
+        return frozen + SavedBytes.State
+            + Parts.Tensors.Sum(t => t.Shape.Count * (t.Type.Size() + gradient));
     }
 
     private static int MasterBytes(TunedTensor tensor) => tensor.Type == DType.F32 ? 0 : 4;
