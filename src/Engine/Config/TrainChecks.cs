@@ -63,6 +63,8 @@ internal static class TrainChecks
             + "(the language model then learns through its adapters)");
         Refuse(!a.UseLora && a.ModulesToSave is { Count: > 0 },
             "modules_to_save needs use_lora; without it tune_vision and tune_llm say what is trained");
+        Refuse(!a.UseLora && a.LoraLayerReplication is not null,
+            "lora_layer_replication needs use_lora");
         Refuse(!a.UseLora && a.LoraWeightPath is not null, "lora_weight_path needs use_lora");
         string start = a.InitLoraWeights.Text;
         void RefuseSplit(bool when, string with) => Refuse(a.InitLoraWeights.Splits && when,

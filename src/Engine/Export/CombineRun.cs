@@ -83,6 +83,11 @@ public static class CombineRun
     private static AdapterConfig Config(List<Member> members, List<string> modules, int rank)
     {
         AdapterConfig first = members[0].Config;
+        foreach (Member member in members)
+            if ($"{member.Config.LayerReplication}" != $"{first.LayerReplication}")
+                throw new InputException("combine: the adapters run different layers "
+                    + $"(layer_replication {first.LayerReplication} and "
+                    + $"{member.Config.LayerReplication})");
         bool plain = members.TrueForAll(m => m.Config.Exclude is null
             && m.Config.LayersToTransform is null && m.Config.Targets.Pattern is not null);
         TargetModules targets = members.TrueForAll(m => Choice(m.Config) == Choice(first))
