@@ -24,7 +24,7 @@ public sealed record AdapterConfig
     private static readonly HashSet<string> s_read =
     [
         "peft_type", "r", "lora_alpha", "lora_dropout", "bias", "target_modules",
-        "layers_to_transform", "layers_pattern", "modules_to_save", "init_lora_weights",
+        "layers_to_transform", "layers_pattern", "layer_replication", "modules_to_save", "init_lora_weights",
         "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "exclude_modules",
     ];
 
@@ -59,6 +59,9 @@ public sealed record AdapterConfig
 
     /// <summary>Names before a layer's number (layers); any when empty.</summary>
     public IReadOnlyList<string> LayersPattern { get; init; } = [];
+
+    /// <summary>The decoder's layers that run, where they are others than the model's.</summary>
+    public LayerRanges? LayerReplication { get; init; }
 
     public IReadOnlyList<string> ModulesToSave { get; init; } = [];
 
@@ -133,7 +136,11 @@ public sealed record AdapterConfig
             ["fan_in_fan_out"] = False,
             ["inference_mode"] = json => json.WriteBooleanValue(true),
             ["init_lora_weights"] = Start.Write,
-            ["layer_replication"] = Null,
+            ["layer_replication"] = json =>
+            {
+                if (LayerReplication is { } ranges) ranges.Write(json);
+                else json.WriteNullValue();
+            },
             ["layers_pattern"] = json => WriteList(json, LayersPattern, json.WriteStringValue),
             ["layers_to_transform"] = json =>
                 WriteList(json, LayersToTransform ?? [], json.WriteNumberValue),
@@ -209,6 +216,10 @@ public sealed record AdapterConfig
             Start = ParseStart(json),
             LayersToTransform = layers is { Count: > 0 } ? layers : null,
             LayersPattern = before,
+            LayerReplication = json.Find("layer_replication") is { } ranges && !IsNeutral(ranges)
+                ? LayerRanges.Of(ranges.Element)
+                    ?? throw ranges.Error($"is no list of {LayerRanges.Form}")
+                : null,
             ModulesToSave = Names(json, "modules_to_save"),
             BaseModel = TextOf(json, "base_model_name_or_path"),
             ModelClass = json.Find("auto_mapping") is { IsObject: true } map

@@ -156,6 +156,10 @@ public sealed partial record TrainArguments
         + "anything when not given")]
     public IReadOnlyList<string>? LoraLayersPattern { get; init; }
 
+    [Key("Trained parts", "ranges of the decoder's layers that run one after the other, each copy with "
+        + "adapters of its own: [[0, 3], [2, 4]]")]
+    public LayerRanges? LoraLayerReplication { get; init; }
+
     [Key("Trained parts", "how adapters start: true (B is zero), gaussian (the same with another A), "
         + "false (B is not zero), pissa, pissa_niter_N, olora (as a part of their weights)")]
     public LoraStart InitLoraWeights { get; init; } = new("true");

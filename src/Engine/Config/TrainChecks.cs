@@ -69,10 +69,9 @@ internal static class TrainChecks
             + "(the language model then learns through its adapters)");
         Refuse(!a.UseLora && a.ModulesToSave is { Count: > 0 },
             "modules_to_save needs use_lora; without it tune_vision and tune_llm say what is trained");
+        Refuse(!a.UseLora && a.LoraLayerReplication is not null,
+            "lora_layer_replication needs use_lora");
         Refuse(!a.UseLora && a.LoraWeightPath is not null, "lora_weight_path needs use_lora");
-        Refuse(a.Quantises && a.UseDora, "use_dora and q_lora (load_in_4bit) are both given: the "
-            + "norms that DoRA needs are those of the quantised weights, which are not taken yet; "
-            + "leave one of them out, or start from a checkpoint that is quantised already");
         string start = a.InitLoraWeights.Text;
         void RefuseSplit(bool when, string with) => Refuse(a.InitLoraWeights.Splits && when,
             $"init_lora_weights={start} takes adapters' starts out of the weights: {with}");

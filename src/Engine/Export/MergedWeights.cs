@@ -22,7 +22,11 @@ internal sealed unsafe class MergedWeights : IDisposable
     private MergedWeights(ModelSpec spec, Checkpoint weights, AdapterFile? adapter) =>
         (Spec, Checkpoint, _adapter) = (spec, weights, adapter);
 
-    public ModelSpec Spec { get; }
+    /// <summary>The model, its layers replicated where the adapter does that.</summary>
+    public ModelSpec Spec { get; private set; }
+
+    /// <summary>The layers that the adapter runs, where they are others than the model's.</summary>
+    public LayerRanges? Replicated => _adapter?.Config.LayerReplication;
 
     public Checkpoint Checkpoint { get; }
 
@@ -39,6 +43,7 @@ internal sealed unsafe class MergedWeights : IDisposable
         try
         {
             merged.Checkpoint.MustMatch(spec.Parameters, Families.Explain);
+            merged.Spec = spec.Replicated(merged.Replicated, merged.Checkpoint);
             merged.TakeAdapter();
             return merged;
         }

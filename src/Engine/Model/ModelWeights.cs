@@ -121,11 +121,14 @@ public abstract class ModelTensors(Graph graph, ParameterRanges trainables, Adap
 /// <param name="storage">The run's storage type.</param>
 /// <param name="kind">Makes frozen weights of linear layers; null keeps them dense.</param>
 /// <param name="split">Weights of which a part stays frozen; null for none.</param>
+/// <param name="norms">Norms of rows, where somebody else has a use for them too.</param>
 public sealed class ModelWeights(
     Graph graph, Checkpoint checkpoint, ParameterRanges trainables, Adapters adapters, DType storage,
-    IWeightKind? kind = null, SplitWeights? split = null)
+    IWeightKind? kind = null, SplitWeights? split = null, FrozenNorms? norms = null)
     : ModelTensors(graph, trainables, adapters)
 {
+    private readonly FrozenNorms _norms = norms ?? new(checkpoint, storage, kind);
+
     protected override bool IsDense(string weight) => kind?.Takes(weight) != true;
 
     protected override Shape ShapeOf(string name) => checkpoint.Get(name).Shape;
@@ -145,29 +148,9 @@ public sealed class ModelWeights(
     {
         Tensor squares = Device.Allocate(
             new Spec(Device.Activations.Statistics(), new Shape(rows)), name);
-        Device.WriteFloats(squares, [.. RowNorms(checkpoint.Get(name), storage)
+        Device.WriteFloats(squares, [.. _norms.Of(name)
             .Skip(begin).Take(rows).Select(norm => (float)(norm * norm))]);
         return squares;
-    }
-
-    /// <summary>The norms of a matrix's rows as a run of a storage type has them.</summary>
-    internal static unsafe double[] RowNorms(StoredTensor file, DType storage)
-    {
-        int rows = file.Shape[0], cols = file.Shape.Cols;
-        var norms = new double[rows];
-        var values = new float[cols];
-        using var stored = new StorageValues(file, 0, file.Count, storage);
-        for (int r = 0; r < rows; r++)
-        {
-            fixed (float* to = values)
-                FloatBits.Widen((byte*)stored.Data + ((long)r * cols * stored.Type.Size()),
-                    stored.Type, to, cols);
-            double sum = 0;
-            foreach (float value in values) sum += (double)value * value;
-            norms[r] = Math.Sqrt(sum);
-        }
-
-        return norms;
     }
 
     protected override unsafe Tensor FrozenMatrix(string name, int begin, int rows, int cols)
@@ -231,4 +214,13 @@ public interface IWeightKind
 
     /// <summary>Whether it makes a weight of this matrix.</summary>
     bool Takes(string weight) => true;
+
+    /// <summary>
+    /// Writes elements of a matrix, from one on, as the weight that it makes of it has them; null
+    /// where these are the file's.
+    /// </summary>
+    RowReader? Reader(StoredTensor matrix) => null;
 }
+
+/// <summary>Writes elements from..from + to.Length.</summary>
+public delegate void RowReader(long from, Span<float> to);

@@ -93,6 +93,7 @@ public sealed class BaseModel : IDisposable
         try
         {
             weights.MustMatch(spec.Parameters, Families.Explain);
+            spec = spec.Replicated(arguments.LoraLayerReplication, weights);
             DType storage = TunedModel.StorageOf(arguments);
             foreach (StoredTensor tensor in weights.Tensors) tensor.MustBeFinite(storage);
             AdapterConfig? adapter = TunedParts.AdapterOf(arguments, spec);

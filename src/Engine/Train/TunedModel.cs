@@ -112,16 +112,17 @@ public sealed class TunedModel : IDisposable
         var trainables = new ParameterRanges(device.Device, parts.Tensors, MomentsOf(arguments));
         Recomputation recomputation = parts.NewRecomputation(source.Spec, arguments);
         SplitWeights? split = Split(source, arguments, resumeFrom, say);
+        var norms = new FrozenNorms(source.Weights, source.Storage, kind ?? source.Kind);
         LoadedModel loaded = LoadedModel.Load(
             device, source.Spec, source.Weights, source.Storage, trainables, parts.Adapters,
-            recomputation, kind ?? source.Kind, split, arguments.Streams);
+            recomputation, kind ?? source.Kind, split, norms, arguments.Streams);
         var model = new TunedModel(source, loaded, owns, trainables, recomputation, split);
         foreach (TunedTensor tensor in trainables.List)
             if (source.Weights.Find(tensor.Name) is { } stored)
                 trainables.Write(tensor.Name, stored.ToFloats());
         parts.Adapters.Initialise(
             trainables, (ulong)arguments.Seed, arguments.InitLoraWeights, split,
-            name => ModelWeights.RowNorms(source.Weights.Get(name), source.Storage));
+            norms.Of);
         if (source.Start is { } start) model.CopyFrom(start);
         source.EndLoading();
         return model;
