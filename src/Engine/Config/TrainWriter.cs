@@ -139,6 +139,15 @@ public static class TrainWriter
         }
     }
 
+    /// <summary>The value of a key, as it stands in a configuration.</summary>
+    internal static JsonElement Element(TrainKey key, TrainArguments arguments)
+    {
+        using var stream = new MemoryStream();
+        using (var json = new Utf8JsonWriter(stream))
+            Write(json, key.Property.GetValue(arguments));
+        return JsonElement.Parse(stream.ToArray());
+    }
+
     private static string Show(object value) => value switch
     {
         bool flag => flag ? "true" : "false",

@@ -195,6 +195,12 @@ public sealed record DecoderSpec(
     public int? RotatedColumns { get; init; }
 
     /// <summary>
+    /// How many frequencies are the text's, the rows' and the columns' where tokens have places on
+    /// canvases (mrope_section); else empty.
+    /// </summary>
+    public ImmutableArray<int> RopeSections { get; init; } = [];
+
+    /// <summary>
     /// Whether norms are multiplied by 1 + weight, and weight decay passes them over.
     /// </summary>
     public bool ZeroCentredNorms { get; init; }

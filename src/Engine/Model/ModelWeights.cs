@@ -19,6 +19,12 @@ public abstract class ModelTensors(Graph graph, ParameterRanges trainables, Adap
 {
     protected Device Device { get; } = graph.Device;
 
+    /// <summary>Whether frozen tensors of blocks lie in host memory.</summary>
+    public bool Streams { get; init; }
+
+    public StreamedBlock? BeginBlock(ModelPart part) =>
+        Streams ? Device.BeginStreamed((int)part, HasContent) : null;
+
     /// <summary>
     /// A bias or a norm's weight; frozen ones are kept in F32, as kernels take them.
     /// </summary>
@@ -73,6 +79,9 @@ public abstract class ModelTensors(Graph graph, ParameterRanges trainables, Adap
         return new Projection(matrix, bias, adapter, adapters.Dropout, a, b, m,
             FrozenSquares(weight, begin, rows));
     }
+
+    /// <summary>Whether tensors are more than their places.</summary>
+    protected virtual bool HasContent => true;
 
     /// <summary>Whether the frozen weight of a linear layer is dense.</summary>
     protected abstract bool IsDense(string weight);

@@ -83,7 +83,7 @@ public sealed class TunedModel : IDisposable
         try
         {
             device = (devices ?? DeviceSource.Default).Open(arguments, say);
-            source.MustFitOn(device);
+            source.MustFitOn(device, arguments.Streams);
             if (source.Widened(device) is { } line) say?.Invoke(line);
             return Load(source, device, arguments, owns: true, kind, say: say);
         }
@@ -115,7 +115,7 @@ public sealed class TunedModel : IDisposable
         var norms = new FrozenNorms(source.Weights, source.Storage, kind ?? source.Kind);
         LoadedModel loaded = LoadedModel.Load(
             device, source.Spec, source.Weights, source.Storage, trainables, parts.Adapters,
-            recomputation, kind ?? source.Kind, split, norms);
+            recomputation, kind ?? source.Kind, split, norms, arguments.Streams);
         var model = new TunedModel(source, loaded, owns, trainables, recomputation, split);
         foreach (TunedTensor tensor in trainables.List)
             if (source.Weights.Find(tensor.Name) is { } stored)
