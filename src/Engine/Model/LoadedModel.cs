@@ -67,7 +67,8 @@ public sealed class LoadedModel : IDisposable
         OpenDevice device, ModelSpec spec, Checkpoint checkpoint, DType storage,
         ParameterRanges? trainables = null, Adapters? adapters = null, Recomputation? recomputation = null,
         IWeightKind? kind = null, SplitWeights? split = null, FrozenNorms? norms = null,
-        bool streams = false) => Build(device, spec, graph => new ModelWeights(
+        bool streams = false) =>
+        Build(device, spec, graph => new ModelWeights(
             graph, checkpoint, trainables ?? new ParameterRanges(device.Device, []),
             adapters ?? Adapters.None, storage, kind, split, norms)
         {
