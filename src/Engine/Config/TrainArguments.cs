@@ -34,6 +34,11 @@ public sealed partial record TrainArguments
         + "what is free when not given", SameBits = true)]
     public MemoryLimit? MemoryLimit { get; init; }
 
+    [Key("Model", "frozen layers stay in the machine's memory and pass through two buffers of the "
+        + "GPU while it computes: true, false; when not given, where the run does not fit otherwise",
+        SameBits = true)]
+    public bool? StreamWeights { get; init; }
+
     [Key("Model", "on a GPU, products of float32 in TF32: faster, with 10 bits of mantissa")]
     public bool Tf32 { get; init; }
 
@@ -151,8 +156,12 @@ public sealed partial record TrainArguments
         + "anything when not given")]
     public IReadOnlyList<string>? LoraLayersPattern { get; init; }
 
+    [Key("Trained parts", "ranges of the decoder's layers that run one after the other, each copy with "
+        + "adapters of its own: [[0, 3], [2, 4]]")]
+    public LayerRanges? LoraLayerReplication { get; init; }
+
     [Key("Trained parts", "how adapters start: true (B is zero), gaussian (the same with another A), "
-        + "false (B is not zero)", SameBits = true)]
+        + "false (B is not zero), pissa, pissa_niter_N, olora (as a part of their weights)")]
     public LoraStart InitLoraWeights { get; init; } = new("true");
 
     [Key("Trained parts", "adapter folder to start from: its rank, alpha, targets and biases stay; "

@@ -46,9 +46,12 @@ public sealed partial class TrainRun
         CheckPlaces(source);
         (_planned, _device) = (source.Planned, device);
         PlanMemory();
-        _model = TunedModel.Load(source, device, arguments);
+        TrainArguments planned = _memory?.Of(arguments) ?? arguments;
+        _model = TunedModel.Load(source, device, planned, resumeFrom: folder.ResumeFrom,
+            say: log.Message);
+        if (device.Pageable is { } line) log.Message(line);
         _memory?.Apply(_model);
-        _trainer = new Trainer(arguments, _model);
+        _trainer = new Trainer(planned, _model);
         if (arguments.EvalGenerate > 0 && _evaluationRows is not null)
             _answerer = new RowAnswerer(_model.Loaded, _evaluationRows, GenerationSettings.Of(
                 arguments, source.Spec, format.Prompts.StopIds, chats: false));
@@ -69,7 +72,10 @@ public sealed partial class TrainRun
     private void PlanMemory()
     {
         if (_device.Card is not { } card) return;
-        _memory = MemoryPlan.Make(_arguments, _planned, card, _rows, _evaluationRows, _plan,
+        // Where weights lie is settled once they are loaded.
+        TrainArguments arguments = _memory is null ? _arguments
+            : _arguments with { StreamWeights = _memory.Streamed > 0 };
+        _memory = MemoryPlan.Make(arguments, _planned, card, _rows, _evaluationRows, _plan,
             _device.Allowed(_arguments.MemoryLimit));
     }
 
@@ -89,7 +95,7 @@ public sealed partial class TrainRun
         RunPlaces.MustHoldCheckpoints(
             arguments, source.SavedBytes, checkpoints: 1, RunPlaces.Free(arguments.OutputDir));
         using OpenDevice device = devices.Open(arguments, log.Message);
-        source.MustFitOn(device);
+        source.MustFitOn(device, streams: arguments.StreamWeights != false);
         if (source.Widened(device) is { } line) log.Message(line);
         new TrainRun(arguments, log, stop, folder, source, device).Run();
     }
