@@ -175,9 +175,12 @@ public sealed class CheckpointPartsTests
     public void OlderCheckpointsAndOtherProcessorsAreSaid()
     {
         Change("run_state.json", json => json["processor"] = "CPU, Portable");
-        Assert.That(Runs.Train(_arguments with { OutputDir = Path.Combine(_folder, "a"),
-            ResumeFromCheckpoint = new ResumePoint(Newest) }),
-            Does.Contain("was made on CPU, Portable; on CPU, "));
+        TrainArguments other = _arguments with
+        {
+            OutputDir = Path.Combine(_folder, "a"),
+            ResumeFromCheckpoint = new ResumePoint(Newest),
+        };
+        Assert.That(Runs.Train(other), Does.Contain("was made on CPU, Portable; on CPU, "));
         Change("run_state.json", json =>
         {
             foreach (string key in (string[])["parts", "settings", "model", "processor", "max_steps"])

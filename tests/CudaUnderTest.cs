@@ -48,7 +48,8 @@ internal sealed class CudaUnderTest : IDisposable
     }
 
     /// <summary>Where compiled kernels are kept between runs.</summary>
-    public static string Cache { get; } = Path.Combine(Path.GetTempPath(), "cpmx-test-kernels");
+    public static string Cache { get; } = Path.Combine(
+        Path.GetTempPath(), $"cpmx-test-kernels-{Environment.UserName}");
 
     public static bool IsReal => Environment.GetEnvironmentVariable("CPMX_TEST_GPU") == "1";
 

@@ -52,6 +52,7 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
     {
         try
         {
+            MustBeSomewhere();
             int code = Dispatch(args);
             // A training goes on unseen; of the other commands what they say is the result.
             return output is Screen { HasFailed: true } && args[0] != "train" ? 1 : code;
@@ -78,6 +79,20 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
         {
             return Fail(failure, $"internal error, please report it: {failure.GetType().Name}: "
                 + failure.Message, 1);
+        }
+    }
+
+    // Relative paths have no meaning in a folder that was removed.
+    private static void MustBeSomewhere()
+    {
+        try
+        {
+            _ = Directory.GetCurrentDirectory();
+        }
+        catch (IOException gone)
+        {
+            throw new InputException(
+                "the working directory was removed: change to one that is there", gone);
         }
     }
 

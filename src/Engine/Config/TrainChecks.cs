@@ -122,6 +122,9 @@ internal static class TrainChecks
         Refuse((float)a.AdamEpsilon < SmallestNormal,
             FormattableString.Invariant($"adam_epsilon is {a.AdamEpsilon}, which is 0 in 32 bits: ")
             + "where a gradient is 0, as in every new adapter, its step would be 0 / 0; Adam's usual value is 1e-8");
+        Refuse(a.UseLora && (float)(a.LoraAlpha / a.LoraR) < SmallestNormal,
+            FormattableString.Invariant($"lora_alpha is {a.LoraAlpha}, with which adapters are ")
+            + "multiplied by 0 in 32 bits and learn nothing; usual values are lora_r and twice of it");
         foreach (string key in a.AllowChanges ?? [])
             Refuse(!TrainKeys.Train.Any(known => known.Name == key), $"allow_changes: there is no key "
                 + Messages.Quote(key) + TrainKeys.Guess(key, TrainKeys.Train.Select(k => k.Name)));

@@ -121,6 +121,7 @@ public sealed partial class TrainRun
             _arguments, _plan, _model.DeviceName, _model.TotalParameters, _model.ParameterRanges.Count,
             resumeFrom, _rows.Counts, _evaluationRows?.Counts));
         if (_memory is not null) _log.Message($"{_memory}");
+        if (_schedule.Notice is { } notice) _log.Message(notice);
         WarnOfLargeCheckpoints();
         done = Steps(done);
         if (_memory is not null)
