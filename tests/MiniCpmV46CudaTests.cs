@@ -10,8 +10,8 @@ using NUnit.Framework;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// MiniCPM-V 4.6's reference model on the GPU, on a row with a small picture and one without,
-/// against the CPU, which equals transformers: in F32 with the bars of the CPU. Rows are short, so
+/// MiniCPM-V 4.6's reference model and its successors' on the GPU, on a row with a small picture and
+/// one without, against the CPU, which equals transformers: in F32 with the bars of the CPU. Rows are short, so
 /// what the first tokens read from a state may be small against what it is made of, and is
 /// normalised: in BF16 a tensor may be as far off as in <see cref="FamilyCudaTests"/>, or a few times
 /// as far as the CPU's own when every weight is moved by the unit of BF16's rounding, 2^-9.
@@ -19,14 +19,30 @@ namespace MiniCpmNative.Tests;
 [TestFixture]
 public sealed class MiniCpmV46CudaTests
 {
-    [TestCase(false)]
-    [TestCase(true)]
-    public void WhatTheCpuComputesIsReached(bool bf16)
+    private string _folder = "";
+
+    [SetUp]
+    public void CreateFolder() => _folder = Directory.CreateTempSubdirectory("cpmx-test-").FullName;
+
+    [TearDown]
+    public void DeleteFolder() => Directory.Delete(_folder, recursive: true);
+
+    [TestCase("v46", false)]
+    [TestCase("v46", true)]
+    [TestCase("v47", false)]
+    [TestCase("ocr", false)]
+    public void WhatTheCpuComputesIsReached(string family, bool bf16)
     {
         using var gpu = new CudaSource();
-        using var cpu = TunedModel.Open(V46.Full);
+        TrainArguments arguments = family switch
+        {
+            "v46" => V46.Full,
+            "v47" => V46.Full with { ModelNameOrPath = CanvasPlacesTests.ModelAsV47(_folder) },
+            _ => NativeCase.Of(family).Full,
+        };
+        using var cpu = TunedModel.Open(arguments);
         using var model = TunedModel.Open(
-            V46.Full with { Bf16 = bf16, Device = DeviceChoice.Cuda }, gpu.Source);
+            arguments with { Bf16 = bf16, Device = DeviceChoice.Cuda }, gpu.Source);
         Trace expected = Trace.Run(cpu, Small(cpu.Loaded.Rows), gradients: true);
         Trace? moved = bf16 ? Moved() : null;
         Trace trace = Trace.Run(model, Small(model.Loaded.Rows), gradients: true);
@@ -99,7 +115,9 @@ public sealed class MiniCpmV46CudaTests
                     batch.Targets.Add(labels[t]);
                 }
 
-            batch.AddRow(chat.Ids, format.Placeholders.Bounds(chat.Ids)!);
+            ImageBound[] bounds = format.Placeholders.Bounds(chat.Ids)!;
+            batch.AddRow(chat.Ids, bounds,
+                places: format.Places(chat.Ids, bounds.Select(_ => plan)));
         }
     }
 }
