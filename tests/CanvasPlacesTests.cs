@@ -4,6 +4,7 @@ using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Data.Images;
 using MiniCpmNative.Engine.Model;
+using MiniCpmNative.Engine.Weights;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Cpu;
 using NUnit.Framework;
@@ -130,6 +131,15 @@ public sealed class CanvasPlacesTests
             ("image_start_id", "<image>"), ("image_end_id", "</image>"),
             ("slice_start_id", "<slice>"), ("slice_end_id", "</slice>"), ("newline_id", "\n")])
             config[key] = tokenizer.Encode(token)[0];
+    }
+
+    /// <summary>V-4_6's reference model as one of V-4_7, with its weights.</summary>
+    public static string ModelAsV47(string folder)
+    {
+        V46.Changed(folder, (config, _) => AsV47(config));
+        File.Copy(Path.Combine(V46.Model, Checkpoint.SingleFile),
+            Path.Combine(folder, Checkpoint.SingleFile), overwrite: true);
+        return folder;
     }
 
     private static CanvasTokens Tokens()

@@ -37,7 +37,7 @@ public sealed class PromptMaker
     public PromptPicture Open(string path)
     {
         PictureInfo info = PictureDecoder.Probe(path);
-        return Cut(path, () => PictureDecoder.Decode(path), info.Size);
+        return Cut(path, () => PictureDecoder.Decode(path, _format.OverWhite), info.Size);
     }
 
     /// <summary>The same of a file's content; name stands in messages.</summary>
@@ -45,7 +45,7 @@ public sealed class PromptMaker
     public PromptPicture Open(byte[] content, string name)
     {
         using Picture picture = PictureDecoder.Decode(content, name);
-        return Cut(name, () => PictureDecoder.Decode(content, name),
+        return Cut(name, () => PictureDecoder.Decode(content, name, _format.OverWhite),
             picture.Size);
     }
 
@@ -105,6 +105,5 @@ public sealed class PromptMaker
     }
 
     private PromptPicture Cut(string name, Func<Picture> decode, PictureSize size) => new(
-        name, decode, Slicer.Plan(
-            size, _slicing.MaxSliceNums, _slicing.ScaleResolution, _slicing.Multiple));
+        name, decode, _slicing.Plan(size, decode));
 }

@@ -145,6 +145,7 @@ public static class Families
         new MiniCpmO45(),
         new MiniCpmV46(),
         new MiniCpmV47(),
+        new MiniCpmOcr(),
     ];
 
     /// <exception cref="InputException">The model is none of <see cref="All"/>.</exception>

@@ -17,6 +17,8 @@ internal abstract class NativeFamily(string name, string type, string modelClass
 {
     private const string Decoder = "model.language_model";
 
+    protected virtual NativeDefaults Defaults { get; } = new();
+
     public override bool ConfiguresPictures => false;
 
     public override (string Name, string? Key) ProcessorFile(string directory) =>
@@ -29,11 +31,12 @@ internal abstract class NativeFamily(string name, string type, string modelClass
     public override ModelSpec Read(ModelConfig config)
     {
         config.RefuseQuantised();
-        DecoderSpec decoder = NativeConfig.Decoder(config);
-        VisionSpec vision = NativeConfig.Vision(config);
+        DecoderSpec decoder = NativeConfig.Decoder(config, Defaults);
+        VisionSpec vision = NativeConfig.Vision(config, Defaults);
         var joiner = new MergerSpec(
             decoder.HiddenSize, vision.HiddenSize, vision.MergesAfter is not null);
-        ProcessorSpec processor = NativeConfig.Processor(config, vision, joiner.Merges);
+        ProcessorSpec processor = NativeConfig.Processor(
+            config, vision, joiner.Merges, Defaults);
         return new ModelSpec(
             this, config.Directory, vision, joiner, decoder, processor.Slicing,
             processor.UseImageId, processor.SliceMode, processor, config.Generation(),
@@ -65,7 +68,10 @@ internal abstract class NativeFamily(string name, string type, string modelClass
         return new RowFormat(
             ThinkingFormat.Load(spec.Directory, tokenizer), placeholders,
             spec.Processor.UseImageId, spec.Slicing, spec.SliceMode, spec.Processor.Mean,
-            spec.Processor.Std, spec.Decoder.VocabSize);
+            spec.Processor.Std, spec.Decoder.VocabSize)
+        {
+            OverWhite = true,
+        };
     }
 
     // The default means the decoders of the other members.
