@@ -47,7 +47,12 @@ internal static class Disk
     /// <summary>Removes a file, if it is there, or a folder with all that is in it.</summary>
     public static void Remove(string path)
     {
-        if (Directory.Exists(path)) Directory.Delete(path, recursive: true);
+        if (new FileInfo(path).LinkTarget is null && Directory.Exists(path))
+        {
+            foreach (string file in Directory.GetFiles(path)) Remove(file);
+            Directory.Delete(path, recursive: true);
+        }
+        else if (Directory.Exists(path)) Directory.Delete(path);
         else File.Delete(path);
         Tell(new(DiskChangeKind.Removed, path));
     }

@@ -123,6 +123,8 @@ public sealed class RunFolder : IDisposable
 
         foreach (string old in _oldCheckpoints) Disk.Remove(old + SetAside);
         foreach (string old in _oldResults) Disk.Remove(old);
+        // Before the next checkpoint is begun, beside which they would be put back.
+        if (_oldCheckpoints.Count > 0) Disk.Flush(_folder);
         (_oldCheckpoints, _oldResults) = ([], []);
     }
 
