@@ -65,7 +65,8 @@ public sealed class LoadedModel : IDisposable
     /// <param name="streams">Whether frozen tensors of blocks lie in host memory.</param>
     public static LoadedModel Load(
         OpenDevice device, ModelSpec spec, Checkpoint checkpoint, DType storage,
-        ParameterRanges? trainables = null, Adapters? adapters = null, Recomputation? recomputation = null,
+        ParameterRanges? trainables = null, Adapters? adapters = null,
+        Recomputation? recomputation = null,
         IWeightKind? kind = null, SplitWeights? split = null, FrozenNorms? norms = null,
         bool streams = false) =>
         Build(device, spec, graph => new ModelWeights(
