@@ -44,6 +44,10 @@ public unsafe class StoredTensor
 
     public long Count => Bytes / StoredType.Size;
 
+    /// <summary>What its files hold in its place: itself, but of a <see cref="JoinedTensor"/>.
+    /// </summary>
+    public virtual IReadOnlyList<StoredTensor> Pieces => [this];
+
     /// <summary>File and tensor, as errors name them.</summary>
     public string Place => $"{_file.Path}: tensor {Messages.Quote(Name)}";
 

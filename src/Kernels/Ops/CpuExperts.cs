@@ -1,8 +1,8 @@
 using System.Numerics;
 using System.Numerics.Tensors;
-using MiniCpmNative.Kernels.Ops;
+using MiniCpmNative.Kernels.Cpu;
 
-namespace MiniCpmNative.Kernels.Cpu;
+namespace MiniCpmNative.Kernels.Ops;
 
 /// <summary>
 /// <see cref="Experts"/> on the CPU: one expert after the other, its rows gathered, multiplied on

@@ -1,6 +1,6 @@
-using MiniCpmNative.Kernels.Ops;
+using MiniCpmNative.Kernels.Cuda;
 
-namespace MiniCpmNative.Kernels.Cuda;
+namespace MiniCpmNative.Kernels.Ops;
 
 /// <summary>
 /// <see cref="Experts"/> on a GPU: section 17 of kernels.cu. How many rows an expert has only the
