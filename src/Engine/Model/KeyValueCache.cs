@@ -29,21 +29,28 @@ public sealed class KeyValueCache : IBatchInput
     /// <param name="spec">The decoder.</param>
     /// <param name="sequences">How many rows a batch has.</param>
     /// <param name="room">Most tokens of a sequence.</param>
-    public KeyValueCache(Device device, DecoderSpec spec, int sequences, int room)
+    /// <param name="former">
+    /// One that is used no more, but stays allocated: of what it had too little of, this one has
+    /// at least twice as much, so that all former ones together are no larger.
+    /// </param>
+    public KeyValueCache(
+        Device device, DecoderSpec spec, int sequences, int room, KeyValueCache? former = null)
     {
         _device = device;
-        _rows = checked(sequences * room);
+        (_delta, _most) = (spec.Delta, checked((int)Larger(sequences, former?._most ?? 0)));
+        _rows = checked((int)Larger((long)sequences * room, former?._rows ?? 0));
         var rows = new Spec(
             device.Activations, new Shape((int)_rows, spec.KvHeads * spec.HeadDim));
         _layers = new (Tensor, Tensor)[spec.Layers];
-        (_delta, _most) = (spec.Delta, sequences);
         if (_delta is not null) _states = new (Tensor, Tensor)[spec.Layers];
         for (int i = 0; i < _layers.Length; i++)
-            if (_delta is { } delta && delta.Layers[i]) _states[i] = NewState(delta, sequences);
+            if (_delta is { } delta && delta.Layers[i]) _states[i] = NewState(delta, _most);
             else
                 _layers[i] = (
                     device.Allocate(rows, "cached keys"), device.Allocate(rows, "cached values"));
         Clear(sequences, room);
+
+        static long Larger(long wanted, long had) => wanted <= had ? had : Math.Max(wanted, 2 * had);
     }
 
     /// <summary>Most tokens of a sequence.</summary>

@@ -28,8 +28,9 @@ public static class ModelFiles
         var written = new List<string>();
         if (arguments.UseLora)
         {
-            AdapterFile.Write(
-                folder, model.Parts.Config!, model.Parts.Layout!, Trained(model));
+            AdapterConfig config = model.Parts.Config!.AsSaved();
+            AdapterFile.Write(folder, config,
+                AdapterLayout.Create(source.Spec.Parameters, config, folder), model.Trained());
             written.AddRange([AdapterFile.WeightsName, AdapterConfig.FileName]);
             WriteSmall(folder, source, written);
             return written;
@@ -70,7 +71,7 @@ public static class ModelFiles
         string folder, TunedModel model, TrainArguments arguments)
     {
         if (Save(folder, model, arguments).Count > 0) return true;
-        SafetensorsWriter.Write(Path.Combine(folder, TrainedOnly), Trained(model));
+        SafetensorsWriter.Write(Path.Combine(folder, TrainedOnly), [.. model.Trained()]);
         return false;
     }
 
@@ -116,8 +117,4 @@ public static class ModelFiles
             return model.ToSave(piece.Name, part);
         });
     }
-
-    private static TensorToSave[] Trained(TunedModel model) =>
-        [.. model.ParameterRanges.List.Select(
-            tensor => model.ToSave(tensor.Name, model.ParameterRanges.Value(tensor.Name)))];
 }

@@ -62,6 +62,13 @@ public sealed unsafe partial class JoinedTensor : StoredTensor
         }
     }
 
+    internal override StoredTensor As(string name)
+    {
+        int before = Name.LastIndexOf('.'), now = name.LastIndexOf('.');
+        return new JoinedTensor(name, Array.ConvertAll(_pieces,
+            piece => piece.As(name[..now] + piece.Name[before..])), (int)Sizes[0]);
+    }
+
     public override void Read(long from, Span<byte> target)
     {
         ArgumentOutOfRangeException.ThrowIfNegative(from);
