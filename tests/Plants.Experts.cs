@@ -14,15 +14,16 @@ internal static partial class Plants
         Experts("the first warp's terms are not counted", "sort_by_expert", "if (w < warp) at +=",
             "if (w < warp - 1) at +=") with
         {
-            Size = 70, By = Finder.Emulator, Check = Check.GlobalRace,
+            Kernel = "experts_backward", Size = 70, By = Finder.Emulator,
+            Check = Check.GlobalRace,
         },
         Plant.Fault(Check.SharedRaceWithinWarp, "counts are overwritten before they are read",
             "sort_by_expert", "__syncthreads(); // the counts before are read", "",
             "experts_whole") with { With = [5, 6, 8, 14], Size = 200 },
-        Plant.Fault(Check.GlobalRace, "an expert's second tile is its first", "expert_tiles",
+        Plant.Fault(Check.Uninitialised, "an expert's second tile is its first", "expert_tiles",
             " + i * EXPERT_TILE_ROWS", "", "experts_whole") with
         {
-            Kernel = "expert_product", With = [5, 6, 8, 14], Size = 70,
+            Kernel = "combine_experts", With = [5, 6, 8, 14], Size = 70,
         },
         Experts("the gradient of up does not reach x", "expert_tile", "parts * chunks", "chunks"),
         Experts("gate and up have one matrix", "expert_tile", "(BACK ? 0 : blockIdx.z)", "0"),

@@ -85,8 +85,12 @@ public sealed unsafe class MergeRun
         var parameters = _weights.Spec.Parameters;
         var tensors = new List<TensorToSave>();
         foreach (StoredTensor tensor in _weights.Checkpoint.Tensors)
-            tensors.Add(_weights.Changes(tensor.Name) ? Merged(tensor)
-                : tensor is PackedTensor ? tensor.ToSave(Storage()) : tensor.ToSave());
+        {
+            if (_weights.Changes(tensor.Name)) tensors.AddRange(Merged(tensor));
+            else if (tensor is PackedTensor) tensors.Add(tensor.ToSave(Storage()));
+            else tensors.AddRange(tensor.Pieces.Select(piece => piece.ToSave()));
+        }
+
         untied = false;
         foreach (var (module, to) in parameters.Tied)
         {
@@ -99,22 +103,33 @@ public sealed unsafe class MergeRun
         return tensors;
     }
 
-    private TensorToSave Merged(StoredTensor tensor)
+    private IEnumerable<TensorToSave> Merged(StoredTensor tensor)
     {
         var change = _changes[tensor.Name] = new WeightChange();
+        long begin = 0;
+        return tensor.Pieces.Select(piece =>
+        {
+            begin += piece.Count;
+            return Merged(tensor, piece, begin - piece.Count, change);
+        });
+    }
+
+    private TensorToSave Merged(
+        StoredTensor tensor, StoredTensor own, long begin, WeightChange change)
+    {
         DType type = tensor is PackedTensor ? Storage() : tensor.Type;
-        return new TensorToSave(tensor.Name, StoredType.Of(type), tensor.Sizes, stream =>
+        return new TensorToSave(own.Name, StoredType.Of(type), own.Sizes, stream =>
         {
             // Whole rows, so that a piece has all of its part of B.
-            int row = Math.Max(1, checked((int)(tensor.Count / Math.Max(1, tensor.Sizes[0]))));
-            int piece = (int)Math.Min(tensor.Count, Math.Max(1, PieceElements / row) * (long)row);
+            int row = Math.Max(1, checked((int)(own.Count / Math.Max(1, own.Sizes[0]))));
+            int piece = (int)Math.Min(own.Count, Math.Max(1, PieceElements / row) * (long)row);
             float[] before = new float[piece], after = new float[piece], stored = new float[piece];
             var bytes = new byte[piece * type.Size()];
-            for (long done = 0; done < tensor.Count; done += piece)
+            for (long done = 0; done < own.Count; done += piece)
             {
-                int count = (int)Math.Min(piece, tensor.Count - done);
+                int count = (int)Math.Min(piece, own.Count - done);
                 Span<float> was = before.AsSpan(0, count), now = after.AsSpan(0, count);
-                _weights.Read(tensor, done, now, was);
+                _weights.Read(tensor, begin + done, now, was);
                 fixed (float* from = now)
                 fixed (float* back = stored)
                 fixed (byte* to = bytes)

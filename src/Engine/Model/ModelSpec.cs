@@ -190,6 +190,12 @@ public sealed record DecoderSpec(
     public DeltaSpec? Delta { get; init; }
 
     /// <summary>
+    /// The experts of every layer (V-4_7), if there are such; IntermediateSize is then that of the
+    /// one that all tokens go to.
+    /// </summary>
+    public ExpertsSpec? Experts { get; init; }
+
+    /// <summary>
     /// How many of a head's columns, the first ones, are turned by its position; null for all.
     /// </summary>
     public int? RotatedColumns { get; init; }
@@ -260,6 +266,9 @@ public sealed record DeltaSpec(
     /// <summary>Channels of queries, keys and values together.</summary>
     public int Channels => (2 * KeyHeads * KeyDim) + (ValueHeads * ValueDim);
 }
+
+/// <summary>Count feed-forwards of Inner columns, of which each token goes to Chosen.</summary>
+public sealed record ExpertsSpec(int Count, int Chosen, int Inner);
 
 /// <summary>
 /// The shipped image processor: its own slicing, normalisation and placeholder tokens.

@@ -154,7 +154,8 @@ public sealed class ModuleScope
     }
 
     /// <summary>
-    /// A matrix whose rows are looked up or resampled; leading axes of one are left out.
+    /// A matrix that keeps its rows as they are, all axes but the last seen as rows: one whose rows
+    /// are looked up or resampled, matrices of many experts.
     /// </summary>
     /// <param name="name">The parameter.</param>
     /// <param name="isFixed">See <see cref="ModelParameter"/>.</param>
@@ -163,7 +164,8 @@ public sealed class ModuleScope
     {
         string full = Declare(Name(name), decays: true, sizes, isFixed);
         Tensor table = _source.Table(full);
-        return table.Exists ? table.Reshape(sizes[^2], sizes[^1]) : table;
+        return table.Exists
+            ? table.Reshape((int)table.Shape.Rows, table.Shape.Cols) : table;
     }
 
     /// <summary>A module without parameters, which a pattern of PEFT's may hit.</summary>

@@ -1,6 +1,7 @@
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Weights;
+using MiniCpmNative.Kernels;
 
 namespace MiniCpmNative.Engine.Train;
 
@@ -38,11 +39,10 @@ public static class ModelFiles
         try
         {
             written.AddRange(CheckpointWriter.Write(
-                folder, [.. source.Spec.Parameters.All.Select(expected =>
-                    model.ParameterRanges.Contains(expected.Name)
-                        ? model.ToSave(expected.Name, model.ParameterRanges.Value(expected.Name))
-                        : source.Weights.Get(expected.Name).ToSave(source.Storage)),
-                    .. source.Untouched.Select(tensor => tensor.ToSave())]));
+                folder, [.. source.Spec.Parameters.All.SelectMany(
+                        expected => Pieces(model, source.Weights.Get(expected.Name))),
+                    .. source.Untouched.SelectMany(tensor => tensor.Pieces)
+                        .Select(tensor => tensor.ToSave())]));
         }
         catch (InputException) when (source.HasChanged)
         {
@@ -101,5 +101,20 @@ public static class ModelFiles
         checkpoint.MustMatch(model.Spec.Parameters, Families.Explain);
         foreach (TunedTensor tensor in model.ParameterRanges.List)
             model.ParameterRanges.Write(tensor.Name, checkpoint.Get(tensor.Name).ToFloats());
+    }
+
+    // A tensor in the pieces that it was read in.
+    private static IEnumerable<TensorToSave> Pieces(TunedModel model, StoredTensor stored)
+    {
+        if (!model.ParameterRanges.Contains(stored.Name))
+            return stored.Pieces.Select(piece => piece.ToSave(model.Base.Storage));
+        Tensor value = model.ParameterRanges.Value(stored.Name);
+        nint offset = 0;
+        return stored.Pieces.Select(piece =>
+        {
+            var part = new Tensor(value.Data + offset, new Spec(value.Type, piece.Shape));
+            offset += (nint)part.Spec.Bytes;
+            return model.ToSave(piece.Name, part);
+        });
     }
 }

@@ -44,6 +44,7 @@ public sealed class Checkpoint : IDisposable
             else if (File.Exists(index)) checkpoint.AddShards(index);
             else throw NoWeights(directory);
             PackedTensors.Fold(directory, checkpoint._tensors);
+            JoinedTensor.Fold(directory, checkpoint._tensors);
             return checkpoint;
         }
         catch

@@ -44,6 +44,10 @@ public unsafe class StoredTensor
 
     public long Count => Bytes / StoredType.Size;
 
+    /// <summary>What its files hold in its place: itself, but of a <see cref="JoinedTensor"/>.
+    /// </summary>
+    public virtual IReadOnlyList<StoredTensor> Pieces => [this];
+
     /// <summary>File and tensor, as errors name them.</summary>
     public string Place => $"{_file.Path}: tensor {Messages.Quote(Name)}";
 
@@ -145,7 +149,7 @@ public unsafe class StoredTensor
     }
 
     /// <summary>The same values under another name.</summary>
-    internal StoredTensor As(string name) =>
+    internal virtual StoredTensor As(string name) =>
         new(_file, name, StoredType, Sizes, _offset, Bytes);
 
     /// <summary>All elements as floats, for small tensors and tests.</summary>

@@ -150,6 +150,13 @@ public sealed unsafe class OpRun : IDisposable
 
     private double[] Read(in Tensor tensor)
     {
+        if (tensor.Type == DType.I32)
+        {
+            var ints = new int[tensor.Shape.Count];
+            _device.Read<int>(tensor, ints);
+            return Array.ConvertAll(ints, v => (double)v);
+        }
+
         if (tensor.Type != DType.F64)
             return Array.ConvertAll(_device.ReadFloats(tensor), v => (double)v);
         var values = new double[tensor.Shape.Count];

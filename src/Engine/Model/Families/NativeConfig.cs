@@ -15,7 +15,8 @@ internal sealed record NativeDefaults(
 internal static class NativeConfig
 {
     private const string Full = "full_attention", Linear = "linear_attention";
-    private const int MaxHeads = 1 << 12, MaxHeadDim = 1 << 10;
+    private const int MaxHeads = 1 << 12, MaxHeadDim = 1 << 10, MaxInner = 1 << 20,
+        MaxExperts = 1 << 12;
 
     /// <summary>
     /// The processor's file of this model: its "image_processor", else the older one.
@@ -51,12 +52,13 @@ internal static class NativeConfig
         ModelConfig.RequireZero(text, "attention_dropout");
         if (text.Find("attention_bias") is { } bias && bias.Bool())
             throw bias.Expected("false: biases of this decoder's attention are not supported");
-        ModelConfig.RequireText(text, "model_type", "qwen3_5_text");
+        ExpertsSpec? experts = Experts(text);
         var (theta, rotary) = Rope(text, headDim);
         return new DecoderSpec(
             Size("vocab_size", ModelConfig.MaxVocabulary),
             Size("hidden_size", ModelConfig.MaxWidth),
-            Size("intermediate_size", 1 << 20), layers, heads, kvHeads, headDim,
+            experts is null ? Size("intermediate_size", MaxInner)
+                : Size("shared_expert_intermediate_size", MaxInner, 512), layers, heads, kvHeads, headDim,
             (float)(text.Find("rms_norm_eps")?.Number(1e-12, 1) ?? 1e-6), QkvBias: false,
             config.Flag("tie_word_embeddings", defaults.TiesHead), theta, RopeScaling.None,
             Size("max_position_embeddings", int.MaxValue, 32768), QkNorm: true,
@@ -66,6 +68,7 @@ internal static class NativeConfig
             ZeroCentredNorms = true,
             OutputGate = true,
             Delta = Delta(text, layers),
+            Experts = experts,
         };
 
         int Size(string key, int most, int? otherwise = null) =>
@@ -199,6 +202,22 @@ internal static class NativeConfig
                 $"a share of head_dim ({headDim}) that is an even number of columns, got {rotary}");
         return ((rope?.Find("rope_theta") ?? text.Find("rope_theta"))?.Number(1, 1e12) ?? 10000,
             rotary);
+    }
+
+    private static ExpertsSpec? Experts(JsonValue text)
+    {
+        const string Dense = "qwen3_5_text", Sparse = "qwen3_5_moe_text";
+        string type = ModelConfig.Text(text, "model_type", Dense);
+        if (type == Dense) return null;
+        if (type != Sparse)
+            throw text["model_type"].Expected($"\"{Dense}\" or \"{Sparse}\"");
+        int count = ModelConfig.Size(text, "num_experts", MaxExperts, 256);
+        int chosen = ModelConfig.Size(text, "num_experts_per_tok", MaxExperts, 8);
+        return chosen <= count
+            ? new ExpertsSpec(count, chosen,
+                ModelConfig.Size(text, "moe_intermediate_size", MaxInner, 512))
+            : throw (text.Find("num_experts_per_tok") ?? text["num_experts"])
+                .Expected($"no more experts of a token than num_experts ({count})");
     }
 
     private static DeltaSpec? Delta(JsonValue text, int layers)
