@@ -78,16 +78,6 @@ internal sealed unsafe class Int8Weight : Weight
     /// <summary>Products so far.</summary>
     public int Products { get; private set; }
 
-    /// <summary>Blocks that said so far that they run.</summary>
-    public int Acquired { get; private set; }
-
-    /// <summary>Blocks that said so far that they have run.</summary>
-    public int Released { get; private set; }
-
-    public override void Acquire() => Acquired++;
-
-    public override void Release() => Released++;
-
     public override void Multiply<T>(in CpuCall<T> call, Matrix<T> x, Matrix<T> y, double alpha,
         double beta, Matrix<T> bias) =>
         call.Gemm.Multiply(x.View, Unpacked(call).View.T, y.View, alpha, beta, bias.Data);

@@ -100,6 +100,8 @@ public sealed class LaunchCountTests
 
         public Tensor Original(string name) => Tensor.None;
 
+        public StreamedBlock? BeginBlock(ModelPart part) => null;
+
         public bool IsPacked(string weight) => true;
 
         public void Together(int rows, int cols)

@@ -66,7 +66,7 @@ public sealed class WeightKindTests
 
     [TestCase(false)]
     [TestCase(true)]
-    public void EachBlockSaysOnceThatItRuns(bool checkpointed)
+    public void AWarmStepAllocatesNothing(bool checkpointed)
     {
         TrainArguments arguments = V26.Lora with { GradientCheckpointing = checkpointed };
         var kind = new Int8Kind();
@@ -78,15 +78,7 @@ public sealed class WeightKindTests
         trainer.Step(1, [batch], 1e-5);
         Assert.That(GC.GetAllocatedBytesForCurrentThread() - before, Is.Zero);
         foreach (var (name, weight) in kind.Names.Zip(kind.Weights))
-        {
-            // Two steps; backward runs a checkpointed layer of the decoder again. Nothing is
-            // trained in the vision tower. The resampler is no block.
-            int runs = name.StartsWith("resampler.", StringComparison.Ordinal) ? 0
-                : name.StartsWith("llm.", StringComparison.Ordinal) && checkpointed ? 4 : 2;
-            Assert.That(weight.Acquired, Is.EqualTo(runs), name);
-            Assert.That(weight.Released, Is.EqualTo(runs), name);
             Assert.That(weight.Products, Is.GreaterThanOrEqualTo(2), name);
-        }
     }
 
     [Test]

@@ -388,7 +388,8 @@ public interface IBlock
 
     /// <summary>
     /// The block is about to run, forward, or again in backward: its weights may come to the
-    /// device. In a backward without checkpoint nothing is said: weights multiply at any time.
+    /// device. In a backward without checkpoint nothing is said: a block whose weights come and go
+    /// has one.
     /// </summary>
     void Acquire()
     {

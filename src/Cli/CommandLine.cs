@@ -24,6 +24,7 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
           trace CONFIG.json --rows ID,ID --out FILE.safetensors [--gradients]
                                                    write the intermediate tensors of some rows
           merge MODEL --adapter DIR --out DIR      put an adapter into the model's weights
+          combine ADAPTER ADAPTER ... --out DIR    one adapter of several, weighted
           export gguf MODEL [--adapter DIR] --out DIR [--type TYPE]
                                                    write the files that llama.cpp reads
           report DIR [DIR ...] [--out FILE.html]   write a page on one run, or on several
@@ -43,8 +44,8 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
 
     private static readonly string[] s_commands =
     [
-        "train", "plan", "data", "trace", "chat", "serve", "eval", "predict", "merge", "export", "report",
-        "doctor", "help",
+        "train", "plan", "data", "trace", "chat", "serve", "eval", "predict", "merge", "combine", "export",
+        "report", "doctor", "help",
     ];
 
     public int Run(IReadOnlyList<string> args)
@@ -111,6 +112,8 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
                 return TraceCommand.Run(Rest(args, 1), help, output, runners);
             case "merge":
                 return MergeCommand.Run(Rest(args, 1), help, output, runners);
+            case "combine":
+                return CombineCommand.Run(Rest(args, 1), help, output);
             case "export" when args.Count > 1 && (args[1] == "gguf" || help):
                 return ExportCommand.Run(Rest(args, 2), help, output, runners);
             case "export":

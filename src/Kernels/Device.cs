@@ -51,6 +51,14 @@ public abstract class Device : IDisposable
     /// </summary>
     public abstract unsafe Tensor Pack(DType type, int rows, int cols, void* source, string name);
 
+    /// <summary>
+    /// What is allocated until the block's end is the block's, and lies in host memory where the
+    /// device's is another; null where it is not.
+    /// </summary>
+    /// <param name="sequence">Blocks of one number run one after the other.</param>
+    /// <param name="hasContent">False where tensors have none, for a plan.</param>
+    public virtual StreamedBlock? BeginStreamed(int sequence, bool hasContent = true) => null;
+
     public abstract void Forward(Op op, in OpCall call);
 
     public abstract void Backward(Op op, in OpCall call);

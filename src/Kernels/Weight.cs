@@ -24,19 +24,6 @@ public abstract class Weight
     public virtual Tensor Tensor => Tensor.None;
 
     /// <summary>
-    /// The block that holds it is about to run, forward or recomputed for its backward: a hint, for
-    /// instance to bring W to the device. Multiplying works at any time, without it too.
-    /// </summary>
-    public virtual void Acquire()
-    {
-    }
-
-    /// <summary>The block has run, once for each Acquire, also when it threw.</summary>
-    public virtual void Release()
-    {
-    }
-
-    /// <summary>
     /// y = alpha x W^T + beta y + bias. x[rows, Inputs], y[rows, Outputs], bias[Outputs] or none.
     /// With beta 0 y is not read. Scratch comes from the call; nothing is allocated.
     /// </summary>

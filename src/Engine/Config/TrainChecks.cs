@@ -25,7 +25,10 @@ public sealed partial record TrainArguments
         ? DataPath! with { Share = new(EvalSplit, DataSeed ?? Seed, Evaluates: true) } : null);
 
     /// <summary>What is computed again in backward, both keys together.</summary>
-    public Recompute Recomputes => GradientCheckpointing ? Recompute.Block : Recompute;
+    public Recompute Recomputes => GradientCheckpointing || Streams ? Recompute.Block : Recompute;
+
+    /// <summary>Whether frozen layers lie in host memory.</summary>
+    public bool Streams => StreamWeights == true;
 
     /// <summary>The folder of the TensorBoard files.</summary>
     public string LogFolder => LoggingDir ?? Path.Combine(OutputDir, "runs");
@@ -59,14 +62,24 @@ internal static class TrainChecks
         Refuse(a.GradientCheckpointing && a.Recompute is not (Recompute.Auto or Recompute.Block),
             $"gradient_checkpointing recomputes every layer, recompute={TrainKeys.SnakeCase(a.Recompute.ToString())}"
             + " less: leave one of them out");
+        Refuse(a.Streams && a.Recompute is not (Recompute.Auto or Recompute.Block),
+            "stream_weights recomputes every layer when its weights come back, "
+            + $"recompute={TrainKeys.SnakeCase(a.Recompute.ToString())} less: leave one of them out");
         Refuse(a.UseLora && a.TuneLlm, "use_lora and tune_llm are both true: set tune_llm to false "
             + "(the language model then learns through its adapters)");
         Refuse(!a.UseLora && a.ModulesToSave is { Count: > 0 },
             "modules_to_save needs use_lora; without it tune_vision and tune_llm say what is trained");
+        Refuse(!a.UseLora && a.LoraLayerReplication is not null,
+            "lora_layer_replication needs use_lora");
         Refuse(!a.UseLora && a.LoraWeightPath is not null, "lora_weight_path needs use_lora");
-        Refuse(a.Quantises && a.UseDora, "use_dora and q_lora (load_in_4bit) are both given: the "
-            + "norms that DoRA needs are those of the quantised weights, which are not taken yet; "
-            + "leave one of them out, or start from a checkpoint that is quantised already");
+        string start = a.InitLoraWeights.Text;
+        void RefuseSplit(bool when, string with) => Refuse(a.InitLoraWeights.Splits && when,
+            $"init_lora_weights={start} takes adapters' starts out of the weights: {with}");
+        RefuseSplit(a.UseDora, "DoRA's magnitudes are those of whole weights; leave use_dora out");
+        RefuseSplit(a.Quantises, "with q_lora (load_in_4bit) what is left would be quantised "
+            + "otherwise than the model; leave one of them out");
+        RefuseSplit(a.LoraWeightPath is not null,
+            "lora_weight_path starts from an adapter; leave one of them out");
         Refuse(a.Quantises && !a.UseLora, "q_lora (load_in_4bit) needs use_lora: 4-bit weights are "
             + "not trained themselves");
         Refuse(!a.Quantises && (a.Bnb4bitQuantType is not null || a.Bnb4bitUseDoubleQuant is not null
@@ -109,6 +122,11 @@ internal static class TrainChecks
         Refuse((float)a.AdamEpsilon < SmallestNormal,
             FormattableString.Invariant($"adam_epsilon is {a.AdamEpsilon}, which is 0 in 32 bits: ")
             + "where a gradient is 0, as in every new adapter, its step would be 0 / 0; Adam's usual value is 1e-8");
+        foreach (string key in a.AllowChanges ?? [])
+            Refuse(!TrainKeys.Train.Any(known => known.Name == key), $"allow_changes: there is no key "
+                + Messages.Quote(key) + TrainKeys.Guess(key, TrainKeys.Train.Select(k => k.Name)));
+        Refuse(a.AllowChanges is { Count: > 0 } && a.ResumeFromCheckpoint is null,
+            "allow_changes needs resume_from_checkpoint: a new run has nothing to differ from");
         Schedule(a, problems);
         if (problems.Count > 0) throw new InputException(string.Join("; ", problems));
     }

@@ -165,7 +165,8 @@ public sealed partial class DataRows : IRowLoader
                         + $"expected {features}");
             }
 
-        batch.AddRow(ids, bounds);
+        batch.AddRow(ids, bounds,
+            places: _format.Places(ids, shown.Select(picture => plans[picture])));
         foreach (int picture in shown)
             AppendPicture(
                 row, picture, plans[picture], decode ? Turn(pictures[picture]) : null, batch);

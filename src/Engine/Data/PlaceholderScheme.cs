@@ -66,10 +66,14 @@ public sealed class PlaceholderScheme
         new(tokenizer, tokens, queries, 0, marksTiles: false, place);
 
     /// <summary>Feature rows of a view: 0 is the overview, then the tiles.</summary>
-    public int Features(SlicePlan plan, int view)
+    public int Features(SlicePlan plan, int view) => Grid(plan, view).Patches;
+
+    /// <summary>How they lie; a resampler's in one row.</summary>
+    public PatchGrid Grid(SlicePlan plan, int view)
     {
         PictureSize size = view == 0 ? plan.Overview : plan.Tile;
-        return _side == 0 ? _queries : size.Width / _side * (size.Height / _side);
+        return _side == 0
+            ? new(1, _queries) : new(size.Height / _side, size.Width / _side);
     }
 
     /// <summary>Feature rows of all views of a picture.</summary>

@@ -27,6 +27,11 @@ public sealed record RowFormat(
     /// </summary>
     public string? DocumentedLlmType { get; init; }
 
+    /// <summary>
+    /// By what the places of tokens are found, where pictures lie on canvases; else null.
+    /// </summary>
+    public CanvasTokens? Canvas { get; init; }
+
     public Tokenizer Tokenizer => Prompts.Tokenizer;
 
     /// <summary>
@@ -48,6 +53,13 @@ public sealed record RowFormat(
     /// <summary>The slicing of a run that allows this many slices.</summary>
     public SlicingSpec SlicingUpTo(int maxSliceNums) =>
         Slicing with { MaxSliceNums = Slices ? maxSliceNums : 1 };
+
+    /// <summary>
+    /// The places of a row's tokens with these pictures; null where they are counted.
+    /// </summary>
+    public CanvasPlace[]? Places(ReadOnlySpan<int> ids, IEnumerable<SlicePlan> shown) =>
+        Canvas?.Places(ids, [.. shown.SelectMany(plan =>
+            Enumerable.Range(0, plan.Views).Select(view => Placeholders.Grid(plan, view)))]);
 
     /// <summary>Makes patches of pictures; for one thread.</summary>
     public PatchStrips NewStrips() => new(

@@ -80,6 +80,8 @@ public sealed class PromptMaker
                 prompt.Bounds[view].Start, prompt.Bounds[(view += views) - 1].End);
         }
 
+        CanvasPlace[]? canvas = _format.Places(
+            prompt.InputIds, prompt.Pictures.Select(picture => pictures[picture].Plan));
         return new GenerationInput(tokens, batch => Append(batch, 0), number)
         {
             Ids = prompt.InputIds,
@@ -89,7 +91,7 @@ public sealed class PromptMaker
 
         void Append(Batch batch, int from)
         {
-            batch.AddRow(prompt.InputIds, prompt.Bounds, from);
+            batch.AddRow(prompt.InputIds, prompt.Bounds, from, canvas);
             for (int i = 0; i < places.Length; i++)
             {
                 if (places[i].Start < from) continue;

@@ -22,6 +22,7 @@ internal sealed class DecoderLayer : Layer<DecoderContext>
 
     public DecoderLayer(
         DecoderSpec spec, ModuleScope scope, int index, Recomputation recomputation)
+        : base(scope)
     {
         (_index, _recomputation) = (index, recomputation);
         int width = spec.HiddenSize;

@@ -27,6 +27,13 @@ public sealed record OpenDevice(Device Device, string Name, IDisposable? Owner =
         return limit is null ? all : Math.Min(all, limit.Bytes(total));
     }
 
+    /// <summary>Of streamed weights whose memory the driver did not page-lock, in words.</summary>
+    public string? Pageable => Device is CudaDevice { PageableBytes: > 0 and var bytes }
+        ? FormattableString.Invariant($"stream_weights: {bytes / (double)(1 << 30):0.00} GiB of the ")
+            + "machine's memory cannot be page-locked (ulimit -l, or too little is free): copies of "
+            + "these weights are several times slower, and the GPU waits for them"
+        : null;
+
     /// <summary>What is in use of a GPU, by whomever, in words behind others.</summary>
     public string InUse()
     {

@@ -144,6 +144,7 @@ public static class Families
         new MiniCpmV45(),
         new MiniCpmO45(),
         new MiniCpmV46(),
+        new MiniCpmV47(),
     ];
 
     /// <exception cref="InputException">The model is none of <see cref="All"/>.</exception>

@@ -4,24 +4,19 @@ using MiniCpmNative.Kernels;
 namespace MiniCpmNative.Engine.Model;
 
 /// <summary>A layer of a transformer as a block of the tape: what follows from its parts.</summary>
-internal abstract class Layer<TContext> : IBlock<TContext>
+/// <param name="streamed">The layer's place, where its frozen tensors may be streamed.</param>
+internal abstract class Layer<TContext>(ModuleScope? streamed = null) : IBlock<TContext>
     where TContext : class
 {
-    private Projection[] _projections = [];
+    private readonly StreamedBlock? _streamed = streamed?.BeginBlock();
 
     public bool Trainable { get; private set; }
 
     public abstract Tensor Forward(Graph graph, Tensor x, TContext context);
 
-    public void Acquire()
-    {
-        foreach (Projection projection in _projections) projection.Weight.Acquire();
-    }
+    public void Acquire() => _streamed?.Acquire();
 
-    public void Release()
-    {
-        foreach (Projection projection in _projections) projection.Weight.Release();
-    }
+    public void Release() => _streamed?.Release();
 
     /// <summary>Names what it is made of, once all of it is there.</summary>
     protected void Holds(Projection[] projections, params ReadOnlySpan<Norm?> norms) =>
@@ -31,7 +26,7 @@ internal abstract class Layer<TContext> : IBlock<TContext>
     protected void Holds(
         Projection[] projections, bool trainable, params ReadOnlySpan<Norm?> norms)
     {
-        _projections = projections;
+        _streamed?.End();
         Trainable = trainable || Array.Exists(projections, p => p.Trainable);
         foreach (Norm? norm in norms) Trainable |= norm is { Trainable: true };
     }

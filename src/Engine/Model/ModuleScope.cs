@@ -54,6 +54,16 @@ public sealed class ModuleScope
     public ModuleScope Unused() =>
         new(_table, new NoTensors(), _path, _part, isUnused: true);
 
+    /// <summary>
+    /// The module at this place runs as one block: its frozen tensors are streamed until the
+    /// block's end where the source of tensors says so, else null.
+    /// </summary>
+    public StreamedBlock? BeginBlock()
+    {
+        _table.AddBlock(_path);
+        return _source.BeginBlock(_part);
+    }
+
     /// <summary>A linear layer, on which an adapter can sit unless a reason is given.</summary>
     public Projection Linear(
         string name, int inputs, int outputs, bool bias = true, string? noAdapter = null)
@@ -210,6 +220,8 @@ public sealed class ModuleScope
 
         public Tensor Original(string name) => Tensor.None;
 
+        public StreamedBlock? BeginBlock(ModelPart part) => null;
+
         public bool IsPacked(string weight) => false;
 
         public void Together(int rows, int cols)
@@ -244,6 +256,10 @@ public interface ITensorSource
     /// is no such copy.
     /// </summary>
     Tensor Original(string name);
+
+    /// <summary>What is asked for until the block's end is streamed; null where it is not.
+    /// </summary>
+    StreamedBlock? BeginBlock(ModelPart part);
 
     /// <summary>Whether a weight is frozen and dense.</summary>
     bool IsPacked(string weight);

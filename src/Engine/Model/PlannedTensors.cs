@@ -18,6 +18,8 @@ internal sealed class PlannedTensors(
     Func<string, DType> storedAs, IWeightKind? kind = null)
     : ModelTensors(graph, trainables, adapters)
 {
+    protected override bool HasContent => false;
+
     protected override bool IsDense(string weight) => kind?.Takes(weight) != true;
 
     protected override Weight? OtherKind(string weight, int begin, int rows) =>

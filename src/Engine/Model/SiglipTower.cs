@@ -154,6 +154,7 @@ internal sealed class VisionLayer : Layer<VisionContext>
     private readonly Attention _attention;
 
     public VisionLayer(VisionSpec spec, ModuleScope scope)
+        : base(scope)
     {
         int width = spec.HiddenSize;
         ModuleScope attention = scope.In("self_attn"), mlp = scope.In("mlp");

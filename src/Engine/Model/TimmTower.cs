@@ -103,6 +103,7 @@ internal sealed class TimmLayer : Layer<VisionContext>
     private readonly Attention _attention;
 
     public TimmLayer(VisionSpec spec, ModuleScope scope)
+        : base(scope)
     {
         int width = spec.HiddenSize;
         ModuleScope attention = scope.In("attn"), mlp = scope.In("mlp");

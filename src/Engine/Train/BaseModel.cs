@@ -1,3 +1,5 @@
+using System.Security.Cryptography;
+using System.Text;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Weights;
@@ -13,6 +15,8 @@ namespace MiniCpmNative.Engine.Train;
 /// </summary>
 public sealed class BaseModel : IDisposable
 {
+    private const long MostSmallBytes = 256 << 20;
+
     private BaseModel(
         ModelSpec spec, Checkpoint weights, AdapterFile? start, TunedParts parts, DType storage)
     {
@@ -45,24 +49,14 @@ public sealed class BaseModel : IDisposable
     public SavedBytes SavedBytes => new(
         Parts.Config is null
             ? (Spec.Parameters.Count * Storage.Size()) + Untouched.Sum(t => t.Bytes)
-            : Parts.Tensors.Sum(t => t.Shape.Count * t.Type.Size()),
+            : Parts.Tensors.Sum(t => t.Shape.Count * t.Type.Size()
+                * (Parts.Config.Start.Splits && Parts.Adapters.Owner(t.Name) is not null ? 2 : 1)),
         Parts.Tensors.Sum(t => StateBytes(t) + (t.Shape.Count * MasterBytes(t))));
 
     /// <summary>
     /// Bytes of weights, gradients and optimizer state on the device, activations not counted.
     /// </summary>
-    public long DeviceBytes
-    {
-        get
-        {
-            var trained = Parts.Tensors.Select(t => t.Name).ToHashSet(StringComparer.Ordinal);
-            long frozen = Weights.Tensors.Where(t =>
-                !trained.Contains(t.Name) && !Spec.Parameters.IsUntouched(t.Name)).Sum(Kind.Bytes);
-            const int gradient = 4;
-            return frozen + Parts.Tensors.Sum(t => (Optimizer.Paged ? 0 : StateBytes(t))
-                + (t.Shape.Count * (MasterBytes(t) + t.Type.Size() + gradient)));
-        }
-    }
+    public long DeviceBytes => Bytes(_ => true);
 
     /// <summary>
     /// Whether the weights on the disk are no longer those that were loaded: frozen ones cannot be
@@ -76,8 +70,8 @@ public sealed class BaseModel : IDisposable
         get
         {
             var types = Weights.Tensors.Where(t => !Spec.Parameters.IsUntouched(t.Name))
-                .ToDictionary(t => t.Name, t => ModelWeights.StoredAs(t.Type, Storage),
-                    StringComparer.Ordinal);
+                .ToDictionary(t => t.Name, t => IsSplit(t.Name)
+                    ? Storage : ModelWeights.StoredAs(t.Type, Storage), StringComparer.Ordinal);
             return new(Spec, Parts, name => types[name], Kind);
         }
     }
@@ -100,6 +94,7 @@ public sealed class BaseModel : IDisposable
         try
         {
             weights.MustMatch(spec.Parameters, Families.Explain);
+            spec = spec.Replicated(arguments.LoraLayerReplication, weights);
             DType storage = TunedModel.StorageOf(arguments);
             foreach (StoredTensor tensor in weights.Tensors) tensor.MustBeFinite(storage);
             AdapterConfig? adapter = TunedParts.AdapterOf(arguments, spec);
@@ -152,18 +147,29 @@ public sealed class BaseModel : IDisposable
             + "and takes half the memory";
 
     /// <summary>Refuses a device whose free memory the weights alone exceed.</summary>
+    /// <param name="device">Where to.</param>
+    /// <param name="streams">Whether frozen layers may stay in the machine's memory.</param>
     /// <exception cref="RunException">Says what is needed, free, and takes less.</exception>
-    public void MustFitOn(OpenDevice device)
+    public void MustFitOn(OpenDevice device, bool streams = false)
     {
-        if (device.FreeBytes is not { } free || DeviceBytes <= free) return;
+        long needed = Bytes(name => !streams || !Spec.Parameters.IsInBlock(name));
+        if (device.FreeBytes is not { } free || needed <= free) return;
         throw new RunException(
-            $"out of memory: weights, gradients and optimizer state take {RunPlaces.Gib(DeviceBytes)}, "
+            $"out of memory: weights, gradients and optimizer state take {RunPlaces.Gib(needed)}, "
             + $"{RunPlaces.Gib(free)} are free on {device.Name}; bf16, use_lora, optim=adamw_8bit or "
             + "paged_adamw_8bit take less, and device=cpu uses the machine's memory");
     }
 
+    /// <summary>
+    /// Tells the model from others, by its weights and the files that say what it computes; known
+    /// once it is loaded.
+    /// </summary>
+    public string Identity { get; private set; } = "";
+
     /// <summary>Closes what no save needs, and frees what reading took.</summary>
-    /// <exception cref="InputException">The weights were changed while they were read.</exception>
+    /// <exception cref="InputException">
+    /// The weights were changed while they were read, or cannot be read.
+    /// </exception>
     public void EndLoading()
     {
         foreach (SafetensorsFile file in Weights.Files) file.Trim();
@@ -171,6 +177,7 @@ public sealed class BaseModel : IDisposable
             throw new InputException(
                 $"{Weights.Directory}: its weights were changed while they were read; start again");
         Start?.Dispose();
+        Identity = Identify();
         if (Parts.Config is not null
             || (Parts.Tensors.Count == Spec.Parameters.All.Count && Untouched.Count == 0))
             Weights.Dispose();
@@ -182,6 +189,42 @@ public sealed class BaseModel : IDisposable
         Weights.Dispose();
     }
 
+    private bool IsSplit(string weight) => Parts.Config?.Start.Splits == true
+        && weight.EndsWith(".weight", StringComparison.Ordinal)
+        && Parts.Adapters.Find(weight[..^".weight".Length]) is not null;
+
+    private string Identify()
+    {
+        using var hash = IncrementalHash.CreateHash(HashAlgorithmName.SHA256);
+        try
+        {
+            foreach (SafetensorsFile file in
+                Weights.Files.OrderBy(file => file.Path, StringComparer.Ordinal))
+                hash.AppendData(Encoding.ASCII.GetBytes(file.Digest()));
+        }
+        catch (IOException failure)
+        {
+            throw new InputException(
+                $"{Spec.Directory}: cannot read: {Messages.OneLine(failure.Message)}", failure);
+        }
+
+        foreach (string name in (string[])["config.json", "tokenizer.json", "tokenizer.model",
+            "tokenizer_config.json", Spec.Family.ProcessorFile(Spec.Directory).Name])
+        {
+            try
+            {
+                hash.AppendData(SHA256.HashData(
+                    InputFile.ReadAll(Path.Combine(Spec.Directory, name), MostSmallBytes)));
+            }
+            catch (InputException)
+            {
+                // What the model needs was read before; the others may be missing.
+            }
+        }
+
+        return Convert.ToHexStringLower(hash.GetHashAndReset());
+    }
+
     // What is trained needs more bits than these, and a whole model is saved in one form.
     private static void RefuseQuantised(Checkpoint weights, TunedParts parts)
     {
@@ -189,6 +232,10 @@ public sealed class BaseModel : IDisposable
         if (parts.Config is null)
             throw new InputException($"{packed.Place} is quantised, which cannot be trained whole: "
                 + "set use_lora, or make the model whole first with cpmx merge --dequantize");
+        if (parts.Config.Start.Splits)
+            throw new InputException($"{packed.Place} is quantised, of which init_lora_weights="
+                + $"{parts.Config.Start.Text} can take nothing out: leave it out, or make the model "
+                + "whole first with cpmx merge --dequantize");
         foreach (TunedTensor tensor in parts.Tensors)
             if (weights.Find(tensor.Name) is PackedTensor trained)
                 throw new InputException($"{trained.Place} is quantised, which cannot be trained: "
@@ -198,6 +245,17 @@ public sealed class BaseModel : IDisposable
 
     private long StateBytes(TunedTensor tensor) =>
         tensor.StatesOf(Optimizer).Sum(state => state.Spec.Bytes);
+
+    // With those frozen tensors.
+    private long Bytes(Func<string, bool> holds)
+    {
+        var trained = Parts.Tensors.Select(t => t.Name).ToHashSet(StringComparer.Ordinal);
+        long frozen = Weights.Tensors.Where(t => !trained.Contains(t.Name)
+            && !Spec.Parameters.IsUntouched(t.Name) && holds(t.Name)).Sum(Kind.Bytes);
+        const int gradient = 4;
+        return frozen + Parts.Tensors.Sum(t => (Optimizer.Paged ? 0 : StateBytes(t))
+            + (t.Shape.Count * (MasterBytes(t) + t.Type.Size() + gradient)));
+    }
 
     private static int MasterBytes(TunedTensor tensor) => tensor.Type == DType.F32 ? 0 : 4;
 }

@@ -52,7 +52,10 @@ public sealed class DryRun : IDisposable
         _model = LoadedModel.Build(
             new OpenDevice(_device, card.Name, _context), model.Spec,
             graph => new PlannedTensors(
-                graph, model.Spec, trainables, parts.Adapters, model.StoredAs, model.Kind),
+                graph, model.Spec, trainables, parts.Adapters, model.StoredAs, model.Kind)
+            {
+                Streams = arguments.Streams,
+            },
             Recomputation);
         long weights = _context.HeldBytes - before;
         _trainer = new Trainer(arguments, _model, trainables);
@@ -67,6 +70,12 @@ public sealed class DryRun : IDisposable
 
     /// <summary>Bytes of the machine's memory that the optimizer keeps.</summary>
     public long HostBytes { get; }
+
+    /// <summary>Bytes of weights that lie in host memory.</summary>
+    public long StreamedBytes => _device.StreamedBytes;
+
+    /// <summary>Bytes of them that steps brought over so far.</summary>
+    public long StreamedSoFar => _device.StreamedSoFar;
 
     /// <summary>Sees what steps queue.</summary>
     public ILaunchWatch? Watch

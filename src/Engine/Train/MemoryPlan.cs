@@ -10,16 +10,18 @@ namespace MiniCpmNative.Engine.Train;
 /// <summary>
 /// What a run takes of a GPU's memory, counted before it begins: every micro-batch that may need
 /// the most goes once through a <see cref="DryRun"/>. Where the configuration leaves it open, as
-/// little is computed again in backward as fits.
+/// little is computed again in backward as fits, and frozen layers stay in the machine's memory
+/// where nothing else does.
 /// </summary>
 public sealed class MemoryPlan
 {
     // With more of them in each try, a plan would take long.
     private const int Searched = 8;
 
-    private MemoryPlan(MemoryParts parts, Recomputation recomputation, Need most)
+    private MemoryPlan(DryRun dry, Need most)
     {
-        (Parts, Recomputation) = (parts, recomputation);
+        (Parts, Recomputation, Streamed) =
+            (dry.Parts(most.Bytes), dry.Recomputation, dry.StreamedBytes);
         (Rows, Size, Fullest, Trains) =
             (most.Planned.Rows, most.Planned.Size, most.Fullest, most.Planned.Trains);
     }
@@ -27,6 +29,9 @@ public sealed class MemoryPlan
     public MemoryParts Parts { get; }
 
     public Recomputation Recomputation { get; }
+
+    /// <summary>Bytes of frozen layers that stay in the machine's memory.</summary>
+    public long Streamed { get; }
 
     /// <summary>The rows that set the peak.</summary>
     public string Rows { get; }
@@ -53,10 +58,33 @@ public sealed class MemoryPlan
         TrainArguments arguments, PlannedModel model, CardFigures card, DataRows rows,
         DataRows? evaluation, StepPlan plan, long? allowed)
     {
+        var batches = PlannedBatches.Of(arguments, rows, evaluation, plan);
         using var dry = new DryRun(arguments, model, card);
-        return Make(
-            arguments, dry, PlannedBatches.Of(arguments, rows, evaluation, plan), allowed);
+        using DryRun? streamed = TryStreamed(arguments, model, card, dry, batches, allowed);
+        return streamed is null ? Make(arguments, dry, batches, allowed)
+            : Make(StreamedOf(arguments), streamed, batches, allowed);
     }
+
+    /// <summary>
+    /// The run with streamed layers, where that is left open and it does not fit otherwise; null
+    /// where it does.
+    /// </summary>
+    internal static DryRun? TryStreamed(
+        TrainArguments arguments, PlannedModel model, CardFigures card, DryRun dry,
+        IReadOnlyList<PlannedBatches.Planned> batches, long? allowed)
+    {
+        if (arguments.StreamWeights is not null || allowed is null
+            || arguments.Recompute is not (Recompute.Auto or Recompute.Block)) return null;
+        int before = dry.Recomputation.Amount;
+        dry.Recomputation.Amount = dry.Recomputation.Most;
+        bool fits = Fits(dry, All(dry, batches), allowed);
+        dry.Recomputation.Amount = before;
+        return fits ? null : new DryRun(StreamedOf(arguments), model, card);
+    }
+
+    /// <summary>The configuration with what was planned.</summary>
+    public TrainArguments Of(TrainArguments arguments) =>
+        Streamed > 0 ? StreamedOf(arguments) : arguments;
 
     /// <summary>Lets a model that has not run yet take what was planned.</summary>
     public void Apply(TunedModel model)
@@ -90,12 +118,12 @@ public sealed class MemoryPlan
             if (Fits(dry, needs, allowed)) needs = Search(dry, batches, worst, allowed);
         }
 
-        MemoryParts parts = dry.Parts(needs[0].Bytes);
         if (!Fits(dry, needs, allowed))
-            throw new RunException($"out of memory: the run takes {RunPlaces.Gib(parts.Total)}, most "
+            throw new RunException("out of memory: the run takes "
+                + $"{RunPlaces.Gib(dry.Parts(needs[0].Bytes).Total)}, most "
                 + $"of it in {needs[0].Planned.Rows}, and may take {RunPlaces.Gib(allowed!.Value)}; "
                 + Advice(arguments));
-        return new MemoryPlan(parts, recomputation, needs[0]);
+        return new MemoryPlan(dry, needs[0]);
     }
 
     /// <summary>Settings that are still open and take less.</summary>
@@ -108,6 +136,7 @@ public sealed class MemoryPlan
         }
 
         Add(a.Recomputes is not (Recompute.Auto or Recompute.Block), "gradient_checkpointing=true");
+        Add(a.StreamWeights == false, "stream_weights=true");
         Add(a.PerDeviceTrainBatchSize > 1,
             "a smaller per_device_train_batch_size (with more gradient_accumulation_steps)");
         Add(a.MaxSliceNums > 1, "a smaller max_slice_nums");
@@ -126,7 +155,12 @@ public sealed class MemoryPlan
         $"GPU memory: {RunPlaces.Gib(Parts.Total)} (weights {RunPlaces.Gib(Parts.Weights)}, trained "
         + $"{RunPlaces.Gib(Parts.Trained)}, gradients {RunPlaces.Gib(Parts.Gradients)}, moments "
         + $"{RunPlaces.Gib(Parts.Moments)}, activations {RunPlaces.Gib(Parts.Activations)}, "
-        + $"workspace {RunPlaces.Gib(Parts.Workspace)}), the most in {Rows}; {Recomputation}";
+        + $"workspace {RunPlaces.Gib(Parts.Workspace)}), the most in {Rows}; {Recomputation}"
+        + (Streamed > 0 ? $"; {RunPlaces.Gib(Streamed)} of frozen layers stay in the machine's memory "
+            + "and pass through two buffers (stream_weights)" : "");
+
+    private static TrainArguments StreamedOf(TrainArguments arguments) =>
+        arguments with { StreamWeights = true };
 
     // The least amount that fits; amounts between need no less than larger ones.
     private static Need[] Search(

@@ -63,7 +63,11 @@ public static class PlanRun
         long memory = card.Figures.Memory;
         long allowed = Math.Min(
             memory - Libraries, arguments.MemoryLimit?.Bytes(memory) ?? long.MaxValue);
-        using var dry = new DryRun(arguments, model, card.Figures);
+        using var resident = new DryRun(arguments, model, card.Figures);
+        using DryRun? streamed = MemoryPlan.TryStreamed(
+            arguments, model, card.Figures, resident, batches, allowed);
+        DryRun dry = streamed ?? resident;
+        if (streamed is not null) arguments = arguments with { StreamWeights = true };
         long trained = model.Parts.Tensors.Sum(t => t.Shape.Count);
         output.WriteLine($"{spec.Family}: {Messages.Number(spec.Parameters.Count)} parameters, "
             + $"{Messages.Number(trained)} trained; {Messages.Number(rows.Count)} rows, "
@@ -110,6 +114,9 @@ public static class PlanRun
             + $"{Messages.Number(size.Patches)} patches, "
             + $"{(plan.Trains ? "in training" : "in evaluation")}, at {plan.Fullest}");
         output.WriteLine($"{plan.Recomputation}");
+        if (plan.Streamed > 0)
+            output.WriteLine($"{RunPlaces.Gib(plan.Streamed)} of frozen layers stay in the machine's "
+                + "memory and pass through two buffers (stream_weights)");
         string room = $"{card.Figures.Name}, of whose {RunPlaces.Gib(card.Figures.Memory)} the run "
             + $"may take {RunPlaces.Gib(allowed)}";
         output.WriteLine(fits ? $"fits into {room}"
@@ -145,13 +152,24 @@ public static class PlanRun
         List<PlannedBatches.Planned> batches, Card card, TextWriter output)
     {
         output.WriteLine("with other settings:");
-        foreach (Recompute kind in (Recompute[])[
+        foreach (Recompute kind in arguments.Streams ? [] : (Recompute[])[
             Recompute.Nothing, Recompute.Norms, Recompute.Mlp, Recompute.Block])
         {
             dry.Recomputation.Amount = dry.Recomputation.Of(kind);
             Line($"recompute={TrainKeys.SnakeCase(kind.ToString())}", MemoryPlan.Make(
                 arguments with { Recompute = kind, GradientCheckpointing = false }, dry, batches,
                 null));
+        }
+
+        if (!arguments.Streams)
+        {
+            TrainArguments streams = arguments with
+            {
+                StreamWeights = true,
+                Recompute = Recompute.Auto,
+            };
+            using var streamed = new DryRun(streams, model, card.Figures);
+            Line("stream_weights=true", MemoryPlan.Make(streams, streamed, batches, null));
         }
 
         foreach (var (kind, name) in ((OptimizerKind, string)[])[
@@ -193,7 +211,7 @@ public static class PlanRun
             return source.Planned;
         }
 
-        spec = ModelSpec.Read(folder);
+        spec = ModelSpec.Read(folder).Replicated(arguments.LoraLayerReplication, null);
         DType storage = TunedModel.StorageOf(arguments);
         TunedParts parts = TunedParts.Choose(
             spec, arguments, TunedParts.AdapterOf(arguments, spec), storage);

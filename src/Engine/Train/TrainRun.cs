@@ -4,6 +4,7 @@ using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Generate;
 using MiniCpmNative.Engine.Metrics;
 using MiniCpmNative.Engine.Model;
+using MiniCpmNative.Kernels;
 
 namespace MiniCpmNative.Engine.Train;
 
@@ -45,9 +46,12 @@ public sealed partial class TrainRun
         CheckPlaces(source);
         (_planned, _device) = (source.Planned, device);
         PlanMemory();
-        _model = TunedModel.Load(source, device, arguments);
+        TrainArguments planned = _memory?.Of(arguments) ?? arguments;
+        _model = TunedModel.Load(source, device, planned, resumeFrom: folder.ResumeFrom,
+            say: log.Message);
+        if (device.Pageable is { } line) log.Message(line);
         _memory?.Apply(_model);
-        _trainer = new Trainer(arguments, _model);
+        _trainer = new Trainer(planned, _model);
         if (arguments.EvalGenerate > 0 && _evaluationRows is not null)
             _answerer = new RowAnswerer(_model.Loaded, _evaluationRows, GenerationSettings.Of(
                 arguments, source.Spec, format.Prompts.StopIds, chats: false));
@@ -68,7 +72,10 @@ public sealed partial class TrainRun
     private void PlanMemory()
     {
         if (_device.Card is not { } card) return;
-        _memory = MemoryPlan.Make(_arguments, _planned, card, _rows, _evaluationRows, _plan,
+        // Where weights lie is settled once they are loaded.
+        TrainArguments arguments = _memory is null ? _arguments
+            : _arguments with { StreamWeights = _memory.Streamed > 0 };
+        _memory = MemoryPlan.Make(arguments, _planned, card, _rows, _evaluationRows, _plan,
             _device.Allowed(_arguments.MemoryLimit));
     }
 
@@ -88,7 +95,7 @@ public sealed partial class TrainRun
         RunPlaces.MustHoldCheckpoints(
             arguments, source.SavedBytes, checkpoints: 1, RunPlaces.Free(arguments.OutputDir));
         using OpenDevice device = devices.Open(arguments, log.Message);
-        source.MustFitOn(device);
+        source.MustFitOn(device, streams: arguments.StreamWeights != false);
         if (source.Widened(device) is { } line) log.Message(line);
         new TrainRun(arguments, log, stop, folder, source, device).Run();
     }
@@ -147,15 +154,15 @@ public sealed partial class TrainRun
         string unfinished = folder + RunFolder.Unfinished;
         try
         {
-            if (Directory.Exists(unfinished)) Directory.Delete(unfinished, recursive: true);
-            Directory.CreateDirectory(unfinished);
+            if (Directory.Exists(unfinished)) Disk.Remove(unfinished);
+            Disk.MakeFolder(unfinished);
             bool whole = ModelFiles.SaveCheckpoint(unfinished, _model, _arguments);
             if (!whole)
                 _log.Message(
                     $"{_arguments.ModelNameOrPath}: its weights were changed during the run: {folder} has "
                     + "what was trained alone; put them back before its end");
-            if (!whole || !_arguments.SaveOnlyModel) State(step).Save(unfinished, _model);
             _log.SaveState(unfinished, step);
+            if (!whole || !_arguments.SaveOnlyModel) State(step).Save(unfinished, _model);
             _folder.Place(unfinished, folder);
         }
         catch (Exception failure)
@@ -175,15 +182,25 @@ public sealed partial class TrainRun
     private RunState State(int step) => new(
         step, _trainer.Optimizer.Updates, _trainer.SkippedInARow, _arguments.Seed,
         _arguments.DataSeed ?? _arguments.Seed, _rows.Count, _rows.Digest, _rows.Absent,
-        _rows.LeftOut);
+        _rows.LeftOut)
+    {
+        MaxSteps = _plan.MaxSteps,
+        Processor = ResumeRules.Processor(_model.Device),
+        Model = _model.Base.Identity,
+        Draws = Philox.Version,
+        Settings = ResumeRules.Settings(_arguments),
+    };
 
     private int Resume(string folder)
     {
         RunState.RequireOurs(folder);
+        RunState state = RunState.Read(folder);
         ModelFiles.Load(folder, _model, _arguments);
-        RunState state = RunState.Load(folder, _model);
+        RunState.LoadOptimizer(folder, _model);
+        var rules = new ResumeRules(folder, state, _arguments, _log.Message);
+        bool others = rules.TakesOtherRows(_rows.Digest);
         // The same places for the same rows, whichever of them have become bad since.
-        if (state is { Absent: { } absent, LeftOut: { } leftOut })
+        if (!others && state is { Absent: { } absent, LeftOut: { } leftOut })
         {
             _rows.Restore(absent, leftOut);
             Plan();
@@ -192,14 +209,12 @@ public sealed partial class TrainRun
         }
 
         RunState now = State(0);
-        if ((state.Rows, state.DataDigest) != (now.Rows, now.DataDigest))
+        if (!others && (state.Rows, state.DataDigest) != (now.Rows, now.DataDigest))
             throw new InputException(
                 $"{folder}: was made with other training rows ({state.Rows:N0} rows), {_arguments.DataPath} "
-                + $"has {now.Rows:N0} or other texts: a run goes on only with the same data");
-        if ((state.Seed, state.DataSeed) != (now.Seed, now.DataSeed))
-            throw new InputException(
-                $"{folder}: was made with seed {state.Seed} and data_seed {state.DataSeed}, got "
-                + $"{now.Seed} and {now.DataSeed}");
+                + $"has {now.Rows:N0} or other texts: a run goes on only with the same data, or with "
+                + "--allow_changes data_path");
+        rules.Check(now);
         if (state.Step > _plan.MaxSteps)
             throw new InputException(
                 $"{folder}: is at step {state.Step}, beyond the run's {_plan.MaxSteps} steps");

@@ -71,6 +71,7 @@ public sealed record TunedParts(
             Exclude = arguments.ExcludeModules,
             LayersToTransform = arguments.LoraLayersToTransform,
             LayersPattern = arguments.LoraLayersPattern ?? [],
+            LayerReplication = arguments.LoraLayerReplication,
             ModulesToSave = arguments.TrainedWhole,
             BaseModel = arguments.ModelNameOrPath,
             ModelClass = spec.ModelClass with { Module = LoadedAs(arguments, spec.ModelClass) },

@@ -40,7 +40,7 @@ public sealed class ParameterTable
 {
     private readonly List<LinearModule> _linears;
     private readonly Dictionary<string, string> _tied;
-    private readonly string[] _untouched;
+    private readonly string[] _untouched, _blocks;
     private readonly FrozenDictionary<string, ModelParameter> _byName;
 
     private ParameterTable(Builder builder)
@@ -49,6 +49,7 @@ public sealed class ParameterTable
         _linears = builder.Linears;
         _tied = builder.Tied;
         _untouched = [.. builder.Untouched];
+        _blocks = [.. builder.Blocks];
         Head = builder.Head;
         _byName = All.ToFrozenDictionary(tensor => tensor.Name, StringComparer.Ordinal);
         // Modules without parameters count too: a pattern that hits one stops PEFT.
@@ -97,12 +98,13 @@ public sealed class ParameterTable
     /// Whether a tensor belongs to a part that the engine does not run and hands on as it is, such
     /// as the speech of the omni models.
     /// </summary>
-    public bool IsUntouched(string name)
-    {
-        foreach (string prefix in _untouched)
-            if (name.StartsWith(prefix, StringComparison.Ordinal)) return true;
-        return false;
-    }
+    public bool IsUntouched(string name) => BeginsWithOne(_untouched, name);
+
+    /// <summary>Whether a tensor belongs to a block, whose frozen tensors can be streamed.</summary>
+    public bool IsInBlock(string name) => BeginsWithOne(_blocks, name);
+
+    private static bool BeginsWithOne(string[] prefixes, string name) =>
+        Array.Exists(prefixes, prefix => name.StartsWith(prefix, StringComparison.Ordinal));
 
     /// <summary>Takes what modules declare, in the order in which they do.</summary>
     public sealed class Builder
@@ -116,6 +118,8 @@ public sealed class ParameterTable
         internal Dictionary<string, string> Tied { get; } = new(StringComparer.Ordinal);
 
         internal List<string> Untouched { get; } = [];
+
+        internal List<string> Blocks { get; } = [];
 
         public string? Head { get; set; }
 
@@ -135,6 +139,9 @@ public sealed class ParameterTable
 
         /// <summary>Tensors whose names begin so may be there, and are not looked at.</summary>
         public void PassOver(string prefix) => Untouched.Add(prefix);
+
+        /// <summary>Tensors whose names begin so belong to one block.</summary>
+        public void AddBlock(string prefix) => Blocks.Add(prefix);
 
         public ParameterTable Build() => new(this);
     }

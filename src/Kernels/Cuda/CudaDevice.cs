@@ -22,6 +22,9 @@ public sealed unsafe class CudaDevice : Device
     private readonly List<DeviceSlab> _slabs = [];
     private readonly List<IDisposable> _owned = [];
     private readonly (Tensor From, GradientTarget To)[] _casts = new (Tensor, GradientTarget)[16];
+    private readonly SortedDictionary<int, CudaWeightStream> _streams = [];
+    private CudaStream? _copy;
+    private CudaWeightStream.Block? _open;
     private int _castCount;
     private nint _shared;
     private long _sharedLeft;
@@ -98,6 +101,15 @@ public sealed unsafe class CudaDevice : Device
     /// </summary>
     public long? StepBytes { get; set; }
 
+    /// <summary>Bytes of weights that lie in host memory and come over block by block.</summary>
+    public long StreamedBytes => _streams.Values.Sum(s => s.Bytes);
+
+    /// <summary>Bytes of them that the driver refused to page-lock.</summary>
+    public long PageableBytes => _streams.Values.Sum(s => s.PageableBytes);
+
+    /// <summary>Bytes of them that came over so far.</summary>
+    public long StreamedSoFar => _streams.Values.Sum(s => s.CopiedBytes);
+
     /// <summary>What lives as long as the run, and the most that a step needed.</summary>
     public override long MemoryInUse => Context.HeldBytes - Step.Reserved + Step.Needed;
 
@@ -126,6 +138,7 @@ public sealed unsafe class CudaDevice : Device
 
     public override nint Reserve(long bytes)
     {
+        if (_open is not null) return _open.Reserve(bytes);
         if (bytes > LargestShared) return Hold(bytes);
         long rounded = Math.Max(Alignment, (bytes + Alignment - 1) / Alignment * Alignment);
         if (rounded > _sharedLeft) (_shared, _sharedLeft) = (Hold(SharedBytes), SharedBytes);
@@ -136,7 +149,7 @@ public sealed unsafe class CudaDevice : Device
     }
 
     public override void PackTogether(long bytes) =>
-        (_together, _togetherLeft) = (Hold(bytes), bytes);
+        (_together, _togetherLeft) = (_open?.Reserve(bytes) ?? Hold(bytes), bytes);
 
     public override long PackedBytes(DType type, int rows, int cols) =>
         (long)rows * cols * Activations.Size();
@@ -171,6 +184,14 @@ public sealed unsafe class CudaDevice : Device
 
         Stream.Synchronise();
         return weight;
+    }
+
+    public override StreamedBlock BeginStreamed(int sequence, bool hasContent = true)
+    {
+        if (_open is not null) throw new InvalidOperationException("blocks have no blocks in them");
+        if (!_streams.TryGetValue(sequence, out CudaWeightStream? stream))
+            _streams.Add(sequence, stream = new(this, _copy ??= new(Context)));
+        return _open = stream.Begin(hasContent);
     }
 
     public override void Forward(Op op, in OpCall call)
@@ -279,6 +300,9 @@ public sealed unsafe class CudaDevice : Device
     {
         // Queued work may still use what goes now; what it came to no longer matters.
         Context.Api.Driver.StreamSynchronize(Stream.Handle);
+        if (_copy is not null) Context.Api.Driver.StreamSynchronize(_copy.Handle);
+        foreach (CudaWeightStream stream in _streams.Values) stream.Dispose();
+        _copy?.Dispose();
         foreach (IDisposable owned in _owned) owned.Dispose();
         _owned.Clear();
         _staging.Dispose();
@@ -288,6 +312,9 @@ public sealed unsafe class CudaDevice : Device
         Kernels.Dispose();
         Stream.Dispose();
     }
+
+    // The block that is open has ended; room that was held for its matrices is its own.
+    internal void EndStreamed() => (_open, _togetherLeft) = (null, 0);
 
     internal void Launch(string kernel, Grid grid, ReadOnlySpan<KernelArgument> arguments)
     {

@@ -46,6 +46,7 @@ internal static class NativeConfig
         ModelConfig.RequireZero(text, "attention_dropout");
         if (text.Find("attention_bias") is { } bias && bias.Bool())
             throw bias.Expected("false: biases of this decoder's attention are not supported");
+        ModelConfig.RequireText(text, "model_type", "qwen3_5_text");
         var (theta, rotary) = Rope(text, headDim);
         return new DecoderSpec(
             Size("vocab_size", ModelConfig.MaxVocabulary),
@@ -64,6 +65,17 @@ internal static class NativeConfig
 
         int Size(string key, int most, int? otherwise = null) =>
             ModelConfig.Size(text, key, most, otherwise);
+    }
+
+    /// <summary>
+    /// How many rotary frequencies are the text's, the rows' and the columns' (mrope_section).
+    /// </summary>
+    public static ImmutableArray<int> RopeSections(ModelConfig config)
+    {
+        if (config.Json["text_config"].Find("rope_parameters")?.Find("mrope_section")
+            is not { } sections) return [11, 11, 10];
+        ImmutableArray<int> found = [.. sections.Items().Take(4).Select(v => v.Int(0, MaxHeadDim))];
+        return found.Length == 3 ? found : throw sections.Expected("three numbers");
     }
 
     /// <summary>SigLIP with a merger of patches behind one of its layers.</summary>
