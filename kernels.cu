@@ -5830,3 +5830,328 @@ extern "C" __global__ void __launch_bounds__(256) gated_add_backward(real* dup, 
     if (threadIdx.x > 0) return;
     dgate[blockIdx.x] = narrow(accumulate_gate ? widen(dgate[blockIdx.x]) + sum : sum);
 }
+
+// ---- 18. optimizers beside AdamW, and moments in 8 bits -----------------------------------------
+
+// One element of Lion, or without a moment of plain descent; m is changed, p is returned.
+DEVICE float lion_element(const adamw_step& s, float p, float g, float* m)
+{
+    if (!m) return p * s.keep - g * s.rate;
+    float step = *m * s.first + g * s.new_first;
+    *m = *m * s.second + g * s.new_second;
+    return p * s.keep - (step > 0 ? s.rate : step < 0 ? -s.rate : 0.0f);
+}
+
+// As adamw, for Lion with one moment or, where m is null, plain descent. Moves 20 bytes per element
+// (12 without m), 2 more with a copy; 7 FLOP.
+extern "C" __global__ void __launch_bounds__(256) lion(
+    float* p, void* rounded, int rounded_type, const float* g, float* m, const double* norm,
+    long long count, float keep, float first, float new_first, float second, float new_second,
+    float rate)
+{
+    float factor;
+    long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (i >= count || !may_update(norm, &factor)) return;
+    adamw_step s = {keep, first, new_first, second, new_second, rate, 1, 0};
+    float x[4] = {0, 0, 0, 0};
+    int mine = (int)min(4LL, count - i);
+    bool wide = mine == 4 && aligned16(p, 4, 4) && aligned16(g, 4, 4) && aligned16(m, 4, 4)
+        && aligned16(rounded, 4, 4);
+    if (wide)
+    {
+        float4 value = *(float4*)(p + i), gradient = *(const float4*)(g + i);
+        float4 mean = m ? *(float4*)(m + i) : make_float4(0, 0, 0, 0);
+        x[0] = lion_element(s, value.x, gradient.x * factor, m ? &mean.x : 0);
+        x[1] = lion_element(s, value.y, gradient.y * factor, m ? &mean.y : 0);
+        x[2] = lion_element(s, value.z, gradient.z * factor, m ? &mean.z : 0);
+        x[3] = lion_element(s, value.w, gradient.w * factor, m ? &mean.w : 0);
+        *(float4*)(p + i) = make_float4(x[0], x[1], x[2], x[3]);
+        if (m) *(float4*)(m + i) = mean;
+    }
+    else
+    {
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+        {
+            if (j >= mine) break;
+            x[j] = lion_element(s, p[i + j], g[i + j] * factor, m ? &m[i + j] : 0);
+            p[i + j] = x[j];
+        }
+    }
+    if (rounded) store_rounded(rounded, rounded_type, i, x, mine, wide);
+}
+
+// Place i of `steps` equal steps from 0.1 to 1, counted from the nearer end as torch.linspace does.
+DEVICE float linspace(int i, int steps)
+{
+    float step = (1.0f - 0.1f) / steps;
+    return i < (steps + 1) / 2 ? fmaf(step, i, 0.1f) : fmaf(-step, steps - i, 1.0f);
+}
+
+// Entry i from 0 on of the part above 0 of a table of src/Kernels/Updates/DynamicMap.cs, whose
+// first decade has 1 << coarse entries. Those of decade d begin at ((1 << d) - 1) << coarse.
+DEVICE float dynamic_entry(int i, int coarse)
+{
+    int decade = 31 - __clz((i >> coarse) + 1), steps = 1 << (decade + coarse);
+    int at = i - (((1 << decade) - 1) << coarse);
+    if (decade > 6) return 1;
+    float power = decade == 0 ? 1e-6f : decade == 1 ? 1e-5f : decade == 2 ? 1e-4f
+        : decade == 3 ? 1e-3f : decade == 4 ? 1e-2f : decade == 5 ? 1e-1f : 1.0f;
+    return power * ((linspace(at, steps) + linspace(at + 1, steps)) / 2);
+}
+
+// The entry of the ascending table that is nearest to x; of a table with signs one of x's sign.
+DEVICE u32 nearest_entry(const float* table, float x, bool is_signed)
+{
+    int code = 0;
+#pragma unroll
+    for (int step = 128; step > 0; step /= 2)
+        if (table[code + step] <= x) code += step;
+    if (code < 255 && x > (table[code] + table[code + 1]) * 0.5f) code++;
+    if (is_signed && (__float_as_uint(table[code]) ^ __float_as_uint(x)) >> 31)
+        code += x > 0 ? 1 : -1;
+    return (u32)code;
+}
+
+// x[4] for 4 codes, and back: codes of the warp's new scale, which lane 0 stores.
+DEVICE void read_codes(float* x, const float* table, u32 codes, float scale)
+{
+#pragma unroll
+    for (int j = 0; j < 4; j++) x[j] = table[codes >> 8 * j & 0xff] * scale;
+}
+
+DEVICE void write_codes(
+    unsigned char* codes, float* scale, long long first, long long count, const float* table,
+    const float (*x)[4], bool is_signed, bool wide)
+{
+    float largest = 0;
+#pragma unroll
+    for (int j = 0; j < 8; j++) largest = fmaxf(largest, fabsf(x[j / 4][j % 4]));
+    largest = warp_max(largest);
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+    {
+        long long i = first + half * UPDATE_BLOCK / 2;
+        u32 word = 0;
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            word |= nearest_entry(table, largest > 0 ? x[half][j] / largest : 0.0f, is_signed)
+                << 8 * j;
+        if (wide) *(u32*)(codes + i) = word;
+        else
+        {
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                if (i + j < count) codes[i + j] = (unsigned char)(word >> 8 * j);
+        }
+    }
+    if (threadIdx.x % WARP == 0) *scale = largest;
+}
+
+DEVICE u32 load_codes(const unsigned char* codes, long long i, long long count, bool wide)
+{
+    if (wide) return *(const u32*)(codes + i);
+    u32 word = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        if (i + j < count) word |= (u32)codes[i + j] << 8 * j;
+    return word;
+}
+
+// As adamw with moments of 8 bits in blocks of UPDATE_BLOCK elements, each with a scale: a warp has
+// a block, a lane two times four neighbours of it. Without v it is Lion. The values take the
+// moments before they are rounded again. Moves 16 bytes per element, 14 with one moment, 2 more with
+// a copy, and 16 per block; about 60 FLOP and 20 reads of shared memory, a warp's at random.
+extern "C" __global__ void __launch_bounds__(256) update_8bit(
+    float* p, void* rounded, int rounded_type, const float* g, unsigned char* m, unsigned char* v,
+    float* m_scales, float* v_scales, const double* norm, long long count, float keep, float first,
+    float new_first, float second, float new_second, float rate, float root, float epsilon)
+{
+    __shared__ float means_of[256], squares_of[256];
+    // Both tables hold 0; the signed one has the same entries on either side of it, and 1.
+    int t = threadIdx.x;
+    means_of[t] = t == 127 ? 0.0f
+        : t > 127 ? dynamic_entry(t - 128, 0) : -dynamic_entry(126 - t, 0);
+    squares_of[t] = t == 0 ? 0.0f : dynamic_entry(t - 1, 1);
+    __syncthreads();
+    float factor;
+    long long block = (long long)blockIdx.x * (256 / WARP) + t / WARP;
+    long long begin = block * UPDATE_BLOCK, mine = begin + t % WARP * 4;
+    if (begin >= count || !may_update(norm, &factor)) return;
+    adamw_step s = {keep, first, new_first, second, new_second, rate, root, epsilon};
+    bool wide = begin + UPDATE_BLOCK <= count && aligned16(p, 4, 4) && aligned16(g, 4, 4)
+        && aligned16(rounded, 4, 4) && (((u64)m | (u64)v) & 3) == 0;
+    float m_scale = m_scales[block], v_scale = v ? v_scales[block] : 0;
+    float means[2][4], squares[2][4];
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+    {
+        long long i = mine + half * UPDATE_BLOCK / 2;
+        float x[4] = {0, 0, 0, 0}, gradients[4] = {0, 0, 0, 0};
+        if (wide)
+        {
+            float4 value = *(float4*)(p + i), gradient = *(const float4*)(g + i);
+            x[0] = value.x, x[1] = value.y, x[2] = value.z, x[3] = value.w;
+            gradients[0] = gradient.x, gradients[1] = gradient.y;
+            gradients[2] = gradient.z, gradients[3] = gradient.w;
+        }
+        else
+        {
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                if (i + j < count) x[j] = p[i + j], gradients[j] = g[i + j];
+        }
+        read_codes(means[half], means_of, load_codes(m, i, count, wide), m_scale);
+        if (v) read_codes(squares[half], squares_of, load_codes(v, i, count, wide), v_scale);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+        {
+            // What lies behind the range has no moment that a scale could come from.
+            if (!wide && i + j >= count) means[half][j] = squares[half][j] = 0;
+            float gradient = gradients[j] * factor;
+            x[j] = v ? adamw_element(s, x[j], gradient, &means[half][j], &squares[half][j])
+                : lion_element(s, x[j], gradient, &means[half][j]);
+        }
+        if (wide) *(float4*)(p + i) = make_float4(x[0], x[1], x[2], x[3]);
+        else
+        {
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                if (i + j < count) p[i + j] = x[j];
+        }
+        if (rounded && i < count)
+            store_rounded(rounded, rounded_type, i, x, (int)min(4LL, count - i), wide);
+    }
+    write_codes(m, m_scales + block, mine, count, means_of, means, true, wide);
+    if (v) write_codes(v, v_scales + block, mine, count, squares_of, squares, false, wide);
+}
+
+// -- Adafactor: a tensor is batch matrices [rows, cols]; m has a number for each row, v for each
+// -- column; without v the tensor is a vector, and m has a number for each element. Together they
+// -- read the gradient four times and move 24 bytes per element, 2 more with a copy.
+
+// What a mean of squares becomes with the next.
+DEVICE float next_square(float old, float now, float second, float new_second)
+{
+    return old * second + now * new_second;
+}
+
+// m of a row: the mean of g^2 + least. A block per row.
+extern "C" __global__ void __launch_bounds__(256) adafactor_rows(
+    float* m, const float* g, const double* norm, int cols, int is_vector, float second,
+    float new_second, float least)
+{
+    __shared__ float sums[256 / WARP];
+    float factor, sum = 0;
+    if (!may_update(norm, &factor)) return;
+    long long first = (long long)blockIdx.x * cols;
+    for (int c = threadIdx.x; c < cols; c += blockDim.x)
+    {
+        float x = g[first + c] * factor;
+        if (is_vector) m[first + c] = next_square(m[first + c], x * x + least, second, new_second);
+        sum += x * x;
+    }
+    sum = block_sum(sum, sums) / cols + least;
+    if (!is_vector && threadIdx.x == 0)
+        m[blockIdx.x] = next_square(m[blockIdx.x], sum, second, new_second);
+}
+
+// part[b, y, c] = sum of g^2 over rows_per_part rows: a thread has a column.
+extern "C" __global__ void __launch_bounds__(256) adafactor_column_parts(
+    float* part, const float* g, int rows, int cols, int rows_per_part)
+{
+    int c = blockIdx.x * blockDim.x + threadIdx.x;
+    if (c >= cols) return;
+    int first = blockIdx.y * rows_per_part, last = min(rows, first + rows_per_part);
+    float sum = 0;
+    for (int r = first; r < last; r++)
+    {
+        float x = g[((long long)blockIdx.z * rows + r) * cols + c];
+        sum += x * x;
+    }
+    part[((long long)blockIdx.z * gridDim.y + blockIdx.y) * cols + c] = sum;
+}
+
+// v of a column, from the parts in order.
+extern "C" __global__ void __launch_bounds__(256) adafactor_columns(
+    float* v, const float* part, const double* norm, int batch, int rows, int cols, int parts,
+    float second, float new_second, float least)
+{
+    float factor, sum = 0;
+    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= (long long)batch * cols || !may_update(norm, &factor)) return;
+    for (int y = 0; y < parts; y++) sum += part[(i / cols * parts + y) * cols + i % cols];
+    v[i] = next_square(v[i], sum * factor * factor / rows + least, second, new_second);
+}
+
+// mean[b] of m over the rows of matrix b.
+extern "C" __global__ void __launch_bounds__(256) adafactor_means(
+    float* mean, const float* m, int rows)
+{
+    __shared__ float sums[256 / WARP];
+    float sum = 0;
+    for (int r = threadIdx.x; r < rows; r += blockDim.x)
+        sum += m[(long long)blockIdx.x * rows + r];
+    sum = block_sum(sum, sums) / rows;
+    if (threadIdx.x == 0) mean[blockIdx.x] = sum;
+}
+
+// The change of element c of row `row`, before its rate. The roots are apart, since products of two
+// means can be below the smallest float.
+DEVICE float adafactor_element(float g, const float* m, const float* v, const float* mean, int row,
+    int rows, int cols, int c)
+{
+    if (!v) return g / sqrtf(m[(long long)row * cols + c]);
+    return g / sqrtf(m[row] / mean[row / rows]) / sqrtf(v[(long long)(row / rows) * cols + c]);
+}
+
+// squares[row] = sum of the squares of the changes of a row. A block per row.
+extern "C" __global__ void __launch_bounds__(256) adafactor_squares(
+    double* squares, const float* g, const float* m, const float* v, const float* mean,
+    const double* norm, int rows, int cols)
+{
+    __shared__ float sums[256 / WARP];
+    float factor, sum = 0;
+    if (!may_update(norm, &factor)) return;
+    long long first = (long long)blockIdx.x * cols;
+    for (int c = threadIdx.x; c < cols; c += blockDim.x)
+    {
+        float x = adafactor_element(
+            g[first + c] * factor, m, v, mean, blockIdx.x, rows, cols, c);
+        sum += x * x;
+    }
+    sum = block_sum(sum, sums);
+    if (threadIdx.x == 0) squares[blockIdx.x] = sum;
+}
+
+// rate = learning rate over what the root mean square of the changes is above `most`. One block.
+extern "C" __global__ void __launch_bounds__(256) adafactor_rate(
+    float* rate, const double* squares, const double* norm, int rows, long long count,
+    float learning_rate, float most)
+{
+    __shared__ double sums[256];
+    float factor;
+    double sum = 0;
+    if (!may_update(norm, &factor)) return;
+    for (int r = threadIdx.x; r < rows; r += blockDim.x) sum += squares[r];
+    sum = block_sum_double(sum, sums);
+    if (threadIdx.x == 0)
+        *rate = learning_rate / fmaxf(1.0f, (float)sqrt(sum / (double)count) / most);
+}
+
+// p = p keep - rate change, and its copy. A block per row.
+extern "C" __global__ void __launch_bounds__(256) adafactor_change(
+    float* p, void* rounded, int rounded_type, const float* g, const float* m, const float* v,
+    const float* mean, const float* rate, const double* norm, int rows, int cols, float keep)
+{
+    float factor;
+    if (!may_update(norm, &factor)) return;
+    long long first = (long long)blockIdx.x * cols;
+    for (int c = threadIdx.x; c < cols; c += blockDim.x)
+    {
+        float x[4] = {p[first + c] * keep - *rate * adafactor_element(
+            g[first + c] * factor, m, v, mean, blockIdx.x, rows, cols, c), 0, 0, 0};
+        p[first + c] = x[0];
+        if (rounded) store_rounded(rounded, rounded_type, first + c, x, 1, false);
+    }
+}

@@ -36,6 +36,7 @@ internal static class KernelBench
         .Select(c => new Subject(c.Name, device => Operation(device, c))),
         new("adamw", device => Optimizer(device, DType.F32)),
         new("adamw_bf16", device => Optimizer(device, DType.BF16)),
+        new("adamw_8bit", device => Optimizer(device, DType.U8)),
     ];
 
     private sealed record Work(int Launches, long Bytes, long Flops, long TensorFlops)
@@ -184,8 +185,9 @@ internal static class KernelBench
     private static (Action, IDisposable?) Optimizer(CudaDevice device, DType moments)
     {
         Tensor New(DType type) => device.Allocate(new(type, new Shape(Parameters)), "adamw");
-        var range = new AdamWRange(
-            New(DType.BF16), New(DType.F32), New(DType.F32), New(moments), New(moments));
+        var range = OptimizerForm.Range(New(DType.BF16), New(DType.F32), New(DType.F32), 0,
+            [.. new OptimizerForm(Moments: moments).StatesOf(moments, new Shape(Parameters))
+                .Select(s => device.Allocate(s.Spec, s.Name))]);
         Tensor norm = device.Allocate(GradientNorm.Spec, "norm");
         Again();
         return (Again, null);
@@ -193,7 +195,7 @@ internal static class KernelBench
         void Again()
         {
             device.GradientNorm([range.Gradient], 1, norm, Tensor.None);
-            device.Update(new AdamW(1e-4, 0.9, 0.999, 1e-8, 0.01, 1), range, norm);
+            device.Update(new UpdateStep(1e-4, 0.9, 0.999, 1e-8, 0.01, 1), range, norm);
         }
     }
 

@@ -182,18 +182,24 @@ public sealed class CudaTrafficTests
     // the gradient read, the bf16 copy written.
     [TestCase(DType.F32, "adamw", (6 * F) + F + S)]
     [TestCase(DType.BF16, "adamw_bf16_moments", (2 * F) + (4 * S) + F + S)]
-    public void AStepOfTheOptimizerMovesItsStateOnce(DType moments, string kernel, int bytes)
+    [TestCase(DType.U8, "update_8bit", (2 * F) + 4 + F + S)]
+    [TestCase(DType.U8, "update_8bit", (2 * F) + 2 + F + S, UpdateRule.Lion)]
+    [TestCase(DType.F32, "lion", (4 * F) + F + S, UpdateRule.Lion)]
+    [TestCase(DType.F32, "lion", (2 * F) + F + S, UpdateRule.Sgd)]
+    public void AStepOfTheOptimizerMovesItsStateOnce(
+        DType moments, string kernel, int bytes, UpdateRule rule = UpdateRule.AdamW)
     {
         const int Count = 1 << 20;
         if (CudaUnderTest.IsReal) Assert.Ignore("counted by the emulator only");
         using var cuda = new CudaUnderTest(new EmulatorOptions { Footprint = true });
         CudaDevice device = cuda.Device(DType.BF16);
         Tensor New(DType type) => device.Allocate(new(type, new Shape(Count)), "adamw");
-        var range = new AdamWRange(
-            New(DType.BF16), New(DType.F32), New(DType.F32), New(moments), New(moments));
+        var states = new OptimizerForm(rule, moments).StatesOf(moments, new Shape(Count));
+        var range = OptimizerForm.Range(New(DType.BF16), New(DType.F32), New(DType.F32), 0,
+            [.. states.Select(s => device.Allocate(s.Spec, s.Name))]);
         Tensor norm = device.Allocate(GradientNorm.Spec, "norm");
         device.GradientNorm([range.Gradient], 1, norm, Tensor.None);
-        device.Update(new AdamW(1e-3, 0.9, 0.999, 1e-8, 0, 1), range, norm);
+        device.Update(new UpdateStep(1e-3, 0.9, 0.999, 1e-8, 0, 1, 0, rule), range, norm);
         cuda.Context.Synchronise();
         Check(cuda, "gradient_norm_parts", (long)F * Count);
         Check(cuda, kernel, (long)bytes * Count);

@@ -62,7 +62,7 @@ public sealed class KernelBudgetTests
         "gelu_backward",
         "swiglu_forward", "swiglu_backward", "dora_columns", "dora_backward", "dora_mask", "rope",
         "heads", "cast_to_real", "cast_to_float",
-        "adamw", "adamw_bf16_moments",
+        "adamw", "adamw_bf16_moments", "lion", "update_8bit",
         "lookup_rows", "weighted_gather", "sum_by_id", "gather_rows", "columns_forward",
         "columns_backward", "cache_append", "splice_forward", "splice_text_backward",
         "cross_entropy_rows", "cross_entropy_scatter",
@@ -88,6 +88,8 @@ public sealed class KernelBudgetTests
         "attention_queries_backward", "adapted_norm", "attention_tiles", "dropout_mask",
         "gated_norm_weight_parts", "conv_state", "delta_unit_gradients",
         "order_by_id", "row_of_term", "splice_invert", "cross_entropy_check", "cross_entropy_sum",
+        "adafactor_rows", "adafactor_column_parts", "adafactor_columns", "adafactor_means",
+        "adafactor_squares", "adafactor_rate", "adafactor_change",
         "route_experts", "route_experts_backward", "sort_by_expert", "expert_tiles",
     ];
 

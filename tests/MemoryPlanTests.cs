@@ -197,7 +197,7 @@ public sealed class MemoryPlanTests
             () => MemoryPlan.Make(arguments, dry, batches, 15L << 30))!;
         Assert.That(none.Message, Does.StartWith("out of memory: the run takes 16.")
             .And.Contains("row 3 (id \"c\")").And.Contains("may take 15.0 GiB")
-            .And.Contains("optim=adamw_bf16").And.Not.Contains("gradient_checkpointing"));
+            .And.Contains("optim=paged_adamw_8bit").And.Not.Contains("gradient_checkpointing"));
     }
 
     [TestCase("H100", 0, "fits into H100")]

@@ -163,6 +163,20 @@ internal static partial class Plants
             "(u32)((first_element + i) / 4)", "(u32)(i / 4)",
             nameof(UpdateTests.PiecesOfARangeRoundAsTheWhole),
             cuda => new UpdateTests(cuda).PiecesOfARangeRoundAsTheWhole(cuda: true)),
+
+        // 18: other optimizers
+        Other("a small negative moment becomes 0", "nearest_entry", "x > 0 ? 1 : -1", "0",
+            nameof(OptimizerUpdateTests.EachStepIn8BitsEqualsBitsandbytes), EightBits)
+            with { With = [12] },
+        Other("the scale of half a block", "write_codes", "j < 8", "j < 4",
+            nameof(OptimizerUpdateTests.EachStepIn8BitsEqualsBitsandbytes), EightBits)
+            with { With = [12] },
+        Other("a change of any size", "adafactor_rate", "fmaxf(1.0f, ", "(1.0f + 0 * ",
+            nameof(OptimizerUpdateTests.AdafactorOfAnyMatrix), Factored)
+            with { With = [12], Storage = DType.F32 },
+        Other("the last part of columns is left out", "adafactor_columns", "y < parts",
+            "y < parts - 1", nameof(OptimizerUpdateTests.AdafactorOfAnyMatrix), Factored)
+            with { With = [12], Storage = DType.F32 },
     ];
 
     // Size is the head's columns; with tiles that are whole, cut, and masked in part.
@@ -186,6 +200,13 @@ internal static partial class Plants
         foreach (ReferenceCase c in ReferenceFile.Open("ops/adamw").Cases)
             new UpdateTests(cuda).TenStepsEqualPyTorch(c);
     }
+
+    private static void EightBits(CudaUnderTest cuda) =>
+        new OptimizerUpdateTests(cuda).EachStepIn8BitsEqualsBitsandbytes(
+            ReferenceFile.Open("optim/adamw8bit").Cases[1], cuda: true);
+
+    private static void Factored(CudaUnderTest cuda) =>
+        new OptimizerUpdateTests(cuda).AdafactorOfAnyMatrix(1, 517, 300, cuda: true);
 
     private static void Moments(CudaUnderTest cuda) =>
         new UpdateTests(cuda).MomentsInBf16AreRoundedWithoutBias(cuda: true);

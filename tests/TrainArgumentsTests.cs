@@ -139,7 +139,10 @@ public sealed class TrainArgumentsTests
     [TestCase("--load_in_8bit true", "load_in_8bit = \"true\" is not supported")]
     [TestCase("--bnb_4bit_quant_type fp4", "need q_lora")]
     [TestCase("--bnb_4bit_compute_dtype bfloat16", "bnb_4bit_compute_dtype is not float32")]
-    [TestCase("--optim adamw_8bit", "optim is \"adamw_8bit\", expected adamw_torch")]
+    [TestCase("--optim rmsprop", "optim is \"rmsprop\", expected adamw_torch")]
+    [TestCase("--optim galore_adamw_8bit", "gradients of low rank are LoRA's")]
+    [TestCase("--optim schedule_free_adamw", "lr_scheduler_type=constant")]
+    [TestCase("--optim adamw_hf", "; adamw_torch is the same")]
     [TestCase("--report_to wandb", "report_to is \"wandb\", expected tensorboard")]
     [TestCase("--group_by_length", "train_sampling_strategy is random or sequential")]
     [TestCase("--load_best_model_at_end", "load_best_model_at_end = \"true\" is not supported")]
@@ -161,6 +164,18 @@ public sealed class TrainArgumentsTests
     [TestCase(".")]
     public void StrayArgumentsAreRefused(string arguments) =>
         Assert.That(() => Read(arguments, []), Throws.TypeOf<InputException>());
+
+    [TestCase("adamw_8bit", OptimizerKind.Adamw8bit)]
+    [TestCase("adamw_bnb_8bit", OptimizerKind.AdamwBnb8bit)]
+    [TestCase("paged_adamw_32bit", OptimizerKind.PagedAdamw32bit)]
+    [TestCase("lion_8bit", OptimizerKind.Lion8bit)]
+    public void OptimizersHaveTheNamesOfHuggingFace(string name, OptimizerKind expected)
+    {
+        TrainArguments arguments = Read(Least + "--optim " + name, []);
+        Assert.That(arguments.Optim, Is.EqualTo(expected));
+        Assert.That(Encoding.UTF8.GetString(TrainWriter.ToJson(arguments)),
+            Does.Contain($"\"optim\": \"{name}\""));
+    }
 
     [TestCase("--tune_vision", true)]
     [TestCase("--tune_vision True", true)]

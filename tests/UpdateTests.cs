@@ -65,7 +65,7 @@ public sealed class UpdateTests
         JsonElement clip = c.Params.GetProperty("clip");
         double maxNorm = clip.ValueKind == JsonValueKind.Null ? 0 : clip.GetDouble();
         double epsilon = c.Params.GetProperty("eps").GetDouble();
-        var ranges = new AdamWRange[shapes.Length];
+        var ranges = new UpdateRange[shapes.Length];
         for (int i = 0; i < shapes.Length; i++)
         {
             Tensor New(string name) => device.Allocate(new(full, new Shape(shapes[i])), name);
@@ -117,7 +117,7 @@ public sealed class UpdateTests
             return all[(step * count)..((step + 1) * count)];
         }
 
-        void Rounded(AdamWRange range, double[] master)
+        void Rounded(UpdateRange range, double[] master)
         {
             var stored = new ushort[master.Length];
             device.Read<ushort>(range.Weights, stored);
@@ -152,7 +152,7 @@ public sealed class UpdateTests
         device.Read<double>(norm, statistics);
         Assert.That(statistics[0], Is.EqualTo(length).Within(1e-9 * length));
         Assert.That(statistics[1], Is.EqualTo(factor).Within(1e-9));
-        var adam = new AdamW(0.01, 0.9, 0.99, 1e-8, 0.1, 3);
+        var adam = new UpdateStep(0.01, 0.9, 0.99, 1e-8, 0.1, 3);
         device.Update(adam, new(t[0], Tensor.None, t[1], t[2], t[3]), norm);
         double[] got = Read(device, t[0]);
         for (int i = 0; i < count; i++)
@@ -237,8 +237,8 @@ public sealed class UpdateTests
             Tensor[] t = [.. Enumerable.Range(0, 4).Select(i => device.Allocate(spec, "t"))];
             Write(device, t[1], Fill.Normal(1, 99999));
             Tensor norm = device.Allocate(GradientNorm.Spec, "norm");
-            var range = new AdamWRange(t[0], Tensor.None, t[1], t[2], t[3]);
-            var adam = new AdamW(0.01, 0.9, 0.99, 1e-8, 0.1, 3);
+            var range = new UpdateRange(t[0], Tensor.None, t[1], t[2], t[3]);
+            var adam = new UpdateStep(0.01, 0.9, 0.99, 1e-8, 0.1, 3);
             long before = 0;
             for (int i = 0; i < 4; i++)
             {
@@ -275,7 +275,7 @@ public sealed class UpdateTests
         var bits = new List<ushort[]>();
         for (int run = 0; run < 2; run++)
         {
-            AdamWRange range = New(device, DType.BF16, p, g, m, v, first: 8);
+            UpdateRange range = New(device, DType.BF16, p, g, m, v, first: 8);
             device.Update(new(1e-3, 0.999, 0.9999, 1e-8, 0, 5, Seed: 7), range, Tensor.None);
             ushort[] means = Bits(device, range.M), squares = Bits(device, range.V);
             double meanError = 0, squareError = 0;
@@ -305,7 +305,7 @@ public sealed class UpdateTests
 
         Assert.That(bits[2], Is.EqualTo(bits[0]), "the same seed and step round the same way");
         Assert.That(bits[3], Is.EqualTo(bits[1]));
-        AdamWRange other = New(device, DType.BF16, p, g, m, v, first: 8);
+        UpdateRange other = New(device, DType.BF16, p, g, m, v, first: 8);
         device.Update(new(1e-3, 0.999, 0.9999, 1e-8, 0, 6, Seed: 7), other, Tensor.None);
         Assert.That(Bits(device, other.M), Is.Not.EqualTo(bits[0]),
             "another step rounds another way");
@@ -323,12 +323,12 @@ public sealed class UpdateTests
         Device device = cuda ? Cuda(DType.BF16) : cpu;
         double[] p = Fill.Normal(1, Count), g = Fill.Normal(2, Count);
         double[] m = [.. Fill.Normal(3, Count).Select(Brain)], v = [.. m.Select(x => Brain(x * x))];
-        var step = new AdamW(1e-2, 0.9, 0.99, 1e-8, 0.1, 3, Seed: 9);
-        AdamWRange whole = New(device, DType.BF16, p, g, m, v, first: 0);
+        var step = new UpdateStep(1e-2, 0.9, 0.99, 1e-8, 0.1, 3, Seed: 9);
+        UpdateRange whole = New(device, DType.BF16, p, g, m, v, first: 0);
         device.Update(step, whole, Tensor.None);
         ushort[] found = Bits(device, whole.M);
-        AdamWRange left = New(device, DType.BF16, p[..Cut], g[..Cut], m[..Cut], v[..Cut], first: 0);
-        AdamWRange right =
+        UpdateRange left = New(device, DType.BF16, p[..Cut], g[..Cut], m[..Cut], v[..Cut], first: 0);
+        UpdateRange right =
             New(device, DType.BF16, p[Cut..], g[Cut..], m[Cut..], v[Cut..], first: Cut);
         device.Update(step, left, Tensor.None);
         device.Update(step, right, Tensor.None);
@@ -353,14 +353,14 @@ public sealed class UpdateTests
         using var device = new CpuDevice(1, StepBytes);
         Tensor New(DType type, int n) => device.Allocate(new(type, new Shape(n)), "t");
         Tensor f = New(DType.F32, 4), wrong = New(DType.F32, 5), narrow = New(DType.BF16, 4);
-        var adam = new AdamW(0.01, 0.9, 0.99, 1e-8, 0.1, 1);
+        var adam = new UpdateStep(0.01, 0.9, 0.99, 1e-8, 0.1, 1);
         Refused(new(f, Tensor.None, wrong, f, f), "gradient must be F32[4], got F32[5]");
         Refused(new(f, f, f, f, f), "master must be nothing");
         Refused(new(f, Tensor.None, f, narrow, f), "v must be BF16[4], got F32[4]");
         Refused(new(f, Tensor.None, f, f, f, First: 2), "first element is 2");
         Refused(new(narrow, Tensor.None, f, f, f), "master must be F32[4], got nothing");
 
-        void Refused(AdamWRange range, string expected) => Assert.That(
+        void Refused(UpdateRange range, string expected) => Assert.That(
             () => device.Update(adam, range, Tensor.None),
             Throws.TypeOf<ShapeException>().With.Message.Contain(expected));
     }
@@ -397,7 +397,7 @@ public sealed class UpdateTests
         return bits;
     }
 
-    private static AdamWRange New(
+    private static UpdateRange New(
         Device device, DType moments, double[] p, double[] g, double[] m, double[] v, long first)
     {
         var shape = new Shape(p.Length);

@@ -25,6 +25,12 @@ public abstract class Device : IDisposable
     public abstract Tensor Allocate(Spec spec, string name);
 
     /// <summary>
+    /// The same in the host's memory, where the device's kernels read and write it; None on a device
+    /// whose memory that is.
+    /// </summary>
+    public virtual Tensor HostTensor(Spec spec, string name) => Tensor.None;
+
+    /// <summary>
     /// Room of the given size that lives as long as the device, for the tape's gradients.
     /// </summary>
     public abstract nint Reserve(long bytes);
@@ -69,7 +75,7 @@ public abstract class Device : IDisposable
     /// One optimizer step over a range, with gradients times the factor in norm (None: 1). Where
     /// norm counts non-finite gradients, nothing changes.
     /// </summary>
-    public abstract void Update(in AdamW step, in AdamWRange range, in Tensor norm);
+    public abstract void Update(in UpdateStep step, in UpdateRange range, in Tensor norm);
 
     public abstract void Fill(in Tensor tensor, double value);
 

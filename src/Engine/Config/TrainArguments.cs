@@ -225,8 +225,10 @@ public sealed partial record TrainArguments
     [Key("Optimisation", "share of all steps for warm-up, when warmup_steps is 0", Max = 1)]
     public double WarmupRatio { get; init; }
 
-    [Key("Optimisation", "adamw_torch (adamw_torch_fused is the same), or adamw_bf16: moments in "
-        + "bfloat16, in half the memory")]
+    [Key("Optimisation", "adamw_torch (adamw_torch_fused), adamw_bf16 (moments in bfloat16), "
+        + "adamw_8bit (adamw_bnb_8bit), paged_adamw_8bit, paged_adamw_32bit (paged_adamw): paged ones "
+        + "lie in the machine's memory; lion_32bit (lion), lion_8bit, paged_lion_32bit, "
+        + "paged_lion_8bit; sgd; adafactor")]
     public OptimizerKind Optim { get; init; }
 
     [Key("Optimisation", "decoupled weight decay", Max = 1e6)]

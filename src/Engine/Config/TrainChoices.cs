@@ -52,11 +52,29 @@ public enum DecayScope { Hf, All }
 public enum LossNormalization { Tokens, MicroBatchMean }
 
 /// <summary>
-/// The optimizer, under Hugging Face's names. AdamwTorch and AdamwTorchFused are the same here:
-/// AdamW with moments in F32. AdamwBf16 keeps them in BF16,
-/// rounded at random, which halves their memory.
+/// The optimizer, under Hugging Face's names; pairs are the same here. AdamwTorch, AdamwTorchFused:
+/// AdamW with moments in F32. AdamwBf16 keeps them in BF16, rounded at random, which halves their
+/// memory. The others are bitsandbytes': moments of 8 bits; paged in the machine's memory; Lion has
+/// one moment, Sgd none, Adafactor a number for each row and column.
 /// </summary>
-public enum OptimizerKind { AdamwTorch, AdamwTorchFused, AdamwBf16 }
+public enum OptimizerKind
+{
+    AdamwTorch,
+    AdamwTorchFused,
+    AdamwBf16,
+    Adamw8bit,
+    AdamwBnb8bit,
+    PagedAdamw8bit,
+    PagedAdamw32bit,
+    PagedAdamw,
+    Lion32bit,
+    Lion,
+    Lion8bit,
+    PagedLion32bit,
+    PagedLion8bit,
+    Sgd,
+    Adafactor,
+}
 
 /// <summary>
 /// What a layer computes again in backward instead of keeping it, each with what stands before it:

@@ -37,7 +37,7 @@ internal static class TrainForeignKeys
         new Dictionary<string, (string[], string)>
         {
             ["accelerator_config"] = ([], "is not supported"),
-            ["adafactor"] = ([], "is not supported: the optimizer is AdamW"),
+            ["adafactor"] = ([], "is spelt optim=adafactor here"),
             ["auto_find_batch_size"] = ([], "is not supported: set per_device_train_batch_size"),
             ["eval_delay"] = (["0"], "is not supported: set eval_steps"),
             ["greater_is_better"] = ([], "is not supported: the metric is the loss"),
@@ -53,7 +53,7 @@ internal static class TrainForeignKeys
             ["neftune_noise_alpha"] =
                 (["0"], "is not supported: no noise is added to embeddings; leave it out"),
             ["no_cuda"] = ([], "is spelt device=cpu here"),
-            ["optim_args"] = ([], "is not supported: set adam_beta1, adam_beta2, adam_epsilon"),
+            ["optim_args"] = ([], "is not supported: adam_beta1, adam_beta2 (of lion too) and adam_epsilon are keys"),
             ["optim_target_modules"] = ([], "is not supported"),
             ["parallelism_config"] = ([], "is not supported"),
             ["past_index"] = (["-1"], "is not supported"),

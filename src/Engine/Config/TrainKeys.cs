@@ -1,5 +1,6 @@
 using System.Reflection;
 using System.Text.Json;
+using System.Text.RegularExpressions;
 
 namespace MiniCpmNative.Engine.Config;
 
@@ -71,7 +72,7 @@ internal sealed record TrainKey(string Name, PropertyInfo Property, KeyAttribute
 /// <summary>
 /// The keys of a configuration record, in the order in which the record declares them.
 /// </summary>
-internal static class TrainKeys
+internal static partial class TrainKeys
 {
     public static IReadOnlyList<TrainKey> Train { get; } = Of(typeof(TrainArguments));
 
@@ -92,7 +93,11 @@ internal static class TrainKeys
         };
 
     public static string SnakeCase(string name) =>
-        JsonNamingPolicy.SnakeCaseLower.ConvertName(name);
+        Bits().Replace(JsonNamingPolicy.SnakeCaseLower.ConvertName(name), "_");
+
+    // Before the number of "8bit", which begins a word.
+    [GeneratedRegex("(?<=[a-z])(?=[0-9]+bit)")]
+    private static partial Regex Bits();
 
     /// <summary>The known name with the smallest edit distance.</summary>
     public static string Nearest(string name, IEnumerable<string> known)

@@ -159,6 +159,16 @@ internal static class TrainValues
         {
             ("lr_scheduler_type", "cosinewithminlr") =>
                 "; a lowest rate is polynomial's lr_end, in lr_scheduler_kwargs",
+            ("optim", "adamwhf") => "; adamw_torch is the same",
+            ("optim", "adamwtorch4bit" or "adamwtorch8bit") =>
+                "; adamw_8bit has the fewest bits of AdamW",
+            ("optim", "lomo" or "adalomo" or "apolloadamw" or "apolloadamwlayerwise") =>
+                "; of these sgd keeps nothing, lion_8bit a byte a number",
+            ("optim", _) when letters.StartsWith("galore", StringComparison.Ordinal) =>
+                "; gradients of low rank are LoRA's (use_lora), the least memory AdamW takes is "
+                + "paged_adamw_8bit's",
+            ("optim", _) when letters.StartsWith("schedulefree", StringComparison.Ordinal) =>
+                "; without a schedule is lr_scheduler_type=constant",
             ("report_to", _) => "; beside them train_log.jsonl and report.html are always written, "
                 + "which wandb and swanlab can take in (offline)",
             _ => "",

@@ -47,6 +47,8 @@ public sealed class SelfTest : IDisposable
         FillMemory();
         Update(DType.F32, DType.F32);
         Update(DType.F32, DType.BF16);
+        foreach (UpdateRule rule in Enum.GetValues<UpdateRule>()) Update(DType.F32, DType.F32, rule);
+        Update(DType.F32, DType.U8, UpdateRule.AdamWDecaysLast);
         if (_device.Activations == DType.BF16) Update(_device.Activations, DType.F32);
         return _failures;
     }
@@ -92,35 +94,39 @@ public sealed class SelfTest : IDisposable
         Compare("fill", Doubles(_device, tensor), [.. Enumerable.Repeat(0.5, 1003)]);
     }
 
-    // A step of AdamW on clipped gradients, with what precedes it; weights take the moments before
-    // these are rounded, so that their type makes no difference.
-    private void Update(DType weights, DType moments)
+    // A step on clipped gradients, with what precedes it; weights take the moments before these are
+    // rounded, so that their type makes no difference. Moments in 8 bits begin at 0.
+    private void Update(DType weights, DType moments, UpdateRule rule = UpdateRule.AdamW)
     {
         const int Rows = 5, Cols = 1000;
         var shape = new Shape(Rows, Cols);
-        var step = new AdamW(1e-2, 0.9, 0.999, 1e-8, 0.1, Step: 3);
-        double[] device = Step(_device, weights, moments, step, shape);
-        double[] exact = Step(_exact, DType.F64, DType.F64, step, shape);
-        Compare($"adamw on {weights} with moments in {moments}", device, exact);
+        var step = new UpdateStep(1e-2, 0.9, 0.999, 1e-8, 0.1, Step: 3, Rule: rule);
+        bool isZero = moments == DType.U8;
+        double[] device = Step(_device, weights, moments, step, shape, isZero);
+        double[] exact = Step(_exact, DType.F64, DType.F64, step, shape, isZero);
+        Compare($"{rule} on {weights} with moments in {moments}", device, exact);
     }
 
-    private static double[] Step(Device device, DType weights, DType moments, AdamW step,
-        Shape shape)
+    private static double[] Step(Device device, DType weights, DType moments, UpdateStep step,
+        Shape shape, bool isZero)
     {
         DType state = device.Activations.Statistics();
-        Tensor values = Filled(weights, 1), gradient = Filled(state, 2), m = Filled(moments, 3);
-        Tensor v = Filled(moments, 4, positive: true);
-        Tensor master = weights == state ? Tensor.None : Filled(state, 1);
+        Tensor values = Filled(new(weights, shape), 1), gradient = Filled(new(state, shape), 2);
+        Tensor master = weights == state ? Tensor.None : Filled(new(state, shape), 1);
+        int seed = 3;
+        Tensor[] states = [.. new OptimizerForm(step.Rule, moments).StatesOf(moments, shape)
+            .Select(s => isZero ? device.Allocate(s.Spec, s.Name)
+                : Filled(s.Spec, seed++, positive: s.Name != "first_moment"))];
         Tensor norm = device.Allocate(GradientNorm.Spec, "norm");
         device.GradientNorm([gradient], 1.0, norm, Tensor.None);
-        device.Update(step, new AdamWRange(values, master, gradient, m, v), norm);
+        device.Update(step, OptimizerForm.Range(values, master, gradient, 0, states), norm);
         return Doubles(device, master.Exists ? master : values);
 
-        Tensor Filled(DType type, int seed, bool positive = false)
+        Tensor Filled(Spec spec, int seed, bool positive = false)
         {
-            Tensor tensor = device.Allocate(new Spec(type, shape), "adamw");
+            Tensor tensor = device.Allocate(spec, "update");
             float[] numbers =
-                Array.ConvertAll(Fill.Normal(seed, shape.Count), v => (float)v);
+                Array.ConvertAll(Fill.Normal(seed, spec.Shape.Count), v => (float)v);
             device.WriteFloats(tensor, positive ? Array.ConvertAll(numbers, Math.Abs) : numbers);
             return tensor;
         }

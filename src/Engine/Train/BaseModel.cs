@@ -4,6 +4,7 @@ using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Weights;
 using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Updates;
 
 namespace MiniCpmNative.Engine.Train;
 
@@ -50,7 +51,7 @@ public sealed class BaseModel : IDisposable
             ? (Spec.Parameters.Count * Storage.Size()) + Untouched.Sum(t => t.Bytes)
             : Parts.Tensors.Sum(t => t.Shape.Count * t.Type.Size()
                 * (Parts.Config.Start.Splits && Parts.Adapters.Owner(t.Name) is not null ? 2 : 1)),
-        Parts.Tensors.Sum(t => t.Shape.Count * ((2 * Moments.Size()) + MasterBytes(t))));
+        Parts.Tensors.Sum(t => StateBytes(t) + (t.Shape.Count * MasterBytes(t))));
 
     /// <summary>
     /// Bytes of weights, gradients and optimizer state on the device, activations not counted.
@@ -78,7 +79,7 @@ public sealed class BaseModel : IDisposable
     /// <summary>Makes the frozen weights that a run keeps in fewer bits.</summary>
     public required QuantisedKind Kind { get; init; }
 
-    private DType Moments { get; init; }
+    private OptimizerForm Optimizer { get; init; } = new();
 
     /// <param name="arguments">Say what is loaded, and what of it is trained.</param>
     /// <param name="say">Takes a line on the adapter, and on files that are not taken over.</param>
@@ -119,7 +120,7 @@ public sealed class BaseModel : IDisposable
 
             return new BaseModel(spec, weights, start, parts, storage)
             {
-                Moments = TunedModel.MomentsOf(arguments),
+                Optimizer = TunedModel.OptimizerOf(arguments),
                 Kind = new(spec.Parameters, storage, TunedModel.QuantisationOf(arguments), weights),
                 Untouched = [.. weights.Tensors.Where(t => spec.Parameters.IsUntouched(t.Name))],
                 Saved = adapter is null
@@ -155,8 +156,8 @@ public sealed class BaseModel : IDisposable
         if (device.FreeBytes is not { } free || needed <= free) return;
         throw new RunException(
             $"out of memory: weights, gradients and optimizer state take {RunPlaces.Gib(needed)}, "
-            + $"{RunPlaces.Gib(free)} are free on {device.Name}; bf16, use_lora or optim=adamw_bf16 "
-            + "take less, and device=cpu uses the machine's memory");
+            + $"{RunPlaces.Gib(free)} are free on {device.Name}; bf16, use_lora, optim=adamw_8bit or "
+            + "paged_adamw_8bit take less, and device=cpu uses the machine's memory");
     }
 
     /// <summary>
@@ -242,6 +243,9 @@ public sealed class BaseModel : IDisposable
                     + "cpmx merge --dequantize");
     }
 
+    private long StateBytes(TunedTensor tensor) =>
+        tensor.StatesOf(Optimizer).Sum(state => state.Spec.Bytes);
+
     // With those frozen tensors.
     private long Bytes(Func<string, bool> holds)
     {
@@ -249,8 +253,8 @@ public sealed class BaseModel : IDisposable
         long frozen = Weights.Tensors.Where(t => !trained.Contains(t.Name)
             && !Spec.Parameters.IsUntouched(t.Name) && holds(t.Name)).Sum(Kind.Bytes);
         const int gradient = 4;
-        return frozen + SavedBytes.State
-            + Parts.Tensors.Sum(t => t.Shape.Count * (t.Type.Size() + gradient));
+        return frozen + Parts.Tensors.Sum(t => (Optimizer.Paged ? 0 : StateBytes(t))
+            + (t.Shape.Count * (MasterBytes(t) + t.Type.Size() + gradient)));
     }
 
     private static int MasterBytes(TunedTensor tensor) => tensor.Type == DType.F32 ? 0 : 4;

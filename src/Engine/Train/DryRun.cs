@@ -46,7 +46,7 @@ public sealed class DryRun : IDisposable
         _device = CountingCuda.Device(
             _context, DeviceSource.ActivationsOf(arguments), card.Hopper);
         var trainables = new ParameterRanges(
-            _device, parts.Tensors, TunedModel.MomentsOf(arguments));
+            _device, parts.Tensors, TunedModel.OptimizerOf(arguments));
         Recomputation = parts.NewRecomputation(model.Spec, arguments);
         long before = _context.HeldBytes;
         _model = LoadedModel.Build(
@@ -59,13 +59,17 @@ public sealed class DryRun : IDisposable
             Recomputation);
         long weights = _context.HeldBytes - before;
         _trainer = new Trainer(arguments, _model, trainables);
-        long moments = trainables.FirstMoments.Spec.Bytes + trainables.SecondMoments.Spec.Bytes;
+        long moments = trainables.StateBytes;
+        HostBytes = trainables.HostBytes;
         long trained = trainables.Bytes - moments - trainables.Gradients.Spec.Bytes;
         _fixed = new(weights, trained, trainables.Gradients.Spec.Bytes, moments, 0, 0);
     }
 
     /// <summary>What layers compute again in backward; may change between steps.</summary>
     public Recomputation Recomputation { get; }
+
+    /// <summary>Bytes of the machine's memory that the optimizer keeps.</summary>
+    public long HostBytes { get; }
 
     /// <summary>Bytes of weights that lie in host memory.</summary>
     public long StreamedBytes => _device.StreamedBytes;

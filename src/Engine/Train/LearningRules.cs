@@ -24,8 +24,10 @@ internal sealed class LearningRules(ParameterTable table, TrainArguments argumen
             double rate = rates.Find(name) is { } own ? own / arguments.LearningRate : 1;
             if (IsFast(name, shape)) rate *= arguments.LoraplusLrRatio ?? 1;
             double decay = decays.Find(name) ?? arguments.WeightDecay;
-            found.Add(Decays(name) ? new TunedTensor(name, shape, type, true, rate, decay)
-                : new TunedTensor(name, shape, type, false, rate));
+            bool isDecayed = Decays(name);
+            found.Add(new TunedTensor(
+                name, shape, type, isDecayed, rate, isDecayed ? decay : 0,
+                IsEmbedding(name)));
         }
 
         rates.MustBeUsed();
@@ -35,6 +37,10 @@ internal sealed class LearningRules(ParameterTable table, TrainArguments argumen
 
     private bool Decays(string name) => arguments.WeightDecayScope == DecayScope.All
         || table.Find(name) is not { Decays: false };
+
+    private static bool IsEmbedding(string name) =>
+        name.EndsWith("embed_tokens.weight", StringComparison.Ordinal)
+        || name.EndsWith("position_embedding.weight", StringComparison.Ordinal);
 
     private static bool IsFast(string name, Shape shape) =>
         shape.Rank == 1 || name.EndsWith(".lora_B.weight", StringComparison.Ordinal);

@@ -1,7 +1,9 @@
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Model;
+using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Cuda;
+using MiniCpmNative.Kernels.Updates;
 
 namespace MiniCpmNative.Engine.Train;
 
@@ -140,7 +142,9 @@ public sealed class MemoryPlan
         Add(a.MaxSliceNums > 1, "a smaller max_slice_nums");
         Add(true, "a smaller model_max_length");
         Add(!a.Bf16, "bf16=true");
-        Add(a.Optim != OptimizerKind.AdamwBf16, "optim=adamw_bf16");
+        OptimizerForm optimizer = TunedModel.OptimizerOf(a);
+        Add(optimizer.Moments == DType.F32 && !optimizer.Paged, "optim=adamw_8bit");
+        Add(!optimizer.Paged, "optim=paged_adamw_8bit");
         Add(!a.UseLora, "use_lora=true");
         Add(a.TrainedWhole.Count > 0, "fewer modules_to_save");
         return "open are " + string.Join(", ", open);

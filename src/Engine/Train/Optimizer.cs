@@ -6,8 +6,7 @@ using MiniCpmNative.Kernels.Updates;
 namespace MiniCpmNative.Engine.Train;
 
 /// <summary>
-/// AdamW with decoupled decay over the flat ranges, gradients scaled down to a global norm first
-/// (Loshchilov and Hutter 2019; torch.optim.AdamW's order of operations).
+/// Steps of an optimizer over the flat ranges, gradients scaled down to a global norm first.
 /// </summary>
 public sealed class Optimizer
 {
@@ -45,19 +44,16 @@ public sealed class Optimizer
     {
         foreach (ParameterRanges.Run run in _trainables.Runs)
         {
-            var step = new AdamW(
+            var step = new UpdateStep(
                 learningRate * run.Rate, _arguments.AdamBeta1, _arguments.AdamBeta2,
-                _arguments.AdamEpsilon,
-                run.Decay, Updates + 1,
-                (ulong)_arguments.Seed);
+                _arguments.AdamEpsilon, run.Decay, Updates + 1, (ulong)_arguments.Seed,
+                _trainables.Optimizer.Rule);
             var (weights, masters) = _trainables.Updated(run);
             _device.Update(
                 step,
-                new AdamWRange(
-                    weights, masters,
-                    ParameterRanges.Stretch(_trainables.Gradients, run),
-                    ParameterRanges.Stretch(_trainables.FirstMoments, run),
-                    ParameterRanges.Stretch(_trainables.SecondMoments, run), run.Begin),
+                OptimizerForm.Range(
+                    weights, masters, ParameterRanges.Stretch(_trainables.Gradients, run),
+                    run.Begin, run.States),
                 Norm);
         }
     }

@@ -104,6 +104,9 @@ public static class PlanRun
             ("all", parts.Total)])
             output.WriteLine(FormattableString.Invariant(
                 $"  {name,-16}{bytes / (double)(1 << 30),8:f2} GiB"));
+        if (dry.HostBytes > 0)
+            output.WriteLine("beside it the optimizer keeps "
+                + $"{RunPlaces.Gib(dry.HostBytes)} in the machine's memory");
         RowSize size = plan.Size;
         output.WriteLine(
             $"the most in {plan.Rows}: {Messages.Number(size.Tokens)} tokens, "
@@ -169,15 +172,20 @@ public static class PlanRun
             Line("stream_weights=true", MemoryPlan.Make(streams, streamed, batches, null));
         }
 
-        if (arguments.Optim == OptimizerKind.AdamwBf16) return;
-        TrainArguments other = arguments with
+        foreach (var (kind, name) in ((OptimizerKind, string)[])[
+            (OptimizerKind.Adamw8bit, "adamw_8bit"),
+            (OptimizerKind.PagedAdamw8bit, "paged_adamw_8bit")])
         {
-            Optim = OptimizerKind.AdamwBf16,
-            Recompute = Recompute.Block,
-            GradientCheckpointing = false,
-        };
-        using var half = new DryRun(other, model, card.Figures);
-        Line("recompute=block optim=adamw_bf16", MemoryPlan.Make(other, half, batches, null));
+            TrainArguments other = arguments with
+            {
+                Optim = kind,
+                Recompute = Recompute.Block,
+                GradientCheckpointing = false,
+            };
+            if (TunedModel.OptimizerOf(arguments) == TunedModel.OptimizerOf(other)) continue;
+            using var less = new DryRun(other, model, card.Figures);
+            Line($"recompute=block optim={name}", MemoryPlan.Make(other, less, batches, null));
+        }
 
         void Line(string setting, MemoryPlan plan)
         {

@@ -7,10 +7,10 @@ using MiniCpmNative.Kernels;
 namespace MiniCpmNative.Engine.Train;
 
 /// <summary>
-/// What a run needs beyond its weights to go on bit for bit: the numbers here, and AdamW's moments
-/// and 16-bit weights' masters in optimizer.safetensors. Random numbers are keyed by seed and step
-/// and the order of rows by seed and epoch, so that a step number is
-/// the whole random state and data position.
+/// What a run needs beyond its weights to go on bit for bit: the numbers here, and what the
+/// optimizer keeps, with 16-bit weights' masters, in optimizer.safetensors. Random numbers are keyed
+/// by seed and step and the order of rows by seed and epoch, so that a step number is the whole
+/// random state and data position.
 /// </summary>
 /// <param name="Absent">Numbers of the file's rows without a place in the order.</param>
 /// <param name="LeftOut">Numbers of the rows that keep theirs and are left out.</param>
@@ -38,24 +38,13 @@ public sealed record RunState(
     /// <summary>Digests of the files that a run goes on from, this one left out.</summary>
     public IReadOnlyDictionary<string, string>? Parts { get; init; }
 
-    private const string First = "first_moment.", Second = "second_moment.", Master = "master.";
+    private const string Master = "master";
 
     /// <summary>Writes both files, this one last: it names the others of the folder.</summary>
     public void Save(string folder, TunedModel model)
     {
-        var tensors = new List<TensorToSave>();
-        foreach (TunedTensor tensor in model.ParameterRanges.List)
-        {
-            tensors.Add(
-                model.ToSave(First + tensor.Name, model.ParameterRanges.FirstMoment(tensor.Name)));
-            tensors.Add(
-                model.ToSave(Second + tensor.Name, model.ParameterRanges.SecondMoment(tensor.Name)));
-            if (tensor.Type != DType.F32)
-                tensors.Add(
-                    model.ToSave(Master + tensor.Name, model.ParameterRanges.Master(tensor.Name)));
-        }
-
-        SafetensorsWriter.Write(Path.Combine(folder, OptimizerFile), tensors);
+        SafetensorsWriter.Write(Path.Combine(folder, OptimizerFile),
+            [.. Kept(model.ParameterRanges).Select(k => model.ToSave(k.Name, k.Tensor))]);
         RunState whole = this with { Parts = PartsOf(folder) };
         AtomicFile.WriteText(
             Path.Combine(folder, FileName), JsonSerializer.Serialize(whole, s_json) + "\n");
@@ -140,26 +129,25 @@ public sealed record RunState(
     public static void LoadOptimizer(string folder, TunedModel model)
     {
         using var file = SafetensorsFile.Open(Path.Combine(folder, OptimizerFile));
-        ParameterRanges trainables = model.ParameterRanges;
-        var expected = trainables.List.SelectMany(tensor => Names(tensor)
-            .Select(name => new ExpectedTensor(name, tensor.Shape))).ToList();
-        TensorMatch.Require(file.Path, file.Tensors, expected, _ => null);
-        foreach (TunedTensor tensor in trainables.List)
-        {
-            Copy(First, trainables.FirstMoment(tensor.Name), tensor.Name);
-            Copy(Second, trainables.SecondMoment(tensor.Name), tensor.Name);
-            if (tensor.Type != DType.F32) Copy(Master, trainables.Master(tensor.Name), tensor.Name);
-        }
+        var kept = Kept(model.ParameterRanges).ToList();
+        TensorMatch.Require(file.Path, file.Tensors,
+            [.. kept.Select(k => new ExpectedTensor(k.Name, k.Tensor.Shape) { IsAnyType = true })],
+            name => model.ParameterRanges.Contains(name[(name.IndexOf('.') + 1)..])
+                ? "another optim's" : null);
+        foreach (var (name, tensor) in kept) Copy(tensor, name);
 
-        void Copy(string prefix, Tensor to, string name)
+        void Copy(Tensor to, string name)
         {
-            StoredTensor stored = file.Get(prefix + name);
+            StoredTensor stored = file.Get(name);
             if (stored.Type != to.Type)
                 throw new InputException(
                     $"{file.Path}: {stored.Name} is {stored.Type}, this run keeps "
                     + $"{to.Type} (optim): a run goes on only with the optimizer it was started with");
-            stored.MustBeFinite(to.Type);
-            model.Device.WriteFloats(to, stored.ToFloats());
+            if (to.Type.IsFloat()) stored.MustBeFinite(to.Type);
+            unsafe
+            {
+                model.Device.Upload(to, (void*)stored.Data);
+            }
         }
     }
 
@@ -169,10 +157,15 @@ public sealed record RunState(
         WriteIndented = true,
     };
 
-    private static IEnumerable<string> Names(TunedTensor tensor)
+    // As the file names it.
+    private static IEnumerable<(string Name, Tensor Tensor)> Kept(ParameterRanges ranges)
     {
-        yield return First + tensor.Name;
-        yield return Second + tensor.Name;
-        if (tensor.Type != DType.F32) yield return Master + tensor.Name;
+        foreach (TunedTensor tensor in ranges.List)
+        {
+            foreach (var (name, state) in ranges.States(tensor.Name))
+                yield return ($"{name}.{tensor.Name}", state);
+            if (tensor.Type != DType.F32)
+                yield return ($"{Master}.{tensor.Name}", ranges.Master(tensor.Name));
+        }
     }
 }

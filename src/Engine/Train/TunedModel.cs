@@ -5,6 +5,7 @@ using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Weights;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Quantised;
+using MiniCpmNative.Kernels.Updates;
 
 namespace MiniCpmNative.Engine.Train;
 
@@ -63,9 +64,23 @@ public sealed class TunedModel : IDisposable
         : new(arguments.Bnb4bitQuantType == QuantType.Fp4 ? FourBitKind.Fp4 : FourBitKind.Nf4,
             arguments.Bnb4bitUseDoubleQuant ?? true, arguments.LlmInt8SkipModules);
 
-    /// <summary>Storage type of AdamW's moments.</summary>
-    public static DType MomentsOf(TrainArguments arguments) =>
-        arguments.Optim == OptimizerKind.AdamwBf16 ? DType.BF16 : DType.F32;
+    /// <summary>What the optimizer keeps, as optim says it.</summary>
+    public static OptimizerForm OptimizerOf(TrainArguments arguments) => arguments.Optim switch
+    {
+        OptimizerKind.AdamwBf16 => new(Moments: DType.BF16),
+        OptimizerKind.Adamw8bit or OptimizerKind.AdamwBnb8bit =>
+            new(UpdateRule.AdamWDecaysLast, DType.U8),
+        OptimizerKind.PagedAdamw8bit => new(UpdateRule.AdamWDecaysLast, DType.U8, Paged: true),
+        OptimizerKind.PagedAdamw32bit or OptimizerKind.PagedAdamw =>
+            new(UpdateRule.AdamWDecaysLast, Paged: true),
+        OptimizerKind.Lion32bit or OptimizerKind.Lion => new(UpdateRule.Lion),
+        OptimizerKind.Lion8bit => new(UpdateRule.Lion, DType.U8),
+        OptimizerKind.PagedLion32bit => new(UpdateRule.Lion, Paged: true),
+        OptimizerKind.PagedLion8bit => new(UpdateRule.Lion, DType.U8, Paged: true),
+        OptimizerKind.Sgd => new(UpdateRule.Sgd),
+        OptimizerKind.Adafactor => new(UpdateRule.Adafactor),
+        _ => new(),
+    };
 
     /// <param name="arguments">Say what is loaded where, and what of it is trained.</param>
     /// <param name="devices">Opens the device; null takes the machine's.</param>
@@ -109,7 +124,7 @@ public sealed class TunedModel : IDisposable
         IWeightKind? kind = null, string? resumeFrom = null, Action<string>? say = null)
     {
         TunedParts parts = source.Parts;
-        var trainables = new ParameterRanges(device.Device, parts.Tensors, MomentsOf(arguments));
+        var trainables = new ParameterRanges(device.Device, parts.Tensors, OptimizerOf(arguments));
         Recomputation recomputation = parts.NewRecomputation(source.Spec, arguments);
         SplitWeights? split = Split(source, arguments, resumeFrom, say);
         var norms = new FrozenNorms(source.Weights, source.Storage, kind ?? source.Kind);

@@ -3,7 +3,11 @@ using MiniCpmNative.Kernels;
 namespace MiniCpmNative.Engine.Weights;
 
 /// <summary>A tensor that a model expects in its files: official name and shape.</summary>
-public record ExpectedTensor(string Name, Shape Shape);
+public record ExpectedTensor(string Name, Shape Shape)
+{
+    /// <summary>Whether it may hold other numbers than floats, which the caller checks.</summary>
+    public bool IsAnyType { get; init; }
+}
 
 /// <summary>
 /// Compares the tensors of files with those a model expects. All differences of one load are
@@ -39,7 +43,8 @@ public static class TensorMatch
             matched.Add(found);
             if (!SameShape(found, tensor.Shape))
                 misshaped.Add($"{tensor.Name} {found.SizesText} (expected {tensor.Shape})");
-            if (found.StoredType.Kernel is not { } type || !type.IsFloat())
+            if (!tensor.IsAnyType
+                && (found.StoredType.Kernel is not { } type || !type.IsFloat()))
                 mistyped.Add($"{tensor.Name} {found.StoredType.Name}");
         }
 

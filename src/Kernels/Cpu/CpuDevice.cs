@@ -131,14 +131,20 @@ public sealed unsafe class CpuDevice : Device
             CpuGradientNorm.Add<float>(Workers, Step, gradient, ref squares, ref nonFinite);
     }
 
-    public override void Update(in AdamW step, in AdamWRange range, in Tensor norm)
+    public override void Update(in UpdateStep step, in UpdateRange range, in Tensor norm)
     {
-        range.Check(Activations);
+        range.Check(Activations, step.Rule);
         var of = new GradientNorm(0, 1, 0);
         if (norm.Exists) Read(norm, new Span<GradientNorm>(ref of));
         if (of.NonFinite > 0) return;
-        if (Activations == DType.F64) CpuAdamW.Run<double>(Workers, step, range, of.Factor);
-        else CpuAdamW.Run<float>(Workers, step, range, of.Factor);
+        if (step.Rule == UpdateRule.Adafactor)
+        {
+            if (Activations == DType.F64)
+                CpuAdafactor.Run<double>(Workers, Step, step, range, of.Factor);
+            else CpuAdafactor.Run<float>(Workers, Step, step, range, of.Factor);
+        }
+        else if (Activations == DType.F64) CpuUpdate.Run<double>(Workers, step, range, of.Factor);
+        else CpuUpdate.Run<float>(Workers, step, range, of.Factor);
     }
 
     public override void Fill(in Tensor tensor, double value)

@@ -125,6 +125,17 @@ public sealed unsafe class CudaDevice : Device
         return tensor;
     }
 
+    /// <summary>
+    /// Page-locked: kernels reach it over the bus, as fast as it is where they read neighbours.
+    /// </summary>
+    public override Tensor HostTensor(Spec spec, string name)
+    {
+        var memory = Own(new PinnedMemory(Context, Math.Max(1, spec.Bytes), forKernels: true));
+        var tensor = new Tensor((nint)memory.Pointer, spec);
+        if (spec.Bytes > 0) Stream.Fill((ulong)tensor.Data, 0, spec.Bytes);
+        return tensor;
+    }
+
     public override nint Reserve(long bytes)
     {
         if (_open is not null) return _open.Reserve(bytes);
@@ -208,10 +219,11 @@ public sealed unsafe class CudaDevice : Device
         ReadOnlySpan<Tensor> gradients, double maxNorm, in Tensor into, in Tensor losses) =>
         CudaGradientNorm.Run(this, gradients, maxNorm, into, losses);
 
-    public override void Update(in AdamW step, in AdamWRange range, in Tensor norm)
+    public override void Update(in UpdateStep step, in UpdateRange range, in Tensor norm)
     {
-        range.Check(DType.F32);
-        CudaAdamW.Run(this, step, range, norm);
+        range.Check(DType.F32, step.Rule);
+        if (step.Rule == UpdateRule.Adafactor) CudaAdafactor.Run(this, step, range, norm);
+        else CudaUpdate.Run(this, step, range, norm);
     }
 
     public override void Fill(in Tensor tensor, double value)

@@ -42,6 +42,9 @@ internal static partial class KernelConstants
     /// <summary>Largest head dimension of the kernels.</summary>
     public const int AttentionMostCols = 256;
 
+    /// <summary>Elements of 8-bit moments that share a scale: those of a warp.</summary>
+    public const int UpdateBlock = Updates.DynamicMap.Block;
+
     /// <summary>Inputs of a causal convolution, and tokens of a block of its kernels.</summary>
     public const int ConvTaps = 4, ConvTokens = 32;
 

@@ -46,9 +46,24 @@ internal static unsafe partial class DriverEntryPoints
     [UnmanagedCallersOnly]
     private static int MemHostAlloc(void** pointer, nuint bytes, uint flags)
     {
-        *pointer = NativeMemory.AlignedAlloc(bytes, 4096);
-        lock (Gpu.Gate) Gpu.Pinned.Add((nint)(*pointer));
-        return Results.Success;
+        const uint DeviceMap = 2;
+        var gpu = Gpu;
+        lock (gpu.Gate)
+        {
+            if (flags == DeviceMap)
+            {
+                // Only kernels and copies use it, under an address that the host cannot follow.
+                var allocation =
+                    gpu.Memory.Allocate((long)bytes, $"{bytes} bytes of the host's memory");
+                if (allocation == null) return Results.OutOfMemory;
+                *pointer = (void*)allocation.Start;
+                return Results.Success;
+            }
+
+            *pointer = NativeMemory.AlignedAlloc(bytes, 4096);
+            gpu.Pinned.Add((nint)(*pointer));
+            return Results.Success;
+        }
     }
 
     [UnmanagedCallersOnly]
@@ -57,9 +72,9 @@ internal static unsafe partial class DriverEntryPoints
         var gpu = Gpu;
         lock (gpu.Gate)
         {
-            if (!gpu.Pinned.Remove((nint)pointer)) return Results.InvalidValue;
             int result = Drain(gpu);
-            NativeMemory.AlignedFree(pointer);
+            if (gpu.Pinned.Remove((nint)pointer)) NativeMemory.AlignedFree(pointer);
+            else if (!gpu.Memory.Free((ulong)pointer)) return Results.InvalidValue;
             return result;
         }
     }
