@@ -14,6 +14,7 @@
 //                                             gate, causal convolution
 //                                         15  gated delta rule
 //                                         16  magnitudes of weight-decomposed adapters
+//                                         17  mixture of experts
 //
 // Conventions. `real` is the storage type; arithmetic, sums and saved statistics are float.
 // Matrices are row-major. A gradient is written, or added to what is there when `accumulate` is not
@@ -5374,4 +5375,458 @@ extern "C" __global__ void __launch_bounds__(256) dora_mask(real* y, const real*
             v[k] *= halves[(j + k) / 2] << (k % 2 ? 0 : 16) >= limit ? factor : 0.0f;
         store_run(y, v, begin + j, end, whole, accumulate);
     }
+}
+
+// ---- 17. mixture of experts ---------------------------------------------------------------------
+
+// A term is a row and an expert of its choice, row * chosen + rank; experts' terms have places side
+// by side, in the order of their rows. Experts are so many that most have few places, and how many,
+// the host does not know: blocks have tiles of a list, some of which are empty. E experts of I
+// inner columns, T terms, C columns of rows.
+
+// Whether an expert counts as larger than another: NaN as the largest, of equal ones the first.
+DEVICE bool is_before(float a, int expert, float b, int other)
+{
+    if ((a != a) != (b != b)) return a != a;
+    return a > b || (!(b > a) && expert < other);
+}
+
+// The chosen experts of each row from the largest logit on, and the softmax g of theirs. A warp has
+// a row, which it reads anew, from cache, for each. Reads R E S, writes 8 T.
+extern "C" __global__ void __launch_bounds__(256) route_experts(
+    int* expert_of, float* g, const real* logits, int rows, int experts, int chosen)
+{
+    int lane = threadIdx.x % WARP, r = blockIdx.x * 8 + threadIdx.x / WARP;
+    if (r >= rows) return;
+    const real* z = logits + (u64)r * experts;
+    int last = -1;
+    float largest = 0, value_of_last = 0, sum = 0;
+    for (int k = 0; k < chosen; k++)
+    {
+        int best = -1;
+        float value = 0;
+        for (int e = lane; e < experts; e += WARP)
+        {
+            float v = widen(z[e]);
+            if (k > 0 && !is_before(value_of_last, last, v, e)) continue;
+            if (best < 0 || is_before(v, e, value, best))
+            {
+                best = e;
+                value = v;
+            }
+        }
+#pragma unroll
+        for (int step = WARP / 2; step > 0; step /= 2)
+        {
+            float v = __shfl_xor_sync(ALL_LANES, value, step);
+            int e = __shfl_xor_sync(ALL_LANES, best, step);
+            if (e >= 0 && (best < 0 || is_before(v, e, value, best)))
+            {
+                best = e;
+                value = v;
+            }
+        }
+        if (k == 0) largest = value;
+        float p = approximate_exp(value - largest);
+        sum += p;
+        if (lane == 0)
+        {
+            expert_of[r * chosen + k] = best;
+            g[r * chosen + k] = p;
+        }
+        last = best;
+        value_of_last = value;
+    }
+    if (lane > 0) return;
+    for (int k = 0; k < chosen; k++) g[r * chosen + k] /= sum;
+}
+
+// A stable counting sort of the terms by expert: where each expert's places begin, the term at each
+// place, and the place of each term. A block has an expert and counts what it needs: E times T
+// comparisons, next to nothing beside the products. Reads 8 T E from cache, writes 8 T.
+extern "C" __global__ void __launch_bounds__(256) sort_by_expert(int* begins, int* term_at,
+    int* place_of, const int* expert_of, int experts, int terms)
+{
+    __shared__ int counts[8];
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, own = blockIdx.x, place = 0;
+    for (int i = threadIdx.x; i < terms; i += 256) place += expert_of[i] < own;
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2)
+        place += __shfl_xor_sync(ALL_LANES, place, step);
+    if (lane == 0) counts[warp] = place;
+    __syncthreads();
+    place = 0;
+    for (int w = 0; w < 8; w++) place += counts[w];
+    if (threadIdx.x == 0) begins[own] = place;
+    if (threadIdx.x == 0 && own == experts - 1) begins[experts] = terms;
+    for (int first = 0; first < terms; first += 256)
+    {
+        int term = first + threadIdx.x;
+        bool mine = term < terms && expert_of[term] == own;
+        u32 lanes = __ballot_sync(ALL_LANES, mine);
+        __syncthreads(); // the counts before are read
+        if (lane == 0) counts[warp] = __popc(lanes);
+        __syncthreads();
+        int at = place + __popc(lanes & ((1u << lane) - 1));
+        for (int w = 0; w < 8; w++)
+        {
+            if (w < warp) at += counts[w];
+            place += counts[w];
+        }
+        if (!mine) continue;
+        term_at[at] = term;
+        place_of[term] = at;
+    }
+}
+
+// The tiles of places: expert and first place of each, experts of -1 behind the last. A thread has
+// an expert and counts the tiles of all.
+extern "C" __global__ void __launch_bounds__(256) expert_tiles(
+    int* tiles, const int* begins, int experts, int most)
+{
+    int own = blockIdx.x * blockDim.x + threadIdx.x, at = 0, all = 0, mine = 0;
+    for (int e = 0; e < experts; e++)
+    {
+        int count = (begins[e + 1] - begins[e] + EXPERT_TILE_ROWS - 1) / EXPERT_TILE_ROWS;
+        if (e < own) at += count;
+        if (e == own) mine = count;
+        all += count;
+    }
+    for (int i = 0; i < mine; i++)
+    {
+        tiles[2 * (at + i)] = own;
+        tiles[2 * (at + i) + 1] = begins[own] + i * EXPERT_TILE_ROWS;
+    }
+    for (int i = all + own; i < most; i += gridDim.x * blockDim.x) tiles[2 * i] = -1;
+}
+
+// The rows that a thread copies of a tile of places (copy_lora_tile's shares): the places
+// themselves, or the rows of their terms; -1 behind the end.
+template <int ROWS, int COLS> struct ExpertRows
+{
+    static constexpr int CHUNKS = COLS / VECTOR, STEP = LORA_THREADS / CHUNKS;
+    static_assert(ROWS % STEP == 0, "threads take equal shares");
+    int row[ROWS / STEP];
+
+    __device__ __forceinline__ ExpertRows(const int* terms, int chosen, int first, int end)
+    {
+#pragma unroll
+        for (int i = 0; i < ROWS / STEP; i++)
+        {
+            int place = first + threadIdx.x / CHUNKS + i * STEP;
+            row[i] = place >= end ? -1 : terms != nullptr ? terms[place] / chosen : place;
+        }
+    }
+
+    // Starts the copy of their columns from col on, zeros behind cols.
+    __device__ __forceinline__ void copy(
+        u32 tile, const real* from, int col, int cols, bool wide) const
+    {
+        int own = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+        col += chunk * VECTOR;
+#pragma unroll
+        for (int i = 0; i < ROWS / STEP; i++)
+        {
+            bool valid = row[i] >= 0 && col < cols;
+            const real* at = from + (valid ? (u64)row[i] * cols + col : 0);
+            u32 to = tile_address<CHUNKS>(tile, own + i * STEP, chunk);
+            if (wide)
+            {
+                copy_async_16(to, at, valid);
+                continue;
+            }
+            float x[VECTOR];
+#pragma unroll
+            for (int j = 0; j < VECTOR; j++) x[j] = valid && col + j < cols ? widen(at[j]) : 0.0f;
+            store_vector(in_shared<real>(to), x);
+        }
+    }
+};
+
+// A tile of y[place, c] = sum over k of x[row, k] w[c, k], or, BACK, w[k, c] of the tile's expert. A
+// warp has 32 places and 64 columns. Products and copies are those of section 8, floats as slow as
+// there: such models are trained in 16 bits.
+template <bool BACK>
+DEVICE void expert_tile(real* y, const real* x, const real* w, const int* tiles, const int* begins,
+    const int* terms, int chosen, int count, int depth, int cols, int parts)
+{
+    constexpr int ROWS = EXPERT_TILE_ROWS, COLS = EXPERT_TILE_COLS, DEPTH = 64;
+    static_assert(ROWS == LORA_RANKS && COLS == 2 * 64, "what four warps and a stage have");
+    using Stage = LoraStage<COLS, DEPTH>;
+    int expert = tiles[2 * blockIdx.y];
+    if (expert < 0) return;
+    int first = tiles[2 * blockIdx.y + 1], end = begins[expert + 1];
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, q = lane % 4;
+    int first_col = blockIdx.x * COLS, own_row = warp / 2 * 32, own_col = warp % 2 * 64;
+    // Forward the parts have blocks of their own, backward they are summed.
+    int chunks = (depth + DEPTH - 1) / DEPTH, steps = BACK ? parts * chunks : chunks;
+    w += ((u64)expert * parts + (BACK ? 0 : blockIdx.z)) * depth * cols;
+    if (!BACK) y += (u64)blockIdx.z * count * cols;
+    bool wide = aligned16(x, depth, sizeof(real));
+    bool wide_w = aligned16(w, BACK ? cols : depth, sizeof(real));
+    ExpertRows<ROWS, DEPTH> own(terms, chosen, first, end);
+    float d[2][8][4] = {};
+    in_stages(
+        steps,
+        [&](int step) INLINED
+        {
+            Stage to(step);
+            int part = step / chunks, k = step % chunks * DEPTH;
+            if constexpr (BACK)
+                copy_lora_tile<DEPTH, COLS>(to.first,
+                    w + ((u64)part * depth + k) * cols + first_col, cols, depth - k,
+                    cols - first_col, wide_w);
+            else
+                copy_lora_tile<COLS, DEPTH>(to.first, w + (u64)first_col * depth + k, depth,
+                    cols - first_col, depth - k, wide_w);
+            own.copy(to.second, x + (u64)part * count * depth, k, depth, wide);
+        },
+        [&](int step) INLINED
+        {
+            Stage from(step);
+#pragma unroll
+            for (int k = 0; k < DEPTH; k += 16)
+            {
+                real2 left[2][4];
+#pragma unroll
+                for (int m = 0; m < 2; m++)
+                    load_block<DEPTH, true, false>(left[m], from.second, own_row + m * 16, k);
+#pragma unroll
+                for (int n = 0; n < 8; n += 2)
+                {
+                    real2 right[4];
+                    if constexpr (BACK)
+                        load_block<COLS, true, true>(right, from.first, k, own_col + n * 8);
+                    else load_block<DEPTH, false, false>(right, from.first, own_col + n * 8, k);
+#pragma unroll
+                    for (int m = 0; m < 2; m++)
+                    {
+                        multiply_add_16x8x16(d[m][n], left[m], right);
+                        multiply_add_16x8x16(d[m][n + 1], left[m], right + 2);
+                    }
+                }
+            }
+        });
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+    {
+        int place = first + own_row + i * 8 + g, c = first_col + own_col + 2 * q;
+        if (place >= end) break;
+        put_sums<8>(
+            y, (u64)place * cols + c, d[i / 2], i % 2, 1, cols - c, cols % 2 == 0, false);
+    }
+}
+
+// y[z, place, c] = sum over k of x[row, k] w[expert, z, c, k]; row is that of the place's term, or
+// the place where there are no terms. Reads the w of each expert that has places once, of x what
+// its rows are, from cache more than once; writes T C S for each z. 2 T C depth FLOP.
+extern "C" __global__ void __launch_bounds__(LORA_THREADS, LORA_BLOCKS) expert_product(
+    real* y, const real* x, const real* w, const int* tiles, const int* begins, const int* terms,
+    int chosen, int count, int depth, int cols, int parts)
+{
+    expert_tile<false>(y, x, w, tiles, begins, terms, chosen, count, depth, cols, parts);
+}
+
+// y[place, c] = sum over parts and k of x[part, row, k] w[expert, part, k, c]. Moves as much.
+extern "C" __global__ void __launch_bounds__(LORA_THREADS, LORA_BLOCKS) expert_product_back(
+    real* y, const real* x, const real* w, const int* tiles, const int* begins, const int* terms,
+    int chosen, int count, int depth, int cols, int parts)
+{
+    expert_tile<true>(y, x, w, tiles, begins, terms, chosen, count, depth, cols, parts);
+}
+
+// dw[expert, part, m, c] = sum of dy[part, row, m] x[row', c] over the expert's places in order, or
+// adds it; zeros where it has none. A block has 64 m and 128 columns, a warp 32 of them. Writes
+// 4 bytes an element; 2 FLOP for each and place.
+extern "C" __global__ void __launch_bounds__(LORA_THREADS, LORA_BLOCKS) expert_gradient(
+    float* dw, const real* dy, const real* x, const int* begins, const int* dy_terms,
+    const int* x_terms, int chosen, int count, int rows, int cols, int parts, int accumulate)
+{
+    constexpr int M = EXPERT_TILE_ROWS, COLS = EXPERT_TILE_COLS, PLACES = 64;
+    static_assert(M == LORA_RANKS && COLS == 4 * 32, "what four warps and a stage have");
+    using Stage = LoraStage<COLS, PLACES>;
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, q = lane % 4;
+    int expert = blockIdx.z, begin = begins[expert], end = begins[expert + 1];
+    int tiles = (rows + M - 1) / M, part = blockIdx.y / tiles;
+    int first_row = blockIdx.y % tiles * M, first_col = blockIdx.x * COLS;
+    if (begin == end && accumulate) return;
+    dy += (u64)part * count * rows;
+    dw += ((u64)expert * parts + part) * rows * cols;
+    bool wide_x = aligned16(x, cols, sizeof(real)), wide_dy = aligned16(dy, rows, sizeof(real));
+    float d[M / 16][4][4] = {};
+    in_stages(
+        (end - begin + PLACES - 1) / PLACES,
+        [&](int step) INLINED
+        {
+            Stage to(step);
+            int first = begin + step * PLACES;
+            ExpertRows<PLACES, COLS>(x_terms, chosen, first, end)
+                .copy(to.first, x, first_col, cols, wide_x);
+            ExpertRows<PLACES, M>(dy_terms, chosen, first, end)
+                .copy(to.second, dy, first_row, rows, wide_dy);
+        },
+        [&](int step) INLINED
+        {
+            Stage from(step);
+#pragma unroll
+            for (int k = 0; k < PLACES; k += 16)
+            {
+                real2 left[M / 16][4];
+#pragma unroll
+                for (int m = 0; m < M / 16; m++)
+                    load_block<M, false, true>(left[m], from.second, k, m * 16);
+#pragma unroll
+                for (int n = 0; n < 4; n += 2)
+                {
+                    real2 right[4];
+                    load_block<COLS, true, true>(right, from.first, k, warp * 32 + n * 8);
+#pragma unroll
+                    for (int m = 0; m < M / 16; m++)
+                    {
+                        multiply_add_16x8x16(d[m][n], left[m], right);
+                        multiply_add_16x8x16(d[m][n + 1], left[m], right + 2);
+                    }
+                }
+            }
+        });
+    bool pairs = cols % 2 == 0 && ((u64)dw & 7) == 0;
+#pragma unroll
+    for (int i = 0; i < M / 8; i++)
+    {
+        int r = first_row + i * 8 + g, c = first_col + warp * 32 + 2 * q;
+        if (r >= rows) break;
+        put_sums<4>(dw, (u64)r * cols + c, d[i / 2], i % 2, 1, cols - c, pairs, accumulate);
+    }
+}
+
+// y[r] = sum of g x[place] over the terms of a row in the order of its choice, or adds it; without g
+// the plain sum. A block has a row. Moves T C S and R C S.
+extern "C" __global__ void __launch_bounds__(256) combine_experts(real* y, const real* x,
+    const float* g, const int* place_of, int chosen, int cols, int accumulate)
+{
+    int first = blockIdx.x * chosen;
+    bool wide = aligned16(x, cols, sizeof(real)) && aligned16(y, cols, sizeof(real));
+    int step = wide ? VECTOR : 1;
+    for (int c = threadIdx.x * step; c < cols; c += blockDim.x * step)
+    {
+        float sum[VECTOR] = {}, v[VECTOR];
+        for (int term = first; term < first + chosen; term++)
+        {
+            float weight = g != nullptr ? g[term] : 1;
+            load_run(v, x + (u64)place_of[term] * cols, c, c + step, wide);
+#pragma unroll
+            for (int i = 0; i < VECTOR; i++) sum[i] += weight * v[i];
+        }
+        store_run(y + (u64)blockIdx.x * cols, sum, c, c + step, wide, accumulate);
+    }
+}
+
+// Of a place's term with weight g, a = silu(gate) up and z the gradient of a before the weight:
+// dg = a z, and times g the gradients of gate and up, and a for w1's gradient where it is wanted. A
+// block has a place. Moves 6 T I S.
+extern "C" __global__ void __launch_bounds__(256) experts_backward(real* dhidden, real* weighed,
+    float* dg, const real* z, const real* hidden, const float* g, const int* term_at, int count,
+    int cols)
+{
+    __shared__ float shared[8];
+    int place = blockIdx.x, term = term_at[place];
+    u64 own = (u64)place * cols, up = (u64)(count + place) * cols;
+    float weight = g[term], sum = 0;
+    bool wide = aligned16(dhidden, cols, sizeof(real)) && aligned16(weighed, cols, sizeof(real))
+        && aligned16(z, cols, sizeof(real)) && aligned16(hidden, cols, sizeof(real));
+    int step = wide ? VECTOR : 1;
+    for (int c = threadIdx.x * step; c < cols; c += blockDim.x * step)
+    {
+        float p[VECTOR], u[VECTOR], v[VECTOR], a[VECTOR];
+        load_run(p, hidden + own, c, c + step, wide);
+        load_run(u, hidden + up, c, c + step, wide);
+        load_run(v, z + own, c, c + step, wide);
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++)
+        {
+            float s = sigmoid(p[i]), silu = p[i] * s, da = weight * v[i];
+            a[i] = silu * u[i];
+            sum += a[i] * v[i];
+            p[i] = da * u[i] * (s + silu * (1 - s));
+            u[i] = da * silu;
+            a[i] *= weight;
+        }
+        store_run(dhidden + own, p, c, c + step, wide, 0);
+        store_run(dhidden + up, u, c, c + step, wide, 0);
+        if (weighed != nullptr) store_run(weighed + own, a, c, c + step, wide, 0);
+    }
+    sum = block_sum(sum, shared);
+    if (threadIdx.x == 0) dg[term] = sum;
+}
+
+// dlogits = g (dg - sum of g dg) of a row's chosen experts, 0 of all others, or adds it. A warp has
+// a row. Writes R E S.
+extern "C" __global__ void __launch_bounds__(256) route_experts_backward(real* dlogits,
+    const float* dg, const float* g, const int* expert_of, int rows, int experts, int chosen,
+    int accumulate)
+{
+    int r = blockIdx.x * 8 + threadIdx.x / WARP, first = r * chosen;
+    if (r >= rows) return;
+    float mean = 0;
+    for (int i = first; i < first + chosen; i++) mean += g[i] * dg[i];
+    for (int e = threadIdx.x % WARP; e < experts; e += WARP)
+    {
+        real* to = dlogits + (u64)r * experts + e;
+        float v = accumulate ? widen(*to) : 0;
+        for (int i = first; i < first + chosen; i++)
+            if (expert_of[i] == e) v += g[i] * (dg[i] - mean);
+        *to = narrow(v);
+    }
+}
+
+// y = x + up sigmoid(gate) with a gate for each row, which is a block's. Moves 3 R C S.
+extern "C" __global__ void __launch_bounds__(256) gated_add(
+    real* y, const real* x, const real* up, const real* gate, int cols)
+{
+    u64 row = (u64)blockIdx.x * cols;
+    float open = open_gate(widen(gate[blockIdx.x]));
+    bool wide = aligned16(x, cols, sizeof(real)) && aligned16(up, cols, sizeof(real))
+        && aligned16(y, cols, sizeof(real));
+    int step = wide ? VECTOR : 1;
+    for (int c = threadIdx.x * step; c < cols; c += blockDim.x * step)
+    {
+        float v[VECTOR], u[VECTOR];
+        load_run(v, x + row, c, c + step, wide);
+        load_run(u, up + row, c, c + step, wide);
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++) v[i] += open * u[i];
+        store_run(y + row, v, c, c + step, wide, 0);
+    }
+}
+
+// dup = s dy and dgate = s (1 - s) (dy . up), or adds them; either may be absent. Moves 3 R C S.
+extern "C" __global__ void __launch_bounds__(256) gated_add_backward(real* dup, real* dgate,
+    const real* dy, const real* up, const real* gate, int cols, int accumulate_up,
+    int accumulate_gate)
+{
+    __shared__ float shared[8];
+    u64 row = (u64)blockIdx.x * cols;
+    float s = sigmoid(widen(gate[blockIdx.x])), sum = 0;
+    bool wide = aligned16(dup, cols, sizeof(real)) && aligned16(up, cols, sizeof(real))
+        && aligned16(dy, cols, sizeof(real));
+    int step = wide ? VECTOR : 1;
+    for (int c = threadIdx.x * step; c < cols; c += blockDim.x * step)
+    {
+        float v[VECTOR], u[VECTOR];
+        load_run(v, dy + row, c, c + step, wide);
+        if (dgate != nullptr)
+        {
+            load_run(u, up + row, c, c + step, wide);
+#pragma unroll
+            for (int i = 0; i < VECTOR; i++) sum += v[i] * u[i];
+        }
+        if (dup == nullptr) continue;
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++) v[i] *= s;
+        store_run(dup + row, v, c, c + step, wide, accumulate_up);
+    }
+    if (dgate == nullptr) return;
+    sum = s * (1 - s) * block_sum(sum, shared);
+    if (threadIdx.x > 0) return;
+    dgate[blockIdx.x] = narrow(accumulate_gate ? widen(dgate[blockIdx.x]) + sum : sum);
 }

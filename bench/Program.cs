@@ -24,12 +24,14 @@ switch (args)
         return PictureBench.Run(rest);
     case ["real", .. var rest]:
         return RealBench.Run(rest);
+    case ["rows", .. var rest]:
+        return RowBench.Run(rest);
     case ["step", .. var rest]:
         StepBench.Run(rest);
         return 0;
     default:
         Console.Error.WriteLine(
             "bench: expected a benchmark: attention, gemm, generate MODEL, kernels, ops, pictures, "
-            + "real, step, tokenizer");
+            + "real, rows, step, tokenizer");
         return 2;
 }

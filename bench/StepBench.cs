@@ -88,7 +88,7 @@ internal static class StepBench
                     new ModelWeights(_graph, checkpoint, _trainables, adapters, DType.F32);
                 var scope = new ModuleScope(new ParameterTable.Builder(), weights);
                 _decoder = new Decoder(decoder, scope.In("llm"), Recomputation.None);
-                adapters.Initialise(_trainables, 1, new("true"), _ => []);
+                adapters.Initialise(_trainables, 1, new("true"), null, _ => []);
             }
             finally
             {

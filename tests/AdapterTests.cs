@@ -113,7 +113,6 @@ public sealed class AdapterTests
     [TestCase("use_qalora", "true")]
     [TestCase("use_bdlora", "{\"nblocks\": 2}")]
     [TestCase("ensure_weight_tying", "true")]
-    [TestCase("layer_replication", "[[0, 1]]")]
     [TestCase("loftq_config", """{"loftq_bits": 4}""")]
     [TestCase("eva_config", """{"rho": 2.0}""")]
     [TestCase("corda_config", """{"x": 1}""")]

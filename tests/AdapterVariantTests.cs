@@ -82,20 +82,7 @@ public sealed class AdapterVariantTests
         using (var initial = SafetensorsFile.Open(s_initial))
             foreach (StoredTensor a in initial.Tensors)
                 model.ParameterRanges.Write(V26.Name(a.Name), a.ToFloats());
-        Schedule schedule = Schedule.Of(arguments, 10);
-        var trainer = new Trainer(arguments, model);
-        double worst = 0;
-        foreach (var step in expected.GetProperty("steps").EnumerateArray())
-        {
-            int at = step.GetProperty("step").GetInt32() - 1;
-            Batch batch = V26.Batch(arguments, step.GetProperty("row").GetString()!);
-            StepResult result = trainer.Step(at, [batch], schedule.At(at));
-            worst = Math.Max(worst, Error(result.Loss, step.GetProperty("loss")));
-            worst = Math.Max(worst, Error(result.GradientNorm, step.GetProperty("grad_norm")));
-        }
-
-        TestContext.Out.WriteLine($"worst loss or norm {worst:E2}");
-        Assert.That(worst, Is.LessThan(1e-4));
+        AssertSteps(model, arguments, expected);
         AssertFinal(model, expected);
         AssertTheSavedAdapterIsTheSame(model, arguments, expected.GetProperty("case_a_after"));
     }
@@ -295,6 +282,26 @@ public sealed class AdapterVariantTests
         }
     }
 
+    /// <summary>Losses and norms of the reference's steps.</summary>
+    internal static void AssertSteps(
+        TunedModel model, TrainArguments arguments, JsonElement expected)
+    {
+        Schedule schedule = Schedule.Of(arguments, 10);
+        var trainer = new Trainer(arguments, model);
+        double worst = 0;
+        foreach (var step in expected.GetProperty("steps").EnumerateArray())
+        {
+            int at = step.GetProperty("step").GetInt32() - 1;
+            Batch batch = V26.Batch(arguments, step.GetProperty("row").GetString()!);
+            StepResult result = trainer.Step(at, [batch], schedule.At(at));
+            worst = Math.Max(worst, Error(result.Loss, step.GetProperty("loss")));
+            worst = Math.Max(worst, Error(result.GradientNorm, step.GetProperty("grad_norm")));
+        }
+
+        TestContext.Out.WriteLine($"worst loss or norm {worst:E2}");
+        Assert.That(worst, Is.LessThan(1e-4));
+    }
+
     private static void AssertFinal(TunedModel model, JsonElement expected)
     {
         double worst = 0;
@@ -326,7 +333,7 @@ public sealed class AdapterVariantTests
         V26.AssertClose("logits", trace.Floats["logits"], after.GetProperty("logits"), 1e-4);
     }
 
-    private static TrainArguments TenSteps(string name)
+    internal static TrainArguments TenSteps(string name)
     {
         TrainArguments plain = V26.Lora with
         {

@@ -15,13 +15,14 @@ namespace MiniCpmNative.Tests;
 public sealed class CudaModeTests(string mode)
 {
     private const int OrderSize = 65;
+    private const string FirstOrder = "seed 1";
 
     // Of the first mode with a seed that ran, for the others.
     private static readonly Dictionary<(string Case, DType), double[][]> s_results = [];
 
     private CudaUnderTest? _cuda;
 
-    private static string[] Modes => ["clang", "seed 1", "seed 2", "seed 3", "harsh"];
+    private static string[] Modes => ["clang", FirstOrder, "seed 2", "seed 3", "harsh"];
 
     private static IEnumerable<TestCaseData> Cases => CudaOpTests.Cases;
 
@@ -48,11 +49,14 @@ public sealed class CudaModeTests(string mode)
     {
         var (c, storage) = ((OpCase)value, (DType)type);
         var device = CudaOpTests.Prepare(_cuda!.Device(storage), c);
+        bool isOrder = mode.StartsWith("seed", StringComparison.Ordinal);
+        if (isOrder) SameBitsInEveryOrder(device, c);
+        // One order's results are compared with what is right, the others' with that order's.
+        if (isOrder && mode != FirstOrder) return;
         if (OpReferences.Has(c)) CudaOpTests.CompareReference(device, c, storage);
         foreach (int n in c.Sizes)
             CudaOpTests.Compare(
                 device, c, storage, c.Op, c.Inputs(n), null, $"{c.Name} n={n}, {mode}");
-        if (mode.StartsWith("seed", StringComparison.Ordinal)) SameBitsInEveryOrder(device, c);
     }
 
     // Warps and blocks come in another order with every seed; results may not depend on it.

@@ -232,6 +232,7 @@ public sealed class CudaOpTests
         DoraLinear dora when type != DType.F32 => new RoundedDora(dora, type),
         Linears linears when type != DType.F32 => new RoundedLinears(linears, type),
         DeltaRule rule when type != DType.F32 => new RoundedDeltaRule(rule, type),
+        Experts experts when type != DType.F32 => new RoundedExperts(experts, type),
         _ => op,
     };
 

@@ -23,9 +23,11 @@ internal sealed class CudaUnderTest : IDisposable
     /// <param name="compiler">Which one turns the kernels into PTX.</param>
     /// <param name="source">Kernels in place of kernels.cu; null takes that.</param>
     /// <param name="hopperSource">The same for kernels_sm90a.cu, by clang.</param>
+    /// <param name="keep">Keeps a source's own compiled kernels too: more than one test has
+    /// it.</param>
     public CudaUnderTest(EmulatorOptions? options = null,
         DeviceCompiler compiler = DeviceCompiler.Nvrtc, string? source = null,
-        string? hopperSource = null)
+        string? hopperSource = null, bool keep = false)
     {
         (_kind, _source, _hopperSource) = (compiler, source ?? CudaKernels.Source, hopperSource);
         CudaApi api;
@@ -41,13 +43,13 @@ internal sealed class CudaUnderTest : IDisposable
 
         Context = new(api);
         // What clang makes depends on a prelude too, which the key of a kept module does not know.
-        _compiler = new(api.Nvrtc, compiler == DeviceCompiler.Clang || source is not null
-            ? null
-            : Cache);
+        _compiler = new(api.Nvrtc, compiler == DeviceCompiler.Clang
+            || (source is not null && !keep) ? null : Cache);
     }
 
     /// <summary>Where compiled kernels are kept between runs.</summary>
-    public static string Cache { get; } = Path.Combine(Path.GetTempPath(), "cpmx-test-kernels");
+    public static string Cache { get; } = Path.Combine(
+        Path.GetTempPath(), $"cpmx-test-kernels-{Environment.UserName}");
 
     public static bool IsReal => Environment.GetEnvironmentVariable("CPMX_TEST_GPU") == "1";
 

@@ -119,6 +119,117 @@ public sealed class FormulaTests
             .With.Message.EqualTo($"weighted_gather: {message}"));
     }
 
+    // Every expert of every row, the ones that were not chosen times zero. The first is the choice
+    // of all rows, the last of none; of equal logits the first wins.
+    [TestCase(1, 1)]
+    [TestCase(5, 2)]
+    [TestCase(5, 4)]
+    public void ExpertsAreTheirWeightedSum(int rows, int chosen)
+    {
+        const int Width = 4, Count = 5, Inner = 3;
+        double[] x = Fill.Normal(1, rows * Width), w = Fill.Normal(2, Count * 2 * Inner * Width);
+        double[] down = Fill.Normal(3, Count * Width * Inner), dy = Fill.Normal(4, rows * Width);
+        double[] z = [.. Fill.Normal(5, rows * Count).Select(
+            (v, i) => i % Count == 0 ? 9 : i % Count == Count - 1 ? -9 : v)];
+        if (rows > 1 && chosen == 2) z[Count + 2] = z[Count + 1] = 5;
+        double[] y = new double[x.Length], dx = new double[x.Length], dz = new double[z.Length],
+            dw = new double[w.Length], dDown = new double[down.Length];
+        for (int r = 0; r < rows; r++)
+        {
+            int[] best = [.. Enumerable.Range(0, Count)
+                .OrderByDescending(e => z[(r * Count) + e]).Take(chosen)];
+            double all = best.Sum(e => Math.Exp(z[(r * Count) + e]));
+            var dg = new double[Count];
+            foreach (int e in best)
+            {
+                double g = Math.Exp(z[(r * Count) + e]) / all;
+                for (int i = 0; i < Inner; i++)
+                {
+                    int gate = ((2 * e * Inner) + i) * Width, up = gate + (Inner * Width);
+                    double p = 0, q = 0, da = 0;
+                    for (int c = 0; c < Width; c++)
+                    {
+                        p += w[gate + c] * x[(r * Width) + c];
+                        q += w[up + c] * x[(r * Width) + c];
+                    }
+
+                    double s = 1 / (1 + Math.Exp(-p)), a = p * s * q;
+                    for (int c = 0; c < Width; c++)
+                    {
+                        int at = (((e * Width) + c) * Inner) + i;
+                        y[(r * Width) + c] += g * down[at] * a;
+                        dDown[at] += g * dy[(r * Width) + c] * a;
+                        da += down[at] * dy[(r * Width) + c];
+                    }
+
+                    dg[e] += da * a;
+                    double dp = g * da * q * (s + (p * s * (1 - s))), dq = g * da * p * s;
+                    for (int c = 0; c < Width; c++)
+                    {
+                        dx[(r * Width) + c] += (dp * w[gate + c]) + (dq * w[up + c]);
+                        dw[gate + c] += dp * x[(r * Width) + c];
+                        dw[up + c] += dq * x[(r * Width) + c];
+                    }
+                }
+            }
+
+            double Weight(int e) => Math.Exp(z[(r * Count) + e]) / all;
+            foreach (int e in best)
+                dz[(r * Count) + e] = Weight(e) * (dg[e] - best.Sum(other => Weight(other) * dg[other]));
+        }
+
+        Equals(new Experts(chosen),
+        [
+            Value.Float("x", [rows, Width], x), Value.Float("logits", [rows, Count], z),
+            Value.Float("w", [Count * 2 * Inner, Width], w),
+            Value.Float("w1", [Count * Width, Inner], down),
+        ], dy, y, dx, dz, dw, dDown);
+    }
+
+    [Test]
+    public void ARowWithALogitThatIsNoNumberIsNone()
+    {
+        double[] z = Fill.Normal(5, 3 * 4);
+        z[(1 * 4) + 3] = double.NaN;
+        using var device = new CpuDevice(1, 1L << 24);
+        using var run = new OpRun(device, new Experts(2),
+        [
+            Value.Float("x", [3, 2], Fill.Normal(1, 6)), Value.Float("logits", [3, 4], z),
+            Value.Float("w", [4 * 2 * 3, 2], Fill.Normal(2, 48)),
+            Value.Float("w1", [4 * 2, 3], Fill.Normal(3, 24)),
+        ]);
+        run.Forward();
+        Assert.That(run.Output.Select(double.IsNaN),
+            Is.EqualTo((bool[])[false, false, true, true, false, false]));
+    }
+
+    [Test]
+    public void FewerExpertsThanAreChosenAreRefused() => Assert.That(
+        () => new Experts(3).Infer(
+            [
+                new Spec(DType.F32, new Shape(5, 4)), new Spec(DType.F32, new Shape(5, 2)),
+                new Spec(DType.F32, new Shape(12, 4)), new Spec(DType.F32, new Shape(8, 3)),
+            ], DType.F32),
+        Throws.TypeOf<ShapeException>().With.Message.EqualTo(
+            "experts: logits must be columns for at least 3 experts, got F32[5, 2]"));
+
+    [Test]
+    public void GatedAddIsItsFormula()
+    {
+        const int Rows = 3, Cols = 5;
+        double[] x = Fill.Normal(1, Rows * Cols), up = Fill.Normal(2, Rows * Cols);
+        double[] gate = Fill.Normal(3, Rows), dy = Fill.Normal(4, Rows * Cols);
+        double S(int r) => 1 / (1 + Math.Exp(-gate[r]));
+        Equals(new GatedAdd(),
+        [
+            Value.Float("x", [Rows, Cols], x), Value.Float("up", [Rows, Cols], up),
+            Value.Float("gate", [Rows, 1], gate),
+        ], dy, [.. x.Select((v, i) => v + (up[i] * S(i / Cols)))], dy,
+            [.. dy.Select((v, i) => v * S(i / Cols))],
+            [.. gate.Select((_, r) => S(r) * (1 - S(r)) * Enumerable.Range(r * Cols, Cols)
+                .Sum(i => dy[i] * up[i]))]);
+    }
+
     private static void Equals(
         Op op, Value[] inputs, double[] dy, double[] output, params double[][] gradients)
     {
@@ -127,8 +238,11 @@ public sealed class FormulaTests
         run.Forward();
         run.Want(_ => true);
         run.Backward(dy);
-        OpTests.AreClose(run.Output, output, 1e-14, "output");
+        Close(run.Output, output, "output");
         for (int i = 0; i < gradients.Length; i++)
-            OpTests.AreClose(run.Gradient(i), gradients[i], 1e-14, inputs[i].Name);
+            Close(run.Gradient(i), gradients[i], inputs[i].Name);
+
+        static void Close(double[] got, double[] expected, string what) => OpTests.AreClose(
+            got, expected, 1e-14 * expected.Append(1).Max(Math.Abs), what);
     }
 }

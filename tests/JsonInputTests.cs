@@ -57,6 +57,16 @@ public sealed class JsonInputTests
         Refused(() => root["s"].Bool(), "f.json: key \"s\" is \"xyz\", expected true or false");
     }
 
+    [TestCase("{\"a\": None}", "Python's None, True and False are null, true and false in JSON")]
+    [TestCase("[True]", "Python's None, True and False are null, true and false in JSON")]
+    [TestCase("{\"a\": NaN}", "NaN and Infinity are no JSON numbers")]
+    [TestCase("{'a': 1}", "texts stand between double quotes, not single ones")]
+    [TestCase("{\"a\": 1,}", "a comma stands in front of }")]
+    [TestCase("{\"a\": 1, // one\n}", "JSON has no comments")]
+    public void WhatOtherLanguagesHaveIsNamed(string json, string reason) =>
+        Assert.That(Assert.Throws<InputException>(() => Parse(json))!.Message,
+            Does.EndWith($"({reason})"));
+
     [TestCase("", "is empty, expected JSON")]
     [TestCase("{\n \"a\": }", "is not valid JSON at line 2, byte 7")]
     [TestCase("{\"a\": NaN}", "is not valid JSON at line 1, byte 7")]

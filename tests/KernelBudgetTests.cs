@@ -25,7 +25,8 @@ public sealed class KernelBudgetTests
         if (b.Kernel.StartsWith("delta_", StringComparison.Ordinal))
             return CudaDeltaRule.SharedBytes(b.Kernel, keyDim: 128, b.Storage.Size());
         if (b.Kernel == "attention_forward_any") return sizeof(float) * ((16 * 128) + (64 * 129));
-        if (s_adapters.Contains(b.Kernel)) return CudaLoraProducts.SharedBytes(b.Storage);
+        if (s_adapters.Contains(b.Kernel) || s_experts.Contains(b.Kernel))
+            return CudaLoraProducts.SharedBytes(b.Storage);
         if (!s_tensorCores.Contains(b.Kernel)) return 0;
         int headDim = int.Parse(b.Kernel[(b.Kernel.LastIndexOf('_') + 1)..]);
         bool small = KernelBuilds.SmallShared(b.Architecture);
@@ -37,12 +38,15 @@ public sealed class KernelBudgetTests
     private static readonly string[] s_adapters =
         ["lora_down", "lora_gradient_x", "lora_gradient_a"];
 
+    private static readonly string[] s_experts =
+        ["expert_product", "expert_product_back", "expert_gradient"];
+
     // Tensor-core kernels: tiles come by asynchronous copies and leave by ldmatrix.
     private static readonly string[] s_tensorCores =
     [
         .. s_headDims.Select(d => $"attention_forward_{d}"),
         .. s_headDims.Select(d => $"attention_backward_{d}"),
-        .. s_adapters,
+        .. s_adapters, .. s_experts,
     ];
 
     // Tensor-core kernels that load their operands straight into registers.
@@ -63,7 +67,8 @@ public sealed class KernelBudgetTests
         "columns_backward", "cache_append", "splice_forward", "splice_text_backward",
         "cross_entropy_rows", "cross_entropy_scatter",
         "gated_norm_forward", "gated_norm_backward", "sigmoid_gate", "sigmoid_gate_backward",
-        "conv_forward", "conv_backward",
+        "conv_forward", "conv_backward", "combine_experts", "experts_backward", "gated_add",
+        "gated_add_backward",
     ];
 
     // The same, but only what they read, or write, is long.
@@ -83,6 +88,7 @@ public sealed class KernelBudgetTests
         "attention_queries_backward", "adapted_norm", "attention_tiles", "dropout_mask",
         "gated_norm_weight_parts", "conv_state", "delta_unit_gradients",
         "order_by_id", "row_of_term", "splice_invert", "cross_entropy_check", "cross_entropy_sum",
+        "route_experts", "route_experts_backward", "sort_by_expert", "expert_tiles",
     ];
 
     private KernelBuild[] _builds = null!;

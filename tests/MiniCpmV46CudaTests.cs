@@ -10,25 +10,43 @@ using NUnit.Framework;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// MiniCPM-V 4.6's reference model on the GPU, on a row with a small picture and one without,
-/// against the CPU, which equals transformers: in F32 with the bars of the CPU. Rows are short, so
-/// what the first tokens read from a state may be small against what it is made of, and is
-/// normalised: in BF16 a tensor may be as far off as in <see cref="FamilyCudaTests"/>, or a few times
-/// as far as the CPU's own when every weight is moved by the unit of BF16's rounding, 2^-9.
+/// MiniCPM-V 4.6's reference model and its successors' on the GPU, on a row with a small picture and
+/// one without, against the CPU, which equals transformers: in F32 with the bars of the CPU. Rows are
+/// short, so what the first tokens read from a state may be small against what it is made of, and is
+/// normalised, which MiniCPM-OCR's reference has most of (its own F32 is up to 2e-4 off float64):
+/// there, and in BF16, a tensor may be as far off as in <see cref="FamilyCudaTests"/>, or a few times
+/// as far as the CPU's own when every weight is moved by the rounding of its type, 2^-9 or 2^-23.
 /// </summary>
 [TestFixture]
 public sealed class MiniCpmV46CudaTests
 {
-    [TestCase(false)]
-    [TestCase(true)]
-    public void WhatTheCpuComputesIsReached(bool bf16)
+    private string _folder = "";
+
+    [SetUp]
+    public void CreateFolder() => _folder = Directory.CreateTempSubdirectory("cpmx-test-").FullName;
+
+    [TearDown]
+    public void DeleteFolder() => Directory.Delete(_folder, recursive: true);
+
+    [TestCase("v46", false)]
+    [TestCase("v46", true)]
+    [TestCase("v47", false)]
+    [TestCase("ocr", false)]
+    public void WhatTheCpuComputesIsReached(string family, bool bf16)
     {
         using var gpu = new CudaSource();
-        using var cpu = TunedModel.Open(V46.Full);
+        TrainArguments arguments = family switch
+        {
+            "v46" => V46.Full,
+            "v47" => V46.Full with { ModelNameOrPath = CanvasPlacesTests.ModelAsV47(_folder) },
+            _ => NativeCase.Of(family).Full,
+        };
+        using var cpu = TunedModel.Open(arguments);
         using var model = TunedModel.Open(
-            V46.Full with { Bf16 = bf16, Device = DeviceChoice.Cuda }, gpu.Source);
+            arguments with { Bf16 = bf16, Device = DeviceChoice.Cuda }, gpu.Source);
         Trace expected = Trace.Run(cpu, Small(cpu.Loaded.Rows), gradients: true);
-        Trace? moved = bf16 ? Moved() : null;
+        Trace? moved = bf16 ? Moved(arguments, 1f / 512)
+            : family == "ocr" ? Moved(arguments, 1f / (1 << 23)) : null;
         Trace trace = Trace.Run(model, Small(model.Loaded.Rows), gradients: true);
         Assert.That(trace.Floats.Keys, Is.EquivalentTo(expected.Floats.Keys));
         var worst = (Name: "", Error: 0.0);
@@ -38,8 +56,7 @@ public sealed class MiniCpmV46CudaTests
             if (isGradient && V26.IsKeyBias(name["grad.".Length..])) continue;
             double[] wanted = [.. values.Select(v => (double)v)];
             float[] got = trace.Floats[name].Values;
-            double error = bf16 || isGradient
-                ? V26.NormError(got, wanted) : V26.LargestError(got, wanted);
+            double error = Error(got);
             double bar = (bf16, name == "loss", isGradient) switch
             {
                 (true, true, _) => 1.0 / 128,
@@ -49,22 +66,25 @@ public sealed class MiniCpmV46CudaTests
                 _ => 1e-5,
             };
             if (moved is not null)
-                bar = Math.Max(bar, 3 * V26.NormError(moved.Floats[name].Values, wanted));
+                bar = Math.Max(bar, 3 * Error(moved.Floats[name].Values));
             if (error / bar > worst.Error) worst = (name, error / bar);
             if (error > bar / 2) TestContext.Out.WriteLine($"{name}: {error:E2}, bar {bar:E1}");
+
+            double Error(float[] found) => bf16 || isGradient
+                ? V26.NormError(found, wanted) : V26.LargestError(found, wanted);
         }
 
         TestContext.Out.WriteLine($"worst {worst.Name}: {worst.Error:0.000} of its bar");
         Assert.That(worst.Error, Is.LessThan(1), worst.Name);
     }
 
-    private static Trace Moved()
+    private static Trace Moved(TrainArguments arguments, float unit)
     {
-        using var model = TunedModel.Open(V46.Full);
+        using var model = TunedModel.Open(arguments);
         foreach (TunedTensor tensor in model.ParameterRanges.List)
             model.ParameterRanges.Write(tensor.Name,
                 [.. model.Device.ReadFloats(model.ParameterRanges.Value(tensor.Name)).Select((v, i) =>
-                    v * (1 + (V46.Sign(i) / 512f)))]);
+                    v * (1 + (V46.Sign(i) * unit)))]);
         return Trace.Run(model, Small(model.Loaded.Rows), gradients: true);
     }
 
@@ -99,7 +119,9 @@ public sealed class MiniCpmV46CudaTests
                     batch.Targets.Add(labels[t]);
                 }
 
-            batch.AddRow(chat.Ids, format.Placeholders.Bounds(chat.Ids)!);
+            ImageBound[] bounds = format.Placeholders.Bounds(chat.Ids)!;
+            batch.AddRow(chat.Ids, bounds,
+                places: format.Places(chat.Ids, bounds.Select(_ => plan)));
         }
     }
 }

@@ -179,7 +179,7 @@ public sealed class MiniCpmV46ModelTests
     // Adam's first step g / (|g| + 1e-8) of clipped gradients that are wrong by the library's own
     // rounding, 4.8e-5 of their norm: where they are next to 0, the step may be any. Fingerprints
     // tell distances up to a factor of about two.
-    private static double Doubt(float[] gradients)
+    internal static double Doubt(float[] gradients)
     {
         const double Rounding = 4.8e-5, Epsilon = 1e-8;
         double error = Rounding

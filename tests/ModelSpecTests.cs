@@ -195,8 +195,8 @@ public sealed class ModelSpecTests
     [TestCase("""{"model_type": "minicpmv", "version": 9}""", "MiniCPM-V-9 is not supported yet")]
     [TestCase("""{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}""",
         "model type \"qwen2\" (architecture \"Qwen2ForCausalLM\") is not supported yet")]
-    [TestCase("""{"model_type": "minicpmv4_7"}""",
-        "config.json: MiniCPM-V-4_7 is not supported yet; supported: MiniCPM-V-2")]
+    [TestCase("""{"model_type": "minicpmv4_8"}""",
+        "config.json: MiniCPM-V-4_8 is not supported yet; supported: MiniCPM-V-2")]
     [TestCase("{}", "model type \"\" (architecture \"\") is not supported yet")]
     public void ForeignModelsAreRefusedByName(string config, string expected)
     {

@@ -9,8 +9,8 @@ internal static partial class Plants
     // A list per section, made before this one is.
     public static Plant[] All =>
     [
-        .. Basics, .. Blocks, .. Operations, .. Magnitudes, .. AttentionForward,
-        .. AttentionBackward, .. LinearAttention,
+        .. Basics, .. Blocks, .. Operations, .. Magnitudes, .. MixtureOfExperts,
+        .. AttentionForward, .. AttentionBackward, .. LinearAttention,
     ];
 
     private static Plant[] Basics { get; } =

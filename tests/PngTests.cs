@@ -158,6 +158,32 @@ public class PngTests
         }
     }
 
+    // Of two pixels one is transparent, wholly or by half: white, or the mean with it.
+    [TestCase(0, new byte[0], new byte[] { 0, 77 }, new byte[] { 77, 78 },
+        new byte[] { 255, 255, 255, 78, 78, 78 })]
+    [TestCase(2, new byte[0], new byte[] { 0, 1, 0, 2, 0, 3 }, new byte[] { 1, 2, 3, 1, 2, 4 },
+        new byte[] { 255, 255, 255, 1, 2, 4 })]
+    [TestCase(3, new byte[] { 10, 20, 30, 40, 50, 60 }, new byte[] { 0 }, new byte[] { 0, 1 },
+        new byte[] { 255, 255, 255, 40, 50, 60 })]
+    [TestCase(4, new byte[0], new byte[0], new byte[] { 9, 0, 9, 255 },
+        new byte[] { 255, 255, 255, 9, 9, 9 })]
+    [TestCase(6, new byte[0], new byte[0], new byte[] { 0, 100, 255, 128, 7, 8, 9, 255 },
+        new byte[] { 127, 177, 255, 7, 8, 9 })]
+    public void WhatIsTransparentIsLaidOverWhite(
+        byte colour, byte[] palette, byte[] clear, byte[] row, byte[] expected)
+    {
+        byte[] size = [0, 0, 0, 2, 0, 0, 0, 1, 8, colour, 0, 0, 0];
+        byte[] file = [
+            .. PngHeader.Signature, .. Chunk("IHDR"u8, size),
+            .. palette.Length > 0 ? Chunk("PLTE"u8, palette) : [],
+            .. clear.Length > 0 ? Chunk("tRNS"u8, clear) : [],
+            .. Chunk("IDAT"u8, Compress([0, .. row])), .. Chunk("IEND"u8, [])];
+        using Picture laid = PictureDecoder.Decode(file, "x", overWhite: true);
+        Assert.That(laid.Rgb.ToArray(), Is.EqualTo(expected));
+        using Picture dropped = PictureDecoder.Decode(file, "x");
+        Assert.That(dropped.Rgb.ToArray(), Is.Not.EqualTo(expected));
+    }
+
     private static byte[] FilteredRows()
     {
         byte[] rows = new byte[Rows * Stride];

@@ -104,6 +104,50 @@ public sealed unsafe class QuantisedModelTests
         Assert.That(worst, Is.LessThan(1e-4));
     }
 
+    // Against the same run on the dequantised weights, stored in float32.
+    [Test]
+    public void MagnitudesAreThoseOfTheQuantisedWeights()
+    {
+        TrainArguments arguments = s_qlora with
+        {
+            UseDora = true,
+            InitLoraWeights = LoraStart.Parse("false")!,
+        };
+        using var model = TunedModel.Open(arguments);
+        using (var weights = Checkpoint.Open(V26.Model))
+        {
+            var dense = weights.Tensors.Select(stored =>
+            {
+                if (!model.Base.Kind.Takes(stored.Name)) return stored.ToSave();
+                var form = new FourBitForm(stored.Shape[0], stored.Shape[1], 64, 256);
+                FourBitCodes codes = FourBitCodes.Of(
+                    form, FourBitKind.Nf4, stored.Type, (void*)stored.Data);
+                var values = new float[stored.Count];
+                codes.Unpack(0, values);
+                return new TensorToSave(stored.Name, DType.F32, stored.Shape, stream =>
+                    stream.Write(System.Runtime.InteropServices.MemoryMarshal.AsBytes<float>(values)));
+            });
+            QuantisedModel.Write(_folder, dense, "null");
+        }
+
+        using var expected = TunedModel.Open(
+            arguments with { QLora = false, ModelNameOrPath = _folder });
+        Batch batch = V26.Batch(s_qlora, "one");
+        double loss = V26.Gradients(expected, arguments, batch).Loss;
+        Assert.That(V26.Gradients(model, arguments, batch).Loss,
+            Is.EqualTo(loss).Within(1e-5 * loss));
+        foreach (TunedTensor tensor in model.ParameterRanges.List)
+        {
+            Assert.That(model.Device.ReadFloats(model.ParameterRanges.Value(tensor.Name)),
+                Is.EqualTo(expected.Device.ReadFloats(
+                    expected.ParameterRanges.Value(tensor.Name))), tensor.Name);
+            Assert.That(
+                V26.NormError(V26.Gradient(model, tensor.Name),
+                    Array.ConvertAll(V26.Gradient(expected, tensor.Name), v => (double)v)),
+                Is.LessThan(1e-5), tensor.Name);
+        }
+    }
+
     [Test]
     public void OnCudaItHasTheGradientsOfTheCpu()
     {

@@ -159,14 +159,14 @@ public sealed class ResumeTests
     }
 
     /// <summary>
-    /// Fifty moments (CPMX_KILLS sets another number): while starting, in steps, while checkpoints
+    /// Fifteen moments (CPMX_KILLS sets another number): while starting, in steps, while checkpoints
     /// are written, renamed and removed.
     /// </summary>
     [Test]
     public void ARunThatIsKilledLeavesWholeCheckpoints()
     {
         string? asked = Environment.GetEnvironmentVariable("CPMX_KILLS");
-        int kills = int.TryParse(asked, out int number) ? number : 50;
+        int kills = int.TryParse(asked, out int number) ? number : 15;
         TrainArguments whole = Short("whole", steps: 60);
         Runs.Train(whole);
         TrainArguments killed = Short("killed", steps: 60) with { SaveTotalLimit = 3 };

@@ -1,3 +1,4 @@
+using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Train;
 using NUnit.Framework;
@@ -6,6 +7,26 @@ namespace MiniCpmNative.Tests;
 
 public sealed class ScheduleTests
 {
+    [TestCase(0, 0, 10, "learning_rate is 0, which is 0 in 32 bits: nothing is learned")]
+    [TestCase(1e-320, 0, 10, "nothing is learned")]
+    [TestCase(1e-4, 10, 10, "the warm-up has 10 steps, the run 10: learning_rate 0.0001 is never "
+        + "reached, the largest is 9e-05")]
+    [TestCase(1e-4, 9, 10, null)]
+    [TestCase(1e-4, 0, 1, null)]
+    public void ARunThatLearnsLittleIsTold(double peak, int warmup, int total, string? expected)
+    {
+        var schedule = new Schedule(LrSchedule.Linear, peak, warmup, total, new ScheduleOptions());
+        Assert.That(schedule.Notice, expected is null ? Is.Null : Does.Contain(expected));
+        Assert.That((schedule with { Type = LrSchedule.Constant }).Notice is null,
+            Is.EqualTo((float)peak > 0));
+    }
+
+    [Test]
+    public void AdaptersThatAreMultipliedByZeroAreRefused() => Assert.That(
+        () => TrainReader.Read(["--model_name_or_path=m", "--data_path=d", "--use_lora",
+            "--tune_llm=false", "--lora_alpha=1e-320"], "/"),
+        Throws.TypeOf<InputException>().With.Message.Contains("lora_alpha is 1E-320"));
+
     [Test]
     public void EqualsTransformersAndDeepSpeedAtEveryStep()
     {

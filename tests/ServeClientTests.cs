@@ -5,7 +5,6 @@ using System.Text;
 using System.Text.Json;
 using System.Text.Json.Nodes;
 using MiniCpmNative.Cli.Serve;
-using MiniCpmNative.Engine.Generate;
 using NUnit.Framework;
 using OpenAI.Chat;
 
@@ -21,38 +20,22 @@ public sealed class ServeClientTests
     private static readonly string s_picture =
         Path.Combine(ReferenceFile.Root, "v26", "data", "images", "p0.png");
 
-    private ChatServer _server = null!;
-    private AskedModel _model = null!;
+    private ServedModel _served = null!;
+
+    private ChatServer Server => _served.Server;
 
     [OneTimeSetUp]
-    public async Task Serve()
-    {
-        _model = GenerationCase.Open(V26.Model,
-            Path.Combine(ReferenceFile.Root, "v26", "adapters", "trained_lora_only"));
-        GenerationSettings settings = new()
-        {
-            StopIds = _model.Rows.Prompts.StopIds,
-            RepetitionPenalty = 1.05,
-            MaxNewTokens = 8,
-        };
-        _server = new ChatServer(new ServeOptions { Port = 0 }, "tiny", _model, settings,
-            new PromptMaker(_model.Model.Spec, _model.Rows), _ => { });
-        await _server.Start();
-    }
+    public async Task Serve() =>
+        _served = await ServedModel.Start(new ServeOptions { Port = 0 }, most: 8);
 
     [OneTimeTearDown]
-    public async Task End()
-    {
-        await _server.Stop();
-        await _server.DisposeAsync();
-        _model.Dispose();
-    }
+    public async Task End() => await _served.DisposeAsync();
 
     [Test]
     public async Task TheClientOfOpenAiIsAnswered()
     {
         var client = new ChatClient("tiny:base", new ApiKeyCredential("none"),
-            new() { Endpoint = new Uri(_server.Address + "/v1") });
+            new() { Endpoint = new Uri(Server.Address + "/v1") });
         ChatMessage[] messages =
         [
             new UserChatMessage(
@@ -71,7 +54,7 @@ public sealed class ServeClientTests
             foreach (ChatMessageContentPart part in update.ContentUpdate) streamed.Append(part.Text);
         Assert.That(streamed.ToString(), Is.EqualTo(Answer));
         var missing = new ChatClient("another", new ApiKeyCredential("none"),
-            new() { Endpoint = new Uri(_server.Address + "/v1") });
+            new() { Endpoint = new Uri(Server.Address + "/v1") });
         ClientResultException? failure = await Assert.ThrowsAsync<ClientResultException>(
             () => missing.CompleteChatAsync(messages));
         Assert.That(failure!.Message, Does.Contain("there is no model \"another\""));
@@ -81,7 +64,7 @@ public sealed class ServeClientTests
     [Test]
     public async Task ThePageShowsBothAnswers()
     {
-        using var browser = await Browser.Open(_server.Address + "/");
+        using var browser = await Browser.Open(Server.Address + "/");
         await browser.Until("typeof sides === 'object' && sides.length === 2");
         string picture = Convert.ToBase64String(await File.ReadAllBytesAsync(s_picture));
         await browser.Run($$"""

@@ -12,24 +12,20 @@ namespace MiniCpmNative.Tests;
 [TestFixture]
 public sealed class ServeTests
 {
-    private const string Completions = "/v1/chat/completions";
-
-    private static readonly string s_adapter =
-        Path.Combine(ReferenceFile.Root, "v26", "adapters", "trained_lora_only");
+    private const string Completions = ServedModel.Completions;
 
     private readonly HttpClient _client = new();
-    private ChatServer _server = null!;
-    private AskedModel _model = null!;
+    private ServedModel _served = null!;
+
+    private ChatServer Server => _served.Server;
 
     [OneTimeSetUp]
-    public async Task Serve() => _server = await Start(new ServeOptions { Port = 0 });
+    public async Task Serve() => _served = await ServedModel.Start(new ServeOptions { Port = 0 });
 
     [OneTimeTearDown]
     public async Task End()
     {
-        await _server.Stop();
-        await _server.DisposeAsync();
-        _model.Dispose();
+        await _served.DisposeAsync();
         _client.Dispose();
     }
 
@@ -49,7 +45,7 @@ public sealed class ServeTests
     public async Task TheAdapterIsAnotherModelOfTheServer()
     {
         using JsonDocument models =
-            JsonDocument.Parse(await _client.GetStringAsync(_server.Address + "/v1/models"));
+            JsonDocument.Parse(await _client.GetStringAsync(Server.Address + "/v1/models"));
         Assert.That(models.RootElement.GetProperty("data").EnumerateArray()
             .Select(model => model.GetProperty("id").GetString()),
             Is.EqualTo((string[])["tiny", "tiny:base"]));
@@ -134,27 +130,6 @@ public sealed class ServeTests
         Assert.That(await Task.WhenAll(bodies.Select(Text)), Is.EqualTo(alone));
     }
 
-    [Test]
-    public async Task WhoLeavesIsForgotten()
-    {
-        for (int i = 0; i < 8; i++)
-        {
-            using var leaves = new CancellationTokenSource();
-            JsonObject body = Question("Name a colour.", 2000);
-            body["temperature"] = 2;
-            body["stream"] = true;
-            using var request = new HttpRequestMessage(
-                HttpMethod.Post, _server.Address + Completions)
-            { Content = Json(body) };
-            using HttpResponseMessage reply = await _client.SendAsync(
-                request, HttpCompletionOption.ResponseHeadersRead, leaves.Token);
-            await leaves.CancelAsync();
-        }
-
-        // Behind eight that would take minutes.
-        Assert.That(await Text(Question("Name a colour.", 3)), Is.Not.Empty);
-    }
-
     [TestCase("", "is empty")]
     [TestCase("[]", "expected an object")]
     [TestCase("{\"messages\": 1}", "expected an array")]
@@ -181,7 +156,7 @@ public sealed class ServeTests
         """, "picture 1: is no picture")]
     public async Task WhatIsWrongIsSaid(string body, string expected)
     {
-        using HttpResponseMessage reply = await _client.PostAsync(_server.Address + Completions,
+        using HttpResponseMessage reply = await _client.PostAsync(Server.Address + Completions,
             new StringContent(body, Encoding.UTF8, "application/json"));
         Assert.That(reply.StatusCode, Is.EqualTo(HttpStatusCode.BadRequest));
         using JsonDocument json = JsonDocument.Parse(await reply.Content.ReadAsStringAsync());
@@ -227,64 +202,42 @@ public sealed class ServeTests
     [Test]
     public async Task OtherSitesDoNotReachIt()
     {
-        using var request = new HttpRequestMessage(HttpMethod.Get, _server.Address + "/v1/models");
+        using var request = new HttpRequestMessage(HttpMethod.Get, Server.Address + "/v1/models");
         request.Headers.Host = "rebound.example";
         using HttpResponseMessage reply = await _client.SendAsync(request);
         Assert.That(reply.StatusCode, Is.EqualTo(HttpStatusCode.Forbidden));
         using HttpResponseMessage form = await _client.PostAsync(
-            _server.Address + Completions, new StringContent("{}", Encoding.UTF8, "text/plain"));
+            Server.Address + Completions, new StringContent("{}", Encoding.UTF8, "text/plain"));
         Assert.That(form.StatusCode, Is.EqualTo(HttpStatusCode.BadRequest));
     }
 
     [Test]
     public async Task AKeyTooLargeABodyAndTooManyRequestsAreAnswered()
     {
-        AskedModel model = _model;
-        await using ChatServer server = await Start(
+        await using ServedModel served = await ServedModel.Start(
             new ServeOptions { Port = 0, Key = "secret", MostBytes = 500, MostWaiting = 1 });
-        using (_model)
-        {
-            JsonObject body = Question("Name a colour.", 2);
-            Assert.That(await Status("wrong", body), Is.EqualTo(HttpStatusCode.Unauthorized));
-            Assert.That(await Status("secret", body), Is.EqualTo(HttpStatusCode.OK));
-            body["user"] = new string('x', 600);
-            Assert.That(await Status("secret", body),
-                Is.EqualTo(HttpStatusCode.RequestEntityTooLarge));
-            JsonObject endless = Question("Name a colour.", 300);
-            endless["temperature"] = 2;
-            HttpStatusCode[] all = await Task.WhenAll(
-                Enumerable.Range(0, 12).Select(_ => Status("secret", endless)));
-            Assert.That(all.Distinct(), Is.EquivalentTo(
-                (HttpStatusCode[])[HttpStatusCode.OK, HttpStatusCode.TooManyRequests]));
-            await server.Stop();
-        }
-
-        _model = model;
+        JsonObject body = Question("Name a colour.", 2);
+        Assert.That(await Status("wrong", body), Is.EqualTo(HttpStatusCode.Unauthorized));
+        Assert.That(await Status("secret", body), Is.EqualTo(HttpStatusCode.OK));
+        body["user"] = new string('x', 600);
+        Assert.That(await Status("secret", body),
+            Is.EqualTo(HttpStatusCode.RequestEntityTooLarge));
+        JsonObject endless = Question("Name a colour.", 300);
+        endless["temperature"] = 2;
+        HttpStatusCode[] all = await Task.WhenAll(
+            Enumerable.Range(0, 12).Select(_ => Status("secret", endless)));
+        Assert.That(all.Distinct(), Is.EquivalentTo(
+            (HttpStatusCode[])[HttpStatusCode.OK, HttpStatusCode.TooManyRequests]));
 
         async Task<HttpStatusCode> Status(string key, JsonObject body)
         {
             using var request = new HttpRequestMessage(
-                HttpMethod.Post, server.Address + Completions)
+                HttpMethod.Post, served.Server.Address + Completions)
             { Content = Json(body) };
             request.Headers.Authorization = new("Bearer", key);
             using HttpResponseMessage reply = await _client.SendAsync(request);
             return reply.StatusCode;
         }
-    }
-
-    private async Task<ChatServer> Start(ServeOptions options)
-    {
-        _model = GenerationCase.Open(V26.Model, s_adapter);
-        GenerationSettings settings = new()
-        {
-            StopIds = _model.Rows.Prompts.StopIds,
-            RepetitionPenalty = 1.05,
-            MaxNewTokens = 2000,
-        };
-        var server = new ChatServer(options, "tiny", _model, settings,
-            new PromptMaker(_model.Model.Spec, _model.Rows), _ => { });
-        await server.Start();
-        return server;
     }
 
     private static JsonObject Question(string text, int tokens) => new()
@@ -312,7 +265,7 @@ public sealed class ServeTests
     private async Task<string> Send(JsonObject body, HttpStatusCode expected)
     {
         using HttpResponseMessage reply =
-            await _client.PostAsync(_server.Address + Completions, Json(body));
+            await _client.PostAsync(Server.Address + Completions, Json(body));
         string text = await reply.Content.ReadAsStringAsync();
         Assert.That(reply.StatusCode, Is.EqualTo(expected), text);
         return text;

@@ -136,8 +136,6 @@ public sealed class TrainArgumentsTests
     [TestCase("--use_lora --tune_llm false --lora_layers_to_transform 1",
         "needs lora_target_modules")]
     [TestCase("--q_lora true", "q_lora (load_in_4bit) needs use_lora")]
-    [TestCase("--q_lora true --use_lora true --tune_llm false --use_dora true",
-        "use_dora and q_lora (load_in_4bit) are both given")]
     [TestCase("--load_in_8bit true", "load_in_8bit = \"true\" is not supported")]
     [TestCase("--bnb_4bit_quant_type fp4", "need q_lora")]
     [TestCase("--bnb_4bit_compute_dtype bfloat16", "bnb_4bit_compute_dtype is not float32")]

@@ -65,6 +65,64 @@ public sealed class TrainLogTests
         Assert.That(Lines(), Is.EqualTo(lines));
     }
 
+    /// <summary>A million entries: what is saved has the newest, what goes on reads the end.</summary>
+    [Test]
+    public void LogsOfAnyLengthAreSavedAndGoneOnWithInTheSameTime()
+    {
+        const int entries = 1_000_000, step = entries - 10;
+        var state = new LogState();
+        for (int i = 1; i <= entries; i++)
+            state.Add(new LogEntry(i, i / 100.0, [("loss", 1.0 / i)], []));
+        state.Save(_folder, entries, Report(null));
+        string file = Path.Combine(_folder, LogState.FileName);
+        Assert.That(new FileInfo(file).Length, Is.LessThan(4 << 20));
+        using (JsonDocument json = JsonDocument.Parse(File.ReadAllBytes(file)))
+        {
+            JsonElement history = json.RootElement.GetProperty("log_history");
+            Assert.That(history.GetArrayLength(), Is.EqualTo(10_000));
+            Assert.That(history[9_999].GetProperty("step").GetInt32(), Is.EqualTo(entries));
+        }
+
+        string lines = Path.Combine(_folder, LogLines.FileName);
+        using (var writer = new StreamWriter(lines))
+            for (int i = 1; i <= entries; i++)
+                writer.Write($"{{\"step\":{i},\"epoch\":{i / 100}.5,\"loss\":1.25}}\n");
+        var watch = System.Diagnostics.Stopwatch.StartNew();
+        new LogLines(_folder, step).Dispose();
+        Assert.That(watch.ElapsedMilliseconds, Is.LessThan(500), "all of it takes longer to read");
+        Assert.That(File.ReadLines(lines).Last(), Does.StartWith($"{{\"step\":{step},"));
+        new LogLines(_folder, 0).Dispose();
+        Assert.That(new FileInfo(lines).Length, Is.Zero);
+    }
+
+    /// <summary>Checkpoints of versions that kept all entries are above what other files may be.</summary>
+    [Test]
+    public void ALogHistoryAbove16MiBIsRead()
+    {
+        RunSteps(1, 4, save: 4);
+        string text = State(_folder);
+        int entry = text.IndexOf('{', text.IndexOf("log_history", StringComparison.Ordinal));
+        string first = text[entry..(text.IndexOf('}', entry) + 1)];
+        var all = new System.Text.StringBuilder(text);
+        all.Insert(entry, string.Concat(Enumerable.Repeat(first + ",", (17 << 20) / first.Length)));
+        File.WriteAllText(Path.Combine(_folder, "trainer_state.json"), all.ToString());
+        Assert.That(LogState.Load(_folder).Step, Is.EqualTo(4));
+    }
+
+    [TestCase("", 3)]
+    [TestCase("{\"step\":3", 3)]
+    [TestCase("\0\0\0\0\n", 3)]
+    [TestCase("{\"step\":3,\"train_runtime\":1}\n", 3)]
+    [TestCase("{\"step\":3,\"message\":\"m\"}\n", 4)]
+    [TestCase("{\"step\":3,\"train_runtime\":1}\n{\"step\":3,\"message\":\"m\"}\n", 3)]
+    public void WhatARunLeftBehindItsCheckpointIsCutOff(string tail, int kept)
+    {
+        string file = Path.Combine(_folder, LogLines.FileName);
+        File.WriteAllText(file, "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n" + tail);
+        new LogLines(_folder, 3).Dispose();
+        Assert.That(File.ReadAllLines(file), Has.Length.EqualTo(kept));
+    }
+
     [Test]
     public void SkippedStepsAreNamedAndInNoMean()
     {

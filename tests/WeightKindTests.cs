@@ -89,7 +89,7 @@ public sealed class WeightKindTests
         var kind = new Int8Kind();
         using TunedModel expected = Open(arguments, kind);
         double loss = V26.Gradients(expected, arguments, batch).Loss;
-        using var cuda = new CudaUnderTest(source: Int8Weight.Source);
+        using var cuda = new CudaUnderTest(source: Int8Weight.Source, keep: true);
         using BaseModel source = BaseModel.Open(arguments);
         var there = new Int8Kind();
         using var model = TunedModel.Load(

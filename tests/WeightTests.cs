@@ -32,7 +32,7 @@ public sealed class WeightTests
     public void AnotherKindEqualsTheDenseWeightOnCuda(
         [ValueSource(nameof(s_cases))] string name, [Values(DType.F32, DType.BF16)] DType type)
     {
-        using var cuda = new CudaUnderTest(source: Int8Weight.Source);
+        using var cuda = new CudaUnderTest(source: Int8Weight.Source, keep: true);
         CudaDevice device = cuda.Device(type);
         device.Random = new(3, 4, true);
         foreach (int rows in (int[])[0, 1, 7, 70]) EqualsDense(device, name, rows);

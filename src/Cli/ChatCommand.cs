@@ -66,13 +66,9 @@ internal sealed class ChatCommand : IDisposable
         var own = new OwnOptions(args, ["--adapter", "--image", "--system"], ["--think"]);
         if (own.Rest.Length == 0 || own.Rest[0].StartsWith('-'))
             throw new InputException("chat: the folder of a model is missing: cpmx chat MODEL");
-        TrainArguments arguments = Arguments(own.Rest, out var given);
-        using AskedModel model = runners.Ask(arguments, own.Text("--adapter"), error.WriteLine);
-        var maker = new PromptMaker(model.Model.Spec, model.Rows,
-            given.Contains("max_slice_nums")
-                ? arguments.MaxSliceNums : model.TrainedSlices);
-        var session = new ChatSession(model, maker, GenerationSettings.Of(
-            arguments, model.Model.Spec, model.Rows.Prompts.StopIds, chats: true))
+        var (model, maker, settings) = Open(own, runners, error);
+        using var opened = model;
+        var session = new ChatSession(model, maker, settings)
         {
             System = own.Text("--system"),
             Thinks = own.Has("--think"),
@@ -89,17 +85,32 @@ internal sealed class ChatCommand : IDisposable
 
     public void Dispose() => _signal.Dispose();
 
-    // Weights are bfloat16 on a GPU unless something else is asked for.
-    internal static TrainArguments Arguments(
-        string[] rest, out IReadOnlyCollection<string> given)
+    /// <summary>The model of MODEL [--adapter DIR], to be asked as the options say.</summary>
+    internal static (AskedModel, PromptMaker, GenerationSettings) Open(
+        OwnOptions own, Runners runners, TextWriter error)
     {
-        TrainArguments read =
-            TrainReader.ReadAsking(rest[1..], Environment.CurrentDirectory, out given);
-        return read with
+        TrainArguments read = TrainReader.ReadAsking(
+            own.Rest[1..], Environment.CurrentDirectory, out var given);
+        TrainArguments arguments = read with
         {
-            ModelNameOrPath = Path.GetFullPath(rest[0]),
+            ModelNameOrPath = Path.GetFullPath(own.Rest[0]),
+            // Weights are bfloat16 on a GPU unless something else is asked for.
             Bf16 = given.Contains("bf16") || given.Contains("fp16") ? read.Bf16 : true,
         };
+        AskedModel model = runners.Ask(arguments, own.Text("--adapter"), error.WriteLine);
+        try
+        {
+            return (model,
+                new PromptMaker(model.Model.Spec, model.Rows, given.Contains("max_slice_nums")
+                    ? arguments.MaxSliceNums : model.TrainedSlices),
+                GenerationSettings.Of(
+                    arguments, model.Model.Spec, model.Rows.Prompts.StopIds, chats: true));
+        }
+        catch
+        {
+            model.Dispose();
+            throw;
+        }
     }
 
     private int Run()

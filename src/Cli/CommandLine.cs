@@ -24,6 +24,7 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
           trace CONFIG.json --rows ID,ID --out FILE.safetensors [--gradients]
                                                    write the intermediate tensors of some rows
           merge MODEL --adapter DIR --out DIR      put an adapter into the model's weights
+          combine ADAPTER ADAPTER ... --out DIR    one adapter of several, weighted
           export gguf MODEL [--adapter DIR] --out DIR [--type TYPE]
                                                    write the files that llama.cpp reads
           report DIR [DIR ...] [--out FILE.html]   write a page on one run, or on several
@@ -43,14 +44,15 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
 
     private static readonly string[] s_commands =
     [
-        "train", "plan", "data", "trace", "chat", "serve", "eval", "predict", "merge", "export", "report",
-        "doctor", "help",
+        "train", "plan", "data", "trace", "chat", "serve", "eval", "predict", "merge", "combine", "export",
+        "report", "doctor", "help",
     ];
 
     public int Run(IReadOnlyList<string> args)
     {
         try
         {
+            MustBeSomewhere();
             int code = Dispatch(args);
             // A training goes on unseen; of the other commands what they say is the result.
             return output is Screen { HasFailed: true } && args[0] != "train" ? 1 : code;
@@ -77,6 +79,20 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
         {
             return Fail(failure, $"internal error, please report it: {failure.GetType().Name}: "
                 + failure.Message, 1);
+        }
+    }
+
+    // Relative paths have no meaning in a folder that was removed.
+    private static void MustBeSomewhere()
+    {
+        try
+        {
+            _ = Directory.GetCurrentDirectory();
+        }
+        catch (IOException gone)
+        {
+            throw new InputException(
+                "the working directory was removed: change to one that is there", gone);
         }
     }
 
@@ -111,6 +127,8 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
                 return TraceCommand.Run(Rest(args, 1), help, output, runners);
             case "merge":
                 return MergeCommand.Run(Rest(args, 1), help, output, runners);
+            case "combine":
+                return CombineCommand.Run(Rest(args, 1), help, output);
             case "export" when args.Count > 1 && (args[1] == "gguf" || help):
                 return ExportCommand.Run(Rest(args, 2), help, output, runners);
             case "export":

@@ -24,9 +24,12 @@ public static partial class AtomicFile
             {
                 content(stream);
                 stream.Flush(flushToDisk: true);
+                Disk.Written(temporary);
                 // Before it is closed, and with it unlocked.
-                File.Move(temporary, path, overwrite: true);
+                Disk.Rename(temporary, path);
             }
+
+            Disk.Flush(Path.GetDirectoryName(Path.GetFullPath(path))!);
         }
         catch (Exception failure)
         {

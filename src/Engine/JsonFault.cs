@@ -33,6 +33,8 @@ internal static class JsonFault
         {
             '\'' => "texts stand between double quotes, not single ones",
             '/' or '#' => "JSON has no comments",
+            'N' or 'T' or 'F' when Start(rest).TrimEnd('}', ']') is "None" or "True" or "False" =>
+                "Python's None, True and False are null, true and false in JSON",
             'N' or 'I' or 'i' => "NaN and Infinity are no JSON numbers",
             '\\' => "a backslash that begins no escape",
             < ' ' => "a line end or another control character inside a text: write \\n",

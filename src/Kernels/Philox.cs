@@ -19,6 +19,12 @@ namespace MiniCpmNative.Kernels;
 /// </summary>
 public static unsafe class Philox
 {
+    /// <summary>
+    /// Goes up with each change of the masks: checkpoints record it, and a run with dropout does not
+    /// go on unnoticed with other masks. 1 drew 32 bits an element.
+    /// </summary>
+    public const int Version = 2;
+
     private const uint MultiplierA = 0xD2511F53, MultiplierB = 0xCD9E8D57;
     private const uint WeylA = 0x9E3779B9, WeylB = 0xBB67AE85;
     private const int Rounds = 10, Blocks = 8, Bits16 = 1 << 16, Lines = 128;

@@ -51,17 +51,13 @@ internal static class ServeCommand
         if (own.Rest.Length == 0 || own.Rest[0].StartsWith('-'))
             throw new InputException("serve: the folder of a model is missing: cpmx serve MODEL");
         ServeOptions options = Options(own);
-        TrainArguments arguments = ChatCommand.Arguments(own.Rest, out var given);
-        using AskedModel model = runners.Ask(arguments, own.Text("--adapter"), error.WriteLine);
-        var maker = new PromptMaker(model.Model.Spec, model.Rows,
-            given.Contains("max_slice_nums") ? arguments.MaxSliceNums : model.TrainedSlices);
-        GenerationSettings settings = GenerationSettings.Of(
-            arguments, model.Model.Spec, model.Rows.Prompts.StopIds, chats: true);
+        var (model, maker, settings) = ChatCommand.Open(own, runners, error);
+        using var opened = model;
         if (settings.NumBeams > 1)
             throw new InputException("serve: num_beams is for chat, eval and predict: answers of "
                 + "beams are known at the end alone");
         string name = own.Text("--name") ?? Path.GetFileName(
-            Path.TrimEndingDirectorySeparator(arguments.ModelNameOrPath!));
+            Path.TrimEndingDirectorySeparator(Path.GetFullPath(own.Rest[0])));
         return Serve(options, name, model, settings, maker, output).GetAwaiter().GetResult();
     }
 

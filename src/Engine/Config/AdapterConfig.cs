@@ -24,7 +24,7 @@ public sealed record AdapterConfig
     private static readonly HashSet<string> s_read =
     [
         "peft_type", "r", "lora_alpha", "lora_dropout", "bias", "target_modules",
-        "layers_to_transform", "layers_pattern", "modules_to_save", "init_lora_weights",
+        "layers_to_transform", "layers_pattern", "layer_replication", "modules_to_save", "init_lora_weights",
         "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "exclude_modules",
     ];
 
@@ -60,6 +60,9 @@ public sealed record AdapterConfig
     /// <summary>Names before a layer's number (layers); any when empty.</summary>
     public IReadOnlyList<string> LayersPattern { get; init; } = [];
 
+    /// <summary>The decoder's layers that run, where they are others than the model's.</summary>
+    public LayerRanges? LayerReplication { get; init; }
+
     public IReadOnlyList<string> ModulesToSave { get; init; } = [];
 
     public string? BaseModel { get; init; }
@@ -74,6 +77,24 @@ public sealed record AdapterConfig
     {
         double rank = RankOf(module);
         return (AlphaPattern.OfModule(module) ?? Alpha) / (UseRslora ? Math.Sqrt(rank) : rank);
+    }
+
+    /// <summary>
+    /// That of the plain adapter which an adapter that started as a part of its weights is saved
+    /// as: of twice the rank, with the same scale.
+    /// </summary>
+    public AdapterConfig AsSaved()
+    {
+        if (!Start.Splits) return this;
+        double alpha = UseRslora ? Math.Sqrt(2) : 2;
+        return this with
+        {
+            Rank = 2 * Rank,
+            Alpha = alpha * Alpha,
+            RankPattern = RankPattern.Times(2),
+            AlphaPattern = AlphaPattern.Times(alpha),
+            Start = new LoraStart("true"),
+        };
     }
 
     /// <exception cref="InputException">
@@ -115,7 +136,11 @@ public sealed record AdapterConfig
             ["fan_in_fan_out"] = False,
             ["inference_mode"] = json => json.WriteBooleanValue(true),
             ["init_lora_weights"] = Start.Write,
-            ["layer_replication"] = Null,
+            ["layer_replication"] = json =>
+            {
+                if (LayerReplication is { } ranges) ranges.Write(json);
+                else json.WriteNullValue();
+            },
             ["layers_pattern"] = json => WriteList(json, LayersPattern, json.WriteStringValue),
             ["layers_to_transform"] = json =>
                 WriteList(json, LayersToTransform ?? [], json.WriteNumberValue),
@@ -191,6 +216,10 @@ public sealed record AdapterConfig
             Start = ParseStart(json),
             LayersToTransform = layers is { Count: > 0 } ? layers : null,
             LayersPattern = before,
+            LayerReplication = json.Find("layer_replication") is { } ranges && !IsNeutral(ranges)
+                ? LayerRanges.Of(ranges.Element)
+                    ?? throw ranges.Error($"is no list of {LayerRanges.Form}")
+                : null,
             ModulesToSave = Names(json, "modules_to_save"),
             BaseModel = TextOf(json, "base_model_name_or_path"),
             ModelClass = json.Find("auto_mapping") is { IsObject: true } map
@@ -208,14 +237,21 @@ public sealed record AdapterConfig
             ? new TargetModules(names) : throw json.Error("names no module");
     }
 
-    // The other ways to start change the base weights, or need them to be decomposed again.
+    // Files of PEFT's that were not converted mean other base weights than those that are there.
     private static LoraStart ParseStart(JsonValue json)
     {
         if (json.Find("init_lora_weights") is not { } start) return new LoraStart("true");
         if (start.IsBool) return new LoraStart(start.Bool() ? "true" : "false");
-        return LoraStart.Parse(start.Text()) ?? throw start.Error(
-            $"is {Messages.Quote(start.Text())}, which is not supported; expected true, false"
-            + " or \"gaussian\"");
+        return LoraStart.Parse(start.Text()) switch
+        {
+            null => throw start.Error(
+                $"is {Messages.Quote(start.Text())}, which is not supported; expected true, false"
+                + " or \"gaussian\""),
+            { Splits: true } => throw start.Error($"is {Messages.Quote(start.Text())}, which is "
+                + "not supported as it means changed base weights; PEFT's save_pretrained makes it "
+                + "a plain adapter with path_initial_model_for_weight_conversion"),
+            var plain => plain,
+        };
     }
 
     private static NumbersByName Numbers(

@@ -41,6 +41,8 @@ public static class AdapterSettings
                 ? arguments.ExcludeModules : its.Exclude,
             LoraLayersToTransform = layers
                 ? arguments.LoraLayersToTransform : its.LayersToTransform,
+            LoraLayerReplication = isGiven("lora_layer_replication")
+                ? arguments.LoraLayerReplication : its.LayerReplication,
             LoraLayersPattern = layers || isGiven("lora_layers_pattern")
                 || its.LayersPattern.Count == 0 ? arguments.LoraLayersPattern : its.LayersPattern,
             ModulesToSave = isGiven("modules_to_save")

@@ -1,3 +1,4 @@
+using System.Globalization;
 using System.Text.Json;
 using System.Text.RegularExpressions;
 
@@ -57,6 +58,10 @@ public sealed class NumbersByName
         json.WriteEndObject();
     }
 
+    /// <summary>The same with every number multiplied.</summary>
+    public NumbersByName Times(double factor) =>
+        new([.. _list.Select(item => (item.Pattern, factor * item.Value))]);
+
     public override string ToString() =>
         string.Join(", ", _list.Select(item => FormattableString.Invariant(
             $"{item.Pattern}: {item.Value}")));
@@ -81,10 +86,12 @@ public sealed class NumbersByName
 }
 
 /// <summary>How new adapters start, under PEFT's names (init_lora_weights).</summary>
-/// <param name="Text">true, false or gaussian.</param>
+/// <param name="Text">true, false, gaussian, pissa, pissa_niter_N or olora.</param>
 public sealed record LoraStart(string Text)
 {
-    public const string Choices = "true, false or gaussian";
+    public const string Choices = "true, false, gaussian, pissa, pissa_niter_N or olora";
+
+    private const string Steps = "pissa_niter_";
 
     public void Write(Utf8JsonWriter json)
     {
@@ -94,10 +101,24 @@ public sealed record LoraStart(string Text)
 
     public bool IsBool => Text is "true" or "false";
 
+    public bool IsOlora => Text == "olora";
+
+    /// <summary>Whether adapters start as a part of their weights, which then lack it.</summary>
+    public bool Splits => IsOlora || Text.StartsWith("pissa", StringComparison.Ordinal);
+
+    /// <summary>Steps that singular vectors are sought in; null for as many as are needed.</summary>
+    public int? Iterations => Text.StartsWith(Steps, StringComparison.Ordinal)
+        ? int.Parse(Text.AsSpan(Steps.Length), CultureInfo.InvariantCulture) : null;
+
     /// <summary>Null for anything that is not one.</summary>
     public static LoraStart? Parse(string text) => text.ToLowerInvariant() switch
     {
-        "true" or "false" or "gaussian" => new LoraStart(text.ToLowerInvariant()),
+        "true" or "false" or "gaussian" or "pissa" or "olora" =>
+            new LoraStart(text.ToLowerInvariant()),
+        var steps when steps.StartsWith(Steps, StringComparison.Ordinal)
+            && int.TryParse(steps.AsSpan(Steps.Length), NumberStyles.None,
+                CultureInfo.InvariantCulture, out int count) && count <= 1000 =>
+            new LoraStart(FormattableString.Invariant($"{Steps}{count}")),
         _ => null,
     };
 }

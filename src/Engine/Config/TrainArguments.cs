@@ -9,7 +9,7 @@ namespace MiniCpmNative.Engine.Config;
 /// </summary>
 public sealed partial record TrainArguments
 {
-    [Key("Model", "folder of the model in Hugging Face's layout", Path = true)]
+    [Key("Model", "folder of the model in Hugging Face's layout", Path = true, SameBits = true)]
     public string? ModelNameOrPath { get; init; }
 
     [Key("Model", "prompt family (minicpm, llama3, qwen); normally taken from the model")]
@@ -27,27 +27,30 @@ public sealed partial record TrainArguments
     [Key("Model", "weights and what is saved are float16")]
     public bool Fp16 { get; init; }
 
-    [Key("Model", "auto, cpu or cuda; auto takes CUDA when it is there")]
+    [Key("Model", "auto, cpu or cuda; auto takes CUDA when it is there", SameBits = true)]
     public DeviceChoice Device { get; init; }
 
     [Key("Model", "most GPU memory that the run takes: 24GiB, 24GB, or below 1 a share of the card; "
-        + "what is free when not given")]
+        + "what is free when not given", SameBits = true)]
     public MemoryLimit? MemoryLimit { get; init; }
 
     [Key("Model", "frozen layers stay in the machine's memory and pass through two buffers of the "
-        + "GPU while it computes: true, false; when not given, where the run does not fit otherwise")]
+        + "GPU while it computes: true, false; when not given, where the run does not fit otherwise",
+        SameBits = true)]
     public bool? StreamWeights { get; init; }
 
     [Key("Model", "on a GPU, products of float32 in TF32: faster, with 10 bits of mantissa")]
     public bool Tf32 { get; init; }
 
-    [Key("Model", "threads of the CPU device; all processors when not given", Min = 1, Max = 4096)]
+    [Key("Model", "threads of the CPU device; all processors when not given", Min = 1, Max = 4096,
+        SameBits = true)]
     public int? Threads { get; init; }
 
-    [Key("Data", "training rows: files, folders, patterns with *, dataset_info.json#NAME", Path = true)]
+    [Key("Data", "training rows: files, folders, patterns with *, dataset_info.json#NAME", Path = true,
+        SameBits = true)]
     public DataSources? DataPath { get; init; }
 
-    [Key("Data", "evaluation rows, as data_path", Path = true)]
+    [Key("Data", "evaluation rows, as data_path", Path = true, SameBits = true)]
     public DataSources? EvalDataPath { get; init; }
 
     [Key("Data", "rows of data_path kept for evaluation, drawn by data_seed; below 1 a share of all")]
@@ -59,7 +62,8 @@ public sealed partial record TrainArguments
     [Key("Data", "boxes of \"objects\": text, [(x1,y1),(x2,y2)], or tokens, <box>x1 y1 x2 y2</box>")]
     public BoxFormat BoxFormat { get; init; }
 
-    [Key("Data", "error refuses a file with bad rows, skip lists and leaves them out")]
+    [Key("Data", "error refuses a file with bad rows, skip lists and leaves them out",
+        SameBits = true)]
     public BadRows OnBadRow { get; init; }
 
     [Key("Data", "tokens, labels and modules_to_save exactly as the official training script")]
@@ -75,7 +79,8 @@ public sealed partial record TrainArguments
     public bool DataloaderDropLast { get; init; }
 
     // Hugging Face's default 0 decodes inside the training loop; nobody wants that.
-    [Key("Data", "threads that decode and tokenise ahead; chosen when not given", Max = 1024)]
+    [Key("Data", "threads that decode and tokenise ahead; chosen when not given", Max = 1024,
+        SameBits = true)]
     public int? DataloaderNumWorkers { get; init; }
 
     [Key("Trained parts", "train the vision tower (with use_lora: see modules_to_save)")]
@@ -151,34 +156,41 @@ public sealed partial record TrainArguments
         + "anything when not given")]
     public IReadOnlyList<string>? LoraLayersPattern { get; init; }
 
+    [Key("Trained parts", "ranges of the decoder's layers that run one after the other, each copy with "
+        + "adapters of its own: [[0, 3], [2, 4]]")]
+    public LayerRanges? LoraLayerReplication { get; init; }
+
     [Key("Trained parts", "how adapters start: true (B is zero), gaussian (the same with another A), "
-        + "false (B is not zero)")]
+        + "false (B is not zero), pissa, pissa_niter_N, olora (as a part of their weights)")]
     public LoraStart InitLoraWeights { get; init; } = new("true");
 
     [Key("Trained parts", "adapter folder to start from: its rank, alpha, targets and biases stay; "
-        + "lora_dropout may change, modules_to_save may name more", Path = true)]
+        + "lora_dropout may change, modules_to_save may name more", Path = true, SameBits = true)]
     public string? LoraWeightPath { get; init; }
 
     [Key("Trained parts", "modules trained whole beside the adapters: list of names")]
     public IReadOnlyList<string>? ModulesToSave { get; init; }
 
-    [Key("Trained parts", "recompute each layer in the backward pass to save memory: recompute=block")]
+    [Key("Trained parts", "recompute each layer in the backward pass to save memory: recompute=block",
+        SameBits = true)]
     public bool GradientCheckpointing { get; init; }
 
     [Key("Trained parts", "what is recomputed: nothing, norms, mlp (and norms), block, or auto: on a "
-        + "GPU as little as fits into its memory")]
+        + "GPU as little as fits into its memory", SameBits = true)]
     public Recompute Recompute { get; init; }
 
-    [Key("Optimisation", "passes over the data", Open = true, Max = 1e6)]
+    [Key("Optimisation", "passes over the data", Open = true, Max = 1e6, SameBits = true)]
     public double NumTrainEpochs { get; init; } = 3;
 
-    [Key("Optimisation", "optimizer steps; above 0 it overrides num_train_epochs", Min = -1)]
+    [Key("Optimisation", "optimizer steps; above 0 it overrides num_train_epochs", Min = -1,
+        SameBits = true)]
     public int MaxSteps { get; init; } = -1;
 
     [Key("Optimisation", "rows of one forward pass", Min = 1, Max = 1 << 20)]
     public int PerDeviceTrainBatchSize { get; init; } = 8;
 
-    [Key("Optimisation", "rows of one forward pass in evaluation", Min = 1, Max = 1 << 20)]
+    [Key("Optimisation", "rows of one forward pass in evaluation", Min = 1, Max = 1 << 20,
+        SameBits = true)]
     public int PerDeviceEvalBatchSize { get; init; } = 8;
 
     [Key("Optimisation", "forward passes of one optimizer step", Min = 1, Max = 1 << 20)]
@@ -246,7 +258,7 @@ public sealed partial record TrainArguments
     public long? DataSeed { get; init; }
 
     [Key("Optimisation", "steps with NaN or Inf are skipped; this many in a row stop the run",
-        Min = 1)]
+        Min = 1, SameBits = true)]
     public int MaxNonfiniteSteps { get; init; } = 5;
 
     [Key("Evaluation", "no, steps or epoch")]
@@ -323,6 +335,10 @@ public sealed partial record TrainArguments
 
     [Key("Output", "checkpoint folder, or true for the newest one in output_dir", Path = true)]
     public ResumePoint? ResumeFromCheckpoint { get; init; }
+
+    [Key("Output", "settings that a resumed run may have otherwise than the checkpoint's run, which "
+        + "ends \"bit for bit\": list of keys; model_name_or_path and data_path allow other ones")]
+    public IReadOnlyList<string>? AllowChanges { get; init; }
 
     [Key("Output", "no, steps or epoch")]
     public When LoggingStrategy { get; init; } = When.Steps;

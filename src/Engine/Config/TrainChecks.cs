@@ -69,10 +69,17 @@ internal static class TrainChecks
             + "(the language model then learns through its adapters)");
         Refuse(!a.UseLora && a.ModulesToSave is { Count: > 0 },
             "modules_to_save needs use_lora; without it tune_vision and tune_llm say what is trained");
+        Refuse(!a.UseLora && a.LoraLayerReplication is not null,
+            "lora_layer_replication needs use_lora");
         Refuse(!a.UseLora && a.LoraWeightPath is not null, "lora_weight_path needs use_lora");
-        Refuse(a.Quantises && a.UseDora, "use_dora and q_lora (load_in_4bit) are both given: the "
-            + "norms that DoRA needs are those of the quantised weights, which are not taken yet; "
-            + "leave one of them out, or start from a checkpoint that is quantised already");
+        string start = a.InitLoraWeights.Text;
+        void RefuseSplit(bool when, string with) => Refuse(a.InitLoraWeights.Splits && when,
+            $"init_lora_weights={start} takes adapters' starts out of the weights: {with}");
+        RefuseSplit(a.UseDora, "DoRA's magnitudes are those of whole weights; leave use_dora out");
+        RefuseSplit(a.Quantises, "with q_lora (load_in_4bit) what is left would be quantised "
+            + "otherwise than the model; leave one of them out");
+        RefuseSplit(a.LoraWeightPath is not null,
+            "lora_weight_path starts from an adapter; leave one of them out");
         Refuse(a.Quantises && !a.UseLora, "q_lora (load_in_4bit) needs use_lora: 4-bit weights are "
             + "not trained themselves");
         Refuse(!a.Quantises && (a.Bnb4bitQuantType is not null || a.Bnb4bitUseDoubleQuant is not null
@@ -115,6 +122,14 @@ internal static class TrainChecks
         Refuse((float)a.AdamEpsilon < SmallestNormal,
             FormattableString.Invariant($"adam_epsilon is {a.AdamEpsilon}, which is 0 in 32 bits: ")
             + "where a gradient is 0, as in every new adapter, its step would be 0 / 0; Adam's usual value is 1e-8");
+        Refuse(a.UseLora && (float)(a.LoraAlpha / a.LoraR) < SmallestNormal,
+            FormattableString.Invariant($"lora_alpha is {a.LoraAlpha}, with which adapters are ")
+            + "multiplied by 0 in 32 bits and learn nothing; usual values are lora_r and twice of it");
+        foreach (string key in a.AllowChanges ?? [])
+            Refuse(!TrainKeys.Train.Any(known => known.Name == key), $"allow_changes: there is no key "
+                + Messages.Quote(key) + TrainKeys.Guess(key, TrainKeys.Train.Select(k => k.Name)));
+        Refuse(a.AllowChanges is { Count: > 0 } && a.ResumeFromCheckpoint is null,
+            "allow_changes needs resume_from_checkpoint: a new run has nothing to differ from");
         Schedule(a, problems);
         if (problems.Count > 0) throw new InputException(string.Join("; ", problems));
     }

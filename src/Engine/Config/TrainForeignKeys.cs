@@ -48,7 +48,6 @@ internal static class TrainForeignKeys
             ["load_best_model_at_end"] = ([],
                 "is not supported: keep the checkpoints (save_total_limit) and take the one with the "
                 + "lowest evaluation loss, as trainer_state.json and report.html have it"),
-            ["lora_layer_replication"] = ([], "is not supported"),
             ["metric_for_best_model"] =
                 (["loss", "eval_loss"], "is not supported: the metric is the loss"),
             ["neftune_noise_alpha"] =

@@ -29,6 +29,15 @@ public sealed class KeyAttribute(string group, string help) : Attribute
     /// <summary>The value is a path, relative to where it was given.</summary>
     public bool Path { get; init; }
 
+    /// <summary>
+    /// What is trained does not depend on it, bit for bit, or what does is known by other means.
+    /// </summary>
+    public bool SameBits { get; init; }
+
+    /// <summary>Whether a run that goes on with another value would not go on bit for bit.</summary>
+    public bool Binds =>
+        !SameBits && (Group is "Model" or "Data" or "Trained parts" or "Optimisation");
+
     public bool Allows(double value) =>
         value <= Max && value < Below && (Open ? value > Min : value >= Min);
 

@@ -50,6 +50,7 @@ internal static class TrainValues
             var type when type == typeof(TargetModules) => Targets(key, given),
             var type when type == typeof(NumbersByName) => NumbersByName(key, given),
             var type when type == typeof(LoraStart) => Start(key, given),
+            var type when type == typeof(LayerRanges) => Ranges(key, given),
             var type when type == typeof(IReadOnlyList<string>) => Names(key, given),
             var type when type == typeof(IReadOnlyList<int>) => Layers(key, given),
             var type when type == typeof(ScheduleOptions) => Options(key, given),
@@ -186,6 +187,10 @@ internal static class TrainValues
             throw new InputException($"{key.Name}: {Messages.OneLine(problem.Message)}", problem);
         }
     }
+
+    private static LayerRanges Ranges(TrainKey key, Given given) =>
+        LayerRanges.Of(given.Json ?? Parsed(key, given, given.Plain()))
+            ?? throw Wrong(key, given, LayerRanges.Form);
 
     private static LoraStart Start(TrainKey key, Given given) =>
         LoraStart.Parse(given.Plain()) ?? throw Wrong(key, given, LoraStart.Choices);

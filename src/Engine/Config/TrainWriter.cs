@@ -127,6 +127,7 @@ public static class TrainWriter
             case TargetModules targets: Write(json, targets.Suffixes); break;
             case LoraStart start: start.Write(json); break;
             case NumbersByName numbers: numbers.Write(json); break;
+            case LayerRanges ranges: ranges.Write(json); break;
             case ScheduleOptions options: WriteRecord(json, TrainKeys.Schedule, options); break;
             case string text: json.WriteStringValue(text); break;
             case IEnumerable list:
@@ -136,6 +137,15 @@ public static class TrainWriter
                 break;
             default: json.WriteStringValue(TrainKeys.SnakeCase(value.ToString()!)); break;
         }
+    }
+
+    /// <summary>The value of a key, as it stands in a configuration.</summary>
+    internal static JsonElement Element(TrainKey key, TrainArguments arguments)
+    {
+        using var stream = new MemoryStream();
+        using (var json = new Utf8JsonWriter(stream))
+            Write(json, key.Property.GetValue(arguments));
+        return JsonElement.Parse(stream.ToArray());
     }
 
     private static string Show(object value) => value switch

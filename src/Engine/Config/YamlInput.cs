@@ -42,15 +42,14 @@ internal static class YamlInput
         if (yaml.Documents is not [{ RootNode: YamlMappingNode root }])
             throw new InputException($"{path}: expected one YAML document of key: value lines");
         using var json = new MemoryStream();
-        using (var writer = new Utf8JsonWriter(json)) Write(path, writer, json, root, 0);
+        using (var writer = new Utf8JsonWriter(json)) Write(path, writer, root, 0);
         return JsonInput.Parse(path, json.ToArray());
     }
 
-    private static void Write(
-        string path, Utf8JsonWriter writer, MemoryStream json, YamlNode node, int depth)
+    private static void Write(string path, Utf8JsonWriter writer, YamlNode node, int depth)
     {
         // An alias may stand for much, and hold others.
-        if (depth > MostDepth || json.Length + writer.BytesPending > MostBytes)
+        if (depth > MostDepth || writer.BytesCommitted + writer.BytesPending > MostBytes)
             throw new InputException($"{path}: is nested too deeply, or its aliases hold too much");
         switch (node)
         {
@@ -62,14 +61,14 @@ internal static class YamlInput
                         throw new InputException(
                             $"{path}: line {key.Start.Line}: a key is no text");
                     writer.WritePropertyName(name);
-                    Write(path, writer, json, value, depth + 1);
+                    Write(path, writer, value, depth + 1);
                 }
 
                 writer.WriteEndObject();
                 break;
             case YamlSequenceNode items:
                 writer.WriteStartArray();
-                foreach (var item in items.Children) Write(path, writer, json, item, depth + 1);
+                foreach (var item in items.Children) Write(path, writer, item, depth + 1);
                 writer.WriteEndArray();
                 break;
             default:

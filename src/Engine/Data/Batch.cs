@@ -18,6 +18,11 @@ public sealed class Batch
     /// <summary>Position of each token in its row.</summary>
     public Growing<int> Positions { get; } = new();
 
+    /// <summary>
+    /// The places of the tokens in full, where the model tells rows and columns apart; else empty.
+    /// </summary>
+    public Growing<CanvasPlace> Places { get; } = new();
+
     /// <summary>Where each row starts in Tokens, and the end.</summary>
     public Growing<int> SequenceStarts { get; } = new();
 
@@ -62,6 +67,7 @@ public sealed class Batch
             Targets, Grids, PictureStarts, ImageBounds, Slots, SlotFeatures])
             buffer.Clear();
         Patches.Clear();
+        Places.Clear();
         SequenceStarts.Add(0);
         PictureStarts.Add(0);
     }
@@ -70,11 +76,18 @@ public sealed class Batch
     /// Adds a row's tokens and the places of its pictures, which are added behind it; of a row
     /// whose first tokens have been run, those from there on.
     /// </summary>
-    public void AddRow(ReadOnlySpan<int> ids, ReadOnlySpan<ImageBound> bounds, int from = 0)
+    /// <param name="ids">The whole row.</param>
+    /// <param name="bounds">Where its pictures' features go.</param>
+    /// <param name="from">The first token that has not been run.</param>
+    /// <param name="places">See <see cref="RowFormat.Places"/>; null where tokens are
+    /// counted.</param>
+    public void AddRow(ReadOnlySpan<int> ids, ReadOnlySpan<ImageBound> bounds, int from = 0,
+        CanvasPlace[]? places = null)
     {
         int start = Tokens.Count - from;
         Tokens.Add(ids[from..]);
-        for (int t = from; t < ids.Length; t++) Positions.Add(t);
+        for (int t = from; t < ids.Length; t++) Positions.Add(places?[t].Text ?? t);
+        Places.Add(places.AsSpan(places is null ? 0 : from));
         SequenceStarts.Add(Tokens.Count);
         Samples++;
         int feature = Features;

@@ -1,3 +1,4 @@
+using System.Collections.Concurrent;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data.Images;
 using MiniCpmNative.Engine.Data.Text;
@@ -21,6 +22,7 @@ public sealed partial class DataRows : IRowLoader
     private readonly ThreadLocal<PatchStrips> _strips;
     private readonly Action<string> _message;
     private readonly Dictionary<int, RowSize> _sizes = [];
+    private readonly ConcurrentDictionary<(int Row, int Picture), SlicePlan> _plans = [];
     private IReadOnlyList<Row> _rows;
     private bool[] _leftOut;
     private BadRow[] _bad = [];
@@ -165,7 +167,8 @@ public sealed partial class DataRows : IRowLoader
                         + $"expected {features}");
             }
 
-        batch.AddRow(ids, bounds);
+        batch.AddRow(ids, bounds,
+            places: _format.Places(ids, shown.Select(picture => plans[picture])));
         foreach (int picture in shown)
             AppendPicture(
                 row, picture, plans[picture], decode ? Turn(pictures[picture]) : null, batch);
@@ -199,14 +202,15 @@ public sealed partial class DataRows : IRowLoader
 
     /// <summary>A row's picture as it is stored.</summary>
     /// <exception cref="BadRowException">The picture cannot be decoded.</exception>
-    internal static Picture Decode(Row row, int index)
+    internal static Picture Decode(Row row, int index, bool overWhite = false)
     {
         RowPicture named = row.Pictures[index];
         string path = named.Bytes is null ? row.Locate(named) : named.Path;
         try
         {
             return named.Bytes is { } bytes
-                ? PictureDecoder.Decode(bytes, path) : PictureDecoder.Decode(path);
+                ? PictureDecoder.Decode(bytes, path, overWhite)
+                : PictureDecoder.Decode(path, overWhite);
         }
         catch (InputException failure)
         {
@@ -218,9 +222,9 @@ public sealed partial class DataRows : IRowLoader
         }
     }
 
-    private static Picture Decode(Row row, int index, int orientation)
+    private Picture Decode(Row row, int index, int orientation)
     {
-        Picture picture = Decode(row, index);
+        Picture picture = Decode(row, index, _format.OverWhite);
         if (orientation == 1) return picture;
         using (picture) return picture.Oriented(orientation);
     }
@@ -235,12 +239,18 @@ public sealed partial class DataRows : IRowLoader
             // Orientations 5 to 8 turn the picture on its side.
             PictureSize size = pictures[i].Size;
             if (Turn(pictures[i]) >= 5) size = new(size.Height, size.Width);
-            plans[i] = Slicer.Plan(
-                size, _slicing.MaxSliceNums, _slicing.ScaleResolution, _slicing.Multiple);
+            plans[i] = Plan(row, i, size, Turn(pictures[i]));
         }
 
         return plans;
     }
+
+    // What pixels decide is decided once.
+    private SlicePlan Plan(Row row, int index, PictureSize size, int orientation) =>
+        _slicing.Small != SmallPictures.Adaptive
+            ? _slicing.Plan(size, () => Decode(row, index, orientation))
+            : _plans.GetOrAdd((row.Place, index),
+                _ => _slicing.Plan(size, () => Decode(row, index, orientation)));
 
     /// <summary>The EXIF orientation that is applied; 1 changes nothing.</summary>
     private int Turn(PictureInfo picture) => _orient ? picture.Orientation : 1;

@@ -66,15 +66,23 @@ public sealed class PlaceholderScheme
         new(tokenizer, tokens, queries, 0, marksTiles: false, place);
 
     /// <summary>Feature rows of a view: 0 is the overview, then the tiles.</summary>
-    public int Features(SlicePlan plan, int view)
+    public int Features(SlicePlan plan, int view) => Grid(plan, view).Patches;
+
+    /// <summary>How they lie; a resampler's in one row.</summary>
+    public PatchGrid Grid(SlicePlan plan, int view)
     {
-        PictureSize size = view == 0 ? plan.Overview : plan.Tile;
-        return _side == 0 ? _queries : size.Width / _side * (size.Height / _side);
+        PictureSize size = plan.Size(view);
+        return _side == 0
+            ? new(1, _queries) : new(size.Height / _side, size.Width / _side);
     }
 
     /// <summary>Feature rows of all views of a picture.</summary>
-    public int Features(SlicePlan plan) => Features(plan, 0)
-        + (plan.Sliced ? (plan.Views - 1) * Features(plan, 1) : 0);
+    public int Features(SlicePlan plan)
+    {
+        int features = 0;
+        for (int view = 0; view < plan.Views; view++) features += Features(plan, view);
+        return features;
+    }
 
     /// <summary>A picture's text.</summary>
     /// <param name="plan">How it is cut.</param>
@@ -92,8 +100,11 @@ public sealed class PlaceholderScheme
         {
             if (row > 0) text.Append('\n');
             for (int column = 0; column < plan.Columns; column++)
-                if (_marksTiles) View(1, _tokens.SliceStart, _tokens.SliceEnd);
-                else View(1, _tokens.ImageStart, _tokens.ImageEnd);
+            {
+                int view = 1 + (row * plan.Columns) + column;
+                if (_marksTiles) View(view, _tokens.SliceStart, _tokens.SliceEnd);
+                else View(view, _tokens.ImageStart, _tokens.ImageEnd);
+            }
         }
 
         if (!_marksTiles) text.Append(_tokens.SliceEnd);

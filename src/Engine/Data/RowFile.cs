@@ -11,10 +11,6 @@ namespace MiniCpmNative.Engine.Data;
 /// </summary>
 public sealed class RowFile
 {
-    // Of two values of one key the first would be lost.
-    private static readonly JsonDocumentOptions s_strict =
-        new() { AllowDuplicateProperties = false };
-
     private readonly string _path;
     private readonly RowOptions _options;
     private readonly int _before;
@@ -58,45 +54,25 @@ public sealed class RowFile
         var first = bytes.Span.TrimStart(" \t\r\n"u8);
         if (first.IsEmpty) throw new InputException($"{_path}: is empty, expected a list of rows");
         if (CsvRows.Accepts(_path)) CsvRows.Read(_path, bytes, Add, Refuse);
-        else if (first[0] == '[') ReadList(bytes);
-        else if (first[0] == '{' && IsPretty(first)) ReadValues(bytes);
+        else if (first[0] == '[' || (first[0] == '{' && IsPretty(first))) ReadValues(bytes);
         else if (first[0] == '{') ReadLines(bytes);
         else throw new InputException($"{_path}: is neither a JSON list of rows nor one row per "
             + "line (tables are read as .csv, .tsv or Parquet)");
     }
 
-    private void ReadList(ReadOnlyMemory<byte> json)
-    {
-        var reader = new Utf8JsonReader(json.Span);
-        int number = 0;
-        try
-        {
-            reader.Read();
-            while (reader.Read() && reader.TokenType != JsonTokenType.EndArray)
-            {
-                number++;
-                int start = (int)reader.TokenStartIndex;
-                reader.Skip();
-                Add(number, json[start..(int)reader.BytesConsumed]);
-            }
-            reader.Read();
-        }
-        catch (JsonException e)
-        {
-            throw Invalid(json, e, number);
-        }
-    }
-
-    // Objects that take several lines each, behind each other.
+    // A list of rows, or objects that take several lines each, behind each other.
     private void ReadValues(ReadOnlyMemory<byte> json)
     {
+        bool isList = json.Span.TrimStart(" \t\r\n"u8)[0] == '[';
         var reader = new Utf8JsonReader(
-            json.Span, new JsonReaderOptions { AllowMultipleValues = true });
+            json.Span, new JsonReaderOptions { AllowMultipleValues = !isList });
         int number = 0;
         try
         {
+            if (isList) reader.Read();
             while (reader.Read())
             {
+                if (isList && reader.TokenType == JsonTokenType.EndArray) continue;
                 number++;
                 int start = (int)reader.TokenStartIndex;
                 reader.Skip();
@@ -105,13 +81,11 @@ public sealed class RowFile
         }
         catch (JsonException e)
         {
-            throw Invalid(json, e, number);
+            throw new InputException($"{_path}: is not valid JSON at line "
+                + $"{(e.LineNumber ?? 0) + 1}, byte {(e.BytePositionInLine ?? 0) + 1}, behind row "
+                + $"{number} ({JsonFault.Reason(json.Span, e)})", e);
         }
     }
-
-    private InputException Invalid(ReadOnlyMemory<byte> json, JsonException e, int row) => new(
-        $"{_path}: is not valid JSON at line {(e.LineNumber ?? 0) + 1}, byte "
-        + $"{(e.BytePositionInLine ?? 0) + 1}, behind row {row} ({JsonFault.Reason(json.Span, e)})", e);
 
     private void ReadLines(ReadOnlyMemory<byte> json)
     {
@@ -142,7 +116,7 @@ public sealed class RowFile
         int? turn = null;
         try
         {
-            using var document = JsonDocument.Parse(json, s_strict);
+            using var document = JsonDocument.Parse(json, RowValues.Strict);
             var row = document.RootElement;
             if (row.ValueKind == JsonValueKind.Object) _reader ??= Recognized(row);
             var reader = _reader ?? new RowReader(_path, RowColumns.Official, _options);

@@ -27,6 +27,19 @@ public sealed record RowFormat(
     /// </summary>
     public string? DocumentedLlmType { get; init; }
 
+    /// <summary>
+    /// By what the places of tokens are found, where pictures lie on canvases; else null.
+    /// </summary>
+    public CanvasTokens? Canvas { get; init; }
+
+    /// <summary>Whether pictures are resized as torchvision does, not as Pillow.</summary>
+    public bool NarrowResize { get; init; }
+
+    /// <summary>
+    /// Whether what is transparent is laid over white; else its colours are taken as stored.
+    /// </summary>
+    public bool OverWhite { get; init; }
+
     public Tokenizer Tokenizer => Prompts.Tokenizer;
 
     /// <summary>
@@ -49,9 +62,17 @@ public sealed record RowFormat(
     public SlicingSpec SlicingUpTo(int maxSliceNums) =>
         Slicing with { MaxSliceNums = Slices ? maxSliceNums : 1 };
 
+    /// <summary>
+    /// The places of a row's tokens with these pictures; null where they are counted.
+    /// </summary>
+    public CanvasPlace[]? Places(ReadOnlySpan<int> ids, IEnumerable<SlicePlan> shown) =>
+        Canvas?.Places(ids, [.. shown.SelectMany(plan =>
+            Enumerable.Range(0, plan.Views).Select(view => Placeholders.Grid(plan, view)))]);
+
     /// <summary>Makes patches of pictures; for one thread.</summary>
     public PatchStrips NewStrips() => new(
-        [.. Mean.Select(v => (float)v)], [.. Std.Select(v => (float)v)], Slicing.PatchSize);
+        [.. Mean.Select(v => (float)v)], [.. Std.Select(v => (float)v)], Slicing.PatchSize,
+        NarrowResize);
 
     /// <summary>Checks a configuration's llm_type against the model's prompts.</summary>
     /// <exception cref="InputException">They differ, or the official script has no such type.
@@ -78,6 +99,9 @@ public sealed record SlicingSpec(int MaxSliceNums, int ScaleResolution, int Patc
 {
     /// <summary>Patches that are merged into one along each side of a view.</summary>
     public int Merges { get; init; } = 1;
+
+    /// <summary>What becomes of pictures that are small.</summary>
+    public SmallPictures Small { get; init; }
 
     /// <summary>What the sides of views are multiples of, in pixels.</summary>
     public int Multiple => PatchSize * Merges;

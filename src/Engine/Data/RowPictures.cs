@@ -29,9 +29,6 @@ internal static class RowPictures
             case JsonValueKind.Object when !IsStored(image):
                 var tagged = image.EnumerateObject()
                     .Select(item => One(item.Value, item.Name)).ToArray();
-                if (tagged.GroupBy(item => item.Tag)
-                    .FirstOrDefault(g => g.Count() > 1) is { } twice)
-                    throw new FormatException($"\"image\" has {Messages.Quote(twice.Key)} twice");
                 return (tagged is [{ Tag: "<image>" }] ? PictureNames.Single : PictureNames.Tagged,
                     tagged);
             case JsonValueKind.Object:

@@ -26,6 +26,8 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
     private static readonly string[] s_otherTurnMeanings =
         ["tool_calls", "reasoning_content", "images", "image"];
 
+    private static readonly string[] s_otherTags = ["<video>", "<audio>"];
+
     private readonly string[] _media = [.. s_otherKeys.Where(key => !columns.Uses(key))];
     private readonly string[] _meanings = [.. s_otherMeanings.Where(key => !columns.Uses(key))];
 
@@ -285,7 +287,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
 
             if (turns[i].Role == "user")
             {
-                foreach (string tag in (string[])["<video>", "<audio>"])
+                foreach (string tag in s_otherTags)
                     if (turns[i].Content.Contains(tag, StringComparison.Ordinal))
                     {
                         turn = i + 1;

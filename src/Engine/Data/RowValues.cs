@@ -6,6 +6,9 @@ namespace MiniCpmNative.Engine.Data;
 /// <summary>Values of a row as they are read and named; what is wrong is a FormatException.</summary>
 internal static class RowValues
 {
+    /// <summary>Of two values of one key the first would be lost.</summary>
+    public static JsonDocumentOptions Strict { get; } = new() { AllowDuplicateProperties = false };
+
     /// <summary>What a value is, in words.</summary>
     public static string Kind(JsonElement value) => value.ValueKind switch
     {
@@ -55,7 +58,7 @@ internal static class RowValues
             return value;
         try
         {
-            using var document = JsonDocument.Parse(text);
+            using var document = JsonDocument.Parse(text, Strict);
             return document.RootElement.Clone();
         }
         catch (JsonException)

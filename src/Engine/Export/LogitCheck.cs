@@ -106,7 +106,8 @@ internal static class LogitCheck
 
         var batch = new Batch();
         batch.Clear();
-        batch.AddRow(prompt.InputIds, prompt.Bounds);
+        batch.AddRow(prompt.InputIds, prompt.Bounds,
+            places: format.Places(prompt.InputIds, [plan]));
         batch.TryAddPicture(
             format.NewStrips(), picture, plan, format.Placeholders.Features(plan));
         return batch;

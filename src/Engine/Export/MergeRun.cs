@@ -58,7 +58,8 @@ public sealed unsafe class MergeRun
         IReadOnlyList<TensorToSave> tensors = Tensors(out bool untied);
         using NewFolder folder = NewFolder.Create(_request.Out, tensors.Sum(t => t.Bytes));
         CheckpointWriter.Write(folder.Path, tensors);
-        if (_request.Adapter is not null && _changes.Values.All(change => change.Stored == 0))
+        if (_request.Adapter is not null && _weights.Replicated is null
+            && _changes.Values.All(change => change.Stored == 0))
             throw new InputException($"{_request.Adapter}: merging it changes no value of "
                 + $"{_request.Model} as it is stored: was it trained?");
         foreach (var (name, content) in SavedFiles.Read(
@@ -165,6 +166,20 @@ public sealed unsafe class MergeRun
     private byte[] Configured(byte[] config, bool untied) => SavedFiles.Edit(config, json =>
     {
         if (untied) json["tie_word_embeddings"] = false;
-        return json.Remove("quantization_config") || untied;
+        bool replicated = _weights.Replicated is { } ranges && Replicate(json, ranges.Layers);
+        return json.Remove("quantization_config") || untied || replicated;
     });
+
+    // Layers are written out one by one, each with its own adapter in it.
+    private static bool Replicate(JsonObject json, IReadOnlyList<int> layers)
+    {
+        double before = (double)json["num_hidden_layers"]!;
+        json["num_hidden_layers"] = layers.Count;
+        // MiniCPM divides it by the root of the layers.
+        if (json["scale_depth"] is { } depth)
+            json["scale_depth"] = (double)depth * Math.Sqrt(layers.Count / before);
+        if (json["layer_types"] is JsonArray types)
+            json["layer_types"] = new JsonArray([.. layers.Select(i => types[i]!.DeepClone())]);
+        return true;
+    }
 }

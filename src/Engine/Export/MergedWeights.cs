@@ -22,7 +22,11 @@ internal sealed unsafe class MergedWeights : IDisposable
     private MergedWeights(ModelSpec spec, Checkpoint weights, AdapterFile? adapter) =>
         (Spec, Checkpoint, _adapter) = (spec, weights, adapter);
 
-    public ModelSpec Spec { get; }
+    /// <summary>The model, its layers replicated where the adapter does that.</summary>
+    public ModelSpec Spec { get; private set; }
+
+    /// <summary>The layers that the adapter runs, where they are others than the model's.</summary>
+    public LayerRanges? Replicated => _adapter?.Config.LayerReplication;
 
     public Checkpoint Checkpoint { get; }
 
@@ -39,6 +43,7 @@ internal sealed unsafe class MergedWeights : IDisposable
         try
         {
             merged.Checkpoint.MustMatch(spec.Parameters, Families.Explain);
+            merged.Spec = spec.Replicated(merged.Replicated, merged.Checkpoint);
             merged.TakeAdapter();
             return merged;
         }
@@ -101,33 +106,5 @@ internal sealed unsafe class MergedWeights : IDisposable
         tensor.Read(begin * size, bytes);
         fixed (byte* from = bytes)
         fixed (float* to = target) FloatBits.Widen(from, tensor.Type, to, target.Length);
-    }
-
-    /// <summary>
-    /// Scale * B[outputs, rank] A[rank, inputs], and the norms that rows have with it, or null.
-    /// </summary>
-    private sealed class LowRank(
-        float[] a, float[] b, int rank, int inputs, float scale, float[]? norms)
-    {
-        public void Add(long begin, Span<float> rows)
-        {
-            int first = (int)(begin / inputs), count = rows.Length / inputs;
-            fixed (float* target = rows)
-            {
-                float* to = target;
-                Parallel.For(0, count, row =>
-                {
-                    var sum = new float[inputs];
-                    for (int k = 0; k < rank; k++)
-                        TensorPrimitives.MultiplyAdd(a.AsSpan(k * inputs, inputs),
-                            b[((first + row) * rank) + k], sum, sum);
-                    var values = new Span<float>(to + ((long)row * inputs), inputs);
-                    TensorPrimitives.MultiplyAdd(sum, scale, values, values);
-                    if (norms is not null)
-                        TensorPrimitives.Multiply(values,
-                            norms[first + row] / TensorPrimitives.Norm<float>(values), values);
-                });
-            }
-        }
     }
 }

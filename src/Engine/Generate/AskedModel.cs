@@ -82,6 +82,7 @@ public sealed class AskedModel : IDisposable
             checkpoint = Checkpoint.Open(folder);
             checkpoint.MustMatch(spec.Parameters, Families.Explain);
             file = adapter is null ? null : AdapterFile.Open(adapter);
+            spec = spec.Replicated(file?.Config.LayerReplication, checkpoint);
             var trained = file?.Match(spec.Parameters)
                 ?? new Dictionary<string, StoredTensor>();
             AdapterLayout? layout = file is null ? null : AdapterLayout.Create(

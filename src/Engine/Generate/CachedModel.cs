@@ -17,18 +17,13 @@ internal sealed class CachedModel(LoadedModel model)
     public int Vocabulary => model.Spec.Decoder.VocabSize;
 
     /// <summary>
-    /// Forgets everything. Memory that was there is used again where it is enough; else there is
-    /// twice as much, since a smaller cache stays allocated.
+    /// Forgets everything. Memory that was there is used again where it is enough.
     /// </summary>
     public void Begin(int sequences, int room)
     {
         if (_cache?.Holds(sequences, room) != true)
-        {
-            long least = _cache is null ? 0 : 2L * _cache.Lengths.Length * _cache.Room;
-            _cache = new KeyValueCache(model.Device, model.Spec.Decoder, sequences,
-                (int)Math.Max(room, least / sequences));
-        }
-
+            _cache = new KeyValueCache(
+                model.Device, model.Spec.Decoder, sequences, room, former: _cache);
         _cache.Clear(sequences, room);
     }
 
@@ -79,7 +74,7 @@ internal sealed class CachedModel(LoadedModel model)
             {
                 _batch.LabelRows.Add(_batch.Tokens.Count);
                 _batch.Tokens.Add(tokens[s]);
-                _batch.Positions.Add(_cache!.Lengths[s]);
+                _batch.Positions.Add(_cache!.Next[s]);
             }
 
             _batch.SequenceStarts.Add(_batch.Tokens.Count);

@@ -37,7 +37,7 @@ public sealed class PromptMaker
     public PromptPicture Open(string path)
     {
         PictureInfo info = PictureDecoder.Probe(path);
-        return Cut(path, () => PictureDecoder.Decode(path), info.Size);
+        return Cut(path, () => PictureDecoder.Decode(path, _format.OverWhite), info.Size);
     }
 
     /// <summary>The same of a file's content; name stands in messages.</summary>
@@ -45,7 +45,7 @@ public sealed class PromptMaker
     public PromptPicture Open(byte[] content, string name)
     {
         using Picture picture = PictureDecoder.Decode(content, name);
-        return Cut(name, () => PictureDecoder.Decode(content, name),
+        return Cut(name, () => PictureDecoder.Decode(content, name, _format.OverWhite),
             picture.Size);
     }
 
@@ -80,6 +80,8 @@ public sealed class PromptMaker
                 prompt.Bounds[view].Start, prompt.Bounds[(view += views) - 1].End);
         }
 
+        CanvasPlace[]? canvas = _format.Places(
+            prompt.InputIds, prompt.Pictures.Select(picture => pictures[picture].Plan));
         return new GenerationInput(tokens, batch => Append(batch, 0), number)
         {
             Ids = prompt.InputIds,
@@ -89,7 +91,7 @@ public sealed class PromptMaker
 
         void Append(Batch batch, int from)
         {
-            batch.AddRow(prompt.InputIds, prompt.Bounds, from);
+            batch.AddRow(prompt.InputIds, prompt.Bounds, from, canvas);
             for (int i = 0; i < places.Length; i++)
             {
                 if (places[i].Start < from) continue;
@@ -103,6 +105,5 @@ public sealed class PromptMaker
     }
 
     private PromptPicture Cut(string name, Func<Picture> decode, PictureSize size) => new(
-        name, decode, Slicer.Plan(
-            size, _slicing.MaxSliceNums, _slicing.ScaleResolution, _slicing.Multiple));
+        name, decode, _slicing.Plan(size, decode));
 }

@@ -33,6 +33,12 @@ public sealed class Adapters(IReadOnlyList<Adapter> list, double dropout)
     /// <summary>Share of the adapters' input that is dropped in training.</summary>
     public double Dropout { get; } = dropout;
 
+    /// <summary>The adapter whose A or B a tensor is, or null.</summary>
+    public Adapter? Owner(string tensor) =>
+        tensor.EndsWith(".lora_A.weight", StringComparison.Ordinal)
+        || tensor.EndsWith(".lora_B.weight", StringComparison.Ordinal)
+            ? Find(tensor[..^".lora_A.weight".Length]) : null;
+
     public Adapter? Find(string module) => _byModule.GetValueOrDefault(module);
 
     public static string NameOfA(string module) => module + ".lora_A.weight";
@@ -49,13 +55,22 @@ public sealed class Adapters(IReadOnlyList<Adapter> list, double dropout)
     /// <param name="trainables">Take the numbers.</param>
     /// <param name="seed">Of the random ones.</param>
     /// <param name="start">Which they are.</param>
+    /// <param name="split">The weights that they start as a part of, or null.</param>
     /// <param name="rowNorms">The norms of a weight's rows, which DoRA's magnitudes start
     /// as.</param>
     public void Initialise(
-        ParameterRanges trainables, ulong seed, LoraStart start, Func<string, double[]> rowNorms)
+        ParameterRanges trainables, ulong seed, LoraStart start, SplitWeights? split,
+        Func<string, double[]> rowNorms)
     {
         foreach (Adapter adapter in List)
         {
+            if (split?.Start(adapter.Module) is { } part)
+            {
+                trainables.Write(NameOfA(adapter.Module), part.A);
+                trainables.Write(NameOfB(adapter.Module), part.B);
+                continue;
+            }
+
             var a = new float[adapter.Rank * adapter.Inputs];
             var b = new float[adapter.Outputs * adapter.Rank];
             if (start.Text == "gaussian") FillNormal(a, 1.0 / adapter.Rank, adapter, seed);

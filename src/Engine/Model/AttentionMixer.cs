@@ -47,8 +47,7 @@ internal sealed class AttentionMixer : Mixer
             spec.Heads, spec.KvHeads, spec.HeadDim, Causal: true, 1 / Math.Sqrt(spec.HeadDim));
         _cachedAttention = _attention with { Cached = true };
         Projections = [query, key, value, _output];
-        Trainable = Array.Exists(Projections, p => p.Trainable)
-            || _queryNorm is { Trainable: true } || _keyNorm is { Trainable: true };
+        Trainable = _queryNorm is { Trainable: true } || _keyNorm is { Trainable: true };
     }
 
     public override bool ReadsInput => _heads.ReadsInput;

@@ -20,6 +20,7 @@ public sealed class Decoder : IBatchInput
     private readonly Scale? _outputScale;
     private readonly DecoderSpec _spec;
     private readonly PerBatch<DecoderContext> _contexts = new();
+    private readonly CanvasRope? _canvas;
     private readonly Tensor _embedding, _vocabulary;
     private readonly DecoderLayer[] _layers;
     private readonly Norm _norm;
@@ -36,6 +37,7 @@ public sealed class Decoder : IBatchInput
     {
         (_spec, _recomputation, _context) = (spec, recomputation, _contexts[0]);
         _lookUp = new Embedding(spec.EmbeddingScale);
+        if (!spec.RopeSections.IsEmpty) _canvas = new CanvasRope(spec);
         if (spec.OutputScale != 1) _outputScale = new Scale(spec.OutputScale);
         ModuleScope model = scope.In(name);
         _embedding = model.In("embed_tokens").Table("weight", false, spec.VocabSize, spec.HiddenSize);
@@ -122,7 +124,7 @@ public sealed class Decoder : IBatchInput
     public void Continue(KeyValueCache? cache) => _cache = cache;
 
     public long Count(Batch batch) => ((_spec.Delta is null ? 1L : 3) * batch.Positions.Count)
-        + batch.SequenceStarts.Count
+        + batch.SequenceStarts.Count + (_canvas?.Count(batch) ?? 0)
         + BatchUpload.TileNumbers(
             batch.Tokens.Count, batch.Tokens.Count, batch.SequenceStarts.Count);
 
@@ -130,12 +132,18 @@ public sealed class Decoder : IBatchInput
     {
         _context = _contexts[upload.Number];
         (_context.Cache, _context.Random) = (_cache, upload.Random);
-        _context.Positions = upload.Ints(batch.Positions.Span, "positions");
         ReadOnlySpan<int> starts = batch.SequenceStarts.Span;
         _context.Starts = upload.Ints(starts, "sequence starts");
         _context.Tiles = _context.Cache is null
             ? upload.Tiles(starts, starts, causal: true) : default;
         if (_spec.Delta is not null) LoadPairs(batch.Tokens.Count, upload);
+        if (_canvas is not null && batch.Places.Count > 0)
+        {
+            _context.Turn(_canvas.Load(batch, upload));
+            return;
+        }
+
+        _context.Positions = upload.Ints(batch.Positions.Span, "positions");
         int last = 0;
         foreach (int position in batch.Positions.Span) last = Math.Max(last, position);
         _context.Reach(_spec, last + 1, upload);
@@ -166,7 +174,7 @@ public sealed class DecoderContext
     /// <summary>Key of the batch's random numbers.</summary>
     public Randomness Random { get; set; }
 
-    /// <summary>I32[tokens]: the place of each token in its sequence.</summary>
+    /// <summary>I32[tokens]: the row of the rotary tables that turns each token.</summary>
     public Tensor Positions { get; set; }
 
     /// <summary>I32[sequences + 1]: where each sequence's tokens start, and the end.</summary>
@@ -188,11 +196,16 @@ public sealed class DecoderContext
     /// </summary>
     public KeyValueCache? Cache { get; set; }
 
-    /// <summary>F32[positions, headDim / 2], of the batch's longest sequence.</summary>
+    /// <summary>F32[positions, columns / 2], of the batch's longest sequence or of its
+    /// tokens.</summary>
     public Tensor RopeCos { get; private set; }
 
     /// <summary>The same.</summary>
     public Tensor RopeSin { get; private set; }
+
+    /// <summary>Takes the tables of a batch whose tokens have places on canvases.</summary>
+    public void Turn((Tensor Rows, Tensor Cos, Tensor Sin) tables) =>
+        (Positions, RopeCos, RopeSin) = tables;
 
     /// <summary>
     /// Makes the rotary tables reach at least so many positions, the batch's longest sequence:

@@ -48,8 +48,7 @@ internal sealed class DeltaMixer : Mixer
                 + "of lora_target_modules with use_dora");
         _rule = new DeltaRule(delta.KeyHeads, heads, delta.KeyDim, delta.ValueDim);
         Projections = [_output, qkv, z, b, a];
-        Trainable = Array.Exists(Projections, p => p.Trainable) || _norm.Trainable
-            || _timeBias.Variable != 0 || _decay.Variable != 0 || _filter.Variable != 0;
+        Trainable = _norm.Trainable || _timeBias.Variable != 0 || _decay.Variable != 0 || _filter.Variable != 0;
     }
 
     public override bool ReadsInput => _inputs.ReadsInput || _gates.ReadsInput;

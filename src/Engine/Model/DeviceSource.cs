@@ -38,9 +38,17 @@ public sealed record OpenDevice(Device Device, string Name, IDisposable? Owner =
     public string InUse()
     {
         if (Device is not CudaDevice device) return "";
-        var (free, total) = device.Context.Memory();
-        return FormattableString.Invariant(
-            $"; {(total - free) / (double)(1 << 30):0.00} GiB of the card are in use by all");
+        try
+        {
+            var (free, total) = device.Context.Memory();
+            return FormattableString.Invariant(
+                $"; {(total - free) / (double)(1 << 30):0.00} GiB of the card are in use by all");
+        }
+        catch (CudaException)
+        {
+            // No reason to lose a result.
+            return "";
+        }
     }
 
     public void Dispose()
@@ -81,7 +89,8 @@ public sealed record DeviceSource
             {
                 return OpenCuda(arguments, say);
             }
-            catch (Exception problem) when (problem is CudaUnavailableException or CudaException)
+            catch (Exception problem) when (problem is CudaUnavailableException or CudaException
+                or DeviceMemoryException)
             {
                 string line = problem.Message.ReplaceLineEndings(" ");
                 if (arguments.Device == DeviceChoice.Cuda)
@@ -119,6 +128,7 @@ public sealed record DeviceSource
             {
                 Tf32 = arguments.Tf32,
             };
+            CudaCheck.Run(device);
             if (arguments.Fp16)
                 say?.Invoke(
                     "fp16: weights are float16, the GPU computes in float32; bf16 is faster and "

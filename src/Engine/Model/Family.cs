@@ -144,6 +144,8 @@ public static class Families
         new MiniCpmV45(),
         new MiniCpmO45(),
         new MiniCpmV46(),
+        new MiniCpmV47(),
+        new MiniCpmOcr(),
     ];
 
     /// <exception cref="InputException">The model is none of <see cref="All"/>.</exception>

@@ -22,28 +22,35 @@ public sealed class KeyValueCache : IBatchInput
     private readonly DeltaSpec? _delta;
     private readonly long _rows;
     private readonly int _most;
-    private int[] _lengths = [], _starts = [];
+    private int[] _lengths = [], _starts = [], _next = [];
     private Tensor _slots;
 
     /// <param name="device">Holds it, in its type of activations.</param>
     /// <param name="spec">The decoder.</param>
     /// <param name="sequences">How many rows a batch has.</param>
     /// <param name="room">Most tokens of a sequence.</param>
-    public KeyValueCache(Device device, DecoderSpec spec, int sequences, int room)
+    /// <param name="former">
+    /// One that is used no more, but stays allocated: of what it had too little of, this one has
+    /// at least twice as much, so that all former ones together are no larger.
+    /// </param>
+    public KeyValueCache(
+        Device device, DecoderSpec spec, int sequences, int room, KeyValueCache? former = null)
     {
         _device = device;
-        _rows = checked(sequences * room);
+        (_delta, _most) = (spec.Delta, checked((int)Larger(sequences, former?._most ?? 0)));
+        _rows = checked((int)Larger((long)sequences * room, former?._rows ?? 0));
         var rows = new Spec(
             device.Activations, new Shape((int)_rows, spec.KvHeads * spec.HeadDim));
         _layers = new (Tensor, Tensor)[spec.Layers];
-        (_delta, _most) = (spec.Delta, sequences);
         if (_delta is not null) _states = new (Tensor, Tensor)[spec.Layers];
         for (int i = 0; i < _layers.Length; i++)
-            if (_delta is { } delta && delta.Layers[i]) _states[i] = NewState(delta, sequences);
+            if (_delta is { } delta && delta.Layers[i]) _states[i] = NewState(delta, _most);
             else
                 _layers[i] = (
                     device.Allocate(rows, "cached keys"), device.Allocate(rows, "cached values"));
         Clear(sequences, room);
+
+        static long Larger(long wanted, long had) => wanted <= had ? had : Math.Max(wanted, 2 * had);
     }
 
     /// <summary>Most tokens of a sequence.</summary>
@@ -53,6 +60,12 @@ public sealed class KeyValueCache : IBatchInput
     /// Tokens of each sequence, those of the batch that was loaded last included.
     /// </summary>
     public ReadOnlySpan<int> Lengths => _lengths;
+
+    /// <summary>
+    /// The position of each sequence's next token: its length, or, where pictures lie on canvases,
+    /// one more than any of its tokens has.
+    /// </summary>
+    public ReadOnlySpan<int> Next => _next;
 
     /// <summary>I32[sequences + 1]: where the rows of each sequence start, and the end.</summary>
     public Tensor KeyStarts { get; private set; }
@@ -64,6 +77,7 @@ public sealed class KeyValueCache : IBatchInput
     public void Clear()
     {
         Array.Clear(_lengths);
+        Array.Clear(_next);
         foreach (var (inputs, state) in _states)
             if (state.Exists)
             {
@@ -84,7 +98,7 @@ public sealed class KeyValueCache : IBatchInput
             throw new ShapeException($"key/value cache: {sequences} sequences of {room} tokens, "
                 + $"there is room for {_rows} tokens in all");
         Room = room;
-        _lengths = new int[sequences];
+        (_lengths, _next) = (new int[sequences], new int[sequences]);
         _starts = new int[sequences + 1];
         for (int s = 0; s <= sequences; s++) _starts[s] = s * room;
         Clear();
@@ -98,16 +112,18 @@ public sealed class KeyValueCache : IBatchInput
         _delta is null || length == _lengths[sequence] ? length : 0;
 
     /// <summary>Forgets a sequence's tokens from this one on, a reachable one.</summary>
-    public void Cut(int sequence, int length) =>
-        _lengths[sequence] = Math.Min(length, _lengths[sequence]);
+    // What is put behind a cut says where it stands.
+    public void Cut(int sequence, int length) => (_lengths[sequence], _next[sequence]) =
+        (Math.Min(length, _lengths[sequence]), 0);
 
     /// <summary>
     /// Sequence s goes on from what sequence from[s] has, as the beams of a search do.
     /// </summary>
     public void Reorder(ReadOnlySpan<int> from)
     {
-        int[] lengths = new int[from.Length];
-        for (int s = 0; s < from.Length; s++) lengths[s] = _lengths[from[s]];
+        int[] lengths = new int[from.Length], next = new int[from.Length];
+        for (int s = 0; s < from.Length; s++)
+            (lengths[s], next[s]) = (_lengths[from[s]], _next[from[s]]);
         foreach (var (keys, values) in _layers)
         {
             if (!keys.Exists) continue;
@@ -122,7 +138,7 @@ public sealed class KeyValueCache : IBatchInput
             Move(state, from, state.Shape[0] / _most);
         }
 
-        _lengths = lengths;
+        (_lengths, _next) = (lengths, next);
     }
 
     /// <summary>
@@ -172,7 +188,13 @@ public sealed class KeyValueCache : IBatchInput
         Growing<int> slots = upload.Scratch;
         slots.Clear();
         for (int s = 0; s < _lengths.Length; s++)
-            for (int i = starts[s]; i < starts[s + 1]; i++) slots.Add(_starts[s] + _lengths[s]++);
+            for (int i = starts[s]; i < starts[s + 1]; i++)
+            {
+                slots.Add(_starts[s] + _lengths[s]++);
+                _next[s] = Math.Max(_next[s], 1 + (batch.Places.Count > 0
+                    ? batch.Places[i].Largest : batch.Positions[i]));
+            }
+
         _slots = upload.Ints(slots.Span, "cache slots");
         KeyStarts = upload.Ints(_starts, "key starts");
         KeyLengths = upload.Ints(_lengths, "key lengths");

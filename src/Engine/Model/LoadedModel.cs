@@ -59,14 +59,17 @@ public sealed class LoadedModel : IDisposable
     /// <param name="recomputation">What layers compute again in backward; null for
     /// nothing.</param>
     /// <param name="kind">Makes frozen weights of linear layers; null keeps them dense.</param>
+    /// <param name="split">Weights of which a part stays frozen; null for none.</param>
+    /// <param name="norms">Norms of rows, where they are needed besides.</param>
     /// <param name="streams">Whether frozen tensors of blocks lie in host memory.</param>
     public static LoadedModel Load(
         OpenDevice device, ModelSpec spec, Checkpoint checkpoint, DType storage,
         ParameterRanges? trainables = null, Adapters? adapters = null, Recomputation? recomputation = null,
-        IWeightKind? kind = null, bool streams = false) =>
+        IWeightKind? kind = null, SplitWeights? split = null, FrozenNorms? norms = null,
+        bool streams = false) =>
         Build(device, spec, graph => new ModelWeights(
             graph, checkpoint, trainables ?? new ParameterRanges(device.Device, []),
-            adapters ?? Adapters.None, storage, kind)
+            adapters ?? Adapters.None, storage, kind, split, norms)
         {
             Streams = streams,
         }, recomputation ?? Recomputation.None);

@@ -9,7 +9,7 @@ internal abstract class Mixer
     /// <summary>Its linear layers.</summary>
     public Projection[] Projections { get; protected init; } = [];
 
-    /// <summary>Whether anything in it is trained.</summary>
+    /// <summary>Whether anything in it besides them is trained.</summary>
     public bool Trainable { get; protected init; }
 
     /// <summary>Whether backward reads the normalised rows that it runs on.</summary>

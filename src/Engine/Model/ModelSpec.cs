@@ -56,6 +56,30 @@ public sealed record ModelSpec(
         return spec;
     }
 
+    /// <summary>The model with its decoder's layers replicated, and its weights too.</summary>
+    /// <param name="ranges">Which layers run; null as they are.</param>
+    /// <param name="weights">The model's; null where there are none.</param>
+    /// <exception cref="InputException">There are no such layers, or they cannot be
+    /// copied.</exception>
+    public ModelSpec Replicated(LayerRanges? ranges, Checkpoint? weights)
+    {
+        if (ranges is null) return this;
+        if (Decoder.Delta is not null)
+            throw new InputException($"layer_replication {ranges}: layers of gated delta rule are "
+                + $"not replicated ({Family.Name}); leave it out");
+        IReadOnlyList<int> layers = ranges.Layers;
+        if (layers.Max() >= Decoder.Layers || layers.Count > ModelConfig.MaxLayers)
+            throw new InputException($"layer_replication {ranges}: the decoder has "
+                + $"{Decoder.Layers} layers, expected ends up to that, and at most "
+                + $"{ModelConfig.MaxLayers} layers in all");
+        const string list = ".layers.";
+        string first = Parameters.All.First(p => p.Part == ModelPart.Decoder
+            && p.Name.Contains(list, StringComparison.Ordinal)).Name;
+        weights?.Replicate(
+            first[..(first.IndexOf(list, StringComparison.Ordinal) + list.Length)], layers);
+        return this with { Decoder = Decoder with { Layers = layers.Count }, _parameters = null };
+    }
+
     /// <summary>How rows become tokens and patches.</summary>
     /// <exception cref="InputException">
     /// The tokenizer or the chat template cannot be used.
@@ -169,6 +193,12 @@ public sealed record DecoderSpec(
     /// How many of a head's columns, the first ones, are turned by its position; null for all.
     /// </summary>
     public int? RotatedColumns { get; init; }
+
+    /// <summary>
+    /// How many frequencies are the text's, the rows' and the columns' where tokens have places on
+    /// canvases (mrope_section); else empty.
+    /// </summary>
+    public ImmutableArray<int> RopeSections { get; init; } = [];
 
     /// <summary>
     /// Whether norms are multiplied by 1 + weight, and weight decay passes them over.

@@ -1,3 +1,4 @@
+using System.Runtime.InteropServices;
 using MiniCpmNative.Autograd;
 using MiniCpmNative.Engine.Weights;
 using MiniCpmNative.Kernels;
@@ -119,11 +120,15 @@ public abstract class ModelTensors(Graph graph, ParameterRanges trainables, Adap
 /// <param name="adapters">Adapters that sit on linear layers.</param>
 /// <param name="storage">The run's storage type.</param>
 /// <param name="kind">Makes frozen weights of linear layers; null keeps them dense.</param>
+/// <param name="split">Weights of which a part stays frozen; null for none.</param>
+/// <param name="norms">Norms of rows, where somebody else has a use for them too.</param>
 public sealed class ModelWeights(
     Graph graph, Checkpoint checkpoint, ParameterRanges trainables, Adapters adapters, DType storage,
-    IWeightKind? kind = null)
+    IWeightKind? kind = null, SplitWeights? split = null, FrozenNorms? norms = null)
     : ModelTensors(graph, trainables, adapters)
 {
+    private readonly FrozenNorms _norms = norms ?? new(checkpoint, storage, kind);
+
     protected override bool IsDense(string weight) => kind?.Takes(weight) != true;
 
     protected override Shape ShapeOf(string name) => checkpoint.Get(name).Shape;
@@ -143,36 +148,37 @@ public sealed class ModelWeights(
     {
         Tensor squares = Device.Allocate(
             new Spec(Device.Activations.Statistics(), new Shape(rows)), name);
-        Device.WriteFloats(squares, [.. RowNorms(checkpoint.Get(name), storage)
+        Device.WriteFloats(squares, [.. _norms.Of(name)
             .Skip(begin).Take(rows).Select(norm => (float)(norm * norm))]);
         return squares;
     }
 
-    /// <summary>The norms of a matrix's rows as a run of a storage type has them.</summary>
-    internal static unsafe double[] RowNorms(StoredTensor file, DType storage)
-    {
-        int rows = file.Shape[0], cols = file.Shape.Cols;
-        var norms = new double[rows];
-        var values = new float[cols];
-        using var stored = new StorageValues(file, 0, file.Count, storage);
-        for (int r = 0; r < rows; r++)
-        {
-            fixed (float* to = values)
-                FloatBits.Widen((byte*)stored.Data + ((long)r * cols * stored.Type.Size()),
-                    stored.Type, to, cols);
-            double sum = 0;
-            foreach (float value in values) sum += (double)value * value;
-            norms[r] = Math.Sqrt(sum);
-        }
-
-        return norms;
-    }
-
     protected override unsafe Tensor FrozenMatrix(string name, int begin, int rows, int cols)
     {
+        if (split?.Contains(name) == true) return Rest(name, rows, cols);
         using var values = new StorageValues(
             checkpoint.Get(name), (long)begin * cols, (long)rows * cols, storage);
         return Device.Pack(values.Type, rows, cols, values.Data, name);
+    }
+
+    // Of linear layers, which are whole matrices.
+    private unsafe Tensor Rest(string name, int rows, int cols)
+    {
+        nuint count = (nuint)rows * (nuint)cols;
+        var wide = (float*)NativeMemory.AlignedAlloc(count * sizeof(float), 64);
+        try
+        {
+            using (var values = new StorageValues(checkpoint.Get(name), 0, (long)count, storage))
+                FloatBits.Widen(values.Data, values.Type, wide, (nint)count);
+            split!.Leave(name, wide, rows);
+            // In place: narrower values never reach those that are still to be read.
+            FloatBits.Narrow(wide, wide, storage, (nint)count);
+            return Device.Pack(storage, rows, cols, wide, name);
+        }
+        finally
+        {
+            NativeMemory.AlignedFree(wide);
+        }
     }
 
     protected override unsafe Tensor FrozenTable(string name)
@@ -208,4 +214,13 @@ public interface IWeightKind
 
     /// <summary>Whether it makes a weight of this matrix.</summary>
     bool Takes(string weight) => true;
+
+    /// <summary>
+    /// Writes elements of a matrix, from one on, as the weight that it makes of it has them; null
+    /// where these are the file's.
+    /// </summary>
+    RowReader? Reader(StoredTensor matrix) => null;
 }
+
+/// <summary>Writes elements from..from + to.Length.</summary>
+public delegate void RowReader(long from, Span<float> to);

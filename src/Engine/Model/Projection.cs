@@ -10,24 +10,27 @@ namespace MiniCpmNative.Engine.Model;
 /// </summary>
 public sealed class Projection
 {
+    // x, the weight and its bias; where there is an adapter A and B, and of one with magnitudes
+    // these and the norms of the adapted rows.
+    private readonly Tensor[] _inputs;
     private readonly Op _op;
     private readonly AdaptedNorm? _norm;
-    private readonly Tensor _bias, _a, _b, _magnitude, _squares;
-    private readonly bool _adapted;
+    private readonly Tensor _squares;
 
     public Projection(Weight weight, Tensor bias)
     {
-        (_op, Weight, _bias) = (new Linear(Weight: Other(weight)), weight, bias);
+        (_op, Weight) = (new Linear(Weight: Other(weight)), weight);
+        _inputs = [Tensor.None, weight.Tensor, bias];
         Trainable = weight.Tensor.Variable != 0 || bias.Variable != 0;
     }
 
     public Projection(Weight weight, Tensor bias, Adapter adapter, double dropout, Tensor a,
         Tensor b)
     {
-        (_op, Weight, _bias, _a, _b) = (
-            new LoraLinear(adapter.Index, adapter.Scale, dropout, Other(weight)), weight, bias, a,
-            b);
-        _adapted = Trainable = true;
+        (_op, Weight) = (
+            new LoraLinear(adapter.Index, adapter.Scale, dropout, Other(weight)), weight);
+        _inputs = [Tensor.None, weight.Tensor, bias, a, b];
+        Trainable = true;
         Adapter = adapter;
         Dropout = dropout;
     }
@@ -46,7 +49,8 @@ public sealed class Projection
     {
         _op = new DoraLinear(adapter.Index, adapter.Scale, dropout, Other(weight));
         _norm = new AdaptedNorm(adapter.Scale, Other(weight));
-        (_magnitude, _squares) = (magnitude, squares);
+        _inputs = [.. _inputs, magnitude, Tensor.None];
+        _squares = squares;
     }
 
     /// <summary>Where it has one.</summary>
@@ -57,36 +61,31 @@ public sealed class Projection
     public bool Trainable { get; }
 
     /// <summary>Whether backward reads x: where its own weights are frozen, it does not.</summary>
-    public bool ReadsInput => _adapted || Weight.Tensor.Variable != 0;
+    public bool ReadsInput => Adapter is not null || Weight.Tensor.Variable != 0;
 
     /// <summary>What x is multiplied by.</summary>
     public Weight Weight { get; }
 
     /// <summary>x[rows, in] -> y[rows, out].</summary>
-    public Tensor Run(Graph graph, Tensor x) => (_adapted, _norm) switch
-    {
-        (true, null) => graph.Run(_op, x, Weight.Tensor, _bias, _a, _b),
-        (true, _) => graph.Run(
-            _op, x, Weight.Tensor, _bias, _a, _b, _magnitude, Norms(graph)),
-        _ => graph.Run(_op, x, Weight.Tensor, _bias),
-    };
+    public Tensor Run(Graph graph, Tensor x) => graph.Run(_op, Inputs(graph, x));
 
     /// <summary>The same, <see cref="Graph.RunFleeting"/>.</summary>
-    public Tensor RunFleeting(Graph graph, Tensor x) => (_adapted, _norm) switch
-    {
-        (true, null) => graph.RunFleeting(_op, x, Weight.Tensor, _bias, _a, _b),
-        (true, _) => graph.RunFleeting(
-            _op, x, Weight.Tensor, _bias, _a, _b, _magnitude, Norms(graph)),
-        _ => graph.RunFleeting(_op, x, Weight.Tensor, _bias),
-    };
+    public Tensor RunFleeting(Graph graph, Tensor x) => graph.RunFleeting(_op, Inputs(graph, x));
 
-    /// <summary>Its weight, bias and adapter as an operation takes them.</summary>
+    /// <summary>Its weight, bias, A and B as an operation takes them.</summary>
     internal void CopyTo(Span<Tensor> inputs) =>
-        (inputs[0], inputs[1], inputs[2], inputs[3]) = (Weight.Tensor, _bias, _a, _b);
+        _inputs.AsSpan(1, Adapter is null ? 2 : 4).CopyTo(inputs);
+
+    private Tensor[] Inputs(Graph graph, Tensor x)
+    {
+        _inputs[0] = x;
+        if (_norm is not null) _inputs[^1] = Norms(graph);
+        return _inputs;
+    }
 
     // Held constant in backward: what it is made of is no variable there.
     private Tensor Norms(Graph graph) => graph.Run(_norm!, Weight.Tensor,
-        _a with { Variable = 0 }, _b with { Variable = 0 }, _squares);
+        _inputs[3] with { Variable = 0 }, _inputs[4] with { Variable = 0 }, _squares);
 
     // Dense weights are an input, so that the tape can give them a gradient.
     internal static Weight? Other(Weight weight) => weight is DenseWeight ? null : weight;

@@ -37,18 +37,33 @@ public sealed class QuantisedKind(
     private readonly HashSet<string> _linears = [.. table.Linears
         .Where(l => quantisation?.Takes(table, l) == true).Select(l => l.Name + ".weight")];
 
+    private (string? Name, FourBitCodes Codes) _last;
+
     public bool Takes(string weight) =>
         checkpoint?.Find(weight) is PackedTensor { IsKept: true } || _linears.Contains(weight);
 
-    public unsafe Weight? Load(Device device, StoredTensor matrix, int begin, int rows)
+    public Weight? Load(Device device, StoredTensor matrix, int begin, int rows)
     {
         if (matrix is PackedTensor { IsKept: true } packed) return packed.On(device, begin, rows);
         if (!_linears.Contains(matrix.Name)) return null;
+        FourBitCodes codes = CodesOf(matrix);
+        return codes.Form.Splits(begin) ? new FourBitWeight(device, codes.Rows(begin, rows)) : null;
+    }
+
+    public RowReader? Reader(StoredTensor matrix)
+    {
+        if (!_linears.Contains(matrix.Name) || matrix is PackedTensor { IsKept: true }) return null;
+        return CodesOf(matrix).Unpack;
+    }
+
+    // Of the last matrix, which is asked for again by its other parts and for its norms.
+    private unsafe FourBitCodes CodesOf(StoredTensor matrix)
+    {
+        if (_last.Name == matrix.Name) return _last.Codes;
         FourBitForm form = quantisation!.Form(matrix.Shape[0], matrix.Shape.Cols);
-        if (!form.Splits(begin)) return null;
         using var values = new StorageValues(matrix, 0, matrix.Count, storage);
-        return new FourBitWeight(device, FourBitCodes.Of(
-            form, quantisation.Kind, values.Type, values.Data).Rows(begin, rows));
+        _last = (matrix.Name, FourBitCodes.Of(form, quantisation.Kind, values.Type, values.Data));
+        return _last.Codes;
     }
 
     public Weight? Plan(Device device, string weight, int begin, int rows)

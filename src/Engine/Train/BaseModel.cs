@@ -1,3 +1,5 @@
+using System.Security.Cryptography;
+using System.Text;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Weights;
@@ -12,6 +14,8 @@ namespace MiniCpmNative.Engine.Train;
 /// </summary>
 public sealed class BaseModel : IDisposable
 {
+    private const long MostSmallBytes = 256 << 20;
+
     private BaseModel(
         ModelSpec spec, Checkpoint weights, AdapterFile? start, TunedParts parts, DType storage)
     {
@@ -44,7 +48,8 @@ public sealed class BaseModel : IDisposable
     public SavedBytes SavedBytes => new(
         Parts.Config is null
             ? (Spec.Parameters.Count * Storage.Size()) + Untouched.Sum(t => t.Bytes)
-            : Parts.Tensors.Sum(t => t.Shape.Count * t.Type.Size()),
+            : Parts.Tensors.Sum(t => t.Shape.Count * t.Type.Size()
+                * (Parts.Config.Start.Splits && Parts.Adapters.Owner(t.Name) is not null ? 2 : 1)),
         Parts.Tensors.Sum(t => t.Shape.Count * ((2 * Moments.Size()) + MasterBytes(t))));
 
     /// <summary>
@@ -64,8 +69,8 @@ public sealed class BaseModel : IDisposable
         get
         {
             var types = Weights.Tensors.Where(t => !Spec.Parameters.IsUntouched(t.Name))
-                .ToDictionary(t => t.Name, t => ModelWeights.StoredAs(t.Type, Storage),
-                    StringComparer.Ordinal);
+                .ToDictionary(t => t.Name, t => IsSplit(t.Name)
+                    ? Storage : ModelWeights.StoredAs(t.Type, Storage), StringComparer.Ordinal);
             return new(Spec, Parts, name => types[name], Kind);
         }
     }
@@ -88,6 +93,7 @@ public sealed class BaseModel : IDisposable
         try
         {
             weights.MustMatch(spec.Parameters, Families.Explain);
+            spec = spec.Replicated(arguments.LoraLayerReplication, weights);
             DType storage = TunedModel.StorageOf(arguments);
             foreach (StoredTensor tensor in weights.Tensors) tensor.MustBeFinite(storage);
             AdapterConfig? adapter = TunedParts.AdapterOf(arguments, spec);
@@ -153,8 +159,16 @@ public sealed class BaseModel : IDisposable
             + "take less, and device=cpu uses the machine's memory");
     }
 
+    /// <summary>
+    /// Tells the model from others, by its weights and the files that say what it computes; known
+    /// once it is loaded.
+    /// </summary>
+    public string Identity { get; private set; } = "";
+
     /// <summary>Closes what no save needs, and frees what reading took.</summary>
-    /// <exception cref="InputException">The weights were changed while they were read.</exception>
+    /// <exception cref="InputException">
+    /// The weights were changed while they were read, or cannot be read.
+    /// </exception>
     public void EndLoading()
     {
         foreach (SafetensorsFile file in Weights.Files) file.Trim();
@@ -162,6 +176,7 @@ public sealed class BaseModel : IDisposable
             throw new InputException(
                 $"{Weights.Directory}: its weights were changed while they were read; start again");
         Start?.Dispose();
+        Identity = Identify();
         if (Parts.Config is not null
             || (Parts.Tensors.Count == Spec.Parameters.All.Count && Untouched.Count == 0))
             Weights.Dispose();
@@ -173,6 +188,42 @@ public sealed class BaseModel : IDisposable
         Weights.Dispose();
     }
 
+    private bool IsSplit(string weight) => Parts.Config?.Start.Splits == true
+        && weight.EndsWith(".weight", StringComparison.Ordinal)
+        && Parts.Adapters.Find(weight[..^".weight".Length]) is not null;
+
+    private string Identify()
+    {
+        using var hash = IncrementalHash.CreateHash(HashAlgorithmName.SHA256);
+        try
+        {
+            foreach (SafetensorsFile file in
+                Weights.Files.OrderBy(file => file.Path, StringComparer.Ordinal))
+                hash.AppendData(Encoding.ASCII.GetBytes(file.Digest()));
+        }
+        catch (IOException failure)
+        {
+            throw new InputException(
+                $"{Spec.Directory}: cannot read: {Messages.OneLine(failure.Message)}", failure);
+        }
+
+        foreach (string name in (string[])["config.json", "tokenizer.json", "tokenizer.model",
+            "tokenizer_config.json", Spec.Family.ProcessorFile(Spec.Directory).Name])
+        {
+            try
+            {
+                hash.AppendData(SHA256.HashData(
+                    InputFile.ReadAll(Path.Combine(Spec.Directory, name), MostSmallBytes)));
+            }
+            catch (InputException)
+            {
+                // What the model needs was read before; the others may be missing.
+            }
+        }
+
+        return Convert.ToHexStringLower(hash.GetHashAndReset());
+    }
+
     // What is trained needs more bits than these, and a whole model is saved in one form.
     private static void RefuseQuantised(Checkpoint weights, TunedParts parts)
     {
@@ -180,6 +231,10 @@ public sealed class BaseModel : IDisposable
         if (parts.Config is null)
             throw new InputException($"{packed.Place} is quantised, which cannot be trained whole: "
                 + "set use_lora, or make the model whole first with cpmx merge --dequantize");
+        if (parts.Config.Start.Splits)
+            throw new InputException($"{packed.Place} is quantised, of which init_lora_weights="
+                + $"{parts.Config.Start.Text} can take nothing out: leave it out, or make the model "
+                + "whole first with cpmx merge --dequantize");
         foreach (TunedTensor tensor in parts.Tensors)
             if (weights.Find(tensor.Name) is PackedTensor trained)
                 throw new InputException($"{trained.Place} is quantised, which cannot be trained: "

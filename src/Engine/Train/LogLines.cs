@@ -15,6 +15,9 @@ internal sealed class LogLines : ILogFile
 
     public const string AnswersName = RunRecord.AnswersFile;
 
+    // Most lines are shorter by far.
+    private const int BlockBytes = 4096;
+
     private readonly FileStream _file;
     private readonly string _path;
 
@@ -90,35 +93,59 @@ internal sealed class LogLines : ILogFile
 
     public void Dispose() => _file.Dispose();
 
-    // Whole lines up to the first later, torn or foreign one.
+    // Looked for from the end, so that a log of any length is gone on with at once: what a run that
+    // got further had written, torn or foreign lines among it, and the last words of one that ended
+    // there.
     private long KeptBytes(int step)
     {
-        long kept = 0;
-        // Not disposed: that would close the file.
-        var reader = new StreamReader(_file, leaveOpen: true);
-        while (reader.ReadLine() is { } line)
+        long kept = LineStart(_file.Length);
+        for (long end = kept; end > 0;)
         {
-            long end = kept + System.Text.Encoding.UTF8.GetByteCount(line) + 1;
-            if (end > _file.Length || !IsAtMost(line, step)) break;
-            kept = end;
+            long start = LineStart(end - 1);
+            var line = new byte[end - start];
+            RandomAccess.Read(_file.SafeFileHandle, line, start);
+            int? at = StepOf(line, out bool isLast);
+            if (at < step) break;
+            if (at is null || at > step || isLast) kept = start;
+            end = start;
         }
 
         return kept;
     }
 
-    private static bool IsAtMost(string line, int step)
+    // Behind the last line end before a place of the file.
+    private long LineStart(long before)
     {
+        Span<byte> block = new byte[(int)Math.Min(BlockBytes, before)];
+        while (before > 0)
+        {
+            block = block[..(int)Math.Min(block.Length, before)];
+            long from = before - block.Length;
+            RandomAccess.Read(_file.SafeFileHandle, block, from);
+            int found = block.LastIndexOf((byte)'\n');
+            if (found >= 0) return from + found + 1;
+            before = from;
+        }
+
+        return 0;
+    }
+
+    private static int? StepOf(ReadOnlyMemory<byte> line, out bool isLast)
+    {
+        isLast = false;
         try
         {
             using var json = JsonDocument.Parse(line);
-            return json.RootElement.ValueKind == JsonValueKind.Object
-                && json.RootElement.TryGetProperty("step", out var value)
-                && value.ValueKind == JsonValueKind.Number
-                && value.TryGetInt32(out int at) && at <= step;
+            if (json.RootElement.ValueKind != JsonValueKind.Object
+                || !json.RootElement.TryGetProperty("step", out var value)
+                || value.ValueKind != JsonValueKind.Number
+                || !value.TryGetInt32(out int step)) return null;
+            isLast = json.RootElement.TryGetProperty(TrainLog.RunTime, out _);
+            return step;
         }
         catch (JsonException)
         {
-            return false;
+            return null;
         }
     }
 

@@ -6,13 +6,20 @@ namespace MiniCpmNative.Engine.Train;
 /// <summary>
 /// trainer_state.json with the keys of the Hugging Face Trainer. Numbers are not rounded; NaN and
 /// Inf, which JSON lacks, are null. What a resumed run needs to go on with an unfinished logging
-/// interval stands in stateful_callbacks under "cpmx".
+/// interval stands in stateful_callbacks under "cpmx". Of a long run it has the newest entries, so
+/// that a checkpoint takes no longer the longer the run is; train_log.jsonl has all of them.
 /// </summary>
 internal sealed class LogState
 {
     public const string FileName = "trainer_state.json";
 
-    private readonly List<LogEntry> _history = [];
+    /// <summary>Most entries of log_history: some 2 MB.</summary>
+    public const int MostEntries = 10_000;
+
+    // What runs have written that kept all entries.
+    private const long MostBytes = 1L << 30;
+
+    private readonly Queue<LogEntry> _history = [];
 
     /// <summary>Steps done when the state was saved.</summary>
     public int Step { get; private init; }
@@ -25,9 +32,13 @@ internal sealed class LogState
     /// <summary>Sum of the losses of the whole run, and their number.</summary>
     public (double Sum, int Count) Total { get; set; }
 
-    public void Add(LogEntry entry) => _history.Add(entry);
+    public void Add(LogEntry entry)
+    {
+        if (_history.Count == MostEntries) _history.Dequeue();
+        _history.Enqueue(entry);
+    }
 
-    public bool HasEvaluation(int step) => _history.Exists(entry => entry.Step == step
+    public bool HasEvaluation(int step) => _history.Any(entry => entry.Step == step
         && entry.Values.Any(value => value.Name == TrainLog.EvaluationLoss));
 
     /// <exception cref="RunException">The file cannot be written.</exception>
@@ -43,7 +54,7 @@ internal sealed class LogState
     /// <exception cref="InputException">Missing or not as cpmx writes it.</exception>
     public static LogState Load(string folder)
     {
-        var root = JsonInput.ReadObject(Path.Combine(folder, FileName));
+        var root = JsonInput.ReadObject(Path.Combine(folder, FileName), MostBytes);
         var state = new LogState
         {
             Step = root["global_step"].Int(0),

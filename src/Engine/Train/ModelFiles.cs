@@ -27,8 +27,9 @@ public static class ModelFiles
         var written = new List<string>();
         if (arguments.UseLora)
         {
-            AdapterFile.Write(
-                folder, model.Parts.Config!, model.Parts.Layout!, Trained(model));
+            AdapterConfig config = model.Parts.Config!.AsSaved();
+            AdapterFile.Write(folder, config,
+                AdapterLayout.Create(source.Spec.Parameters, config, folder), model.Trained());
             written.AddRange([AdapterFile.WeightsName, AdapterConfig.FileName]);
             WriteSmall(folder, source, written);
             return written;
@@ -70,7 +71,7 @@ public static class ModelFiles
         string folder, TunedModel model, TrainArguments arguments)
     {
         if (Save(folder, model, arguments).Count > 0) return true;
-        SafetensorsWriter.Write(Path.Combine(folder, TrainedOnly), Trained(model));
+        SafetensorsWriter.Write(Path.Combine(folder, TrainedOnly), [.. model.Trained()]);
         return false;
     }
 
@@ -101,8 +102,4 @@ public static class ModelFiles
         foreach (TunedTensor tensor in model.ParameterRanges.List)
             model.ParameterRanges.Write(tensor.Name, checkpoint.Get(tensor.Name).ToFloats());
     }
-
-    private static TensorToSave[] Trained(TunedModel model) =>
-        [.. model.ParameterRanges.List.Select(
-            tensor => model.ToSave(tensor.Name, model.ParameterRanges.Value(tensor.Name)))];
 }

@@ -201,7 +201,7 @@ public static class PlanRun
             return source.Planned;
         }
 
-        spec = ModelSpec.Read(folder);
+        spec = ModelSpec.Read(folder).Replicated(arguments.LoraLayerReplication, null);
         DType storage = TunedModel.StorageOf(arguments);
         TunedParts parts = TunedParts.Choose(
             spec, arguments, TunedParts.AdapterOf(arguments, spec), storage);

@@ -107,8 +107,13 @@ public sealed class RunFolder : IDisposable
     {
         try
         {
-            foreach (string old in _oldCheckpoints) Directory.Move(old, old + SetAside);
-            Directory.Move(unfinished, checkpoint);
+            // Each is on the disk before the next: without power in between, the folder is as if
+            // the run had been killed there.
+            Disk.Flush(_folder);
+            foreach (string old in _oldCheckpoints) Disk.Rename(old, old + SetAside);
+            if (_oldCheckpoints.Count > 0) Disk.Flush(_folder);
+            Disk.Rename(unfinished, checkpoint);
+            Disk.Flush(_folder);
         }
         catch
         {
@@ -116,8 +121,10 @@ public sealed class RunFolder : IDisposable
             throw;
         }
 
-        foreach (string old in _oldCheckpoints) Directory.Delete(old + SetAside, recursive: true);
-        foreach (string old in _oldResults) File.Delete(old);
+        foreach (string old in _oldCheckpoints) Disk.Remove(old + SetAside);
+        foreach (string old in _oldResults) Disk.Remove(old);
+        // Before the next checkpoint is begun, beside which they would be put back.
+        if (_oldCheckpoints.Count > 0) Disk.Flush(_folder);
         (_oldCheckpoints, _oldResults) = ([], []);
     }
 
@@ -127,7 +134,7 @@ public sealed class RunFolder : IDisposable
     {
         foreach (string old in _oldCheckpoints) Remove(old);
         foreach (string old in _oldResults)
-            if (!written.Contains(Path.GetFileName(old))) File.Delete(old);
+            if (!written.Contains(Path.GetFileName(old))) Disk.Remove(old);
         (_oldCheckpoints, _oldResults) = ([], []);
     }
 
@@ -176,7 +183,7 @@ public sealed class RunFolder : IDisposable
         RunPlaces.MustBeWritable(arguments);
         foreach (string left in Directory.GetDirectories(_folder, Prefix + "*" + Unfinished))
             if (IsNumbered(left, Unfinished) || IsNumbered(left, SetAside))
-                Directory.Delete(left, recursive: true);
+                Disk.Remove(left);
         AtomicFile.RemoveLeftovers(_folder, ResultFiles.IsWritten);
     }
 
@@ -193,7 +200,7 @@ public sealed class RunFolder : IDisposable
         foreach (var (_, path) in Numbered(_folder, SetAside))
         {
             string name = path[..^SetAside.Length];
-            if (!Directory.Exists(name)) Directory.Move(path, name);
+            if (!Directory.Exists(name)) Disk.Rename(path, name);
         }
     }
 
@@ -233,9 +240,11 @@ public sealed class RunFolder : IDisposable
     private static void Remove(string checkpoint)
     {
         string removed = checkpoint + Unfinished;
-        if (Directory.Exists(removed)) Directory.Delete(removed, recursive: true);
-        Directory.Move(checkpoint, removed);
-        Directory.Delete(removed, recursive: true);
+        if (Directory.Exists(removed)) Disk.Remove(removed);
+        Disk.Rename(checkpoint, removed);
+        // The name goes before what is in it: what is called checkpoint-N is whole.
+        Disk.Flush(Path.GetDirectoryName(Path.GetFullPath(checkpoint))!);
+        Disk.Remove(removed);
     }
 
     private static string? ResumeFolder(TrainArguments arguments)

@@ -20,8 +20,27 @@ public sealed record RunState(
 {
     public const string FileName = "run_state.json", OptimizerFile = "optimizer.safetensors";
 
+    /// <summary>Steps that the run was to have.</summary>
+    public int? MaxSteps { get; init; }
+
+    /// <summary>What the run computed on; others round otherwise.</summary>
+    public string? Processor { get; init; }
+
+    /// <summary><see cref="BaseModel.Identity"/>.</summary>
+    public string? Model { get; init; }
+
+    /// <summary><see cref="Philox.Version"/>; null means 1.</summary>
+    public int? Draws { get; init; }
+
+    /// <summary>Keys that what is trained depends on, and their values.</summary>
+    public IReadOnlyDictionary<string, JsonElement>? Settings { get; init; }
+
+    /// <summary>Digests of the files that a run goes on from, this one left out.</summary>
+    public IReadOnlyDictionary<string, string>? Parts { get; init; }
+
     private const string First = "first_moment.", Second = "second_moment.", Master = "master.";
 
+    /// <summary>Writes both files, this one last: it names the others of the folder.</summary>
     public void Save(string folder, TunedModel model)
     {
         var tensors = new List<TensorToSave>();
@@ -37,8 +56,68 @@ public sealed record RunState(
         }
 
         SafetensorsWriter.Write(Path.Combine(folder, OptimizerFile), tensors);
+        RunState whole = this with { Parts = PartsOf(folder) };
         AtomicFile.WriteText(
-            Path.Combine(folder, FileName), JsonSerializer.Serialize(this, s_json) + "\n");
+            Path.Combine(folder, FileName), JsonSerializer.Serialize(whole, s_json) + "\n");
+    }
+
+    private static SortedDictionary<string, string> PartsOf(string folder)
+    {
+        var parts = new SortedDictionary<string, string>(StringComparer.Ordinal);
+        foreach (string file in Directory.GetFiles(folder))
+            if (Path.GetFileName(file) is var name && (name.EndsWith(".safetensors", StringComparison.Ordinal)
+                || name is LogState.FileName or AdapterConfig.FileName or Checkpoint.IndexFile))
+                parts.Add(name, FileDigest.Of(file));
+        return parts;
+    }
+
+    /// <summary>Reads the numbers of a checkpoint whose files belong together.</summary>
+    /// <exception cref="InputException">
+    /// A file is missing, broken, or was not saved with the others.
+    /// </exception>
+    public static RunState Read(string folder)
+    {
+        string path = Path.Combine(folder, FileName);
+        if (!File.Exists(path) && Directory.Exists(folder))
+            throw new InputException($"{path}: there is no such file: a checkpoint without optimizer "
+                + "state (save_only_model) or of another program, from which no run can go on; start "
+                + "from its weights with lora_weight_path or model_name_or_path");
+        JsonValue json = JsonInput.ReadObject(path);
+        var state = new RunState(
+            json["step"].Int(0, int.MaxValue), json["updates"].Int(0, int.MaxValue),
+            json["skipped_in_a_row"].Int(0, int.MaxValue), json["seed"].Long(),
+            json["data_seed"].Long(), json["rows"].Int(0, int.MaxValue),
+            json["data_digest"].Text(), Numbers("absent"), Numbers("left_out"))
+        {
+            MaxSteps = json.Find("max_steps")?.Int(0),
+            Processor = json.Find("processor")?.Text(),
+            Model = json.Find("model")?.Text(),
+            Draws = json.Find("draws")?.Int(0),
+            Settings = json.Find("settings")?.Members()
+                .ToDictionary(member => member.Name, member => member.Value.Element),
+            Parts = json.Find("parts")?.Members()
+                .ToDictionary(member => member.Name, member => member.Value.Text()),
+        };
+        foreach (var (name, digest) in state.Parts ?? new Dictionary<string, string>())
+            if (DigestOf(Path.Combine(folder, Path.GetFileName(name))) != digest)
+                throw new InputException($"{folder}: {Messages.OneLine(name)} is not the file that was "
+                    + $"saved with {FileName}: a run goes on from files of one save only; put it back, or "
+                    + "go on from another checkpoint");
+        int step = LogState.Load(folder).Step;
+        if (step != state.Step)
+            throw new InputException($"{folder}: {LogState.FileName} is of step {step:N0}, {FileName} of "
+                + $"step {state.Step:N0}: a run goes on from files of one save only");
+        return state;
+
+        // Checkpoints of earlier versions have no such lists.
+        int[]? Numbers(string key) =>
+            json.Find(key) is { } list ? [.. list.Items().Select(item => item.Int(1))] : null;
+    }
+
+    private static string DigestOf(string file)
+    {
+        using FileStream stream = InputFile.Open(file, buffer: 0);
+        return FileDigest.Of(stream.SafeFileHandle);
     }
 
     /// <summary>
@@ -56,16 +135,10 @@ public sealed record RunState(
             + "model_name_or_path");
     }
 
-    /// <summary>Reads the numbers, and copies the moments and masters into the model.</summary>
-    /// <exception cref="InputException">A file is missing, broken, or of another model.</exception>
-    public static RunState Load(string folder, TunedModel model)
+    /// <summary>Copies the moments and masters into the model.</summary>
+    /// <exception cref="InputException">The file is missing, broken, or of another model.</exception>
+    public static void LoadOptimizer(string folder, TunedModel model)
     {
-        JsonValue json = JsonInput.ReadObject(Path.Combine(folder, FileName));
-        var state = new RunState(
-            json["step"].Int(0, int.MaxValue), json["updates"].Int(0, int.MaxValue),
-            json["skipped_in_a_row"].Int(0, int.MaxValue), json["seed"].Long(),
-            json["data_seed"].Long(), json["rows"].Int(0, int.MaxValue),
-            json["data_digest"].Text(), Numbers("absent"), Numbers("left_out"));
         using var file = SafetensorsFile.Open(Path.Combine(folder, OptimizerFile));
         ParameterRanges trainables = model.ParameterRanges;
         var expected = trainables.List.SelectMany(tensor => Names(tensor)
@@ -77,12 +150,6 @@ public sealed record RunState(
             Copy(Second, trainables.SecondMoment(tensor.Name), tensor.Name);
             if (tensor.Type != DType.F32) Copy(Master, trainables.Master(tensor.Name), tensor.Name);
         }
-
-        return state;
-
-        // Checkpoints of earlier versions have no such lists.
-        int[]? Numbers(string key) =>
-            json.Find(key) is { } list ? [.. list.Items().Select(item => item.Int(1))] : null;
 
         void Copy(string prefix, Tensor to, string name)
         {

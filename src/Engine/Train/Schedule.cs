@@ -30,6 +30,18 @@ public sealed record Schedule(
         _ => Peak * Factor(step),
     };
 
+    /// <summary>
+    /// A line on a run that learns nothing, or whose warm-up does not end before it does; else null.
+    /// </summary>
+    public string? Notice => (float)Peak == 0
+        ? FormattableString.Invariant(
+            $"learning_rate is {Peak}, which is 0 in 32 bits: nothing is learned")
+        : Total > 0 && Warmup >= Total && At(Total - 1) < Peak
+        ? FormattableString.Invariant(
+            $"the warm-up has {Warmup:N0} steps, the run {Total:N0}: learning_rate {Peak} is never ")
+            + FormattableString.Invariant($"reached, the largest is {At(Total - 1):g4}")
+        : null;
+
     private double Factor(int step)
     {
         if (step < Warmup) return (double)step / Math.Max(1, Warmup);

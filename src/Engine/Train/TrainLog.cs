@@ -15,6 +15,9 @@ public sealed class TrainLog : ITrainLog
     /// <summary>The name of an evaluation's loss in its entry.</summary>
     internal const string EvaluationLoss = "eval_loss";
 
+    /// <summary>Seconds, in the last entry of a run.</summary>
+    internal const string RunTime = "train_runtime";
+
     private readonly TimeProvider _clock;
     private readonly Progress _progress;
     private readonly Lock _turn = new();
@@ -153,7 +156,7 @@ public sealed class TrainLog : ITrainLog
                 step, Run.Plan.EpochAfter(step),
                 [
                     ("total_flos", 6.0 * _state.TokensSeen * Run.Parameters), ("train_loss", loss),
-                    ("train_runtime", elapsed), ("train_samples_per_second", rows / elapsed),
+                    (RunTime, elapsed), ("train_samples_per_second", rows / elapsed),
                     ("train_steps_per_second", done / elapsed),
                 ],
                 []));

@@ -4,6 +4,7 @@ using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Generate;
 using MiniCpmNative.Engine.Metrics;
 using MiniCpmNative.Engine.Model;
+using MiniCpmNative.Kernels;
 
 namespace MiniCpmNative.Engine.Train;
 
@@ -46,7 +47,8 @@ public sealed partial class TrainRun
         (_planned, _device) = (source.Planned, device);
         PlanMemory();
         TrainArguments planned = _memory?.Of(arguments) ?? arguments;
-        _model = TunedModel.Load(source, device, planned);
+        _model = TunedModel.Load(source, device, planned, resumeFrom: folder.ResumeFrom,
+            say: log.Message);
         if (device.Pageable is { } line) log.Message(line);
         _memory?.Apply(_model);
         _trainer = new Trainer(planned, _model) { Together = _memory?.Together ?? 1 };
@@ -119,6 +121,7 @@ public sealed partial class TrainRun
             _arguments, _plan, _model.DeviceName, _model.TotalParameters, _model.ParameterRanges.Count,
             resumeFrom, _rows.Counts, _evaluationRows?.Counts));
         if (_memory is not null) _log.Message($"{_memory}");
+        if (_schedule.Notice is { } notice) _log.Message(notice);
         WarnOfLargeCheckpoints();
         done = Steps(done);
         if (_memory is not null)
@@ -152,15 +155,15 @@ public sealed partial class TrainRun
         string unfinished = folder + RunFolder.Unfinished;
         try
         {
-            if (Directory.Exists(unfinished)) Directory.Delete(unfinished, recursive: true);
-            Directory.CreateDirectory(unfinished);
+            if (Directory.Exists(unfinished)) Disk.Remove(unfinished);
+            Disk.MakeFolder(unfinished);
             bool whole = ModelFiles.SaveCheckpoint(unfinished, _model, _arguments);
             if (!whole)
                 _log.Message(
                     $"{_arguments.ModelNameOrPath}: its weights were changed during the run: {folder} has "
                     + "what was trained alone; put them back before its end");
-            if (!whole || !_arguments.SaveOnlyModel) State(step).Save(unfinished, _model);
             _log.SaveState(unfinished, step);
+            if (!whole || !_arguments.SaveOnlyModel) State(step).Save(unfinished, _model);
             _folder.Place(unfinished, folder);
         }
         catch (Exception failure)
@@ -180,15 +183,25 @@ public sealed partial class TrainRun
     private RunState State(int step) => new(
         step, _trainer.Optimizer.Updates, _trainer.SkippedInARow, _arguments.Seed,
         _arguments.DataSeed ?? _arguments.Seed, _rows.Count, _rows.Digest, _rows.Absent,
-        _rows.LeftOut);
+        _rows.LeftOut)
+    {
+        MaxSteps = _plan.MaxSteps,
+        Processor = ResumeRules.Processor(_model.Device),
+        Model = _model.Base.Identity,
+        Draws = Philox.Version,
+        Settings = ResumeRules.Settings(_arguments),
+    };
 
     private int Resume(string folder)
     {
         RunState.RequireOurs(folder);
+        RunState state = RunState.Read(folder);
         ModelFiles.Load(folder, _model, _arguments);
-        RunState state = RunState.Load(folder, _model);
+        RunState.LoadOptimizer(folder, _model);
+        var rules = new ResumeRules(folder, state, _arguments, _log.Message);
+        bool others = rules.TakesOtherRows(_rows.Digest);
         // The same places for the same rows, whichever of them have become bad since.
-        if (state is { Absent: { } absent, LeftOut: { } leftOut })
+        if (!others && state is { Absent: { } absent, LeftOut: { } leftOut })
         {
             _rows.Restore(absent, leftOut);
             Plan();
@@ -198,14 +211,12 @@ public sealed partial class TrainRun
         }
 
         RunState now = State(0);
-        if ((state.Rows, state.DataDigest) != (now.Rows, now.DataDigest))
+        if (!others && (state.Rows, state.DataDigest) != (now.Rows, now.DataDigest))
             throw new InputException(
                 $"{folder}: was made with other training rows ({state.Rows:N0} rows), {_arguments.DataPath} "
-                + $"has {now.Rows:N0} or other texts: a run goes on only with the same data");
-        if ((state.Seed, state.DataSeed) != (now.Seed, now.DataSeed))
-            throw new InputException(
-                $"{folder}: was made with seed {state.Seed} and data_seed {state.DataSeed}, got "
-                + $"{now.Seed} and {now.DataSeed}");
+                + $"has {now.Rows:N0} or other texts: a run goes on only with the same data, or with "
+                + "--allow_changes data_path");
+        rules.Check(now);
         if (state.Step > _plan.MaxSteps)
             throw new InputException(
                 $"{folder}: is at step {state.Step}, beyond the run's {_plan.MaxSteps} steps");

@@ -15,13 +15,14 @@ namespace MiniCpmNative.Engine.Train;
 public sealed class TunedModel : IDisposable
 {
     private readonly LoadedModel _loaded;
+    private readonly SplitWeights? _split;
     private readonly bool _owns;
 
     private TunedModel(
         BaseModel source, LoadedModel loaded, bool owns, ParameterRanges trainables,
-        Recomputation recomputation) =>
-        (Base, _loaded, _owns, ParameterRanges, Recomputation) =
-            (source, loaded, owns, trainables, recomputation);
+        Recomputation recomputation, SplitWeights? split) =>
+        (Base, _loaded, _owns, ParameterRanges, Recomputation, _split) =
+            (source, loaded, owns, trainables, recomputation, split);
 
     /// <summary>What it was loaded from.</summary>
     public BaseModel Base { get; }
@@ -84,7 +85,7 @@ public sealed class TunedModel : IDisposable
             device = (devices ?? DeviceSource.Default).Open(arguments, say);
             source.MustFitOn(device, arguments.Streams);
             if (source.Widened(device) is { } line) say?.Invoke(line);
-            return Load(source, device, arguments, owns: true, kind);
+            return Load(source, device, arguments, owns: true, kind, say: say);
         }
         catch
         {
@@ -100,24 +101,28 @@ public sealed class TunedModel : IDisposable
     /// <param name="arguments">The run's configuration.</param>
     /// <param name="owns">Whether source and device are disposed with the model.</param>
     /// <param name="kind">See <see cref="LoadedModel.Load"/>.</param>
+    /// <param name="resumeFrom">The checkpoint that the run goes on from, or null.</param>
+    /// <param name="say">Takes lines on what takes long.</param>
     /// <exception cref="InputException">The weights cannot be read.</exception>
     public static TunedModel Load(
         BaseModel source, OpenDevice device, TrainArguments arguments, bool owns = false,
-        IWeightKind? kind = null)
+        IWeightKind? kind = null, string? resumeFrom = null, Action<string>? say = null)
     {
         TunedParts parts = source.Parts;
         var trainables = new ParameterRanges(device.Device, parts.Tensors, MomentsOf(arguments));
         Recomputation recomputation = parts.NewRecomputation(source.Spec, arguments);
+        SplitWeights? split = Split(source, arguments, resumeFrom, say);
+        var norms = new FrozenNorms(source.Weights, source.Storage, kind ?? source.Kind);
         LoadedModel loaded = LoadedModel.Load(
             device, source.Spec, source.Weights, source.Storage, trainables, parts.Adapters,
-            recomputation, kind ?? source.Kind, arguments.Streams);
-        var model = new TunedModel(source, loaded, owns, trainables, recomputation);
+            recomputation, kind ?? source.Kind, split, norms, arguments.Streams);
+        var model = new TunedModel(source, loaded, owns, trainables, recomputation, split);
         foreach (TunedTensor tensor in trainables.List)
             if (source.Weights.Find(tensor.Name) is { } stored)
                 trainables.Write(tensor.Name, stored.ToFloats());
         parts.Adapters.Initialise(
-            trainables, (ulong)arguments.Seed, arguments.InitLoraWeights,
-            name => ModelWeights.RowNorms(source.Weights.Get(name), source.Storage));
+            trainables, (ulong)arguments.Seed, arguments.InitLoraWeights, split,
+            norms.Of);
         if (source.Start is { } start) model.CopyFrom(start);
         source.EndLoading();
         return model;
@@ -127,25 +132,62 @@ public sealed class TunedModel : IDisposable
     /// <exception cref="InputException">Its tensors are not those that are trained.</exception>
     public void CopyFrom(AdapterFile adapter)
     {
-        AdapterConfig its = adapter.Config;
-        if (Parts.Config is { } config && (its.Rank, its.Alpha) != (config.Rank, config.Alpha))
-            throw new InputException(FormattableString.Invariant(
-                $"{adapter.Directory}: was made with lora_r {its.Rank} and lora_alpha {its.Alpha}, ")
-                + FormattableString.Invariant($"this run has {config.Rank} and {config.Alpha}"));
-        // Patterns and rsLoRA may still differ.
-        foreach (Adapter own in Parts.Adapters.List)
-            if ((its.RankOf(own.Module), its.ScaleOf(own.Module)) != (own.Rank, own.Scale))
-                throw new InputException(FormattableString.Invariant(
-                    $"{adapter.Directory}: was made with rank {its.RankOf(own.Module)} and scale ")
-                    + FormattableString.Invariant($"{its.ScaleOf(own.Module)} on {own.Module}, ")
-                    + FormattableString.Invariant($"this run has {own.Rank} and {own.Scale}"));
+        MustBeOf(Parts, adapter);
         foreach (var (name, stored) in adapter.Match(Spec.Parameters))
         {
             if (!ParameterRanges.Contains(name))
                 throw new InputException($"{adapter.Directory}: {name} is not trained in this run");
             stored.MustBeFinite(ParameterRanges.Value(name).Type);
-            ParameterRanges.Write(name, stored.ToFloats());
+            float[] values = stored.ToFloats();
+            ParameterRanges.Write(name, _split is null
+                ? values : SplitWeights.Trained(Parts.Adapters, name, values));
         }
+    }
+
+    /// <summary>The trained tensors as they go into a file.</summary>
+    public IEnumerable<TensorToSave> Trained()
+    {
+        foreach (TunedTensor tensor in ParameterRanges.List)
+        {
+            Tensor value = ParameterRanges.Value(tensor.Name);
+            TensorToSave saved = ToSave(tensor.Name, value);
+            yield return _split is not null
+                && Parts.Adapters.Owner(tensor.Name) is { } adapter
+                ? _split.ToSave(saved, adapter, () => Device.ReadFloats(value)) : saved;
+        }
+    }
+
+    // A run that goes on splits as it began to, whatever the processor.
+    private static SplitWeights? Split(
+        BaseModel source, TrainArguments arguments, string? resumeFrom, Action<string>? say)
+    {
+        TunedParts parts = source.Parts;
+        if (parts.Config?.Start.Splits != true) return null;
+        if (resumeFrom is null)
+            return SplitWeights.Of(parts.Adapters, parts.Config.Start, source.Weights,
+                source.Storage, (ulong)arguments.Seed, say);
+        using AdapterFile saved = AdapterFile.Open(resumeFrom);
+        MustBeOf(parts, saved);
+        return SplitWeights.Read(parts.Adapters, saved.Match(source.Spec.Parameters));
+    }
+
+    private static void MustBeOf(TunedParts parts, AdapterFile adapter)
+    {
+        AdapterConfig its = adapter.Config;
+        if (parts.Config?.AsSaved() is not { } config) return;
+        if ((its.Rank, its.Alpha) != (config.Rank, config.Alpha))
+            throw new InputException(FormattableString.Invariant(
+                $"{adapter.Directory}: was made with lora_r {its.Rank} and lora_alpha {its.Alpha}, ")
+                + FormattableString.Invariant($"this run has {config.Rank} and {config.Alpha}"));
+        // Patterns and rsLoRA may still differ.
+        foreach (Adapter own in parts.Adapters.List)
+            if ((its.RankOf(own.Module), its.ScaleOf(own.Module))
+                != (config.RankOf(own.Module), config.ScaleOf(own.Module)))
+                throw new InputException(FormattableString.Invariant(
+                    $"{adapter.Directory}: was made with rank {its.RankOf(own.Module)} and scale ")
+                    + FormattableString.Invariant($"{its.ScaleOf(own.Module)} on {own.Module}, ")
+                    + FormattableString.Invariant($"this run has {config.RankOf(own.Module)} and ")
+                    + FormattableString.Invariant($"{config.ScaleOf(own.Module)}"));
     }
 
     /// <summary>A tensor of this device as it goes into a file, in its own type.</summary>

@@ -71,14 +71,17 @@ public sealed record TunedParts(
             Exclude = arguments.ExcludeModules,
             LayersToTransform = arguments.LoraLayersToTransform,
             LayersPattern = arguments.LoraLayersPattern ?? [],
+            LayerReplication = arguments.LoraLayerReplication,
             ModulesToSave = arguments.TrainedWhole,
             BaseModel = arguments.ModelNameOrPath,
             ModelClass = spec.ModelClass with { Module = LoadedAs(arguments, spec.ModelClass) },
         };
 
-    // Transformers imports a folder's code under this name, where AutoPeftModel finds it.
+    // Transformers imports a folder's code under this name, where AutoPeftModel finds it; its own
+    // classes have theirs.
     private static string LoadedAs(TrainArguments arguments, ModelClass model)
     {
+        if (model.Module.StartsWith("transformers.", StringComparison.Ordinal)) return model.Module;
         string folder = Path.GetFileName(Path.TrimEndingDirectorySeparator(
             Path.GetFullPath(arguments.ModelNameOrPath ?? ".")));
         return $"transformers_modules.{folder}.{model.Module}";

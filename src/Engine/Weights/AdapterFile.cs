@@ -20,6 +20,9 @@ public sealed class AdapterFile : IDisposable
 
     public AdapterConfig Config { get; }
 
+    /// <summary>All tensors under PEFT's names, whatever model they are for.</summary>
+    internal IReadOnlyCollection<StoredTensor> Tensors => _file.Tensors;
+
     /// <exception cref="InputException">
     /// A file is missing or broken, or asks for what is not supported.
     /// </exception>
@@ -79,8 +82,15 @@ public sealed class AdapterFile : IDisposable
 
         if (byName.Count > 0)
             throw new ArgumentException($"{byName.Keys.First()} is not of the adapter");
+        Write(directory, config, renamed);
+    }
+
+    /// <summary>The same of tensors that have PEFT's names already.</summary>
+    internal static void Write(
+        string directory, AdapterConfig config, IReadOnlyList<TensorToSave> tensors)
+    {
         System.IO.Directory.CreateDirectory(directory);
-        SafetensorsWriter.Write(Path.Combine(directory, WeightsName), renamed);
+        SafetensorsWriter.Write(Path.Combine(directory, WeightsName), tensors);
         AtomicFile.WriteText(Path.Combine(directory, AdapterConfig.FileName), config.ToJson());
     }
 

@@ -34,6 +34,8 @@ internal static class AdapterStart
             $"{own.RankPattern}" == $"{its.RankPattern}");
         Same("alpha_pattern", own.AlphaPattern, its.AlphaPattern,
             $"{own.AlphaPattern}" == $"{its.AlphaPattern}");
+        Same("lora_layer_replication", own.LayerReplication, its.LayerReplication,
+            $"{own.LayerReplication}" == $"{its.LayerReplication}");
         Same("lora_bias", Name(own.Bias), Name(its.Bias), own.Bias == its.Bias);
         string given = Shown(own), theirs = Shown(its);
         // Other spellings of the same layers are the same.

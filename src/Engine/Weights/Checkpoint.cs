@@ -75,6 +75,35 @@ public sealed class Checkpoint : IDisposable
             Directory, [.. Tensors.Where(tensor => !parameters.IsUntouched(tensor.Name))],
             parameters.All, explain);
 
+    /// <summary>
+    /// Has, in the place of the numbered modules behind a prefix, copies of them as a list says.
+    /// </summary>
+    /// <exception cref="InputException">One of them is quantised.</exception>
+    public void Replicate(string prefix, IReadOnlyList<int> modules)
+    {
+        StoredTensor[] all = [.. _tensors.Values];
+        var byNumber = all.Where(t => Number(t) is not null).ToLookup(t => Number(t)!.Value);
+        _tensors.Clear();
+        foreach (StoredTensor tensor in all)
+            if (Number(tensor) is null) _tensors.Add(tensor.Name, tensor);
+        for (int i = 0; i < modules.Count; i++)
+            foreach (StoredTensor tensor in byNumber[modules[i]])
+            {
+                if (tensor is PackedTensor)
+                    throw new InputException($"{tensor.Place} is quantised, of which no layers are "
+                        + "replicated: make the model whole first with cpmx merge --dequantize");
+                string rest = tensor.Name[tensor.Name.IndexOf('.', prefix.Length)..];
+                string name = FormattableString.Invariant($"{prefix}{i}{rest}");
+                _tensors.Add(name, tensor.As(name));
+            }
+
+        int? Number(StoredTensor tensor) =>
+            tensor.Name.StartsWith(prefix, StringComparison.Ordinal)
+            && tensor.Name.IndexOf('.', prefix.Length) is > 0 and var end
+            && int.TryParse(tensor.Name.AsSpan(prefix.Length, end - prefix.Length), out int number)
+                ? number : null;
+    }
+
     public void Dispose()
     {
         foreach (var file in _files) file.Dispose();

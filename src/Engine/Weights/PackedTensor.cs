@@ -121,8 +121,8 @@ internal sealed unsafe class GroupedTensor(
     StoredTensor? groups)
     : PackedTensor(words, name, form.Outputs, form.Inputs, zeros, scales, groups)
 {
-    // Field p of a word of AWQ's belongs to this one of its columns.
-    private static readonly int[] s_awqOrder = [0, 2, 4, 6, 1, 3, 5, 7];
+    // Column c of a word of AWQ's is in this field of it.
+    private static readonly int[] s_awqField = [0, 4, 1, 5, 2, 6, 3, 7];
 
     // Its kernels would have to know the order of words; a run unpacks it into 16 bits.
     public override bool IsKept => false;
@@ -154,7 +154,7 @@ internal sealed unsafe class GroupedTensor(
     private long Field(uint[] rows, int row, int n)
     {
         int place = n % form.Fields;
-        if (form.IsAwq) place = Array.IndexOf(s_awqOrder, place);
+        if (form.IsAwq) place = s_awqField[place];
         long word = ((long)row * (form.Outputs / form.Fields)) + (n / form.Fields);
         return rows[word] >> (place * form.Bits) & form.Mask;
     }

@@ -66,6 +66,10 @@ public sealed unsafe class SafetensorsFile : IDisposable
         }
     }
 
+    /// <summary>Tells it from other files (<see cref="FileDigest"/>).</summary>
+    /// <exception cref="IOException">It cannot be read.</exception>
+    internal string Digest() => FileDigest.Of(_stream.SafeFileHandle);
+
     /// <exception cref="InputException">
     /// The file is missing, unreadable or breaks the format.
     /// </exception>

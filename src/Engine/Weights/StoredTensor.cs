@@ -144,6 +144,10 @@ public unsafe class StoredTensor
         }
     }
 
+    /// <summary>The same values under another name.</summary>
+    internal StoredTensor As(string name) =>
+        new(_file, name, StoredType, Sizes, _offset, Bytes);
+
     /// <summary>All elements as floats, for small tensors and tests.</summary>
     /// <exception cref="InputException">As <see cref="CopyTo"/>.</exception>
     public float[] ToFloats()

@@ -267,6 +267,25 @@ public static class OpCases
             Sizes = [0, 1, 7, 300],
             SelfTestSizes = [64],
         },
+        new("experts", new Experts(2), n => Mixture(n, 7, 5, 3, 2),
+            () => Mixture(256, 2048, 32, 512, 8))
+        {
+            ProductionOp = new Experts(8),
+            Sizes = [0, 1, 7, 130],
+            SelfTestSizes = [15, 130],
+        },
+        new("experts_whole", new Experts(3), n => Mixture(n, 24, 4, 16, 3),
+            () => Mixture(256, 2048, 32, 512, 8))
+        {
+            ProductionOp = new Experts(8),
+            Sizes = [0, 1, 7, 130],
+            SelfTestSizes = [130],
+        },
+        new("gated_add", new GatedAdd(), n => [X("x", 3, n), X("up", 3, n), X("gate", 3, 1)],
+            () => [X("x", Rows, 2048), X("up", Rows, 2048), X("gate", Rows, 1)])
+        {
+            Sizes = s_longRows,
+        },
         new("cross_entropy", new CrossEntropy(),
             n => Head(n, 5, n / 2, Math.Min(n + 2, 300)),
             () => Head(Rows, 1024, Rows, 32000))
@@ -358,6 +377,23 @@ public static class OpCases
         [
             X("x", rows, cols), X("table", positions, cols), Value.Int("starts", starts),
             Value.Int("ids", Fill.Below(9, starts[^1], positions)), X("weights", starts[^1]),
+        ];
+    }
+
+    // Nearly every row chooses the first expert, none the last.
+    private static Value[] Mixture(int rows, int width, int experts, int inner, int chosen)
+    {
+        Value logits = X("logits", rows, experts);
+        for (int i = 0; i < logits.Data.Length; i += experts)
+        {
+            logits.Data[i] += chosen;
+            logits.Data[i + experts - 1] -= 64;
+        }
+
+        return
+        [
+            X("x", rows, width), logits with { Data = Storage.Round(logits.Data, DType.BF16) },
+            X("w", experts * 2 * inner, width), X("w1", experts * width, inner),
         ];
     }
 

@@ -67,6 +67,8 @@ public readonly unsafe ref struct CpuCall<T>(CpuDevice device, Op op, OpCall cal
 
     public Matrix<T> Saved(int index) => Typed<T>(_call.Saved[index]);
 
+    public Matrix<int> SavedInts(int index) => Typed<int>(_call.Saved[index]);
+
     public Matrix<T> OutputGradient => Typed<T>(_call.OutputGradient);
 
     /// <summary>Where the gradient of an input goes; no data when it is not wanted.</summary>

@@ -11,7 +11,7 @@ namespace MiniCpmNative.Kernels.Cpu;
 /// </summary>
 public sealed unsafe class CpuDevice : Device
 {
-    private const long DefaultStepBytes = 1L << 36;
+    private const long DefaultStepBytes = 1L << 36, LeastStepBytes = 64 << 20;
 
     // A mapping of its own takes a whole huge page, however small the tensor; small ones share.
     private const long SharedBytes = 4 << 20, LargestShared = 1 << 20, Alignment = 256;
@@ -33,7 +33,26 @@ public sealed unsafe class CpuDevice : Device
         Gemm = new Gemm(Workers);
         long bytes = stepBytes ?? Math.Min(
             DefaultStepBytes, GC.GetGCMemoryInfo().TotalAvailableMemoryBytes);
-        Step = new Arena(() => (Reserve(bytes), bytes));
+        Step = new Arena(() => stepBytes is null ? ReserveMost(bytes) : (Reserve(bytes), bytes));
+    }
+
+    // A limit of the address space (ulimit -v) is known by what is refused; a quarter of what is
+    // taken stays for pictures, threads and the heap.
+    private (nint, long) ReserveMost(long bytes)
+    {
+        for (long most = bytes; ; most -= most / 4)
+        {
+            try
+            {
+                if (most == bytes) return (Reserve(most), most);
+                new HugeMemory(most).Dispose();
+                long taken = most / 4 * 3;
+                return (Reserve(taken), taken);
+            }
+            catch (DeviceMemoryException) when (most > LeastStepBytes)
+            {
+            }
+        }
     }
 
     public Workers Workers { get; }

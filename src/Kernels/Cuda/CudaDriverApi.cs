@@ -127,6 +127,16 @@ public sealed unsafe class CudaDriverApi
         GetErrorString(result, &text);
         string reason = Marshal.PtrToStringUTF8((nint)name) ?? $"error {result}";
         if (text != null) reason += ": " + Marshal.PtrToStringUTF8((nint)text);
-        return new($"{call}: {reason}" + (what.Length > 0 ? $" ({what})" : ""), result);
+        string place = call + (what.Length > 0 ? $" ({what})" : "");
+        return new(IsOfEarlierWork(result)
+            ? $"cuda: {reason}, in work queued before; noticed at {place}; with "
+                + "CUDA_LAUNCH_BLOCKING=1 in the environment the kernel itself is named"
+            : $"{call}: {reason}" + (what.Length > 0 ? $" ({what})" : ""), result);
     }
+
+    // Errors of kernels and of the card, which come out of whatever call is next and stay; unless
+    // each launch is waited for.
+    private static bool IsOfEarlierWork(int result) =>
+        (result is 214 or 220 or 700 or 702 or 710 or (>= 714 and <= 720))
+        && Environment.GetEnvironmentVariable("CUDA_LAUNCH_BLOCKING") != "1";
 }

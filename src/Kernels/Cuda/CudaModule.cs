@@ -36,10 +36,9 @@ public sealed unsafe class CudaModule : IDisposable
             Cubin = false,
             SmallShared = context.SmallShared,
         };
-        int result = TryLoad(context, compiler.Compile(source, name, options), out nint handle,
-            out string log);
+        int result = TryLoad(context, compiler, source, name, options, out nint handle, out string log);
         if (result == UnsupportedPtxVersion && architecture == context.Architecture)
-            result = TryLoad(context, compiler.Compile(source, name, options with { Cubin = true }),
+            result = TryLoad(context, compiler, source, name, options with { Cubin = true },
                 out handle, out log);
         if (result == UnsupportedPtxVersion)
             throw new CudaException(
@@ -57,6 +56,16 @@ public sealed unsafe class CudaModule : IDisposable
         int result = TryLoad(context, ptx, out nint handle, out string log);
         context.Api.Driver.Check(result, "cuModuleLoadDataEx", log);
         return new(context, handle, KernelSignatures.Parse(source, storage));
+    }
+
+    // What the driver does not take may be a fault of the kept file.
+    private static int TryLoad(CudaContext context, ModuleCompiler compiler, string source,
+        string name, ModuleOptions options, out nint handle, out string log)
+    {
+        int result =
+            TryLoad(context, compiler.Compile(source, name, options), out handle, out log);
+        return result is 0 or UnsupportedPtxVersion || !compiler.WasCached ? result
+            : TryLoad(context, compiler.Compile(source, name, options, anew: true), out handle, out log);
     }
 
     private static int TryLoad(CudaContext context, byte[] image, out nint handle, out string log)

@@ -140,9 +140,22 @@ public sealed class CudaSearch
             {
                 string path = place == null ? name : Path.Combine(place, name);
                 if (place != null && !File.Exists(path)) continue;
-                if (NativeLibrary.TryLoad(path, out nint handle))
-                    return new(handle, place == null ? Located(name) : path);
-                if (place != null) damaged = $"; {path} is there but cannot be loaded";
+                string? file = place == null ? ElfFile.OfSystem(name, _environment) : path;
+                if (file is not null && ElfFile.Fault(file) is { } fault)
+                {
+                    damaged += $"; {file} {fault}";
+                    continue;
+                }
+
+                try
+                {
+                    return new(NativeLibrary.Load(path), place == null ? Located(name) : path);
+                }
+                catch (Exception e) when (e is DllNotFoundException or BadImageFormatException)
+                {
+                    if (file is not null)
+                        damaged += $"; {file} is there but cannot be loaded: {Reason(e)}";
+                }
             }
         }
         string what = library switch
@@ -154,10 +167,18 @@ public sealed class CudaSearch
         string advice = library == CudaLibrary.Driver
             ? "install the NVIDIA driver"
             : $"install the CUDA toolkit's libraries or name their directory in {OverrideVariable}";
+        if (damaged.Length > 0) advice = "install it anew";
         throw new CudaUnavailableException(
-            $"cuda: {what} not found: looked for {string.Join(", ", names)} in " +
+            $"cuda: {what} {(damaged.Length > 0 ? "cannot be used" : "not found")}: looked for {string.Join(", ", names)} in " +
             $"{(places.Count == 0 ? "no directory" : string.Join(", ", places))}{damaged}; {advice}");
     }
+
+    // The loader's own words, the last of the runtime's many lines.
+    private static string Reason(Exception failure) => failure.Message
+        .Split('\n', StringSplitOptions.RemoveEmptyEntries | StringSplitOptions.TrimEntries)
+        .Where(line => line.Contains(": ", StringComparison.Ordinal))
+        .Select(line => line[(line.IndexOf(": ", StringComparison.Ordinal) + 2)..])
+        .FirstOrDefault() ?? failure.Message.ReplaceLineEndings(" ");
 
     // The full path behind a name that the system's loader resolved, where the system tells.
     private static string Located(string name)

@@ -45,6 +45,9 @@ internal static partial class KernelConstants
     /// <summary>Inputs of a causal convolution, and tokens of a block of its kernels.</summary>
     public const int ConvTaps = 4, ConvTokens = 32;
 
+    /// <summary>Places of a tile of the experts' products, and columns of their result.</summary>
+    public const int ExpertTileRows = 64, ExpertTileCols = 128;
+
     /// <summary>Columns of values of a block of the delta rule that goes along a sequence, and the
     /// largest heads of keys.</summary>
     public const int DeltaSlice = 16, DeltaMostCols = 128;

@@ -28,11 +28,16 @@ public enum KernelFault
 internal static class KernelFaults
 {
     /// <summary>The four words a kernel notes, as an exception.</summary>
-    public static ShapeException Describe(ReadOnlySpan<int> words)
+    public static Exception Describe(ReadOnlySpan<int> words)
     {
+        if (!Enum.IsDefined((KernelFault)words[0]) || words[3] < 0)
+            return new CudaException(
+                $"cuda: the words in which kernels note wrong indices hold {words[0]}, {words[1]}, "
+                + $"{words[2]}, {words[3]}, which no kernel writes: the card's memory or its driver is "
+                + "damaged, or something wrote past its end");
         var (position, value, limit) = (words[1], words[2], words[3]);
         string range = $"{value}, expected 0 to {limit - 1}";
-        return new((KernelFault)words[0] switch
+        return new ShapeException((KernelFault)words[0] switch
         {
             KernelFault.EmbeddingIds => $"embedding: ids[{position}] is {range}",
             KernelFault.PositionGatherIds => $"position_gather: ids[{position}] is {range}",

@@ -1,4 +1,3 @@
-using System.Buffers.Binary;
 using System.Runtime.InteropServices;
 using System.Security.Cryptography;
 using System.Text;
@@ -41,23 +40,19 @@ public sealed record ModuleOptions(DType Storage, int Architecture, bool LineInf
 }
 
 /// <summary>
-/// Compiles CUDA sources with NVRTC and keeps the results on disk, one file per SHA-256 of source,
-/// options and compiler version. A file that is cut or altered is found by its own hash and made
-/// anew; a cache that cannot be written is done without.
+/// Compiles CUDA sources with NVRTC and keeps the results on disk, by the SHA-256 of source, options
+/// and compiler version (<see cref="ModuleCache"/>).
 /// </summary>
 public sealed unsafe class ModuleCompiler
 {
-    private const int HeaderBytes = 4 + 8 + 32;
-    private static readonly byte[] s_magic = "cpmk"u8.ToArray();
-
     private readonly NvrtcApi _nvrtc;
-    private readonly string? _cache;
+    private readonly ModuleCache? _cache;
 
     /// <param name="nvrtc">The compiler.</param>
     /// <param name="cache">Directory of compiled modules; null keeps none.</param>
     public ModuleCompiler(NvrtcApi nvrtc, string? cache)
     {
-        (_nvrtc, _cache) = (nvrtc, cache);
+        (_nvrtc, _cache) = (nvrtc, cache is null ? null : new ModuleCache(cache));
         int major = 0, minor = 0;
         nvrtc.Check(nvrtc.Version(&major, &minor), "nvrtcVersion");
         Version = (major, minor);
@@ -100,17 +95,30 @@ public sealed unsafe class ModuleCompiler
 
     /// <summary>PTX text (ending in a zero byte), or a CUBIN image when the options ask for
     /// one.</summary>
+    /// <param name="source">The text.</param>
+    /// <param name="name">What the compiler calls it.</param>
+    /// <param name="options">How it is compiled.</param>
+    /// <param name="anew">Whether a kept result is made again: the driver refuses it.</param>
     /// <exception cref="CudaException">The source does not compile; carries NVRTC's
     /// log.</exception>
-    public byte[] Compile(string source, string name, ModuleOptions options)
+    public byte[] Compile(string source, string name, ModuleOptions options, bool anew = false)
     {
-        string? file = _cache == null ? null : Path.Combine(_cache, Key(source, name, options));
-        if (file != null && ReadCached(file) is { } cached) return cached;
+        string key = Key(source, name, options);
+        if (!anew && _cache?.Read(key) is { } cached)
+        {
+            WasCached = true;
+            return cached;
+        }
+
         byte[] image = Build(source, name, options);
+        WasCached = false;
         Compiled++;
-        if (file != null) WriteCached(file, image);
+        _cache?.Write(key, image);
         return image;
     }
+
+    /// <summary>Whether the last result was found on disk.</summary>
+    public bool WasCached { get; private set; }
 
     private string Key(string source, string name, ModuleOptions options)
     {
@@ -118,45 +126,6 @@ public sealed unsafe class ModuleCompiler
             $"{Version.Major}.{Version.Minor}\0{name}\0{string.Join('\0', options.Arguments())}\0\0{source}";
         string hash = Convert.ToHexStringLower(SHA256.HashData(Encoding.UTF8.GetBytes(all)));
         return $"{hash}.{(options.Cubin ? "cubin" : "ptx")}";
-    }
-
-    // magic, length of the image, SHA-256 of the image, the image.
-    private static byte[]? ReadCached(string file)
-    {
-        byte[] bytes;
-        try
-        {
-            bytes = File.ReadAllBytes(file);
-        }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
-        {
-            return null;
-        }
-        if (bytes.Length < HeaderBytes || !bytes.AsSpan(0, 4).SequenceEqual(s_magic)) return null;
-        if (BinaryPrimitives.ReadInt64LittleEndian(bytes.AsSpan(4)) != bytes.Length - HeaderBytes)
-            return null;
-        byte[] image = bytes[HeaderBytes..];
-        return SHA256.HashData(image).AsSpan().SequenceEqual(bytes.AsSpan(12, 32)) ? image : null;
-    }
-
-    private static void WriteCached(string file, byte[] image)
-    {
-        string temporary = $"{file}.{Environment.ProcessId}.{Guid.NewGuid():N}";
-        try
-        {
-            Directory.CreateDirectory(Path.GetDirectoryName(file)!);
-            var bytes = new byte[HeaderBytes + image.Length];
-            s_magic.CopyTo(bytes, 0);
-            BinaryPrimitives.WriteInt64LittleEndian(bytes.AsSpan(4), image.Length);
-            SHA256.HashData(image).CopyTo(bytes, 12);
-            image.CopyTo(bytes, HeaderBytes);
-            File.WriteAllBytes(temporary, bytes);
-            File.Move(temporary, file, overwrite: true);
-        }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
-        {
-            // Compiling again next time is the whole cost.
-        }
     }
 
     private byte[] Build(string source, string name, ModuleOptions options)

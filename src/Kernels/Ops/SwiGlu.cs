@@ -54,7 +54,7 @@ public sealed record SwiGlu() : Op("swiglu")
                 dGate.Accumulate, dUp.Accumulate);
     }
 
-    private readonly struct Value<T> : IMap<T>
+    internal readonly struct Value<T> : IMap<T>
         where T : unmanaged
     {
         public Vector<T> At(Vector<T> gate, Vector<T> up, Vector<T> c) =>

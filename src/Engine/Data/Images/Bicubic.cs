@@ -1,7 +1,7 @@
 namespace MiniCpmNative.Engine.Data.Images;
 
 /// <summary>
-/// Pillow's bicubic resize (9.4 to 12.0), byte for byte: across first, into bytes, then down; a
+/// Pillow's bicubic resize (9.4 to 12.0), or torchvision's of bytes, to the byte: across first, into bytes, then down; a
 /// pass is left out where that side keeps its length. Rows come one after the other: only the rows
 /// that the next output needs are kept, in a ring that stays in the cache, and nobody has to store
 /// the result. One object per worker; its buffers are reused and only grow.
@@ -15,14 +15,17 @@ public sealed unsafe class Bicubic
     private PictureSize _to;
     private int _ringRows, _stride, _made;
 
+    /// <summary>Takes torchvision's weights of 16 bits in place of Pillow's of 22.</summary>
+    public bool Narrow { get; init; }
+
     /// <summary>Takes the plain kernels in place of the vector ones; for tests.</summary>
     internal bool Plain { get; init; }
 
     /// <summary>A resized copy.</summary>
-    public static Picture Resize(Picture from, PictureSize to)
+    public static Picture Resize(Picture from, PictureSize to, bool narrow = false)
     {
         var result = new Picture(to.Width, to.Height);
-        new Bicubic().Resize(from, result);
+        new Bicubic { Narrow = narrow }.Resize(from, result);
         return result;
     }
 
@@ -38,8 +41,8 @@ public sealed unsafe class Bicubic
     {
         (_from, _to, _made) = (from, to, 0);
         bool across = from.Width != to.Width, down = from.Height != to.Height;
-        if (across) _across.Compute(from.Width, to.Width);
-        if (down) _down.Compute(from.Height, to.Height);
+        if (across) _across.Compute(from.Width, to.Width, Narrow);
+        if (down) _down.Compute(from.Height, to.Height, Narrow);
 
         // Four rows are made at a time, so that many more than one output's taps have to fit.
         _ringRows = down ? Math.Min(_down.MaxTaps + 4, from.Height + 4) : 4;

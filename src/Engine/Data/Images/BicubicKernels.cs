@@ -5,14 +5,12 @@ using System.Runtime.Intrinsics.X86;
 namespace MiniCpmNative.Engine.Data.Images;
 
 /// <summary>
-/// Weighted sums of pixels, out = clip((2^21 + sum k * pixel) >> 22, 0, 255) per byte: exact
+/// Weighted sums of pixels, out = clip((half + sum k * pixel) >> precision, 0, 255) per byte: exact
 /// integers, so that the AVX2 and the plain forms agree bit for bit. Across: four rows at a time
 /// share an output's taps. Down: 32 bytes of a row at a time, whatever their channel.
 /// </summary>
 internal static unsafe class BicubicKernels
 {
-    private const int Half = 1 << (BicubicWeights.Precision - 1);
-
     /// <summary>
     /// Four rows: to[r][3x + c] from the taps of output x. The rows have 16 readable bytes behind
     /// the last tap and one writable byte behind the last pixel.
@@ -24,17 +22,19 @@ internal static unsafe class BicubicKernels
         {
             if (Avx2.IsSupported && !plain)
             {
-                AcrossAvx2(first, packed, weights.Groups, from, to, outputs);
+                AcrossAvx2(
+                    first, packed, weights.Groups, weights.Precision, from, to, outputs);
                 return;
             }
         }
 
+        int precision = weights.Precision, half = 1 << (precision - 1);
         for (int r = 0; r < 4; r++)
         {
             for (int x = 0; x < outputs; x++)
             {
                 byte* pixel = from[r] + (weights.First[x] * 3);
-                int red = Half, green = Half, blue = Half;
+                int red = half, green = half, blue = half;
                 for (int t = 0; t < weights.MaxTaps; t++, pixel += 3)
                 {
                     int k = weights.Tap(x, t);
@@ -44,7 +44,8 @@ internal static unsafe class BicubicKernels
                 }
 
                 byte* into = to[r] + (x * 3);
-                (into[0], into[1], into[2]) = (Clip(red), Clip(green), Clip(blue));
+                (into[0], into[1], into[2]) = 
+                    (Clip(red, precision), Clip(green, precision), Clip(blue, precision));
             }
         }
     }
@@ -59,23 +60,24 @@ internal static unsafe class BicubicKernels
         if (Avx2.IsSupported && !plain)
         {
             fixed (int* packed = &weights.Packed[y * weights.Groups * 4])
-                DownAvx2(packed, weights.Groups, rows, to, bytes);
+                DownAvx2(packed, weights.Groups, weights.Precision, rows, to, bytes);
             return;
         }
 
         for (int i = 0; i < bytes; i++)
         {
-            int sum = Half;
+            int sum = 1 << (weights.Precision - 1);
             for (int t = 0; t < weights.MaxTaps; t++) sum += weights.Tap(y, t) * rows[t][i];
-            to[i] = Clip(sum);
+            to[i] = Clip(sum, weights.Precision);
         }
     }
 
-    private static byte Clip(int sum) => (byte)Math.Clamp(sum >> BicubicWeights.Precision, 0, 255);
+    private static byte Clip(int sum, int precision) =>
+        (byte)Math.Clamp(sum >> precision, 0, 255);
 
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
     private static void AcrossAvx2(
-        int* first, int* packed, int groups, byte** from, byte** to, int outputs)
+        int* first, int* packed, int groups, int precision, byte** from, byte** to, int outputs)
     {
         // 16 bytes hold four pixels: taps 0 and 1 as pairs (r, r) (g, g) (b, b) in the lower half,
         // 2 and 3 in the upper one; 128 gives zero.
@@ -85,7 +87,7 @@ internal static unsafe class BicubicKernels
             6, No, 9, No, 7, No, 10, No, 8, No, 11, No, No, No, No, No);
         var highs = Vector256.Create(0, 0, 0, 0, 1, 1, 1, 1);
         var lows = Vector256.Create(2, 2, 2, 2, 3, 3, 3, 3);
-        var half = Vector128.Create(Half);
+        var half = Vector128.Create(1 << (precision - 1));
         byte* s0 = from[0], s1 = from[1], s2 = from[2], s3 = from[3];
         byte* t0 = to[0], t1 = to[1], t2 = to[2], t3 = to[3];
         for (int x = 0; x < outputs; x++)
@@ -105,8 +107,10 @@ internal static unsafe class BicubicKernels
             }
 
             var pixels = Sse2.PackUnsignedSaturate(
-                Sse2.PackSignedSaturate(Join(h0, l0, half), Join(h1, l1, half)),
-                Sse2.PackSignedSaturate(Join(h2, l2, half), Join(h3, l3, half))).AsInt32();
+                Sse2.PackSignedSaturate(
+                    Join(h0, l0, half, precision), Join(h1, l1, half, precision)),
+                Sse2.PackSignedSaturate(
+                    Join(h2, l2, half, precision), Join(h3, l3, half, precision))).AsInt32();
             *(int*)t0 = pixels.ToScalar();
             *(int*)t1 = pixels.GetElement(1);
             *(int*)t2 = pixels.GetElement(2);
@@ -129,16 +133,18 @@ internal static unsafe class BicubicKernels
     }
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    private static Vector128<int> Join(Vector256<int> high, Vector256<int> low, Vector128<int> half)
+    private static Vector128<int> Join(
+        Vector256<int> high, Vector256<int> low, Vector128<int> half, int precision)
     {
         var sum = (high << BicubicWeights.LowBits) + low;
-        return (sum.GetLower() + sum.GetUpper() + half) >> BicubicWeights.Precision;
+        return (sum.GetLower() + sum.GetUpper() + half) >> precision;
     }
 
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-    private static void DownAvx2(int* packed, int groups, byte** rows, byte* to, int bytes)
+    private static void DownAvx2(
+        int* packed, int groups, int precision, byte** rows, byte* to, int bytes)
     {
-        var half = Vector256.Create(Half);
+        var half = Vector256.Create(1 << (precision - 1));
         for (nint i = 0; i < bytes; i += 32)
         {
             Vector256<int> h0 = default, h1 = default, h2 = default, h3 = default;
@@ -165,14 +171,16 @@ internal static unsafe class BicubicKernels
                 l3 += Avx2.MultiplyAddAdjacent(two, low);
             }
 
-            var lower = Avx2.PackSignedSaturate(Join(h0, l0, half), Join(h1, l1, half));
-            var upper = Avx2.PackSignedSaturate(Join(h2, l2, half), Join(h3, l3, half));
+            var lower = Avx2.PackSignedSaturate(
+                Join(h0, l0, half, precision), Join(h1, l1, half, precision));
+            var upper = Avx2.PackSignedSaturate(
+                Join(h2, l2, half, precision), Join(h3, l3, half, precision));
             Avx2.PackUnsignedSaturate(lower, upper).Store(to + i);
         }
     }
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    private static Vector256<int> Join(Vector256<int> high, Vector256<int> low,
-        Vector256<int> half) =>
-        ((high << BicubicWeights.LowBits) + low + half) >> BicubicWeights.Precision;
+    private static Vector256<int> Join(
+        Vector256<int> high, Vector256<int> low, Vector256<int> half, int precision) =>
+        ((high << BicubicWeights.LowBits) + low + half) >> precision;
 }

@@ -1,7 +1,8 @@
 namespace MiniCpmNative.Engine.Data.Images;
 
 /// <summary>
-/// The taps of one axis, in Pillow's fixed point: k = round(w * 2^22), w the Keys cubic (a = -1/2)
+/// The taps of one axis, in fixed point: k = round(w * 2^precision), 22 in Pillow, in torchvision
+/// the most with which every k has 16 bits; w the Keys cubic (a = -1/2)
 /// stretched by the shrink factor and divided by its sum, all in double, in Pillow's order of
 /// operations. Each k is kept as k = high * 2^12 + low with 0 &lt;= low &lt; 2^12, so that both
 /// parts are 16-bit factors of multiply-add instructions; the sums of both parts are put together
@@ -10,9 +11,14 @@ namespace MiniCpmNative.Engine.Data.Images;
 /// </summary>
 internal sealed class BicubicWeights
 {
-    public const int Precision = 22, LowBits = 12;
+    public const int LowBits = 12;
+
+    private const int Most = 22;
 
     private double[] _taps = [];
+
+    /// <summary>Bits behind the point.</summary>
+    public int Precision { get; private set; }
 
     /// <summary>First input of each output; MaxTaps from there are inside.</summary>
     public int[] First { get; private set; } = [];
@@ -48,7 +54,7 @@ internal sealed class BicubicWeights
         return (first, end);
     }
 
-    public void Compute(int inputs, int outputs)
+    public void Compute(int inputs, int outputs, bool narrow = false)
     {
         double scale = (double)inputs / outputs;
         double support = 2.0 * Math.Max(scale, 1.0);
@@ -65,6 +71,7 @@ internal sealed class BicubicWeights
         if (Packed.Length < (long)outputs * stride) Packed = new int[checked(outputs * stride)];
         if (_taps.Length < stride) _taps = new double[stride];
         Packed.AsSpan(0, outputs * stride).Clear();
+        Precision = narrow ? Narrowest(inputs, outputs) : Most;
         for (int i = 0; i < outputs; i++)
         {
             var (first, end) = Taps(inputs, outputs, i, _taps);
@@ -86,6 +93,21 @@ internal sealed class BicubicWeights
     {
         int at = (((output * Groups) + (tap >> 2)) * 4) + ((tap >> 1) & 1), shift = (tap & 1) * 16;
         return ((short)(Packed[at] >> shift) << LowBits) + (short)(Packed[at + 2] >> shift);
+    }
+
+    private int Narrowest(int inputs, int outputs)
+    {
+        double largest = 0;
+        for (int i = 0; i < outputs; i++)
+        {
+            var (first, end) = Taps(inputs, outputs, i, _taps);
+            for (int t = 0; t < end - first; t++) largest = Math.Max(largest, _taps[t]);
+        }
+
+        int precision = 0;
+        while (precision < Most && (int)(0.5 + (largest * (1L << (precision + 1)))) < 1 << 15)
+            precision++;
+        return precision;
     }
 
     private void Pack(int output, int tap, int k)

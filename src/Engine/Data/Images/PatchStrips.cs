@@ -15,15 +15,17 @@ public readonly record struct PatchGrid(int Rows, int Columns)
 /// </summary>
 public sealed class PatchStrips
 {
-    private readonly Bicubic _resize = new();
+    private readonly Bicubic _resize;
     private readonly PixelNormaliser _normaliser;
 
     /// <param name="mean">One value per channel, of preprocessor_config.json.</param>
     /// <param name="std">One value per channel, not 0.</param>
     /// <param name="patch">Side of a patch in pixels.</param>
-    public PatchStrips(ReadOnlySpan<float> mean, ReadOnlySpan<float> std, int patch = 14)
+    /// <param name="narrow">Resizes as torchvision does, see <see cref="Bicubic"/>.</param>
+    public PatchStrips(
+        ReadOnlySpan<float> mean, ReadOnlySpan<float> std, int patch = 14, bool narrow = false)
     {
-        Patch = patch;
+        (Patch, _resize) = (patch, new Bicubic { Narrow = narrow });
         _normaliser = new PixelNormaliser(mean, std, patch);
     }
 
@@ -35,15 +37,16 @@ public sealed class PatchStrips
     /// <summary>Grid of a view: 0 is the overview, then the tiles.</summary>
     public PatchGrid Grid(SlicePlan plan, int view)
     {
-        var size = view == 0 ? plan.Overview : plan.Tile;
+        PictureSize size = plan.Size(view);
         return new(size.Height / Patch, size.Width / Patch);
     }
 
     /// <summary>Patches of all views.</summary>
     public long Patches(SlicePlan plan)
     {
-        long tile = plan.Sliced ? Grid(plan, 1).Patches : 0;
-        return Grid(plan, 0).Patches + ((long)plan.Columns * plan.Rows * tile);
+        long patches = 0;
+        for (int view = 0; view < plan.Views; view++) patches += Grid(plan, view).Patches;
+        return patches;
     }
 
     /// <summary>Writes all views of a picture, Patches(plan) * PatchLength floats.</summary>
@@ -54,17 +57,33 @@ public sealed class PatchStrips
             throw new ArgumentException(
                 $"has room for {into.Length} floats, the picture's views need "
                 + $"{Patches(plan) * PatchLength}", nameof(into));
-        Views(picture, plan.Overview, 1, 1, into);
-        if (plan.Sliced)
-            Views(picture, plan.Tile, plan.Columns, plan.Rows,
-                into[(Grid(plan, 0).Patches * PatchLength)..]);
+        Views(picture, plan.Overview, 1, 1, [0], into);
+        if (!plan.Sliced) return;
+        // Where each tile of the table goes; tiles that are cut out of the picture itself have none.
+        int[] starts = new int[plan.Views - 1];
+        int at = Grid(plan, 0).Patches * PatchLength;
+        for (int i = 0; i < starts.Length; i++)
+        {
+            int length = Grid(plan, i + 1).Patches * PatchLength;
+            starts[i] = at;
+            if (plan.Cells?[i] is { } cell)
+            {
+                using Picture part = picture.Cut(cell.Left, cell.Top, cell.From);
+                Views(part, cell.To, 1, 1, [0], into.Slice(at, length));
+                starts[i] = -1;
+            }
+
+            at += length;
+        }
+
+        if (starts.Max() >= 0) Views(picture, plan.Tile, plan.Columns, plan.Rows, starts, into);
     }
 
     // The picture as a table of views of one size.
-    private void Views(Picture picture, PictureSize view, int columns, int rows, Span<float> into)
+    private void Views(Picture picture, PictureSize view, int columns, int rows,
+        ReadOnlySpan<int> starts, Span<float> into)
     {
-        var grid = new PatchGrid(view.Height / Patch, view.Width / Patch);
-        int viewLength = grid.Patches * PatchLength, gridRow = grid.Columns * PatchLength;
+        int gridRow = view.Width / Patch * PatchLength;
         int rowBytes = view.Width * 3;
         _resize.Start(picture, new(view.Width * columns, view.Height * rows));
         for (int y = 0; y < view.Height * rows; y++)
@@ -72,9 +91,10 @@ public sealed class PatchStrips
             var row = _resize.Row(y);
             var (tileRow, inTile) = Math.DivRem(y, view.Height);
             var (patchRow, inPatch) = Math.DivRem(inTile, Patch);
-            int at = (tileRow * columns * viewLength) + (patchRow * gridRow) + (inPatch * Patch);
-            for (int c = 0; c < columns; c++, at += viewLength)
-                _normaliser.Write(row.Slice(c * rowBytes, rowBytes), into[at..]);
+            int at = (patchRow * gridRow) + (inPatch * Patch);
+            for (int c = 0; c < columns; c++)
+                if (starts[(tileRow * columns) + c] is >= 0 and var start)
+                    _normaliser.Write(row.Slice(c * rowBytes, rowBytes), into[(start + at)..]);
         }
     }
 }

@@ -90,6 +90,15 @@ public sealed class Picture : IDisposable
         return result;
     }
 
+    /// <summary>A copy of a part.</summary>
+    public Picture Cut(int left, int top, PictureSize size)
+    {
+        var part = new Picture(size.Width, size.Height);
+        for (int y = 0; y < size.Height; y++)
+            Row(top + y).Slice(3 * left, part.Stride).CopyTo(part.Row(y));
+        return part;
+    }
+
     /// <summary>A share of memory that is given back when the picture is disposed of.</summary>
     internal void Holds(PictureMemory memory) => _memory = memory;
 

@@ -38,12 +38,13 @@ public static class PictureDecoder
         name, () => Parse(new ByteSource(file, file.Length, name), orientation: true).Info);
 
     /// <summary>
-    /// Reads and decodes a file. Waits while the pictures of other threads, which count until they
+    /// Reads and decodes a file; overWhite lays what is transparent over white, as transformers'
+    /// processors do, where Pillow drops it (PNG, WebP). Waits while the pictures of other threads, which count until they
     /// are disposed of, leave too little memory (<see cref="PictureMemory"/>).
     /// </summary>
     /// <exception cref="InputException">Missing, unreadable, of a format that is not read, or
     /// damaged.</exception>
-    public static Picture Decode(string path)
+    public static Picture Decode(string path, bool overWhite = false)
     {
         using var file = Open(path, out long length);
         long needed = Guard(path, () => Needed(new ByteSource(file, length, path)));
@@ -53,7 +54,7 @@ public static class PictureDecoder
             try
             {
                 int got = Guard(path, () => Fill(file, bytes.AsSpan(0, (int)length)));
-                return Decode(bytes, got, path);
+                return Decode(bytes, got, path, overWhite: overWhite);
             }
             finally
             {
@@ -64,10 +65,10 @@ public static class PictureDecoder
 
     /// <summary>The same of a file in memory; name stands in errors.</summary>
     /// <exception cref="InputException">Of a format that is not read, or damaged.</exception>
-    public static Picture Decode(byte[] file, string name)
+    public static Picture Decode(byte[] file, string name, bool overWhite = false)
     {
         long needed = Guard(name, () => Needed(new ByteSource(file, file.Length, name)));
-        return Within(needed, () => Decode(file, file.Length, name));
+        return Within(needed, () => Decode(file, file.Length, name, overWhite: overWhite));
     }
 
     private static Picture Within(long needed, Func<Picture> decode)
@@ -90,21 +91,22 @@ public static class PictureDecoder
     /// <summary>Decodes the first length bytes of file; name stands in errors.</summary>
     /// <exception cref="InputException">Of a format that is not read, or damaged.</exception>
     public static Picture Decode(byte[] file, int length, string name) =>
-        Decode(file, length, name, streamed: false);
+        Decode(file, length, name, overWhite: false);
 
     /// <summary>
     /// Decodes; streamed leaves libdeflate out, which changes nothing but the time.
     /// </summary>
-    internal static Picture Decode(byte[] file, int length, string name, bool streamed) =>
+    internal static Picture Decode(byte[] file, int length, string name, bool streamed = false,
+        bool overWhite = false) =>
         Guard(name, () =>
         {
             var source = new ByteSource(file, length, name);
             var (info, header) = Parse(source, orientation: false);
             return header switch
             {
-                PngHeader png => PngDecoder.Decode(source, file, png, streamed),
+                PngHeader png => PngDecoder.Decode(source, file, png, streamed, overWhite),
                 JpegHeader jpeg => JpegDecoder.Decode(source, file, jpeg),
-                WebPHeader webp => WebPDecoder.Decode(source, file, webp),
+                WebPHeader webp => WebPDecoder.Decode(source, file, webp, overWhite),
                 GifHeader gif => gif.Decode(file),
                 BmpHeader bmp => bmp.Decode(file),
                 TgaHeader tga => tga.Decode(file),

@@ -27,7 +27,8 @@ internal sealed class PngDecoder
     /// the same.</summary>
     /// <exception cref="InputException">Damaged in a way that Pillow refuses, or not enough
     /// data.</exception>
-    public static Picture Decode(ByteSource source, byte[] file, PngHeader header, bool streamed)
+    public static Picture Decode(ByteSource source, byte[] file, PngHeader header, bool streamed,
+        bool overWhite = false)
     {
         long raw = FilteredBytes(header);
         if (RowBytes(header, header.Width) > LongestRow)
@@ -39,7 +40,7 @@ internal sealed class PngDecoder
                 $"damaged PNG: {header.Width}x{header.Height} pixels need {raw} bytes, "
                 + $"which {stored} compressed bytes cannot hold");
         using var pixels = new PngPixels(source, file, header, stored, raw, streamed);
-        var decoder = new PngDecoder(header, pixels, new PngRows(header, source));
+        var decoder = new PngDecoder(header, pixels, new PngRows(header, source, overWhite));
         var picture = new Picture((int)header.Width, (int)header.Height);
         try
         {
@@ -92,7 +93,8 @@ internal sealed class PngDecoder
     {
         int length = (int)RowBytes(_header, pass.Columns), stride = 1 + length;
         int batch = Math.Min(pass.Rows, PngPixels.Batch(stride));
-        bool direct = _header is { Colour: 2, Depth: 8 } && !pass.Interlaced;
+        bool direct = _header is { Colour: 2, Depth: 8 } && !pass.Interlaced
+            && !_rows.HasKey;
 
         // Two lines, this row's and the one above; at first the latter is zero.
         int line = length + Picture.Slack;

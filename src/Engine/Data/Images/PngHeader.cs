@@ -65,6 +65,13 @@ internal sealed class PngHeader
 
     public int PaletteLength { get; private set; }
 
+    /// <summary>
+    /// What is transparent: alphas of the palette's first colours, or the colour that is.
+    /// </summary>
+    public long TransparencyAt { get; private set; }
+
+    public int TransparencyLength { get; private set; }
+
     /// <summary>Offset of the first IDAT chunk (its length field).</summary>
     public long DataAt { get; }
 
@@ -122,7 +129,10 @@ internal sealed class PngHeader
                 (PaletteAt, PaletteLength) = (at, (int)length);
                 break;
             case Exif: Orientation = Images.Exif.Orientation(_source, at, length); break;
-            case Trns: AtLeast(length, Colour switch { 0 => 2, 2 => 6, _ => 0 }, "tRNS"); break;
+            case Trns:
+                AtLeast(length, Colour switch { 0 => 2, 2 => 6, _ => 0 }, "tRNS");
+                (TransparencyAt, TransparencyLength) = (at, (int)Math.Min(length, 256));
+                break;
             case Phys: AtLeast(length, 9, "pHYs"); break;
             case Srgb: AtLeast(length, 1, "sRGB"); break;
             case Gama: AtLeast(length, 4, "gAMA"); break;

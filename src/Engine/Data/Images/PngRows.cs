@@ -33,24 +33,43 @@ internal readonly record struct PngPass(int X, int Y, int StepX, int StepY, int 
 internal sealed class PngRows
 {
     private readonly int _depth, _colour;
+    private readonly bool _overWhite;
+
+    // The colour that is transparent; empty where none is.
+    private readonly byte[] _key = [];
 
     // RGB of every value of a palette, or of grey of up to 8 bits.
     private readonly byte[] _colours = new byte[256 * 3];
     private byte[] _line = [];
 
-    public PngRows(PngHeader header, ByteSource source)
+    /// <param name="header">The file's.</param>
+    /// <param name="source">The file.</param>
+    /// <param name="overWhite">Lays what is transparent over white in place of dropping
+    /// alpha.</param>
+    public PngRows(PngHeader header, ByteSource source, bool overWhite = false)
     {
-        (_depth, _colour) = (header.Depth, header.Colour);
+        (_depth, _colour, _overWhite) = (header.Depth, header.Colour, overWhite);
+        ReadOnlySpan<byte> clear = overWhite
+            ? source.At(header.TransparencyAt, header.TransparencyLength) : [];
+        // Samples of the key have 16 bits, of which 8 count.
+        if (_depth == 8 && _colour == 0 && clear.Length >= 2) _key = [clear[1], clear[1], clear[1]];
+        if (_depth == 8 && _colour == 2 && clear.Length >= 6) _key = [clear[1], clear[3], clear[5]];
         int scale = _colour == 0 && _depth < 8 ? 255 / ((1 << _depth) - 1) : 1;
         if (_colour == 3)
         {
             // Values beyond a short palette are black, as in Pillow.
+            byte[] alphas = clear.ToArray();
             source.At(header.PaletteAt, header.PaletteLength / 3 * 3).CopyTo(_colours);
+            for (int i = 0; i < 3 * alphas.Length; i++)
+                _colours[i] = White.Under(_colours[i], alphas[i / 3]);
             return;
         }
 
         for (int i = 0; i < 256; i++) _colours.AsSpan(i * 3, 3).Fill((byte)(i * scale));
     }
+
+    /// <summary>Whether one colour is transparent, so that rows have to be looked at.</summary>
+    public bool HasKey => _key.Length > 0;
 
     /// <summary>Sets the picture from a row on to what sample value 0 means.</summary>
     public void Clear(Picture picture, int fromRow)
@@ -58,7 +77,7 @@ internal sealed class PngRows
         var rest = picture.Rgb[(fromRow * picture.Stride)..];
         if (_colour != 3)
         {
-            rest.Clear();
+            rest.Fill((byte)(_overWhite && _colour is 4 or 6 ? 255 : 0));
             return;
         }
 
@@ -84,6 +103,27 @@ internal sealed class PngRows
     }
 
     private void Widen(ReadOnlySpan<byte> row, Span<byte> rgb)
+    {
+        int bytes = _depth / 8;
+        if (_overWhite && _colour is 4 or 6)
+        {
+            int channels = _colour == 4 ? 1 : 3, step = (channels + 1) * bytes;
+            for (int i = 0; i < rgb.Length; i++)
+            {
+                ReadOnlySpan<byte> pixel = row.Slice(i / 3 * step, step);
+                rgb[i] = White.Under(pixel[i % 3 % channels * bytes], pixel[channels * bytes]);
+            }
+
+            return;
+        }
+
+        Colours(row, rgb);
+        if (!HasKey) return;
+        for (int i = 0; i < rgb.Length; i += 3)
+            if (rgb.Slice(i, 3).SequenceEqual(_key)) rgb.Slice(i, 3).Fill(255);
+    }
+
+    private void Colours(ReadOnlySpan<byte> row, Span<byte> rgb)
     {
         switch (_colour, _depth)
         {
@@ -142,5 +182,18 @@ internal sealed class PngRows
             int value = (row[bit >> 3] >> (8 - _depth - (bit & 7))) & mask;
             colours.Slice(value * 3, 3).CopyTo(rgb[i..]);
         }
+    }
+}
+
+/// <summary>White under what is transparent.</summary>
+internal static class White
+{
+    /// <summary>A channel's value over white, as Pillow composes it.</summary>
+    public static byte Under(int value, int alpha)
+    {
+        if (alpha == 0) return 255;
+        int part = 128 * alpha;
+        int sum = (value * part) + (255 * ((255 * 128) - part)) + (128 << 7);
+        return (byte)((((sum >> 8) + sum) >> 8) >> 7);
     }
 }

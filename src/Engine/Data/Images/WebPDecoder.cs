@@ -2,7 +2,7 @@ namespace MiniCpmNative.Engine.Data.Images;
 
 /// <summary>
 /// WebP through libwebp; of an animation the first frame on a black canvas. Alpha is dropped, the
-/// colours under it stay as stored, as Pillow's convert("RGB") has it.
+/// colours under it stay as stored, as Pillow's convert("RGB") has it, or it is laid over white.
 /// </summary>
 internal static unsafe class WebPDecoder
 {
@@ -24,7 +24,8 @@ internal static unsafe class WebPDecoder
     public static string Describe() => s_library.Describe();
 
     /// <exception cref="InputException">The library is missing, or the file is damaged.</exception>
-    public static Picture Decode(ByteSource source, byte[] file, WebPHeader header)
+    public static Picture Decode(
+        ByteSource source, byte[] file, WebPHeader header, bool overWhite = false)
     {
         long pixels = (long)header.Width * header.Height;
         if (!header.Lossless && !header.Animated
@@ -33,7 +34,8 @@ internal static unsafe class WebPDecoder
                 $"damaged WebP: {header.Width}x{header.Height} pixels do not fit into "
                 + $"{source.Length} bytes");
         nint info = s_library.Entry("WebPGetInfo", source);
-        nint decode = s_library.Entry("WebPDecodeRGBInto", source);
+        nint decode = s_library.Entry(
+            overWhite ? "WebPDecodeRGBAInto" : "WebPDecodeRGBInto", source);
         int start = header.Animated ? (int)header.DataAt : 0;
         var data = file.AsSpan(start, (int)header.DataLength);
         fixed (byte* bytes = data)
@@ -46,17 +48,28 @@ internal static unsafe class WebPDecoder
             var picture = new Picture(header.Width, header.Height);
             if (header.Frame != picture.Size) picture.Rgb.Clear();
             var (x, y) = (header.FrameOffset.Width, header.FrameOffset.Height);
-            var target = picture.Rgb[((y * picture.Stride) + (x * 3))..];
+            int stride = overWhite ? 4 * picture.Width : picture.Stride;
+            byte[] alphas = overWhite ? new byte[(long)stride * picture.Height] : [];
+            Span<byte> target = overWhite ? alphas.AsSpan((y * stride) + (x * 4))
+                : picture.Rgb[((y * stride) + (x * 3))..];
             fixed (byte* into = target)
             {
                 var done = (
                     (delegate* unmanaged[Cdecl]<byte*, nuint, byte*, nuint, int, byte*>)decode)(
-                    bytes, (nuint)data.Length, into, (nuint)target.Length, picture.Stride);
+                    bytes, (nuint)data.Length, into, (nuint)target.Length, stride);
+                if (done != null && overWhite) Lay(alphas, picture.Rgb);
                 if (done != null) return picture;
             }
 
             picture.Dispose();
             throw source.Error("damaged WebP: its pixels are cut off or damaged");
         }
+    }
+
+    // What no frame covers is transparent.
+    private static void Lay(ReadOnlySpan<byte> rgba, Span<byte> rgb)
+    {
+        for (int i = 0; i < rgb.Length; i++)
+            rgb[i] = White.Under(rgba[(i / 3 * 4) + (i % 3)], rgba[(i / 3 * 4) + 3]);
     }
 }

@@ -1,80 +1,12 @@
-using MiniCpmNative.Engine.Config;
-using MiniCpmNative.Engine.Data;
-using MiniCpmNative.Engine.Data.Text;
-using MiniCpmNative.Engine.Weights;
-
 namespace MiniCpmNative.Engine.Model;
 
-/// <summary>
-/// MiniCPM-V 4.6, a model of transformers itself: SigLIP that merges patches on its way, a merger of
-/// 2 x 2 neighbours in place of the resampler, so that a picture has as many features as its size
-/// gives, Qwen3.5's decoder, whose layers are not all attention, and its template.
-/// </summary>
-internal sealed class MiniCpmV46() : Family("MiniCPM-V-4_6")
+/// <summary>MiniCPM-V 4.6, the first of the members of transformers itself.</summary>
+internal sealed class MiniCpmV46() : NativeFamily(
+    "MiniCPM-V-4_6", "minicpmv4_6", "MiniCPMV4_6ForConditionalGeneration")
 {
-    private const string Decoder = "model.language_model";
-
-    public override bool ConfiguresPictures => false;
-
-    public override (string Name, string? Key) ProcessorFile(string directory) =>
-        NativeConfig.ProcessorFile(directory);
-
-    public override ChatDefaults Chat => new(MaxPromptTokens: 32768, RepetitionPenalty: 1);
-
-    public override bool Is(ModelConfig config) => config.Type == "minicpmv4_6";
-
-    public override ModelSpec Read(ModelConfig config)
-    {
-        config.RefuseQuantised();
-        DecoderSpec decoder = NativeConfig.Decoder(config);
-        VisionSpec vision = NativeConfig.Vision(config);
-        var joiner = new MergerSpec(
-            decoder.HiddenSize, vision.HiddenSize, vision.MergesAfter is not null);
-        ProcessorSpec processor = NativeConfig.Processor(config, vision, joiner.Merges);
-        return new ModelSpec(
-            this, config.Directory, vision, joiner, decoder, processor.Slicing,
-            processor.UseImageId, processor.SliceMode, processor, config.Generation(),
-            new ModelClass("MiniCPMV4_6ForConditionalGeneration",
-                "transformers.models.minicpmv4_6.modeling_minicpmv4_6"));
-    }
-
-    public override MiniCpmModel Build(ModelSpec spec, ModuleScope root, Recomputation recomputation)
-    {
-        ModuleScope model = root.In("model");
-        // Predicts several tokens at once; the class passes it over.
-        root.PassOver("mtp");
-        var vision = new SiglipTower(
-            spec.Vision, model.As(ModelPart.Vision).In("vision_tower"), recomputation);
-        var decoder = new Decoder(spec.Decoder, root, recomputation, Decoder);
-        var joiner = new BlockMerger(
-            (MergerSpec)spec.Joiner, model.As(ModelPart.Joiner).In("merger"));
-        return new MiniCpmModel(vision, joiner, decoder);
-    }
-
-    public override RowFormat Rows(ModelSpec spec)
-    {
-        var tokenizer = Tokenizer.Load(spec.Directory);
-        var placeholders = PlaceholderScheme.Merged(
-            tokenizer, spec.Processor.Tokens, spec.Slicing.Multiple, spec.Directory);
-        ModelConfig config = ModelConfig.Open(spec.Directory);
-        if (config.Json.Find("image_token_id") is { } id && id.Int() != placeholders.UnknownId)
-            throw id.Expected($"{placeholders.UnknownId}, the tokenizer's "
-                + $"{spec.Processor.Tokens.Unknown}");
-        return new RowFormat(
-            ThinkingFormat.Load(spec.Directory, tokenizer), placeholders,
-            spec.Processor.UseImageId, spec.Slicing, spec.SliceMode, spec.Processor.Mean,
-            spec.Processor.Std, spec.Decoder.VocabSize);
-    }
-
-    // The default means the decoders of the other members.
-    public override TargetModules Targets(TargetModules chosen) =>
-        chosen.Pattern != new TrainArguments().LoraTargetModules.Pattern ? chosen : new(
-            @".*language_model\.layers\.\d+\.(self_attn\.(q_proj|k_proj|v_proj|o_proj)|"
-            + @"linear_attn\.(in_proj_qkv|in_proj_z|in_proj_b|in_proj_a|out_proj))");
-
     public override string? Explain(string tensor) =>
         tensor.StartsWith("model.language_model.", StringComparison.Ordinal)
             || tensor.StartsWith("model.vision_tower.", StringComparison.Ordinal)
             || tensor.StartsWith("model.merger.", StringComparison.Ordinal)
-            ? "a part of MiniCPM-V-4_6" : null;
+            ? $"a part of {Name}" : null;
 }

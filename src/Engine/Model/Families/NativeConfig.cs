@@ -3,6 +3,11 @@ using MiniCpmNative.Engine.Data;
 
 namespace MiniCpmNative.Engine.Model;
 
+/// <summary>What a class of transformers takes for keys that are not there.</summary>
+/// <param name="ChoosesSmall">Whether small_image_upsize is a key of its processor.</param>
+internal sealed record NativeDefaults(
+    string DownsampleMode = "16x", bool TiesHead = false, bool ChoosesSmall = false);
+
 /// <summary>
 /// How the members are configured that are classes of transformers itself: text_config,
 /// vision_config, and a processor's file with the rules of pictures in it.
@@ -24,15 +29,15 @@ internal static class NativeConfig
     }
 
     /// <summary>Whether the vision tower merges patches: downsample_mode, 16x or 4x.</summary>
-    public static bool Merges(JsonValue json)
+    public static bool Merges(JsonValue json, NativeDefaults defaults)
     {
-        string mode = ModelConfig.Text(json, "downsample_mode", "16x");
+        string mode = ModelConfig.Text(json, "downsample_mode", defaults.DownsampleMode);
         return mode is "16x" or "4x"
             ? mode == "16x" : throw json["downsample_mode"].Expected("\"16x\" or \"4x\"");
     }
 
     /// <summary>Qwen3.5's decoder: layers of gated delta rule between those of attention.</summary>
-    public static DecoderSpec Decoder(ModelConfig config)
+    public static DecoderSpec Decoder(ModelConfig config, NativeDefaults defaults)
     {
         JsonValue text = config.Json["text_config"];
         int heads = Size("num_attention_heads", MaxHeads);
@@ -46,13 +51,14 @@ internal static class NativeConfig
         ModelConfig.RequireZero(text, "attention_dropout");
         if (text.Find("attention_bias") is { } bias && bias.Bool())
             throw bias.Expected("false: biases of this decoder's attention are not supported");
+        ModelConfig.RequireText(text, "model_type", "qwen3_5_text");
         var (theta, rotary) = Rope(text, headDim);
         return new DecoderSpec(
             Size("vocab_size", ModelConfig.MaxVocabulary),
             Size("hidden_size", ModelConfig.MaxWidth),
             Size("intermediate_size", 1 << 20), layers, heads, kvHeads, headDim,
             (float)(text.Find("rms_norm_eps")?.Number(1e-12, 1) ?? 1e-6), QkvBias: false,
-            config.Flag("tie_word_embeddings", false), theta, RopeScaling.None,
+            config.Flag("tie_word_embeddings", defaults.TiesHead), theta, RopeScaling.None,
             Size("max_position_embeddings", int.MaxValue, 32768), QkNorm: true,
             FinalNormDecays: false)
         {
@@ -66,8 +72,19 @@ internal static class NativeConfig
             ModelConfig.Size(text, key, most, otherwise);
     }
 
+    /// <summary>
+    /// How many rotary frequencies are the text's, the rows' and the columns' (mrope_section).
+    /// </summary>
+    public static ImmutableArray<int> RopeSections(ModelConfig config)
+    {
+        if (config.Json["text_config"].Find("rope_parameters")?.Find("mrope_section")
+            is not { } sections) return [11, 11, 10];
+        ImmutableArray<int> found = [.. sections.Items().Take(4).Select(v => v.Int(0, MaxHeadDim))];
+        return found.Length == 3 ? found : throw sections.Expected("three numbers");
+    }
+
     /// <summary>SigLIP with a merger of patches behind one of its layers.</summary>
-    public static VisionSpec Vision(ModelConfig config)
+    public static VisionSpec Vision(ModelConfig config, NativeDefaults defaults)
     {
         JsonValue vision = config.Json["vision_config"];
         int hidden = Size("hidden_size", ModelConfig.MaxWidth);
@@ -86,9 +103,10 @@ internal static class NativeConfig
             throw times.Expected("1: the processor's tokens are those of one merger");
         int layers = Size("num_hidden_layers", ModelConfig.MaxLayers);
         // The top one wins: the class copies it over vision_config's.
+        bool merges = Merges(config.Json, defaults);
         int after = (config.Json.Find("insert_layer_id") ?? vision.Find("insert_layer_id"))
-            ?.Int(0, layers - 1) ?? 6;
-        if (after >= layers)
+            ?.Int(merges ? 0 : int.MinValue, merges ? layers - 1 : int.MaxValue) ?? 6;
+        if (merges && after >= layers)
             throw vision["num_hidden_layers"].Expected($"more than insert_layer_id ({after})");
         return new VisionSpec(
             hidden, Size("intermediate_size", 1 << 20), layers, heads, 3, patch, side / patch,
@@ -97,14 +115,15 @@ internal static class NativeConfig
         {
             Layout = new QuotientLayout(),
             HasMerger = true,
-            MergesAfter = Merges(config.Json) ? after : null,
+            MergesAfter = merges ? after : null,
         };
 
         int Size(string key, int most) => ModelConfig.Size(vision, key, most);
     }
 
     /// <summary>The processor, which alone says how pictures are cut.</summary>
-    public static ProcessorSpec Processor(ModelConfig config, VisionSpec vision, int merges)
+    public static ProcessorSpec Processor(
+        ModelConfig config, VisionSpec vision, int merges, NativeDefaults defaults)
     {
         var (name, key) = ProcessorFile(config.Directory);
         string path = Path.Combine(config.Directory, name);
@@ -115,7 +134,7 @@ internal static class NativeConfig
         if (patch != vision.PatchSize)
             throw ModelConfig.Disagrees(
                 json, "patch_size", patch, "the vision tower's patch_size", vision.PatchSize);
-        if (Merges(json) != Merges(config.Json))
+        if (Merges(json, defaults) != Merges(config.Json, defaults))
             throw json.Error("has another downsample_mode than config.json: pictures would have "
                 + "another number of features than places; set both to \"16x\" or both to \"4x\"");
         foreach (string needed in (string[])["do_resize", "do_rescale", "do_normalize"])
@@ -130,6 +149,7 @@ internal static class NativeConfig
             ModelConfig.Size(json, "scale_resolution", ModelConfig.MaxSide, 448), patch)
         {
             Merges = merges,
+            Small = defaults.ChoosesSmall ? Small(json) : SmallPictures.Always,
         };
         return new ProcessorSpec(
             slicing, json.Find("slice_mode")?.Bool() ?? true,
@@ -137,6 +157,15 @@ internal static class NativeConfig
             ModelConfig.Channels(json, "image_mean", -1e6),
             ModelConfig.Channels(json, "image_std", 1e-6), Tokens(config.Directory));
     }
+
+    private static SmallPictures Small(JsonValue json) => ModelConfig.Text(
+        json, "small_image_upsize", "always") switch
+    {
+        "always" => SmallPictures.Always,
+        "never" => SmallPictures.Never,
+        "adaptive" => SmallPictures.Adaptive,
+        _ => throw json["small_image_upsize"].Expected("\"always\", \"never\" or \"adaptive\""),
+    };
 
     // Named in tokenizer_config.json, among its extra tokens or beside them.
     private static PlaceholderTokens Tokens(string directory)

@@ -1,0 +1,49 @@
+using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Ops;
+using NUnit.Framework;
+
+namespace MiniCpmNative.Tests;
+
+/// <summary>
+/// The mixture of experts on CUDA at the sizes that the op cases leave out: several tiles of rows,
+/// of columns and of depth, with and without whole vectors, one expert with all rows and others
+/// with none.
+/// </summary>
+[TestFixture]
+public sealed class CudaExpertsTests
+{
+    private CudaUnderTest _cuda = null!;
+
+    public CudaExpertsTests()
+    {
+    }
+
+    internal CudaExpertsTests(CudaUnderTest cuda) => _cuda = cuda;
+
+    [OneTimeSetUp]
+    public void Make() => _cuda = new();
+
+    [OneTimeTearDown]
+    public void Free() => _cuda?.Dispose();
+
+    [TestCase(DType.F32, 70, 72, 1)]
+    [TestCase(DType.BF16, 70, 136, 1)]
+    [TestCase(DType.BF16, 140, 136, 2)]
+    [TestCase(DType.BF16, 66, 131, 3)]
+    public void TilesAgree(DType type, int rows, int width, int chosen)
+    {
+        const int Count = 5, Inner = 72;
+        double[] logits = Fill.Normal(1, rows * Count);
+        for (int r = 0; r < rows; r++) (logits[r * Count], logits[(r * Count) + 4]) = (4, -64);
+        OpCase c = OpCases.All.First(c => c.Name == "experts");
+        CudaOpTests.Compare(CudaOpTests.Prepare(_cuda.Device(type), c), c, type,
+            new Experts(chosen),
+            [
+                Value.Float("x", [rows, width], Fill.Normal(2, rows * width)),
+                Value.Float("logits", [rows, Count], logits),
+                Value.Float("w", [Count * 2 * Inner, width],
+                    Fill.Normal(3, Count * 2 * Inner * width, 0.1)),
+                Value.Float("w1", [Count * width, Inner], Fill.Normal(4, Count * width * Inner, 0.1)),
+            ], null, $"{rows} rows");
+    }
+}
