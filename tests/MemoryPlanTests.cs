@@ -188,7 +188,7 @@ public sealed class MemoryPlanTests
             Assert.That(plan.Parts.Total, Is.LessThanOrEqualTo(gib << 30));
             Assert.That(amount, Is.Positive);
             dry.Recomputation.Amount = amount - 1;
-            long less = batches.Max(b => dry.Train(b.Batch));
+            long less = batches.Max(b => dry.Train(b.Batches));
             Assert.That(dry.Parts(less).Total, Is.GreaterThan(gib << 30), "one less fits too");
             dry.Recomputation.Amount = 0;
         }

@@ -1,3 +1,4 @@
+using System.Text.Json.Nodes;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Model;
@@ -21,8 +22,8 @@ public sealed class StreamedWeightTests
     {
         Bf16 = true,
         Device = DeviceChoice.Cuda,
-        GradientCheckpointing = true,
         LoraDropout = 0.1,
+        InitLoraWeights = new("false"),
         GradientAccumulationSteps = 2,
     };
 
@@ -34,29 +35,92 @@ public sealed class StreamedWeightTests
     [TearDown]
     public void DeleteFolder() => Directory.Delete(_folder, recursive: true);
 
-    /// <summary>Ten steps, two of them of a micro-batch with a picture, and an evaluation between.
+    /// <summary>
+    /// Steps of five decoder layers and three of the tower, with an evaluation between: of one
+    /// micro-batch, or of two that go through the layers together, in the last step a picture's.
     /// </summary>
-    [TestCase("lora")]
-    [TestCase("nf4")]
-    public void TenStepsHaveTheBitsOfResidentWeights(string name)
+    [TestCase("lora", 10, false)]
+    [TestCase("nf4", 2, true)]
+    public void StepsHaveTheBitsOfResidentWeights(string name, int count, bool picture)
     {
+        const int Layers = 5;
         TrainArguments arguments = s_lora with
         {
+            ModelNameOrPath = Made(Layers),
             QLora = name == "nf4",
             LlmInt8SkipModules = name == "nf4" ? ["resampler", "lm_head"] : null,
         };
-        Steps resident = Run(arguments), streamed = Run(arguments with { StreamWeights = true });
-        // Every order that events allow.
-        Steps shuffled = Run(
-            arguments with { StreamWeights = true }, new EmulatorOptions { Seed = 7 }, steps: 3);
+        TrainArguments streams = arguments with { StreamWeights = true };
+        using var gpu = new CudaUnderTest();
+        Steps resident = Run(gpu, arguments, count, together: 1, picture);
+        Steps streamed = Run(gpu, streams, count, together: 2, picture);
         Assert.That(streamed.Losses, Is.EqualTo(resident.Losses));
         Assert.That(streamed.Norms, Is.EqualTo(resident.Norms));
         Assert.That(streamed.Values, Is.EqualTo(resident.Values));
-        Assert.That(shuffled.Losses, Is.EqualTo(resident.Losses.Take(shuffled.Losses.Count)));
-        Assert.That(resident.Losses, Has.Count.EqualTo(11));
-        Assert.That(resident.Values, Has.Some.Not.Zero);
-        Assert.That(resident.Streamed, Is.Zero);
-        Assert.That(streamed.Streamed, Is.Positive);
+        Assert.That(resident.Losses, Has.Count.EqualTo(count + 1));
+        Assert.That(resident.Losses.Distinct(), Has.Exactly(count + 1).Items);
+        Assert.That((resident.Bytes, resident.Copied), Is.EqualTo((0L, 0L)));
+        // A pass finds two layers there: three come in forward, three in backward. The first step
+        // finds the last two, as an evaluation leaves them, and brings those before and the first.
+        if (picture) return;
+        long layer = streamed.Decoder / Layers;
+        Assert.That(streamed.Copied, Is.EqualTo(layer * ((6 * count) + 2 + 3 + 2)));
+    }
+
+    /// <summary>Every order of work that events allow, one micro-batch after the other.</summary>
+    [Test]
+    public void NoOrderOfWorkChangesABit()
+    {
+        TrainArguments streams = s_lora with { ModelNameOrPath = Made(3), StreamWeights = true };
+        var found = new List<Steps>();
+        foreach (int seed in (int[])[0, 7])
+        {
+            using var gpu = new CudaUnderTest(new EmulatorOptions { Seed = seed });
+            found.Add(Run(gpu, streams, 1, together: 1, picture: false));
+        }
+
+        foreach (Steps steps in found)
+        {
+            Assert.That(steps.Losses, Is.EqualTo(found[0].Losses));
+            Assert.That(steps.Values, Is.EqualTo(found[0].Values));
+            Assert.That(steps.Copied, Is.Positive);
+        }
+    }
+
+    /// <summary>Also what is trained whole, in the order in which gradients add up.</summary>
+    [TestCase("lora", false)]
+    [TestCase("lora", true)]
+    [TestCase("official", true)]
+    [TestCase("full", true)]
+    public void MicroBatchesTogetherHaveTheBitsOfThoseApart(string name, bool checkpointing)
+    {
+        TrainArguments arguments = (name == "full" ? V26.Full : V26.Lora with
+        {
+            LoraDropout = 0.1,
+            ModulesToSave = name == "lora" ? [] : ["embed_tokens", "resampler", "vpm"],
+        }) with
+        { GradientCheckpointing = checkpointing, GradientAccumulationSteps = 3 };
+        Batch text = V26.Batch(arguments, "text0"), picture = V26.Batch(arguments, "one");
+        Batch[] batches = [text, picture, V26.Batch(arguments, "text1")];
+        var found = new List<(double, double, float[])>();
+        foreach (int together in (int[])[1, 2, 3])
+        {
+            using var model = TunedModel.Open(arguments);
+            var trainer = new Trainer(arguments, model) { Together = together };
+            trainer.Step(0, batches, 1e-2);
+            StepResult result = trainer.Step(1, batches, 1e-2);
+            found.Add((result.Loss, result.GradientNorm,
+                model.Device.ReadFloats(model.ParameterRanges.Gradients)));
+            Assert.That(model.Device.Step.IsEmpty);
+        }
+
+        Assert.That(found[0].Item3, Has.Some.Not.Zero);
+        for (int i = 1; i < found.Count; i++)
+        {
+            Assert.That(found[i].Item1, Is.EqualTo(found[0].Item1));
+            Assert.That(found[i].Item2, Is.EqualTo(found[0].Item2));
+            Assert.That(found[i].Item3, Is.EqualTo(found[0].Item3));
+        }
     }
 
     /// <summary>
@@ -89,33 +153,79 @@ public sealed class StreamedWeightTests
         Assert.That(parts.Total / Gib, Is.LessThan(most));
     }
 
-    private sealed record Steps(
-        List<double> Losses, List<double> Norms, float[] Values, long Streamed);
-
-    private static Steps Run(
-        TrainArguments arguments, EmulatorOptions? options = null, int steps = 10)
+    /// <summary>
+    /// Boundaries of layers are what more micro-batches take; fewer go together where that many do
+    /// not fit.
+    /// </summary>
+    [Test]
+    public void AsManyMicroBatchesGoTogetherAsFit()
     {
-        using var gpu = new CudaUnderTest(options);
-        using TunedModel model = TunedModel.Open(arguments, Devices(gpu));
-        using (var adapter = AdapterFile.Open(V26.Adapter("random_lora_only")))
-            model.CopyFrom(adapter);
-        var trainer = new Trainer(arguments, model);
-        Batch text = V26.Batch(arguments, "text0"), other = V26.Batch(arguments, "text1");
-        Batch picture = V26.Batch(arguments, "one");
-        List<double> losses = [], norms = [];
-        for (int step = 0; step < steps; step++)
+        const long Boundary = 28L * 2048 * 3584 * 2;
+        TrainArguments arguments = RealModel.Lora with { StreamWeights = true };
+        PlannedModel model = RealModel.Planned(_folder, arguments);
+        Batch row = RealModel.Row(2048);
+        long one, four, copiedByOne, copiedByFour;
+        using (var dry = new DryRun(arguments, model, RealModel.Card))
         {
-            StepResult result = trainer.Step(
-                step, step is 1 ? [text, picture] : [text, other], 1e-3);
-            losses.Add(result.Loss);
-            norms.Add(result.GradientNorm);
-            if (step == 4) losses.Add(Evaluated(model, other));
+            one = dry.Train(row);
+            dry.Train(row, row, row, row);
+            copiedByOne = dry.StreamedSoFar;
         }
 
+        using (var dry = new DryRun(arguments, model, RealModel.Card, together: 4))
+        {
+            four = dry.Train(row, row, row, row);
+            dry.Train(row);
+            copiedByFour = dry.StreamedSoFar;
+        }
+
+        TestContext.Out.WriteLine($"{one:N0} and {four:N0} bytes of a step; {copiedByOne:N0} "
+            + $"and {copiedByFour:N0} over the bus");
+        Assert.That(four - one, Is.InRange(3 * Boundary, 3 * (Boundary + (4 * 2048 * 3584 * 2))));
+        // A pass finds two layers of 28 there in either direction, the first one none.
+        const double Warm = 26 + 26, First = 28 + 26;
+        Assert.That(copiedByOne / (double)copiedByFour,
+            Is.EqualTo((First + (4 * Warm)) / (First + Warm)).Within(1e-9));
+    }
+
+    private sealed record Steps(List<double> Losses, List<double> Norms, float[] Values,
+        long Bytes, long Decoder, long Copied);
+
+    private static Steps Run(CudaUnderTest gpu, TrainArguments arguments, int steps, int together,
+        bool picture)
+    {
+        using TunedModel model = TunedModel.Open(arguments, Devices(gpu));
+        var trainer = new Trainer(arguments, model) { Together = together };
+        Batch text = V26.Batch(arguments, "text0"), other = V26.Batch(arguments, "text1");
+        List<double> losses = [], norms = [];
         var device = (CudaDevice)model.Device;
-        return new(losses, norms, model.ParameterRanges.List
-            .SelectMany(t => device.ReadFloats(model.ParameterRanges.Value(t.Name))).ToArray(),
-            device.StreamedBytes);
+        for (int step = 0; step < steps; step++)
+        {
+            StepResult result = trainer.Step(step, !picture ? [text]
+                : step == steps - 1 ? [V26.Batch(arguments, "one"), text] : [text, other], 1e-2);
+            losses.Add(result.Loss);
+            norms.Add(result.GradientNorm);
+            if (step == 0) losses.Add(Evaluated(model, other));
+        }
+
+        return new(losses, norms, [.. model.ParameterRanges.List
+            .SelectMany(t => device.ReadFloats(model.ParameterRanges.Value(t.Name)))],
+            device.StreamedBytes, device.StreamedBytesOf((int)ModelPart.Decoder),
+            device.StreamedSoFar);
+    }
+
+    // The reference model with more layers, of random numbers.
+    private string Made(int layers)
+    {
+        foreach (string file in Directory.GetFiles(V26.Model, "*.json"))
+            File.Copy(file, Path.Combine(_folder, Path.GetFileName(file)));
+        string path = Path.Combine(_folder, "config.json");
+        JsonNode config = JsonNode.Parse(File.ReadAllText(path))!;
+        config["num_hidden_layers"] = layers;
+        File.WriteAllText(path, config.ToJsonString());
+        ModelSpec spec = ModelSpec.Read(_folder);
+        MadeModel.Write(_folder, spec, seed: 3);
+        return _folder;
     }
 
     private static double Evaluated(TunedModel model, Batch batch)

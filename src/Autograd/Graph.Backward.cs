@@ -13,6 +13,7 @@ public sealed partial class Graph
             Variable variable = _variables[node.Output.Variable];
             if (variable.Written)
             {
+                Device.Random = node.Random;
                 FillParts(node.Output.Variable, variable.Parts);
                 Tensor gradient = Seen(variable.Gradient, node.Output.Shape);
                 GradientVisitor?.Invoke(node.Output.Variable, gradient);

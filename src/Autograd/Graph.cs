@@ -148,8 +148,8 @@ public sealed partial class Graph
 
         if (constant) return y;
         y = y with { Variable = NewVariable(Tensor.None) };
-        Record(new Node(null, Again<TContext>.Instance, block, context, mark, _tensorCount, 1, 0, y),
-            [x], []);
+        Record(new Node(null, Again<TContext>.Instance, block, context, mark, _tensorCount, 1, 0, y,
+            Device.Random), [x], []);
         return y;
     }
 
@@ -204,11 +204,23 @@ public sealed partial class Graph
     /// Adds the gradient of seed * sum(output) to the parameters' gradients, and takes the tape
     /// down to empty. Tensors made since the first recorded operation end their life.
     /// </summary>
-    public void Backward(Tensor output, double seed)
+    public void Backward(Tensor output, double seed) => Backward([output], [seed]);
+
+    /// <summary>
+    /// The same of several outputs, each with its seed; those without a gradient are left out.
+    /// What ran last is undone first.
+    /// </summary>
+    public void Backward(ReadOnlySpan<Tensor> outputs, ReadOnlySpan<double> seeds)
     {
-        if (output.Variable <= _parameterCount)
-            throw new InvalidOperationException("nothing trainable leads to this tensor");
-        Device.Fill(Wanted(output).Buffer, seed);
+        bool any = false;
+        for (int i = 0; i < outputs.Length; i++)
+        {
+            if (outputs[i].Variable <= _parameterCount) continue;
+            Device.Fill(Wanted(outputs[i]).Buffer, seeds[i]);
+            any = true;
+        }
+
+        if (!any) throw new InvalidOperationException("nothing trainable leads to this tensor");
         Unwind(0);
     }
 
@@ -261,7 +273,7 @@ public sealed partial class Graph
         {
             output = output with { Variable = NewVariable(Tensor.None) };
             Record(new Node(op, null, null, null, before, _tensorCount, inputs.Length, saved.Length,
-                output), inputs, saved);
+                output, Device.Random), inputs, saved);
             if (!fleeting) return output;
             ref Variable variable = ref _variables[output.Variable];
             variable.Maker = _nodeCount;
@@ -345,7 +357,7 @@ public sealed partial class Graph
     /// </summary>
     private readonly record struct Node(
         Op? Op, Again? Again, IBlock? Block, object? Context, ArenaMark Mark, int FirstTensor,
-        int Inputs, int Saved, Tensor Output);
+        int Inputs, int Saved, Tensor Output, Randomness Random);
 
     // Runs a block again without knowing the type of its context; one object for each type.
     private abstract class Again

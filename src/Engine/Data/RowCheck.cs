@@ -24,6 +24,11 @@ public readonly record struct RowSize(int Tokens, int Labels, int Views, int Pat
     public static RowSize operator +(RowSize a, RowSize b) => new(
         a.Tokens + b.Tokens, a.Labels + b.Labels, a.Views + b.Views, a.Patches + b.Patches);
 
+    /// <summary>The larger of each.</summary>
+    public RowSize Max(RowSize other) => new(
+        Math.Max(Tokens, other.Tokens), Math.Max(Labels, other.Labels),
+        Math.Max(Views, other.Views), Math.Max(Patches, other.Patches));
+
     /// <summary>Whether nothing of it is less than the other's.</summary>
     public bool Covers(RowSize other) => Tokens >= other.Tokens && Labels >= other.Labels
         && Views >= other.Views && Patches >= other.Patches;

@@ -15,8 +15,8 @@ public interface IBatchInput
     long Count(Batch batch);
 
     /// <summary>
-    /// Brings them over; the batch may change once this returns. Called when the arena is empty, before
-    /// the first operation, and again only when the last operation on them has been called.
+    /// Brings them over; the batch may change once this returns. Called before the first operation
+    /// on them; by an upload of the same number again only when the last one has been called.
     /// </summary>
     void Load(Batch batch, BatchUpload upload);
 }
@@ -25,11 +25,19 @@ public interface IBatchInput
 /// Brings the numbers of a batch onto the device. While the device computes on one batch, the next
 /// may come over (<see cref="InputMemory"/>).
 /// </summary>
-public sealed class BatchUpload(Device device)
+/// <param name="device">Where to.</param>
+/// <param name="number">Of batches that are on the device together, from 0.</param>
+public sealed class BatchUpload(Device device, int number = 0)
 {
     private const int TensorsOfAPart = 8;
 
     private readonly InputMemory _input = device.NewInput();
+
+    /// <summary>Which of the batches that are on the device together it brings.</summary>
+    public int Number => number;
+
+    /// <summary>Key of the batch's random numbers, as the device has it now.</summary>
+    public Randomness Random => device.Random;
 
     /// <summary>A buffer for numbers on their way; whoever uses it clears it first.</summary>
     public Growing<int> Scratch { get; } = new();

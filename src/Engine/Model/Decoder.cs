@@ -19,12 +19,14 @@ public sealed class Decoder : IBatchInput
     private readonly Linear _head = new();
     private readonly Scale? _outputScale;
     private readonly DecoderSpec _spec;
-    private readonly DecoderContext _context = new();
+    private readonly PerBatch<DecoderContext> _contexts = new();
     private readonly CanvasRope? _canvas;
     private readonly Tensor _embedding, _vocabulary;
     private readonly DecoderLayer[] _layers;
     private readonly Norm _norm;
     private readonly Recomputation _recomputation;
+    private DecoderContext _context;
+    private KeyValueCache? _cache;
 
     /// <param name="spec">The decoder.</param>
     /// <param name="scope">Holds it and its head.</param>
@@ -33,7 +35,7 @@ public sealed class Decoder : IBatchInput
     public Decoder(
         DecoderSpec spec, ModuleScope scope, Recomputation recomputation, string name = "model")
     {
-        (_spec, _recomputation) = (spec, recomputation);
+        (_spec, _recomputation, _context) = (spec, recomputation, _contexts[0]);
         _lookUp = new Embedding(spec.EmbeddingScale);
         if (!spec.RopeSections.IsEmpty) _canvas = new CanvasRope(spec);
         if (spec.OutputScale != 1) _outputScale = new Scale(spec.OutputScale);
@@ -73,6 +75,37 @@ public sealed class Decoder : IBatchInput
     }
 
     /// <summary>
+    /// The same of all batches that are on the device, layer by layer, so that weights that are
+    /// streamed come once for all of them. The last batch is first: backward, which goes the other
+    /// way, adds up their gradients in the order of the batches.
+    /// </summary>
+    public void Forward(Graph graph, Span<Tensor> x)
+    {
+        for (int layer = 0; layer < _layers.Length; layer++)
+        {
+            bool again = _recomputation.Decoder(layer) == Recompute.Block;
+            for (int i = x.Length - 1; i >= 0; i--)
+            {
+                DecoderContext context = _contexts[i];
+                graph.Device.Random = context.Random;
+                x[i] = graph.Run(_layers[layer], x[i], context, again);
+            }
+        }
+
+        for (int i = x.Length - 1; i >= 0; i--)
+        {
+            x[i] = _norm.Run(graph, x[i]);
+            if (_outputScale is not null) x[i] = graph.Run(_outputScale, x[i]);
+        }
+    }
+
+    /// <summary>
+    /// Whether gradients of several batches add up in one order, whether they are run apart or
+    /// together: not where one trained matrix is both embedding and head.
+    /// </summary>
+    public bool RunsTogether => _vocabulary.Variable == 0 || _vocabulary.Variable != _embedding.Variable;
+
+    /// <summary>
     /// Sum of the cross-entropies of the labelled rows. perRow takes, when it has room, what the
     /// operation saves: loss and hit (1 when the largest logit is the target) of each labelled row.
     /// </summary>
@@ -88,7 +121,7 @@ public sealed class Decoder : IBatchInput
     /// <summary>
     /// What the batches loaded from now on continue; null when their rows are whole.
     /// </summary>
-    public void Continue(KeyValueCache? cache) => _context.Cache = cache;
+    public void Continue(KeyValueCache? cache) => _cache = cache;
 
     public long Count(Batch batch) => ((_spec.Delta is null ? 1L : 3) * batch.Positions.Count)
         + batch.SequenceStarts.Count + (_canvas?.Count(batch) ?? 0)
@@ -97,6 +130,8 @@ public sealed class Decoder : IBatchInput
 
     public void Load(Batch batch, BatchUpload upload)
     {
+        _context = _contexts[upload.Number];
+        (_context.Cache, _context.Random) = (_cache, upload.Random);
         ReadOnlySpan<int> starts = batch.SequenceStarts.Span;
         _context.Starts = upload.Ints(starts, "sequence starts");
         _context.Tiles = _context.Cache is null
@@ -135,6 +170,9 @@ public sealed class Decoder : IBatchInput
 public sealed class DecoderContext
 {
     private readonly (Tensor Cos, Tensor Sin)[] _ropeTables = new (Tensor, Tensor)[2];
+
+    /// <summary>Key of the batch's random numbers.</summary>
+    public Randomness Random { get; set; }
 
     /// <summary>I32[tokens]: the row of the rotary tables that turns each token.</summary>
     public Tensor Positions { get; set; }

@@ -14,13 +14,12 @@ namespace MiniCpmNative.Engine.Model;
 public sealed class LoadedModel : IDisposable
 {
     private readonly OpenDevice _device;
-    private readonly BatchUpload _upload;
+    private readonly List<BatchUpload> _uploads = [];
     private RowFormat? _rows;
 
     private LoadedModel(OpenDevice device, Graph graph, ModelSpec spec, MiniCpmModel model)
     {
         (_device, Graph, Spec, Model) = (device, graph, spec, model);
-        _upload = new BatchUpload(device.Device);
     }
 
     public Device Device => _device.Device;
@@ -93,7 +92,7 @@ public sealed class LoadedModel : IDisposable
     /// </summary>
     public Tensor Hidden(Batch batch, ITensorProbe? probe = null, KeyValueCache? cache = null)
     {
-        Model.Load(batch, _upload, cache);
+        Model.Load(batch, Upload(0), cache);
         return Model.Hidden(Graph, probe);
     }
 
@@ -104,5 +103,31 @@ public sealed class LoadedModel : IDisposable
     public Tensor Loss(Batch batch, Span<Tensor> perRow = default) =>
         Model.Loss(Graph, Hidden(batch), perRow);
 
+    /// <summary>
+    /// The losses of several batches that go through the model together, layer by layer: what they
+    /// and backward come to is the same, and layers whose weights are streamed get them once.
+    /// </summary>
+    /// <param name="batches">The batches.</param>
+    /// <param name="random">Key of the first one's random numbers; those that follow count up its
+    /// step.</param>
+    /// <param name="losses">Takes them.</param>
+    public void Losses(ReadOnlySpan<Batch> batches, Randomness random, Span<Tensor> losses)
+    {
+        for (int i = batches.Length - 1; i >= 0; i--)
+        {
+            Device.Random = random with { Step = random.Step + (ulong)i };
+            Model.Load(batches[i], Upload(i));
+            losses[i] = Model.Embedded(Graph);
+        }
+
+        Model.Losses(Graph, losses);
+    }
+
     public void Dispose() => _device.Dispose();
+
+    private BatchUpload Upload(int number)
+    {
+        while (_uploads.Count <= number) _uploads.Add(new(Device, _uploads.Count));
+        return _uploads[number];
+    }
 }

@@ -34,12 +34,16 @@ public sealed class MiniCpmModel(IVisionTower vision, IJoiner joiner, Decoder de
 {
     private readonly Embedding _select = new();
     private readonly Splice _splice = new();
+    private readonly PerBatch<BatchTensors> _batches = new();
     // Those of pictures first, and last the cache, if there is one.
     private readonly IBatchInput?[] _inputs =
         [vision, joiner, new BatchTensors(), decoder, null];
 
-    /// <summary>The batch that is on the device.</summary>
+    /// <summary>The batch that came to the device last.</summary>
     public BatchTensors Batch => (BatchTensors)_inputs[2]!;
+
+    /// <inheritdoc cref="Decoder.RunsTogether"/>
+    public bool RunsTogether => decoder.RunsTogether;
 
     public IVisionTower Vision => vision;
 
@@ -49,7 +53,7 @@ public sealed class MiniCpmModel(IVisionTower vision, IJoiner joiner, Decoder de
     /// </summary>
     public void Load(Batch batch, BatchUpload upload, KeyValueCache? cache = null)
     {
-        _inputs[^1] = cache;
+        (_inputs[2], _inputs[^1]) = (_batches[upload.Number], cache);
         decoder.Continue(cache);
         upload.Run(batch, _inputs.AsSpan(
             (batch.Grids.Count > 0 ? 0 : 2)..(cache is null ? 4 : 5))!);
@@ -58,14 +62,29 @@ public sealed class MiniCpmModel(IVisionTower vision, IJoiner joiner, Decoder de
     /// <summary>
     /// Token and picture input -> h[tokens, width] after the decoder's final norm.
     /// </summary>
-    public Tensor Hidden(Graph graph, ITensorProbe? probe = null)
+    public Tensor Hidden(Graph graph, ITensorProbe? probe = null) =>
+        decoder.Forward(graph, Embedded(graph, probe), probe);
+
+    /// <summary>The decoder's input x[tokens, width]: the text with its pictures.</summary>
+    public Tensor Embedded(Graph graph, ITensorProbe? probe = null)
     {
         Tensor features = Batch.Pictures > 0 ? Features(graph, probe) : Tensor.None;
         Tensor x = decoder.Embed(graph, Batch.Tokens);
         if (features.Exists && Batch.Slots.Shape.Count > 0)
             x = graph.Run(_splice, x, features, Batch.Slots);
         probe?.Visit("inputs_embeds", x);
-        return decoder.Forward(graph, x, probe);
+        return x;
+    }
+
+    /// <summary>
+    /// The losses of all batches on the device, of x each, in its stead; see
+    /// <see cref="Decoder.Forward(Graph, Span{Tensor})"/>.
+    /// </summary>
+    public void Losses(Graph graph, Span<Tensor> x)
+    {
+        decoder.Forward(graph, x);
+        for (int i = x.Length - 1; i >= 0; i--)
+            x[i] = decoder.Loss(graph, x[i], _batches[i].LabelRows, _batches[i].Targets, []);
     }
 
     /// <summary>See <see cref="Decoder.Loss"/>.</summary>

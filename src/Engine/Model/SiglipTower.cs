@@ -22,9 +22,10 @@ public sealed class SiglipTower : IVisionTower
     private readonly VisionLayer[] _layers;
     private readonly Norm _post;
     private readonly WindowMerger? _merger;
-    private readonly VisionContext _context = new();
+    private readonly PerBatch<VisionContext> _contexts = new();
     private readonly Recomputation _recomputation;
     private Tensor _patches, _filled;
+    private VisionContext _context = new();
 
     public SiglipTower(VisionSpec spec, ModuleScope scope, Recomputation recomputation)
     {
@@ -84,6 +85,7 @@ public sealed class SiglipTower : IVisionTower
         ints.Clear();
         ints.Add(0);
         for (int i = 0; i < pictures; i++) ints.Add(ints[i] + Rows(batch, i, longest));
+        _context = _contexts[upload.Number];
         bool packed = ints[pictures] == batch.PictureStarts[pictures];
         _context.PictureStarts = upload.Ints(ints.Span, "picture starts");
         _context.Tiles = upload.Tiles(ints.Span, ints.Span, causal: false);

@@ -19,10 +19,11 @@ public sealed class TimmTower : IVisionTower
     private readonly Tensor _patchWeight, _patchBias, _positions;
     private readonly TimmLayer[] _layers;
     private readonly Norm _norm;
-    private readonly VisionContext _context = new();
+    private readonly PerBatch<VisionContext> _contexts = new();
     private readonly PositionResampling _resampling;
     private readonly Recomputation _recomputation;
     private Tensor _patches, _starts, _ids, _weights;
+    private VisionContext _context = new();
 
     public TimmTower(VisionSpec spec, ModuleScope scope, Recomputation recomputation)
     {
@@ -77,6 +78,7 @@ public sealed class TimmTower : IVisionTower
     {
         _patches = upload.Patches(batch.Patches.Span, _spec.PatchLength);
         ReadOnlySpan<int> starts = batch.PictureStarts.Span;
+        _context = _contexts[upload.Number];
         _context.PictureStarts = upload.Ints(starts, "picture starts");
         _context.Tiles = upload.Tiles(starts, starts, causal: false);
         _resampling.Clear();

@@ -24,6 +24,7 @@ internal sealed class WindowMerger : Layer<VisionContext>
 
     private readonly Norm _norm, _preNorm;
     private readonly Projection _query, _key, _value, _output, _up, _down;
+    private readonly PerBatch<VisionContext> _merged = new();
     private readonly Attention _attention;
     private readonly int _width;
     private Tensor _order, _starts, _rows, _shares;
@@ -48,7 +49,7 @@ internal sealed class WindowMerger : Layer<VisionContext>
     }
 
     /// <summary>Where the pictures lie behind it.</summary>
-    public VisionContext Merged { get; } = new();
+    public VisionContext Merged { get; private set; } = new();
 
     public override Tensor Forward(Graph graph, Tensor x, VisionContext context)
     {
@@ -92,6 +93,7 @@ internal sealed class WindowMerger : Layer<VisionContext>
         _shares = upload.Constant(1f / Window, patches, "window shares");
         ints.Clear();
         foreach (int start in batch.PictureStarts.Span) ints.Add(start / Window);
+        Merged = _merged[upload.Number];
         Merged.PictureStarts = upload.Ints(ints.Span, "merged starts");
         Merged.Tiles = upload.Tiles(ints.Span, ints.Span, causal: false);
     }

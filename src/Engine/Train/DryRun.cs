@@ -39,7 +39,9 @@ public sealed class DryRun : IDisposable
     /// <param name="arguments">The run's configuration.</param>
     /// <param name="model">What is trained.</param>
     /// <param name="card">The card, or one like it.</param>
-    public DryRun(TrainArguments arguments, PlannedModel model, CardFigures card)
+    /// <param name="together">Micro-batches that go through the layers together.</param>
+    public DryRun(
+        TrainArguments arguments, PlannedModel model, CardFigures card, int together = 1)
     {
         TunedParts parts = model.Parts;
         _context = CountingCuda.Context(card);
@@ -58,7 +60,7 @@ public sealed class DryRun : IDisposable
             },
             Recomputation);
         long weights = _context.HeldBytes - before;
-        _trainer = new Trainer(arguments, _model, trainables);
+        _trainer = new Trainer(arguments, _model, trainables) { Together = together };
         long moments = trainables.StateBytes;
         HostBytes = trainables.HostBytes;
         long trained = trainables.Bytes - moments - trainables.Gradients.Spec.Bytes;
@@ -77,6 +79,9 @@ public sealed class DryRun : IDisposable
     /// <summary>Bytes of them that steps brought over so far.</summary>
     public long StreamedSoFar => _device.StreamedSoFar;
 
+    /// <inheritdoc cref="Trainer.Together"/>
+    public int Together => _trainer.Together;
+
     /// <summary>Sees what steps queue.</summary>
     public ILaunchWatch? Watch
     {
@@ -87,11 +92,11 @@ public sealed class DryRun : IDisposable
     /// <summary>The operation in which the last step needed the most.</summary>
     public string Fullest => _device.Step.Fullest;
 
-    /// <summary>Bytes of the step's memory that a training step on a batch needs.</summary>
-    public long Train(Batch batch)
+    /// <summary>Bytes of the step's memory that a training step on batches needs.</summary>
+    public long Train(params ReadOnlySpan<Batch> batches)
     {
         _device.Step.ResetNeeded();
-        _trainer.Step(0, [batch], learningRate: 0);
+        _trainer.Step(0, batches, learningRate: 0);
         return _device.Step.Needed;
     }
 

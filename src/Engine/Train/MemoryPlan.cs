@@ -18,10 +18,13 @@ public sealed class MemoryPlan
     // With more of them in each try, a plan would take long.
     private const int Searched = 8;
 
+    // Micro-batches that share a layer's way over the bus: a few hide it.
+    private const int MostTogether = 16;
+
     private MemoryPlan(DryRun dry, Need most)
     {
-        (Parts, Recomputation, Streamed) =
-            (dry.Parts(most.Bytes), dry.Recomputation, dry.StreamedBytes);
+        (Parts, Recomputation, Streamed, Together) =
+            (dry.Parts(most.Bytes), dry.Recomputation, dry.StreamedBytes, dry.Together);
         (Rows, Size, Fullest, Trains) =
             (most.Planned.Rows, most.Planned.Size, most.Fullest, most.Planned.Trains);
     }
@@ -32,6 +35,9 @@ public sealed class MemoryPlan
 
     /// <summary>Bytes of frozen layers that stay in the machine's memory.</summary>
     public long Streamed { get; }
+
+    /// <summary>Micro-batches that go through the layers together.</summary>
+    public int Together { get; }
 
     /// <summary>The rows that set the peak.</summary>
     public string Rows { get; }
@@ -58,33 +64,54 @@ public sealed class MemoryPlan
         TrainArguments arguments, PlannedModel model, CardFigures card, DataRows rows,
         DataRows? evaluation, StepPlan plan, long? allowed)
     {
-        var batches = PlannedBatches.Of(arguments, rows, evaluation, plan);
-        using var dry = new DryRun(arguments, model, card);
-        using DryRun? streamed = TryStreamed(arguments, model, card, dry, batches, allowed);
-        return streamed is null ? Make(arguments, dry, batches, allowed)
-            : Make(StreamedOf(arguments), streamed, batches, allowed);
+        using Candidate run = Choose(arguments, model, card, rows, evaluation, plan, allowed);
+        return Make(run.Arguments, run.Dry, run.Batches, allowed);
+    }
+
+    /// <summary>A run as it may be, on a device that counts.</summary>
+    internal sealed record Candidate(TrainArguments Arguments, DryRun Dry,
+        IReadOnlyList<PlannedBatches.Planned> Batches) : IDisposable
+    {
+        public void Dispose() => Dry.Dispose();
     }
 
     /// <summary>
-    /// The run with streamed layers, where that is left open and it does not fit otherwise; null
-    /// where it does.
+    /// The run with streamed layers where that is asked for, or left open and it does not fit
+    /// otherwise; then as many micro-batches go through them together as fit.
     /// </summary>
-    internal static DryRun? TryStreamed(
-        TrainArguments arguments, PlannedModel model, CardFigures card, DryRun dry,
-        IReadOnlyList<PlannedBatches.Planned> batches, long? allowed)
+    internal static Candidate Choose(
+        TrainArguments arguments, PlannedModel model, CardFigures card, DataRows rows,
+        DataRows? evaluation, StepPlan plan, long? allowed)
     {
-        if (arguments.StreamWeights is not null || allowed is null
-            || arguments.Recompute is not (Recompute.Auto or Recompute.Block)) return null;
-        int before = dry.Recomputation.Amount;
-        dry.Recomputation.Amount = dry.Recomputation.Most;
-        bool fits = Fits(dry, All(dry, batches), allowed);
-        dry.Recomputation.Amount = before;
-        return fits ? null : new DryRun(StreamedOf(arguments), model, card);
+        bool isOpen = arguments.StreamWeights is null && allowed is not null
+            && arguments.Recompute is Recompute.Auto or Recompute.Block;
+        if (!arguments.Streams)
+        {
+            Candidate apart = Of(1);
+            if (!isOpen) return apart;
+            int before = apart.Dry.Recomputation.Amount;
+            apart.Dry.Recomputation.Amount = apart.Dry.Recomputation.Most;
+            bool fits = Fits(apart.Dry, All(apart.Dry, apart.Batches), allowed);
+            apart.Dry.Recomputation.Amount = before;
+            if (fits) return apart;
+            apart.Dispose();
+            arguments = arguments with { StreamWeights = true };
+        }
+
+        for (int together = Math.Min(MostTogether, plan.MostBatches); ; together /= 2)
+        {
+            Candidate run = Of(together);
+            if (together == 1 || Fits(run.Dry, All(run.Dry, run.Batches), allowed)) return run;
+            run.Dispose();
+        }
+
+        Candidate Of(int together) => new(arguments, new DryRun(arguments, model, card, together),
+            PlannedBatches.Of(arguments, rows, evaluation, plan, together));
     }
 
     /// <summary>The configuration with what was planned.</summary>
     public TrainArguments Of(TrainArguments arguments) =>
-        Streamed > 0 ? StreamedOf(arguments) : arguments;
+        Streamed > 0 ? arguments with { StreamWeights = true } : arguments;
 
     /// <summary>Lets a model that has not run yet take what was planned.</summary>
     public void Apply(TunedModel model)
@@ -157,10 +184,11 @@ public sealed class MemoryPlan
         + $"{RunPlaces.Gib(Parts.Moments)}, activations {RunPlaces.Gib(Parts.Activations)}, "
         + $"workspace {RunPlaces.Gib(Parts.Workspace)}), the most in {Rows}; {Recomputation}"
         + (Streamed > 0 ? $"; {RunPlaces.Gib(Streamed)} of frozen layers stay in the machine's memory "
-            + "and pass through two buffers (stream_weights)" : "");
+            + $"and pass through two buffers (stream_weights), once for {InWords(Together)}" : "");
 
-    private static TrainArguments StreamedOf(TrainArguments arguments) =>
-        arguments with { StreamWeights = true };
+    /// <summary>A number of micro-batches.</summary>
+    public static string InWords(int together) =>
+        together == 1 ? "each micro-batch" : $"{together} micro-batches together";
 
     // The least amount that fits; amounts between need no less than larger ones.
     private static Need[] Search(
@@ -190,7 +218,7 @@ public sealed class MemoryPlan
     private static Need[] All(DryRun dry, IReadOnlyList<PlannedBatches.Planned> batches) =>
     [
         .. batches.Select(b => new Need(
-            b, b.Trains ? dry.Train(b.Batch) : dry.Evaluate(b.Batch), dry.Fullest))
+            b, b.Trains ? dry.Train(b.Batches) : dry.Evaluate(b.Batches[0]), dry.Fullest))
             .OrderByDescending(n => n.Bytes),
     ];
 }

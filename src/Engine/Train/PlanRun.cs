@@ -59,15 +59,12 @@ public static class PlanRun
         DataRows? evaluation = arguments.Evaluates ? DataRows.Open(
             arguments.EvaluationData!, arguments, format, output.WriteLine) : null;
         var plan = new StepPlan(arguments, rows.Count);
-        var batches = PlannedBatches.Of(arguments, rows, evaluation, plan);
         long memory = card.Figures.Memory;
         long allowed = Math.Min(
             memory - Libraries, arguments.MemoryLimit?.Bytes(memory) ?? long.MaxValue);
-        using var resident = new DryRun(arguments, model, card.Figures);
-        using DryRun? streamed = MemoryPlan.TryStreamed(
-            arguments, model, card.Figures, resident, batches, allowed);
-        DryRun dry = streamed ?? resident;
-        if (streamed is not null) arguments = arguments with { StreamWeights = true };
+        using MemoryPlan.Candidate run = MemoryPlan.Choose(
+            arguments, model, card.Figures, rows, evaluation, plan, allowed);
+        (arguments, DryRun dry, IReadOnlyList<PlannedBatches.Planned> batches) = run;
         long trained = model.Parts.Tensors.Sum(t => t.Shape.Count);
         output.WriteLine($"{spec.Family}: {Messages.Number(spec.Parameters.Count)} parameters, "
             + $"{Messages.Number(trained)} trained; {Messages.Number(rows.Count)} rows, "
@@ -79,7 +76,7 @@ public static class PlanRun
     }
 
     private static bool Take(
-        TrainArguments arguments, DryRun dry, List<PlannedBatches.Planned> batches, long allowed,
+        TrainArguments arguments, DryRun dry, IReadOnlyList<PlannedBatches.Planned> batches, long allowed,
         Card card, TextWriter output)
     {
         MemoryPlan plan;
@@ -116,7 +113,8 @@ public static class PlanRun
         output.WriteLine($"{plan.Recomputation}");
         if (plan.Streamed > 0)
             output.WriteLine($"{RunPlaces.Gib(plan.Streamed)} of frozen layers stay in the machine's "
-                + "memory and pass through two buffers (stream_weights)");
+                + "memory and pass through two buffers (stream_weights), once for "
+                + MemoryPlan.InWords(plan.Together));
         string room = $"{card.Figures.Name}, of whose {RunPlaces.Gib(card.Figures.Memory)} the run "
             + $"may take {RunPlaces.Gib(allowed)}";
         output.WriteLine(fits ? $"fits into {room}"
@@ -149,7 +147,7 @@ public static class PlanRun
     // What less memory would take, by what is computed again.
     private static void Others(
         TrainArguments arguments, DryRun dry, PlannedModel model,
-        List<PlannedBatches.Planned> batches, Card card, TextWriter output)
+        IReadOnlyList<PlannedBatches.Planned> batches, Card card, TextWriter output)
     {
         output.WriteLine("with other settings:");
         foreach (Recompute kind in arguments.Streams ? [] : (Recompute[])[

@@ -10,26 +10,42 @@ namespace MiniCpmNative.Engine.Train;
 /// </summary>
 internal static class PlannedBatches
 {
-    private const int MostTried = 96;
+    private const int MostTried = 96, Searched = 8;
 
-    /// <summary>A batch, whether it is trained on, and its rows in words.</summary>
-    public sealed record Planned(Batch Batch, bool Trains, RowSize Size, string Rows);
+    /// <summary>Batches that are on the device together, whether they are trained on, what they
+    /// bring in all, and their rows in words.</summary>
+    public sealed record Planned(Batch[] Batches, bool Trains, RowSize Size, string Rows);
 
-    public static List<Planned> Of(
-        TrainArguments arguments, DataRows rows, DataRows? evaluation, StepPlan plan)
+    public static List<Planned> Of(TrainArguments arguments, DataRows rows, DataRows? evaluation,
+        StepPlan plan, int together = 1)
     {
-        var sampler = new Sampler(arguments, rows.Count);
-        long count = plan.BatchesBefore(plan.MaxSteps);
-        List<Planned> found = Make(rows, trains: true, count, i =>
-            sampler.Batch((int)(i / plan.MicroBatches), (int)(i % plan.MicroBatches)).ToArray());
+        List<Planned> found = Make(rows, trains: true, Steps(arguments, rows, plan), together);
         if (evaluation is null) return found;
         int size = arguments.PerDeviceEvalBatchSize;
-        found.AddRange(Make(
-            evaluation, trains: false, (evaluation.Count + (long)size - 1) / size, i =>
-            [
-                .. Enumerable.Range((int)(i * size), (int)Math.Min(size, evaluation.Count - (i * size))),
-            ]));
+        found.AddRange(Make(evaluation, trains: false, Enumerable.Range(0, evaluation.Count)
+            .Chunk(size).Select(batch => (int[][])[batch]), 1));
         return found;
+    }
+
+    // The rows of each micro-batch of each step; rows that are all left out are no batch.
+    private static IEnumerable<int[][]> Steps(
+        TrainArguments arguments, DataRows rows, StepPlan plan)
+    {
+        var sampler = new Sampler(arguments, rows.Count);
+        for (int step = 1; step <= plan.MaxSteps; step++)
+        {
+            StepBatches its = plan.Batches(step);
+            yield return [.. Enumerable.Range(its.First, its.Count)
+                .Select(i => sampler.Batch(its.Epoch, i).ToArray())
+                .Where(batch => SizeOf(rows, batch) != default)];
+        }
+    }
+
+    private static RowSize SizeOf(DataRows rows, int[] batch)
+    {
+        RowSize size = default;
+        foreach (int row in batch) size += rows.Size(row);
+        return size;
     }
 
     /// <summary>The micro-batch of the first epoch whose size is nearest to the mean.</summary>
@@ -47,23 +63,30 @@ internal static class PlannedBatches
     }
 
     private static List<Planned> Make(
-        DataRows rows, bool trains, long count, Func<long, int[]> order)
+        DataRows rows, bool trains, IEnumerable<int[][]> steps, int together)
     {
-        var largest = new List<(RowSize Size, int[] Rows)>();
-        for (long i = 0; i < count; i++)
+        // In all, and the most of one, where they are several.
+        var largest = new List<(RowSize Sum, RowSize Most, int[][] Rows)>();
+        foreach (int[][] group in steps.SelectMany(step => step.Chunk(together)))
         {
-            int[] batch = order(i);
-            RowSize size = default;
-            foreach (int row in batch) size += rows.Size(row);
-            // Rows that are all left out are no batch.
-            if (size == default || largest.Exists(other => other.Size.Covers(size))) continue;
-            largest.RemoveAll(other => size.Covers(other.Size));
-            largest.Add((size, batch));
+            RowSize sum = default, most = default;
+            foreach (int[] batch in group)
+            {
+                RowSize size = SizeOf(rows, batch);
+                (sum, most) = (sum + size, most.Max(size));
+            }
+
+            if (sum == default
+                || largest.Exists(l => l.Sum.Covers(sum) && l.Most.Covers(most))) continue;
+            largest.RemoveAll(l => sum.Covers(l.Sum) && most.Covers(l.Most));
+            largest.Add((sum, most, group));
         }
 
         // Far more than there are in most sets; those of the most patches and tokens go first.
-        return [.. largest.OrderByDescending(l => l.Size.Tokens + l.Size.Patches).Take(MostTried)
-            .Select(l => new Planned(Outline(rows, l.Rows), trains, l.Size, Names(rows, l.Rows)))];
+        return [.. largest.OrderByDescending(l => l.Sum.Tokens + l.Sum.Patches)
+            .Take(Math.Max(Searched, MostTried / together))
+            .Select(l => new Planned(Array.ConvertAll(l.Rows, batch => Outline(rows, batch)),
+                trains, l.Sum, Names(rows, [.. l.Rows.SelectMany(batch => batch)])))];
     }
 
     /// <summary>Rows as messages name them.</summary>

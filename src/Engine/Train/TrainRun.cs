@@ -51,7 +51,7 @@ public sealed partial class TrainRun
             say: log.Message);
         if (device.Pageable is { } line) log.Message(line);
         _memory?.Apply(_model);
-        _trainer = new Trainer(planned, _model);
+        _trainer = new Trainer(planned, _model) { Together = _memory?.Together ?? 1 };
         if (arguments.EvalGenerate > 0 && _evaluationRows is not null)
             _answerer = new RowAnswerer(_model.Loaded, _evaluationRows, GenerationSettings.Of(
                 arguments, source.Spec, format.Prompts.StopIds, chats: false));
@@ -207,6 +207,7 @@ public sealed partial class TrainRun
             Plan();
             PlanMemory();
             _memory?.Apply(_model);
+            _trainer.Together = _memory?.Together ?? 1;
         }
 
         RunState now = State(0);

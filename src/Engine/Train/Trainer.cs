@@ -27,7 +27,9 @@ public sealed class Trainer
     private readonly TrainArguments _arguments;
     private readonly LoadedModel _model;
     private readonly Optimizer _optimizer;
-    private double[] _weights = [];
+    // Of the step that is queued next, and of the last one that was.
+    private double[] _seeds = [], _weights = [];
+    private Tensor[] _passes = [];
     private Tensor _losses;
     private Readback? _results;
     private Queued _queued;
@@ -48,6 +50,11 @@ public sealed class Trainer
     }
 
     public Optimizer Optimizer => _optimizer;
+
+    /// <summary>
+    /// How many micro-batches at most go through the model together, layer by layer.
+    /// </summary>
+    public int Together { get; set; } = 1;
 
     /// <summary>Steps in a row whose loss or gradient was not finite.</summary>
     public int SkippedInARow { get; set; }
@@ -86,13 +93,18 @@ public sealed class Trainer
         _model.Graph.ClearGradients();
         for (int i = 0; i < batches.Length; i++)
         {
-            double weight = Weight(batches, i, supervised);
-            isWeighted &= double.IsFinite(weight);
-            _model.Device.Random = new Randomness(
+            _seeds[i] = Weight(batches, i, supervised);
+            isWeighted &= double.IsFinite(_seeds[i]);
+        }
+
+        int together = _model.Model.RunsTogether ? Together : 1;
+        for (int i = 0; i < batches.Length; i += together)
+        {
+            var random = new Randomness(
                 (ulong)_arguments.Seed,
                 ((ulong)step * (ulong)_arguments.GradientAccumulationSteps) + (ulong)i,
                 Dropout: true);
-            Backward(batches[i], weight, i);
+            Backward(batches.Slice(i, Math.Min(together, batches.Length - i)), random, i);
         }
 
         _model.Graph.ZeroUnreachedGradients();
@@ -103,7 +115,7 @@ public sealed class Trainer
         IsWhole = false;
         if (isWeighted) _optimizer.Step(learningRate);
         _results!.Start(_optimizer.Norm, losses);
-        for (int i = 0; i < batches.Length; i++) _weights[i] = Weight(batches, i, supervised);
+        _seeds.AsSpan(0, batches.Length).CopyTo(_weights);
         _queued = new(step + 1, batches.Length, learningRate, tokens, supervised, isWeighted,
             started);
         (_isQueued, IsWhole) = (true, true);
@@ -127,14 +139,21 @@ public sealed class Trainer
             ? 1.0 / batches.Length / batches[index].LabelRows.Count
             : 1.0 / supervised;
 
-    private void Backward(Batch batch, double weight, int index)
+    private void Backward(ReadOnlySpan<Batch> batches, Randomness random, int first)
     {
-        Tensor loss = _model.Loss(batch);
-        // The loss outlives its pass: the host reads the losses of all passes at once.
-        _model.Device.Copy(
-            loss with { Variable = 0 }, new Tensor(_losses.Slice(index, 1).Data, loss.Spec));
+        Span<Tensor> losses = _passes.AsSpan(0, batches.Length);
+        _model.Losses(batches, random, losses);
+        bool learns = false;
+        for (int i = 0; i < losses.Length; i++)
+        {
+            // The loss outlives its pass: the host reads the losses of all passes at once.
+            _model.Device.Copy(losses[i] with { Variable = 0 },
+                new Tensor(_losses.Slice(first + i, 1).Data, losses[i].Spec));
+            learns |= losses[i].Variable != 0;
+        }
+
         // Text alone reaches nothing that is trained when only picture features are: no gradient.
-        if (loss.Variable != 0) _model.Graph.Backward(loss, weight);
+        if (learns) _model.Graph.Backward(losses, _seeds.AsSpan(first, losses.Length));
         _model.Graph.EndStep();
     }
 
@@ -163,7 +182,7 @@ public sealed class Trainer
     private void Reserve(int passes)
     {
         if (_isQueued) throw new InvalidOperationException("a larger step while one is under way");
-        _weights = new double[passes];
+        (_seeds, _weights, _passes) = (new double[passes], new double[passes], new Tensor[passes]);
         _losses = _model.Device.Allocate(new Spec(DType.F32, new Shape(passes)), "losses");
         _results = _model.Device.NewReadback(
             (int)(GradientNorm.Spec.Bytes + _losses.Spec.Bytes));

@@ -104,6 +104,10 @@ public sealed unsafe class CudaDevice : Device
     /// <summary>Bytes of weights that lie in host memory and come over block by block.</summary>
     public long StreamedBytes => _streams.Values.Sum(s => s.Bytes);
 
+    /// <summary>Those of one sequence of blocks.</summary>
+    public long StreamedBytesOf(int sequence) =>
+        _streams.TryGetValue(sequence, out CudaWeightStream? stream) ? stream.Bytes : 0;
+
     /// <summary>Bytes of them that the driver refused to page-lock.</summary>
     public long PageableBytes => _streams.Values.Sum(s => s.PageableBytes);
 
