@@ -119,7 +119,10 @@ public sealed class MiniCpmV47Tests
                 string[] shown = ids.Contains(s_format.Placeholders.UnknownId)
                     ? [rows[picture++]] : [];
                 inputs.Add(new GenerationInput(
-                    ids.Length, batch => Append(batch, file, ids, shown)) { Ids = ids });
+                    ids.Length, batch => Append(batch, file, ids, shown))
+                {
+                    Ids = ids,
+                });
             }
 
             int count = tokens[0].GetArrayLength();

@@ -209,7 +209,7 @@ public sealed class ModelExampleTests
         string row = string.Join(" | ", (string[])[
             $"| {model}", spec.Parameters.Count.ToString("N0", CultureInfo.InvariantCulture),
             Gib("lora"),
-            Gib("lora", "--modules_to_save", 
+            Gib("lora", "--modules_to_save",
                 s_unofficial.Contains(model) ? "merger" : "resampler"),
             Gib("lora", "--modules_to_save", "[]"), Gib("full"),
             Gib("full", "--tune_llm", "true"),

@@ -92,7 +92,8 @@ public sealed class NativeModelTests(string name)
                     V26.Gradient(model, t.Name), g => (float)(g / result.GradientNorm)));
             if (i == 1)
                 AssertTensors(model, expected.GetProperty(what + "_after_2"), name =>
-                    steps[1].GetProperty("lr").GetDouble() * MiniCpmV46ModelTests.Doubt(first[name]));
+                    steps[1].GetProperty("lr").GetDouble()
+                    * MiniCpmV46ModelTests.Doubt(first[name]));
         }
 
         TestContext.Out.WriteLine($"worst loss or norm {error:E2}");

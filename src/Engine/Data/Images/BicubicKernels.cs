@@ -44,7 +44,7 @@ internal static unsafe class BicubicKernels
                 }
 
                 byte* into = to[r] + (x * 3);
-                (into[0], into[1], into[2]) = 
+                (into[0], into[1], into[2]) =
                     (Clip(red, precision), Clip(green, precision), Clip(blue, precision));
             }
         }

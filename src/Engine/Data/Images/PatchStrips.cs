@@ -59,7 +59,7 @@ public sealed class PatchStrips
                 + $"{Patches(plan) * PatchLength}", nameof(into));
         Views(picture, plan.Overview, 1, 1, [0], into);
         if (!plan.Sliced) return;
-        // Where each tile of the table goes; tiles that are cut out of the picture itself have none.
+        // Where each tile of the table goes; those cut out of the picture itself have none.
         int[] starts = new int[plan.Views - 1];
         int at = Grid(plan, 0).Patches * PatchLength;
         for (int i = 0; i < starts.Length; i++)
