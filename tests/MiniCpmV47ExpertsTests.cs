@@ -253,8 +253,9 @@ public sealed class MiniCpmV47ExpertsTests
             batch.Targets.Add(1);
             float[] logits = Trace.Run(model, batch, gradients: false).Floats["logits"].Values;
             int vocabulary = logits.Length / text.Length;
-            Assert.That(answer.Ids, Is.EqualTo(Enumerable.Range(prompt.Length - 1, Count).Select(t =>
-                Best(logits.AsSpan(t * vocabulary, vocabulary)))));
+            IEnumerable<int> best = Enumerable.Range(prompt.Length - 1, Count)
+                .Select(t => Best(logits.AsSpan(t * vocabulary, vocabulary)));
+            Assert.That(answer.Ids, Is.EqualTo(best));
         }
 
         static GenerationInput Input(int[] ids) => new(ids.Length, batch => batch.AddRow(
