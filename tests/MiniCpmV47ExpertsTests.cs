@@ -1,7 +1,9 @@
+using System.Numerics.Tensors;
 using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Export;
+using MiniCpmNative.Engine.Generate;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Train;
 using MiniCpmNative.Engine.Weights;
@@ -214,6 +216,84 @@ public sealed class MiniCpmV47ExpertsTests
                         ? t.ToSave() with { Name = Layer + renamed } : t.ToSave()).ToList());
         Assert.That(() => Checkpoint.Open(_folder), Throws.TypeOf<InputException>()
             .With.Message.EqualTo($"{_folder}: {message}"));
+    }
+
+    [Test]
+    public void CopiesOfALayerHaveItsExperts()
+    {
+        const string Layers = "model.language_model.layers.";
+        using var checkpoint = Checkpoint.Open(V47Experts.Model);
+        byte[] first = [.. checkpoint.Get(Layers + "1.mlp.experts.gate_up_proj").Span];
+        checkpoint.Replicate(Layers, [0, 1, 1, 2, 3]);
+        StoredTensor copy = checkpoint.Get(Layers + "2.mlp.experts.gate_up_proj");
+        Assert.That(copy.Span.SequenceEqual(first));
+        Assert.That(copy.Pieces[3].Name, Is.EqualTo(Layers + "2.mlp.experts.1.up_proj.weight"));
+    }
+
+    // Each answer's tokens are the largest logits of the whole text run at once.
+    [Test]
+    public void AnswersFromACacheAreThoseOfTheWholeText()
+    {
+        const int Count = 6;
+        using var model = TunedModel.Open(V47Experts.Full);
+        int length = V47Experts.Case.Shape("input_ids")[1];
+        int[] all = V47Experts.Ints("input_ids"), ids = all[length..(length + 9)];
+        int[] other = all[(length + 2)..(length + 7)];
+        GeneratedTokens[] answers = new Generator(model.Loaded).Run(
+            [Input(ids), Input(other)],
+            new GenerationSettings { MaxNewTokens = Count, MinNewTokens = Count, StopIds = [600] });
+        foreach (var (prompt, answer) in (ReadOnlySpan<(int[], GeneratedTokens)>)
+            [(ids, answers[0]), (other, answers[1])])
+        {
+            int[] text = [.. prompt, .. answer.Ids];
+            var batch = new Batch();
+            batch.Clear();
+            batch.AddRow(text, [], places: [.. text.Select((_, t) => new CanvasPlace(t, t, t))]);
+            batch.LabelRows.Add(0);
+            batch.Targets.Add(1);
+            float[] logits = Trace.Run(model, batch, gradients: false).Floats["logits"].Values;
+            int vocabulary = logits.Length / text.Length;
+            IEnumerable<int> best = Enumerable.Range(prompt.Length - 1, Count)
+                .Select(t => Best(logits.AsSpan(t * vocabulary, vocabulary)));
+            Assert.That(answer.Ids, Is.EqualTo(best));
+        }
+
+        static GenerationInput Input(int[] ids) => new(ids.Length, batch => batch.AddRow(
+            ids, [], places: [.. ids.Select((_, t) => new CanvasPlace(t, t, t))]))
+        {
+            Ids = ids,
+        };
+
+        // 600 ends an answer, and is not chosen.
+        static int Best(Span<float> logits)
+        {
+            logits[600] = float.MinValue;
+            return TensorPrimitives.IndexOfMax<float>(logits);
+        }
+    }
+
+    [Test]
+    public void TheGpuComputesWhatTheCpuDoes()
+    {
+        using var gpu = new CudaSource();
+        using var cpu = TunedModel.Open(V47Experts.Full);
+        using var model = TunedModel.Open(
+            V47Experts.Full with { Device = DeviceChoice.Cuda }, gpu.Source);
+        Trace expected = Trace.Run(cpu, V47Experts.Batch(cpu.Loaded.Rows, 1), gradients: true);
+        Trace trace = Trace.Run(model, V47Experts.Batch(model.Loaded.Rows, 1), gradients: true);
+        Assert.That(trace.Floats.Keys, Is.EquivalentTo(expected.Floats.Keys));
+        foreach (var (name, (_, values)) in expected.Floats)
+        {
+            double[] wanted = [.. values.Select(v => (double)v)];
+            if (wanted.All(v => v == 0))
+                Assert.That(trace.Floats[name].Values, Is.All.Zero, name);
+            else if (name.StartsWith("grad.", StringComparison.Ordinal))
+                Assert.That(V26.NormError(trace.Floats[name].Values, wanted),
+                    Is.LessThan(1e-4), name);
+            else
+                Assert.That(V26.LargestError(trace.Floats[name].Values, wanted),
+                    Is.LessThan(1e-5), name);
+        }
     }
 
     [Test]
