@@ -56,11 +56,11 @@ public sealed class MutatedInputTests
     }
 
     [Test]
-    public void AdapterConfigurations() => Try("v26/**/adapter_config.json", true,
+    public void AdapterConfigurations() => Try("adapters/**/adapter_config.json", true,
         "adapter_config.json", file => AdapterConfig.Read(file));
 
     [Test]
-    public void Tensors() => Try("v26/**/adapter_model.safetensors", false, "t.safetensors", file =>
+    public void Tensors() => Try("adapters/**/adapter_model.safetensors", false, "t.safetensors", file =>
     {
         using var tensors = SafetensorsFile.Open(file);
         foreach (StoredTensor tensor in tensors.Tensors)
@@ -103,7 +103,7 @@ public sealed class MutatedInputTests
 
     private void Try(string files, bool json, string name, Action<string> read)
     {
-        string root = Path.Combine(TestContext.CurrentContext.TestDirectory, "reference");
+        string root = ReferenceFile.Root;
         bool deep = files.Contains("**", StringComparison.Ordinal);
         string folder = Path.Combine(root, Path.GetDirectoryName(files.Replace("/**", ""))!);
         byte[][] good = [.. Directory.GetFiles(folder, Path.GetFileName(files),

@@ -88,7 +88,8 @@ public sealed record RunState(
                 .ToDictionary(member => member.Name, member => member.Value.Text()),
         };
         foreach (var (name, digest) in state.Parts ?? new Dictionary<string, string>())
-            if (DigestOf(Path.Combine(folder, Path.GetFileName(name))) != digest)
+            if (name.Any(char.IsControl)
+                || DigestOf(Path.Combine(folder, Path.GetFileName(name))) != digest)
                 throw new InputException($"{folder}: {Messages.OneLine(name)} is not the file that was "
                     + $"saved with {FileName}: a run goes on from files of one save only; put it back, or "
                     + "go on from another checkpoint");
