@@ -199,6 +199,7 @@ public sealed class CudaTrainTests
             Cuda = () =>
                 new(nothing.Driver, CudaTools.Compiler(DeviceCompiler.Nvrtc), nothing.Cublas),
             Cache = CudaUnderTest.Cache,
+            Computes = false,
         };
         using var model = TunedModel.Open(arguments, devices);
         var trainer = new Trainer(arguments, model);

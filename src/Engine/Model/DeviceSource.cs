@@ -75,6 +75,10 @@ public sealed record DeviceSource
     /// <summary>Where compiled kernels are kept.</summary>
     public string? Cache { get; init; } = ModuleCompiler.DefaultCache();
 
+    /// <summary>Whether numbers come out of it, which are tried then; not where calls are only
+    /// counted.</summary>
+    public bool Computes { get; init; } = true;
+
     /// <summary>Keeps source lines in compiled kernels.</summary>
     public bool LineInfo { get; init; }
 
@@ -128,7 +132,7 @@ public sealed record DeviceSource
             {
                 Tf32 = arguments.Tf32,
             };
-            CudaCheck.Run(device);
+            if (Computes) CudaCheck.Run(device);
             if (arguments.Fp16)
                 say?.Invoke(
                     "fp16: weights are float16, the GPU computes in float32; bf16 is faster and "
