@@ -5833,12 +5833,12 @@ extern "C" __global__ void __launch_bounds__(256) gated_add_backward(real* dup, 
 
 // ---- 18. optimizers beside AdamW, and moments in 8 bits -----------------------------------------
 
-// One element of Lion, or without a moment of plain descent; m is changed, p is returned.
-DEVICE float lion_element(const adamw_step& s, float p, float g, float* m)
+// One element of Lion, or of plain descent, which has no moment; m is changed, p is returned.
+DEVICE float lion_element(const adamw_step& s, float p, float g, float& m, bool is_plain)
 {
-    if (!m) return p * s.keep - g * s.rate;
-    float step = *m * s.first + g * s.new_first;
-    *m = *m * s.second + g * s.new_second;
+    if (is_plain) return p * s.keep - g * s.rate;
+    float step = m * s.first + g * s.new_first;
+    m = m * s.second + g * s.new_second;
     return p * s.keep - (step > 0 ? s.rate : step < 0 ? -s.rate : 0.0f);
 }
 
@@ -5861,10 +5861,10 @@ extern "C" __global__ void __launch_bounds__(256) lion(
     {
         float4 value = *(float4*)(p + i), gradient = *(const float4*)(g + i);
         float4 mean = m ? *(float4*)(m + i) : make_float4(0, 0, 0, 0);
-        x[0] = lion_element(s, value.x, gradient.x * factor, m ? &mean.x : 0);
-        x[1] = lion_element(s, value.y, gradient.y * factor, m ? &mean.y : 0);
-        x[2] = lion_element(s, value.z, gradient.z * factor, m ? &mean.z : 0);
-        x[3] = lion_element(s, value.w, gradient.w * factor, m ? &mean.w : 0);
+        x[0] = lion_element(s, value.x, gradient.x * factor, mean.x, !m);
+        x[1] = lion_element(s, value.y, gradient.y * factor, mean.y, !m);
+        x[2] = lion_element(s, value.z, gradient.z * factor, mean.z, !m);
+        x[3] = lion_element(s, value.w, gradient.w * factor, mean.w, !m);
         *(float4*)(p + i) = make_float4(x[0], x[1], x[2], x[3]);
         if (m) *(float4*)(m + i) = mean;
     }
@@ -5874,8 +5874,10 @@ extern "C" __global__ void __launch_bounds__(256) lion(
         for (int j = 0; j < 4; j++)
         {
             if (j >= mine) break;
-            x[j] = lion_element(s, p[i + j], g[i + j] * factor, m ? &m[i + j] : 0);
+            float mean = m ? m[i + j] : 0;
+            x[j] = lion_element(s, p[i + j], g[i + j] * factor, mean, !m);
             p[i + j] = x[j];
+            if (m) m[i + j] = mean;
         }
     }
     if (rounded) store_rounded(rounded, rounded_type, i, x, mine, wide);
@@ -5962,7 +5964,7 @@ DEVICE u32 load_codes(const unsigned char* codes, long long i, long long count, 
 // a block, a lane two times four neighbours of it. Without v it is Lion. The values take the
 // moments before they are rounded again. Moves 16 bytes per element, 14 with one moment, 2 more with
 // a copy, and 16 per block; about 60 FLOP and 20 reads of shared memory, a warp's at random.
-extern "C" __global__ void __launch_bounds__(256) update_8bit(
+extern "C" __global__ void __launch_bounds__(256, 4) update_8bit(
     float* p, void* rounded, int rounded_type, const float* g, unsigned char* m, unsigned char* v,
     float* m_scales, float* v_scales, const double* norm, long long count, float keep, float first,
     float new_first, float second, float new_second, float rate, float root, float epsilon)
@@ -6010,7 +6012,7 @@ extern "C" __global__ void __launch_bounds__(256) update_8bit(
             if (!wide && i + j >= count) means[half][j] = squares[half][j] = 0;
             float gradient = gradients[j] * factor;
             x[j] = v ? adamw_element(s, x[j], gradient, &means[half][j], &squares[half][j])
-                : lion_element(s, x[j], gradient, &means[half][j]);
+                : lion_element(s, x[j], gradient, means[half][j], false);
         }
         if (wide) *(float4*)(p + i) = make_float4(x[0], x[1], x[2], x[3]);
         else
