@@ -146,7 +146,7 @@ public sealed class CudaFailureTests
     [TestCase(nameof(CudaDriverApi.DevicePrimaryCtxRetain), OutOfMemory)]
     [TestCase(nameof(CudaDriverApi.CtxSetCurrent), Unknown)]
     [TestCase(nameof(CudaDriverApi.MemAlloc), OutOfMemory)]
-    [TestCase(nameof(CudaDriverApi.MemHostAlloc), OutOfMemory)]
+    [TestCase(nameof(CudaDriverApi.MemHostAlloc), Unknown)]
     [TestCase(nameof(CudaDriverApi.StreamCreate), Unknown)]
     [TestCase(nameof(CudaDriverApi.EventCreate), Unknown)]
     [TestCase(nameof(CudaDriverApi.ModuleLoadDataEx), Unknown)]
@@ -167,6 +167,34 @@ public sealed class CudaFailureTests
             ? "bytes are needed on Stub" : $"cu{call}: "));
         var failure = Assert.Throws<InputException>(() => stub.Devices.Open(_arguments))!;
         Assert.That(failure.Message, Does.StartWith("device is cuda, which cannot be used: "));
+    }
+
+    [TestCase(OutOfMemory)]
+    [TestCase(Unknown)]
+    public void WeightsThatCannotBePageLockedComeFromOrdinaryMemory(int code)
+    {
+        var stub = new StubCuda();
+        using OpenDevice opened = stub.Devices.Open(_arguments);
+        var device = (CudaDevice)opened.Device;
+        StubCuda.Break(stub.Driver, nameof(CudaDriverApi.MemHostAlloc), code);
+        var blocks = new StreamedBlock[4];
+        var weights = new Tensor[4];
+        for (int i = 0; i < blocks.Length; i++)
+        {
+            blocks[i] = device.BeginStreamed(0);
+            weights[i] = device.Allocate(new Spec(DType.F32, new Shape(3)), "w");
+            device.WriteFloats(weights[i], [i, 10 + i, 20 + i]);
+            blocks[i].End();
+        }
+
+        Assert.That(device.PageableBytes, Is.Positive.And.EqualTo(device.StreamedBytes));
+        Assert.That(opened.Pageable, Does.Contain("cannot be page-locked"));
+        foreach (int i in (int[])[0, 1, 2, 3, 2, 1, 0])
+        {
+            blocks[i].Acquire();
+            Assert.That(device.ReadFloats(weights[i]), Is.EqualTo([i, 10 + i, 20 + i]));
+            blocks[i].Release();
+        }
     }
 
     [TestCase(true, "a kernel gives 0, expected 1")]

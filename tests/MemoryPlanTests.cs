@@ -219,7 +219,9 @@ public sealed class MemoryPlanTests
         TestContext.Out.WriteLine(output);
         Assert.That(got, Is.EqualTo(code), $"{error}");
         Assert.That($"{output}", Does.Contain(verdict).And.Contains("row 3 (id \"c\")")
-            .And.Contains(gpu is "16GB" or "4GB" ? "optim=adamw_bf16" : "stream_weights=true").And.Contains("estimate, no less than"));
+            .And.Contains(
+                gpu is "16GB" or "4GB" ? "optim=paged_adamw_8bit" : "stream_weights=true")
+            .And.Contains("estimate, no less than"));
     }
 
     /// <summary>

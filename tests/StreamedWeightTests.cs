@@ -35,6 +35,16 @@ public sealed class StreamedWeightTests
     [TearDown]
     public void DeleteFolder() => Directory.Delete(_folder, recursive: true);
 
+    [Test]
+    public void OnTheCpuItIsSaidToHaveNoEffect()
+    {
+        var said = new List<string>();
+        DeviceSource.Default.Open(
+            s_lora with { Device = DeviceChoice.Cpu, StreamWeights = true }, said.Add).Dispose();
+        Assert.That(said, Is.EqualTo(
+            ["stream_weights: on the CPU weights are in the machine's memory anyway"]));
+    }
+
     /// <summary>
     /// Steps of five decoder layers and three of the tower, with an evaluation between: of one
     /// micro-batch, or of two that go through the layers together, in the last step a picture's.

@@ -104,6 +104,8 @@ public sealed record DeviceSource
             }
         }
 
+        if (arguments.Streams)
+            say?.Invoke("stream_weights: on the CPU weights are in the machine's memory anyway");
         var device = new CpuDevice(arguments.Threads);
         return new OpenDevice(device, $"CPU, {Environment.ProcessorCount} processors");
     }

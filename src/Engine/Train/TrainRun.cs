@@ -46,7 +46,7 @@ public sealed partial class TrainRun
         CheckPlaces(source);
         (_planned, _device) = (source.Planned, device);
         PlanMemory();
-        TrainArguments planned = _memory?.Of(arguments) ?? arguments;
+        TrainArguments planned = _memory?.Of(arguments) ?? arguments with { StreamWeights = false };
         _model = TunedModel.Load(source, device, planned, resumeFrom: folder.ResumeFrom,
             say: log.Message);
         if (device.Pageable is { } line) log.Message(line);

@@ -107,7 +107,7 @@ internal sealed unsafe class CudaWeightStream : IDisposable
                 var pinned = new PinnedMemory(_device.Context, part.Bytes);
                 return part with { Pinned = pinned, Host = (nint)pinned.Pointer };
             }
-            catch (CudaException)
+            catch (Exception refused) when (refused is CudaException or DeviceMemoryException)
             {
                 // As told by PageableBytes.
             }
