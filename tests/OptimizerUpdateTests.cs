@@ -60,6 +60,30 @@ public sealed class OptimizerUpdateTests
         }
     }
 
+    /// <summary>
+    /// A negative number that is nearest to 0 becomes the least negative one, as in bitsandbytes'
+    /// kernels, which compare sign bits; a positive one becomes 0, whose sign bit it has.
+    /// </summary>
+    [Test]
+    public void ASmallMomentOf8BitsKeepsItsSign([Values] bool cuda)
+    {
+        using var cpu = new CpuDevice(2, StepBytes);
+        Device device = cuda ? Cuda(DType.F32) : cpu;
+        Tensor New(DType type, int n) => device.Allocate(new(type, new Shape(n)), "t");
+        var range = new UpdateRange(New(DType.F32, 5), Tensor.None, New(DType.F32, 5),
+            New(DType.U8, 5), Tensor.None, 0, New(DType.F32, 1));
+        Tensor norm = device.Allocate(GradientNorm.Spec, "norm");
+        device.WriteFloats(range.Weights, new float[5]);
+        device.WriteFloats(range.Gradient, [1, -1e-8f, 1e-8f, 0, -1]);
+        device.Write<byte>(range.M, new byte[5]);
+        device.WriteFloats(range.MScales, [0]);
+        device.GradientNorm([range.Gradient], 0, norm, Tensor.None);
+        device.Update(
+            new UpdateStep(0.1, 0.9, 0.9, 0, 0, 1, 0, UpdateRule.Lion), range, norm);
+        // The table ascends: 127 is 0, 255 is 1, and there is no -1.
+        Assert.That(Bytes(device, range.M), Is.EqualTo((byte[])[255, 126, 127, 127, 0]));
+    }
+
     private static IEnumerable<ReferenceCase> Quantisations =>
         ReferenceFile.Open("optim/quantize_blockwise").Cases;
 
@@ -245,7 +269,10 @@ public sealed class OptimizerUpdateTests
         int count = batch * rows * cols;
         float[] p = Narrow(Fill.Normal(1, count)), g = Narrow(Fill.Normal(2, count));
         float[] row = Array.ConvertAll(Narrow(Fill.Normal(3, batch * rows)), Math.Abs);
-        float[] col = Array.ConvertAll(Narrow(Fill.Normal(4, batch * cols)), x => 1 + Math.Abs(x));
+        // So small that the changes are larger than allowed.
+        float[] col = Array.ConvertAll(
+            Narrow(Fill.Normal(4, batch * cols)), x => 0.1f + (0.1f * Math.Abs(x)));
+        double length = Math.Sqrt(g.Sum(x => (double)x * x));
         Tensor New(Shape of, float[] values)
         {
             Tensor tensor = device.Allocate(new(DType.F32, of), "t");
@@ -256,10 +283,10 @@ public sealed class OptimizerUpdateTests
         Tensor weights = New(shape, p), gradient = New(shape, g);
         Tensor m = New(new(batch, rows), row), v = New(new(batch, cols), col);
         Tensor norm = device.Allocate(GradientNorm.Spec, "norm");
-        device.GradientNorm([gradient], 0.5, norm, Tensor.None);
+        device.GradientNorm([gradient], length / 2, norm, Tensor.None);
         var step = new UpdateStep(0.1, 0, 0, 0, 0.1, 7, 0, UpdateRule.Adafactor);
         device.Update(step, new(weights, Tensor.None, gradient, m, v), norm);
-        double factor = 0.5 / (Math.Sqrt(g.Sum(x => (double)x * x)) + 1e-6);
+        double factor = length / 2 / (length + 1e-6);
         double keep = 1 - Math.Pow(7, -0.8);
         var (u, newRow, newCol) = (new double[count], new double[row.Length], new double[col.Length]);
         for (int b = 0; b < batch; b++)
@@ -278,10 +305,12 @@ public sealed class OptimizerUpdateTests
                         newRow[(b * rows) + r] / mean * newCol[(b * cols) + c]);
         }
 
-        double size = Math.Max(1, Math.Sqrt(u.Average(x => x * x)));
+        double size = Math.Sqrt(u.Average(x => x * x));
+        Assert.That(size, Is.GreaterThan(1.1), "or nothing is held back");
         float[] got = device.ReadFloats(weights);
         for (int i = 0; i < count; i++)
-            Assert.That(got[i], Is.EqualTo((p[i] * 0.99) - (0.1 * u[i] / size)).Within(2e-6));
+            Assert.That(got[i], Is.EqualTo((p[i] * 0.99) - (0.1 * u[i] / size))
+                .Within(2e-6 * Math.Max(1, Math.Abs(u[i] / size))));
         AllClose(device.ReadFloats(m), newRow);
         AllClose(device.ReadFloats(v), newCol);
 

@@ -166,7 +166,8 @@ internal static partial class Plants
 
         // 18: other optimizers
         Other("a small negative moment becomes 0", "nearest_entry", "x > 0 ? 1 : -1", "0",
-            nameof(OptimizerUpdateTests.EachStepIn8BitsEqualsBitsandbytes), EightBits)
+            nameof(OptimizerUpdateTests.ASmallMomentOf8BitsKeepsItsSign),
+            cuda => new OptimizerUpdateTests(cuda).ASmallMomentOf8BitsKeepsItsSign(cuda: true))
             with { With = [12] },
         Other("the scale of half a block", "write_codes", "j < 8", "j < 4",
             nameof(OptimizerUpdateTests.EachStepIn8BitsEqualsBitsandbytes), EightBits)
