@@ -57,11 +57,17 @@ public sealed class MiniCpmV47Tests
         Assert.That(compared, Is.GreaterThan(2));
     }
 
+    private static void RequireRows()
+    {
+        if (!ReferenceText.Has("v47/rows.safetensors"))
+            Assert.Ignore("single rows are in the full reference only");
+    }
+
     // With the loss that its positions give, and not that of counted ones.
     [Test]
     public void EveryRowHasItsPositionsAndProbabilities()
     {
-        s_case.RequireWeights();
+        RequireRows();
         using var model = TunedModel.Open(s_case.Full);
         var file = ReferenceFile.Open("v47/rows");
         int compared = 0;
@@ -98,7 +104,7 @@ public sealed class MiniCpmV47Tests
     [Test]
     public void AnswersAreThoseOfGenerate()
     {
-        s_case.RequireWeights();
+        RequireRows();
         using var model = TunedModel.Open(s_case.Full);
         var generator = new Generator(model.Loaded);
         var file = ReferenceFile.Open("v47/rows");
