@@ -39,18 +39,11 @@ internal sealed class NativeCase
             else File.Copy(path, target);
         }
 
-        string weights = $"{name}/model/model.safetensors";
-        HasWeights = ReferenceText.Has(weights);
-        if (HasWeights && !File.Exists(Path.Combine(Model, "model.safetensors")))
-            File.WriteAllBytes(
-                Path.Combine(Model, "model.safetensors"), ReferenceText.Bytes(weights));
         Expected = Json("case.json");
         Inputs = ReferenceFile.OpenAt(Path.Combine(_folder, "case"));
     }
 
     public string Model => Path.Combine(_folder, "model");
-
-    public bool HasWeights { get; }
 
     /// <summary>Expected activations, gradients and results with adapters.</summary>
     public JsonElement Expected { get; }
@@ -87,11 +80,6 @@ internal sealed class NativeCase
                 "ocr" => new NativeCase(name, 1, 1, 2, 0),
                 _ => throw new ArgumentException(name),
             };
-    }
-
-    public void RequireWeights()
-    {
-        if (!HasWeights) Assert.Ignore("the weights are in the full reference only");
     }
 
     public string Adapter(string name) => Path.Combine(_folder, name);

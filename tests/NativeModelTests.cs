@@ -18,9 +18,6 @@ public sealed class NativeModelTests(string name)
 {
     private readonly NativeCase _case = NativeCase.Of(name);
 
-    [SetUp]
-    public void RequireWeights() => _case.RequireWeights();
-
     [Test]
     public void TheForwardPassAndEveryGradientAreEqual()
     {

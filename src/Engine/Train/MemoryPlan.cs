@@ -183,12 +183,13 @@ public sealed class MemoryPlan
         + $"{RunPlaces.Gib(Parts.Trained)}, gradients {RunPlaces.Gib(Parts.Gradients)}, moments "
         + $"{RunPlaces.Gib(Parts.Moments)}, activations {RunPlaces.Gib(Parts.Activations)}, "
         + $"workspace {RunPlaces.Gib(Parts.Workspace)}), the most in {Rows}; {Recomputation}"
-        + (Streamed > 0 ? $"; {RunPlaces.Gib(Streamed)} of frozen layers stay in the machine's memory "
-            + $"and pass through two buffers (stream_weights), once for {InWords(Together)}" : "");
+        + (Streams is { } line ? $"; {line}" : "");
 
-    /// <summary>A number of micro-batches.</summary>
-    public static string InWords(int together) =>
-        together == 1 ? "each micro-batch" : $"{together} micro-batches together";
+    /// <summary>What is streamed, in words; null where nothing is.</summary>
+    public string? Streams => Streamed == 0 ? null
+        : $"{RunPlaces.Gib(Streamed)} of frozen layers stay in the machine's memory and pass through "
+            + "two buffers (stream_weights), once for "
+            + (Together == 1 ? "each micro-batch" : $"{Together} micro-batches together");
 
     // The least amount that fits; amounts between need no less than larger ones.
     private static Need[] Search(

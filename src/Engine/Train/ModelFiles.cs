@@ -28,9 +28,10 @@ public static class ModelFiles
         var written = new List<string>();
         if (arguments.UseLora)
         {
-            AdapterConfig config = model.Parts.Config!.AsSaved();
-            AdapterFile.Write(folder, config,
-                AdapterLayout.Create(source.Spec.Parameters, config, folder), model.Trained());
+            AdapterConfig own = model.Parts.Config!, config = own.AsSaved();
+            AdapterLayout layout = ReferenceEquals(config, own) ? model.Parts.Layout!
+                : AdapterLayout.Create(source.Spec.Parameters, config, folder);
+            AdapterFile.Write(folder, config, layout, model.Trained());
             written.AddRange([AdapterFile.WeightsName, AdapterConfig.FileName]);
             WriteSmall(folder, source, written);
             return written;

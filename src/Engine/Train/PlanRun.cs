@@ -111,10 +111,7 @@ public static class PlanRun
             + $"{Messages.Number(size.Patches)} patches, "
             + $"{(plan.Trains ? "in training" : "in evaluation")}, at {plan.Fullest}");
         output.WriteLine($"{plan.Recomputation}");
-        if (plan.Streamed > 0)
-            output.WriteLine($"{RunPlaces.Gib(plan.Streamed)} of frozen layers stay in the machine's "
-                + "memory and pass through two buffers (stream_weights), once for "
-                + MemoryPlan.InWords(plan.Together));
+        if (plan.Streams is { } streams) output.WriteLine(streams);
         string room = $"{card.Figures.Name}, of whose {RunPlaces.Gib(card.Figures.Memory)} the run "
             + $"may take {RunPlaces.Gib(allowed)}";
         output.WriteLine(fits ? $"fits into {room}"

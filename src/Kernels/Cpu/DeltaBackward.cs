@@ -233,7 +233,7 @@ internal readonly unsafe struct DeltaBackward<TLanes, TVector, T>(
             if (i >= chunk.Count) continue;
             T* gates = heads.Gates.Row(first + i);
             T da = -sum * strength
-                * DeltaChunk<TLanes, TVector, T>.Sigmoid(gates[heads.ValueHeads + head] + bias);
+                * VectorMath.Sigmoid(gates[heads.ValueHeads + head] + bias);
             logSum += sum * chunk.Gate[i];
             biasSum += da;
             if (gatesGradient.Wanted)

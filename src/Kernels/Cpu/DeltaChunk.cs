@@ -143,7 +143,7 @@ internal unsafe struct DeltaChunk<TLanes, TVector, T>
                 new Span<T>(heads.Qkv.Row(first + i) + heads.ValueColumn(head), heads.ValueDim)
                     .CopyTo(new Span<T>(to, heads.ValueDim));
                 T* gates = heads.Gates.Row(first + i);
-                Beta[i] = Sigmoid(gates[head]);
+                Beta[i] = VectorMath.Sigmoid(gates[head]);
                 Gate[i] = -strength * SoftPlus(gates[heads.ValueHeads + head] + bias);
             }
 
@@ -230,8 +230,6 @@ internal unsafe struct DeltaChunk<TLanes, TVector, T>
     {
         for (int i = 0; i < Rows; i++) Scale(values + (i * cols), scales[i], cols);
     }
-
-    public static T Sigmoid(T x) => T.One / (T.One + T.Exp(-x));
 
     /// <summary>log(1 + e^x), as PyTorch has it: x itself from 20 on.</summary>
     public static T SoftPlus(T x) => x > Real.Of<T>(20) ? x : T.LogP1(T.Exp(x));

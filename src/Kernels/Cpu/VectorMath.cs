@@ -40,6 +40,11 @@ public static class VectorMath
     public static Vector<T> Sigmoid<T>(Vector<T> x)
         where T : unmanaged => Vector<T>.One / (Vector<T>.One + Exp(-x));
 
+    /// <summary>The same of one number.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static T Sigmoid<T>(T x)
+        where T : unmanaged, IBinaryFloatingPointIeee754<T> => T.One / (T.One + T.Exp(-x));
+
     /// <summary>The normal distribution: its integral up to x, and its density at x.</summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Vector<T> NormalCdf<T>(Vector<T> x, out Vector<T> density)

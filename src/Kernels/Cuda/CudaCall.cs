@@ -180,7 +180,7 @@ public readonly ref struct CudaCall(CudaDevice device, Op op, OpCall call)
         return copy;
     }
 
-    private static int CeilingOf(int value, int divisor) => (value + divisor - 1) / divisor;
+    internal static int CeilingOf(int value, int divisor) => (value + divisor - 1) / divisor;
 
     private GradientTarget Gradient(int index, DType type)
     {

@@ -1,3 +1,5 @@
+using static MiniCpmNative.Kernels.Cuda.CudaCall;
+
 namespace MiniCpmNative.Kernels.Cuda;
 
 /// <summary>
@@ -108,8 +110,6 @@ internal readonly ref struct CudaLoraProducts
     }
 
     private Tensor A(int n) => n < _a.Length ? _a[n] : Tensor.None;
-
-    private static int CeilingOf(int value, int divisor) => (value + divisor - 1) / divisor;
 
     // Stages of the two operands' tiles and of the mask's, as section 8 has them: of one size in all.
     internal static int SharedBytes(DType real)

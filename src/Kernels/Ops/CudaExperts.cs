@@ -1,4 +1,5 @@
 using MiniCpmNative.Kernels.Cuda;
+using static MiniCpmNative.Kernels.Cuda.CudaCall;
 
 namespace MiniCpmNative.Kernels.Ops;
 
@@ -85,8 +86,6 @@ internal readonly ref struct CudaExperts
 
     private static Tensor Part(in Tensor ints, int begin, int count) => new(
         ints.Data + (nint)((long)begin * sizeof(int)), new Spec(DType.I32, new Shape(count)));
-
-    private static int CeilingOf(int value, int divisor) => (value + divisor - 1) / divisor;
 
     private Tensor Half(in Tensor x, int half) => x.Slice(half * _routing.Terms, _routing.Terms);
 

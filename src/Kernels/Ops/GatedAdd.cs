@@ -67,7 +67,8 @@ public sealed record GatedAdd() : Op("gated_add")
             // An infinite gate is a run that went wrong, and is seen.
             for (int r = begin; r < end; r++)
                 TensorPrimitives.MultiplyAdd(
-                    up.RowSpan(r), Sigmoid(gate[r]) + (T.Zero * gate[r]), x.RowSpan(r), y.RowSpan(r));
+                    up.RowSpan(r), VectorMath.Sigmoid(gate[r]) + (T.Zero * gate[r]),
+                    x.RowSpan(r), y.RowSpan(r));
         }
     }
 
@@ -79,7 +80,7 @@ public sealed record GatedAdd() : Op("gated_add")
         {
             for (int r = begin; r < end; r++)
             {
-                T s = Sigmoid(gate[r]);
+                T s = VectorMath.Sigmoid(gate[r]);
                 if (dUp.Wanted)
                     Elementwise.Map(dy.Row(r), null, null, dUp.Into.Row(r), dy.Cols,
                         dUp.Accumulate, new Elementwise.Scaled<T>(s));
@@ -89,7 +90,4 @@ public sealed record GatedAdd() : Op("gated_add")
             }
         }
     }
-
-    private static T Sigmoid<T>(T x)
-        where T : unmanaged, IBinaryFloatingPointIeee754<T> => T.One / (T.One + T.Exp(-x));
 }

@@ -44,6 +44,7 @@ public sealed record OptimizerForm(
         if (moments != DType.U8) yield break;
         foreach (string name in names) yield return (name + "_scales", scales);
     }
+
     /// <summary>
     /// Values and gradients with states of theirs, in the order of <see cref="StatesOf"/>.
     /// </summary>
