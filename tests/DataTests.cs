@@ -108,13 +108,13 @@ public sealed class DataTests
     [Test]
     public void ARowThatFillsTheMemoryIsRefused()
     {
-        string data = Path.Combine(_folder, "long.json"), text = new(' ', 4_000_000);
+        string data = Path.Combine(_folder, "long.json"), text = new(' ', 2_000_000);
         File.WriteAllText(data, $$"""
             [{"conversations": [{"role": "user", "content": "{{text}}"},
               {"role": "assistant", "content": "1"}]}]
             """);
-        Assert.That(Check(2, "--data_path", data), Does.Contain("long.json row 1: has 4,000,001 "
-            + "characters, at most 4,000,000 can be read"));
+        Assert.That(Check(2, "--data_path", data), Does.Contain("long.json row 1: has 2,000,001 "
+            + "characters, at most 2,000,000 can be read"));
     }
 
     [Test]

@@ -65,6 +65,21 @@ public class PictureMemoryTests
     }
 
     [Test]
+    public void LargePicturesFollowEachOtherInOnePlace()
+    {
+        // Above what the shared pool takes, each larger than the one before: 75 to 108 MB.
+        long before = GC.GetTotalMemory(forceFullCollection: true), most = 0;
+        for (int i = 0; i < 5; i++)
+        {
+            using var picture = new Picture(5000 + (i * 250), 5000 + (i * 250));
+            picture.Rgb.Clear();
+            most = Math.Max(most, GC.GetTotalMemory(forceFullCollection: false) - before);
+        }
+
+        Assert.That(most, Is.InRange(108_000_000, 125_000_000));
+    }
+
+    [Test]
     public void RefusedPicturesHoldNothing()
     {
         long before = PictureMemory.Taken;

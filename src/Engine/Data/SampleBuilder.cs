@@ -10,7 +10,7 @@ namespace MiniCpmNative.Engine.Data;
 /// </summary>
 public sealed class SampleBuilder
 {
-    private const int MostLetters = 4_000_000;
+    private const int MostLetters = 2_000_000;
 
     private readonly RowFormat _format;
     private readonly PromptFormat _prompts;

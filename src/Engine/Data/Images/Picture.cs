@@ -13,8 +13,7 @@ public sealed class Picture : IDisposable
     /// end.</summary>
     internal const int Slack = 64;
 
-    // The shared pool rounds up to a power of two; large pictures get what they need and are not
-    // kept.
+    // The shared pool rounds up to a power of two; large pictures have buffers of their own.
     internal const int LargestPooled = 1 << 26;
 
     private byte[]? _bytes;
@@ -32,7 +31,7 @@ public sealed class Picture : IDisposable
         int needed = (int)length + Slack;
         _bytes = needed <= LargestPooled
             ? ArrayPool<byte>.Shared.Rent(needed)
-            : GC.AllocateUninitializedArray<byte>(needed);
+            : LargeBuffers.Rent(needed);
     }
 
     public int Width { get; }
@@ -104,8 +103,13 @@ public sealed class Picture : IDisposable
 
     public void Dispose()
     {
+        // Before others are let in.
+        if (Interlocked.Exchange(ref _bytes, null) is { } bytes)
+        {
+            if (bytes.Length <= LargestPooled) ArrayPool<byte>.Shared.Return(bytes);
+            else LargeBuffers.Return(bytes);
+        }
+
         _memory?.Dispose();
-        if (Interlocked.Exchange(ref _bytes, null) is { Length: <= LargestPooled } bytes)
-            ArrayPool<byte>.Shared.Return(bytes);
     }
 }
