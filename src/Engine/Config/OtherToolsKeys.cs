@@ -116,7 +116,6 @@ internal static class OtherToolsKeys
         strict on_bad_row (error or skip)
         system : write it as "system" into the rows
         target_modules lora_target_modules
-        target_parameters : experts' matrices take no adapters, modules_to_save trains them whole
         target_regex lora_target_modules
         template : leave it out, the chat format is the model's own
         template_backend : leave it out, the chat format is the model's own

@@ -232,7 +232,9 @@ public static class CombineRun
             foreach (StoredTensor tensor in file.Tensors)
             {
                 tensor.MustBeFinite(DType.F32);
-                if (tensor.Name.EndsWith(EndB, StringComparison.Ordinal)) continue;
+                if (tensor.Name.EndsWith(EndB, StringComparison.Ordinal)
+                    || tensor.Name.EndsWith(".base_layer.weight", StringComparison.Ordinal))
+                    continue;
                 string module = tensor.Name.StartsWith(Prefix, StringComparison.Ordinal)
                     && tensor.Name.EndsWith(EndA, StringComparison.Ordinal)
                     && tensor.Sizes.Length == 2
