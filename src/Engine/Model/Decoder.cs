@@ -40,7 +40,10 @@ public sealed class Decoder : IBatchInput
         if (!spec.RopeSections.IsEmpty) _canvas = new CanvasRope(spec);
         if (spec.OutputScale != 1) _outputScale = new Scale(spec.OutputScale);
         ModuleScope model = scope.In(name);
-        _embedding = model.In("embed_tokens").Table("weight", false, spec.VocabSize, spec.HiddenSize);
+        ModuleScope embedding = model.In("embed_tokens");
+        _embedding = spec.TiedHead
+            ? embedding.Table("weight", false, spec.VocabSize, spec.HiddenSize)
+            : embedding.LookUp("weight", spec.VocabSize, spec.HiddenSize);
         _layers = new DecoderLayer[spec.Layers];
         for (int i = 0; i < _layers.Length; i++)
             _layers[i] = new DecoderLayer(spec, model.In("layers").In(i), i, recomputation);
