@@ -35,8 +35,11 @@ internal sealed class LearningRules(ParameterTable table, TrainArguments argumen
         return found;
     }
 
-    private bool Decays(string name) => arguments.WeightDecayScope == DecayScope.All
-        || table.Find(name) is not { Decays: false };
+    // PyTorch leaves alone what no gradient reaches, an adapter on a module that does not run too.
+    private bool Decays(string name) =>
+        table.Find(ParameterTable.OwnerOf(name)) is not { Idle: true }
+        && (arguments.WeightDecayScope == DecayScope.All
+            || table.Find(name) is not { Decays: false });
 
     private static bool IsEmbedding(string name) =>
         name.EndsWith("embed_tokens.weight", StringComparison.Ordinal)
