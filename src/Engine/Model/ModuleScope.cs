@@ -260,7 +260,8 @@ public sealed class ModuleScope
         foreach (string word in s_exempt)
             decays &= !name.Contains(word, StringComparison.OrdinalIgnoreCase);
         _table.Add(new ModelParameter(
-            name, new Shape(sizes), _part, decays && !_isUnused, isFixed || _isUnused));
+            name, new Shape(sizes), _part, decays && !_isUnused, isFixed || _isUnused,
+            _isUnused));
         return name;
     }
 

@@ -20,8 +20,9 @@ public enum ModelPart
 /// <param name="Decays">Whether weight decay applies, by the Hugging Face Trainer's rule.</param>
 /// <param name="Fixed">A constant of the official class (requires_grad false): trained only as
 /// part of a module in modules_to_save.</param>
+/// <param name="Idle">Of a module that does not run: no gradient reaches it.</param>
 public sealed record ModelParameter(
-    string Name, Shape Shape, ModelPart Part, bool Decays, bool Fixed = false)
+    string Name, Shape Shape, ModelPart Part, bool Decays, bool Fixed = false, bool Idle = false)
     : ExpectedTensor(Name, Shape);
 
 /// <summary>
