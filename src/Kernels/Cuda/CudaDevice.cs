@@ -20,6 +20,7 @@ public sealed unsafe class CudaDevice : Device
     private readonly CudaGemm _gemm;
     private readonly Staging _staging;
     private readonly List<DeviceSlab> _slabs = [];
+    private DeviceSlab? _step;
     private readonly List<IDisposable> _owned = [];
     private readonly (Tensor From, GradientTarget To)[] _casts = new (Tensor, GradientTarget)[16];
     private readonly SortedDictionary<int, CudaWeightStream> _streams = [];
@@ -59,7 +60,8 @@ public sealed unsafe class CudaDevice : Device
             Stream.Synchronise();
             long bytes = StepBytes ?? (long)(Context.Memory().Free * StepShare);
             bytes = Math.Max(Alignment, bytes / Alignment * Alignment);
-            return (Hold(bytes), bytes);
+            _step = new DeviceSlab(Context, bytes);
+            return ((nint)_step.Address, bytes);
         });
     }
 
@@ -100,6 +102,17 @@ public sealed unsafe class CudaDevice : Device
     /// Bytes of the step's memory, taken by the first step; null takes most of what is free then.
     /// </summary>
     public long? StepBytes { get; set; }
+
+    /// <summary>Sees to it, between two steps, that the next ones have so many bytes.</summary>
+    /// <exception cref="DeviceMemoryException">There are not so many.</exception>
+    public void ReserveStep(long bytes)
+    {
+        if (bytes <= Step.Reserved) return;
+        Stream.Synchronise();
+        Step.Release();
+        _step?.Dispose();
+        (_step, StepBytes) = (null, bytes);
+    }
 
     /// <summary>Bytes of weights that lie in host memory and come over block by block.</summary>
     public long StreamedBytes => _streams.Values.Sum(s => s.Bytes);
@@ -313,6 +326,7 @@ public sealed unsafe class CudaDevice : Device
         _gemm.Dispose();
         foreach (DeviceSlab slab in _slabs) slab.Dispose();
         _slabs.Clear();
+        _step?.Dispose();
         Kernels.Dispose();
         Stream.Dispose();
     }
