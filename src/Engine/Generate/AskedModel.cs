@@ -84,7 +84,7 @@ public sealed class AskedModel : IDisposable
         {
             checkpoint = Checkpoint.Open(folder);
             checkpoint.MustMatch(spec.Parameters, Families.Explain);
-            file = adapter is null ? null : AdapterFile.Open(adapter);
+            file = adapter is null ? null : AdapterFile.Open(adapter, spec.Parameters);
             spec = spec.Replicated(file?.Config.LayerReplication, checkpoint);
             var trained = file?.Match(spec.Parameters)
                 ?? new Dictionary<string, StoredTensor>();

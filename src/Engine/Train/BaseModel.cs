@@ -100,8 +100,9 @@ public sealed class BaseModel : IDisposable
             AdapterConfig? adapter = TunedParts.AdapterOf(arguments, spec);
             if (arguments.LoraWeightPath is { } path)
             {
-                start = AdapterFile.Open(path);
-                AdapterStart.MustFit(adapter!, start, spec.Parameters);
+                start = AdapterFile.Open(path, spec.Parameters);
+                adapter = AdapterStart.Settled(adapter!, start);
+                AdapterStart.MustFit(adapter, start, spec.Parameters);
             }
 
             TunedParts parts = TunedParts.Choose(spec, arguments, adapter, storage);

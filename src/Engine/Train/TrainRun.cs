@@ -41,7 +41,7 @@ public sealed partial class TrainRun
         RowFormat format = source.Spec.Rows();
         _rows = DataRows.Open(arguments.TrainingData, arguments, format, log.Message);
         if (arguments.EvaluationData is { } evaluation && arguments.Evaluates)
-            _evaluationRows = DataRows.Open(evaluation, arguments, format, log.Message);
+            _evaluationRows = DataRows.Open(evaluation, arguments, format, log.Message, _rows);
         Plan();
         CheckPlaces(source);
         (_planned, _device) = (source.Planned, device);
@@ -131,8 +131,27 @@ public sealed partial class TrainRun
         _log.End(done, _ended);
     }
 
+    // Puts the best checkpoint's values back, where that is not the last step.
+    private int TakeBest(int done)
+    {
+        if (!_arguments.LoadBestModelAtEnd) return done;
+        if (_log.Best is not { } best)
+        {
+            _log.Message("load_best_model_at_end: no checkpoint was evaluated, the result is the last step's");
+            return done;
+        }
+
+        string folder = RunFolder.Checkpoint(_arguments.OutputDir, best.Step);
+        _log.Message(FormattableString.Invariant(
+            $"the best checkpoint is {folder}: {_arguments.BestBy} {best.Value:0.0000}"));
+        if (best.Step != done) ModelFiles.Load(folder, _model, _arguments);
+        return best.Step;
+    }
+
     private void SaveResult(int done)
     {
+        int last = done;
+        done = TakeBest(done);
         IReadOnlyList<string> written =
             ModelFiles.Save(_arguments.OutputDir, _model, _arguments);
         if (written.Count > 0)
@@ -142,7 +161,7 @@ public sealed partial class TrainRun
         }
 
         string checkpoint = RunFolder.Checkpoint(_arguments.OutputDir, done);
-        if (_saved != done) Save(done);
+        if (done == last && _saved != done) Save(done);
         throw new RunException(
             $"{_arguments.ModelNameOrPath}: its weights were changed during the run, so those that were not "
             + $"trained cannot be saved; what was trained is in {checkpoint}: put the weights back, then "
@@ -177,7 +196,7 @@ public sealed partial class TrainRun
 
         _saved = step;
         _log.Saved(folder);
-        RunFolder.Rotate(_arguments.OutputDir, _arguments.SaveTotalLimit);
+        RunFolder.Rotate(_arguments.OutputDir, _arguments.SaveTotalLimit, _log.Best?.Step);
     }
 
     private RunState State(int step) => new(

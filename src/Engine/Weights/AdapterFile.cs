@@ -12,21 +12,39 @@ public sealed class AdapterFile : IDisposable
     public const string WeightsName = "adapter_model.safetensors";
 
     private readonly SafetensorsFile _file;
+    private Dictionary<string, StoredTensor> _tensors;
 
-    private AdapterFile(string directory, AdapterConfig config, SafetensorsFile file) =>
+    private AdapterFile(string directory, AdapterConfig config, SafetensorsFile file)
+    {
         (Directory, Config, _file) = (directory, config, file);
+        try
+        {
+            _tensors = ForeignAdapter.Named(file);
+        }
+        catch
+        {
+            file.Dispose();
+            throw;
+        }
+    }
 
     public string Directory { get; }
 
-    public AdapterConfig Config { get; }
+    /// <summary>Its configuration, in the names of the whole model.</summary>
+    public AdapterConfig Config { get; private set; }
 
-    /// <summary>All tensors under PEFT's names, whatever model they are for.</summary>
-    internal IReadOnlyCollection<StoredTensor> Tensors => _file.Tensors;
+    /// <summary>As the file has it, where it was made for the decoder alone; else null.</summary>
+    internal AdapterConfig? OfDecoder { get; private set; }
 
+    /// <summary>All tensors by PEFT's names, whatever model they are for.</summary>
+    internal Dictionary<string, StoredTensor> Tensors => _tensors;
+
+    /// <param name="directory">Its folder.</param>
+    /// <param name="table">The model it is for, where names of the decoder alone are to be told.</param>
     /// <exception cref="InputException">
     /// A file is missing or broken, or asks for what is not supported.
     /// </exception>
-    public static AdapterFile Open(string directory)
+    public static AdapterFile Open(string directory, ParameterTable? table = null)
     {
         if (!System.IO.Directory.Exists(directory))
             throw new InputException($"{directory}: there is no such directory");
@@ -35,7 +53,11 @@ public sealed class AdapterFile : IDisposable
         if (!File.Exists(weights) && File.Exists(Path.Combine(directory, "adapter_model.bin")))
             throw new InputException(
                 $"{directory}: has adapter_model.bin only; convert it to {WeightsName}");
-        return new AdapterFile(directory, config, SafetensorsFile.Open(weights));
+        var file = new AdapterFile(directory, config, SafetensorsFile.Open(weights));
+        if (table is not null
+            && ForeignAdapter.OfDecoder(table, config, file._tensors) is { } whole)
+            (file.Config, file._tensors, file.OfDecoder) = (whole.Config, whole.Tensors, config);
+        return file;
     }
 
     /// <summary>
@@ -50,9 +72,9 @@ public sealed class AdapterFile : IDisposable
         var layout =
             AdapterLayout.Create(table, Config, Path.Combine(Directory, AdapterConfig.FileName));
         AdapterTensor[] wanted = [.. layout.Tensors
-            .Where(tensor => !tensor.Optional || _file.Find(tensor.FileName) is not null)];
+            .Where(tensor => !tensor.Optional || _tensors.ContainsKey(tensor.FileName))];
         var stored = TensorMatch.Require(
-            _file.Path, _file.Tensors,
+            _file.Path, _tensors,
             [.. wanted.Select(t => new ExpectedTensor(t.FileName, t.Shape))], Explain);
         return wanted.Zip(stored).ToDictionary(
             pair => pair.First.Name, pair => pair.Second, StringComparer.Ordinal);
