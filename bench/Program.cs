@@ -13,8 +13,7 @@ switch (args)
         GemmBench.Run(rest);
         return 0;
     case ["generate", _, ..] and [_, .. var rest]:
-        GenerateBench.Run(rest);
-        return 0;
+        return GenerateBench.Run(rest);
     case ["kernels", .. var rest]:
         return KernelBench.Run(rest);
     case ["ops", .. var rest]:

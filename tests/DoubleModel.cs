@@ -77,7 +77,7 @@ internal sealed class DoubleModel : ITensorProbe
 
         public Tensor Matrix(string name, int begin, int rows, int cols) => Part(name, cols, begin, rows);
 
-        public Tensor Table(string name)
+        public Tensor Table(string name, bool isLookedUp)
         {
             Shape shape = checkpoint.Get(name).Shape;
             return Part(name, shape.Cols, 0, (int)shape.Rows);

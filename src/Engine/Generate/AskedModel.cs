@@ -36,6 +36,9 @@ public sealed class AskedModel : IDisposable
 
     public LoadedModel Model { get; }
 
+    /// <summary>Sees to the memory of a GPU; null on the CPU, which takes it as it goes.</summary>
+    public StepCounter? Counter { get; private init; }
+
     public RowFormat Rows => Model.Rows;
 
     /// <summary>The adapter's folder, or null.</summary>
@@ -107,10 +110,18 @@ public sealed class AskedModel : IDisposable
                 [.. (layout?.Tensors ?? []).Select(t => new TunedTensor(t.Name, t.OwnShape,
                     whole!.Contains(t.Name) ? storage : DType.F32, Decays: false))],
                 learns: false);
-            LoadedModel model = LoadedModel.Load(device, spec, checkpoint, storage, values,
-                file is null ? Adapters.None : Adapters.Of(file.Config, layout!),
-                kind: new QuantisedKind(spec.Parameters, storage, null, checkpoint));
-            return new AskedModel(model, checkpoint, file, trained, values, layout);
+            var options = new LoadOptions
+            {
+                Trainables = values,
+                Adapters = file is null ? Adapters.None : Adapters.Of(file.Config, layout!),
+                Kind = new QuantisedKind(spec.Parameters, storage, null, checkpoint),
+            };
+            LoadedModel model = LoadedModel.Load(device, spec, checkpoint, storage, options);
+            return new AskedModel(model, checkpoint, file, trained, values, layout)
+            {
+                Counter = device.Device is not CudaDevice gpu ? null : new StepCounter(gpu, spec,
+                    name => ModelWeights.StoredAs(checkpoint.Get(name).Type, storage), options),
+            };
         }
         catch
         {
@@ -123,6 +134,7 @@ public sealed class AskedModel : IDisposable
 
     public void Dispose()
     {
+        Counter?.Dispose();
         Model.Dispose();
         _adapter?.Dispose();
         _checkpoint.Dispose();

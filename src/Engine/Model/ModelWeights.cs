@@ -153,20 +153,18 @@ public abstract class ModelTensors(Graph graph, ParameterRanges trainables, Adap
 /// </summary>
 /// <param name="graph">The tape.</param>
 /// <param name="checkpoint">The files.</param>
-/// <param name="trainables">The trained ranges on the tape's device.</param>
-/// <param name="adapters">Adapters that sit on linear layers.</param>
 /// <param name="storage">The run's storage type.</param>
-/// <param name="kind">Makes frozen weights of linear layers; null keeps them dense.</param>
-/// <param name="split">Weights of which a part stays frozen; null for none.</param>
-/// <param name="norms">Norms of rows, where somebody else has a use for them too.</param>
+/// <param name="options">What is trained, and how the rest is kept.</param>
 public sealed class ModelWeights(
-    Graph graph, Checkpoint checkpoint, ParameterRanges trainables, Adapters adapters, DType storage,
-    IWeightKind? kind = null, SplitWeights? split = null, FrozenNorms? norms = null)
-    : ModelTensors(graph, trainables, adapters)
+    Graph graph, Checkpoint checkpoint, DType storage, LoadOptions options)
+    : ModelTensors(
+        graph, options.Trainables ?? new ParameterRanges(graph.Device, []), options.Adapters)
 {
-    private readonly FrozenNorms _norms = norms ?? new(checkpoint, storage, kind);
+    private readonly FrozenNorms _norms = options.Norms ?? new(checkpoint, storage, options.Kind);
+    private readonly IWeightKind? _kind = options.Kind;
+    private readonly SplitWeights? _split = options.Split;
 
-    protected override bool IsDense(string weight) => kind?.Takes(weight) != true;
+    protected override bool IsDense(string weight) => _kind?.Takes(weight) != true;
 
     protected override Shape ShapeOf(string name) => checkpoint.Get(name).Shape;
 
@@ -195,7 +193,7 @@ public sealed class ModelWeights(
 
     protected override unsafe Tensor FrozenMatrix(string name, int begin, int rows, int cols)
     {
-        if (split?.Contains(name) == true) return Rest(name, rows, cols);
+        if (_split?.Contains(name) == true) return Rest(name, rows, cols);
         using var values = new StorageValues(
             checkpoint.Get(name), (long)begin * cols, (long)rows * cols, storage);
         return Device.Pack(values.Type, rows, cols, values.Data, name);
@@ -210,7 +208,7 @@ public sealed class ModelWeights(
         {
             using (var values = new StorageValues(checkpoint.Get(name), 0, (long)count, storage))
                 FloatBits.Widen(values.Data, values.Type, wide, (nint)count);
-            split!.Leave(name, wide, rows);
+            _split!.Leave(name, wide, rows);
             // In place: narrower values never reach those that are still to be read.
             FloatBits.Narrow(wide, wide, storage, (nint)count);
             return Device.Pack(storage, rows, cols, wide, name);
@@ -235,7 +233,7 @@ public sealed class ModelWeights(
         storage == DType.F32 && file is DType.BF16 or DType.F16 ? file : storage;
 
     protected override Weight? OtherKind(string weight, int begin, int rows) =>
-        kind?.Load(Device, checkpoint.Get(weight), begin, rows);
+        _kind?.Load(Device, checkpoint.Get(weight), begin, rows);
 }
 
 /// <summary>

@@ -122,7 +122,7 @@ public sealed class TunedModel : IDisposable
     /// <param name="device">Where to.</param>
     /// <param name="arguments">The run's configuration.</param>
     /// <param name="owns">Whether source and device are disposed with the model.</param>
-    /// <param name="kind">See <see cref="LoadedModel.Load"/>.</param>
+    /// <param name="kind">See <see cref="LoadOptions.Kind"/>.</param>
     /// <param name="resumeFrom">The checkpoint that the run goes on from, or null.</param>
     /// <param name="say">Takes lines on what takes long.</param>
     /// <exception cref="InputException">The weights cannot be read.</exception>
@@ -137,8 +137,16 @@ public sealed class TunedModel : IDisposable
         SplitWeights? split = Split(source, arguments, resumeFrom, say);
         var norms = new FrozenNorms(source.Weights, source.Storage, kind ?? source.Kind);
         LoadedModel loaded = LoadedModel.Load(
-            device, source.Spec, source.Weights, source.Storage, trainables, parts.Adapters,
-            recomputation, kind ?? source.Kind, split, norms, arguments.Streams);
+            device, source.Spec, source.Weights, source.Storage, new()
+            {
+                Trainables = trainables,
+                Adapters = parts.Adapters,
+                Recomputation = recomputation,
+                Kind = kind ?? source.Kind,
+                Split = split,
+                Norms = norms,
+                Streams = arguments.Streams,
+            });
         var model = new TunedModel(source, loaded, owns, trainables, recomputation, split);
         foreach (TunedTensor tensor in trainables.List)
             if (source.Weights.Find(tensor.Name) is { } stored)
