@@ -106,6 +106,18 @@ public sealed class DataTests
     }
 
     [Test]
+    public void ARowThatFillsTheMemoryIsRefused()
+    {
+        string data = Path.Combine(_folder, "long.json"), text = new(' ', 4_000_000);
+        File.WriteAllText(data, $$"""
+            [{"conversations": [{"role": "user", "content": "{{text}}"},
+              {"role": "assistant", "content": "1"}]}]
+            """);
+        Assert.That(Check(2, "--data_path", data), Does.Contain("long.json row 1: has 4,000,001 "
+            + "characters, at most 4,000,000 can be read"));
+    }
+
+    [Test]
     public void ACheckNamesEachBadRow()
     {
         string report = Check(2, "--data_path", Path.Combine(V26.Folder, "data", "rows_bad.json"));

@@ -1,5 +1,6 @@
 using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Train;
 using NUnit.Framework;
 
@@ -19,6 +20,30 @@ public sealed class ScheduleTests
         Assert.That(schedule.Notice, expected is null ? Is.Null : Does.Contain(expected));
         Assert.That((schedule with { Type = LrSchedule.Constant }).Notice is null,
             Is.EqualTo((float)peak > 0));
+    }
+
+    [TestCase(1e-2, 100, 10, "learning_rate 0.01 times weight_decay 100 is 1: from 1 on each step")]
+    [TestCase(1e-2, 99, 10, null)]
+    [TestCase(1e-2, 0, 11, "save_steps 11 is above the run's 10 steps: nothing is saved before its end")]
+    public void SettingsThatNobodyMeansAreSaid(
+        double rate, double decay, int saving, string? expected)
+    {
+        TrainArguments arguments = V26.Full with
+        {
+            LearningRate = rate,
+            WeightDecay = decay,
+            SaveSteps = new Interval(saving),
+            MaxSteps = 10,
+        };
+        ModelSpec spec = ModelSpec.Read(arguments.ModelNameOrPath!);
+        string[] said = [.. RunNotices.Of(
+            arguments, Schedule.Of(arguments, 10), new StepPlan(arguments, 5), spec)];
+        Assert.That(said, expected is null ? Is.Empty : Has.One.StartsWith(expected));
+        ModelSpec shorter = spec with { Decoder = spec.Decoder with { MaxPositions = 100 } };
+        Assert.That(RunNotices.Of(
+            arguments, Schedule.Of(arguments, 10), new StepPlan(arguments, 5), shorter).Last(),
+            Does.EndWith("is above the model's max_position_embeddings 100: longer rows are at places "
+                + "that it never saw"));
     }
 
     [Test]

@@ -11,6 +11,7 @@ public static partial class Messages
 {
     private const int QuotedLength = 160;
     private const int Listed = 10;
+    private const int MostLine = 8192;
 
     /// <summary>"text" with control characters escaped, shortened when it is long.</summary>
     public static string Quote(string text)
@@ -50,6 +51,10 @@ public static partial class Messages
 
     /// <summary>1234567 as 1,234,567.</summary>
     public static string Number(long value) => value.ToString("N0", CultureInfo.InvariantCulture);
+
+    /// <summary>A line of which no screen is filled: what is in the middle goes.</summary>
+    public static string Cut(string line) => line.Length <= MostLine ? line
+        : $"{line.AsSpan(0, MostLine / 2)} ... {line.AsSpan(line.Length - (MostLine / 2))}";
 
     /// <summary>
     /// Text of any length with its control characters escaped: what a terminal would act on.

@@ -186,11 +186,25 @@ public sealed class RunFolder : IDisposable
 
         _inputs = new RunInputs(arguments, [.. Removed(arguments)], _oldResults);
         _inputs.Check();
+        MustNotBeInTheWay(arguments);
         RunPlaces.MustBeWritable(arguments);
         foreach (string left in Directory.GetDirectories(_folder, Prefix + "*" + Unfinished))
             if (IsNumbered(left, Unfinished) || IsNumbered(left, SetAside))
                 Disk.Remove(left);
         AtomicFile.RemoveLeftovers(_folder, ResultFiles.IsWritten);
+    }
+
+    // Found at the end otherwise, when no result can take its name.
+    private void MustNotBeInTheWay(TrainArguments arguments)
+    {
+        foreach (string path in Directory.EnumerateFileSystemEntries(_folder))
+        {
+            bool isFolder = Directory.Exists(path);
+            if (isFolder ? ResultFiles.IsWrittenBy(arguments, Path.GetFileName(path))
+                : IsNumbered(path, ""))
+                throw new InputException($"output_dir: {path} is a {(isFolder ? "folder" : "file")} "
+                    + $"where this run writes a {(isFolder ? "file" : "checkpoint")}: move it away");
+        }
     }
 
     private IEnumerable<string> Removed(TrainArguments arguments) =>

@@ -125,7 +125,8 @@ public sealed partial class TrainRun
             _arguments, _plan, _model.DeviceName, _model.TotalParameters, _model.ParameterRanges.Count,
             resumeFrom, _rows.Counts, _evaluationRows?.Counts));
         if (_memory is not null) _log.Message($"{_memory}");
-        if (_schedule.Notice is { } notice) _log.Message(notice);
+        foreach (string notice in RunNotices.Of(_arguments, _schedule, _plan, _model.Base.Spec))
+            _log.Message(notice);
         WarnOfLargeCheckpoints();
         done = Steps(done);
         if (_memory is not null)
@@ -161,6 +162,8 @@ public sealed partial class TrainRun
         if (written.Count > 0)
         {
             _folder.Finish(written);
+            // A kill may have come before the last of it.
+            RunFolder.Rotate(_arguments.OutputDir, _arguments.SaveTotalLimit);
             return;
         }
 
