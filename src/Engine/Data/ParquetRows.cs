@@ -90,7 +90,7 @@ internal static class ParquetRows
         }
     }
 
-    private static bool Write(Utf8JsonWriter json, object? value, int depth)
+    internal static bool Write(Utf8JsonWriter json, object? value, int depth)
     {
         const int mostDepth = 30;
         switch (value)
