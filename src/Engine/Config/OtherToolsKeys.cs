@@ -152,7 +152,6 @@ internal static class OtherToolsKeys
         swift_version : leave it out
         system : write it as "system" into the rows
         target_modules lora_target_modules
-        target_parameters : experts' matrices take no adapters, modules_to_save trains them whole
         target_regex lora_target_modules
         template : leave it out, the chat format is the model's own
         template_backend : leave it out, the chat format is the model's own

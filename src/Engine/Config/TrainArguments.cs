@@ -146,8 +146,17 @@ public sealed partial record TrainArguments
     [Key("Trained parts", "modules without adapters all the same: as lora_target_modules")]
     public TargetModules? ExcludeModules { get; init; }
 
-    [Key("Trained parts", "biases that are trained too: none, all or lora_only")]
+    [Key("Trained parts", "biases that are trained too: none, all or lora_only; true: one of each "
+        + "lora_B (PEFT's lora_bias)")]
     public LoraBias LoraBias { get; init; }
+
+    [Key("Trained parts", "tokens whose rows of the embedding are trained beside the adapters: list of "
+        + "ids, or object of modules (embed_tokens, lm_head) with such lists")]
+    public TokenIndices? TrainableTokenIndices { get; init; }
+
+    [Key("Trained parts", "experts' matrices with adapters (PEFT's target_parameters): list of name "
+        + "endings, mlp.experts.gate_up_proj, mlp.experts.down_proj")]
+    public IReadOnlyList<string>? TargetParameters { get; init; }
 
     [Key("Trained parts", "only these layers get adapters: number or list")]
     public IReadOnlyList<int>? LoraLayersToTransform { get; init; }

@@ -84,6 +84,14 @@ internal static class TrainChecks
         Refuse(!a.UseLora && a.LoraLayerReplication is not null,
             "lora_layer_replication needs use_lora");
         Refuse(!a.UseLora && a.LoraWeightPath is not null, "lora_weight_path needs use_lora");
+        Refuse(!a.UseLora && a.TrainableTokenIndices is not null,
+            "trainable_token_indices needs use_lora");
+        Refuse(!a.UseLora && a.TargetParameters is { Count: > 0 }, "target_parameters needs use_lora");
+        Refuse(a.TargetParameters is { Count: > 0 } && a.LoraDropout > 0,
+            "target_parameters needs lora_dropout=0: adapters of experts' matrices drop nothing, and "
+            + "PEFT does not load them otherwise");
+        Refuse(a.LoraBias == LoraBias.True && a.UseDora,
+            "lora_bias=true and use_dora do not go together: PEFT has no such adapter");
         string start = a.InitLoraWeights.Text;
         void RefuseSplit(bool when, string with) => Refuse(a.InitLoraWeights.Splits && when,
             $"init_lora_weights={start} takes adapters' starts out of the weights: {with}");

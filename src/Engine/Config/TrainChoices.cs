@@ -92,7 +92,9 @@ public enum QuantType { Nf4, Fp4 }
 
 public enum ComputeType { Float32, Float16, Bfloat16 }
 
-public enum LoraBias { None, All, LoraOnly }
+/// <summary>Which biases are trained with adapters; True is PEFT's lora_bias: none of the model's, and
+/// one of each lora_B.</summary>
+public enum LoraBias { None, All, LoraOnly, True }
 
 public enum WarmupCurve { Log, Linear }
 

@@ -65,7 +65,8 @@ internal sealed record TrainKey(string Name, PropertyInfo Property, KeyAttribute
     public bool Optional { get; } =
         new NullabilityInfoContext().Create(Property).WriteState == NullabilityState.Nullable;
 
-    public bool IsList => Type == typeof(ReportTo) || Type == typeof(TargetModules) || Type == typeof(DataSources)
+    public bool IsList => Type == typeof(TargetModules) || Type == typeof(DataSources)
+        || Type == typeof(TokenIndices) || Type == typeof(ReportTo)
         || Type == typeof(IReadOnlyList<string>) || Type == typeof(IReadOnlyList<int>);
 }
 

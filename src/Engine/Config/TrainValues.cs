@@ -51,6 +51,7 @@ internal static class TrainValues
             var type when type == typeof(NumbersByName) => NumbersByName(key, given),
             var type when type == typeof(LoraStart) => Start(key, given),
             var type when type == typeof(LayerRanges) => Ranges(key, given),
+            var type when type == typeof(TokenIndices) => Tokens(key, given),
             var type when type == typeof(IReadOnlyList<string>) => Names(key, given),
             var type when type == typeof(IReadOnlyList<int>) => Layers(key, given),
             var type when type == typeof(ScheduleOptions) => Options(key, given),
@@ -210,6 +211,14 @@ internal static class TrainValues
     private static LayerRanges Ranges(TrainKey key, Given given) =>
         LayerRanges.Of(given.Json ?? Parsed(key, given, given.Plain()))
             ?? throw Wrong(key, given, LayerRanges.Form);
+
+    private static TokenIndices Tokens(TrainKey key, Given given)
+    {
+        string text = given.Json is null ? string.Join(',', given.Words!) : "";
+        return TokenIndices.Of(given.Json
+                ?? Parsed(key, given, text.StartsWith('[') || text.StartsWith('{') ? text : $"[{text}]"))
+            ?? throw Wrong(key, given, TokenIndices.Form);
+    }
 
     private static LoraStart Start(TrainKey key, Given given) =>
         LoraStart.Parse(given.Plain()) ?? throw Wrong(key, given, LoraStart.Choices);

@@ -236,7 +236,8 @@ public static class CombineRun
             foreach (var (name, tensor) in file.Tensors)
             {
                 tensor.MustBeFinite(DType.F32);
-                if (name.EndsWith(EndB, StringComparison.Ordinal)) continue;
+                if (name.EndsWith(EndB, StringComparison.Ordinal)
+                    || name.EndsWith(".base_layer.weight", StringComparison.Ordinal)) continue;
                 string module = name.StartsWith(Prefix, StringComparison.Ordinal)
                     && name.EndsWith(EndA, StringComparison.Ordinal)
                     && tensor.Sizes.Length == 2

@@ -44,12 +44,12 @@ internal static class GgufDecoder
         AddTensors(tensors, decoder, names.Interleaves, type);
         // Four bits are too few for what every token passes through.
         GgufType outer = type == GgufType.Q4 ? GgufType.Q8 : type;
-        const string Embedding = "llm.model.embed_tokens.weight";
+        const string Embedding = "llm.model.embed_tokens.weight", Head = "llm.lm_head.weight";
         tensors.Add("token_embd.weight", Embedding, outer);
-        if (!decoder.TiedHead) tensors.Add("output.weight", "llm.lm_head.weight", outer);
-        // A tied head goes on with the original where an adapter has its own embedding.
-        else if (weights.Changes(Embedding))
-            tensors.AddOriginal("output.weight", Embedding, outer);
+        if (!decoder.TiedHead) tensors.Add("output.weight", Head, outer);
+        // A tied head goes on with the original where an adapter has its own embedding, or is its.
+        else if (weights.Unties(Embedding, Head))
+            tensors.AddAs(Head, "output.weight", Embedding, outer);
         file.Write(path, tensors.All);
     }
 

@@ -16,9 +16,10 @@ internal sealed class GgufTensors(MergedWeights weights)
     public void Add(string name, string stored, GgufType type) =>
         Add(name, stored, type, 0, 1, null);
 
-    /// <summary>A stored tensor as it was before an adapter was put in.</summary>
-    public void AddOriginal(string name, string stored, GgufType type) =>
-        Add(name, stored, type, 0, 1, null, original: true);
+    /// <summary>A stored tensor as that of another name, with what an adapter does to that
+    /// one.</summary>
+    public void AddAs(string other, string name, string stored, GgufType type) =>
+        Add(name, stored, type, 0, 1, null, other);
 
     /// <summary>
     /// Of a stored tensor one of several equal parts, which follow each other along its first axis.
@@ -55,9 +56,10 @@ internal sealed class GgufTensors(MergedWeights weights)
 
     private void Add(
         string name, string stored, GgufType type, int part, int parts, int? headDim,
-        bool original = false)
+        string? other = null)
     {
         StoredTensor tensor = weights.Checkpoint.Get(stored);
+        if (other is not null) tensor = tensor.As(other);
         // Leading axes of one say nothing to the reader.
         long[] sizes = [.. tensor.Sizes.SkipWhile((size, axis) =>
             size == 1 && axis < tensor.Sizes.Length - 2)];
@@ -70,17 +72,16 @@ internal sealed class GgufTensors(MergedWeights weights)
             // Whole rows of the stored matrix, and whole heads of them.
             int row = checked((int)(tensor.Count / tensor.Sizes[0])), unit = row * (headDim ?? 1);
             int piece = (int)Math.Min(count, Math.Max(1, PieceElements / unit) * (long)unit);
-            float[] values = new float[piece], other = new float[piece];
+            float[] values = new float[piece], before = new float[piece];
             for (long done = 0; done < count; done += piece)
             {
                 int length = (int)Math.Min(piece, count - done);
                 weights.Read(tensor, begin + done, values.AsSpan(0, length),
-                    other.AsSpan(0, length));
-                if (original) (values, other) = (other, values);
+                    before.AsSpan(0, length));
                 if (headDim is { } heads)
                 {
-                    Interleave(values.AsSpan(0, length), other, row, heads);
-                    (values, other) = (other, values);
+                    Interleave(values.AsSpan(0, length), before, row, heads);
+                    (values, before) = (before, values);
                 }
 
                 Write(stream, type, values.AsSpan(0, length), stored);

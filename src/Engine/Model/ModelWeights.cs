@@ -62,22 +62,48 @@ public abstract class ModelTensors(Graph graph, ParameterRanges trainables, Adap
         Device.PackTogether((long)rows * cols * Device.Activations.Size());
 
     public Projection Projection(
-        string? module, string weight, int begin, int rows, Tensor bias)
+        string module, string weight, int begin, int rows, Tensor bias)
     {
         Weight matrix = (trainables.Contains(weight) ? null : OtherKind(weight, begin, rows))
             ?? new DenseWeight(Matrix(weight, begin, rows, ShapeOf(weight).Cols));
-        if (module is null || adapters.Find(module) is not { } adapter)
-            return new Projection(matrix, bias);
-        Tensor a = Parameter(Adapters.NameOfA(module), 0, adapter.Rank);
-        Tensor b = Parameter(Adapters.NameOfB(module), 0, adapter.Outputs);
+        if (adapters.Find(module) is not { } adapter) return new Projection(matrix, bias);
+        Tensor a = Parameter(adapter.NameOfA, 0, adapter.Rank);
+        Tensor b = Parameter(adapter.NameOfB, begin, rows);
         if (!adapter.IsDora)
-            return new Projection(matrix, bias, adapter, adapters.Dropout, a, b);
+            return new Projection(matrix, bias, adapter, adapters.Dropout, a, b,
+                adapter.HasBias ? Parameter(adapter.NameOfBias, begin, rows) : Tensor.None);
         // In F32 on every device: its changes are small.
         string magnitude = Adapters.NameOfMagnitude(module);
         Tensor m = trainables.Value(magnitude);
         if (trainables.Learns) m = graph.Parameter(m, trainables.Gradient(magnitude));
         return new Projection(matrix, bias, adapter, adapters.Dropout, a, b, m,
             FrozenSquares(weight, begin, rows));
+    }
+
+    public LowRankPart? Low(string module) => adapters.Find(module) is not { } adapter ? null
+        : new(adapter, adapters.Dropout,
+            Parameter(adapter.NameOfA, 0, adapter.RowsOfA),
+            Parameter(adapter.NameOfB, 0, adapter.RowsOfB));
+
+    public TokenRows? Rows(string module, string weight)
+    {
+        if (adapters.Tokens.FirstOrDefault(t => t.Module.Name == module) is not { } tokens)
+            return null;
+        Tensor original = Device.Allocate(new Spec(
+            Device.Activations, new Shape(tokens.Ids.Count, tokens.Cols)), tokens.Name);
+        if (HasContent) Device.WriteFloats(original, FrozenRows(weight, tokens.Ids));
+        return new(tokens.Ids, Parameter(tokens.Name, 0, tokens.Ids.Count), original);
+    }
+
+    public Tensor Places(IReadOnlyList<int> ids, int rows)
+    {
+        Tensor places =
+            Device.Allocate(new Spec(Device.Activations, new Shape(rows, ids.Count)), "places");
+        if (!HasContent) return places;
+        var ones = new float[checked(rows * ids.Count)];
+        for (int i = 0; i < ids.Count; i++) ones[(ids[i] * ids.Count) + i] = 1;
+        Device.WriteFloats(places, ones);
+        return places;
     }
 
     /// <summary>Whether tensors are more than their places.</summary>
@@ -92,6 +118,9 @@ public abstract class ModelTensors(Graph graph, ParameterRanges trainables, Adap
 
     /// <summary>The squared norms of rows of a matrix, in F32.</summary>
     protected abstract Tensor FrozenSquares(string name, int begin, int rows);
+
+    /// <summary>The values of rows of a matrix.</summary>
+    protected virtual float[] FrozenRows(string name, IReadOnlyList<int> rows) => [];
 
     /// <summary>In the device's packed form.</summary>
     protected abstract Tensor FrozenMatrix(string name, int begin, int rows, int cols);
@@ -143,6 +172,9 @@ public sealed class ModelWeights(
         Device.WriteFloats(vector, values);
         return vector;
     }
+
+    protected override float[] FrozenRows(string name, IReadOnlyList<int> rows) =>
+        checkpoint.Get(name).RowsToFloats(rows);
 
     protected override Tensor FrozenSquares(string name, int begin, int rows)
     {

@@ -111,6 +111,7 @@ public sealed class BaseModel : IDisposable
             {
                 AdapterStart.MustKeepModules(parts.Layout!, start, spec.Parameters);
                 start.Match(spec.Parameters);
+                start.MustBeOn(weights);
                 say?.Invoke(FormattableString.Invariant(
                     $"starting from adapter {start.Directory}: lora_r {arguments.LoraR}, ")
                     + FormattableString.Invariant(
@@ -119,6 +120,7 @@ public sealed class BaseModel : IDisposable
                         ? $", modules_to_save {string.Join(' ', whole)}" : ""));
             }
 
+            if (parts.OfTied(spec.Parameters) is { } tied) say?.Invoke(tied);
             return new BaseModel(spec, weights, start, parts, storage)
             {
                 Optimizer = TunedModel.OptimizerOf(arguments),

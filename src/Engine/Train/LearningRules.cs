@@ -36,7 +36,8 @@ internal sealed class LearningRules(ParameterTable table, TrainArguments argumen
     }
 
     private bool Decays(string name) => arguments.WeightDecayScope == DecayScope.All
-        || table.Find(name) is not { Decays: false };
+        || (table.Find(name) is not { Decays: false }
+            && !name.EndsWith(".lora_B.bias", StringComparison.Ordinal));
 
     private static bool IsEmbedding(string name) =>
         name.EndsWith("embed_tokens.weight", StringComparison.Ordinal)
@@ -51,9 +52,9 @@ internal sealed class LearningRules(ParameterTable table, TrainArguments argumen
         string owner = ParameterTable.OwnerOf(name);
         return word switch
         {
-            "vision" => table.Find(owner)?.Part == ModelPart.Vision,
-            "joiner" => table.Find(owner)?.Part == ModelPart.Joiner,
-            "decoder" => table.Find(owner)?.Part == ModelPart.Decoder,
+            "vision" => table.PartOf(name) == ModelPart.Vision,
+            "joiner" => table.PartOf(name) == ModelPart.Joiner,
+            "decoder" => table.PartOf(name) == ModelPart.Decoder,
             "embeddings" => owner == table.Head + ".weight"
                 || owner.EndsWith(".embed_tokens.weight", StringComparison.Ordinal),
             _ => null,

@@ -49,6 +49,10 @@ internal static class AdapterStart
             $"{own.AlphaPattern}" == $"{its.AlphaPattern}");
         Same("lora_layer_replication", own.LayerReplication, its.LayerReplication,
             $"{own.LayerReplication}" == $"{its.LayerReplication}");
+        Same("target_parameters", string.Join(", ", own.TargetParameters),
+            string.Join(", ", its.TargetParameters),
+            own.TargetParameters.SequenceEqual(its.TargetParameters));
+        Same("trainable_token_indices", own.Tokens, its.Tokens, $"{own.Tokens}" == $"{its.Tokens}");
         Same("lora_bias", Name(own.Bias), Name(its.Bias), own.Bias == its.Bias);
         string given = Shown(own), theirs = Shown(its);
         // Other spellings of the same layers are the same.
