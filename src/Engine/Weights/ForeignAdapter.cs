@@ -19,8 +19,8 @@ internal static partial class ForeignAdapter
         var tensors = new Dictionary<string, StoredTensor>(StringComparer.Ordinal);
         foreach (StoredTensor tensor in file.Tensors)
         {
-            string name = Magnitude().Replace(Whole().Replace(
-                Factor().Replace(tensor.Name, ".$1.$2"), "."), ".lora_magnitude_vector");
+            string name = Vector().Replace(
+                Whole().Replace(Factor().Replace(tensor.Name, ".$1.$2"), "."), ".$1");
             if (!tensors.TryAdd(name, tensor))
                 throw new InputException($"{file.Path}: holds {Messages.Quote(name)} of several "
                     + "adapters; save one of them alone");
@@ -83,8 +83,8 @@ internal static partial class ForeignAdapter
     [GeneratedRegex(@"\.modules_to_save\.[^.]+\.")]
     private static partial Regex Whole();
 
-    [GeneratedRegex(@"\.lora_magnitude_vector(\.[^.]+)*$")]
-    private static partial Regex Magnitude();
+    [GeneratedRegex(@"\.(lora_magnitude_vector|lora_embedding_[AB])(\.[^.]+)*$")]
+    private static partial Regex Vector();
 
     [GeneratedRegex(@"(?<=\.)\d+(?=\.)")]
     private static partial Regex Number();
