@@ -41,8 +41,10 @@ internal static partial class ForeignAdapter
             && l.Contains("." + Layers, StringComparison.Ordinal)) is not { } inside) return null;
         string root = inside[..(inside.IndexOf("." + Layers, StringComparison.Ordinal) + 1)];
         const string endOfA = ".lora_A.weight";
-        string[] modules = [.. tensors.Keys.Where(name => name.EndsWith(endOfA, StringComparison.Ordinal)
-            && name.StartsWith(Prefix, StringComparison.Ordinal)).Select(name => name[Prefix.Length..^endOfA.Length])];
+        string[] modules = [.. tensors.Keys
+            .Where(name => name.EndsWith(endOfA, StringComparison.Ordinal)
+                && name.StartsWith(Prefix, StringComparison.Ordinal))
+            .Select(name => name[Prefix.Length..^endOfA.Length])];
         if (modules.Length == 0 || root == Root
             || !modules.All(m => !linears.Contains(m) && linears.Contains(InModel(m)))) return null;
         string Renamed(string name) => name.StartsWith(Prefix, StringComparison.Ordinal)
