@@ -1,6 +1,8 @@
 using System.Buffers;
 using System.Text;
 using System.Text.Json;
+using System.Text.Json.Nodes;
+using System.Text.Json.Serialization;
 using MiniCpmNative.Engine.Data;
 using NUnit.Framework;
 using Parquet;
@@ -9,16 +11,21 @@ using Parquet.Serialization;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// Rows put together from the columns of Parquet files are those that the library's own records
-/// are, which it makes an object at a time.
+/// Rows put together from the columns of Parquet files are those that were written, whatever is
+/// null or empty in them.
 /// </summary>
 [TestFixture]
 public sealed class ParquetTests
 {
-    [TestCase("messages.parquet")]
-    [TestCase("query.parquet")]
-    public void FilesOfPyArrowAreReadByTheirColumns(string name) => Same(File.ReadAllBytes(
-        Path.Combine(ReferenceFile.Root, "formats", "data", name)));
+    private static readonly JsonSerializerOptions s_withoutNulls =
+        new() { DefaultIgnoreCondition = JsonIgnoreCondition.WhenWritingNull };
+
+    // RowFormatTests have what stands in these; here it is that they are read this way.
+    [TestCase("messages.parquet", 7)]
+    [TestCase("query.parquet", 4)]
+    public void FilesOfPyArrowAreReadByTheirColumns(string name, int least) => Assert.That(
+        Rows(File.ReadAllBytes(Path.Combine(ReferenceFile.Root, "formats", "data", name))),
+        Has.Count.AtLeast(least));
 
     [Test]
     public void NullsAndEmptyListsStandWhereTheyAre()
@@ -27,8 +34,8 @@ public sealed class ParquetTests
         T? Maybe<T>(Func<T> made) where T : class => random.Next(3) == 0 ? null : made();
         List<T> Some<T>(Func<T> made) => [.. Enumerable.Range(0, random.Next(4)).Select(_ => made())];
         string Word() => $"w{random.Next(100)}\n\"é😀<";
-        using var stream = new MemoryStream();
-        ParquetSerializer.SerializeAsync(Enumerable.Range(0, 300).Select(i => new Record
+        Turn Said() => new() { Role = Maybe(Word), Parts = Maybe(() => Some(Word)) };
+        Record[] records = [.. Enumerable.Range(0, 300).Select(i => new Record
         {
             Number = i,
             Made = new DateTime(2024, 1, 1 + (i % 28), 0, 0, 0, DateTimeKind.Utc),
@@ -37,32 +44,39 @@ public sealed class ParquetTests
             Text = Maybe(Word),
             Bytes = Maybe(() => Encoding.UTF8.GetBytes(Word())),
             Names = Maybe(() => Some(Word)),
-            Turns = Maybe(() => Some(() => new Turn { Role = Maybe(Word), Parts = Maybe(() => Some(Word)) })),
+            Turns = Maybe(() => Some(Said)),
             Boxes = Maybe(() => Some(() => Some(() => random.Next(9)))),
-            Inner = Maybe(() => new Turn { Role = Maybe(Word), Parts = Maybe(() => Some(Word)) }),
-        }), stream, new ParquetOptions { RowGroupSize = 97 }).GetAwaiter().GetResult();
-        Same(stream.ToArray());
+            Inner = Maybe(Said),
+        })];
+        using var stream = new MemoryStream();
+        ParquetSerializer.SerializeAsync(records, stream, new ParquetOptions { RowGroupSize = 97 })
+            .GetAwaiter().GetResult();
+        var rows = Rows(stream.ToArray());
+        Assert.That(rows, Has.Count.EqualTo(records.Length));
+        foreach (var (record, row) in records.Zip(rows))
+        {
+            var expected = JsonSerializer.SerializeToNode(record, s_withoutNulls)!.AsObject();
+            // A date is nothing that a row has use for.
+            expected["Made"] = null;
+            Assert.That(JsonNode.DeepEquals(JsonNode.Parse(row), expected), Is.True,
+                $"{row} is not {expected.ToJsonString()}");
+        }
     }
 
-    private static void Same(byte[] file)
+    private static List<string> Rows(byte[] file)
     {
         using var stream = new MemoryStream(file);
         ParquetReader reader = ParquetReader.CreateAsync(stream).GetAwaiter().GetResult();
-        int rows = 0;
+        var rows = new List<string>();
         for (int group = 0; group < reader.RowGroupCount; group++)
         {
             using var columns = ParquetColumns.Read(reader, group);
             Assert.That(columns, Is.Not.Null);
-            foreach (var record in ParquetSerializer.DeserializeUntypedAsync(
-                new MemoryStream(file), rowGroupIndex: group).GetAwaiter().GetResult().Data)
-            {
-                Assert.That(Json(columns!.Write), Is.EqualTo(
-                    Json(json => ParquetRows.Write(json, record, 0))), $"row {rows}");
-                rows++;
-            }
+            for (long left = reader.RowGroups[group].RowCount; left > 0; left--)
+                rows.Add(Json(columns!.Write));
         }
 
-        Assert.That(rows, Is.GreaterThan(2));
+        return rows;
     }
 
     private static string Json(Action<Utf8JsonWriter> write)

@@ -91,7 +91,7 @@ internal static class ParquetRows
         }
     }
 
-    internal static bool Write(Utf8JsonWriter json, object? value, int depth)
+    private static bool Write(Utf8JsonWriter json, object? value, int depth)
     {
         const int mostDepth = 30;
         switch (value)
