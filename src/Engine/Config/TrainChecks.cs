@@ -24,7 +24,9 @@ public sealed partial record TrainArguments
     public DataSources? EvaluationData => EvalDataPath ?? (EvalSplit > 0
         ? DataPath! with { Share = new(EvalSplit, DataSeed ?? Seed, Evaluates: true) } : null);
 
-    /// <summary>The logged value that the best checkpoint is best by; null where none is wanted.</summary>
+    /// <summary>
+    /// The logged value that the best checkpoint is best by; null where none is wanted.
+    /// </summary>
     public string? BestBy => MetricForBestModel is { } metric
         ? BestNames.FirstOrDefault(name => name == metric || name == "eval_" + metric
             || name == "eval_generated_" + metric) ?? metric

@@ -55,6 +55,7 @@ internal static class TrainValues
             var type when type == typeof(IReadOnlyList<string>) => Names(key, given),
             var type when type == typeof(IReadOnlyList<int>) => Layers(key, given),
             var type when type == typeof(ScheduleOptions) => Options(key, given),
+            var type when type == typeof(ReportTo) => Reports(key, given),
             var type => Choice(key, given, type),
         };
     }
@@ -172,6 +173,16 @@ internal static class TrainValues
                 + "which wandb and swanlab can take in (offline)",
             _ => "",
         };
+    }
+
+    // One, or several in a list, of which none must stand alone.
+    private static ReportTo Reports(TrainKey key, Given given)
+    {
+        ReportTo[] all = [.. Items(key, given).Select(item => (ReportTo)Choice(
+            key, given with { Json = item, Words = null }, typeof(ReportTo)))];
+        if (all.Length > 1 && all.Contains(ReportTo.None)) throw Wrong(key, given, "none alone");
+        return all.Contains(ReportTo.All) ? ReportTo.All
+            : all.Contains(ReportTo.Tensorboard) ? ReportTo.Tensorboard : ReportTo.None;
     }
 
     private static TargetModules? Targets(TrainKey key, Given given)

@@ -56,7 +56,8 @@ internal static class DataFiles
             return ": of ms-swift's #N, N rows of a file, make a smaller file (head -n of a .jsonl)";
         if (path.Contains(',') && path.Split(',').All(File.Exists))
             return ": several files stand one behind the other, or as a list, without commas";
-        return null;
+        return Path.HasExtension(path) || Directory.Exists(Path.GetDirectoryName(path)) ? null
+            : ", nor a folder: of a data set of a hub, download the files and name them";
     }
 
     private static string[] Found(string path, IEnumerable<string> files, string otherwise)

@@ -19,7 +19,7 @@ internal sealed class ParquetColumns : IDisposable
 
     /// <summary>
     /// The columns of a group; null where the schema has lists of another form than the format
-    /// prescribes today, maps, or types that are no row's.
+    /// prescribes today, maps, or nothing that is a row's.
     /// </summary>
     public static ParquetColumns? Read(ParquetReader file, int group)
     {
@@ -32,11 +32,12 @@ internal sealed class ParquetColumns : IDisposable
             foreach (Node field in columns._fields)
                 foreach (Leaf leaf in field.Leaves)
                 {
-                    leaf.Data = reader.ReadRawColumnDataBaseAsync(leaf.Column).GetAwaiter().GetResult();
                     columns._leaves.Add(leaf);
+                    leaf.Take(reader.ReadRawColumnDataBaseAsync(leaf.Column).GetAwaiter().GetResult());
                 }
 
-            if (columns._leaves.TrueForAll(leaf => leaf.IsKnown)) return columns;
+            // One of them knows where its values end.
+            if (columns._leaves.Exists(leaf => leaf.IsKnown)) return columns;
             columns.Dispose();
             return null;
         }
@@ -154,13 +155,23 @@ internal sealed class ParquetColumns : IDisposable
 
     private sealed class Leaf(DataField column, int there) : Node(column, there), IDisposable
     {
+        private RawColumnData? _data;
+        private int[] _definitions = [], _repetitions = [];
+        private ReadOnlyMemory<char>[] _texts = [];
         private int _at, _value;
 
         public DataField Column => column;
 
-        public RawColumnData? Data { get; set; }
+        /// <summary>Takes the column; what is asked for often is copied out of it once.</summary>
+        public void Take(RawColumnData data)
+        {
+            _data = data;
+            if (column.MaxDefinitionLevel > 0) _definitions = data.DefinitionLevels.ToArray();
+            if (column.MaxRepetitionLevel > 0) _repetitions = data.RepetitionLevels.ToArray();
+            if (data is RawColumnData<ReadOnlyMemory<char>> texts) _texts = texts.Values.ToArray();
+        }
 
-        public bool IsKnown => Data is RawColumnData<ReadOnlyMemory<char>>
+        public bool IsKnown => _data is RawColumnData<ReadOnlyMemory<char>>
             or RawColumnData<ReadOnlyMemory<byte>> or RawColumnData<bool> or RawColumnData<int>
             or RawColumnData<long> or RawColumnData<float> or RawColumnData<double>;
 
@@ -169,24 +180,23 @@ internal sealed class ParquetColumns : IDisposable
         public override Leaf First => this;
 
         /// <summary>Of what comes next.</summary>
-        public int Definition => column.MaxDefinitionLevel == 0 ? 0 : Data!.DefinitionLevels[_at];
+        public int Definition => column.MaxDefinitionLevel == 0 ? 0 : _definitions[_at];
 
         /// <summary>The same; 0 at the end.</summary>
-        public int Repetition => column.MaxRepetitionLevel > 0
-            && _at < Data!.RepetitionLevels.Length ? Data.RepetitionLevels[_at] : 0;
+        public int Repetition => _at < _repetitions.Length ? _repetitions[_at] : 0;
 
         public void Next() => _at++;
 
-        public void Dispose() => Data?.Dispose();
+        public void Dispose() => _data?.Dispose();
 
         protected override void WriteThere(Utf8JsonWriter json)
         {
             int i = _value++;
             _at++;
-            switch (Data)
+            switch (_data)
             {
-                case RawColumnData<ReadOnlyMemory<char>> c:
-                    json.WriteStringValue(c.Values[i].Span);
+                case RawColumnData<ReadOnlyMemory<char>>:
+                    json.WriteStringValue(_texts[i].Span);
                     break;
                 case RawColumnData<ReadOnlyMemory<byte>> c:
                     json.WriteBase64StringValue(c.Values[i].Span);
@@ -196,6 +206,9 @@ internal sealed class ParquetColumns : IDisposable
                 case RawColumnData<long> c: json.WriteNumberValue(c.Values[i]); break;
                 case RawColumnData<float> c: Number(json, c.Values[i]); break;
                 case RawColumnData<double> c: Number(json, c.Values[i]); break;
+                // Dates and the like are nothing that a row has use for, but under a key of its
+                // own they harm no one.
+                default: json.WriteNullValue(); break;
             }
         }
 

@@ -31,7 +31,8 @@ internal static class ParquetRows
         });
         int number = 0;
         using var stream = Stream(bytes);
-        ParquetReader file = Guard(path, () => ParquetReader.CreateAsync(stream).GetAwaiter().GetResult());
+        ParquetReader file = Guard(
+            path, () => ParquetReader.CreateAsync(stream).GetAwaiter().GetResult());
         for (int group = 0; group < file.RowGroupCount; group++)
         {
             int at = group;

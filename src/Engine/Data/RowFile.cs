@@ -11,6 +11,24 @@ namespace MiniCpmNative.Engine.Data;
 /// </summary>
 public sealed class RowFile
 {
+    // What people hand in by its first bytes, with the way to what is read.
+    private static readonly (byte[] Start, string Kind)[] s_kinds =
+    [
+        ([0x1f, 0x8b], "compressed by gzip (gunzip it)"),
+        ([0x28, 0xb5, 0x2f, 0xfd], "compressed by Zstandard (unzstd it)"),
+        ("PK\x03\x04"u8.ToArray(),
+            "a zip archive or an Excel workbook (unzip it, or save the sheet as .csv)"),
+        ("ARROW1"u8.ToArray(), "an Arrow file (save the data set with to_parquet)"),
+        ([0xff, 0xff, 0xff, 0xff], "an Arrow file (save the data set with to_parquet)"),
+        ("SQLite format 3"u8.ToArray(), "an SQLite database"),
+        ([0x80, 2], "a pickle of Python's"), ([0x80, 3], "a pickle of Python's"),
+        ([0x80, 4], "a pickle of Python's"), ([0x80, 5], "a pickle of Python's"),
+        ([0xff, 0xfe], "in UTF-16 (save it in UTF-8)"),
+        ([0xfe, 0xff], "in UTF-16 (save it in UTF-8)"),
+        ("version https://git-lfs"u8.ToArray(),
+            "a pointer of Git LFS, not the rows themselves (run git lfs pull)"),
+    ];
+
     private readonly string _path;
     private readonly RowOptions _options;
     private readonly int _before;
@@ -155,23 +173,12 @@ public sealed class RowFile
         }
     }
 
-    // What people hand in by its first bytes, with the way to what is read.
-    private static string? Kind(ReadOnlySpan<byte> bytes) =>
-        bytes.StartsWith((ReadOnlySpan<byte>)[0x1f, 0x8b]) ? "compressed by gzip (gunzip it)"
-        : bytes.StartsWith("PK\x03\x04"u8)
-            ? "a zip archive or an Excel workbook (unzip it, or save the sheet as .csv)"
-        : bytes.StartsWith((ReadOnlySpan<byte>)[0x28, 0xb5, 0x2f, 0xfd])
-            ? "compressed by Zstandard (unzstd it)"
-        : bytes.StartsWith("ARROW1"u8) || bytes.StartsWith((ReadOnlySpan<byte>)[0xff, 0xff, 0xff, 0xff])
-            ? "an Arrow file (save the data set with to_parquet)"
-        : bytes.StartsWith("SQLite format 3"u8) ? "an SQLite database"
-        : bytes.StartsWith((ReadOnlySpan<byte>)[0x80, 2]) || bytes.StartsWith((ReadOnlySpan<byte>)[0x80, 3])
-            || bytes.StartsWith((ReadOnlySpan<byte>)[0x80, 4]) || bytes.StartsWith((ReadOnlySpan<byte>)[0x80, 5])
-            ? "a pickle of Python's"
-        : bytes.StartsWith((ReadOnlySpan<byte>)[0xff, 0xfe]) || bytes.StartsWith((ReadOnlySpan<byte>)[0xfe, 0xff])
-            ? "in UTF-16 (save it in UTF-8)"
-        : bytes.StartsWith("version https://git-lfs"u8)
-            ? "a pointer of Git LFS, not the rows themselves (run git lfs pull)" : null;
+    private static string? Kind(ReadOnlySpan<byte> bytes)
+    {
+        foreach (var (start, kind) in s_kinds)
+            if (bytes.StartsWith(start)) return kind;
+        return null;
+    }
 
     private static string NotUtf8(ReadOnlySpan<byte> bytes)
     {

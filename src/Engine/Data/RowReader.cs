@@ -177,7 +177,8 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
     {
         string[] keys = [.. row.EnumerateObject().Select(member => member.Name)];
         if (keys.Length == 0) return "";
-        return ": the row has only " + Messages.List([.. keys.Select(key => $"\"{Messages.OneLine(key)}\"")])
+        return ": the row has only "
+            + Messages.List([.. keys.Select(key => $"\"{Messages.OneLine(key)}\"")])
             + (row.EnumerateObject().Any(member => member.Value.Items()
                 .Any(item => item.ValueKind == JsonValueKind.Object))
                 ? "; where the rows stand under a key, write their list alone" : "");

@@ -82,7 +82,8 @@ public sealed class RunFolder : IDisposable
         var all = Checkpoints(folder);
         if (keep is not { } most) return;
         var others = all.Where(checkpoint => checkpoint.Step != best).ToList();
-        int kept = Math.Max(most - (all.Count - others.Count), all.Count > 0 && all[^1].Step == best ? 0 : 1);
+        int least = all.Count > 0 && all[^1].Step == best ? 0 : 1;
+        int kept = Math.Max(most - (all.Count - others.Count), least);
         for (int i = 0; i < others.Count - kept; i++) Remove(others[i].Path);
     }
 

@@ -142,7 +142,8 @@ public sealed partial class TrainRun
         if (!_arguments.LoadBestModelAtEnd) return done;
         if (_log.Best is not { } best)
         {
-            _log.Message("load_best_model_at_end: no checkpoint was evaluated, the result is the last step's");
+            _log.Message("load_best_model_at_end: no checkpoint was evaluated, the result is the last "
+                + "step's");
             return done;
         }
 

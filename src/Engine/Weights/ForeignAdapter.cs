@@ -19,8 +19,8 @@ internal static partial class ForeignAdapter
         var tensors = new Dictionary<string, StoredTensor>(StringComparer.Ordinal);
         foreach (StoredTensor tensor in file.Tensors)
         {
-            string name = Magnitude().Replace(Whole().Replace(
-                Factor().Replace(tensor.Name, ".$1.$2"), "."), ".lora_magnitude_vector");
+            string name = Vector().Replace(
+                Whole().Replace(Factor().Replace(tensor.Name, ".$1.$2"), "."), ".$1");
             if (!tensors.TryAdd(name, tensor))
                 throw new InputException($"{file.Path}: holds {Messages.Quote(name)} of several "
                     + "adapters; save one of them alone");
@@ -41,8 +41,10 @@ internal static partial class ForeignAdapter
             && l.Contains("." + Layers, StringComparison.Ordinal)) is not { } inside) return null;
         string root = inside[..(inside.IndexOf("." + Layers, StringComparison.Ordinal) + 1)];
         const string endOfA = ".lora_A.weight";
-        string[] modules = [.. tensors.Keys.Where(name => name.EndsWith(endOfA, StringComparison.Ordinal)
-            && name.StartsWith(Prefix, StringComparison.Ordinal)).Select(name => name[Prefix.Length..^endOfA.Length])];
+        string[] modules = [.. tensors.Keys
+            .Where(name => name.EndsWith(endOfA, StringComparison.Ordinal)
+                && name.StartsWith(Prefix, StringComparison.Ordinal))
+            .Select(name => name[Prefix.Length..^endOfA.Length])];
         if (modules.Length == 0 || root == Root
             || !modules.All(m => !linears.Contains(m) && linears.Contains(InModel(m)))) return null;
         string Renamed(string name) => name.StartsWith(Prefix, StringComparison.Ordinal)
@@ -83,8 +85,8 @@ internal static partial class ForeignAdapter
     [GeneratedRegex(@"\.modules_to_save\.[^.]+\.")]
     private static partial Regex Whole();
 
-    [GeneratedRegex(@"\.lora_magnitude_vector(\.[^.]+)*$")]
-    private static partial Regex Magnitude();
+    [GeneratedRegex(@"\.(lora_magnitude_vector|lora_embedding_[AB])(\.[^.]+)*$")]
+    private static partial Regex Vector();
 
     [GeneratedRegex(@"(?<=\.)\d+(?=\.)")]
     private static partial Regex Number();
