@@ -219,8 +219,8 @@ public sealed partial class AdapterLayout
     {
         if (!config.Targets.IsAllLinear) return config;
         List<string> names = [.. LastNames(table.Linears.Where(l => l.Name != table.Head
-            && l.IsOfAll).Select(l => l.Name)).Order(StringComparer.Ordinal)];
-        List<string> without = [.. table.Linears.Where(l => !l.IsOfAll
+            && l.NoAdapter is null).Select(l => l.Name)).Order(StringComparer.Ordinal)];
+        List<string> without = [.. table.Linears.Where(l => l.NoAdapter is not null
             && names.Exists(name => IsOrEndsWith(l.Name, name))).Select(l => l.Name)];
         TargetModules? exclude = (config.Exclude, without.Count) switch
         {
@@ -262,7 +262,7 @@ public sealed partial class AdapterLayout
         var matched = table.Modules.Where(module => IsChosen(module, config))
             .Except(whole).ToHashSet(StringComparer.Ordinal);
         List<LinearModule> targets =
-            [.. table.Linears.Where(linear => matched.Remove(linear.Name))];
+            [.. table.Hosts.Where(host => matched.Remove(host.Name))];
         if (targets.Find(target => target.NoAdapter is not null) is { } refused)
             throw new InputException(
                 $"{place}: target_modules matches {refused.Name}: {refused.NoAdapter}");
@@ -272,7 +272,7 @@ public sealed partial class AdapterLayout
         if (targets.Count == 0 && config.TargetParameters.Count == 0)
             throw new InputException(
                 $"{place}: target_modules {Shown(config)} matches no linear layer; there"
-                + $" are {string.Join(", ", table.Linears.Where(l => l.IsOfAll).Select(l => Digits().Replace(l.Name, "N")).Distinct())}");
+                + $" are {string.Join(", ", table.Linears.Where(l => l.NoAdapter is null).Select(l => Digits().Replace(l.Name, "N")).Distinct())}");
         List<LinearModule> inside = [.. targets.Where(target => whole.Any(module =>
             target.Name.StartsWith(module + ".", StringComparison.Ordinal)))];
         if (inside.Count == targets.Count && targets.Count > 0)
@@ -327,7 +327,7 @@ public sealed partial class AdapterLayout
         List<string> whole, List<LinearModule> targets, string place)
     {
         const string key = "trainable_token_indices";
-        List<LinearModule> possible = [.. table.Linears
+        List<LinearModule> possible = [.. table.Hosts
             .Where(l => l.IsTable || (l.Name == table.Head && !table.Tied.ContainsKey(l.Name)))];
         var found = new List<TokenTarget>();
         foreach (var (name, ids) in config.Tokens?.List ?? [])
