@@ -26,6 +26,9 @@ switch (args)
         return RealBench.Run(rest);
     case ["rows", .. var rest]:
         return RowBench.Run(rest);
+    case ["step", .. var rest] when rest.Contains("--v46"):
+        NativeStepBench.Run(rest);
+        return 0;
     case ["step", .. var rest]:
         StepBench.Run(rest);
         return 0;

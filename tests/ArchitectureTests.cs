@@ -24,6 +24,7 @@ public sealed partial class ArchitectureTests
         ("Config", ""),
         ("Weights", "Config"),
         ("Data.Images", ""),
+        ("Data.Audio", ""),
         ("Data.Text", ""),
         ("Report", "Data.Images"),
         ("Data", "Config Data.Images Data.Text"),

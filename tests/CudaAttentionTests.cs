@@ -19,9 +19,11 @@ public sealed class CudaAttentionTests
 
     private CudaUnderTest _cuda = null!;
 
+    // F32 has one kernel for all head dimensions; the others of it are below.
     private static IEnumerable<TestCaseData> Cases =>
         from headDim in (int[])[64, 72, 80, 96, 128, 256, 8]
         from type in Types
+        where type != DType.F32 || headDim is 8 or 72
         from make in (Func<int, AttentionProblem>[])
         [
             d => Self(2, 2, d, [0, 1, 7, 63], causal: true),

@@ -89,11 +89,17 @@ internal sealed record ModelSizes
         vision["num_attention_heads"] = VHeads;
         File.WriteAllText(path, config.ToJsonString());
         ModelSpec spec = ModelSpec.Read(to);
+        WriteWeights(spec, to);
+        return spec;
+    }
+
+    /// <summary>Random bf16 weights of a model, biases 0, vectors 1.</summary>
+    public static void WriteWeights(ModelSpec spec, string to)
+    {
         byte[] random = Random();
         int tensor = 0;
         CheckpointWriter.Write(to, [.. spec.Parameters.All.Select(p => new TensorToSave(
             p.Name, DType.BF16, p.Shape, Values(p, random, tensor++)))]);
-        return spec;
     }
 
     private static Action<Stream> Values(ModelParameter parameter, byte[] random, int tensor)

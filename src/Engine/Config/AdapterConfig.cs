@@ -14,11 +14,13 @@ public sealed record AdapterConfig
 {
     public const string FileName = "adapter_config.json";
 
-    // Keys that describe, or that only count together with others that are refused.
+    // Keys that describe, that only count together with others that are refused, or that say how
+    // ms-swift trained.
     private static readonly HashSet<string> s_ignored =
     [
-        "auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core",
-        "peft_version", "qalora_group_size", "revision", "task_type",
+        "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dtype", "lorap_emb_lr",
+        "lorap_lr_ratio", "megatron_core", "model_key_mapping", "peft_version", "qalora_group_size",
+        "revision", "task_type",
     ];
 
     private static readonly HashSet<string> s_read =
@@ -285,7 +287,7 @@ public sealed record AdapterConfig
     private static bool IsNeutral(JsonValue value) => value.Element.ValueKind switch
     {
         JsonValueKind.Null or JsonValueKind.False => true,
-        JsonValueKind.Object => !value.Members().Any(),
+        JsonValueKind.Object => value.Members().All(member => IsNeutral(member.Value)),
         JsonValueKind.Array => !value.Items().Any(),
         _ => false,
     };

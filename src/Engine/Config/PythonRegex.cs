@@ -37,7 +37,7 @@ public static class PythonRegex
         catch (ArgumentException failure)
         {
             throw new InputException($"{Messages.Quote(pattern)} is not a regular expression:"
-                + $" {Messages.OneLine(failure.Message)}", failure);
+                + $" {Messages.RegexFault(failure)}", failure);
         }
     }
 

@@ -28,6 +28,9 @@ public enum LrSchedule
     Linear,
     Cosine,
     CosineWithRestarts,
+
+    /// <summary>Cosine down to a lowest rate.</summary>
+    CosineWithMinLr,
     Polynomial,
     Constant,
     ConstantWithWarmup,
@@ -139,8 +142,14 @@ public sealed record MemoryLimit(string Text, double Value)
 /// </summary>
 public sealed record ScheduleOptions
 {
-    [Key("", "cosine: half waves times two (0.5); cosine_with_restarts: waves (1)", Max = 1e6)]
+    [Key("", "cosine, cosine_with_min_lr: half waves times two (0.5); cosine_with_restarts: waves (1)", Max = 1e6)]
     public double? NumCycles { get; init; }
+
+    [Key("", "cosine_with_min_lr: the lowest rate", Max = 1e6)]
+    public double? MinLr { get; init; }
+
+    [Key("", "cosine_with_min_lr: the lowest rate as a share of learning_rate", Max = 1)]
+    public double? MinLrRate { get; init; }
 
     [Key("", "polynomial: exponent", Max = 1e3)]
     public double Power { get; init; } = 1;

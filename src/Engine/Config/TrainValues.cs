@@ -158,8 +158,6 @@ internal static class TrainValues
 
         static string Words(string key, string letters) => (key, letters) switch
         {
-            ("lr_scheduler_type", "cosinewithminlr") =>
-                "; a lowest rate is polynomial's lr_end, in lr_scheduler_kwargs",
             ("optim", "adamwhf") => "; adamw_torch is the same",
             ("optim", "adamwtorch4bit" or "adamwtorch8bit") =>
                 "; adamw_8bit has the fewest bits of AdamW",

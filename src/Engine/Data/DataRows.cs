@@ -28,14 +28,20 @@ public sealed partial class DataRows : IRowLoader
     private BadRow[] _bad = [];
     private PictureCheck? _pictures;
     private BadRow? _failure;
+    private WholeSet? _whole;
 
     private DataRows(DataSources sources, TrainArguments arguments, RowFormat format,
-        Action<string>? message, bool asked = false)
+        Action<string>? message, bool asked = false, DataRows? rest = null)
     {
         format.RequireLlmType(arguments.LlmType, arguments.OfficialCompat);
         Path = sources;
-        (_set, Digest, OtherFormats) = ReadSet(
-            sources, new RowOptions(asked, arguments.TrainOn == TrainOn.Last), arguments.BoxFormat);
+        // Both shares of one set are of one reading.
+        WholeSet whole = rest?._whole is { } read && read.Of == sources with { Share = null }
+            ? read with { Formats = [] }
+            : Read(sources, new RowOptions(asked, arguments.TrainOn == TrainOn.Last));
+        if (rest is not null) rest._whole = null;
+        else if (sources.Share is not null) _whole = whole;
+        (_set, Digest, OtherFormats) = Shared(sources, whole, arguments.BoxFormat);
         _rows = _set.Rows;
         _leftOut = new bool[_rows.Count];
         _skip = arguments.OnBadRow == BadRows.Skip;
@@ -88,12 +94,14 @@ public sealed partial class DataRows : IRowLoader
     public IReadOnlyList<BadRow> Unreadable => _set.Bad;
 
     /// <summary>Reads a data file without checking its rows.</summary>
+    /// <param name="rest">The rows that training has of the same files, where these are a share.
+    /// </param>
     /// <exception cref="InputException">
     /// The file cannot be used, or llm_type is another model's.
     /// </exception>
     public static DataRows Read(
-        DataSources sources, TrainArguments arguments, RowFormat format) =>
-        new(sources, arguments, format, null);
+        DataSources sources, TrainArguments arguments, RowFormat format, DataRows? rest = null) =>
+        new(sources, arguments, format, null, rest: rest);
 
     /// <summary>
     /// The row with this id, or else with this number (counted from 1); -1 if there is none.

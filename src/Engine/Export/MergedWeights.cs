@@ -43,7 +43,7 @@ internal sealed unsafe class MergedWeights : IDisposable
     {
         ModelSpec spec = ModelSpec.Read(model);
         var merged = new MergedWeights(spec, Checkpoint.Open(model),
-            adapter is null ? null : AdapterFile.Open(adapter));
+            adapter is null ? null : AdapterFile.Open(adapter, spec.Parameters));
         try
         {
             merged.Checkpoint.MustMatch(spec.Parameters, Families.Explain);

@@ -90,7 +90,7 @@ public sealed class AskedModel : IDisposable
         {
             checkpoint = Checkpoint.Open(folder);
             checkpoint.MustMatch(spec.Parameters, Families.Explain);
-            file = adapter is null ? null : AdapterFile.Open(adapter);
+            file = adapter is null ? null : AdapterFile.Open(adapter, spec.Parameters);
             spec = spec.Replicated(file?.Config.LayerReplication, checkpoint);
             AdapterLayout? layout = file?.Layout(spec.Parameters);
             var trained = layout is null ? new Dictionary<string, StoredTensor>()

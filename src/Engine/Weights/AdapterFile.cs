@@ -14,21 +14,39 @@ public sealed class AdapterFile : IDisposable
     private const string Prefix = "base_model.model.";
 
     private readonly SafetensorsFile _file;
+    private Dictionary<string, StoredTensor> _tensors;
 
-    private AdapterFile(string directory, AdapterConfig config, SafetensorsFile file) =>
+    private AdapterFile(string directory, AdapterConfig config, SafetensorsFile file)
+    {
         (Directory, Config, _file) = (directory, config, file);
+        try
+        {
+            _tensors = ForeignAdapter.Named(file);
+        }
+        catch
+        {
+            file.Dispose();
+            throw;
+        }
+    }
 
     public string Directory { get; }
 
-    public AdapterConfig Config { get; }
+    /// <summary>Its configuration, in the names of the whole model.</summary>
+    public AdapterConfig Config { get; private set; }
 
-    /// <summary>All tensors under PEFT's names, whatever model they are for.</summary>
-    internal IReadOnlyCollection<StoredTensor> Tensors => _file.Tensors;
+    /// <summary>As the file has it, where it was made for the decoder alone; else null.</summary>
+    internal AdapterConfig? OfDecoder { get; private set; }
 
+    /// <summary>All tensors by PEFT's names, whatever model they are for.</summary>
+    internal Dictionary<string, StoredTensor> Tensors => _tensors;
+
+    /// <param name="directory">Its folder.</param>
+    /// <param name="table">The model it is for, where names of the decoder alone are to be told.</param>
     /// <exception cref="InputException">
     /// A file is missing or broken, or asks for what is not supported.
     /// </exception>
-    public static AdapterFile Open(string directory)
+    public static AdapterFile Open(string directory, ParameterTable? table = null)
     {
         if (!System.IO.Directory.Exists(directory))
             throw new InputException($"{directory}: there is no such directory");
@@ -37,7 +55,11 @@ public sealed class AdapterFile : IDisposable
         if (!File.Exists(weights) && File.Exists(Path.Combine(directory, "adapter_model.bin")))
             throw new InputException(
                 $"{directory}: has adapter_model.bin only; convert it to {WeightsName}");
-        return new AdapterFile(directory, config, SafetensorsFile.Open(weights));
+        var file = new AdapterFile(directory, config, SafetensorsFile.Open(weights));
+        if (table is not null
+            && ForeignAdapter.OfDecoder(table, config, file._tensors) is { } whole)
+            (file.Config, file._tensors, file.OfDecoder) = (whole.Config, whole.Tensors, config);
+        return file;
     }
 
     /// <summary>
@@ -59,10 +81,12 @@ public sealed class AdapterFile : IDisposable
     public IReadOnlyDictionary<string, StoredTensor> Match(AdapterLayout layout)
     {
         AdapterTensor[] wanted = [.. layout.Tensors
-            .Where(tensor => !tensor.Optional || _file.Find(tensor.FileName) is not null)];
+            .Where(tensor => !tensor.Optional || _tensors.ContainsKey(tensor.FileName))];
         var stored = TensorMatch.Require(
-            _file.Path, [.. _file.Tensors.Where(t => Copied(t) is not { } own
-                || !layout.Targets.Any(target => target.Weight == own))],
+            _file.Path,
+            _tensors.Where(t => Copied(t.Key) is not { } own
+                || !layout.Targets.Any(target => target.Weight == own))
+                .ToDictionary(StringComparer.Ordinal),
             [.. wanted.Select(t => new ExpectedTensor(t.FileName, t.Shape))], Explain);
         return wanted.Zip(stored).ToDictionary(
             pair => pair.First.Name, pair => pair.Second, StringComparer.Ordinal);
@@ -76,9 +100,9 @@ public sealed class AdapterFile : IDisposable
     public void MustBeOn(Checkpoint model)
     {
         const int piece = 1 << 22;
-        foreach (StoredTensor copy in _file.Tensors)
+        foreach (var (stored, copy) in _tensors)
         {
-            if (Copied(copy) is not { } name || model.Find(name) is not { } own) continue;
+            if (Copied(stored) is not { } name || model.Find(name) is not { } own) continue;
             bool same = copy.Sizes.SequenceEqual(own.Sizes);
             if (same && copy.StoredType == own.StoredType && own is not PackedTensor)
             {
@@ -103,10 +127,10 @@ public sealed class AdapterFile : IDisposable
     }
 
     // The model's own matrix that a tensor is a copy of, by its name.
-    private static string? Copied(StoredTensor tensor) =>
-        tensor.Name.StartsWith(Prefix, StringComparison.Ordinal)
-        && tensor.Name.EndsWith(".base_layer.weight", StringComparison.Ordinal)
-            ? tensor.Name[Prefix.Length..].Replace(".base_layer.", ".", StringComparison.Ordinal)
+    private static string? Copied(string name) =>
+        name.StartsWith(Prefix, StringComparison.Ordinal)
+        && name.EndsWith(".base_layer.weight", StringComparison.Ordinal)
+            ? name[Prefix.Length..].Replace(".base_layer.", ".", StringComparison.Ordinal)
             : null;
 
     /// <summary>

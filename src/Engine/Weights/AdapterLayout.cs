@@ -213,10 +213,21 @@ public sealed partial class AdapterLayout
 
     /// <summary>
     /// With "all-linear" as the list of names that PEFT 0.21 makes of it, and what takes no adapter
-    /// excluded.
+    /// excluded; with a pattern that matches other modules too, as those of ms-swift do, which
+    /// passes them over, as one that PEFT takes: of the linear layers alone.
     /// </summary>
     public static AdapterConfig Resolve(ParameterTable table, AdapterConfig config)
     {
+        if (config.Targets is { Pattern: not null, IsAllLinear: false })
+        {
+            var linears = table.Linears.Select(l => l.Name).ToHashSet(StringComparer.Ordinal);
+            string[] chosen = [.. table.Modules.Where(module => IsChosen(module, config)
+                && !config.ModulesToSave.Any(name => module.EndsWith(name, StringComparison.Ordinal)))];
+            string[] named = [.. chosen.Where(linears.Contains)];
+            return named.Length == 0 || named.Length == chosen.Length ? config
+                : config with { Targets = ForeignAdapter.Exactly(named) };
+        }
+
         if (!config.Targets.IsAllLinear) return config;
         List<string> names = [.. LastNames(table.Linears.Where(l => l.Name != table.Head
             && l.NoAdapter is null).Select(l => l.Name)).Order(StringComparer.Ordinal)];

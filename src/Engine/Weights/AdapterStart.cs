@@ -9,6 +9,19 @@ namespace MiniCpmNative.Engine.Weights;
 /// </summary>
 internal static class AdapterStart
 {
+    /// <summary>
+    /// What the configuration asks for, with the layers of an adapter of the decoder alone in the
+    /// names of the whole model, where no others are given.
+    /// </summary>
+    public static AdapterConfig Settled(AdapterConfig own, AdapterFile start) =>
+        start.OfDecoder is not { } stored || Shown(own) != Shown(stored) ? own : own with
+        {
+            Targets = start.Config.Targets,
+            Exclude = null,
+            LayersToTransform = null,
+            LayersPattern = [],
+        };
+
     /// <summary>Holds what cannot change against the adapter's.</summary>
     /// <param name="own">What the configuration asks for.</param>
     /// <param name="start">The adapter.</param>
