@@ -214,17 +214,19 @@ public sealed partial class AdapterLayout
     /// <summary>
     /// With "all-linear" as the list of names that PEFT 0.21 makes of it, and what takes no adapter
     /// excluded; with a pattern that matches other modules too, as those of ms-swift do, which
-    /// passes them over, as one that PEFT takes: of the linear layers alone.
+    /// passes them over, as one that PEFT takes: of linear layers and the embedding alone.
     /// </summary>
     public static AdapterConfig Resolve(ParameterTable table, AdapterConfig config)
     {
         if (config.Targets is { Pattern: not null, IsAllLinear: false })
         {
-            var linears = table.Linears.Select(l => l.Name).ToHashSet(StringComparer.Ordinal);
+            var hosts = table.Hosts.ToDictionary(host => host.Name, StringComparer.Ordinal);
             string[] chosen = [.. table.Modules.Where(module => IsChosen(module, config)
                 && !config.ModulesToSave.Any(name => module.EndsWith(name, StringComparison.Ordinal)))];
-            string[] named = [.. chosen.Where(linears.Contains)];
-            return named.Length == 0 || named.Length == chosen.Length ? config
+            if (Array.TrueForAll(chosen, hosts.ContainsKey)) return config;
+            string[] named = [.. chosen.Where(module =>
+                hosts.TryGetValue(module, out var host) && host.OnlyRead is null)];
+            return named.Length == 0 ? config
                 : config with { Targets = ForeignAdapter.Exactly(named) };
         }
 
