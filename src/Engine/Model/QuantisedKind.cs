@@ -14,7 +14,7 @@ public sealed record Quantisation(
     /// <summary>Whether it takes a linear layer. The head's product is a part of the loss, which
     /// reads it as it is.</summary>
     public bool Takes(ParameterTable table, LinearModule linear) => linear.Name != table.Head
-        && !linear.IsTable && linear.OnlyRead is null && (Skipped is null
+        && (Skipped is null
             ? table.Find(linear.Name + ".weight")?.Part == ModelPart.Decoder
             : !Skipped.Any(name => $".{linear.Name}.".Contains($".{name}.", StringComparison.Ordinal)));
 

@@ -214,24 +214,26 @@ public sealed partial class AdapterLayout
     /// <summary>
     /// With "all-linear" as the list of names that PEFT 0.21 makes of it, and what takes no adapter
     /// excluded; with a pattern that matches other modules too, as those of ms-swift do, which
-    /// passes them over, as one that PEFT takes: of the linear layers alone.
+    /// passes them over, as one that PEFT takes: of linear layers and the embedding alone.
     /// </summary>
     public static AdapterConfig Resolve(ParameterTable table, AdapterConfig config)
     {
         if (config.Targets is { Pattern: not null, IsAllLinear: false })
         {
-            var linears = table.Linears.Select(l => l.Name).ToHashSet(StringComparer.Ordinal);
+            var hosts = table.Hosts.ToDictionary(host => host.Name, StringComparer.Ordinal);
             string[] chosen = [.. table.Modules.Where(module => IsChosen(module, config)
                 && !config.ModulesToSave.Any(name => module.EndsWith(name, StringComparison.Ordinal)))];
-            string[] named = [.. chosen.Where(linears.Contains)];
-            return named.Length == 0 || named.Length == chosen.Length ? config
+            if (Array.TrueForAll(chosen, hosts.ContainsKey)) return config;
+            string[] named = [.. chosen.Where(module =>
+                hosts.TryGetValue(module, out var host) && host.OnlyRead is null)];
+            return named.Length == 0 ? config
                 : config with { Targets = ForeignAdapter.Exactly(named) };
         }
 
         if (!config.Targets.IsAllLinear) return config;
         List<string> names = [.. LastNames(table.Linears.Where(l => l.Name != table.Head
-            && l.IsOfAll).Select(l => l.Name)).Order(StringComparer.Ordinal)];
-        List<string> without = [.. table.Linears.Where(l => !l.IsOfAll
+            && l.NoAdapter is null).Select(l => l.Name)).Order(StringComparer.Ordinal)];
+        List<string> without = [.. table.Linears.Where(l => l.NoAdapter is not null
             && names.Exists(name => IsOrEndsWith(l.Name, name))).Select(l => l.Name)];
         TargetModules? exclude = (config.Exclude, without.Count) switch
         {
@@ -273,7 +275,7 @@ public sealed partial class AdapterLayout
         var matched = table.Modules.Where(module => IsChosen(module, config))
             .Except(whole).ToHashSet(StringComparer.Ordinal);
         List<LinearModule> targets =
-            [.. table.Linears.Where(linear => matched.Remove(linear.Name))];
+            [.. table.Hosts.Where(host => matched.Remove(host.Name))];
         if (targets.Find(target => target.NoAdapter is not null) is { } refused)
             throw new InputException(
                 $"{place}: target_modules matches {refused.Name}: {refused.NoAdapter}");
@@ -283,7 +285,7 @@ public sealed partial class AdapterLayout
         if (targets.Count == 0 && config.TargetParameters.Count == 0)
             throw new InputException(
                 $"{place}: target_modules {Shown(config)} matches no linear layer; there"
-                + $" are {string.Join(", ", table.Linears.Where(l => l.IsOfAll).Select(l => Digits().Replace(l.Name, "N")).Distinct())}");
+                + $" are {string.Join(", ", table.Linears.Where(l => l.NoAdapter is null).Select(l => Digits().Replace(l.Name, "N")).Distinct())}");
         List<LinearModule> inside = [.. targets.Where(target => whole.Any(module =>
             target.Name.StartsWith(module + ".", StringComparison.Ordinal)))];
         if (inside.Count == targets.Count && targets.Count > 0)
@@ -338,7 +340,7 @@ public sealed partial class AdapterLayout
         List<string> whole, List<LinearModule> targets, string place)
     {
         const string key = "trainable_token_indices";
-        List<LinearModule> possible = [.. table.Linears
+        List<LinearModule> possible = [.. table.Hosts
             .Where(l => l.IsTable || (l.Name == table.Head && !table.Tied.ContainsKey(l.Name)))];
         var found = new List<TokenTarget>();
         foreach (var (name, ids) in config.Tokens?.List ?? [])

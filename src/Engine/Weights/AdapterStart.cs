@@ -81,7 +81,7 @@ internal static class AdapterStart
     }
 
     private static HashSet<string> Layers(AdapterConfig config, ParameterTable table) =>
-        [.. table.Linears.Select(linear => linear.Name)
+        [.. table.Hosts.Select(host => host.Name)
             .Where(name => AdapterLayout.IsChosen(name, config))];
 
     private static string Name(LoraBias bias) => TrainKeys.SnakeCase(bias.ToString());

@@ -45,9 +45,6 @@ public sealed record LinearModule(
 
     /// <summary>The name of its matrix.</summary>
     public string Weight { get; init; } = Name + ".weight";
-
-    /// <summary>Whether "all-linear" has it, the head left aside.</summary>
-    public bool IsOfAll => NoAdapter is null && OnlyRead is null && !IsTable;
 }
 
 /// <summary>
@@ -66,7 +63,8 @@ public sealed class ParameterTable
     private ParameterTable(Builder builder)
     {
         All = builder.Parameters;
-        _linears = builder.Linears;
+        Hosts = builder.Hosts;
+        _linears = [.. Hosts.Where(host => !host.IsTable && host.OnlyRead is null)];
         _tied = builder.Tied;
         _untouched = [.. builder.Untouched];
         _blocks = [.. builder.Blocks];
@@ -92,6 +90,10 @@ public sealed class ParameterTable
 
     /// <summary>Linear layers, those that take no adapter among them.</summary>
     public IReadOnlyList<LinearModule> Linears => _linears;
+
+    /// <summary>All that an adapter's targets may name: those, the embedding, and attentions that
+    /// have one as a whole.</summary>
+    public IReadOnlyList<LinearModule> Hosts { get; }
 
     /// <summary>Parameters that are matrices of experts, by their own names.</summary>
     public IReadOnlyList<LinearModule> Experts { get; }
@@ -148,7 +150,7 @@ public sealed class ParameterTable
     {
         internal List<ModelParameter> Parameters { get; } = [];
 
-        internal List<LinearModule> Linears { get; } = [];
+        internal List<LinearModule> Hosts { get; } = [];
 
         internal HashSet<string> Modules { get; } = new(StringComparer.Ordinal);
 
@@ -168,7 +170,7 @@ public sealed class ParameterTable
 
         public void Add(ModelParameter parameter) => Parameters.Add(parameter);
 
-        public void Add(LinearModule linear) => Linears.Add(linear);
+        public void Add(LinearModule linear) => Hosts.Add(linear);
 
         /// <summary>A module without parameters of its own.</summary>
         public void AddModule(string name) => Modules.Add(name);
