@@ -95,7 +95,7 @@ public sealed class LaunchCountTests
         public Tensor Matrix(string name, int begin, int rows, int cols) =>
             New(DType.BF16, rows, cols);
 
-        public Tensor Table(string name) =>
+        public Tensor Table(string name, bool isLookedUp) =>
             New(DType.BF16, s_spec.VocabSize, s_spec.HiddenSize);
 
         public Tensor Original(string name) => Tensor.None;

@@ -203,7 +203,7 @@ public sealed class ModelVariantTests
             TrainArguments arguments = V26.Full with { Threads = threads };
             using var model = TunedModel.Open(arguments);
             double loss = V26.Gradients(model, arguments, batch).Loss;
-            results.Add((loss, model.Device.ReadFloats(model.ParameterRanges.Gradients)));
+            results.Add((loss, V26.AllGradients(model)));
         }
 
         foreach (var (loss, gradients) in results)

@@ -39,6 +39,16 @@ public sealed partial record TrainArguments
         SameBits = true)]
     public bool? StreamWeights { get; init; }
 
+    [Key("Model", "what the optimizer alone reads, moments and masters of 16-bit weights, lies in the "
+        + "machine's memory: true, false; when not given, where the run does not fit otherwise",
+        SameBits = true)]
+    public bool? OffloadOptimizer { get; init; }
+
+    [Key("Model", "trained layers and their gradients lie in the machine's memory too and pass "
+        + "through the GPU with stream_weights' buffers; embeddings stay there: true, false; when "
+        + "not given, where the run does not fit otherwise", SameBits = true)]
+    public bool? OffloadParam { get; init; }
+
     [Key("Model", "on a GPU, products of float32 in TF32: faster, with 10 bits of mantissa")]
     public bool Tf32 { get; init; }
 

@@ -39,8 +39,8 @@ public sealed partial record TrainArguments
     /// <summary>What is computed again in backward, both keys together.</summary>
     public Recompute Recomputes => GradientCheckpointing || Streams ? Recompute.Block : Recompute;
 
-    /// <summary>Whether frozen layers lie in host memory.</summary>
-    public bool Streams => StreamWeights == true;
+    /// <summary>Whether frozen layers lie in host memory, trained ones or not.</summary>
+    public bool Streams => StreamWeights == true || OffloadParam == true;
 
     /// <summary>The folder of the TensorBoard files.</summary>
     public string LogFolder => LoggingDir ?? Path.Combine(OutputDir, "runs");
@@ -75,8 +75,11 @@ internal static class TrainChecks
             $"gradient_checkpointing recomputes every layer, recompute={TrainKeys.SnakeCase(a.Recompute.ToString())}"
             + " less: leave one of them out");
         Refuse(a.Streams && a.Recompute is not (Recompute.Auto or Recompute.Block),
-            "stream_weights recomputes every layer when its weights come back, "
+            (a.StreamWeights == true ? "stream_weights" : "offload_param")
+            + " recomputes every layer when its weights come back, "
             + $"recompute={TrainKeys.SnakeCase(a.Recompute.ToString())} less: leave one of them out");
+        Refuse(a.OffloadParam == true && a.StreamWeights == false,
+            "offload_param streams frozen layers too: leave stream_weights=false out");
         Refuse(a.UseLora && a.TuneLlm, "use_lora and tune_llm are both true: set tune_llm to false "
             + "(the language model then learns through its adapters)");
         Refuse(!a.UseLora && a.ModulesToSave is { Count: > 0 },

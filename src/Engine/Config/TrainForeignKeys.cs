@@ -15,7 +15,7 @@ internal static class TrainForeignKeys
         overwrite_cache plot_loss preprocessing_num_workers print_param_status trust_remote_code use_hf
         dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor
         ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_timeout
-        debug deepspeed do_eval do_predict do_train enable_jit_checkpoint eval_accumulation_steps
+        debug do_eval do_predict do_train enable_jit_checkpoint eval_accumulation_steps
         eval_do_concat_batches eval_use_gather_object fp16_backend fp16_full_eval fp16_opt_level
         fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap full_determinism
         gradient_checkpointing_kwargs half_precision_backend hub_always_push hub_model_id

@@ -37,8 +37,8 @@ public sealed class Decoder : IBatchInput
         if (!spec.RopeSections.IsEmpty) _canvas = new CanvasRope(spec);
         if (spec.OutputScale != 1) _outputScale = new Scale(spec.OutputScale);
         ModuleScope model = scope.In(name);
-        _embedding = model.Tokens(
-            "embed_tokens", spec.VocabSize, spec.HiddenSize, spec.EmbeddingScale);
+        _embedding = model.Tokens("embed_tokens", spec.VocabSize, spec.HiddenSize,
+            spec.EmbeddingScale, spec.TiedHead);
         _layers = new DecoderLayer[spec.Layers];
         for (int i = 0; i < _layers.Length; i++)
             _layers[i] = new DecoderLayer(spec, model.In("layers").In(i), i, recomputation);

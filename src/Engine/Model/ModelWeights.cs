@@ -19,7 +19,7 @@ public abstract class ModelTensors(Graph graph, ParameterRanges trainables, Adap
 {
     protected Device Device { get; } = graph.Device;
 
-    /// <summary>Whether frozen tensors of blocks lie in host memory.</summary>
+    /// <summary>Whether tensors of blocks, and those that are looked up, lie in host memory.</summary>
     public bool Streams { get; init; }
 
     public StreamedBlock? BeginBlock(ModelPart part) =>
@@ -41,13 +41,13 @@ public abstract class ModelTensors(Graph graph, ParameterRanges trainables, Adap
         Tensor value = trainables.Value(name);
         int all = checked((int)(value.Shape.Count / cols));
         Tensor matrix = value.Reshape(all, cols).Slice(begin, rows);
-        return !trainables.Learns ? matrix : graph.Parameter(
-            matrix, trainables.Gradient(name).Reshape(all, cols).Slice(begin, rows));
+        return !trainables.Learns ? matrix : Parameter(
+            name, matrix, trainables.Gradient(name).Reshape(all, cols).Slice(begin, rows));
     }
 
     // Row-major also when frozen.
-    public Tensor Table(string name) => trainables.Contains(name)
-        ? Parameter(name, 0, ShapeOf(name)[0]) : FrozenTable(name);
+    public Tensor Table(string name, bool isLookedUp) => trainables.Contains(name)
+        ? Parameter(name, 0, ShapeOf(name)[0]) : FrozenTable(name, isLookedUp && Streams);
 
     public Tensor Original(string name)
     {
@@ -75,7 +75,7 @@ public abstract class ModelTensors(Graph graph, ParameterRanges trainables, Adap
         // In F32 on every device: its changes are small.
         string magnitude = Adapters.NameOfMagnitude(module);
         Tensor m = trainables.Value(magnitude);
-        if (trainables.Learns) m = graph.Parameter(m, trainables.Gradient(magnitude));
+        if (trainables.Learns) m = Parameter(magnitude, m, trainables.Gradient(magnitude));
         return new Projection(matrix, bias, adapter, adapters.Dropout, a, b, m,
             FrozenSquares(weight, begin, rows));
     }
@@ -125,7 +125,9 @@ public abstract class ModelTensors(Graph graph, ParameterRanges trainables, Adap
     /// <summary>In the device's packed form.</summary>
     protected abstract Tensor FrozenMatrix(string name, int begin, int rows, int cols);
 
-    protected abstract Tensor FrozenTable(string name);
+    /// <param name="name">The parameter.</param>
+    /// <param name="inHost">Whether it may lie in host memory.</param>
+    protected abstract Tensor FrozenTable(string name, bool inHost);
 
     /// <summary>A frozen weight that is not dense, or null.</summary>
     protected abstract Weight? OtherKind(string weight, int begin, int rows);
@@ -134,8 +136,14 @@ public abstract class ModelTensors(Graph graph, ParameterRanges trainables, Adap
     {
         Tensor value = trainables.Operand(name).Slice(begin, count);
         return !trainables.Learns ? value
-            : graph.Parameter(value, trainables.Gradient(name).Slice(begin, count));
+            : Parameter(name, value, trainables.Gradient(name).Slice(begin, count));
     }
+
+    // Of a block that is streamed, with the block.
+    private Tensor Parameter(string name, Tensor value, Tensor gradient) =>
+        !trainables.Visits(name) ? graph.Parameter(value, gradient)
+        : graph.Parameter(Device.Visiting(value, isGradient: false),
+            Device.Visiting(gradient, isGradient: true), home: gradient);
 }
 
 /// <summary>
@@ -213,11 +221,11 @@ public sealed class ModelWeights(
         }
     }
 
-    protected override unsafe Tensor FrozenTable(string name)
+    protected override unsafe Tensor FrozenTable(string name, bool inHost)
     {
         StoredTensor file = checkpoint.Get(name);
         using var values = new StorageValues(file, 0, file.Count, storage);
-        Tensor table = Device.Allocate(new Spec(values.Type, file.Shape), name);
+        Tensor table = Device.AllocateIn(inHost, new Spec(values.Type, file.Shape), name);
         Device.Upload(table, values.Data);
         return table;
     }

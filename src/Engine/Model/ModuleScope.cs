@@ -169,20 +169,32 @@ public sealed class ModuleScope
     /// <param name="name">The parameter.</param>
     /// <param name="isFixed">See <see cref="ModelParameter"/>.</param>
     /// <param name="sizes">The official shape.</param>
-    public Tensor Table(string name, bool isFixed = false, params ReadOnlySpan<int> sizes)
+    public Tensor Table(string name, bool isFixed = false, params ReadOnlySpan<int> sizes) =>
+        Table(Declare(Name(name), decays: true, sizes, isFixed), isLookedUp: false);
+
+    /// <summary>A matrix of which each run looks up few rows, and nothing else is done.</summary>
+    public Tensor LookUp(string name, int rows, int cols)
     {
-        string full = Declare(Name(name), decays: true, sizes, isFixed);
-        Tensor table = _source.Table(full);
+        string full = Declare(Name(name), decays: true, [rows, cols]);
+        _table.AddLookedUp(full);
+        return Table(full, isLookedUp: true);
+    }
+
+    private Tensor Table(string full, bool isLookedUp)
+    {
+        Tensor table = _source.Table(full, isLookedUp);
         return table.Exists
             ? table.Reshape((int)table.Shape.Rows, table.Shape.Cols) : table;
     }
 
-    /// <summary>The embedding of tokens.</summary>
-    public TokenTable Tokens(string name, int rows, int cols, double scale)
+    /// <summary>The embedding of tokens, whose matrix the head may use too.</summary>
+    public TokenTable Tokens(string name, int rows, int cols, double scale, bool isHead)
     {
         string module = Name(name);
         _table.Add(new LinearModule(module, rows, cols, HasBias: false) { IsTable = true });
-        return new TokenTable(Table(name + ".weight", false, rows, cols), scale,
+        Tensor table = isHead ? Table(name + ".weight", false, rows, cols)
+            : LookUp(name + ".weight", rows, cols);
+        return new TokenTable(table, scale,
             _source.Low(module), _source.Rows(module, module + ".weight"));
     }
 
@@ -261,7 +273,7 @@ public sealed class ModuleScope
 
         public Tensor Matrix(string name, int begin, int rows, int cols) => Tensor.None;
 
-        public Tensor Table(string name) => Tensor.None;
+        public Tensor Table(string name, bool isLookedUp) => Tensor.None;
 
         public Tensor Original(string name) => Tensor.None;
 
@@ -293,8 +305,10 @@ public interface ITensorSource
     /// </summary>
     Tensor Matrix(string name, int begin, int rows, int cols);
 
-    /// <summary>A matrix whose rows are looked up.</summary>
-    Tensor Table(string name);
+    /// <summary>A matrix that keeps its rows as they are.</summary>
+    /// <param name="name">The parameter.</param>
+    /// <param name="isLookedUp">See <see cref="ModuleScope.LookUp"/>.</param>
+    Tensor Table(string name, bool isLookedUp);
 
     /// <summary>
     /// The frozen original of a matrix of which a copy is trained beside adapters; none where there

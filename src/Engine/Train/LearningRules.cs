@@ -27,7 +27,7 @@ internal sealed class LearningRules(ParameterTable table, TrainArguments argumen
             bool isDecayed = Decays(name);
             found.Add(new TunedTensor(
                 name, shape, type, isDecayed, rate, isDecayed ? decay : 0,
-                IsEmbedding(name)));
+                IsEmbedding(name), PlaceOf(name)));
         }
 
         rates.MustBeUsed();
@@ -41,6 +41,9 @@ internal sealed class LearningRules(ParameterTable table, TrainArguments argumen
         && (arguments.WeightDecayScope == DecayScope.All
             || (table.Find(name) is not { Decays: false }
                 && !name.EndsWith(".lora_B.bias", StringComparison.Ordinal)));
+
+    private TunedPlace PlaceOf(string name) => table.IsLookedUp(name) ? TunedPlace.LookedUp
+        : table.IsInBlock(name) ? TunedPlace.Block : TunedPlace.Elsewhere;
 
     private static bool IsEmbedding(string name) =>
         name.EndsWith("embed_tokens.weight", StringComparison.Ordinal)

@@ -46,7 +46,12 @@ public sealed partial class TrainRun
         CheckPlaces(source);
         (_planned, _device) = (source.Planned, device);
         PlanMemory();
-        TrainArguments planned = _memory?.Of(arguments) ?? arguments with { StreamWeights = false };
+        TrainArguments planned = _memory?.Of(arguments) ?? arguments with
+        {
+            StreamWeights = false,
+            OffloadOptimizer = false,
+            OffloadParam = false,
+        };
         _model = TunedModel.Load(source, device, planned, resumeFrom: folder.ResumeFrom,
             say: log.Message);
         if (device.Pageable is { } line) log.Message(line);
@@ -73,8 +78,7 @@ public sealed partial class TrainRun
     {
         if (_device.Card is not { } card) return;
         // Where weights lie is settled once they are loaded.
-        TrainArguments arguments = _memory is null ? _arguments
-            : _arguments with { StreamWeights = _memory.Streamed > 0 };
+        TrainArguments arguments = _memory?.Of(_arguments) ?? _arguments;
         _memory = MemoryPlan.Make(arguments, _planned, card, _rows, _evaluationRows, _plan,
             _device.Allowed(_arguments.MemoryLimit));
     }
@@ -95,7 +99,7 @@ public sealed partial class TrainRun
         RunPlaces.MustHoldCheckpoints(
             arguments, source.SavedBytes, checkpoints: 1, RunPlaces.Free(arguments.OutputDir));
         using OpenDevice device = devices.Open(arguments, log.Message);
-        source.MustFitOn(device, streams: arguments.StreamWeights != false);
+        source.MustFitOn(device, arguments, isOpen: true);
         if (source.Widened(device) is { } line) log.Message(line);
         new TrainRun(arguments, log, stop, folder, source, device).Run();
     }

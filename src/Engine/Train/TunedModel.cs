@@ -66,7 +66,13 @@ public sealed class TunedModel : IDisposable
             arguments.Bnb4bitUseDoubleQuant ?? true, arguments.LlmInt8SkipModules);
 
     /// <summary>What the optimizer keeps, as optim says it.</summary>
-    public static OptimizerForm OptimizerOf(TrainArguments arguments) => arguments.Optim switch
+    public static OptimizerForm OptimizerOf(TrainArguments arguments)
+    {
+        OptimizerForm form = Form(arguments.Optim);
+        return arguments.OffloadOptimizer == true ? form with { Paged = true } : form;
+    }
+
+    private static OptimizerForm Form(OptimizerKind optim) => optim switch
     {
         OptimizerKind.AdamwBf16 => new(Moments: DType.BF16),
         OptimizerKind.Adamw8bit or OptimizerKind.AdamwBnb8bit =>
@@ -99,7 +105,7 @@ public sealed class TunedModel : IDisposable
         try
         {
             device = (devices ?? DeviceSource.Default).Open(arguments, say);
-            source.MustFitOn(device, arguments.Streams);
+            source.MustFitOn(device, arguments, isOpen: false);
             if (source.Widened(device) is { } line) say?.Invoke(line);
             return Load(source, device, arguments, owns: true, kind, say: say);
         }
@@ -125,7 +131,8 @@ public sealed class TunedModel : IDisposable
         IWeightKind? kind = null, string? resumeFrom = null, Action<string>? say = null)
     {
         TunedParts parts = source.Parts;
-        var trainables = new ParameterRanges(device.Device, parts.Tensors, OptimizerOf(arguments));
+        var trainables = new ParameterRanges(device.Device, parts.Tensors, OptimizerOf(arguments),
+            offloads: arguments.OffloadParam == true);
         Recomputation recomputation = parts.NewRecomputation(source.Spec, arguments);
         SplitWeights? split = Split(source, arguments, resumeFrom, say);
         var norms = new FrozenNorms(source.Weights, source.Storage, kind ?? source.Kind);

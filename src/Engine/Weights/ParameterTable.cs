@@ -60,6 +60,7 @@ public sealed class ParameterTable
     private readonly List<LinearModule> _linears;
     private readonly Dictionary<string, string> _tied;
     private readonly string[] _untouched, _blocks;
+    private readonly HashSet<string> _lookedUp;
     private readonly FrozenDictionary<string, ModelParameter> _byName;
 
     private ParameterTable(Builder builder)
@@ -69,6 +70,7 @@ public sealed class ParameterTable
         _tied = builder.Tied;
         _untouched = [.. builder.Untouched];
         _blocks = [.. builder.Blocks];
+        _lookedUp = builder.LookedUp;
         Head = builder.Head;
         Experts = builder.Experts;
         _byName = All.ToFrozenDictionary(tensor => tensor.Name, StringComparer.Ordinal);
@@ -132,8 +134,11 @@ public sealed class ParameterTable
     /// </summary>
     public bool IsUntouched(string name) => BeginsWithOne(_untouched, name);
 
-    /// <summary>Whether a tensor belongs to a block, whose frozen tensors can be streamed.</summary>
+    /// <summary>Whether a tensor belongs to a block, whose tensors can be streamed.</summary>
     public bool IsInBlock(string name) => BeginsWithOne(_blocks, name);
+
+    /// <summary>Whether a tensor is a matrix of which each run looks up few rows.</summary>
+    public bool IsLookedUp(string name) => _lookedUp.Contains(name);
 
     private static bool BeginsWithOne(string[] prefixes, string name) =>
         Array.Exists(prefixes, prefix => name.StartsWith(prefix, StringComparison.Ordinal));
@@ -154,6 +159,8 @@ public sealed class ParameterTable
         internal List<string> Blocks { get; } = [];
 
         internal List<LinearModule> Experts { get; } = [];
+
+        internal HashSet<string> LookedUp { get; } = new(StringComparer.Ordinal);
 
         public string? Head { get; set; }
 
@@ -178,6 +185,9 @@ public sealed class ParameterTable
 
         /// <summary>Tensors whose names begin so belong to one block.</summary>
         public void AddBlock(string prefix) => Blocks.Add(prefix);
+
+        /// <summary>A matrix of which each run looks up few rows.</summary>
+        public void AddLookedUp(string name) => LookedUp.Add(name);
 
         public ParameterTable Build() => new(this);
     }
