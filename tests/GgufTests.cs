@@ -24,7 +24,7 @@ public sealed class GgufTests
 
     // Twice as many with weights that are made up: every layer weighs as much as the embedding,
     // where those of the reference models, as they were first drawn, hardly count.
-    private const double OfMade = 2 * F16;
+    private const double MadeUp = 2 * F16;
 
     private static readonly string[] s_texts =
     [
@@ -84,7 +84,7 @@ public sealed class GgufTests
         using var ours = new Model(model);
         foreach (string text in s_texts)
             Assert.That(llama.Tokenize(text), Is.EqualTo(ours.Tokens(text)), text);
-        AssertGreedy(llama, ours, OfMade);
+        AssertGreedy(llama, ours, MadeUp);
     }
 
     [Test]
