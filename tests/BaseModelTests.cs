@@ -242,12 +242,16 @@ public sealed class BaseModelTests
         using var source = BaseModel.Open(_arguments with { Bf16 = true });
         using var device = new CpuDevice(threads: 1);
         long needed = source.DeviceBytes;
-        source.MustFitOn(new OpenDevice(device, "x") { FreeBytes = needed });
-        source.MustFitOn(new OpenDevice(device, "x"));
-        Assert.That(() => source.MustFitOn(
-                new OpenDevice(device, "Card") { FreeBytes = needed - 1 }),
+        void Try(long? free, bool isOpen) => source.MustFitOn(
+            new OpenDevice(device, "Card") { FreeBytes = free }, _arguments, isOpen);
+        Try(needed, isOpen: false);
+        Try(null, isOpen: false);
+        Assert.That(() => Try(needed - 1, isOpen: false),
             Throws.TypeOf<RunException>().With.Message.Match(
                 "^out of memory: weights, .* take .* MiB, .* MiB are free on Card; bf16, "));
+        // What may go into the machine's memory is not in the way.
+        Try(needed - 1, isOpen: true);
+        Assert.That(() => Try(1000, isOpen: true), Throws.TypeOf<RunException>());
         TunedModel.Load(source, new OpenDevice(device, "x"), _arguments with { Bf16 = true });
         Assert.That(needed, Is.InRange(0.9 * device.AllocatedBytes, device.AllocatedBytes));
     }

@@ -254,7 +254,7 @@ public sealed class CudaFailureTests
         Assert.That(opened.Pageable, Does.Contain("cannot be page-locked"));
         foreach (int i in (int[])[0, 1, 2, 3, 2, 1, 0])
         {
-            blocks[i].Acquire();
+            blocks[i].Acquire(backward: false);
             Assert.That(device.ReadFloats(weights[i]), Is.EqualTo([i, 10 + i, 20 + i]));
             blocks[i].Release();
         }

@@ -1,3 +1,4 @@
+using MiniCpmNative.Engine.Model;
 using MiniCpmNative.GpuEmulator;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Cuda;
@@ -57,6 +58,14 @@ internal sealed class CudaUnderTest : IDisposable
     public EmulatedGpu? Emulator { get; }
 
     public CudaContext Context { get; }
+
+    /// <summary>Where runs get the same GPU from.</summary>
+    public DeviceSource Devices => new()
+    {
+        Cuda = () => new(
+            Context.Api.Driver, CudaTools.Compiler(DeviceCompiler.Nvrtc), Context.Api.Cublas),
+        Cache = Cache,
+    };
 
     /// <summary>
     /// The device for a type of activations; compiled and loaded when first asked for.

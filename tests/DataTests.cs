@@ -149,6 +149,31 @@ public sealed class DataTests
     }
 
     [Test]
+    public void BothSharesAreOfOneReading()
+    {
+        string data = Path.Combine(_folder, "rows.jsonl");
+        File.WriteAllLines(data, Enumerable.Range(0, 9).Select(i =>
+            $$"""{"query": "q", "response": "a{{i}}"}"""));
+        TrainArguments arguments = V26.Lora with
+        {
+            DataPath = data,
+            OfficialCompat = false,
+            EvalSplit = 3,
+        };
+        var said = new List<string>();
+        var training = DataRows.Open(arguments.TrainingData, arguments, V26.Format, said.Add);
+        // Replaced by another file before the second share is taken.
+        File.WriteAllText(data, """{"query": "q", "response": "other"}""");
+        var evaluation = DataRows.Open(
+            arguments.EvaluationData!, arguments, V26.Format, said.Add, training);
+        Assert.That(Enumerable.Range(0, training.Count).Select(i => training[i].Expected)
+            .Concat(Enumerable.Range(0, evaluation.Count).Select(i => evaluation[i].Expected)).Order(),
+            Is.EqualTo(Enumerable.Range(0, 9).Select(i => $"a{i}")));
+        Assert.That(evaluation.Digest, Is.EqualTo(training.Digest));
+        Assert.That(said.Count(line => line.Contains("read as")), Is.EqualTo(1));
+    }
+
+    [Test]
     public void APictureThatIsCutIsFoundInTraining()
     {
         string data = Cut();

@@ -1,3 +1,4 @@
+using System.Text.Json.Nodes;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Train;
@@ -43,6 +44,19 @@ internal static class MadeModel
         var random = new Random(seed);
         var values = spec.Parameters.All.ToDictionary(p => p.Name, p => Values(p, random));
         Write(folder, spec, name => values[name], DType.F32);
+    }
+
+    /// <summary>The reference model with so many decoder layers, of made-up values.</summary>
+    public static string OfLayers(string folder, int layers)
+    {
+        foreach (string file in Directory.GetFiles(V26.Model, "*.json"))
+            File.Copy(file, Path.Combine(folder, Path.GetFileName(file)));
+        string path = Path.Combine(folder, "config.json");
+        JsonNode config = JsonNode.Parse(File.ReadAllText(path))!;
+        config["num_hidden_layers"] = layers;
+        File.WriteAllText(path, config.ToJsonString());
+        Write(folder, ModelSpec.Read(folder), seed: 3);
+        return folder;
     }
 
     /// <summary>

@@ -46,7 +46,7 @@ public sealed class MemoryPlanTests
             model.Device.Step.ResetNeeded();
             StepResult result = trainer.Step(3, [batch], learningRate: 0);
             needed.Add(model.Device.Step.Needed);
-            float[] gradients = model.Device.ReadFloats(model.ParameterRanges.Gradients);
+            float[] gradients = V26.AllGradients(model);
             (kept, loss) = amount == 0 ? (gradients, result.Loss) : (kept, loss);
             Assert.That(gradients, Is.EqualTo(kept), $"{recomputation}");
             Assert.That(result.Loss, Is.EqualTo(loss), $"{recomputation}");
@@ -66,7 +66,7 @@ public sealed class MemoryPlanTests
             Bf16 = true,
             Device = DeviceChoice.Cuda,
         };
-        DeviceSource devices = Devices(gpu);
+        DeviceSource devices = gpu.Devices;
         using var model = TunedModel.Open(arguments, devices);
         var trainer = new Trainer(arguments, model);
         using var dry = new DryRun(arguments, model.Base.Planned, ((CudaDevice)model.Device).Card);
@@ -78,7 +78,7 @@ public sealed class MemoryPlanTests
             model.Recomputation.Amount = dry.Recomputation.Amount = amount;
             model.Device.Step.ResetNeeded();
             trainer.Step(3, [batch], learningRate: 0);
-            float[] gradients = model.Device.ReadFloats(model.ParameterRanges.Gradients);
+            float[] gradients = V26.AllGradients(model);
             kept ??= gradients;
             Assert.That(gradients, Is.EqualTo(kept), $"{model.Recomputation}");
             Assert.That(dry.Train(batch), Is.EqualTo(model.Device.Step.Needed),
@@ -202,7 +202,7 @@ public sealed class MemoryPlanTests
 
     [TestCase("H100", 0, "fits into H100")]
     [TestCase("24GB", 0, "fits into a card of 24GB like the RTX-4090")]
-    [TestCase("16GB", 0, "frozen layers stay in the machine's memory")]
+    [TestCase("16GB", 0, "of frozen layers, which pass through two buffers")]
     [TestCase("4GB", 1, "does NOT fit into a card of 4GB like the RTX-3060")]
     public void APlanNeedsNeitherGpuNorWeights(string gpu, int code, string verdict)
     {
@@ -271,7 +271,7 @@ public sealed class MemoryPlanTests
         };
         var log = new Grows(() => Enlarge(picture));
         var failure = Assert.Throws<RunException>(
-            () => TrainRun.Run(arguments, log, new StopRequest(), Devices(gpu)))!;
+            () => TrainRun.Run(arguments, log, new StopRequest(), gpu.Devices))!;
         Assert.That(failure.Message, Does.StartWith("step 2, row 2 (id \"two\"): out of memory: ")
             .And.Contains("open are").And.Contains("max_slice_nums"));
         Assert.That(log.Lines, Has.Some.StartsWith("GPU memory: ")
@@ -327,6 +327,8 @@ public sealed class MemoryPlanTests
         }
 
         public bool HasEvaluation(int step) => false;
+
+        public (int Step, double Value)? Best => null;
 
         public void SaveState(string folder, int step)
         {
@@ -384,14 +386,6 @@ public sealed class MemoryPlanTests
             : @"llm\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"),
     }) with
     { OutputDir = Path.Combine(_folder, "out") };
-
-    private static DeviceSource Devices(CudaUnderTest gpu) => new()
-    {
-        Cuda = () => new(
-            gpu.Context.Api.Driver, CudaTools.Compiler(DeviceCompiler.Nvrtc),
-            gpu.Context.Api.Cublas),
-        Cache = CudaUnderTest.Cache,
-    };
 
     private DryRun Dry(TrainArguments arguments) => RealModel.Dry(_folder, arguments);
 }

@@ -78,20 +78,7 @@ public sealed class MiniCpmV47ExpertsTests
     [Test]
     public void TheLargeModelHasItsParameters()
     {
-        ModelSpec spec = V46.Changed(_folder, (config, _) =>
-        {
-            config["model_type"] = "minicpmv4_7";
-            config["insert_layer_id"] = 6;
-            config["tie_word_embeddings"] = false;
-            config["vision_config"] = System.Text.Json.Nodes.JsonNode.Parse("""
-                {"hidden_size": 1152, "image_size": 980, "intermediate_size": 4304,
-                 "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14}
-                """);
-            config["text_config"] = System.Text.Json.Nodes.JsonNode.Parse("""
-                {"model_type": "qwen3_5_moe_text", "vocab_size": 248094, "hidden_size": 2048,
-                 "num_hidden_layers": 40, "num_attention_heads": 16, "num_key_value_heads": 2}
-                """);
-        });
+        ModelSpec spec = V47Experts.Large(_folder);
         Assert.That(spec.Parameters.Count, Is.EqualTo(35_212_671_024));
     }
 

@@ -36,7 +36,7 @@ internal static class ModelChecks
             TrainArguments arguments = full with { GradientCheckpointing = checkpointing };
             using var model = TunedModel.Open(arguments);
             double loss = V26.Gradients(model, arguments, batch).Loss;
-            results.Add((loss, model.Device.ReadFloats(model.ParameterRanges.Gradients),
+            results.Add((loss, V26.AllGradients(model),
                 model.Graph.PeakBytes));
         }
 

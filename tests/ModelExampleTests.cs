@@ -2,6 +2,7 @@ using System.Globalization;
 using System.Text.Json;
 using System.Text.Json.Nodes;
 using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Train;
 using MiniCpmNative.Kernels;
@@ -87,6 +88,11 @@ public sealed class ModelExampleTests
           "linear_num_value_heads": 16}
         """;
 
+    // What of V-2_6 is for cards that its official settings do not fit.
+    private static readonly string[] s_smallCards = ["qlora", "lora-8gb", "full-24gb"];
+
+    private const string Mixture = "MiniCPM-V-4_7-35B-A3B";
+
     // No official script trains them.
     private static readonly string[] s_unofficial =
         ["MiniCPM-V-4_6", "MiniCPM-V-4_7", "MiniCPM-OCR"];
@@ -137,7 +143,45 @@ public sealed class ModelExampleTests
         Assert.That(Models, Is.EquivalentTo(Families.All.Select(f => f.Name)));
         Assert.That(Directory.GetFiles(s_examples).Select(Path.GetFileName), Is.EquivalentTo(
             Models.SelectMany(m => new[] { FileOf(m, "lora"), FileOf(m, "full") })
-                .Append(FileOf("MiniCPM-V-2_6", "qlora"))));
+                .Concat(s_smallCards.Select(kind => FileOf("MiniCPM-V-2_6", kind)))
+                .Append(FileOf(Mixture, "lora"))));
+    }
+
+    // Counted without weights, as `cpmx plan` does: the large model's sizes, rows of the small one.
+    [Test]
+    public void TheMixtureOfExpertsHasOneWhosePlanFitsOneCard()
+    {
+        foreach (string file in Directory.GetFiles(V47Experts.Model))
+            if (!file.EndsWith(".safetensors", StringComparison.Ordinal))
+                File.Copy(file, Path.Combine(_folder, Path.GetFileName(file)));
+        string path = Path.Combine(_folder, "config.json");
+        JsonNode config = JsonNode.Parse(File.ReadAllText(path))!;
+        config["insert_layer_id"] = 6;
+        config["tie_word_embeddings"] = false;
+        JsonNode native = JsonNode.Parse($"{{{Native}}}")!;
+        config["vision_config"] = native["vision_config"]!.DeepClone();
+        config["text_config"] = JsonNode.Parse("""
+            {"model_type": "qwen3_5_moe_text", "vocab_size": 248094, "hidden_size": 2048,
+             "num_hidden_layers": 40, "num_attention_heads": 16, "num_key_value_heads": 2}
+            """);
+        File.WriteAllText(path, config.ToJsonString());
+        var notices = new List<string>();
+        string rows = V46.Data(_folder);
+        TrainArguments arguments = TrainReader.Read(
+            [Path.Combine(s_examples, FileOf(Mixture, "lora")), "--model_name_or_path", _folder,
+                "--data_path", rows, "--eval_data_path", rows], _folder, notices.Add);
+        Assert.That(notices, Is.Empty);
+        ModelSpec spec = ModelSpec.Read(_folder);
+        TunedParts parts = TunedParts.Choose(
+            spec, arguments, TunedParts.AdapterOf(arguments, spec), DType.BF16);
+        Assert.That(parts.Adapters.List, Has.Count.EqualTo((10 * 4) + (30 * 5) + (40 * 3)));
+        var output = new StringWriter();
+        Assert.That(PlanRun.Run(arguments, new PlanRequest("H100"), output), Is.True, $"{output}");
+        // Two bytes a parameter; norms and biases have four.
+        string weights = (2 * 35_212_671_024 / (double)(1 << 30)).ToString(
+            "0.00", CultureInfo.InvariantCulture);
+        Assert.That($"{output}", Does.Contain("35,212,671,024 parameters")
+            .And.Match($@"(?m)^  weights +{weights} GiB$").And.Contain("fits into H100"));
     }
 
     [Test]
@@ -149,6 +193,34 @@ public sealed class ModelExampleTests
         Assert.That(notices, Is.Empty);
         Assert.That(arguments.Quantises && arguments.Bf16 && arguments.GradientCheckpointing);
         Assert.That(arguments.TrainedWhole, Is.Empty);
+    }
+
+    // By the run's own code, a row of 2,048 tokens with a sliced picture, on a card as its driver
+    // shows it and without what its libraries take.
+    [TestCase("qlora", 8)]
+    [TestCase("lora-8gb", 8)]
+    [TestCase("full-24gb", 24)]
+    public void ThoseOfSmallCardsFitThem(string kind, int gigabytes)
+    {
+        const int Tokens = 2048;
+        var notices = new List<string>();
+        TrainArguments arguments = TrainReader.Read(
+            [Path.Combine(s_examples, FileOf("MiniCPM-V-2_6", kind))], _folder, notices.Add);
+        Assert.That(notices, Is.Empty);
+        long card = (long)(((gigabytes * 0.985) - 0.6) * (1L << 30));
+        string path = Runs.Data(_folder, "one");
+        JsonNode row = JsonNode.Parse(File.ReadAllText(path))![0]!.DeepClone();
+        row["conversations"]![1]!["content"] = string.Concat(Enumerable.Repeat("word ", 4 * Tokens));
+        File.WriteAllText(path, new JsonArray(row).ToJsonString());
+        arguments = arguments with { DataPath = path, EvalStrategy = When.No };
+        PlannedModel model = RealModel.Planned(_folder, arguments);
+        var rows = DataRows.Open(path, arguments, model.Spec.Rows(), _ => { });
+        MemoryPlan plan = MemoryPlan.Make(arguments, model, RealModel.Card, rows, null,
+            new StepPlan(arguments, rows.Count), arguments.MemoryLimit?.Bytes(card) ?? card);
+        TestContext.Out.WriteLine(plan);
+        Assert.That(plan.Size.Tokens, Is.EqualTo(Tokens));
+        Assert.That(plan.Size.Views, Is.Positive);
+        Assert.That(plan.Parts.Total, Is.LessThanOrEqualTo(card));
     }
 
     // What is not named has its default: a key too many changes what TrainWriter writes.

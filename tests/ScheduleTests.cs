@@ -52,6 +52,27 @@ public sealed class ScheduleTests
             "--tune_llm=false", "--lora_alpha=1e-320"], "/"),
         Throws.TypeOf<InputException>().With.Message.Contains("lora_alpha is 1E-320"));
 
+    // transformers: the wave shrunk to 1 - min_lr_rate, on top of it; the warm-up as it is.
+    [TestCase(null, 0.1)]
+    [TestCase(1e-4, null)]
+    public void CosineEndsAtTheLowestRate(double? rate, double? share)
+    {
+        var schedule = new Schedule(LrSchedule.CosineWithMinLr, 1e-3, 2, 10,
+            new ScheduleOptions { MinLr = rate, MinLrRate = share });
+        Assert.That(new[] { 0, 1, 2, 4, 6, 10 }.Select(schedule.At), Is.EqualTo(new[]
+        {
+            0, 0.5e-3, 1e-3, 1e-3 * (0.1 + (0.9 * (2 + Math.Sqrt(2)) / 4)), 0.55e-3, 1e-4,
+        }).Within(1e-12).Percent);
+    }
+
+    [TestCase("{}", "wants one of min_lr and min_lr_rate")]
+    [TestCase("""{"min_lr": 1e-6, "min_lr_rate": 0.1}""", "wants one of min_lr and min_lr_rate")]
+    [TestCase("""{"min_lr": 1}""", "min_lr 1 must not be above learning_rate")]
+    public void ALowestRateIsSaidOnceAndBelowTheHighest(string options, string said) => Assert.That(
+        () => TrainReader.Read(["--model_name_or_path=m", "--data_path=d",
+            "--lr_scheduler_type=cosine_with_min_lr", "--lr_scheduler_kwargs", options], "/"),
+        Throws.TypeOf<InputException>().With.Message.Contains(said));
+
     [Test]
     public void EqualsTransformersAndDeepSpeedAtEveryStep()
     {

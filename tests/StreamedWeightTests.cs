@@ -1,4 +1,3 @@
-using System.Text.Json.Nodes;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Model;
@@ -56,7 +55,7 @@ public sealed class StreamedWeightTests
         const int Layers = 5;
         TrainArguments arguments = s_lora with
         {
-            ModelNameOrPath = Made(Layers),
+            ModelNameOrPath = MadeModel.OfLayers(_folder, Layers),
             QLora = name == "nf4",
             LlmInt8SkipModules = name == "nf4" ? ["resampler", "lm_head"] : null,
         };
@@ -81,7 +80,7 @@ public sealed class StreamedWeightTests
     [Test]
     public void NoOrderOfWorkChangesABit()
     {
-        TrainArguments streams = s_lora with { ModelNameOrPath = Made(3), StreamWeights = true };
+        TrainArguments streams = s_lora with { ModelNameOrPath = MadeModel.OfLayers(_folder, 3), StreamWeights = true };
         var found = new List<Steps>();
         foreach (int seed in (int[])[0, 7])
         {
@@ -120,7 +119,7 @@ public sealed class StreamedWeightTests
             trainer.Step(0, batches, 1e-2);
             StepResult result = trainer.Step(1, batches, 1e-2);
             found.Add((result.Loss, result.GradientNorm,
-                model.Device.ReadFloats(model.ParameterRanges.Gradients)));
+                V26.AllGradients(model)));
             Assert.That(model.Device.Step.IsEmpty);
         }
 
@@ -204,7 +203,7 @@ public sealed class StreamedWeightTests
     private static Steps Run(CudaUnderTest gpu, TrainArguments arguments, int steps, int together,
         bool picture)
     {
-        using TunedModel model = TunedModel.Open(arguments, Devices(gpu));
+        using TunedModel model = TunedModel.Open(arguments, gpu.Devices);
         var trainer = new Trainer(arguments, model) { Together = together };
         Batch text = V26.Batch(arguments, "text0"), other = V26.Batch(arguments, "text1");
         List<double> losses = [], norms = [];
@@ -224,21 +223,7 @@ public sealed class StreamedWeightTests
             device.StreamedSoFar);
     }
 
-    // The reference model with more layers, of random numbers.
-    private string Made(int layers)
-    {
-        foreach (string file in Directory.GetFiles(V26.Model, "*.json"))
-            File.Copy(file, Path.Combine(_folder, Path.GetFileName(file)));
-        string path = Path.Combine(_folder, "config.json");
-        JsonNode config = JsonNode.Parse(File.ReadAllText(path))!;
-        config["num_hidden_layers"] = layers;
-        File.WriteAllText(path, config.ToJsonString());
-        ModelSpec spec = ModelSpec.Read(_folder);
-        MadeModel.Write(_folder, spec, seed: 3);
-        return _folder;
-    }
-
-    private static double Evaluated(TunedModel model, Batch batch)
+    internal static double Evaluated(TunedModel model, Batch batch)
     {
         model.Graph.Recording = false;
         float[] loss = model.Device.ReadFloats(model.Loss(batch));
@@ -246,12 +231,4 @@ public sealed class StreamedWeightTests
         model.Graph.Recording = true;
         return loss[0];
     }
-
-    private static DeviceSource Devices(CudaUnderTest gpu) => new()
-    {
-        Cuda = () => new(
-            gpu.Context.Api.Driver, CudaTools.Compiler(DeviceCompiler.Nvrtc),
-            gpu.Context.Api.Cublas),
-        Cache = CudaUnderTest.Cache,
-    };
 }

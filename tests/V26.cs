@@ -100,6 +100,13 @@ internal static class V26
     public static float[] Gradient(TunedModel model, string name) =>
         model.Device.ReadFloats(model.ParameterRanges.Gradient(name));
 
+    /// <summary>Those of all that is trained, in the order of the ranges.</summary>
+    public static float[] AllGradients(TunedModel model) =>
+    [
+        .. model.ParameterRanges.List.SelectMany(
+            t => model.Device.ReadFloats(model.ParameterRanges.Gradient(t.Name))),
+    ];
+
     /// <summary>The engine's name of a tensor that PEFT names.</summary>
     public static string Name(string peft) => peft
         .Replace("base_model.model.", "", StringComparison.Ordinal)

@@ -1,6 +1,8 @@
 using System.Text.Json;
+using System.Text.Json.Nodes;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Train;
 
 namespace MiniCpmNative.Tests;
@@ -34,6 +36,23 @@ internal static class V47Experts
             @".*language_model\.layers\.\d+\.(self_attn\.(q_proj|o_proj)|"
             + @"linear_attn\.(in_proj_qkv|out_proj)|mlp\.shared_expert\.(gate_proj|up_proj|down_proj))"),
     };
+
+    /// <summary>The large model, its small files in a folder: default sizes of the library's text
+    /// model, the released vision tower.</summary>
+    public static ModelSpec Large(string folder) => V46.Changed(folder, (config, _) =>
+    {
+        config["model_type"] = "minicpmv4_7";
+        config["insert_layer_id"] = 6;
+        config["tie_word_embeddings"] = false;
+        config["vision_config"] = JsonNode.Parse("""
+            {"hidden_size": 1152, "image_size": 980, "intermediate_size": 4304,
+             "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14}
+            """);
+        config["text_config"] = JsonNode.Parse("""
+            {"model_type": "qwen3_5_moe_text", "vocab_size": 248094, "hidden_size": 2048,
+             "num_hidden_layers": 40, "num_attention_heads": 16, "num_key_value_heads": 2}
+            """);
+    });
 
     /// <summary>The texts with their places as the reference has them, and the picture's
     /// patches.</summary>

@@ -279,7 +279,7 @@ public sealed class WeightTests
             return Throws ? throw new InvalidOperationException() : graph.Run(_gelu, x);
         }
 
-        public void Acquire()
+        public void Acquire(bool backward)
         {
             Held++;
             Log.Add("acquire");

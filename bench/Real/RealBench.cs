@@ -12,7 +12,7 @@ using MiniCpmNative.Kernels.Cuda;
 namespace MiniCpmNative.Bench.Real;
 
 /// <summary>
-/// bench real: the table of README that compares training steps of a full-size model with
+/// bench real: the table of docs/gpu.md that compares training steps of a full-size model with
 /// PyTorch's on one GPU, in one command. It makes the model and the rows, runs each case as a
 /// training does, profiles one more step by events around each launch, and runs the peers, so that
 /// all numbers are of one card in one call.
@@ -80,8 +80,12 @@ internal sealed class RealBench
             Console.Write($"{each.Name,-14} {own.Median,9:f0} {own.Best,9:f0} "
                 + $"{1e3 * own.Step,9:f1} {own.Gib,7:f2} ");
             foreach (string name in each.Peers)
-                if (peers.TryGetValue(name, out double theirs))
+                if (peers.TryGetValue(name, out double theirs)
+                    || (_ours.TryGetValue(name, out Measured? other)
+                        && (theirs = other.Median) > 0))
                     Console.Write($" {name} {own.Median / theirs:f2};");
+            if (each.Goal > 0) Console.Write($" wanted {each.Goal:f2} of {each.Peers[0]};");
+            if (each.MostGib > 0) Console.Write($" at most {each.MostGib} GiB");
             Console.WriteLine();
         }
     }
@@ -125,7 +129,14 @@ internal sealed class RealBench
         TrainArguments arguments = each.Arguments(
             model, rowsFile, Path.Combine(_options.Folder, "out"), _device,
             bf16: _device == DeviceChoice.Cuda);
-        if (!each.Checkpointing) arguments = arguments with { Recompute = _options.Recompute };
+        // As the case has it, wherever it fits.
+        arguments = arguments with
+        {
+            StreamWeights = arguments.Streams,
+            OffloadOptimizer = arguments.OffloadOptimizer == true,
+            OffloadParam = arguments.OffloadParam == true,
+        };
+        if (!each.Checkpointing && !arguments.Streams) arguments = arguments with { Recompute = _options.Recompute };
         Console.WriteLine();
         Console.WriteLine($"== {each.Name}: {each.What}");
         total.Restart();
@@ -135,13 +146,16 @@ internal sealed class RealBench
             arguments.DataPath!, arguments, training.Spec.Rows(), _ => { });
         MemoryPlan? plan = Plan(arguments, training, rows);
         Batch[] batches = Batches(each, rows);
-        var trainer = new Trainer(arguments, training);
+        var trainer = new Trainer(arguments, training) { Together = plan?.Together ?? 1 };
+        var queued = new Batch[each.Passes];
         double loaded = total.Elapsed.TotalSeconds;
         var seconds = new List<double>();
         long tokens = 0;
         for (int step = 0; step < Warm + _options.Steps; step++)
         {
-            trainer.Queue(step, [batches[step % batches.Length]], 1e-4);
+            for (int i = 0; i < queued.Length; i++)
+                queued[i] = batches[((step * queued.Length) + i) % batches.Length];
+            trainer.Queue(step, queued, 1e-4);
             while (trainer.TryTake(step == Warm + _options.Steps - 1, out StepResult result))
             {
                 if (result.Step == 1)

@@ -6,11 +6,24 @@ namespace MiniCpmNative.Bench.Real;
 /// One line of the table: adapters of a rank on some projections, rows of a forward pass, tokens of
 /// a row.
 /// </summary>
-/// <param name="Peers">Lines of the peers that do the same, by their names.</param>
+/// <param name="Peers">Lines of the peers that do the same, by their names, and cases of this table
+/// that it is to be compared with.</param>
 internal sealed record RealCase(
     string Name, string What, bool IsSmall, bool All, int Rank, int Batch, bool Checkpointing,
     int Tokens, bool Pictures, string[] Peers)
 {
+    /// <summary>Micro-batches of a step.</summary>
+    public int Passes { get; init; } = 1;
+
+    /// <summary>What else the case sets.</summary>
+    public Func<TrainArguments, TrainArguments> Over { get; init; } = a => a;
+
+    /// <summary>The share of the first peer's speed that is wanted; 0 for none.</summary>
+    public double Goal { get; init; }
+
+    /// <summary>The most GPU memory that is wanted, in GiB; 0 for any.</summary>
+    public double MostGib { get; init; }
+
     private const string Attention = @"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj)";
     private const string Seven =
         @"llm\..*layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)";
@@ -31,10 +44,60 @@ internal sealed record RealCase(
             false, 2048, true, []),
         new("small", "24 layers of 1024, r16 on all seven", true, true, 16, 1, false, 2048, false,
             ["base small", "lean small"]),
+        Long("qkv-8k", ""),
+        New("qlora", "r64 on q, k, v, NF4 with the vision tower's, gradient_checkpointing",
+            "qkv-ckpt", 0.93, 7, Nf4),
+        Long("qlora-8k", ", NF4", "qkv-8k") with { Over = Nf4, Goal = 0.97 },
+        New("acc4", "4 micro-batches a step, gradient_checkpointing", "", 0, 0, a => a, 4),
+        New("acc4-streamed", "the same, frozen layers streamed", "acc4", 0.85, 6,
+            a => a with { StreamWeights = true }, 4),
+        New("streamed", "frozen layers streamed, one micro-batch a step", "qkv-ckpt", 0, 5,
+            a => a with { StreamWeights = true }),
+        New("qlora-streamed", "NF4, frozen layers streamed", "qlora", 0, 4,
+            a => Nf4(a) with { StreamWeights = true }),
+        New("official", "and embed_tokens, resampler, vpm trained, pictures, everything offloaded", "",
+            0, 8, a => a with
+            {
+                ModulesToSave = ["embed_tokens", "resampler", "vpm"],
+                OffloadOptimizer = true,
+                OffloadParam = true,
+            }) with { Pictures = true },
+        New("full", "everything trained, adamw_bf16, offload_optimizer", "", 0, 70,
+            a => Full(a) with { OffloadOptimizer = true }, 4),
+        New("full-offload", "everything trained, everything offloaded", "full", 0, 24,
+            a => Full(a) with { OffloadOptimizer = true, OffloadParam = true }, 4),
     ];
 
+    private static RealCase New(string name, string what, string against, double goal, double gib,
+        Func<TrainArguments, TrainArguments> over, int passes = 1) =>
+        new(name, what, false, false, 64, 1, true, 2048, false, against == "" ? [] : [against])
+        {
+            Over = over,
+            Goal = goal,
+            MostGib = gib,
+            Passes = passes,
+        };
+
+    private static RealCase Long(string name, string what, params string[] against) =>
+        new(name, "r64 on q, k, v, one row of 8,192 tokens, gradient_checkpointing" + what, false,
+            false, 64, 1, true, 8192, false, against);
+
+    private static TrainArguments Nf4(TrainArguments a) => a with
+    {
+        QLora = true,
+        LlmInt8SkipModules = ["resampler", "lm_head"],
+    };
+
+    private static TrainArguments Full(TrainArguments a) => a with
+    {
+        UseLora = false,
+        TuneLlm = true,
+        TuneVision = true,
+        Optim = OptimizerKind.AdamwBf16,
+    };
+
     public TrainArguments Arguments(
-        string model, string rows, string output, DeviceChoice device, bool bf16) => new()
+        string model, string rows, string output, DeviceChoice device, bool bf16) => Over(new()
         {
             ModelNameOrPath = model,
             DataPath = rows,
@@ -52,6 +115,7 @@ internal sealed record RealCase(
             LearningRate = 1e-4,
             PerDeviceTrainBatchSize = Batch,
             GradientCheckpointing = Checkpointing,
+            GradientAccumulationSteps = Passes,
             ReportTo = ReportTo.None,
-        };
+        });
 }

@@ -98,7 +98,7 @@ public sealed partial class Graph
         Tensor x = _tensors[node.FirstTensor];
         int bottom = _nodeCount;
         IBlock block = node.Block!;
-        block.Acquire();
+        block.Acquire(backward: true);
         try
         {
             _again = true;

@@ -76,29 +76,39 @@ public sealed partial class Graph
     /// Makes a tensor trainable: gradients of a run are written to, or added into, the given buffer
     /// of the same shape. All parameters are made before the first operation runs.
     /// </summary>
-    public Tensor Parameter(Tensor value, Tensor gradient)
+    /// <param name="value">What operations take.</param>
+    /// <param name="gradient">Where they write its gradient.</param>
+    /// <param name="home">Where that lies while no block runs, if it is elsewhere.</param>
+    public Tensor Parameter(Tensor value, Tensor gradient, Tensor home = default)
     {
         if (_nodeCount > 0 || _variableCount != _parameterCount + 1)
             throw new InvalidOperationException("parameters are made before operations run");
         if (value.Shape != gradient.Shape || value.Spec.Layout != Layout.RowMajor)
             throw new ShapeException($"a gradient of {gradient.Spec} for a parameter {value.Spec}");
         _parameterCount++;
-        return value with { Variable = NewVariable(gradient) };
+        Tensor parameter = value with { Variable = NewVariable(gradient) };
+        _variables[parameter.Variable].Home = home.Exists ? home : gradient;
+        return parameter;
     }
 
     /// <summary>Forgets the parameters' gradients: the next backward overwrites them.</summary>
     public void ClearGradients()
     {
         for (int i = 1; i <= _parameterCount; i++) _variables[i].Written = false;
+        Device.ForgetGradients();
     }
 
-    /// <summary>Zeroes the gradient of every parameter that no backward has reached.</summary>
+    /// <summary>
+    /// Ends the backwards of a step: gradients are where they lie between steps, that of every
+    /// parameter that none has reached is zero.
+    /// </summary>
     public void ZeroUnreachedGradients()
     {
+        Device.BringGradientsHome();
         for (int i = 1; i <= _parameterCount; i++)
         {
             if (_variables[i].Written) continue;
-            Device.Fill(_variables[i].Gradient, 0);
+            Device.Fill(_variables[i].Home, 0);
             _variables[i].Written = true;
         }
     }
@@ -123,7 +133,8 @@ public sealed partial class Graph
 
     /// <summary>
     /// Runs a block on x. Where nothing in it needs a gradient, or nothing is recorded, its
-    /// activations go at once. With checkpoint, only x is kept for backward, which runs the block
+    /// activations go at once; where nothing is recorded x goes too, if it was made last: its
+    /// result takes its place. With checkpoint, only x is kept for backward, which runs the block
     /// again; the block must then give the same result each time, from x and from what the context
     /// says, which must outlive the backward.
     /// </summary>
@@ -135,11 +146,12 @@ public sealed partial class Graph
         if (!constant && !checkpoint) return Forward(block, x, context);
         ArenaMark mark = Device.Step.Mark();
         bool before = _recording;
+        ArenaMark end = before ? mark : Device.Step.Before(x, mark);
         _recording = false;
         Tensor y;
         try
         {
-            y = Keep(mark, Forward(block, x, context));
+            y = Keep(end, Forward(block, x, context));
         }
         finally
         {
@@ -238,7 +250,7 @@ public sealed partial class Graph
     private Tensor Forward<TContext>(IBlock<TContext> block, Tensor x, TContext context)
         where TContext : class
     {
-        block.Acquire();
+        block.Acquire(backward: false);
         try
         {
             return block.Forward(this, x, context);
@@ -335,6 +347,9 @@ public sealed partial class Graph
     {
         public Tensor Gradient;
         public bool Written;
+
+        /// <summary>Of a parameter: where its gradient is between steps.</summary>
+        public Tensor Home;
 
         // Of a fleeting tensor: its node from 1, and where it lies while it is there.
         public int Maker;

@@ -23,7 +23,8 @@ public interface IBlock
     /// device. In a backward without checkpoint nothing is said: a block whose weights come and go
     /// has one.
     /// </summary>
-    void Acquire()
+    /// <param name="backward">Whether gradients follow.</param>
+    void Acquire(bool backward)
     {
     }
 

@@ -1,12 +1,13 @@
 using System.Globalization;
 using System.Text;
+using System.Text.RegularExpressions;
 
 namespace MiniCpmNative.Engine;
 
 /// <summary>
 /// Pieces of one-line messages; what comes from a file must not break the line or fill the screen.
 /// </summary>
-public static class Messages
+public static partial class Messages
 {
     private const int QuotedLength = 160;
     private const int Listed = 10;
@@ -38,6 +39,15 @@ public static class Messages
     public static string List(IReadOnlyCollection<string> items) =>
         string.Join(", ", items.Take(Listed))
         + (items.Count > Listed ? $" and {Number(items.Count - Listed)} more" : "");
+
+    /// <summary>What is wrong with a regular expression, in words of this program.</summary>
+    public static string RegexFault(ArgumentException failure) =>
+        failure is RegexParseException { Error: var error, Offset: var at }
+            ? Capital().Replace($"{error}", " $0").ToLowerInvariant().Trim() + $" at character {at}"
+            : "it cannot be read";
+
+    [GeneratedRegex("[A-Z]")]
+    private static partial Regex Capital();
 
     /// <summary>1234567 as 1,234,567.</summary>
     public static string Number(long value) => value.ToString("N0", CultureInfo.InvariantCulture);

@@ -26,9 +26,34 @@ public abstract class Device : IDisposable
 
     /// <summary>
     /// The same in the host's memory, where the device's kernels read and write it; None on a device
-    /// whose memory that is.
+    /// whose memory that is, and where the host has not as much for it.
     /// </summary>
     public virtual Tensor HostTensor(Spec spec, string name) => Tensor.None;
+
+    /// <summary>In host memory where that is wanted and there is some, else on the device.</summary>
+    public Tensor AllocateIn(bool host, Spec spec, string name) =>
+        host && HostTensor(spec, name) is { Exists: true } tensor ? tensor : Allocate(spec, name);
+
+    /// <summary>
+    /// Where operations of the streamed block that is being made find a trained tensor, or its
+    /// gradient, that lies in the given place between steps; that place where no block is.
+    /// </summary>
+    public virtual Tensor Visiting(in Tensor home, bool isGradient) => home;
+
+    /// <summary>Trained tensors were changed where they lie between steps.</summary>
+    public virtual void ForgetVisiting()
+    {
+    }
+
+    /// <summary>The gradients of a step begin: what is there is of the one before.</summary>
+    public virtual void ForgetGradients()
+    {
+    }
+
+    /// <summary>What follows finds gradients where they lie between steps.</summary>
+    public virtual void BringGradientsHome()
+    {
+    }
 
     /// <summary>
     /// Room of the given size that lives as long as the device, for the tape's gradients.

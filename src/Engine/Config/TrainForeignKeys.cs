@@ -15,7 +15,7 @@ internal static class TrainForeignKeys
         overwrite_cache plot_loss preprocessing_num_workers print_param_status trust_remote_code use_hf
         dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor
         ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_timeout
-        debug deepspeed do_eval do_predict do_train enable_jit_checkpoint eval_accumulation_steps
+        debug do_eval do_predict do_train enable_jit_checkpoint eval_accumulation_steps
         eval_do_concat_batches eval_use_gather_object fp16_backend fp16_full_eval fp16_opt_level
         fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap full_determinism
         gradient_checkpointing_kwargs half_precision_backend hub_always_push hub_model_id
@@ -40,16 +40,10 @@ internal static class TrainForeignKeys
             ["adafactor"] = ([], "is spelt optim=adafactor here"),
             ["auto_find_batch_size"] = ([], "is not supported: set per_device_train_batch_size"),
             ["eval_delay"] = (["0"], "is not supported: set eval_steps"),
-            ["greater_is_better"] = ([], "is not supported: the metric is the loss"),
             ["group_by_length"] =
                 ([], "is not supported: train_sampling_strategy is random or sequential"),
             ["ignore_data_skip"] = ([], "is not supported: a resumed run goes on at its row"),
             ["label_smoothing_factor"] = (["0"], "is not supported"),
-            ["load_best_model_at_end"] = ([],
-                "is not supported: keep the checkpoints (save_total_limit) and take the one with the "
-                + "lowest evaluation loss, as trainer_state.json and report.html have it"),
-            ["metric_for_best_model"] =
-                (["loss", "eval_loss"], "is not supported: the metric is the loss"),
             ["neftune_noise_alpha"] =
                 (["0"], "is not supported: no noise is added to embeddings; leave it out"),
             ["no_cuda"] = ([], "is spelt device=cpu here"),

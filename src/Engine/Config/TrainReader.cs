@@ -1,3 +1,5 @@
+using System.Text.Json;
+
 namespace MiniCpmNative.Engine.Config;
 
 /// <summary>
@@ -11,6 +13,7 @@ public sealed class TrainReader
 
     private readonly Dictionary<string, Given> _given = [];
     private readonly SortedSet<string> _ignored = [];
+    private Given? _deepSpeed;
     private readonly string _workingDirectory;
     private readonly IReadOnlyList<TrainKey>? _keys;
 
@@ -58,6 +61,8 @@ public sealed class TrainReader
         }
 
         reader.TakeArguments(arguments, first);
+        if (reader._deepSpeed is { } deepSpeed)
+            DeepSpeedFile.Read(deepSpeed, reader.Take, line => notice?.Invoke(line));
         var result = reader.Build();
         TrainChecks.Check(result);
         result = result with
@@ -121,7 +126,12 @@ public sealed class TrainReader
         Dictionary<string, Given> found, string name, Given given, List<string> problems)
     {
         string key = TrainKeys.Aliases.GetValueOrDefault(name, name);
-        if (_keys is null && TrainForeignKeys.Ignored.Contains(key))
+        if (_keys is null && key == "deepspeed")
+        {
+            // As given last; none is none.
+            _deepSpeed = given.Plain() is "" or "none" or "null" or "false" ? null : given;
+        }
+        else if (_keys is null && TrainForeignKeys.Ignored.Contains(key))
         {
             _ignored.Add(key);
         }
@@ -143,6 +153,34 @@ public sealed class TrainReader
         {
             problems.Add($"{key} is given twice (as {Messages.Quote(name)} too)");
         }
+    }
+
+    // A key that follows from another file: false where it is given. As with transformers, numbers
+    // that differ are refused.
+    private bool Take(string name, JsonElement value, string place)
+    {
+        TrainKey key = TrainKeys.Train.First(k => k.Name == name);
+        var given = new Given(value, null, _workingDirectory) { Key = key };
+        object? converted;
+        try
+        {
+            converted = TrainValues.Convert(key, given);
+        }
+        catch (InputException problem)
+        {
+            throw new InputException($"{place}: {problem.Message}", problem);
+        }
+
+        if (!_given.TryGetValue(name, out Given? own))
+        {
+            _given.Add(name, given with { Value = converted });
+            return true;
+        }
+
+        if (converted is bool or double or int && !converted.Equals(own.Value))
+            throw new InputException($"{place} is {given.Plain()}, {name} is {own.Plain()}: leave one "
+                + "of them out");
+        return false;
     }
 
     // Converts at once so that a bad value is reported with the source it stands in.
@@ -180,12 +218,6 @@ public sealed class TrainReader
 
     private IEnumerable<string> Notices(TrainArguments arguments)
     {
-        if (_ignored.Remove("deepspeed"))
-        {
-            yield return "deepspeed is not used and its file is not read: its scheduler and optimizer are "
-                + "not taken over (lr_scheduler_type=warmup_lr and weight_decay_scope=all do as they would)";
-        }
-
         if (_ignored.Count > 0)
             yield return "no effect on the result, ignored: " + string.Join(", ", _ignored);
         if (arguments.UseLora && arguments.TuneVision && _given.ContainsKey("tune_vision")

@@ -28,11 +28,23 @@ public sealed record OpenDevice(Device Device, string Name, IDisposable? Owner =
     }
 
     /// <summary>Of streamed weights whose memory the driver did not page-lock, in words.</summary>
-    public string? Pageable => Device is CudaDevice { PageableBytes: > 0 and var bytes }
-        ? FormattableString.Invariant($"stream_weights: {bytes / (double)(1 << 30):0.00} GiB of the ")
-            + "machine's memory cannot be page-locked (ulimit -l, or too little is free): copies of "
-            + "these weights are several times slower, and the GPU waits for them"
-        : null;
+    public string? Pageable
+    {
+        get
+        {
+            if (Device is not CudaDevice device) return null;
+            var (slow, refused) = (device.PageableBytes, device.RefusedHostBytes);
+            static string Gib(long bytes) =>
+                FormattableString.Invariant($"{bytes / (double)(1 << 30):0.00} GiB");
+            return slow + refused == 0 ? null
+                : $"{Gib(slow + refused)} of the machine's memory cannot be page-locked (ulimit -l, or "
+                    + "too little is free): " + string.Join("; ", (string[])[
+                    .. slow > 0 ? (string[])[$"copies of {Gib(slow)} of weights (stream_weights) are "
+                        + "several times slower, and the GPU waits for them"] : [],
+                    .. refused > 0 ? (string[])[$"{Gib(refused)} that were to lie there (offload, paged "
+                        + "optim) stays on the GPU"] : []]);
+        }
+    }
 
     /// <summary>What is in use of a GPU, by whomever, in words behind others.</summary>
     public string InUse()
@@ -104,8 +116,9 @@ public sealed record DeviceSource
             }
         }
 
-        if (arguments.Streams)
-            say?.Invoke("stream_weights: on the CPU weights are in the machine's memory anyway");
+        if (arguments.Streams || arguments.OffloadOptimizer == true)
+            say?.Invoke((arguments.StreamWeights == true ? "stream_weights"
+                : arguments.OffloadParam == true ? "offload_param" : "offload_optimizer") + ": on the CPU weights are in the machine's memory anyway");
         var device = new CpuDevice(arguments.Threads);
         return new OpenDevice(device, $"CPU, {Environment.ProcessorCount} processors");
     }

@@ -4,7 +4,7 @@ using MiniCpmNative.Kernels;
 namespace MiniCpmNative.Engine.Model;
 
 /// <summary>A layer of a transformer as a block of the tape: what follows from its parts.</summary>
-/// <param name="streamed">The layer's place, where its frozen tensors may be streamed.</param>
+/// <param name="streamed">The layer's place, where its tensors may be streamed.</param>
 internal abstract class Layer<TContext>(ModuleScope? streamed = null) : IBlock<TContext>
     where TContext : class
 {
@@ -14,7 +14,7 @@ internal abstract class Layer<TContext>(ModuleScope? streamed = null) : IBlock<T
 
     public abstract Tensor Forward(Graph graph, Tensor x, TContext context);
 
-    public void Acquire() => _streamed?.Acquire();
+    public void Acquire(bool backward) => _streamed?.Acquire(backward);
 
     public void Release() => _streamed?.Release();
 

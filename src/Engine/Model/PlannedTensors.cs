@@ -36,6 +36,6 @@ internal sealed class PlannedTensors(
     protected override unsafe Tensor FrozenMatrix(string name, int begin, int rows, int cols) =>
         Device.Pack(storedAs(name), rows, cols, null, name);
 
-    protected override Tensor FrozenTable(string name) =>
-        Device.Allocate(new Spec(storedAs(name), ShapeOf(name)), name);
+    protected override Tensor FrozenTable(string name, bool inHost) =>
+        Device.AllocateIn(inHost, new Spec(storedAs(name), ShapeOf(name)), name);
 }

@@ -56,7 +56,7 @@ public sealed class BaseModel : IDisposable
     /// <summary>
     /// Bytes of weights, gradients and optimizer state on the device, activations not counted.
     /// </summary>
-    public long DeviceBytes => Bytes(_ => true);
+    public long DeviceBytes => Bytes(streams: false, Optimizer.Paged, offloads: false);
 
     /// <summary>
     /// Whether the weights on the disk are no longer those that were loaded: frozen ones cannot be
@@ -100,8 +100,9 @@ public sealed class BaseModel : IDisposable
             AdapterConfig? adapter = TunedParts.AdapterOf(arguments, spec);
             if (arguments.LoraWeightPath is { } path)
             {
-                start = AdapterFile.Open(path);
-                AdapterStart.MustFit(adapter!, start, spec.Parameters);
+                start = AdapterFile.Open(path, spec.Parameters);
+                adapter = AdapterStart.Settled(adapter!, start);
+                AdapterStart.MustFit(adapter, start, spec.Parameters);
             }
 
             TunedParts parts = TunedParts.Choose(spec, arguments, adapter, storage);
@@ -110,6 +111,7 @@ public sealed class BaseModel : IDisposable
             {
                 AdapterStart.MustKeepModules(parts.Layout!, start, spec.Parameters);
                 start.Match(spec.Parameters);
+                start.MustBeOn(weights);
                 say?.Invoke(FormattableString.Invariant(
                     $"starting from adapter {start.Directory}: lora_r {arguments.LoraR}, ")
                     + FormattableString.Invariant(
@@ -118,6 +120,7 @@ public sealed class BaseModel : IDisposable
                         ? $", modules_to_save {string.Join(' ', whole)}" : ""));
             }
 
+            if (parts.OfTied(spec.Parameters) is { } tied) say?.Invoke(tied);
             return new BaseModel(spec, weights, start, parts, storage)
             {
                 Optimizer = TunedModel.OptimizerOf(arguments),
@@ -148,16 +151,19 @@ public sealed class BaseModel : IDisposable
 
     /// <summary>Refuses a device whose free memory the weights alone exceed.</summary>
     /// <param name="device">Where to.</param>
-    /// <param name="streams">Whether frozen layers may stay in the machine's memory.</param>
+    /// <param name="arguments">Say what stays in the machine's memory.</param>
+    /// <param name="isOpen">Whether what they leave open may stay there too.</param>
     /// <exception cref="RunException">Says what is needed, free, and takes less.</exception>
-    public void MustFitOn(OpenDevice device, bool streams = false)
+    public void MustFitOn(OpenDevice device, TrainArguments arguments, bool isOpen)
     {
-        long needed = Bytes(name => !streams || !Spec.Parameters.IsInBlock(name));
+        bool offloads = arguments.OffloadParam ?? (isOpen && arguments.StreamWeights != false);
+        long needed = Bytes(offloads || (arguments.StreamWeights ?? isOpen),
+            Optimizer.Paged || (arguments.OffloadOptimizer ?? isOpen), offloads);
         if (device.FreeBytes is not { } free || needed <= free) return;
         throw new RunException(
             $"out of memory: weights, gradients and optimizer state take {RunPlaces.Gib(needed)}, "
-            + $"{RunPlaces.Gib(free)} are free on {device.Name}; bf16, use_lora, optim=adamw_8bit or "
-            + "paged_adamw_8bit take less, and device=cpu uses the machine's memory");
+            + $"{RunPlaces.Gib(free)} are free on {device.Name}; bf16, use_lora, optim=adamw_8bit, "
+            + "offload_optimizer or offload_param take less, and device=cpu uses the machine's memory");
     }
 
     /// <summary>
@@ -246,15 +252,18 @@ public sealed class BaseModel : IDisposable
     private long StateBytes(TunedTensor tensor) =>
         tensor.StatesOf(Optimizer).Sum(state => state.Spec.Bytes);
 
-    // With those frozen tensors.
-    private long Bytes(Func<string, bool> holds)
+    private long Bytes(bool streams, bool paged, bool offloads)
     {
         var trained = Parts.Tensors.Select(t => t.Name).ToHashSet(StringComparer.Ordinal);
+        ParameterTable table = Spec.Parameters;
         long frozen = Weights.Tensors.Where(t => !trained.Contains(t.Name)
-            && !Spec.Parameters.IsUntouched(t.Name) && holds(t.Name)).Sum(Kind.Bytes);
+            && !table.IsUntouched(t.Name)
+            && !(streams && (table.IsInBlock(t.Name) || table.IsLookedUp(t.Name)))).Sum(Kind.Bytes);
         const int gradient = 4;
-        return frozen + Parts.Tensors.Sum(t => (Optimizer.Paged ? 0 : StateBytes(t))
-            + (t.Shape.Count * (MasterBytes(t) + t.Type.Size() + gradient)));
+        return frozen + Parts.Tensors.Sum(t =>
+            (paged ? 0 : StateBytes(t) + (t.Shape.Count * MasterBytes(t)))
+            + (offloads && t.Place != TunedPlace.Elsewhere ? 0
+                : t.Shape.Count * (t.Type.Size() + gradient)));
     }
 
     private static int MasterBytes(TunedTensor tensor) => tensor.Type == DType.F32 ? 0 : 4;

@@ -43,41 +43,48 @@ public sealed class DryRun : IDisposable
     public DryRun(
         TrainArguments arguments, PlannedModel model, CardFigures card, int together = 1)
     {
+        Arguments = arguments;
         TunedParts parts = model.Parts;
         _context = CountingCuda.Context(card);
         _device = CountingCuda.Device(
             _context, DeviceSource.ActivationsOf(arguments), card.Hopper);
         var trainables = new ParameterRanges(
-            _device, parts.Tensors, TunedModel.OptimizerOf(arguments));
+            _device, parts.Tensors, TunedModel.OptimizerOf(arguments),
+            offloads: arguments.OffloadParam == true);
         Recomputation = parts.NewRecomputation(model.Spec, arguments);
         long before = _context.HeldBytes;
-        _model = LoadedModel.Build(
-            new OpenDevice(_device, card.Name, _context), model.Spec,
-            graph => new PlannedTensors(
-                graph, model.Spec, trainables, parts.Adapters, model.StoredAs, model.Kind)
+        _model = LoadedModel.Plan(
+            new OpenDevice(_device, card.Name, _context), model.Spec, model.StoredAs, new()
             {
+                Trainables = trainables,
+                Adapters = parts.Adapters,
+                Recomputation = Recomputation,
+                Kind = model.Kind,
                 Streams = arguments.Streams,
-            },
-            Recomputation);
+            });
         long weights = _context.HeldBytes - before;
         _trainer = new Trainer(arguments, _model, trainables) { Together = together };
         long moments = trainables.StateBytes;
-        HostBytes = trainables.HostBytes;
-        long trained = trainables.Bytes - moments - trainables.Gradients.Spec.Bytes;
-        _fixed = new(weights, trained, trainables.Gradients.Spec.Bytes, moments, 0, 0);
+        long gradients = trainables.GradientBytes;
+        _fixed = new(weights, trainables.Bytes - moments - gradients, gradients, moments, 0, 0);
     }
 
     /// <summary>What layers compute again in backward; may change between steps.</summary>
     public Recomputation Recomputation { get; }
 
-    /// <summary>Bytes of the machine's memory that the optimizer keeps.</summary>
-    public long HostBytes { get; }
+    public TrainArguments Arguments { get; }
+
+    /// <summary>Bytes of the machine's memory that kernels reach.</summary>
+    public long HostBytes => _device.HostBytes;
 
     /// <summary>Bytes of weights that lie in host memory.</summary>
     public long StreamedBytes => _device.StreamedBytes;
 
-    /// <summary>Bytes of them that steps brought over so far.</summary>
+    /// <summary>Bytes of blocks that steps brought over so far.</summary>
     public long StreamedSoFar => _device.StreamedSoFar;
+
+    /// <summary>Bytes of gradients that steps took back so far.</summary>
+    public long StreamedBack => _device.StreamedBack;
 
     /// <inheritdoc cref="Trainer.Together"/>
     public int Together => _trainer.Together;

@@ -10,8 +10,8 @@ namespace MiniCpmNative.Engine.Train;
 /// <summary>
 /// What a run takes of a GPU's memory, counted before it begins: every micro-batch that may need
 /// the most goes once through a <see cref="DryRun"/>. Where the configuration leaves it open, as
-/// little is computed again in backward as fits, and frozen layers stay in the machine's memory
-/// where nothing else does.
+/// little is computed again in backward as fits, and only what does not fit otherwise stays in the
+/// machine's memory.
 /// </summary>
 public sealed class MemoryPlan
 {
@@ -21,10 +21,13 @@ public sealed class MemoryPlan
     // Micro-batches that share a layer's way over the bus: a few hide it.
     private const int MostTogether = 16;
 
+    private readonly TrainArguments _choice;
+
     private MemoryPlan(DryRun dry, Need most)
     {
-        (Parts, Recomputation, Streamed, Together) =
-            (dry.Parts(most.Bytes), dry.Recomputation, dry.StreamedBytes, dry.Together);
+        (Parts, Recomputation, Streamed, Kept, Together, _choice) =
+            (dry.Parts(most.Bytes), dry.Recomputation, dry.StreamedBytes, dry.HostBytes,
+                dry.Together, dry.Arguments);
         (Rows, Size, Fullest, Trains) =
             (most.Planned.Rows, most.Planned.Size, most.Fullest, most.Planned.Trains);
     }
@@ -35,6 +38,9 @@ public sealed class MemoryPlan
 
     /// <summary>Bytes of frozen layers that stay in the machine's memory.</summary>
     public long Streamed { get; }
+
+    /// <summary>Bytes of other tensors there, which kernels reach over the bus.</summary>
+    public long Kept { get; }
 
     /// <summary>Micro-batches that go through the layers together.</summary>
     public int Together { get; }
@@ -76,42 +82,68 @@ public sealed class MemoryPlan
     }
 
     /// <summary>
-    /// The run with streamed layers where that is asked for, or left open and it does not fit
-    /// otherwise; then as many micro-batches go through them together as fit.
+    /// The run with as little in the machine's memory as fits, of what the configuration leaves
+    /// open; where layers are streamed, with as many micro-batches together as fit.
     /// </summary>
     internal static Candidate Choose(
         TrainArguments arguments, PlannedModel model, CardFigures card, DataRows rows,
         DataRows? evaluation, StepPlan plan, long? allowed)
     {
-        bool isOpen = arguments.StreamWeights is null && allowed is not null
-            && arguments.Recompute is Recompute.Auto or Recompute.Block;
-        if (!arguments.Streams)
+        TrainArguments[] choices = [.. Choices(arguments)];
+        if (allowed is null) choices = choices[..1];
+        for (int i = 0; ; i++)
         {
-            Candidate apart = Of(1);
-            if (!isOpen) return apart;
-            int before = apart.Dry.Recomputation.Amount;
-            apart.Dry.Recomputation.Amount = apart.Dry.Recomputation.Most;
-            bool fits = Fits(apart.Dry, All(apart.Dry, apart.Batches), allowed);
-            apart.Dry.Recomputation.Amount = before;
-            if (fits) return apart;
-            apart.Dispose();
-            arguments = arguments with { StreamWeights = true };
+            TrainArguments choice = choices[i];
+            int together = choice.Streams ? Math.Min(MostTogether, plan.MostBatches) : 1;
+            for (; together > 0; together /= 2)
+            {
+                var run = new Candidate(choice, new DryRun(choice, model, card, together),
+                    PlannedBatches.Of(choice, rows, evaluation, plan, together));
+                if (FitsAtLeast(run, allowed) || (together == 1 && i == choices.Length - 1))
+                    return run;
+                run.Dispose();
+            }
         }
+    }
 
-        for (int together = Math.Min(MostTogether, plan.MostBatches); ; together /= 2)
-        {
-            Candidate run = Of(together);
-            if (together == 1 || Fits(run.Dry, All(run.Dry, run.Batches), allowed)) return run;
-            run.Dispose();
-        }
+    // In the order of what they bring over the bus for the bytes that they save.
+    private static IEnumerable<TrainArguments> Choices(TrainArguments a)
+    {
+        bool isFree = a.Recompute is Recompute.Auto or Recompute.Block;
+        bool[] Open(bool? key, bool mayBe = true) =>
+            key is { } given ? (bool[])[given] : mayBe ? (bool[])[false, true] : [false];
+        foreach (bool param in Open(a.OffloadParam, isFree && a.StreamWeights != false))
+            foreach (bool streams in Open(param ? true : a.StreamWeights, isFree))
+                foreach (bool optimizer in Open(a.OffloadOptimizer))
+                    // Trained layers go where their moments are already, unless they are told to.
+                    if (!param || optimizer || a.OffloadOptimizer == false || a.OffloadParam == true)
+                        yield return a with
+                        {
+                            OffloadParam = param,
+                            StreamWeights = streams,
+                            OffloadOptimizer = optimizer,
+                        };
+    }
 
-        Candidate Of(int together) => new(arguments, new DryRun(arguments, model, card, together),
-            PlannedBatches.Of(arguments, rows, evaluation, plan, together));
+    // With everything computed again that may be.
+    private static bool FitsAtLeast(Candidate run, long? allowed)
+    {
+        if (allowed is null) return true;
+        Recomputation recomputation = run.Dry.Recomputation;
+        int before = recomputation.Amount;
+        if (run.Arguments.Recomputes == Recompute.Auto) recomputation.Amount = recomputation.Most;
+        bool fits = Fits(run.Dry, All(run.Dry, run.Batches), allowed);
+        recomputation.Amount = before;
+        return fits;
     }
 
     /// <summary>The configuration with what was planned.</summary>
-    public TrainArguments Of(TrainArguments arguments) =>
-        Streamed > 0 ? arguments with { StreamWeights = true } : arguments;
+    public TrainArguments Of(TrainArguments arguments) => arguments with
+    {
+        StreamWeights = _choice.StreamWeights == true,
+        OffloadOptimizer = _choice.OffloadOptimizer == true,
+        OffloadParam = _choice.OffloadParam == true,
+    };
 
     /// <summary>Lets a model that has not run yet take what was planned.</summary>
     public void Apply(TunedModel model)
@@ -164,6 +196,8 @@ public sealed class MemoryPlan
 
         Add(a.Recomputes is not (Recompute.Auto or Recompute.Block), "gradient_checkpointing=true");
         Add(a.StreamWeights == false, "stream_weights=true");
+        Add(a.OffloadOptimizer == false, "offload_optimizer=true");
+        Add(a.OffloadParam == false, "offload_param=true");
         Add(a.PerDeviceTrainBatchSize > 1,
             "a smaller per_device_train_batch_size (with more gradient_accumulation_steps)");
         Add(a.MaxSliceNums > 1, "a smaller max_slice_nums");
@@ -183,13 +217,29 @@ public sealed class MemoryPlan
         + $"{RunPlaces.Gib(Parts.Trained)}, gradients {RunPlaces.Gib(Parts.Gradients)}, moments "
         + $"{RunPlaces.Gib(Parts.Moments)}, activations {RunPlaces.Gib(Parts.Activations)}, "
         + $"workspace {RunPlaces.Gib(Parts.Workspace)}), the most in {Rows}; {Recomputation}"
-        + (Streams is { } line ? $"; {line}" : "");
+        + (InHost is { } line ? $"; {line}" : "");
 
-    /// <summary>What is streamed, in words; null where nothing is.</summary>
-    public string? Streams => Streamed == 0 ? null
-        : $"{RunPlaces.Gib(Streamed)} of frozen layers stay in the machine's memory and pass through "
-            + "two buffers (stream_weights), once for "
-            + (Together == 1 ? "each micro-batch" : $"{Together} micro-batches together");
+    /// <summary>What lies in the machine's memory, in words; null where nothing does.</summary>
+    public string? InHost
+    {
+        get
+        {
+            if (Streamed + Kept == 0) return null;
+            var parts = new List<string>();
+            if (Streamed > 0)
+                parts.Add($"{RunPlaces.Gib(Streamed)} of frozen layers, which pass through two "
+                    + "buffers once for " + (Together == 1 ? "each micro-batch"
+                        : $"{Together} micro-batches together") + " (stream_weights)");
+            if (Kept > 0)
+                parts.Add($"{RunPlaces.Gib(Kept)} of " + (_choice.OffloadParam == true
+                    ? "trained layers, gradients, moments and embeddings (offload_param"
+                        + (_choice.OffloadOptimizer == true ? ", offload_optimizer)" : ")")
+                    : !TunedModel.OptimizerOf(_choice).Paged ? "embeddings"
+                    : "moments and masters (" + (_choice.OffloadOptimizer == true
+                        ? "offload_optimizer)" : "optim)") + (_choice.Streams ? " and embeddings" : "")));
+            return "in the machine's memory: " + string.Join("; ", parts);
+        }
+    }
 
     // The least amount that fits; amounts between need no less than larger ones.
     private static Need[] Search(

@@ -34,7 +34,7 @@ public sealed class Optimizer
 
     /// <summary>Queues the measuring of the gradients; losses may be None.</summary>
     public void Measure(in Tensor losses) =>
-        _device.GradientNorm([_trainables.Gradients], _arguments.MaxGradNorm, Norm, losses);
+        _device.GradientNorm(_trainables.Gradients, _arguments.MaxGradNorm, Norm, losses);
 
     /// <summary>
     /// Queues a change of all trained values by one step, with the gradients measured last. Where
@@ -48,13 +48,15 @@ public sealed class Optimizer
                 learningRate * run.Rate, _arguments.AdamBeta1, _arguments.AdamBeta2,
                 _arguments.AdamEpsilon, run.Decay, Updates + 1, (ulong)_arguments.Seed,
                 _trainables.Optimizer.Rule);
-            var (weights, masters) = _trainables.Updated(run);
+            var (weights, masters) = ParameterRanges.Updated(run);
             _device.Update(
                 step,
                 OptimizerForm.Range(
-                    weights, masters, ParameterRanges.Stretch(_trainables.Gradients, run),
+                    weights, masters, ParameterRanges.GradientsOf(run),
                     run.Begin, run.States),
                 Norm);
         }
+
+        _device.ForgetVisiting();
     }
 }

@@ -11,8 +11,11 @@ namespace MiniCpmNative.Engine.Train;
 /// <param name="Gpu">A card's name, or its memory.</param>
 /// <param name="Tflops">What its products reach, where that was measured.</param>
 /// <param name="GigabytesPerSecond">What it copies, where that was measured.</param>
+/// <param name="Bus">What comes over from page-locked memory, 10^9 bytes a second, where that was
+/// measured.</param>
 public sealed record PlanRequest(
-    string Gpu = "H100", double? Tflops = null, double? GigabytesPerSecond = null);
+    string Gpu = "H100", double? Tflops = null, double? GigabytesPerSecond = null,
+    double? Bus = null);
 
 /// <summary>
 /// `cpmx plan`: what a training will take of a GPU, and how long at least, on a machine that need
@@ -21,13 +24,20 @@ public sealed record PlanRequest(
 /// </summary>
 public static class PlanRun
 {
+    // What PCI Express x16 brings over from page-locked memory, 10^9 bytes a second.
+    private const double Gen5 = 55.7, Gen4 = 25;
+
     // Of a card's memory, what its driver and libraries take.
     private const long Libraries = 600L << 20;
 
     // Of the gibibytes that a card is named after, what its driver shows.
     private const double Shown = 0.985 * (1 << 30);
 
-    private sealed record Card(CardFigures Figures, double Tflops, double Gigabytes, string Source)
+    // Micro-batches of a step whose work is added up; more of them take as long each.
+    private const int MostTimed = 16;
+
+    private sealed record Card(
+        CardFigures Figures, double Tflops, double Gigabytes, string Source, double Bus)
     {
         public double NamedAfter => Math.Round(Figures.Memory / Shown);
     }
@@ -35,8 +45,8 @@ public static class PlanRun
     // BF16 products summed in float, without sparsity, and bytes copied, 10^9 each.
     private static readonly Card[] s_cards =
     [
-        New("H100", 132, 90, 80, 785, 3020, "measured on an H100 SXM"),
-        New("H200", 132, 90, 141, 989, 4800, "datasheet"),
+        New("H100", 132, 90, 80, 785, 3020, "measured on an H100 SXM", bus: Gen5),
+        New("H200", 132, 90, 141, 989, 4800, "datasheet", bus: Gen5),
         New("A100-80GB", 108, 80, 80, 312, 2039, "datasheet"),
         New("A100-40GB", 108, 80, 40, 312, 1555, "datasheet"),
         New("L40S", 142, 89, 48, 362, 864, "datasheet"),
@@ -57,7 +67,7 @@ public static class PlanRun
         var rows = DataRows.Open(
             arguments.TrainingData, arguments, format, output.WriteLine);
         DataRows? evaluation = arguments.Evaluates ? DataRows.Open(
-            arguments.EvaluationData!, arguments, format, output.WriteLine) : null;
+            arguments.EvaluationData!, arguments, format, output.WriteLine, rows) : null;
         var plan = new StepPlan(arguments, rows.Count);
         long memory = card.Figures.Memory;
         long allowed = Math.Min(
@@ -101,9 +111,6 @@ public static class PlanRun
             ("all", parts.Total)])
             output.WriteLine(FormattableString.Invariant(
                 $"  {name,-16}{bytes / (double)(1 << 30),8:f2} GiB"));
-        if (dry.HostBytes > 0)
-            output.WriteLine("beside it the optimizer keeps "
-                + $"{RunPlaces.Gib(dry.HostBytes)} in the machine's memory");
         RowSize size = plan.Size;
         output.WriteLine(
             $"the most in {plan.Rows}: {Messages.Number(size.Tokens)} tokens, "
@@ -111,7 +118,7 @@ public static class PlanRun
             + $"{Messages.Number(size.Patches)} patches, "
             + $"{(plan.Trains ? "in training" : "in evaluation")}, at {plan.Fullest}");
         output.WriteLine($"{plan.Recomputation}");
-        if (plan.Streams is { } streams) output.WriteLine(streams);
+        if (plan.InHost is { } line) output.WriteLine(line);
         string room = $"{card.Figures.Name}, of whose {RunPlaces.Gib(card.Figures.Memory)} the run "
             + $"may take {RunPlaces.Gib(allowed)}";
         output.WriteLine(fits ? $"fits into {room}"
@@ -119,26 +126,39 @@ public static class PlanRun
         return fits;
     }
 
-    // Of the micro-batch whose size is nearest to the mean.
+    // Of a step of micro-batches of the size nearest to the mean. Copies of blocks overlap with all
+    // else, one way with the other.
     private static void Times(
         TrainArguments arguments, DryRun dry, DataRows rows, StepPlan plan, Card card,
         TextWriter output)
     {
         Batch typical = PlannedBatches.Typical(arguments, rows, plan);
-        var work = new StepWork(card.Gigabytes * 1e9, card.Tflops * 1e12);
+        double mean = (double)plan.BatchesBefore(plan.MaxSteps) / plan.MaxSteps;
+        var batches = new Batch[Math.Clamp((int)Math.Round(mean), 1, MostTimed)];
+        Array.Fill(batches, typical);
+        var work = new StepWork(card.Gigabytes * 1e9, card.Tflops * 1e12, card.Bus * 1e9);
         work.Begin(typical);
+        // What the first step finds is not what the others do.
+        dry.Train(batches);
+        var (up, back) = (dry.StreamedSoFar, dry.StreamedBack);
         dry.Watch = work;
-        dry.Train(typical);
+        dry.Train(batches);
         dry.Watch = null;
-        long passes = plan.BatchesBefore(plan.MaxSteps);
-        double step = work.Seconds * passes / plan.MaxSteps;
-        var whole = TimeSpan.FromSeconds(work.Seconds * passes);
+        double copies = Math.Max(dry.StreamedSoFar - up, dry.StreamedBack - back) / (card.Bus * 1e9);
+        double step = Math.Max(work.Seconds, copies) * mean / batches.Length;
+        var whole = TimeSpan.FromSeconds(step * plan.MaxSteps);
         output.WriteLine(FormattableString.Invariant(
             $"estimate, no less than: {step:g3} s a step, {Words(whole)} for all of them, without ")
             + "loading, evaluating and saving; at "
             + FormattableString.Invariant($"{card.Tflops:g4} TFLOP/s and {card.Gigabytes:g4} GB/s ")
-            + $"({card.Source}), {work.Launches:N0} launches a pass, "
-            + FormattableString.Invariant($"{typical.Tokens.Count / work.Seconds:f0} tokens/s"));
+            + $"({card.Source}), {work.Launches:N0} launches for {batches.Length} micro-batches, "
+            + FormattableString.Invariant($"{typical.Tokens.Count * mean / step:f0} tokens/s"));
+        if (copies + work.BusSeconds > 0)
+            output.WriteLine(FormattableString.Invariant(
+                $"of such a step the bus takes {copies + work.BusSeconds:g3} s at {card.Bus:g4} GB/s, ")
+                + FormattableString.Invariant($"{copies:g3} s of them while the GPU computes for ")
+                + FormattableString.Invariant($"{work.Seconds - work.BusSeconds:g3} s, ")
+                + FormattableString.Invariant($"{work.BusSeconds:g3} s for the optimizer and lookups"));
     }
 
     // What less memory would take, by what is computed again.
@@ -156,15 +176,17 @@ public static class PlanRun
                 null));
         }
 
-        if (!arguments.Streams)
+        foreach (var (name, other) in ((string, TrainArguments)[])[
+            ("stream_weights=true", arguments with { StreamWeights = true }),
+            ("offload_optimizer=true", arguments with { OffloadOptimizer = true }),
+            ("offload_optimizer=true offload_param=true",
+                arguments with { OffloadOptimizer = true, OffloadParam = true })])
         {
-            TrainArguments streams = arguments with
-            {
-                StreamWeights = true,
-                Recompute = Recompute.Auto,
-            };
-            using var streamed = new DryRun(streams, model, card.Figures);
-            Line("stream_weights=true", MemoryPlan.Make(streams, streamed, batches, null));
+            TrainArguments open = other.Streams
+                ? other with { Recompute = Recompute.Auto } : other;
+            if (arguments == other || (arguments.Streams && !other.Streams)) continue;
+            using var less = new DryRun(open, model, card.Figures);
+            Line(name, MemoryPlan.Make(open, less, batches, null));
         }
 
         foreach (var (kind, name) in ((OptimizerKind, string)[])[
@@ -188,7 +210,7 @@ public static class PlanRun
             Card? least = s_cards.OrderBy(c => c.Figures.Memory)
                 .FirstOrDefault(c => c.Figures.Memory >= all);
             output.WriteLine(FormattableString.Invariant(
-                $"  {setting,-34}{plan.Parts.Total / (double)(1 << 30),8:f2} GiB: ")
+                $"  {setting,-42}{plan.Parts.Total / (double)(1 << 30),8:f2} GiB: ")
                 + (least is null ? "more than any card has" : FormattableString.Invariant(
                     $"a card of {least.NamedAfter:f0} GB")));
         }
@@ -240,6 +262,7 @@ public static class PlanRun
         if (found is null)
             throw new InputException($"--gpu is {Messages.Quote(wanted)}, expected its memory such "
                 + $"as 24GB, or one of {string.Join(", ", s_cards.Select(c => c.Figures.Name))}");
+        if (request.Bus is { } bus) found = found with { Bus = bus };
         if (request.Tflops is null && request.GigabytesPerSecond is null) return found;
         return found with
         {
@@ -254,9 +277,9 @@ public static class PlanRun
     }
 
     private static Card New(string name, int multiprocessors, int architecture, long gigabytes,
-        double tflops, double bandwidth, string source) => new(
+        double tflops, double bandwidth, string source, double bus = Gen4) => new(
         new(name, multiprocessors, architecture, (long)(gigabytes * Shown)), tflops, bandwidth,
-        source);
+        source, bus);
 
     private static string Words(TimeSpan time) => time.TotalHours >= 1
         ? FormattableString.Invariant($"{(int)time.TotalHours} h {time.Minutes} min")

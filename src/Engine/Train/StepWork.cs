@@ -12,7 +12,11 @@ namespace MiniCpmNative.Engine.Train;
 /// </summary>
 /// <param name="bytesPerSecond">What the card copies, read and written bytes together.</param>
 /// <param name="flopsPerSecond">What its products reach.</param>
-public sealed class StepWork(double bytesPerSecond, double flopsPerSecond) : ILaunchWatch
+/// <param name="busBytesPerSecond">What copies from page-locked memory reach; what kernels read and
+/// write there goes both ways at once.</param>
+public sealed class StepWork(
+    double bytesPerSecond, double flopsPerSecond, double busBytesPerSecond = double.MaxValue)
+    : ILaunchWatch
 {
     private const double LaunchSeconds = 3e-6;
 
@@ -21,6 +25,9 @@ public sealed class StepWork(double bytesPerSecond, double flopsPerSecond) : ILa
     private string _kernel = "";
 
     public double Seconds { get; private set; }
+
+    /// <summary>Of these, the bus's.</summary>
+    public double BusSeconds { get; private set; }
 
     public int Launches { get; private set; }
 
@@ -41,8 +48,10 @@ public sealed class StepWork(double bytesPerSecond, double flopsPerSecond) : ILa
         double flops = work.Flops;
         if (_attention > 0 && work.Name.StartsWith(_kernel, StringComparison.Ordinal))
             (flops, _attention) = (_attention, 0);
-        Seconds += Math.Max(
-            LaunchSeconds, Math.Max(work.Bytes / bytesPerSecond, flops / flopsPerSecond));
+        double bus = work.HostBytes / busBytesPerSecond;
+        BusSeconds += bus;
+        Seconds += Math.Max(Math.Max(LaunchSeconds, bus), Math.Max(
+            (work.Bytes - work.HostBytes) / bytesPerSecond, flops / flopsPerSecond));
         Launches++;
     }
 

@@ -41,12 +41,17 @@ public sealed partial class TrainRun
         RowFormat format = source.Spec.Rows();
         _rows = DataRows.Open(arguments.TrainingData, arguments, format, log.Message);
         if (arguments.EvaluationData is { } evaluation && arguments.Evaluates)
-            _evaluationRows = DataRows.Open(evaluation, arguments, format, log.Message);
+            _evaluationRows = DataRows.Open(evaluation, arguments, format, log.Message, _rows);
         Plan();
         CheckPlaces(source);
         (_planned, _device) = (source.Planned, device);
         PlanMemory();
-        TrainArguments planned = _memory?.Of(arguments) ?? arguments with { StreamWeights = false };
+        TrainArguments planned = _memory?.Of(arguments) ?? arguments with
+        {
+            StreamWeights = false,
+            OffloadOptimizer = false,
+            OffloadParam = false,
+        };
         _model = TunedModel.Load(source, device, planned, resumeFrom: folder.ResumeFrom,
             say: log.Message);
         if (device.Pageable is { } line) log.Message(line);
@@ -73,8 +78,7 @@ public sealed partial class TrainRun
     {
         if (_device.Card is not { } card) return;
         // Where weights lie is settled once they are loaded.
-        TrainArguments arguments = _memory is null ? _arguments
-            : _arguments with { StreamWeights = _memory.Streamed > 0 };
+        TrainArguments arguments = _memory?.Of(_arguments) ?? _arguments;
         _memory = MemoryPlan.Make(arguments, _planned, card, _rows, _evaluationRows, _plan,
             _device.Allowed(_arguments.MemoryLimit));
     }
@@ -95,7 +99,7 @@ public sealed partial class TrainRun
         RunPlaces.MustHoldCheckpoints(
             arguments, source.SavedBytes, checkpoints: 1, RunPlaces.Free(arguments.OutputDir));
         using OpenDevice device = devices.Open(arguments, log.Message);
-        source.MustFitOn(device, streams: arguments.StreamWeights != false);
+        source.MustFitOn(device, arguments, isOpen: true);
         if (source.Widened(device) is { } line) log.Message(line);
         new TrainRun(arguments, log, stop, folder, source, device).Run();
     }
@@ -132,8 +136,28 @@ public sealed partial class TrainRun
         _log.End(done, _ended);
     }
 
+    // Puts the best checkpoint's values back, where that is not the last step.
+    private int TakeBest(int done)
+    {
+        if (!_arguments.LoadBestModelAtEnd) return done;
+        if (_log.Best is not { } best)
+        {
+            _log.Message("load_best_model_at_end: no checkpoint was evaluated, the result is the last "
+                + "step's");
+            return done;
+        }
+
+        string folder = RunFolder.Checkpoint(_arguments.OutputDir, best.Step);
+        _log.Message(FormattableString.Invariant(
+            $"the best checkpoint is {folder}: {_arguments.BestBy} {best.Value:0.0000}"));
+        if (best.Step != done) ModelFiles.Load(folder, _model, _arguments);
+        return best.Step;
+    }
+
     private void SaveResult(int done)
     {
+        int last = done;
+        done = TakeBest(done);
         IReadOnlyList<string> written =
             ModelFiles.Save(_arguments.OutputDir, _model, _arguments);
         if (written.Count > 0)
@@ -145,7 +169,7 @@ public sealed partial class TrainRun
         }
 
         string checkpoint = RunFolder.Checkpoint(_arguments.OutputDir, done);
-        if (_saved != done) Save(done);
+        if (done == last && _saved != done) Save(done);
         throw new RunException(
             $"{_arguments.ModelNameOrPath}: its weights were changed during the run, so those that were not "
             + $"trained cannot be saved; what was trained is in {checkpoint}: put the weights back, then "
@@ -180,7 +204,7 @@ public sealed partial class TrainRun
 
         _saved = step;
         _log.Saved(folder);
-        RunFolder.Rotate(_arguments.OutputDir, _arguments.SaveTotalLimit);
+        RunFolder.Rotate(_arguments.OutputDir, _arguments.SaveTotalLimit, _log.Best?.Step);
     }
 
     private RunState State(int step) => new(

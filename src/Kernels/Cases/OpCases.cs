@@ -326,6 +326,26 @@ public static class OpCases
         {
             FreeColumns = ["rows", "targets"],
         },
+        new("cross_entropy_adapted", new CrossEntropy(2),
+            n => [.. Head(n, 5, n / 2, Math.Min(n + 2, 300)), X("u", n, 3),
+                X("bb", Math.Min(n + 2, 300), 3)],
+            () => [.. Head(Rows, 1024, Rows, 32000), X("u", Rows, 16), X("bb", 32000, 16)])
+        {
+            FreeColumns = ["rows", "targets", "u"],
+        },
+        new("adapted_matrices", new AdaptedMatrices(3, 2),
+            n => [X("w", 15, n), X("a", 6, n), X("bb", 15, 2)],
+            () => [X("w", 8 * 1024, 2048), X("a", 8 * 16, 2048), X("bb", 8 * 1024, 16)])
+        {
+            ProductionOp = new AdaptedMatrices(8, 2),
+        },
+        new("lora_down", new LoraDown(3, 0), n => [X("x", n, 10), X("a", 4, 10)],
+            () => [X("x", Rows, Width), X("a", 16, Width)]),
+        new("lora_down_dropout", new LoraDown(3, 0.3), n => [X("x", 3, n), X("a", 4, n)],
+            () => [X("x", Rows, Width), X("a", 16, Width)])
+        {
+            Dropout = true,
+        },
     ];
 
     private static Value X(string name, params int[] shape) => Value.Float(

@@ -215,7 +215,7 @@ public static unsafe class CountingCuda
     [UnmanagedCallersOnly]
     private static int Download(void* to, ulong from, nuint bytes, nint stream)
     {
-        NativeMemory.Clear(to, bytes);
+        if ((ulong)to < FirstAddress) NativeMemory.Clear(to, bytes);
         return 0;
     }
 

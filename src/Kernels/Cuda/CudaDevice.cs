@@ -9,7 +9,7 @@ namespace MiniCpmNative.Kernels.Cuda;
 /// and other tensors of the run are allocated as they come; activations and their gradients share
 /// one piece, which the first step takes: as large as was planned, else most of what is left.
 /// </summary>
-public sealed unsafe class CudaDevice : Device
+public sealed unsafe partial class CudaDevice : Device
 {
     // Small tensors share an allocation; each starts on a line of its own.
     private const long SharedBytes = 4 << 20, LargestShared = 1 << 20, Alignment = 256;
@@ -20,11 +20,9 @@ public sealed unsafe class CudaDevice : Device
     private readonly CudaGemm _gemm;
     private readonly Staging _staging;
     private readonly List<DeviceSlab> _slabs = [];
+    private DeviceSlab? _step;
     private readonly List<IDisposable> _owned = [];
     private readonly (Tensor From, GradientTarget To)[] _casts = new (Tensor, GradientTarget)[16];
-    private readonly SortedDictionary<int, CudaWeightStream> _streams = [];
-    private CudaStream? _copy;
-    private CudaWeightStream.Block? _open;
     private int _castCount;
     private nint _shared;
     private long _sharedLeft;
@@ -59,7 +57,8 @@ public sealed unsafe class CudaDevice : Device
             Stream.Synchronise();
             long bytes = StepBytes ?? (long)(Context.Memory().Free * StepShare);
             bytes = Math.Max(Alignment, bytes / Alignment * Alignment);
-            return (Hold(bytes), bytes);
+            _step = new DeviceSlab(Context, bytes);
+            return ((nint)_step.Address, bytes);
         });
     }
 
@@ -101,18 +100,16 @@ public sealed unsafe class CudaDevice : Device
     /// </summary>
     public long? StepBytes { get; set; }
 
-    /// <summary>Bytes of weights that lie in host memory and come over block by block.</summary>
-    public long StreamedBytes => _streams.Values.Sum(s => s.Bytes);
-
-    /// <summary>Those of one sequence of blocks.</summary>
-    public long StreamedBytesOf(int sequence) =>
-        _streams.TryGetValue(sequence, out CudaWeightStream? stream) ? stream.Bytes : 0;
-
-    /// <summary>Bytes of them that the driver refused to page-lock.</summary>
-    public long PageableBytes => _streams.Values.Sum(s => s.PageableBytes);
-
-    /// <summary>Bytes of them that came over so far.</summary>
-    public long StreamedSoFar => _streams.Values.Sum(s => s.CopiedBytes);
+    /// <summary>Sees to it, between two steps, that the next ones have so many bytes.</summary>
+    /// <exception cref="DeviceMemoryException">There are not so many.</exception>
+    public void ReserveStep(long bytes)
+    {
+        if (bytes <= Step.Reserved) return;
+        Stream.Synchronise();
+        Step.Release();
+        _step?.Dispose();
+        (_step, StepBytes) = (null, bytes);
+    }
 
     /// <summary>What lives as long as the run, and the most that a step needed.</summary>
     public override long MemoryInUse => Context.HeldBytes - Step.Reserved + Step.Needed;
@@ -125,17 +122,6 @@ public sealed unsafe class CudaDevice : Device
     public override Tensor Allocate(Spec spec, string name)
     {
         var tensor = new Tensor(Reserve(spec.Bytes), spec);
-        if (spec.Bytes > 0) Stream.Fill((ulong)tensor.Data, 0, spec.Bytes);
-        return tensor;
-    }
-
-    /// <summary>
-    /// Page-locked: kernels reach it over the bus, as fast as it is where they read neighbours.
-    /// </summary>
-    public override Tensor HostTensor(Spec spec, string name)
-    {
-        var memory = Own(new PinnedMemory(Context, Math.Max(1, spec.Bytes), forKernels: true));
-        var tensor = new Tensor((nint)memory.Pointer, spec);
         if (spec.Bytes > 0) Stream.Fill((ulong)tensor.Data, 0, spec.Bytes);
         return tensor;
     }
@@ -190,14 +176,6 @@ public sealed unsafe class CudaDevice : Device
         return weight;
     }
 
-    public override StreamedBlock BeginStreamed(int sequence, bool hasContent = true)
-    {
-        if (_open is not null) throw new InvalidOperationException("blocks have no blocks in them");
-        if (!_streams.TryGetValue(sequence, out CudaWeightStream? stream))
-            _streams.Add(sequence, stream = new(this, _copy ??= new(Context)));
-        return _open = stream.Begin(hasContent);
-    }
-
     public override void Forward(Op op, in OpCall call)
     {
         Check(call);
@@ -242,7 +220,10 @@ public sealed unsafe class CudaDevice : Device
             return;
         }
 
-        Watch?.Begin(new("fill", tensor.Spec.Bytes));
+        Watch?.Begin(new("fill", tensor.Spec.Bytes)
+        {
+            HostBytes = IsOnHost(tensor.Data) ? tensor.Spec.Bytes : 0,
+        });
         if (value == 0) Stream.Fill((ulong)tensor.Data, 0, tensor.Spec.Bytes);
         else
             Stream.FillWords(
@@ -304,21 +285,17 @@ public sealed unsafe class CudaDevice : Device
     {
         // Queued work may still use what goes now; what it came to no longer matters.
         Context.Api.Driver.StreamSynchronize(Stream.Handle);
-        if (_copy is not null) Context.Api.Driver.StreamSynchronize(_copy.Handle);
-        foreach (CudaWeightStream stream in _streams.Values) stream.Dispose();
-        _copy?.Dispose();
+        DisposeStreams();
         foreach (IDisposable owned in _owned) owned.Dispose();
         _owned.Clear();
         _staging.Dispose();
         _gemm.Dispose();
         foreach (DeviceSlab slab in _slabs) slab.Dispose();
         _slabs.Clear();
+        _step?.Dispose();
         Kernels.Dispose();
         Stream.Dispose();
     }
-
-    // The block that is open has ended; room that was held for its matrices is its own.
-    internal void EndStreamed() => (_open, _togetherLeft) = (null, 0);
 
     internal void Launch(string kernel, Grid grid, ReadOnlySpan<KernelArgument> arguments)
     {
@@ -327,7 +304,7 @@ public sealed unsafe class CudaDevice : Device
         function.AllowShared(grid.SharedBytes);
         LaunchArguments packed = function.Arguments();
         foreach (ref readonly KernelArgument argument in arguments) packed.Add(argument);
-        Watch?.Begin(QueuedWork.Kernel(kernel, arguments));
+        Watch?.Begin(QueuedWork.Kernel(kernel, arguments, IsOnHost));
         packed.Launch(Stream, grid.Blocks, grid.Threads, grid.SharedBytes);
         Watch?.End();
     }

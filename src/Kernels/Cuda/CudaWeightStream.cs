@@ -13,26 +13,33 @@ namespace MiniCpmNative.Kernels.Cuda;
 /// memory: each kind of weight streams without knowing. Host memory is page-locked, which copies
 /// at the speed of the bus need; where the driver refuses more of it, the rest is not, and the host
 /// waits for each copy of that.
+///
+/// Trained tensors lie in host memory where the optimizer finds them. They come as frozen ones do;
+/// their gradients have buffers of their own, and go to host memory, on a third stream, when
+/// backward has come to the next block. Where a step comes back to a block, they come over first.
 /// </summary>
-internal sealed unsafe class CudaWeightStream : IDisposable
+internal sealed unsafe partial class CudaWeightStream : IDisposable
 {
     // A buffer is made of pieces, the first that has room takes a tensor: larger ones have a piece
     // of their own.
     private const long PieceBytes = 4 << 20, Alignment = 256;
 
     private readonly CudaDevice _device;
-    private readonly CudaStream _copy;
+    private readonly CudaStream _copy, _back;
     private readonly Half[] _halves;
     private readonly List<Block> _blocks = [];
     private int _last, _next;
 
-    public CudaWeightStream(CudaDevice device, CudaStream copy)
+    /// <param name="device">Computes with the blocks.</param>
+    /// <param name="copy">Brings them.</param>
+    /// <param name="back">Takes gradients back.</param>
+    public CudaWeightStream(CudaDevice device, CudaStream copy, CudaStream back)
     {
-        (_device, _copy) = (device, copy);
+        (_device, _copy, _back) = (device, copy, back);
         _halves = [new(device.Context), new(device.Context)];
     }
 
-    /// <summary>Bytes of all blocks.</summary>
+    /// <summary>Bytes of all blocks, those of trained tensors not counted.</summary>
     public long Bytes { get; private set; }
 
     /// <summary>Bytes of them whose host memory is not page-locked.</summary>
@@ -41,6 +48,9 @@ internal sealed unsafe class CudaWeightStream : IDisposable
     /// <summary>Bytes that were copied to the device so far.</summary>
     public long CopiedBytes { get; private set; }
 
+    /// <summary>Bytes of gradients that were copied back so far.</summary>
+    public long CopiedBack { get; private set; }
+
     /// <summary>What is reserved until its end is the new block's.</summary>
     /// <param name="hasContent">False for a device that only counts.</param>
     public Block Begin(bool hasContent)
@@ -48,7 +58,8 @@ internal sealed unsafe class CudaWeightStream : IDisposable
         var block = new Block(this, _blocks.Count, hasContent);
         _blocks.Add(block);
         Half half = _halves[block.Number % 2];
-        foreach (Piece piece in half.Pieces) piece.Used = 0;
+        half.Frozen.Restart();
+        half.Visiting.Restart();
         half.Holder = block;
         return block;
     }
@@ -59,28 +70,21 @@ internal sealed unsafe class CudaWeightStream : IDisposable
         foreach (Block block in _blocks) block.Dispose();
     }
 
-    private nint Reserve(Block block, long bytes)
+    private nint Reserve(Room room, long bytes)
     {
-        long rounded = Math.Max(Alignment, (bytes + Alignment - 1) / Alignment * Alignment);
-        List<Piece> pieces = _halves[block.Number % 2].Pieces;
-        Piece? piece = pieces.Find(p => p.Slab.Bytes - p.Used >= rounded);
-        if (piece is null)
-        {
-            pieces.Add(piece = new(new(_device.Context, Math.Max(rounded, PieceBytes))));
-            // What lies between tensors goes to host memory and back too.
-            _device.Stream.Fill(piece.Slab.Address, 0, piece.Slab.Bytes);
-        }
-
-        nint data = (nint)piece.Slab.Address + (nint)piece.Used;
-        piece.Used += rounded;
-        return data;
+        if (room.Take(bytes) is { } data) return data;
+        var slab = new DeviceSlab(_device.Context, Math.Max(Room.Rounded(bytes), PieceBytes));
+        // What lies between tensors goes to host memory and back too.
+        _device.Stream.Fill(slab.Address, 0, slab.Bytes);
+        room.Pieces.Add(new(slab));
+        return room.Take(bytes)!.Value;
     }
 
     // Behind the uploads that are queued, and before those of the buffer's next block.
     private void Keep(Block block)
     {
         Half half = _halves[block.Number % 2];
-        foreach (Piece piece in half.Pieces)
+        foreach (Piece piece in half.Frozen.Pieces)
         {
             if (piece.Used == 0) continue;
             var part = new Part(piece.Slab.Address, piece.Used);
@@ -96,6 +100,7 @@ internal sealed unsafe class CudaWeightStream : IDisposable
 
         half.Free.Record(_device.Stream);
         half.There.Record(_device.Stream);
+        half.Back.Record(_device.Stream);
     }
 
     private Part Host(Part part)
@@ -127,7 +132,7 @@ internal sealed unsafe class CudaWeightStream : IDisposable
         }
     }
 
-    private void Acquire(Block block)
+    private void Acquire(Block block, bool backward)
     {
         int number = block.Number;
         if (number == 0) _next = 1;
@@ -135,6 +140,7 @@ internal sealed unsafe class CudaWeightStream : IDisposable
         else if (number != _last) _next = number + Math.Sign(number - _last);
         _last = number;
         Bring(block);
+        if (backward) Learn(block);
         _device.Stream.Wait(_halves[number % 2].There);
         if (_next < _blocks.Count) Bring(_blocks[_next]);
     }
@@ -144,14 +150,17 @@ internal sealed unsafe class CudaWeightStream : IDisposable
         Half half = _halves[block.Number % 2];
         if (half.Holder == block) return;
         _copy.Wait(half.Free);
-        foreach (ref readonly Part part in CollectionsMarshal.AsSpan(block.Parts))
-        {
-            _copy.Upload(part.Device, (void*)part.Host, part.Bytes);
-            CopiedBytes += part.Bytes;
-        }
-
+        foreach (ref readonly Part part in CollectionsMarshal.AsSpan(block.Parts)) Upload(part);
+        foreach (ref readonly Part part in CollectionsMarshal.AsSpan(block.Values)) Upload(part);
         half.There.Record(_copy);
         half.Holder = block;
+    }
+
+    private void Upload(in Part part)
+    {
+        if (part.IsOnDevice) _copy.Copy(part.Device, (ulong)part.Host, part.Bytes);
+        else _copy.Upload(part.Device, (void*)part.Host, part.Bytes);
+        CopiedBytes += part.IsOnDevice ? 0 : part.Bytes;
     }
 
     private void Release(Block block) => _halves[block.Number % 2].Free.Record(_device.Stream);
@@ -163,9 +172,23 @@ internal sealed unsafe class CudaWeightStream : IDisposable
 
         public bool HasContent => hasContent;
 
+        /// <summary>Frozen tensors.</summary>
         public List<Part> Parts { get; } = [];
 
-        public nint Reserve(long bytes) => stream.Reserve(this, bytes);
+        /// <summary>Trained ones.</summary>
+        public List<Part> Values { get; } = [];
+
+        /// <summary>Their gradients.</summary>
+        public List<Part> Gradients { get; } = [];
+
+        /// <summary>Whether what is at the gradients' home is of this step.</summary>
+        public bool HasGradients { get; set; }
+
+        public nint Reserve(long bytes) =>
+            stream.Reserve(stream._halves[number % 2].Frozen, bytes);
+
+        public nint Visit(in Part home, bool isGradient) =>
+            stream.Visit(this, home, isGradient);
 
         public override void End()
         {
@@ -173,7 +196,7 @@ internal sealed unsafe class CudaWeightStream : IDisposable
             stream.Keep(this);
         }
 
-        public override void Acquire() => stream.Acquire(this);
+        public override void Acquire(bool backward) => stream.Acquire(this, backward);
 
         public override void Release() => stream.Release(this);
 
@@ -195,6 +218,10 @@ internal sealed unsafe class CudaWeightStream : IDisposable
         public PinnedMemory? Pinned { get; init; }
 
         public nint Host { get; init; }
+
+        /// <summary>They are kept on the device after all: the host had no memory for them.
+        /// </summary>
+        public bool IsOnDevice { get; init; }
     }
 
     private sealed class Piece(DeviceSlab slab)
@@ -205,12 +232,48 @@ internal sealed unsafe class CudaWeightStream : IDisposable
         public long Used { get; set; }
     }
 
-    private sealed class Half(CudaContext context) : IDisposable
+    /// <summary>Device memory that blocks take in turn.</summary>
+    private sealed class Room : IDisposable
     {
         public List<Piece> Pieces { get; } = [];
 
+        public static long Rounded(long bytes) =>
+            Math.Max(Alignment, (bytes + Alignment - 1) / Alignment * Alignment);
+
+        public void Restart()
+        {
+            foreach (Piece piece in Pieces) piece.Used = 0;
+        }
+
+        /// <summary>The first place that is free; null where none is.</summary>
+        public nint? Take(long bytes)
+        {
+            long rounded = Rounded(bytes);
+            Piece? piece = Pieces.Find(p => p.Slab.Bytes - p.Used >= rounded);
+            if (piece is null) return null;
+            nint data = (nint)piece.Slab.Address + (nint)piece.Used;
+            piece.Used += rounded;
+            return data;
+        }
+
+        public void Dispose()
+        {
+            foreach (Piece piece in Pieces) piece.Slab.Dispose();
+        }
+    }
+
+    private sealed class Half(CudaContext context) : IDisposable
+    {
+        public Room Frozen { get; } = new();
+
+        /// <summary>Of trained tensors and their gradients.</summary>
+        public Room Visiting { get; } = new();
+
         /// <summary>Whose weights are there, or on their way.</summary>
         public Block? Holder { get; set; }
+
+        /// <summary>Whose gradients are there, and not at home.</summary>
+        public Block? Learner { get; set; }
 
         /// <summary>They have come.</summary>
         public CudaEvent There { get; } = new(context);
@@ -218,11 +281,16 @@ internal sealed unsafe class CudaWeightStream : IDisposable
         /// <summary>All work on them has run.</summary>
         public CudaEvent Free { get; } = new(context);
 
+        /// <summary>Gradients have gone home.</summary>
+        public CudaEvent Back { get; } = new(context);
+
         public void Dispose()
         {
-            foreach (Piece piece in Pieces) piece.Slab.Dispose();
+            Frozen.Dispose();
+            Visiting.Dispose();
             There.Dispose();
             Free.Dispose();
+            Back.Dispose();
         }
     }
 }

@@ -21,22 +21,32 @@ public interface ILaunchWatch
 /// </summary>
 public readonly record struct QueuedWork(string Name, long Bytes, double Flops = 0)
 {
+    /// <summary>Of the bytes, those that lie in host memory and come and go over the bus.</summary>
+    public long HostBytes { get; init; }
+
     // They read some rows of a table, of which the largest argument says nothing.
     private static readonly string[] s_lookups =
         ["lookup_rows", "gather_rows", "sum_by_id", "cross_entropy_scatter"];
 
     /// <summary>A launch: the bytes of the tensors among its arguments.</summary>
-    internal static QueuedWork Kernel(string name, ReadOnlySpan<KernelArgument> arguments)
+    internal static QueuedWork Kernel(
+        string name, ReadOnlySpan<KernelArgument> arguments, Func<nint, bool> isOnHost)
     {
-        long bytes = 0, largest = 0, second = 0;
+        long bytes = 0, host = 0, largest = 0, second = 0;
+        bool isLargestOnHost = false;
         foreach (ref readonly KernelArgument argument in arguments)
         {
+            if (argument.Bytes == 0) continue;
+            bool isHost = isOnHost((nint)argument.Bits);
             bytes += argument.Bytes;
-            if (argument.Bytes > largest) (largest, second) = (argument.Bytes, largest);
+            if (isHost) host += argument.Bytes;
+            if (argument.Bytes > largest)
+                (largest, second, isLargestOnHost) = (argument.Bytes, largest, isHost);
             else second = Math.Max(second, argument.Bytes);
         }
 
-        return new(name, s_lookups.Contains(name) ? bytes - largest + second : bytes);
+        long less = s_lookups.Contains(name) ? largest - second : 0;
+        return new(name, bytes - less) { HostBytes = host - (isLargestOnHost ? less : 0) };
     }
 
     /// <summary>c = a b.</summary>

@@ -83,6 +83,12 @@ internal static unsafe partial class DriverEntryPoints
     private static int MemcpyHtoDAsync(ulong to, void* from, nuint bytes, nint handle) =>
         Enqueue(handle, "cuMemcpyHtoDAsync", gpu =>
         {
+            if (gpu.Memory.Find((ulong)from) is not null)
+            {
+                Copy(gpu, to, (ulong)from, bytes, "cuMemcpyHtoDAsync");
+                return;
+            }
+
             var target = Range(gpu, to, bytes, "cuMemcpyHtoDAsync");
             Buffer.MemoryCopy(from, target.Host, bytes, bytes);
             new Span<byte>(target.State, (int)bytes).Fill(255);
@@ -92,6 +98,12 @@ internal static unsafe partial class DriverEntryPoints
     private static int MemcpyDtoHAsync(void* to, ulong from, nuint bytes, nint handle) =>
         Enqueue(handle, "cuMemcpyDtoHAsync", gpu =>
         {
+            if (gpu.Memory.Find((ulong)to) is not null)
+            {
+                Copy(gpu, (ulong)to, from, bytes, "cuMemcpyDtoHAsync");
+                return;
+            }
+
             var source = Range(gpu, from, bytes, "cuMemcpyDtoHAsync");
             int unwritten = new Span<byte>(source.State, (int)bytes).IndexOfAnyExcept((byte)255);
             if (unwritten >= 0)
@@ -103,13 +115,17 @@ internal static unsafe partial class DriverEntryPoints
 
     [UnmanagedCallersOnly]
     private static int MemcpyDtoDAsync(ulong to, ulong from, nuint bytes, nint handle) =>
-        Enqueue(handle, "cuMemcpyDtoDAsync", gpu =>
-        {
-            var source = Range(gpu, from, bytes, "cuMemcpyDtoDAsync");
-            var target = Range(gpu, to, bytes, "cuMemcpyDtoDAsync");
-            Buffer.MemoryCopy(source.Host, target.Host, bytes, bytes);
-            Buffer.MemoryCopy(source.State, target.State, bytes, bytes);
-        });
+        Enqueue(handle, "cuMemcpyDtoDAsync",
+            gpu => Copy(gpu, to, from, bytes, "cuMemcpyDtoDAsync"));
+
+    // Between memory that kernels use, some of which may be the host's.
+    private static void Copy(EmulatedGpu gpu, ulong to, ulong from, nuint bytes, string call)
+    {
+        var source = Range(gpu, from, bytes, call);
+        var target = Range(gpu, to, bytes, call);
+        Buffer.MemoryCopy(source.Host, target.Host, bytes, bytes);
+        Buffer.MemoryCopy(source.State, target.State, bytes, bytes);
+    }
 
     [UnmanagedCallersOnly]
     private static int MemsetD8Async(ulong to, byte value, nuint bytes, nint handle) =>
