@@ -142,7 +142,8 @@ public sealed record MemoryLimit(string Text, double Value)
 /// </summary>
 public sealed record ScheduleOptions
 {
-    [Key("", "cosine, cosine_with_min_lr: half waves times two (0.5); cosine_with_restarts: waves (1)", Max = 1e6)]
+    [Key("", "cosine, cosine_with_min_lr: half waves times two (0.5); cosine_with_restarts: waves "
+        + "(1)", Max = 1e6)]
     public double? NumCycles { get; init; }
 
     [Key("", "cosine_with_min_lr: the lowest rate", Max = 1e6)]
