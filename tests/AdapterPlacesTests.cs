@@ -239,6 +239,8 @@ public sealed class AdapterPlacesTests
     [TestCase("""["q_proj"]""", "trainable_token_indices 576", "576 is no token of llm.model.embed_tokens, expected 0 to 575")]
     [TestCase("""["q_proj"]""", "trainable_token_indices 5 5", "trainable_token_indices is \"5 5\", expected token ids")]
     [TestCase("""["q_proj"]""", "trainable_token_indices {\"q_proj\":[1]}", "\"q_proj\" has no rows of tokens; expected llm.model.embed_tokens or llm.lm_head")]
+    [TestCase("""["q_proj"]""", "rank_pattern {\"k_porj\":4}", "rank_pattern \"k_porj\": matches no module with an adapter")]
+    [TestCase("[]", "", "lora_target_modules is \"[]\", expected a regular expression or a list of names")]
     [TestCase("""["embed_tokens"]""", "trainable_token_indices 5", "which target_modules trains too")]
     [TestCase("""["q_proj"]""", "trainable_token_indices 5 --modules_to_save embed_tokens", "which modules_to_save trains too")]
     public void WhatCannotBeIsNamed(string targets, string given, string expected) =>

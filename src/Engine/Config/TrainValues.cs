@@ -188,7 +188,8 @@ internal static class TrainValues
     private static TargetModules? Targets(TrainKey key, Given given)
     {
         bool isPattern = given.Json is { ValueKind: JsonValueKind.String }
-            || (given.Words is [var word] && !word.StartsWith("[\"", StringComparison.Ordinal));
+            || (given.Words is [var word] && word != "[]"
+                && !word.StartsWith("[\"", StringComparison.Ordinal));
         if (!isPattern)
         {
             return Names(key, given) is { Count: > 0 } names

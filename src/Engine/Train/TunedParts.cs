@@ -39,6 +39,13 @@ public sealed record TunedParts(
         if (layout.Targets.FirstOrDefault(t => t.OnlyRead is not null) is { } attention)
             throw new InputException(
                 $"lora_target_modules matches {attention.Name}: {attention.OnlyRead}");
+        // An adapter that is there already may have any.
+        if (arguments.LoraWeightPath is null)
+        {
+            MustMatch("rank_pattern", adapter.RankPattern, layout);
+            MustMatch("alpha_pattern", adapter.AlphaPattern, layout);
+        }
+
         var whole = layout.Saved.Concat(layout.Biases).Select(p => p.Name).ToHashSet();
         return new TunedParts(Adapters.Of(adapter, layout), adapter, layout,
             rules.Apply(layout.Tensors.Select(t => (
@@ -102,6 +109,20 @@ public sealed record TunedParts(
                 return $"{module} and {to} are one matrix (tie_word_embeddings), of which the adapter "
                     + $"is {target.Name}'s alone: cpmx merge writes two, which PEFT's merge does not";
         return null;
+    }
+
+    // PEFT passes over a pattern without a module.
+    private static void MustMatch(string key, NumbersByName numbers, AdapterLayout layout)
+    {
+        List<string> idle = [.. numbers.List.Select(item => item.Pattern).Where(pattern =>
+        {
+            var alone = new NumbersByName([(pattern, 1)]);
+            return !layout.Targets.Any(target => alone.OfModule(target.Name) is not null);
+        })];
+        if (idle.Count > 0)
+            throw new InputException($"{key} {Messages.List([.. idle.Select(Messages.Quote)])}: matches "
+                + "no module with an adapter; expected regular expressions for a module's name or its "
+                + "end, as q_proj");
     }
 
     // A module that is another one's tensor has no weight of its own to train.
