@@ -2905,6 +2905,261 @@ extern "C" __global__ void __launch_bounds__(128) attention_forward_any(
     }
 }
 
+// -- one query of a sequence over its keys in a cache, as answers are generated --
+//
+// A block has the heads of one token that share a key head, ATTENTION_DECODE_HEADS of them at most,
+// and a share of the keys, so that a single query fills the GPU; every key and value is read once
+// for all of these heads. With more than one share each leaves a part, which attention_decode_merge
+// joins: floats [splits, tokens, heads, dim + 2], the output before it is divided, the largest
+// score and the sum of p. Shares depend on how many keys count, not on the room.
+
+// Keys of a share: whole rounds of a block.
+DEVICE int decode_share(int seen, int splits)
+{
+    constexpr int ROUND = ATTENTION_DECODE_KEYS;
+    return max(ROUND, ((seen + splits - 1) / splits + ROUND - 1) / ROUND * ROUND);
+}
+
+// The sequence that a token belongs to.
+DEVICE SequenceTile tile_of_token(const AttentionMask& mask, int token)
+{
+    SequenceTile at;
+    int s = 0;
+    while (s + 1 < mask.sequences && mask.starts_q[s + 1] <= token) s++;
+    at.sequence = s;
+    at.first = 0;
+    at.first_token = start_at(mask.starts_q, s, mask.tokens);
+    at.queries = start_at(mask.starts_q, s + 1, mask.tokens) - at.first_token;
+    at.first_key_token = start_at(mask.starts_k, s, mask.key_tokens);
+    at.keys = max(0, start_at(mask.starts_k, s + 1, mask.key_tokens) - at.first_key_token);
+    at.visible = mask.key_lengths ? max(0, min(at.keys, mask.key_lengths[s])) : at.keys;
+    at.before = (mask.causal == 2 ? at.visible : at.keys) - at.queries;
+    return at;
+}
+
+// o and lse as attention_forward_tile has them, dim a multiple of 8. Grid: splits x key heads x
+// parts of their heads, and tokens. Shared memory: floats q[heads, dim] and 8 per thread. Moves k
+// and v of the keys that count once, 4 dim FLOP per query and key; the rest is small.
+extern "C" __global__ void __launch_bounds__(128) attention_decode(
+    real* o, float* lse, float* parts, const real* q, const real* k, const real* v,
+    const int* starts_q, const int* starts_k, const int* key_lengths, int* faults, int sequences,
+    int tokens, int key_tokens, int causal, int heads, int kv_heads, int dim, float scale,
+    int splits)
+{
+    constexpr int HEADS = ATTENTION_DECODE_HEADS, KEYS = ATTENTION_DECODE_KEYS, THREADS = 128;
+    constexpr int EIGHTS = THREADS / 8, WARPS = THREADS / WARP, OWN = HEADS / WARPS;
+    constexpr int CHUNKS = ATTENTION_MOST_COLS / 64; // of 8 elements, for each of 8 lanes
+    static_assert(KEYS == 2 * WARP && KEYS % (2 * EIGHTS) == 0, "two keys a lane");
+    extern __shared__ float4 decode_shared[];
+    __shared__ float scores[HEADS][KEYS], keeps[HEADS], sums[HEADS], maxima[HEADS];
+    AttentionMask mask
+        = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
+    if (blockIdx.x == 0 && blockIdx.y == 0) check_starts(faults, mask);
+    int token = blockIdx.y, split = blockIdx.x % splits, group = heads / kv_heads;
+    int pieces = (group + HEADS - 1) / HEADS, piece = blockIdx.x / splits;
+    int kv_head = piece / pieces, head = kv_head * group + piece % pieces * HEADS;
+    int own = min(HEADS, (kv_head + 1) * group - head);
+    SequenceTile at = tile_of_token(mask, token);
+    int seen = keys_seen(causal, at, token - at.first_token);
+    int share = decode_share(seen, splits), first = split * share;
+    int end = min(seen, first + share);
+    if (split > 0 && first >= end) return;
+
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    int eight = threadIdx.x / 8, eighth = threadIdx.x % 8;
+    int chunks = dim / 8, chunk = threadIdx.x % chunks, rows = THREADS / chunks;
+    int row = threadIdx.x / chunks;
+    float* query = (float*)decode_shared;
+    float* reduced = query + HEADS * dim;
+    long long first_row = ((long long)token * heads + head) * dim;
+    long long first_key = ((long long)at.first_key_token * kv_heads + kv_head) * dim;
+    long long stride = (long long)kv_heads * dim;
+    // Of heads that are not there too, as compilers may read them in advance.
+    for (int i = threadIdx.x; i < HEADS * dim; i += THREADS)
+        query[i] = i < own * dim ? widen(q[first_row + i]) : 0;
+    for (int i = threadIdx.x; i < HEADS * KEYS; i += THREADS) scores[i / KEYS][i % KEYS] = 0;
+    if (threadIdx.x < HEADS)
+        keeps[threadIdx.x] = sums[threadIdx.x] = maxima[threadIdx.x] = 0;
+    __syncthreads();
+
+    float factor = scale * LOG2_E, max[OWN], sum[OWN], out[HEADS][8] = {};
+    for (int i = 0; i < OWN; i++)
+    {
+        max[i] = MINUS_INFINITY;
+        sum[i] = 0;
+    }
+    for (; first < end; first += KEYS)
+    {
+        // Scores: eight lanes have a key, two keys at a time.
+#pragma unroll 1
+        for (int j = 0; j < KEYS; j += 2 * EIGHTS)
+        {
+            real2 x[2][CHUNKS][4];
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+            {
+                int key = first + j + i * EIGHTS + eight;
+#pragma unroll
+                for (int c = 0; c < CHUNKS; c++)
+                    if (key < end && eighth + 8 * c < chunks)
+                        load_pairs(x[i][c], k + first_key + key * stride, 8 * (eighth + 8 * c),
+                            dim, true);
+            }
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+            {
+                int at_key = j + i * EIGHTS + eight;
+                bool inside = first + at_key < end;
+#pragma unroll
+                for (int h = 0; h < HEADS; h++)
+                {
+                    if (h >= own) continue;
+                    float dot = 0;
+#pragma unroll
+                    for (int c = 0; c < CHUNKS; c++)
+                    {
+                        if (!inside || eighth + 8 * c >= chunks) continue;
+                        const float4* y
+                            = (const float4*)(query + h * dim + 8 * (eighth + 8 * c));
+                        float4 left = y[0], right = y[1];
+                        dot += left.x * widen_low(x[i][c][0]) + left.y * widen_high(x[i][c][0])
+                            + left.z * widen_low(x[i][c][1]) + left.w * widen_high(x[i][c][1])
+                            + right.x * widen_low(x[i][c][2]) + right.y * widen_high(x[i][c][2])
+                            + right.z * widen_low(x[i][c][3]) + right.w * widen_high(x[i][c][3]);
+                    }
+#pragma unroll
+                    for (int step = 4; step > 0; step /= 2)
+                        dot += __shfl_xor_sync(ALL_LANES, dot, step);
+                    if (eighth == h) scores[h][at_key] = inside ? dot : MINUS_INFINITY;
+                }
+            }
+        }
+        __syncthreads(); // scores are here
+
+#pragma unroll
+        for (int i = 0; i < OWN; i++)
+        {
+            int h = warp + i * WARPS;
+            if (h >= own) continue;
+            float left = scores[h][lane], right = scores[h][lane + WARP], before = max[i];
+            max[i] = fmaxf(before, warp_max(fmaxf(left, right)));
+            float offset = softmax_offset(max[i], factor);
+            float keep = softmax_keep(before, offset, factor);
+            left = exp2_approx(fmaf(left, factor, -offset));
+            right = exp2_approx(fmaf(right, factor, -offset));
+            sum[i] = sum[i] * keep + (left + right); // this lane's share
+            scores[h][lane] = left;
+            scores[h][lane + WARP] = right;
+            if (lane == 0) keeps[h] = keep;
+        }
+        __syncthreads(); // probabilities are here
+
+        if (row < rows)
+        {
+#pragma unroll
+            for (int h = 0; h < HEADS; h++)
+#pragma unroll
+                for (int i = 0; i < 8; i++)
+                    if (h < own) out[h][i] *= keeps[h];
+            int count = min(KEYS, end - first);
+#pragma unroll 4
+            for (int j = row; j < count; j += rows)
+            {
+                real2 x[4];
+                load_pairs(x, v + first_key + (first + j) * stride, 8 * chunk, dim, true);
+#pragma unroll
+                for (int h = 0; h < HEADS; h++)
+                {
+                    if (h >= own) continue;
+                    float p = scores[h][j];
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                    {
+                        out[h][2 * i] += p * widen_low(x[i]);
+                        out[h][2 * i + 1] += p * widen_high(x[i]);
+                    }
+                }
+            }
+        }
+        __syncthreads(); // they are used no more
+    }
+
+#pragma unroll
+    for (int i = 0; i < OWN; i++)
+    {
+        int h = warp + i * WARPS;
+        float total = warp_sum(sum[i]);
+        if (lane != 0 || h >= own) continue;
+        sums[h] = total;
+        maxima[h] = max[i];
+    }
+#pragma unroll
+    for (int h = 0; h < HEADS; h++)
+    {
+        if (h >= own) continue;
+        __syncthreads(); // what is reduced may be written
+        if (row < rows)
+#pragma unroll
+            for (int i = 0; i < 8; i++) reduced[row * dim + 8 * chunk + i] = out[h][i];
+        __syncthreads(); // and read
+        float total = sums[h];
+        float inverse = total == 0 && seen == 0 ? 0 : 1 / total;
+        float* part = parts + (((long long)split * tokens + token) * heads + head + h) * (dim + 2);
+        for (int c = threadIdx.x; c < dim; c += THREADS)
+        {
+            float value = 0;
+            for (int r = 0; r < rows; r++) value += reduced[r * dim + c];
+            if (splits == 1) o[first_row + h * dim + c] = narrow(value * inverse);
+            else part[c] = value;
+        }
+        if (threadIdx.x > 0) continue;
+        if (splits == 1)
+            lse[(long long)token * heads + head + h]
+                = log_sum_exp(maxima[h], total, scale, factor, seen > 0);
+        else
+        {
+            part[dim] = maxima[h];
+            part[dim + 1] = total;
+        }
+    }
+}
+
+// Joins the shares of a token's head, in their order. Grid: heads and tokens. Moves the parts once.
+extern "C" __global__ void __launch_bounds__(128) attention_decode_merge(
+    real* o, float* lse, const float* parts, const int* starts_q, const int* starts_k,
+    const int* key_lengths, int sequences, int tokens, int key_tokens, int causal, int heads,
+    int dim, float scale, int splits)
+{
+    int head = blockIdx.x, token = blockIdx.y;
+    AttentionMask mask
+        = {starts_q, starts_k, key_lengths, sequences, tokens, key_tokens, causal};
+    SequenceTile at = tile_of_token(mask, token);
+    int seen = keys_seen(causal, at, token - at.first_token);
+    int share = decode_share(seen, splits), used = max(1, (seen + share - 1) / share);
+    long long row = (long long)token * heads + head, all = (long long)tokens * heads;
+    float factor = scale * LOG2_E, largest = MINUS_INFINITY, total = 0;
+    for (int s = 0; s < used; s++)
+        largest = fmaxf(largest, parts[(s * all + row) * (dim + 2) + dim]);
+    float offset = softmax_offset(largest, factor);
+    for (int s = 0; s < used; s++)
+    {
+        const float* part = parts + (s * all + row) * (dim + 2) + dim;
+        total += part[1] * softmax_keep(part[0], offset, factor);
+    }
+    float inverse = total == 0 && seen == 0 ? 0 : 1 / total;
+    for (int c = threadIdx.x; c < dim; c += 128)
+    {
+        float value = 0;
+        for (int s = 0; s < used; s++)
+        {
+            const float* part = parts + (s * all + row) * (dim + 2);
+            value += part[c] * softmax_keep(part[dim], offset, factor);
+        }
+        o[row * dim + c] = narrow(value * inverse);
+    }
+    if (threadIdx.x == 0) lse[row] = log_sum_exp(largest, total, scale, factor, seen > 0);
+}
+
 // ---- 11. attention, backward --------------------------------------------------------------------
 
 // With p = exp(scale q . k - lse) and delta = dO . o, over the pairs of a query and a key it sees:

@@ -13,8 +13,7 @@ switch (args)
         GemmBench.Run(rest);
         return 0;
     case ["generate", _, ..] and [_, .. var rest]:
-        GenerateBench.Run(rest);
-        return 0;
+        return GenerateBench.Run(rest);
     case ["kernels", .. var rest]:
         return KernelBench.Run(rest);
     case ["ops", .. var rest]:
@@ -26,6 +25,9 @@ switch (args)
         return RealBench.Run(rest);
     case ["rows", .. var rest]:
         return RowBench.Run(rest);
+    case ["step", .. var rest] when rest.Contains("--v46"):
+        NativeStepBench.Run(rest);
+        return 0;
     case ["step", .. var rest]:
         StepBench.Run(rest);
         return 0;

@@ -85,7 +85,8 @@ internal static class StepBench
                 using var checkpoint = Checkpoint.Open(folder);
                 _trainables = new ParameterRanges(_device, adapters.List.SelectMany(Parts));
                 var weights =
-                    new ModelWeights(_graph, checkpoint, _trainables, adapters, DType.F32);
+                    new ModelWeights(_graph, checkpoint, DType.F32,
+                        new() { Trainables = _trainables, Adapters = adapters });
                 var scope = new ModuleScope(new ParameterTable.Builder(), weights);
                 _decoder = new Decoder(decoder, scope.In("llm"), Recomputation.None);
                 adapters.Initialise(_trainables, 1, new("true"), null, _ => []);

@@ -3,11 +3,14 @@
 //
 //   dotnet run examples/make.cs          the committed pictures and rows (pictures/, train.json, test.json)
 //   dotnet run examples/make.cs base     examples/output/base: rows for pre-training, random model
+//   dotnet run examples/make.cs ocr      the committed words and rows of ocr/
+//   dotnet run examples/make.cs ocr-base examples/output/ocr-base: words to pre-train on, random model
 //
 // Pictures show one to three coloured shapes on a 2 x 2 board. The base model is pre-trained on plain
 // questions about them. The example's rows ask for something it has never seen: what it sees in a
-// made-up language, Tolu, with a word for each colour and shape. All numbers come from one
-// seeded generator, so that every run of this program gives the same bytes.
+// made-up language, Tolu, with a word for each colour and shape. The second example reads Tolu's own
+// letters; its base model has learned the Latin ones. All numbers come from one seeded generator, so
+// that every run of this program gives the same bytes.
 #:property TreatWarningsAsErrors=false
 #:property RestorePackagesWithLockFile=false
 #:property PublishAot=false
@@ -34,9 +37,25 @@ else if (args is ["base", ..])
     Rows.Write(folder, "test.json", "pictures/test", 200, seed: 4, Rows.Plain);
     Model.Write(Path.Combine(folder, "model"), Rows.Texts(folder, "train.json"));
 }
+else if (args is ["ocr"])
+{
+    string folder = Path.Combine(examples, "ocr");
+    HashSet<string> trained = Words.Write(folder, "train", 400, seed: 6, tolu: true, not: []);
+    Words.Write(folder, "test", 100, seed: 7, tolu: true, not: trained);
+}
+else if (args is ["ocr-base", ..])
+{
+    string folder = Path.Combine(examples, "output", "ocr-base");
+    int rows = args.Length > 1 ? int.Parse(args[1]) : 16000;
+    HashSet<string> trained = Words.Write(folder, "train", rows, seed: 8, tolu: false, not: []);
+    Words.Write(folder, "test", 200, seed: 9, tolu: false, not: trained);
+    OcrModel.Write(Path.Combine(folder, "model"), Path.Combine(
+        examples, "..", "tests", "reference", "ocr", "model", "chat_template.jinja"));
+}
 else
 {
-    Console.Error.WriteLine("usage: dotnet run examples/make.cs [pictures | base [rows]]");
+    Console.Error.WriteLine(
+        "usage: dotnet run examples/make.cs [pictures | base [rows] | ocr | ocr-base [rows]]");
     return 2;
 }
 
@@ -91,38 +110,42 @@ sealed record Shape(int Kind, int Colour, int Place)
     public string Tolu => $"{ToluColour} {ToluKind}";
 }
 
-sealed class Picture(int size = 56)
+sealed class Picture(int width = 56, int height = 56, byte paper = 250)
 {
     static readonly (byte R, byte G, byte B)[] s_colours =
         [(220, 30, 30), (30, 160, 50), (40, 70, 220), (240, 200, 20), (20, 20, 20), (150, 50, 180)];
 
-    readonly byte[] _pixels = NewPixels(size);
-
-    static byte[] NewPixels(int size)
-    {
-        var pixels = new byte[size * size * 3];
-        Array.Fill(pixels, (byte)250);
-        return pixels;
-    }
+    readonly byte[] _pixels = [.. Enumerable.Repeat(paper, width * height * 3)];
 
     public void Draw(Shape shape, Numbers numbers)
     {
-        int cell = size / 2, radius = 9 + numbers.Below(4);
+        int cell = width / 2, radius = 9 + numbers.Below(4);
         int cx = (shape.Place % 2 * cell) + (cell / 2) + numbers.Below(3) - 1;
         int cy = (shape.Place / 2 * cell) + (cell / 2) + numbers.Below(3) - 1;
         var (r, g, b) = s_colours[shape.Colour];
         int tint = numbers.Below(31) - 15;
-        for (int y = Math.Max(0, cy - radius); y <= Math.Min(size - 1, cy + radius); y++)
+        for (int y = Math.Max(0, cy - radius); y <= Math.Min(height - 1, cy + radius); y++)
         {
-            for (int x = Math.Max(0, cx - radius); x <= Math.Min(size - 1, cx + radius); x++)
+            for (int x = Math.Max(0, cx - radius); x <= Math.Min(width - 1, cx + radius); x++)
             {
                 if (!Inside(shape.Kind, x - cx, y - cy, radius)) continue;
-                int at = ((y * size) + x) * 3;
-                _pixels[at] = (byte)Math.Clamp(r + tint, 0, 255);
-                _pixels[at + 1] = (byte)Math.Clamp(g + tint, 0, 255);
-                _pixels[at + 2] = (byte)Math.Clamp(b + tint, 0, 255);
+                Set(x, y, r + tint, g + tint, b + tint);
             }
         }
+    }
+
+    // A glyph of 5 x 7, each of its dots some pixels wide and high.
+    public void Draw(string glyph, int left, int top, int wide, int high, int ink)
+    {
+        for (int y = 0; y < 7 * high; y++)
+            for (int x = 0; x < 5 * wide; x++)
+                if (glyph[(y / high * 6) + (x / wide)] == '#') Set(left + x, top + y, ink, ink, ink);
+    }
+
+    void Set(int x, int y, params ReadOnlySpan<int> colour)
+    {
+        for (int i = 0; i < 3; i++)
+            _pixels[(((y * width) + x) * 3) + i] = (byte)Math.Clamp(colour[i], 0, 255);
     }
 
     static bool Inside(int kind, int x, int y, int radius) => kind switch
@@ -139,19 +162,19 @@ sealed class Picture(int size = 56)
         using var file = File.Create(path);
         file.Write([0x89, 0x50, 0x4E, 0x47, 13, 10, 26, 10]);
         var header = new byte[13];
-        BinaryPrimitives.WriteInt32BigEndian(header, size);
-        BinaryPrimitives.WriteInt32BigEndian(header.AsSpan(4), size);
+        BinaryPrimitives.WriteInt32BigEndian(header, width);
+        BinaryPrimitives.WriteInt32BigEndian(header.AsSpan(4), height);
         (header[8], header[9]) = (8, 2);
         Chunk(file, "IHDR", header);
         var data = new MemoryStream();
         using (var zlib = new ZLibStream(data, CompressionLevel.SmallestSize, leaveOpen: true))
         {
-            for (int y = 0; y < size; y++)
+            for (int y = 0; y < height; y++)
             {
                 // Filter "up": most rows equal the one above, and become zeros.
                 zlib.WriteByte(2);
-                for (int i = y * size * 3; i < (y + 1) * size * 3; i++)
-                    zlib.WriteByte((byte)(_pixels[i] - (y > 0 ? _pixels[i - (size * 3)] : 0)));
+                for (int i = y * width * 3; i < (y + 1) * width * 3; i++)
+                    zlib.WriteByte((byte)(_pixels[i] - (y > 0 ? _pixels[i - (width * 3)] : 0)));
             }
         }
 
@@ -208,7 +231,12 @@ static class Rows
             rows.Add(Row(i, names, turns));
         }
 
-        using var stream = File.Create(Path.Combine(folder, file));
+        Save(Path.Combine(folder, file), rows);
+    }
+
+    public static void Save(string path, JsonArray rows)
+    {
+        using var stream = File.Create(path);
         stream.Write("[\n"u8);
         for (int i = 0; i < rows.Count; i++)
         {
@@ -216,10 +244,10 @@ static class Rows
             stream.Write(i + 1 < rows.Count ? ",\n"u8 : "\n]\n"u8);
         }
 
-        Console.WriteLine($"{Path.Combine(folder, file)}: {count} rows");
+        Console.WriteLine($"{path}: {rows.Count} rows");
     }
 
-    static JsonObject Row(int id, List<string> names, List<string> turns)
+    public static JsonObject Row(int id, List<string> names, List<string> turns)
     {
         JsonNode image = names.Count == 1
             ? names[0]
@@ -327,8 +355,6 @@ static class Model
 {
     const int Hidden = 256, Layers = 4, Heads = 2, KvHeads = 1, Intermediate = 512;
     const int Vision = 144, VisionLayers = 3, VisionIntermediate = 288, Queries = 16, Side = 24, Patch = 14;
-    const int Merges = 200;
-
     static readonly string[] s_special =
     [
         "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "</image>", "<ref>", "</ref>", "<box>",
@@ -348,7 +374,16 @@ static class Model
     public static void Write(string folder, IEnumerable<string> texts)
     {
         Directory.CreateDirectory(folder);
-        int tokens = Tokenizer(folder, texts);
+        string[] template = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", "0123456789"];
+        int tokens = Tokenizer(folder, texts.Concat(Enumerable.Repeat(template, 1000).SelectMany(t => t)),
+            most: 200, s_special, new JsonObject
+            {
+                ["chat_template"] = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+                    + "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
+                    + "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
+                    + "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+                ["tokenizer_class"] = "MiniCPMVTokenizerFast",
+            });
         int vocabulary = (tokens + 63) / 64 * 64;
         Config(folder, vocabulary);
         Weights(Path.Combine(folder, "model.safetensors"), vocabulary);
@@ -356,19 +391,19 @@ static class Model
     }
 
     // Greedy byte pair encoding: join the most frequent neighbours, ties by text, until enough merges.
-    static int Tokenizer(string folder, IEnumerable<string> texts)
+    public static int Tokenizer(
+        string folder, IEnumerable<string> texts, int most, string[] special, JsonObject config)
     {
         string[] letters = ByteLetters();
         var words = new Dictionary<string, long>();
-        string[] template = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", "0123456789"];
-        foreach (string text in texts.Concat(Enumerable.Repeat(template, 1000).SelectMany(t => t)))
+        foreach (string text in texts)
             foreach (Match match in Regex.Matches(text, Split))
                 words[match.Value] = words.GetValueOrDefault(match.Value) + 1;
         var pieces = words.OrderBy(w => w.Key, StringComparer.Ordinal)
             .Select(w => (Parts: Encoding.UTF8.GetBytes(w.Key).Select(b => letters[b]).ToList(), w.Value))
             .ToList();
         var merges = new List<(string, string)>();
-        while (merges.Count < Merges)
+        while (merges.Count < most)
         {
             var pairs = new Dictionary<(string, string), long>();
             foreach (var (parts, count) in pieces)
@@ -395,11 +430,11 @@ static class Model
         for (int i = 0; i < names.Count; i++) vocabulary[names[i]] = i;
         var added = new JsonArray();
         var decoder = new JsonObject();
-        for (int i = 0; i < s_special.Length; i++)
+        for (int i = 0; i < special.Length; i++)
         {
             var flags = new JsonObject
             {
-                ["content"] = s_special[i],
+                ["content"] = special[i],
                 ["lstrip"] = false,
                 ["normalized"] = false,
                 ["rstrip"] = false,
@@ -447,23 +482,22 @@ static class Model
                 ["merges"] = new JsonArray([.. merges.Select(m => new JsonArray(m.Item1, m.Item2))]),
             },
         });
-        Json(folder, "tokenizer_config.json", new JsonObject
+        foreach (var (key, value) in new JsonObject
         {
             ["add_prefix_space"] = false,
             ["added_tokens_decoder"] = decoder,
             ["bos_token"] = "<|im_start|>",
-            ["chat_template"] = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-                + "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
-                + "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
-                + "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
             ["clean_up_tokenization_spaces"] = false,
             ["eos_token"] = "<|im_end|>",
             ["model_max_length"] = 2048,
             ["pad_token"] = "<|endoftext|>",
-            ["tokenizer_class"] = "MiniCPMVTokenizerFast",
             ["unk_token"] = "<unk>",
-        });
-        return names.Count + s_special.Length;
+        })
+            config[key] = value?.DeepClone();
+        Json(folder, "tokenizer_config.json",
+            new JsonObject(config.OrderBy(p => p.Key, StringComparer.Ordinal)
+                .Select(p => KeyValuePair.Create(p.Key, p.Value?.DeepClone()))));
+        return names.Count + special.Length;
     }
 
     static JsonObject ByteLevel(bool prefix) => new()
@@ -562,7 +596,7 @@ static class Model
         });
     }
 
-    static void Json(string folder, string name, JsonObject value) =>
+    public static void Json(string folder, string name, JsonObject value) =>
         File.WriteAllText(Path.Combine(folder, name), value.ToJsonString(s_json) + "\n");
 
     static void Weights(string path, int vocabulary)
@@ -625,7 +659,7 @@ static class Model
         }
     }
 
-    static void Save(string path, List<(string Name, int[] Shape, double Scale, double Mean)> tensors)
+    public static void Save(string path, List<(string Name, int[] Shape, double Scale, double Mean)> tensors)
     {
         tensors.Sort((a, b) => string.CompareOrdinal(a.Name, b.Name));
         var header = new JsonObject { ["__metadata__"] = new JsonObject { ["format"] = "pt" } };
@@ -682,5 +716,291 @@ static class Model
     {
         int head = row / (Hidden / Heads), source = (row % (Hidden / Heads) * Heads) + head;
         return source == column ? 5.5f : 0;
+    }
+}
+
+// The words of the second example: up to three syllables of Tolu, in Latin letters or in its own.
+static class Words
+{
+    const string Vowels = "aeiou", Consonants = "bghklmnprstvwyz";
+    const int Letters = 7, Cell = 28;
+
+    static readonly string[] s_latin =
+    [
+        ".###./#...#/#...#/#####/#...#/#...#/#...#", "#####/#..../#..../####./#..../#..../#####",
+        "#####/..#../..#../..#../..#../..#../#####", ".###./#...#/#...#/#...#/#...#/#...#/.###.",
+        "#...#/#...#/#...#/#...#/#...#/#...#/.###.", "####./#...#/#...#/####./#...#/#...#/####.",
+        ".####/#..../#..../#..##/#...#/#...#/.####", "#...#/#...#/#...#/#####/#...#/#...#/#...#",
+        "#...#/#..#./#.#../##.../#.#../#..#./#...#", "#..../#..../#..../#..../#..../#..../#####",
+        "#...#/##.##/#.#.#/#...#/#...#/#...#/#...#", "#...#/##..#/##..#/#.#.#/#..##/#..##/#...#",
+        "####./#...#/#...#/####./#..../#..../#....", "####./#...#/#...#/####./#.#../#..#./#...#",
+        ".####/#..../#..../.###./....#/....#/####.", "#####/..#../..#../..#../..#../..#../..#..",
+        "#...#/#...#/#...#/#...#/#...#/.#.#./..#..", "#...#/#...#/#...#/#...#/#.#.#/##.##/#...#",
+        "#...#/#...#/.#.#./..#../..#../..#../..#..", "#####/....#/...#./..#../.#.../#..../#####",
+    ];
+
+    // Writes pictures of words that are all different, and none of them among some others.
+    public static HashSet<string> Write(
+        string folder, string name, int count, ulong seed, bool tolu, HashSet<string> not)
+    {
+        var numbers = new Numbers(seed * 1000003);
+        string target = Path.Combine(folder, "words", name);
+        if (Directory.Exists(target)) Directory.Delete(target, recursive: true);
+        var words = new HashSet<string>();
+        var rows = new JsonArray();
+        while (words.Count < count)
+        {
+            string word = string.Concat(Enumerable.Range(0, 1 + numbers.Below(3)).Select(_ =>
+                $"{Consonants[numbers.Below(Consonants.Length)]}{Vowels[numbers.Below(Vowels.Length)]}"));
+            if (numbers.Below(3) == 0) word += Consonants[numbers.Below(Consonants.Length)];
+            if (not.Contains(word) || !words.Add(word)) continue;
+            string file = $"words/{name}/{rows.Count:D4}.png";
+            Draw(word, tolu, numbers).Save(Path.Combine(folder, file));
+            rows.Add(Rows.Row(rows.Count, [file], ["Text Recognition:", word]));
+        }
+
+        Rows.Save(Path.Combine(folder, name + ".json"), rows);
+        return words;
+    }
+
+    static Picture Draw(string word, bool tolu, Numbers numbers)
+    {
+        int paper = 190 + numbers.Below(66), ink = numbers.Below(90);
+        if (numbers.Below(4) == 0) (paper, ink) = (ink, paper);
+        int wide = 3 + numbers.Below(2);
+        var picture = new Picture(Letters * Cell, Cell, (byte)paper);
+        for (int i = 0; i < word.Length; i++)
+        {
+            int letter = (Vowels + Consonants).IndexOf(word[i]), room = Cell - (5 * wide);
+            picture.Draw(tolu ? Tolu(letter) : s_latin[letter], (i * Cell) + 1 + numbers.Below(room - 1),
+                1 + numbers.Below(6), wide, 3, ink);
+        }
+
+        return picture;
+    }
+
+    // A stem with some of five strokes at it.
+    static string Tolu(int letter)
+    {
+        var dots = Enumerable.Range(0, 7).Select(_ => "..#..".ToCharArray()).ToArray();
+        int strokes = letter + 6;
+        for (int i = 1; i <= 2; i++)
+        {
+            if ((strokes & 1) != 0) dots[0][2 + i] = '#';
+            if ((strokes & 2) != 0) dots[i][2 - i] = '#';
+            if ((strokes & 4) != 0) dots[3][2 + i] = '#';
+            if ((strokes & 8) != 0) dots[6 - i][2 - i] = '#';
+            if ((strokes & 16) != 0) dots[6][2 + i] = '#';
+        }
+
+        return string.Join('/', dots.Select(d => new string(d)));
+    }
+}
+
+// A model of MiniCPM-OCR's shape with random weights, and a tokenizer of bytes, so that it writes
+// letter by letter.
+static class OcrModel
+{
+    const int Hidden = 128, Layers = 4, Interval = 2, Heads = 4, KvHeads = 2, HeadDim = 32, Intermediate = 192;
+    const int KeyHeads = 2, ValueHeads = 4, DeltaDim = 32;
+    const int Vision = 64, VisionLayers = 2, VisionIntermediate = 128, Side = 14, Patch = 14;
+
+    static readonly string[] s_special =
+    [
+        "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>", "<|image_pad|>", "<|video_pad|>", "<think>",
+        "</think>", "<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>",
+    ];
+
+    public static void Write(string folder, string template)
+    {
+        Directory.CreateDirectory(folder);
+        File.Copy(template, Path.Combine(folder, "chat_template.jinja"), overwrite: true);
+        int tokens = Model.Tokenizer(folder, [], most: 0, s_special, new JsonObject
+        {
+            ["extra_special_tokens"] = new JsonObject
+            {
+                ["image_token"] = "<|image_pad|>",
+                ["video_token"] = "<|video_pad|>",
+                ["image_start_token"] = "<image>",
+                ["image_end_token"] = "</image>",
+                ["slice_start_token"] = "<slice>",
+                ["slice_end_token"] = "</slice>",
+                ["image_id_start_token"] = "<image_id>",
+                ["image_id_end_token"] = "</image_id>",
+            },
+            ["tokenizer_class"] = "Qwen2Tokenizer",
+        });
+        int vocabulary = (tokens + 31) / 32 * 32;
+        Config(folder, vocabulary, id: tokens - s_special.Length);
+        Weights(Path.Combine(folder, "model.safetensors"), vocabulary);
+        Console.WriteLine($"{folder}: random model, {tokens} tokens");
+    }
+
+    static void Config(string folder, int vocabulary, int id)
+    {
+        Model.Json(folder, "config.json", new JsonObject
+        {
+            ["architectures"] = new JsonArray("MiniCPMOcrForConditionalGeneration"),
+            ["downsample_mode"] = "4x",
+            ["dtype"] = "bfloat16",
+            ["eos_token_id"] = id + 2,
+            ["image_token_id"] = id + 4,
+            ["insert_layer_id"] = 0,
+            ["model_type"] = "minicpm_ocr",
+            ["text_config"] = new JsonObject
+            {
+                ["attention_bias"] = false,
+                ["head_dim"] = HeadDim,
+                ["hidden_act"] = "silu",
+                ["hidden_size"] = Hidden,
+                ["intermediate_size"] = Intermediate,
+                ["full_attention_interval"] = Interval,
+                ["linear_conv_kernel_dim"] = 4,
+                ["linear_key_head_dim"] = DeltaDim,
+                ["linear_num_key_heads"] = KeyHeads,
+                ["linear_num_value_heads"] = ValueHeads,
+                ["linear_value_head_dim"] = DeltaDim,
+                ["max_position_embeddings"] = 2048,
+                ["model_type"] = "qwen3_5_text",
+                ["num_attention_heads"] = Heads,
+                ["num_hidden_layers"] = Layers,
+                ["num_key_value_heads"] = KvHeads,
+                ["rms_norm_eps"] = 1e-6,
+                ["rope_parameters"] = new JsonObject
+                {
+                    ["mrope_section"] = new JsonArray(2, 1, 1),
+                    ["partial_rotary_factor"] = 0.25,
+                    ["rope_theta"] = 10000.0,
+                    ["rope_type"] = "default",
+                },
+                ["tie_word_embeddings"] = true,
+                ["vocab_size"] = vocabulary,
+            },
+            ["tie_word_embeddings"] = true,
+            ["video_token_id"] = id + 5,
+            ["vision_config"] = new JsonObject
+            {
+                ["hidden_act"] = "gelu_pytorch_tanh",
+                ["hidden_size"] = Vision,
+                ["image_size"] = Side * Patch,
+                ["intermediate_size"] = VisionIntermediate,
+                ["layer_norm_eps"] = 1e-6,
+                ["model_type"] = "minicpm_ocr_vision",
+                ["num_attention_heads"] = 2,
+                ["num_channels"] = 3,
+                ["num_hidden_layers"] = VisionLayers,
+                ["patch_size"] = Patch,
+            },
+        });
+        Model.Json(folder, "processor_config.json", new JsonObject
+        {
+            ["image_processor"] = new JsonObject
+            {
+                ["downsample_mode"] = "4x",
+                ["image_mean"] = new JsonArray(0.5, 0.5, 0.5),
+                ["image_processor_type"] = "MiniCPMOcrImageProcessor",
+                ["image_std"] = new JsonArray(0.5, 0.5, 0.5),
+                ["max_slice_nums"] = 4,
+                ["patch_size"] = Patch,
+                ["resample"] = 3,
+                ["scale_resolution"] = 196,
+                ["slice_mode"] = true,
+                ["small_image_upsize"] = "never",
+                ["use_image_id"] = false,
+            },
+            ["processor_class"] = "MiniCPMOcrProcessor",
+        });
+        Model.Json(folder, "generation_config.json", new JsonObject
+        {
+            ["bos_token_id"] = id + 1,
+            ["do_sample"] = false,
+            ["eos_token_id"] = new JsonArray(id, id + 2),
+        });
+    }
+
+    static void Weights(string path, int vocabulary)
+    {
+        const int Inner = ValueHeads * DeltaDim, Mixed = (2 * KeyHeads * DeltaDim) + Inner;
+        var tensors = new List<(string Name, int[] Shape, double Scale, double Mean)>();
+        const string Text = "model.language_model.", Tower = "model.vision_tower.";
+        tensors.Add((Text + "embed_tokens.weight", [vocabulary, Hidden], 0.05, 0));
+        tensors.Add((Text + "norm.weight", [Hidden], 0, 0));
+        for (int i = 0; i < Layers; i++)
+        {
+            bool attends = (i + 1) % Interval == 0;
+            string layer = $"{Text}layers.{i}.", mixer = layer + (attends ? "self_attn." : "linear_attn.");
+            // These norms multiply by 1 + weight.
+            tensors.Add((layer + "input_layernorm.weight", [Hidden], 0, 0));
+            tensors.Add((layer + "post_attention_layernorm.weight", [Hidden], 0, 0));
+            foreach (string up in (string[])["gate_proj", "up_proj"])
+                Matrix($"{layer}mlp.{up}", Intermediate, Hidden);
+            Matrix(layer + "mlp.down_proj", Hidden, Intermediate);
+            if (!attends)
+            {
+                Matrix(mixer + "in_proj_qkv", Mixed, Hidden);
+                Matrix(mixer + "in_proj_z", Inner, Hidden);
+                Matrix(mixer + "in_proj_a", ValueHeads, Hidden);
+                Matrix(mixer + "in_proj_b", ValueHeads, Hidden);
+                Matrix(mixer + "out_proj", Hidden, Inner);
+                tensors.Add((mixer + "conv1d.weight", [Mixed, 1, 4], 0.3, 0));
+                tensors.Add((mixer + "A_log", [ValueHeads], 0.5, 1));
+                tensors.Add((mixer + "dt_bias", [ValueHeads], 1, -2));
+                tensors.Add((mixer + "norm.weight", [DeltaDim], 0, 1));
+                continue;
+            }
+
+            Matrix(mixer + "q_proj", 2 * Heads * HeadDim, Hidden);
+            Matrix(mixer + "k_proj", KvHeads * HeadDim, Hidden);
+            Matrix(mixer + "v_proj", KvHeads * HeadDim, Hidden);
+            Matrix(mixer + "o_proj", Hidden, Heads * HeadDim);
+            tensors.Add((mixer + "q_norm.weight", [HeadDim], 0, 0));
+            tensors.Add((mixer + "k_norm.weight", [HeadDim], 0, 0));
+        }
+
+        tensors.Add((Tower + "embeddings.patch_embedding.weight", [Vision, 3, Patch, Patch], 0.04, 0));
+        tensors.Add((Tower + "embeddings.patch_embedding.bias", [Vision], 0, 0));
+        tensors.Add((Tower + "embeddings.position_embedding.weight", [Side * Side, Vision], 0.3, 0));
+        for (int i = 0; i < VisionLayers; i++)
+        {
+            string layer = $"{Tower}encoder.layers.{i}.";
+            Norm(layer + "layer_norm1", Vision);
+            Norm(layer + "layer_norm2", Vision);
+            Attention(layer + "self_attn.");
+            Linear(layer + "mlp.fc1", VisionIntermediate, Vision);
+            Linear(layer + "mlp.fc2", Vision, VisionIntermediate);
+        }
+
+        Norm(Tower + "post_layernorm", Vision);
+        // Unused in the mode "4x", but part of every file.
+        Norm(Tower + "vit_merger.layer_norm1", Vision);
+        Norm(Tower + "vit_merger.pre_norm", 4 * Vision);
+        Attention(Tower + "vit_merger.self_attn.");
+        Linear(Tower + "vit_merger.linear_1", 4 * VisionIntermediate, 4 * Vision);
+        Linear(Tower + "vit_merger.linear_2", Vision, 4 * VisionIntermediate);
+        Norm("model.merger.mlp.0.pre_norm", 4 * Vision);
+        Linear("model.merger.mlp.0.linear_1", 4 * Vision, 4 * Vision);
+        Linear("model.merger.mlp.0.linear_2", Hidden, 4 * Vision);
+        Model.Save(path, tensors);
+
+        void Attention(string prefix)
+        {
+            foreach (string name in (string[])["q_proj", "k_proj", "v_proj", "out_proj"])
+                Linear(prefix + name, Vision, Vision);
+        }
+
+        void Linear(string name, int rows, int cols)
+        {
+            Matrix(name, rows, cols);
+            tensors.Add((name + ".bias", [rows], 0, 0));
+        }
+
+        void Matrix(string name, int rows, int cols) =>
+            tensors.Add((name + ".weight", [rows, cols], 1 / Math.Sqrt(cols), 0));
+
+        void Norm(string name, int size)
+        {
+            tensors.Add((name + ".weight", [size], 0, 1));
+            tensors.Add((name + ".bias", [size], 0, 0));
+        }
     }
 }

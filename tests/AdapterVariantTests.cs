@@ -302,7 +302,7 @@ public sealed class AdapterVariantTests
         Assert.That(worst, Is.LessThan(1e-4));
     }
 
-    private static void AssertFinal(TunedModel model, JsonElement expected)
+    internal static void AssertFinal(TunedModel model, JsonElement expected)
     {
         double worst = 0;
         foreach (var tensor in expected.GetProperty("final").EnumerateObject())
@@ -313,6 +313,14 @@ public sealed class AdapterVariantTests
             double error = Fingerprint.Of(
                 model.Device.ReadFloats(model.ParameterRanges.Value(own)), wanted.Shape)
                 .NormError(wanted);
+            // What is added to all keys alike moves nothing but by their rotation, and hardly that
+            // where it is slow: what rounding leaves of such gradients AdamW makes steps of.
+            if (own.EndsWith("k_proj.lora_B.bias", StringComparison.Ordinal))
+            {
+                Assert.That(error, Is.LessThan(0.02), own);
+                continue;
+            }
+
             worst = Math.Max(worst, error);
             Assert.That(error, Is.LessThan(1e-4), own);
         }

@@ -24,6 +24,7 @@ public sealed partial class ArchitectureTests
         ("Config", ""),
         ("Weights", "Config"),
         ("Data.Images", ""),
+        ("Data.Audio", ""),
         ("Data.Text", ""),
         ("Report", "Data.Images"),
         ("Data", "Config Data.Images Data.Text"),
@@ -31,7 +32,7 @@ public sealed partial class ArchitectureTests
         ("Metrics", ""),
         ("Generate", "Config Weights Data Data.Images Data.Text Model Metrics"),
         ("Train", "Config Weights Data Data.Text Model Metrics Generate Report"),
-        ("Export", "Config Weights Data Data.Images Data.Text Model Train"),
+        ("Export", "Config Weights Data Data.Images Data.Text Model Generate Train"),
         ("Doctor", "Data.Images"),
     ];
 

@@ -31,9 +31,9 @@ public sealed record AttentionProblem(
     /// <summary>Random inputs that float represents exactly.</summary>
     public static AttentionProblem Random(
         int heads, int kvHeads, int headDim, int[] queries, int[] keys, bool causal,
-        int[]? keyLengths = null, double spread = 1)
+        int[]? keyLengths = null, double spread = 1, int seed = 5)
     {
-        var random = new Random(5);
+        var random = new Random(seed);
         var shape = new AttentionProblem(
             heads, kvHeads, headDim, Starts(queries), Starts(keys), keyLengths, causal,
             1 / Math.Sqrt(headDim));

@@ -175,6 +175,7 @@ public sealed class ChatSessionTests
 
     [TestCase("/imagine x\n", "/imagine: no such command; /help lists them")]
     [TestCase("/image none.png\n", "none.png")]
+    [TestCase("/image\n", "A file's name is missing")]
     [TestCase("/base\n", "/base: there is no adapter to leave out")]
     public void WhatCannotBeDoneIsOneLine(string input, string expected) => Assert.That(
         () => Chat(input, null), Throws.TypeOf<InputException>().With.Message.Contain(expected));

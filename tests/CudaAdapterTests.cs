@@ -1,3 +1,4 @@
+using System.Text.Json;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Model;
@@ -14,7 +15,7 @@ public sealed class CudaAdapterTests
     [TestCase(false)]
     public void StepsAreThoseOfTheCpu(bool dora)
     {
-        TrainArguments arguments = V26.Lora with
+        StepResult[] steps = Compare(V26.Lora with
         {
             LoraTargetModules = new TargetModules(["llm.model.layers.0.self_attn.q_proj",
                 "llm.model.layers.0.self_attn.v_proj", "llm.model.layers.1.mlp.down_proj",
@@ -23,7 +24,27 @@ public sealed class CudaAdapterTests
             RankPattern = new NumbersByName([("q_proj|gate_proj", 4)]),
             LoraDropout = 0.1,
             LoraplusLrRatio = 4,
-        };
+        });
+        Assert.That(steps[^1].Loss, Is.LessThan(steps[0].Loss - 0.01), "it learns");
+    }
+
+    // Embedding and head, the latter with dropout; single tokens of both, and biases of B.
+    [TestCase(false)]
+    [TestCase(true)]
+    public void StepsOfEmbeddingAndHeadAreThoseOfTheCpu(bool tokens) => Compare(V26.Lora with
+    {
+        LoraTargetModules = new TargetModules(tokens
+            ? ["llm.model.layers.0.self_attn.q_proj", "llm.model.layers.1.mlp.down_proj"]
+            : ["embed_tokens", "lm_head", "llm.model.layers.0.self_attn.q_proj"]),
+        LoraR = 3,
+        LoraDropout = 0.1,
+        LoraBias = tokens ? LoraBias.True : LoraBias.None,
+        TrainableTokenIndices = tokens ? TokenIndices.Of(JsonElement.Parse(
+            """{"embed_tokens": [74, 502, 504], "lm_head": [502, 9]}"""u8)) : null,
+    });
+
+    private static StepResult[] Compare(TrainArguments arguments)
+    {
         Batch text = V26.Batch(arguments, "text0", "text1");
         StepResult[] cpu = Steps(null), gpu;
         using (var emulated = new CudaSource()) gpu = Steps(emulated.Source);
@@ -34,7 +55,7 @@ public sealed class CudaAdapterTests
                 Is.EqualTo(wanted.GradientNorm).Within(1e-4 * wanted.GradientNorm));
         }
 
-        Assert.That(cpu[^1].Loss, Is.LessThan(cpu[0].Loss - 0.01), "it learns");
+        return cpu;
 
         StepResult[] Steps(DeviceSource? devices)
         {

@@ -19,9 +19,11 @@ public sealed class CudaAttentionTests
 
     private CudaUnderTest _cuda = null!;
 
+    // F32 has one kernel for all head dimensions; the others of it are below.
     private static IEnumerable<TestCaseData> Cases =>
         from headDim in (int[])[64, 72, 80, 96, 128, 256, 8]
         from type in Types
+        where type != DType.F32 || headDim is 8 or 72
         from make in (Func<int, AttentionProblem>[])
         [
             d => Self(2, 2, d, [0, 1, 7, 63], causal: true),
@@ -53,6 +55,23 @@ public sealed class CudaAttentionTests
         ]
         select new TestCaseData(problem, type).SetArgDisplayNames(Name(problem), type.ToString());
 
+    // One query of each sequence at most, over keys of one share and of several.
+    private static IEnumerable<TestCaseData> Decoding =>
+        from type in Types
+        from problem in (AttentionProblem[])
+        [
+            Few(28, 4, 128, [1], [700], [677]), Few(16, 1, 72, [1, 0], [900, 300], [513, 7]),
+            Few(4, 2, 256, [0, 1, 1], [520, 600, 530], [9, 600, 1]), Few(3, 1, 8, [1], [70], [70]),
+            Few(2, 2, 64, [2, 0, 0], [40, 0, 30], [33, 0, 4]),
+            Few(4, 1, 80, [1, 1], [70, 70], [0, 64]), Few(2, 1, 9, [1], [70], [70]),
+            Few(9, 1, 96, [1, 1, 1], [700, 700, 700], [64, 128, 129]),
+            AttentionProblem.Random(2, 1, 128, [1], [600], causal: true, [580], spread: 12) with
+            {
+                Cached = true,
+            },
+        ]
+        select new TestCaseData(problem, type).SetArgDisplayNames(Name(problem), type.ToString());
+
     private static IEnumerable<TestCaseData> OnTensorCores =>
         from headDim in (int[])[64, 72, 80, 96, 128, 256]
         let problem = Self(4, 2, headDim, [130, 7], causal: true, [130, 5])
@@ -63,6 +82,13 @@ public sealed class CudaAttentionTests
         AttentionProblem.Random(6, 2, headDim, [1, 5, 1, 0, 40], [130, 80, 9, 4, 70], causal: true,
             [100, 70, 1, 3, 40]) with
         { Cached = true };
+
+    private static AttentionProblem Few(
+        int heads, int kvHeads, int headDim, int[] queries, int[] room, int[] lengths) =>
+        AttentionProblem.Random(heads, kvHeads, headDim, queries, room, causal: true, lengths) with
+        {
+            Cached = true,
+        };
 
     [SetUp]
     public void Make()
@@ -81,6 +107,7 @@ public sealed class CudaAttentionTests
 
     [TestCaseSource(nameof(Cases))]
     [TestCaseSource(nameof(OtherCases))]
+    [TestCaseSource(nameof(Decoding))]
     public void Agrees(AttentionProblem problem, object type) =>
         Compare(problem, (DType)type, _cuda.Device((DType)type));
 
@@ -112,6 +139,61 @@ public sealed class CudaAttentionTests
         Free();
         using var cuda = new CudaUnderTest(new EmulatorOptions { Architecture = 86 });
         Compare(problem, DType.BF16, cuda.Device(DType.BF16));
+    }
+
+    [Test]
+    public void DecodingAgreesWhereHardwareIsFree()
+    {
+        if (CudaUnderTest.IsReal) Assert.Ignore("only the emulator has these options");
+        Free(); // there is one at a time
+        foreach (DeviceCompiler compiler in Enum.GetValues<DeviceCompiler>())
+        {
+            using var cuda = new CudaUnderTest(
+                new EmulatorOptions { Seed = 3, ApproximateUlps = 2 }, compiler);
+            foreach (DType type in Types)
+                foreach (AttentionProblem problem in (AttentionProblem[])
+                    [
+                        Few(7, 1, 128, [1, 1], [600, 600], [590, 3]),
+                        Few(4, 4, 72, [1], [70], [65]),
+                    ])
+                {
+                    Compare(problem, type, cuda.Device(type));
+                    using OpRun a = Run(problem, type, cuda.Device(type)),
+                        b = Run(problem, type, cuda.Device(type));
+                    Assert.That(a.Output.AsSpan().SequenceEqual(b.Output), "same bits");
+                    Assert.That(a.Saved(0).AsSpan().SequenceEqual(b.Saved(0)), "same bits");
+                }
+        }
+    }
+
+    // What is behind the keys that count is never read; one that counts shows.
+    [TestCase(599, true)]
+    [TestCase(600, false)]
+    public void ABadKeyReachesTheQueryThatSeesIt(int bad, bool seen)
+    {
+        foreach (DType type in Types)
+            foreach (int input in (int[])[1, 2])
+            {
+                Value[] values = Inputs(Rounded(Few(2, 1, 64, [1], [700], [600]), type));
+                values[input].Data[bad * 64] = double.NaN;
+                using var run = new OpRun(
+                    _cuda.Device(type), OpOf(Few(2, 1, 64, [1], [700], [600])), values);
+                run.Forward();
+                Assert.That(double.IsNaN(run.Output[0]), Is.EqualTo(seen));
+            }
+    }
+
+    [TestCase(3, new[] { 0, 2, 2 }, "cu_seqlens_q[1] is 2")]
+    [TestCase(4, new[] { 0, 141, 140 }, "cu_seqlens_k[1] is 141")]
+    public void ForeignStartsOfACacheAreReported(int input, int[] starts, string message)
+    {
+        Value[] values = Inputs(Rounded(Few(2, 1, 64, [1, 0], [70, 70], [60, 60]), DType.BF16));
+        values[input] = Value.Int("starts", starts);
+        using var run = new OpRun(
+            _cuda.Device(DType.BF16), OpOf(Few(2, 1, 64, [1, 0], [70, 70], [60, 60])), values);
+        run.Forward();
+        Assert.That(
+            () => run.Output, Throws.TypeOf<ShapeException>().With.Message.Contains(message));
     }
 
     // PyTorch's softmax of nothing but -infinity is NaN. Here of a query that is infinite, and of
@@ -251,7 +333,7 @@ public sealed class CudaAttentionTests
         using OpRun run = Run(problem, type, device);
         AttentionProblem rounded = Rounded(problem, type);
         AttentionResult exact = rounded.Naive();
-        bool onTensorCores = type != DType.F32
+        bool onTensorCores = type != DType.F32 && !Decodes(problem)
             && problem.HeadDim is 64 or 72 or 80 or 96 or 128 or 256;
         var (o, lse) = Plain(rounded, onTensorCores ? type : DType.F32);
         Agree(run.Output, Storage.Round(o, type), exact.O, "o");
@@ -259,6 +341,9 @@ public sealed class CudaAttentionTests
         if (type != DType.F32)
             CudaRoundingTests.HasNoSide(run.Output, exact.O, "o", problem.HeadDim);
     }
+
+    private static bool Decodes(AttentionProblem p) =>
+        p.Cached && p.Tokens < p.StartsQ.Length && p.HeadDim % 8 == 0;
 
     private static void Agree(double[] got, double[] plain, double[] exact, string what)
     {

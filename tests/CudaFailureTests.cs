@@ -49,19 +49,21 @@ public sealed class CudaFailureTests
     [TearDown]
     public void RemoveFolder() => Directory.Delete(_folder, recursive: true);
 
+    /// <summary>What a run calls again and again.</summary>
+    private static readonly string[] s_needed =
+    [
+        nameof(CudaDriverApi.MemcpyHtoDAsync), nameof(CudaDriverApi.MemcpyDtoHAsync),
+        nameof(CudaDriverApi.MemcpyDtoDAsync), nameof(CudaDriverApi.StreamSynchronize),
+        nameof(CudaDriverApi.StreamWaitEvent), nameof(CudaDriverApi.EventRecord),
+        nameof(CudaDriverApi.EventSynchronize), nameof(CudaDriverApi.LaunchKernel),
+        nameof(CublasApi.GemmEx),
+    ];
+
     /// <summary>
     /// From the first checkpoint on. What a run calls again fails it with one line that names the
     /// call, and the checkpoint stays as it was.
     /// </summary>
-    [TestCase(nameof(CudaDriverApi.MemcpyHtoDAsync))]
-    [TestCase(nameof(CudaDriverApi.MemcpyDtoHAsync))]
-    [TestCase(nameof(CudaDriverApi.MemcpyDtoDAsync))]
-    [TestCase(nameof(CudaDriverApi.StreamSynchronize))]
-    [TestCase(nameof(CudaDriverApi.StreamWaitEvent))]
-    [TestCase(nameof(CudaDriverApi.EventRecord))]
-    [TestCase(nameof(CudaDriverApi.EventSynchronize))]
-    [TestCase(nameof(CudaDriverApi.LaunchKernel))]
-    [TestCase(nameof(CublasApi.GemmEx))]
+    [TestCaseSource(nameof(s_needed))]
     public void AnErrorInTheMiddleKeepsTheCheckpoint(string call)
     {
         var stub = new StubCuda();
@@ -94,16 +96,30 @@ public sealed class CudaFailureTests
     public void OtherCallsLoseNothing()
     {
         var stub = new StubCuda();
-        string[] needed = [.. GetType().GetMethod(nameof(AnErrorInTheMiddleKeepsTheCheckpoint))!
-            .GetCustomAttributes(typeof(TestCaseAttribute), false)
-            .Select(test => (string)((TestCaseAttribute)test).Arguments[0]!), "EventQuery"];
         var screen = new At("saved ", () =>
         {
-            foreach (string call in StubCuda.Calls.Except(needed))
-                StubCuda.Break(stub.Driver, call, Unknown);
+            foreach (object table in (object[])[stub.Driver, stub.Cublas, stub.Nvrtc])
+                foreach (string call in StubCuda.Calls(table).Except([.. s_needed, "EventQuery"]))
+                    StubCuda.Break(table, call, Unknown);
         });
         Runs.Train(_arguments, screen: screen, devices: stub.Devices);
         Assert.That(File.Exists(_arguments.OutputDir + "/adapter_model.safetensors"));
+    }
+
+    /// <summary>Whether a run asks depends on how fast its rows come.</summary>
+    [Test]
+    public void AnEventThatCannotBeAskedIsNamed()
+    {
+        const int notReady = 600;
+        var stub = new StubCuda();
+        using OpenDevice opened = stub.Devices.Open(_arguments);
+        using var reached = new CudaEvent(((CudaDevice)opened.Device).Context);
+        Assert.That(reached.IsReached());
+        StubCuda.Break(stub.Driver, nameof(CudaDriverApi.EventQuery), notReady);
+        Assert.That(reached.IsReached(), Is.False);
+        StubCuda.Break(stub.Driver, nameof(CudaDriverApi.EventQuery), Unknown);
+        Assert.That(reached.IsReached, Throws.TypeOf<CudaException>()
+            .With.Message.StartsWith("cuEventQuery: CUDA_ERROR_STUB: as the test asks"));
     }
 
     /// <summary>Exit code and words of the program.</summary>
@@ -168,6 +184,53 @@ public sealed class CudaFailureTests
         var failure = Assert.Throws<InputException>(() => stub.Devices.Open(_arguments))!;
         Assert.That(failure.Message, Does.StartWith("device is cuda, which cannot be used: "));
     }
+
+    /// <summary>
+    /// Every call of the tables, failing from the start, so that none can be forgotten: it is named
+    /// and the CPU is taken, or a device needs none of it to be opened.
+    /// </summary>
+    [Test]
+    public void NoCallFailsUnnamedWhileADeviceIsOpened()
+    {
+        var idle = new List<string>();
+        for (int table = 0; table < 3; table++)
+        {
+            foreach (string call in StubCuda.Calls(Table(new StubCuda(), table)))
+            {
+                var stub = new StubCuda();
+                StubCuda.Break(Table(stub, table), call, Unknown);
+                string said = "";
+                using OpenDevice device = stub.Devices.Open(
+                    _arguments with { Device = DeviceChoice.Auto }, line => said += line);
+                string name = (table == 0 ? "cu" : table == 1 ? "cublas" : "nvrtc") + call;
+                if (device.Device is CudaDevice) idle.Add(name);
+                else
+                    Assert.That(said, Does.Contain($"{name}: ").IgnoreCase
+                        .And.EndWith("; computing on the CPU").And.Not.Contain("\n"));
+            }
+        }
+
+        Assert.That(idle, Is.EqualTo(s_idle), string.Join(" ", idle));
+
+        static object Table(StubCuda stub, int table) =>
+            table == 0 ? stub.Driver : table == 1 ? stub.Cublas : stub.Nvrtc;
+    }
+
+    private static readonly string[] s_idle =
+    [
+        // Before there is a device, or when it is closed.
+        "cuInit", "cuDeviceGetCount", "cuDeviceTotalMem", "cuDevicePrimaryCtxRelease",
+        "cuCtxSynchronize", "cuMemFree", "cuMemFreeHost",
+        // In training alone.
+        "cuMemcpyHtoDAsync", "cuMemcpyDtoDAsync", "cuMemsetD32Async",
+        "cuStreamDestroy", "cuStreamWaitEvent", "cuEventDestroy", "cuEventRecord",
+        "cuEventSynchronize", "cuEventQuery", "cuEventElapsedTime", "cuModuleUnload",
+        // For the one kernel that wants more shared memory; in doctor and bench; for errors.
+        "cuFuncSetAttribute", "cuFuncGetAttribute", "cuOccupancyMaxActiveBlocks",
+        "cuGetErrorName", "cuGetErrorString", "cublasDestroy", "cublasGetVersion",
+        "cublasGemmStridedBatchedEx", "nvrtcDestroyProgram", "nvrtcGetCubinSize", "nvrtcGetCubin",
+        "nvrtcGetLogSize", "nvrtcGetLog", "nvrtcGetErrorString",
+    ];
 
     [TestCase(OutOfMemory)]
     [TestCase(Unknown)]

@@ -58,6 +58,11 @@ public sealed partial class CudaHopperAttentionBackwardTests
             Has.Member($"attention_backward_hopper_{problem.HeadDim}"));
     }
 
+    [TestCase(64)]
+    [TestCase(96)]
+    public void GradientsAgreeFromOtherNumbers(int headDim) =>
+        CudaAttentionBackwardTests.AgreeFromOtherNumbers(_cuda, headDim);
+
     private static IEnumerable<TestCaseData> Few =>
         from make in (Func<int, AttentionProblem>[])
         [

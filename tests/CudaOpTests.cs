@@ -14,7 +14,7 @@ namespace MiniCpmNative.Tests;
 [TestFixture]
 public sealed class CudaOpTests
 {
-    private const int GradientSize = 7;
+    private const int GradientSize = 7, AlignedSize = 16, WideSize = 64;
 
     private CudaUnderTest _cuda = null!;
 
@@ -62,43 +62,40 @@ public sealed class CudaOpTests
     public void GradientsAccumulateAndMayBeAbsent(object value, object type)
     {
         // Rows of less than 16 bytes, and of whole vectors.
-        foreach (int size in (int[])[GradientSize, 64])
+        foreach (int size in (int[])[GradientSize, WideSize])
             GradientsAccumulateAndMayBeAbsent((OpCase)value, (DType)type, size);
     }
 
     private void GradientsAccumulateAndMayBeAbsent(OpCase c, DType type, int size)
     {
-        const double Start = 3;
-        CudaDevice device = Device(c, type);
         Value[] inputs = Rounded(c.Inputs(size), type);
-        using var run = new OpRun(device, c.Op, inputs);
+        using var run = new OpRun(Device(c, type), c.Op, inputs);
         double[] dy = Storage.Round(Fill.Normal(77, run.Count), type);
-        run.Forward();
-        run.Want(_ => true);
-        run.Backward(dy);
         double[]?[] plain =
-            [.. inputs.Select((_, i) => run.HasGradient(i) ? run.Gradient(i) : null)];
-        run.Want(_ => true, accumulate: true, Start);
-        run.Backward(dy);
-        for (int i = 0; i < inputs.Length; i++)
-            if (run.HasGradient(i))
-                OpTests.AreClose(run.Gradient(i), [.. plain[i]!.Select(g => g + Start)],
-                    Rounding(type) * (Start + Largest(plain[i]!)), $"accumulated {inputs[i].Name}");
-        for (int only = 0; only < inputs.Length; only++)
-        {
-            if (!run.HasGradient(only)) continue;
-            run.Want(i => i == only);
-            run.Backward(dy);
-            Assert.That(run.Gradient(only), Is.EqualTo(plain[only]), $"only {inputs[only].Name}");
-        }
-
+            OpTests.GradientsAccumulateAndMayBeAbsent(run, inputs, dy, Rounding(type));
         // A trained tensor may be an operation's activation: its gradient is F32 then.
-        run.Want(_ => true, other: DType.F32);
-        run.Backward(dy);
-        for (int i = 0; i < inputs.Length; i++)
-            if (run.HasGradient(i))
-                OpTests.AreClose(run.Gradient(i), plain[i]!, Rounding(type) * Largest(plain[i]!),
-                    $"F32 gradient of {inputs[i].Name}");
+        foreach (bool adds in (bool[])[false, true])
+        {
+            run.Want(_ => true, _ => adds, DType.F32);
+            run.Backward(dy);
+            for (int i = 0; i < inputs.Length; i++)
+            {
+                if (!run.HasGradient(i)) continue;
+                double[] start = OpRun.Start(i, adds ? plain[i]!.Length : 0);
+                double[] expected = adds ? [.. plain[i]!.Zip(start, (g, s) => g + s)] : plain[i]!;
+                OpTests.AreClose(run.Gradient(i), expected,
+                    Rounding(type) * (Largest(plain[i]!) + (adds ? Largest(start) : 0)),
+                    $"F32 gradient of {inputs[i].Name}, added: {adds}");
+            }
+        }
+    }
+
+    [TestCaseSource(nameof(Cases))]
+    public void TensorsMayStartAnywhere(object value, object type)
+    {
+        var (c, storage) = ((OpCase)value, (DType)type);
+        OpTests.TensorsMayStartAnywhere(Device(c, storage), c,
+            Rounded(c.Inputs(AlignedSize), storage), Rounding(storage));
     }
 
     [TestCaseSource(nameof(Cases))]

@@ -147,6 +147,40 @@ public sealed class CudaTrafficTests
             name, [Tokens, heads * headDim], Fill.Normal(heads, Tokens * heads * headDim));
     }
 
+    // One query each over a cache: its keys that count once for all heads, and the parts of shares
+    // once to and fro.
+    [TestCase(128, 1, 0)]
+    [TestCase(256, 2, 0)]
+    [TestCase(128, 1, 4)]
+    public void DecodingReadsItsKeysOnce(int headDim, int sequences, int splits)
+    {
+        const int Heads = 8, KvHeads = 2, Length = 250;
+        if (CudaUnderTest.IsReal) Assert.Ignore("counted by the emulator only");
+        using var cuda = new CudaUnderTest(new EmulatorOptions { Footprint = true });
+        int room = splits == 0 ? 300 : 256 * splits, length = splits == 0 ? Length : room - 3;
+        int[] Ends(int each) => [.. Enumerable.Range(0, sequences + 1).Select(s => s * each)];
+        using var run = new OpRun(cuda.Device(DType.BF16),
+            new Attention(Heads, KvHeads, headDim, Causal: true, 0.1, Cached: true),
+            [
+                X("q", sequences, Heads), X("k", sequences * room, KvHeads),
+                X("v", sequences * room, KvHeads), Value.Int("cu_seqlens_q", Ends(1)),
+                Value.Int("cu_seqlens_k", Ends(room)),
+                Value.Int("key_lengths", [.. Enumerable.Repeat(length, sequences)]),
+            ]);
+        cuda.Emulator!.ClearLaunches();
+        run.Forward(recorded: false);
+        cuda.Context.Synchronise();
+        long query = S * sequences * Heads * headDim, statistic = F * sequences * Heads;
+        long keys = 2L * S * sequences * length * KvHeads * headDim;
+        long parts = (long)splits * F * Heads * (headDim + 2);
+        Check(cuda, "attention_decode",
+            query + keys + (splits == 0 ? query + statistic : parts));
+        if (splits > 0) Check(cuda, "attention_decode_merge", parts + query + statistic);
+
+        Value X(string name, int tokens, int heads) => Value.Float(
+            name, [tokens, heads * headDim], Fill.Normal(heads, tokens * heads * headDim));
+    }
+
     // Logits are read a second time, from L2 where a chunk fits; their gradient is written in BF16.
     [Test]
     public void TheLossReadsLogitsAndWritesTheirGradient()

@@ -106,6 +106,18 @@ public sealed class DataTests
     }
 
     [Test]
+    public void ARowThatFillsTheMemoryIsRefused()
+    {
+        string data = Path.Combine(_folder, "long.json"), text = new(' ', 4_000_000);
+        File.WriteAllText(data, $$"""
+            [{"conversations": [{"role": "user", "content": "{{text}}"},
+              {"role": "assistant", "content": "1"}]}]
+            """);
+        Assert.That(Check(2, "--data_path", data), Does.Contain("long.json row 1: has 4,000,001 "
+            + "characters, at most 4,000,000 can be read"));
+    }
+
+    [Test]
     public void ACheckNamesEachBadRow()
     {
         string report = Check(2, "--data_path", Path.Combine(V26.Folder, "data", "rows_bad.json"));
@@ -134,6 +146,31 @@ public sealed class DataTests
         // Text-only rows and later turns work here, though not in the official script.
         Assert.That(Enumerable.Range(0, rows.Count).Select(i => rows[i].Id),
             Is.SupersetOf(new[] { "no-image", "later-turn" }));
+    }
+
+    [Test]
+    public void BothSharesAreOfOneReading()
+    {
+        string data = Path.Combine(_folder, "rows.jsonl");
+        File.WriteAllLines(data, Enumerable.Range(0, 9).Select(i =>
+            $$"""{"query": "q", "response": "a{{i}}"}"""));
+        TrainArguments arguments = V26.Lora with
+        {
+            DataPath = data,
+            OfficialCompat = false,
+            EvalSplit = 3,
+        };
+        var said = new List<string>();
+        var training = DataRows.Open(arguments.TrainingData, arguments, V26.Format, said.Add);
+        // Replaced by another file before the second share is taken.
+        File.WriteAllText(data, """{"query": "q", "response": "other"}""");
+        var evaluation = DataRows.Open(
+            arguments.EvaluationData!, arguments, V26.Format, said.Add, training);
+        Assert.That(Enumerable.Range(0, training.Count).Select(i => training[i].Expected)
+            .Concat(Enumerable.Range(0, evaluation.Count).Select(i => evaluation[i].Expected)).Order(),
+            Is.EqualTo(Enumerable.Range(0, 9).Select(i => $"a{i}")));
+        Assert.That(evaluation.Digest, Is.EqualTo(training.Digest));
+        Assert.That(said.Count(line => line.Contains("read as")), Is.EqualTo(1));
     }
 
     [Test]

@@ -1,6 +1,7 @@
 using System.Text.Json;
 using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
+using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Generate;
 using NUnit.Framework;
 
@@ -185,6 +186,47 @@ public sealed class GenerateTests
                     line.GetProperty("scores")[i * each].GetDouble()).Within(2e-5), what);
             }
         }
+    }
+
+    // Keys and values, or states and the convolution's last inputs, go on from piece to piece; a
+    // picture stands where the first one would end.
+    [TestCase("v26")]
+    [TestCase("l3")]
+    [TestCase("v46")]
+    [TestCase("v47")]
+    public void LongPromptsInPiecesAreAnsweredAsAtOnce(string family)
+    {
+        string folder = family switch
+        {
+            "v46" => V46.Model,
+            "v47" => NativeCase.Of(family).Model,
+            _ => Model(family),
+        };
+        using AskedModel model = GenerationCase.Open(folder);
+        var maker = new PromptMaker(model.Model.Spec, model.Rows, 1);
+        PromptPicture shown = maker.Open(
+            Path.Combine(ReferenceFile.Root, "v26", "data", "images", "p0.png"));
+        int start = Make(10).Pictures[0].Start, each = Make(11).Pictures[0].Start - start;
+        GenerationInput input = Make(10 + ((Generator.Piece - 2 - start) / each));
+        Assert.That(Generator.Piece, Is.InRange(
+            input.Pictures[0].Start + 1, input.Pictures[0].End - 1));
+        Assert.That(Generator.End(input, 0), Is.EqualTo(input.Pictures[0].Start));
+        Assert.That(Generator.End(input, input.Pictures[0].Start),
+            Is.GreaterThan(input.Pictures[0].End).And.LessThanOrEqualTo(input.Tokens));
+        var generator = new Generator(model.Model);
+        foreach (int beams in (int[])[1, 2])
+        {
+            var settings = new GenerationSettings { MaxNewTokens = 6, NumBeams = beams };
+            Assert.That(generator.Run([input], settings)[0].Ids, Is.EqualTo(
+                generator.Run([input with { AppendPart = null }], settings)[0].Ids));
+        }
+
+        GenerationInput Make(int words) => maker.Make(
+            [
+                new("user", [string.Concat(Enumerable.Repeat("one two ", words)), 0,
+                    string.Concat(Enumerable.Repeat("three ", 150)), 1, "What?"]),
+            ],
+            [shown, shown]);
     }
 
     // What is drawn depends on seed and number alone: not on the batch, nor on what was before.

@@ -22,6 +22,10 @@ public sealed class GgufTests
     // Four roundings to F16 and to BF16, relative; quantised ones keep about so much.
     private const double F16 = 4.0 / 2048, BF16 = 4.0 / 256, Q8 = 0.03, Q4 = 0.25;
 
+    // Twice as many with weights that are made up: every layer weighs as much as the embedding,
+    // where those of the reference models, as they were first drawn, hardly count.
+    private const double MadeUp = 2 * F16;
+
     private static readonly string[] s_texts =
     [
         "What is in this picture? A star and 12 moons.", "  two  spaces\n\nand lines\t",
@@ -66,6 +70,21 @@ public sealed class GgufTests
         foreach (string text in s_texts)
             Assert.That(llama.Tokenize(text), Is.EqualTo(ours.Tokens(text)), text);
         AssertGreedy(llama, ours, F16);
+    }
+
+    // Layers of gated delta rule, with several heads of values to one of keys, and one without.
+    [TestCase(2, 4)]
+    [TestCase(2, 2)]
+    public void LlamaCppSaysWhatModelsWithStatesSay(int keyHeads, int valueHeads)
+    {
+        string model = Native(text => (text["linear_num_key_heads"],
+            text["linear_num_value_heads"]) = (keyHeads, valueHeads));
+        Export(model);
+        using var llama = new LlamaCpp(At("out/MiniCPM-V-4_6-f16.gguf"));
+        using var ours = new Model(model);
+        foreach (string text in s_texts)
+            Assert.That(llama.Tokenize(text), Is.EqualTo(ours.Tokens(text)), text);
+        AssertGreedy(llama, ours, MadeUp);
     }
 
     [Test]
@@ -155,9 +174,10 @@ public sealed class GgufTests
     [TestCase("v4", "MiniCPM-V-4", null)]
     [TestCase("v45", "MiniCPM-V-4_5", null)]
     [TestCase("v45", "MiniCPM-o-4_5", "4.5")]
+    [TestCase("v46", "MiniCPM-V-4_6", null)]
     public void LlamaCppSeesWhatTheModelSees(string name, string family, string? omni)
     {
-        string model = Path.Combine(ReferenceFile.Root, name, "model");
+        string model = name == "v46" ? Native() : Path.Combine(ReferenceFile.Root, name, "model");
         if (omni is not null) model = Omni(model, omni);
         Export(model);
         using var llama = new LlamaCpp(At($"out/{family}-f16.gguf"));
@@ -170,11 +190,13 @@ public sealed class GgufTests
             using Picture picture = Made(width, side);
             List<float[]> got =
                 llama.Embed(At($"out/mmproj-{family}-f16.gguf"), picture, ours.Spec.Decoder.HiddenSize);
-            List<float[]> expected = ours.Embed(picture);
-            Assert.That(got, Has.Count.EqualTo(expected.Count));
-            for (int view = first; view < got.Count; view++)
+            float[] expected = ours.Embed(picture);
+            Assert.That(got.Sum(rows => rows.Length), Is.EqualTo(expected.Length));
+            for (int view = 0, at = 0; view < got.Count; at += got[view++].Length)
             {
-                double error = V26.NormError(got[view], Doubles(expected[view]));
+                if (view < first) continue;
+                double error = V26.NormError(
+                    got[view], Doubles(expected[at..(at + got[view].Length)]));
                 TestContext.Out.WriteLine($"{width} x {side}, view {view}: {error:E2}");
                 Assert.That(error, Is.LessThan(F16));
             }
@@ -190,6 +212,18 @@ public sealed class GgufTests
         Directory.Delete(At("out"), recursive: true);
         Assert.That(Export(Path.Combine(ReferenceFile.Root, "o45", "model")),
             Does.Contain("the position table has 20 places a side, llama.cpp reads 70"));
+        Directory.Delete(At("out"), recursive: true);
+        Assert.That(Export(Native(mode: "4x")), Does.Contain(
+            "pictures are left out: llama.cpp reads no vision tower of downsample_mode 4x"));
+        Directory.Delete(At("out"), recursive: true);
+        Assert.That(() => Export(V46.Model), Refuses(
+            "llama.cpp reads heads of as many columns for keys as for values"));
+        Assert.That(() => Export(Native(text => text["layer_types"] = new JsonArray(
+            "full_attention", "linear_attention", "full_attention", "full_attention"))),
+            Refuses("llama.cpp reads layers of attention at regular distances"));
+        Assert.That(() => Export(Native(text => text["layer_types"] = new JsonArray(
+            [.. Enumerable.Repeat("full_attention", 4).Select(t => (JsonNode)t)]))),
+            Refuses("llama.cpp reads this decoder with layers of gated delta rule alone"));
     }
 
     [Test]
@@ -263,6 +297,26 @@ public sealed class GgufTests
         return At("model");
     }
 
+    // A model of MiniCPM-V 4.6's kind as llama.cpp reads it, with weights made up.
+    private string Native(Action<JsonNode>? change = null, string mode = "16x")
+    {
+        Directory.CreateDirectory(At("model"));
+        ModelSpec spec = V46.Changed(At("model"), (config, processor) =>
+        {
+            JsonNode text = config["text_config"]!;
+            text["linear_value_head_dim"] = 32;
+            config["vision_config"]!["image_size"] = 980;
+            (config["downsample_mode"], processor["downsample_mode"]) = (mode, mode);
+            change?.Invoke(text);
+        });
+        var random = new Random(5);
+        var values = spec.Parameters.All.ToDictionary(
+            p => p.Name, p => MadeModel.Values(p, random));
+        // As those of other models here, most of them are the same in F16.
+        MadeModel.Write(At("model"), spec, name => values[name], DType.BF16);
+        return At("model");
+    }
+
     // The omni members have the modules of these, under the same names.
     private string Omni(string model, string version)
     {
@@ -291,7 +345,8 @@ public sealed class GgufTests
         {
             ModelSpec spec = ModelSpec.Read(folder);
             // As llama.cpp lays out the pictures of every member; see the note on version 2.5.
-            Spec = spec with { Vision = spec.Vision with { Layout = new GridLayout() } };
+            Spec = spec.Joiner is ResamplerSpec
+                ? spec with { Vision = spec.Vision with { Layout = new GridLayout() } } : spec;
             using Checkpoint weights = Checkpoint.Open(folder);
             _model = LoadedModel.Load(
                 DeviceSource.Default.Open(new TrainArguments { Device = DeviceChoice.Cpu }), Spec,
@@ -314,11 +369,11 @@ public sealed class GgufTests
             return all[^Spec.Decoder.VocabSize..];
         }
 
-        public List<float[]> Embed(Picture picture)
+        // The rows of all views.
+        public float[] Embed(Picture picture)
         {
             SlicingSpec slicing = Spec.Slicing;
-            SlicePlan plan = Slicer.Plan(picture.Size, slicing.MaxSliceNums,
-                slicing.ScaleResolution, slicing.PatchSize);
+            SlicePlan plan = slicing.Plan(picture.Size, () => picture);
             Prompt prompt = new SampleBuilder(_model.Rows, int.MaxValue).BuildPrompt(
                 [new PromptTurn("user", [0, "What?"])], [plan]);
             var batch = new Batch();
@@ -328,12 +383,12 @@ public sealed class GgufTests
                 _model.Rows.Placeholders.Features(plan));
             _model.Hidden(batch, this);
             _model.Graph.EndStep();
-            return [.. _rows.Chunk(Spec.Resampler.Queries * Spec.Decoder.HiddenSize)];
+            return _rows;
         }
 
         public void Visit(string name, Tensor tensor)
         {
-            if (name == "resampler") _rows = _model.Device.ReadFloats(tensor);
+            if (name is "resampler" or "merger") _rows = _model.Device.ReadFloats(tensor);
         }
 
         public void Dispose() => _model.Dispose();

@@ -85,6 +85,25 @@ public class ImageTests
             Is.LessThan(400_000_000 / 100));
     }
 
+    // Two pixels each: one transparent, and one green, in the TGA half transparent.
+    [TestCase("GIF", new byte[]
+    {
+        0x47, 0x49, 0x46, 0x38, 0x39, 0x61, 2, 0, 1, 0, 0x80, 0, 0, 200, 0, 0, 0, 255, 0,
+        0x21, 0xf9, 4, 1, 0, 0, 0, 0, 0x2c, 0, 0, 0, 0, 2, 0, 1, 0, 0, 2, 2, 0x44, 0x0a, 0, 0x3b,
+    }, new byte[] { 200, 0, 0, 0, 255, 0 }, new byte[] { 255, 255, 255, 0, 255, 0 })]
+    [TestCase("x.tga", new byte[]
+    {
+        0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 1, 0, 32, 0x28, 0, 0, 200, 0, 0, 255, 0, 128,
+    }, new byte[] { 200, 0, 0, 0, 255, 0 }, new byte[] { 255, 255, 255, 127, 255, 127 })]
+    public void WhatIsTransparentIsDroppedOrLaidOverWhite(
+        string name, byte[] file, byte[] dropped, byte[] laid)
+    {
+        using Picture plain = PictureDecoder.Decode(file, name);
+        using Picture white = PictureDecoder.Decode(file, name, overWhite: true);
+        Assert.That(plain.Rgb.ToArray(), Is.EqualTo(dropped));
+        Assert.That(white.Rgb.ToArray(), Is.EqualTo(laid));
+    }
+
     [Test]
     public void DevicesAndPipesAreNotOpened()
     {

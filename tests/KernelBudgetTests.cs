@@ -25,6 +25,7 @@ public sealed class KernelBudgetTests
         if (b.Kernel.StartsWith("delta_", StringComparison.Ordinal))
             return CudaDeltaRule.SharedBytes(b.Kernel, keyDim: 128, b.Storage.Size());
         if (b.Kernel == "attention_forward_any") return sizeof(float) * ((16 * 128) + (64 * 129));
+        if (b.Kernel == "attention_decode") return sizeof(float) * ((8 * 128) + (8 * 128));
         if (s_adapters.Contains(b.Kernel) || s_experts.Contains(b.Kernel))
             return CudaLoraProducts.SharedBytes(b.Storage);
         if (!s_tensorCores.Contains(b.Kernel)) return 0;
@@ -76,6 +77,7 @@ public sealed class KernelBudgetTests
     [
         "norm_weight_parts", "gradient_norm_parts", "sum_rows", "lora_down_parts",
         "lora_gradient_a_parts", "attention_statistics", "sum_parts_to_real",
+        "attention_decode",
     ];
 
     private static readonly string[] s_wideWrites =
@@ -85,7 +87,8 @@ public sealed class KernelBudgetTests
     private static readonly string[] s_narrow =
     [
         "sum_parts", "gradient_norm_finish", "attention_forward_any", "attention_keys_backward",
-        "attention_queries_backward", "adapted_norm", "attention_tiles", "dropout_mask",
+        "attention_queries_backward", "attention_decode_merge", "adapted_norm", "attention_tiles",
+        "dropout_mask",
         "gated_norm_weight_parts", "conv_state", "delta_unit_gradients",
         "order_by_id", "row_of_term", "splice_invert", "cross_entropy_check", "cross_entropy_sum",
         "adafactor_rows", "adafactor_column_parts", "adafactor_columns", "adafactor_means",

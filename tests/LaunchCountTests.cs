@@ -111,7 +111,7 @@ public sealed class LaunchCountTests
         }
 
         public Projection Projection(
-            string? module, string weight, int begin, int rows, Tensor bias)
+            string module, string weight, int begin, int rows, Tensor bias)
         {
             const int Rank = 64;
             int cols = weight.Contains("down_proj", StringComparison.Ordinal)
@@ -120,10 +120,10 @@ public sealed class LaunchCountTests
             var matrix = new DenseWeight(
                 one ? _together.Slice(_used, rows) : New(DType.BF16, rows, cols));
             if (one) _used += rows;
-            if (!adapters.Contains(module![(module!.LastIndexOf('.') + 1)..]))
+            if (!adapters.Contains(module[(module.LastIndexOf('.') + 1)..]))
                 return new Projection(matrix, bias);
             return new Projection(
-                matrix, bias, new Adapter(module!, _index++, Rank, 1, cols, rows), 0.05,
+                matrix, bias, new Adapter(module, _index++, Rank, 1, cols, rows), 0.05,
                 Trained(Rank, cols), Trained(rows, Rank));
         }
 

@@ -328,6 +328,8 @@ public sealed class MemoryPlanTests
 
         public bool HasEvaluation(int step) => false;
 
+        public (int Step, double Value)? Best => null;
+
         public void SaveState(string folder, int step)
         {
         }

@@ -1,9 +1,13 @@
 using System.Security.Cryptography;
 using System.Text.Json;
 using MiniCpmNative.Engine;
+using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Data.Images;
 using MiniCpmNative.Engine.Model;
+using MiniCpmNative.Engine.Train;
+using MiniCpmNative.Engine.Weights;
+using MiniCpmNative.Kernels;
 using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;
@@ -228,6 +232,67 @@ public sealed class MiniCpmOcrTests
         Assert.That(spec.Decoder.TiedHead, Is.True);
         Assert.That(spec.Slicing.Multiple, Is.EqualTo(28));
         Assert.That(spec.Slicing.Small, Is.EqualTo(SmallPictures.Always));
+    }
+
+    // As PyTorch leaves alone what has no gradient.
+    [TestCase(DecayScope.Hf)]
+    [TestCase(DecayScope.All)]
+    public void AdaptersOnWhatDoesNotRunStayAsTheyAre(DecayScope scope)
+    {
+        TrainArguments arguments = s_case.Lora with
+        {
+            LoraTargetModules = new TargetModules(
+                @".*(vit_merger\.linear_\d|layers\.0\.linear_attn\.out_proj)"),
+            WeightDecay = 0.1,
+            WeightDecayScope = scope,
+        };
+        using var model = TunedModel.Open(arguments);
+        Dictionary<string, float[]> before = Values();
+        var trainer = new Trainer(arguments, model);
+        Batch batch = s_case.Batch(model.Loaded.Rows, 3);
+        for (int i = 0; i < 2; i++) trainer.Step(i, [batch], 1e-2);
+        foreach (var (name, values) in Values())
+            Assert.That(values.SequenceEqual(before[name]),
+                Is.EqualTo(name.Contains("vit_merger")), name);
+
+        Dictionary<string, float[]> Values() => model.ParameterRanges.List.ToDictionary(
+            t => t.Name, t => model.Device.ReadFloats(model.ParameterRanges.Value(t.Name)));
+    }
+
+    // The same weights with the merger in the vision tower: features, loss, every gradient.
+    [Test]
+    public void SixteenPatchesAFeatureAreTheClassesToo()
+    {
+        var wanted = ReferenceFile.OpenAt(s_case.At("case_16x"));
+        s_case.Changed(_folder, (config, processor) =>
+        {
+            config["downsample_mode"] = "16x";
+            processor["downsample_mode"] = "16x";
+        });
+        string weights = Path.Combine(_folder, Checkpoint.SingleFile);
+        File.Copy(Path.Combine(s_case.Model, Checkpoint.SingleFile), weights);
+        using var model = TunedModel.Open(s_case.Full with { ModelNameOrPath = _folder });
+        int[] ids = Ints("input_ids"), labels = Ints("labels");
+        var batch = new Batch();
+        batch.Clear();
+        for (int t = 0; t + 1 < ids.Length; t++)
+            if (labels[t + 1] != -100)
+            {
+                batch.LabelRows.Add(t);
+                batch.Targets.Add(labels[t + 1]);
+            }
+
+        s_case.Append(batch, model.Loaded.Rows, ids, [0]);
+        Assert.That(batch.Grids.Span.ToArray(), Is.EqualTo(Ints("target_sizes")));
+        Trace trace = Trace.Run(model, batch, gradients: true);
+        foreach (var (ours, theirs) in (IEnumerable<(string, string)>)[
+            ("vision.vit_merger", "vision.vit_merger"), ("merger", "image_features"),
+            ("vision.post_layernorm", "vision.post_layernorm"), ("loss", "loss")])
+            Assert.That(V26.LargestError(trace.Floats[ours].Values, wanted.Doubles(theirs)),
+                Is.LessThan(1e-5), ours);
+        V26.AssertGradients(model, s_case.Json("grads_16x.json"));
+
+        int[] Ints(string name) => [.. wanted.Doubles(name).Select(v => (int)v)];
     }
 
     [Test]

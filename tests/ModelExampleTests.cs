@@ -91,6 +91,8 @@ public sealed class ModelExampleTests
     // What of V-2_6 is for cards that its official settings do not fit.
     private static readonly string[] s_smallCards = ["qlora", "lora-8gb", "full-24gb"];
 
+    private const string Mixture = "MiniCPM-V-4_7-35B-A3B";
+
     // No official script trains them.
     private static readonly string[] s_unofficial =
         ["MiniCPM-V-4_6", "MiniCPM-V-4_7", "MiniCPM-OCR"];
@@ -141,7 +143,45 @@ public sealed class ModelExampleTests
         Assert.That(Models, Is.EquivalentTo(Families.All.Select(f => f.Name)));
         Assert.That(Directory.GetFiles(s_examples).Select(Path.GetFileName), Is.EquivalentTo(
             Models.SelectMany(m => new[] { FileOf(m, "lora"), FileOf(m, "full") })
-                .Concat(s_smallCards.Select(kind => FileOf("MiniCPM-V-2_6", kind)))));
+                .Concat(s_smallCards.Select(kind => FileOf("MiniCPM-V-2_6", kind)))
+                .Append(FileOf(Mixture, "lora"))));
+    }
+
+    // Counted without weights, as `cpmx plan` does: the large model's sizes, rows of the small one.
+    [Test]
+    public void TheMixtureOfExpertsHasOneWhosePlanFitsOneCard()
+    {
+        foreach (string file in Directory.GetFiles(V47Experts.Model))
+            if (!file.EndsWith(".safetensors", StringComparison.Ordinal))
+                File.Copy(file, Path.Combine(_folder, Path.GetFileName(file)));
+        string path = Path.Combine(_folder, "config.json");
+        JsonNode config = JsonNode.Parse(File.ReadAllText(path))!;
+        config["insert_layer_id"] = 6;
+        config["tie_word_embeddings"] = false;
+        JsonNode native = JsonNode.Parse($"{{{Native}}}")!;
+        config["vision_config"] = native["vision_config"]!.DeepClone();
+        config["text_config"] = JsonNode.Parse("""
+            {"model_type": "qwen3_5_moe_text", "vocab_size": 248094, "hidden_size": 2048,
+             "num_hidden_layers": 40, "num_attention_heads": 16, "num_key_value_heads": 2}
+            """);
+        File.WriteAllText(path, config.ToJsonString());
+        var notices = new List<string>();
+        string rows = V46.Data(_folder);
+        TrainArguments arguments = TrainReader.Read(
+            [Path.Combine(s_examples, FileOf(Mixture, "lora")), "--model_name_or_path", _folder,
+                "--data_path", rows, "--eval_data_path", rows], _folder, notices.Add);
+        Assert.That(notices, Is.Empty);
+        ModelSpec spec = ModelSpec.Read(_folder);
+        TunedParts parts = TunedParts.Choose(
+            spec, arguments, TunedParts.AdapterOf(arguments, spec), DType.BF16);
+        Assert.That(parts.Adapters.List, Has.Count.EqualTo((10 * 4) + (30 * 5) + (40 * 3)));
+        var output = new StringWriter();
+        Assert.That(PlanRun.Run(arguments, new PlanRequest("H100"), output), Is.True, $"{output}");
+        // Two bytes a parameter; norms and biases have four.
+        string weights = (2 * 35_212_671_024 / (double)(1 << 30)).ToString(
+            "0.00", CultureInfo.InvariantCulture);
+        Assert.That($"{output}", Does.Contain("35,212,671,024 parameters")
+            .And.Match($@"(?m)^  weights +{weights} GiB$").And.Contain("fits into H100"));
     }
 
     [Test]

@@ -35,8 +35,44 @@ public sealed class MutatedInputTests
     [TestCase("formats/data/*.jsonl", false)]
     [TestCase("formats/data/*.csv", false)]
     [TestCase("formats/data/*.parquet", false)]
+    [TestCase("formats/data/odd/*.json*", false)]
+    [TestCase("formats/data/odd/*.csv", false)]
     public void Rows(string files, bool json) =>
         Try(files, json, Path.GetExtension(files), file => RowFile.Read(file));
+
+    [Test]
+    public void DataSetsOfLlamaFactory()
+    {
+        string info = Path.Combine(_folder, DatasetInfo.FileName);
+        Try([File.ReadAllBytes(Path.Combine(ReferenceFile.Root, "formats", DatasetInfo.FileName))],
+            true, DatasetInfo.FileName, _ =>
+            {
+                foreach (string name in (string[])["messages", "alpaca", "sharegpt"])
+                    DatasetInfo.Entry(info, name);
+                DatasetInfo.Of(Path.Combine(_folder, "alpaca.json"));
+            });
+        File.Delete(info);
+    }
+
+    [TestCase("data:image/png;base64,")]
+    [TestCase("")]
+    public void PicturesInRows(string head)
+    {
+        string picture = Convert.ToBase64String(File.ReadAllBytes(Path.Combine(
+            ReferenceFile.Root, "..", "..", "examples", "pictures", "test", "0000.png")));
+        byte[] row = System.Text.Encoding.UTF8.GetBytes(System.Text.Json.JsonSerializer.Serialize(new
+        {
+            query = "<image>What?",
+            response = "That.",
+            images = new[] { head + picture },
+        }));
+        Try([row], false, "embedded.jsonl", file =>
+        {
+            foreach (Row read in RowFile.Read(file).Rows)
+                foreach (RowPicture named in read.Pictures)
+                    if (named.Bytes is { } bytes) PictureDecoder.Decode(bytes, named.Path).Dispose();
+        });
+    }
 
     [TestCase(".json")]
     [TestCase(".yaml")]

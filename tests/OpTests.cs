@@ -12,7 +12,7 @@ namespace MiniCpmNative.Tests;
 public sealed class OpTests
 {
     private const long StepBytes = 1L << 28;
-    private const int GradientSize = 7, CheckedElements = 60;
+    private const int GradientSize = 7, AlignedSize = 16, CheckedElements = 60;
     private const double Step = 1e-5;
 
     private static IEnumerable<OpCase> Cases => OpCases.All;
@@ -131,29 +131,83 @@ public sealed class OpTests
     [TestCaseSource(nameof(Cases))]
     public void GradientsAccumulateAndMayBeAbsent(object value)
     {
-        const double Start = 3;
         var c = (OpCase)value;
         using var device = Device(c, DType.F64);
         using var run = new OpRun(device, c.Op, c.Inputs(GradientSize));
-        double[] dy = Fill.Normal(77, run.Count);
+        GradientsAccumulateAndMayBeAbsent(
+            run, c.Inputs(GradientSize), Fill.Normal(77, run.Count), 1e-12);
+    }
+
+    /// <summary>All gradients of a run added to what is there, each alone added, each alone
+    /// asked for.</summary>
+    internal static double[]?[] GradientsAccumulateAndMayBeAbsent(
+        OpRun run, Value[] inputs, double[] dy, double rounding)
+    {
         run.Forward();
         run.Want(_ => true);
         run.Backward(dy);
-        Value[] inputs = c.Inputs(GradientSize);
+        int[] those = [.. Enumerable.Range(0, inputs.Length).Where(run.HasGradient)];
         double[]?[] plain =
             [.. inputs.Select((_, i) => run.HasGradient(i) ? run.Gradient(i) : null)];
-        run.Want(_ => true, accumulate: true, Start);
-        run.Backward(dy);
-        for (int i = 0; i < inputs.Length; i++)
-            if (run.HasGradient(i))
-                AreClose(run.Gradient(i), [.. plain[i]!.Select(g => g + Start)],
-                    1e-12 * (Start + Largest(plain[i]!)), $"accumulated {inputs[i].Name}");
-        for (int only = 0; only < inputs.Length; only++)
+        // -1 stands for all, and none is among them twice.
+        foreach (int adding in (int[])[-1, .. those.Length > 1 ? those : []])
         {
-            if (!run.HasGradient(only)) continue;
+            run.Want(_ => true, accumulate: i => adding < 0 || i == adding);
+            run.Backward(dy);
+            foreach (int i in those)
+            {
+                double[] start = OpRun.Start(i, plain[i]!.Length);
+                if (adding >= 0 && i != adding)
+                    Assert.That(run.Gradient(i), Is.EqualTo(plain[i]),
+                        $"{inputs[i].Name} while {inputs[adding].Name} is added to");
+                else
+                    AreClose(run.Gradient(i), [.. plain[i]!.Zip(start, (g, s) => g + s)],
+                        rounding * (Largest(start) + Largest(plain[i]!)),
+                        $"accumulated {inputs[i].Name}");
+            }
+        }
+
+        foreach (int only in those)
+        {
             run.Want(i => i == only);
             run.Backward(dy);
             Assert.That(run.Gradient(only), Is.EqualTo(plain[only]), $"only {inputs[only].Name}");
+        }
+
+        return plain;
+    }
+
+    // Whole vectors, so that what starts elsewhere must be noticed by its address.
+    [TestCaseSource(nameof(Cases))]
+    public void TensorsMayStartAnywhere(object value)
+    {
+        var c = (OpCase)value;
+        using var device = Device(c);
+        TensorsMayStartAnywhere(device, c, c.Inputs(AlignedSize), 2e-6);
+    }
+
+    /// <summary>One tensor after the other starts one element further; what was there is
+    /// added to.</summary>
+    internal static void TensorsMayStartAnywhere(
+        Device device, OpCase c, Value[] inputs, double rounding)
+    {
+        double[][]? whole = null;
+        int tensors = (2 * inputs.Length) + 2;
+        for (int shifted = -1; shifted < tensors; shifted++)
+        {
+            if (shifted >= 0 && shifted < inputs.Length && !inputs[shifted].Exists) continue;
+            using var run = new OpRun(device, c.Op, inputs, shifted);
+            int gradient = shifted - inputs.Length - 2;
+            if (gradient >= 0 && !run.HasGradient(gradient)) continue;
+            run.Forward();
+            run.Want(_ => true, accumulate: _ => true);
+            run.Backward(Storage.Round(Fill.Normal(77, run.Count), device.Activations));
+            double[][] got = [run.Output, .. Enumerable.Range(0, inputs.Length)
+                .Where(run.HasGradient).Select(run.Gradient)];
+            whole ??= got;
+            for (int i = 0; i < got.Length; i++)
+                AreClose(got[i], whole[i], rounding * Largest(whole[i]),
+                    $"{c.Name}, tensor {shifted} shifted, result {i}");
         }
     }
 
@@ -191,7 +245,7 @@ public sealed class OpTests
         for (int i = 0; i < inputs.Length; i++)
         {
             if (!inputs[i].Exists) continue;
-            bool optional = inputs[i].Name is "b" or "b1"
+            bool optional = inputs[i].Name is "b" or "b1" or "b2"
                 && c.Op is Linear or LoraLinear or Linears or DoraLinear;
             Spec spec = inputs[i].Spec(DType.F32);
             Spec other = inputs[i].IsInteger ? spec.As(DType.F32) : spec.As(DType.I32);

@@ -110,9 +110,17 @@ public sealed class OtherToolsTests
         Assert.That(Refused("c.yml"), Does.Contain(said).And.Not.Contain("\n"));
     }
 
+    // Of ms-swift 2 and of LLaMA-Factory's optimizers, which the lists of recipes lack.
+    [TestCase("custom_train_dataset_path", "a.jsonl", "set data_path")]
+    [TestCase("lora_dropout_p", "0.05", "set lora_dropout")]
+    [TestCase("use_galore", "true", "LoRA")]
     [TestCase("report_to", "wandb", "train_log.jsonl")]
-    [TestCase("lr_scheduler_type", "cosine_with_min_lr", "lr_end")]
-    [TestCase("load_best_model_at_end", "true", "lowest evaluation loss")]
+    [TestCase("report_to", "[\"tensorboard\", \"swanlab\"]", "report_to is \"swanlab\"")]
+    [TestCase("report_to", "[\"tensorboard\", \"none\"]", "expected none alone")]
+    [TestCase("lora_target_modules", "llm.*[", "unterminated bracket at character 6")]
+    [TestCase("lr_scheduler_type", "cosine_with_min_lr", "one of min_lr and min_lr_rate")]
+    [TestCase("load_best_model_at_end", "true", "eval_strategy and save_strategy to be the same")]
+    [TestCase("metric_for_best_model", "eval_f1", "expected one of eval_loss, eval_token_accuracy")]
     [TestCase("neftune_noise_alpha", "5", "no noise")]
     public void WhatIsNotSupportedIsAnsweredInWords(string key, string value, string said) =>
         Assert.That(Refused("--" + key, value), Does.Contain(said));

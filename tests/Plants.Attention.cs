@@ -10,6 +10,24 @@ internal static partial class Plants
 {
     private static Plant[] AttentionForward { get; } =
     [
+        Decode("a key behind the share", "int end = min(seen, first + share);",
+            "int end = min(seen, first + share + 1);"),
+        Decode("earlier output is not shrunk", "out[h][i] *= keeps[h]", "out[h][i] *= 1"),
+        Decode("scores are read before others have written them",
+            "__syncthreads(); // scores are here", "// scores are here") with
+        {
+            By = Finder.Emulator, Check = Check.SharedRaceWithinWarp,
+        },
+        Decode("what is reduced is read too early", "__syncthreads(); // and read",
+            "// and read") with
+        {
+            By = Finder.Emulator, Check = Check.SharedRaceWithinWarp,
+        },
+        Decode("shares are not brought to one maximum",
+            "value += part[c] * softmax_keep(part[dim], offset, factor);", "value += part[c];",
+            "attention_decode_merge"),
+        Decode("the last share is left out", "(seen + share - 1) / share", "seen / share",
+            "attention_decode_merge"),
         Forward("a lane's own tiles are not counted", "find_tile", "lane >= step", "lane > step"),
         Forward("no barrier behind the values' copy", "attention_forward_tile",
             "__syncthreads(); // values are here", "// values are here") with
@@ -82,6 +100,20 @@ internal static partial class Plants
         Backward("dq without its scale", "attention_backward_tile", "dq[m], a.scale,",
             "dq[m], 1,"),
     ];
+
+    // Of one query over a cache, of which there are two shares.
+    private static Plant Decode(string name, string from, string to,
+        string function = "attention_decode") =>
+        Forward(name, function, from, to) with
+        {
+            Other = cuda => CudaAttentionTests.Compare(
+                AttentionProblem.Random(
+                    3, 1, 64, [1, 1], [600, 600], causal: true, [590, 70]) with
+                {
+                    Cached = true,
+                },
+                DType.BF16, cuda.Device(DType.BF16)),
+        };
 
     private static Plant Forward(string name, string function, string from, string to) =>
         new(name, function, from, to, nameof(CudaAttentionTests))

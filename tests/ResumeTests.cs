@@ -17,7 +17,8 @@ namespace MiniCpmNative.Tests;
 [TestFixture]
 public sealed class ResumeTests
 {
-    private const int Hangup = 1, Interrupt = 2, Kill = 9, User1 = 10, Terminate = 15;
+    private const int Hangup = 1, Interrupt = 2, Kill = 9, User1 = 10, Terminate = 15,
+        ProcessorTime = 24;
 
     private string _folder = "";
 
@@ -217,6 +218,7 @@ public sealed class ResumeTests
     [TestCase(Terminate, 143, "SIGTERM")]
     [TestCase(Interrupt, 130, "Ctrl-C")]
     [TestCase(Hangup, 129, "SIGHUP")]
+    [TestCase(ProcessorTime, 152, "SIGXCPU")]
     public void ASignalEndsTheRunAfterItsStep(int signal, int code, string name)
     {
         // What is left to say fills the pipe, so that the run cannot end before it gets the signal.
@@ -248,6 +250,29 @@ public sealed class ResumeTests
         AssertSameFiles(
             RunFolder.Checkpoint(stopped.OutputDir, end),
             RunFolder.Checkpoint(whole.OutputDir, end), least: 5);
+    }
+
+    /// <summary>A kill between the last save and the removal of what it replaces.</summary>
+    [Test]
+    public void AnInterruptedRotationIsFinishedByTheNextRun()
+    {
+        TrainArguments arguments = Short("out", steps: 3) with { SaveTotalLimit = 2 };
+        Runs.Train(arguments with { SaveTotalLimit = null });
+        Assert.That(RunFolder.Checkpoints(arguments.OutputDir), Has.Count.EqualTo(3));
+        Runs.Train(arguments with { ResumeFromCheckpoint = new ResumePoint(null) });
+        Assert.That(RunFolder.Checkpoints(arguments.OutputDir).Select(c => c.Step),
+            Is.EqualTo([2, 3]));
+    }
+
+    [Test]
+    public void TooFewOpenFilesAreOneLine()
+    {
+        using Process process = Start(Short("out", steps: 3), "ulimit -n 60; exec \"$@\" 2>&1");
+        string said = process.StandardOutput.ReadToEnd();
+        process.WaitForExit();
+        Assert.That(process.ExitCode, Is.EqualTo(1), said);
+        Assert.That(said.TrimEnd(), Is.EqualTo(
+            "cpmx: only 60 files may be open at a time (ulimit -n), 128 are needed"));
     }
 
     [Test]
@@ -346,7 +371,8 @@ public sealed class ResumeTests
         };
     }
 
-    private static Process Start(TrainArguments arguments)
+    // script: a line of sh that begins the program, "$@", in surroundings of its own.
+    private static Process Start(TrainArguments arguments, string script = "exec \"$@\"")
     {
         string file = arguments.OutputDir + ".json";
         TrainArguments now = RunFolder.Checkpoints(arguments.OutputDir).Count == 0
@@ -355,7 +381,8 @@ public sealed class ResumeTests
         File.WriteAllBytes(file, TrainWriter.ToJson(now));
         string dotnet = Environment.GetEnvironmentVariable("DOTNET_HOST_PATH") ?? "dotnet";
         string program = Path.Combine(AppContext.BaseDirectory, "cpmx.dll");
-        return Process.Start(new ProcessStartInfo(dotnet, [program, "train", file])
+        return Process.Start(new ProcessStartInfo(
+            "/bin/sh", ["-c", script, "sh", dotnet, program, "train", file])
         {
             RedirectStandardOutput = true,
             WorkingDirectory = Path.GetDirectoryName(file),

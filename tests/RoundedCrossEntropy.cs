@@ -16,7 +16,8 @@ internal static class RoundedCrossEntropy
     public static double[]? Gradient(
         Op op, Value[] inputs, double[] dloss, DType storage, int input) => (op, input) switch
         {
-            (CrossEntropy, 1) when storage != DType.F32 => OfWeight(inputs, dloss[0], storage),
+            (CrossEntropy loss, 1 or 5) when storage != DType.F32 =>
+                OfWeight(inputs, dloss[0], storage, input, loss.Scale),
             (CrossEntropy, 0) when storage == DType.F32 && inputs[1].Shape[0] >= LargeVocabulary =>
                 OfRowsInOrder(inputs, dloss[0]),
             _ => null,
@@ -25,16 +26,19 @@ internal static class RoundedCrossEntropy
     // dw = (dloss G)^T h with dloss G in the storage type. The CPU keeps it in float. Tensor cores
     // take it in the type of h, so a GPU rounds it, as PyTorch does whose logits are bf16: each
     // term of dw then errs by up to 2^-9 of itself, and dw in F32 shows it.
-    private static double[] OfWeight(Value[] inputs, double dloss, DType storage)
+    private static double[] OfWeight(
+        Value[] inputs, double dloss, DType storage, int weight, double scale)
     {
-        int cols = inputs[1].Shape[1];
-        var dw = new double[inputs[1].Data.Length];
+        int cols = inputs[weight].Shape[1];
+        var dw = new double[inputs[weight].Data.Length];
         for (int i = 0; i < inputs[2].Data.Length; i++)
         {
-            ReadOnlySpan<double> x = Row(inputs, i);
+            ReadOnlySpan<double> x = Row(inputs, i, weight - 1);
             double[] g = Storage.Round(
-                Array.ConvertAll(LogitGradient(inputs, i), v => dloss * v), storage);
-            for (int at = 0; at < dw.Length; at++) dw[at] += g[at / cols] * x[at % cols];
+                Array.ConvertAll(LogitGradient(inputs, i, scale), v => dloss * v), storage);
+            double factor = weight == 1 ? 1 : scale;
+            for (int at = 0; at < dw.Length; at++)
+                dw[at] += factor * g[at / cols] * x[at % cols];
         }
 
         return dw;
@@ -48,7 +52,7 @@ internal static class RoundedCrossEntropy
         var dh = new double[inputs[0].Data.Length];
         for (int i = 0; i < inputs[2].Data.Length; i++)
         {
-            double[] g = LogitGradient(inputs, i), w = inputs[1].Data;
+            double[] g = LogitGradient(inputs, i, 1), w = inputs[1].Data;
             var sum = new float[cols];
             for (int at = 0; at < w.Length; at++)
                 sum[at % cols] += (float)g[at / cols] * (float)w[at];
@@ -60,19 +64,23 @@ internal static class RoundedCrossEntropy
     }
 
     // Row i with a label.
-    private static ReadOnlySpan<double> Row(Value[] inputs, int i)
+    private static ReadOnlySpan<double> Row(Value[] inputs, int i, int of)
     {
-        int cols = inputs[1].Shape[1];
-        return inputs[0].Data.AsSpan((int)inputs[2].Data[i] * cols, cols);
+        int cols = inputs[of].Shape[1];
+        return inputs[of].Data.AsSpan((int)inputs[2].Data[i] * cols, cols);
     }
 
-    private static double[] LogitGradient(Value[] inputs, int i)
+    private static double[] LogitGradient(Value[] inputs, int i, double scale)
     {
-        int cols = inputs[1].Shape[1];
-        ReadOnlySpan<double> x = Row(inputs, i);
         var g = new double[inputs[1].Shape[0]];
-        for (int at = 0; at < inputs[1].Data.Length; at++)
-            g[at / cols] += x[at % cols] * inputs[1].Data[at];
+        for (int of = 0; of < inputs.Length; of += 4)
+        {
+            ReadOnlySpan<double> x = Row(inputs, i, of);
+            double[] w = inputs[of + 1].Data;
+            for (int at = 0; at < w.Length; at++)
+                g[at / x.Length] += (of == 0 ? 1 : scale) * x[at % x.Length] * w[at];
+        }
+
         double max = g.Max(), sum = g.Sum(logit => Math.Exp(logit - max));
         for (int v = 0; v < g.Length; v++)
             g[v] = (Math.Exp(g[v] - max) / sum) - (v == (int)inputs[3].Data[i] ? 1 : 0);

@@ -152,6 +152,13 @@ public class RowTests
         + "{\"role\":\"assistant\",\"content\":\"b\",\"loss\":false}]}",
         "no answer is learned")]
     [TestCase("{\"conversations\":[{\"role\":\"user\",\"content\":\"\\ud800\"},{}]}", "surrogate")]
+    [TestCase("{\"image_path\":\"a.png\",\"conversations\":TALK}",
+        "key \"image_path\" is not used here; pictures belong in \"image\"")]
+    [TestCase("{\"conversations\":[{\"role\":\"user\",\"content\":\"Where?\"},"
+        + "{\"role\":\"assistant\",\"content\":\"<bbox>\"}]}", "turn 2: has the tag <bbox>, but")]
+    [TestCase("{\"id\":\"a\",\"msgs\":[{}]}", "key \"msgs\" is not used here")]
+    [TestCase("{\"data\":[{\"conversations\":[]}]}",
+        "is missing: the row has only \"data\"; where the rows stand under a key")]
     public void FaultyRowsAreNamed(string row, string reason)
     {
         var set = Parse($"[{{\"conversations\":{Talk}}},{row.Replace("TALK", Talk)}]");
@@ -170,6 +177,35 @@ public class RowTests
     public void FilesThatHoldNoRowsAreRefused(string json, string reason) =>
         Assert.That(Assert.Throws<InputException>(() => Parse(json))!.Message,
             Does.StartWith("train.json: ").And.Contain(reason).And.Not.Contain("\n"));
+
+    [TestCase(new byte[] { 0x1f, 0x8b, 8 }, "compressed by gzip (gunzip it)")]
+    [TestCase(new byte[] { 0x50, 0x4b, 3, 4 }, "an Excel workbook")]
+    [TestCase(new byte[] { 0xff, 0xfe, 0x5b, 0 }, "in UTF-16 (save it in UTF-8)")]
+    [TestCase(new byte[] { 0x80, 4, 0x95 }, "a pickle of Python's")]
+    public void FilesOfOtherKindsAreNamed(byte[] bytes, string kind) => Assert.That(
+        () => RowFile.Parse("rows.json", bytes),
+        Throws.TypeOf<InputException>().With.Message.StartsWith("rows.json: is ")
+            .And.Message.Contains(kind));
+
+    [Test]
+    public void WhereAPictureCameFromIsNoOtherPicture() => Assert.That(RowFile.Parse("rows.json",
+        """
+        [{"image": "a.png", "image_url": "https://x.org/a.png", "conversations": [
+          {"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]}]
+        """u8.ToArray()).Rows.Single().Pictures.Single().Path, Is.EqualTo("a.png"));
+
+    [TestCase("""{"type": "image", "path": "a.png"}""")]
+    [TestCase("""{"type": "image", "image": "a.png"}""")]
+    [TestCase("""{"type": "image", "url": "a.png"}""")]
+    [TestCase("""{"type": "image_url", "image_url": "a.png"}""")]
+    [TestCase("""{"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}""")]
+    public void APartsPictureIsReadWhereverItStands(string part)
+    {
+        Row row = RowFile.Parse("rows.jsonl", System.Text.Encoding.UTF8.GetBytes(
+            $$$"""{"messages": [{"role": "user", "content": [{{{part}}}, {"type": "text", "text": "?"}]},"""
+            + """{"role": "assistant", "content": "That."}]}""")).Rows.Single();
+        Assert.That((row.Turns[0].Content, row.Pictures.Single().Path), Is.EqualTo(("<image>?", "a.png")));
+    }
 
     [Test]
     public void DeepNestingIsRefused() => Assert.That(

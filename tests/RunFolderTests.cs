@@ -182,6 +182,21 @@ public sealed class RunFolderTests
             "notes.json.draft.tmp", "json.17.tmp.bak"]));
     }
 
+    [TestCase("adapter_model.safetensors", true)]
+    [TestCase("train_log.jsonl", true)]
+    [TestCase("report.html", true)]
+    [TestCase("checkpoint-7", false)]
+    public void WhatIsInAResultsPlaceIsNamed(string name, bool isFolder)
+    {
+        string path = Path.Combine(Folder, name);
+        Directory.CreateDirectory(isFolder ? path : Folder);
+        if (!isFolder) File.WriteAllText(path, "");
+        Assert.That(() => Prepare(_arguments with { OverwriteOutputDir = true, UseLora = true }),
+            Throws.TypeOf<InputException>().With.Message.EqualTo(isFolder
+                ? $"output_dir: {path} is a folder where this run writes a file: move it away"
+                : $"output_dir: {path} is a file where this run writes a checkpoint: move it away"));
+    }
+
     [Test]
     public void LogsAreTriedBeforeAnythingElse()
     {

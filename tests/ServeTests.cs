@@ -166,37 +166,90 @@ public sealed class ServeTests
 
     // Refused in words, or understood; nothing else.
     [Test]
-    public void DamagedRequestsAreRefused()
+    public async Task DamagedRequestsAreRefused()
     {
         JsonObject body = Question("Name a colour.", 3);
         body["messages"]![0]!["content"] = new JsonArray(Picture("p0.png"), Part("What?"));
         body["stop"] = new JsonArray("x", "yy");
         body["stream_options"] = new JsonObject { ["include_usage"] = true };
-        byte[] whole = Encoding.UTF8.GetBytes(body.ToJsonString());
+        string text = body.ToJsonString();
+        byte[] whole = Encoding.UTF8.GetBytes(text);
         var random = new Random(1);
-        int refused = 0;
-        for (int i = 0; i < 3000; i++)
+        int refused = 0, sent = 0;
+        for (int i = 0; i < 10_000; i++)
         {
-            byte[] bytes = [.. whole];
-            for (int k = random.Next(1, 4); k > 0; k--)
-            {
-                // The picture is long: most places are beside it.
-                int at = random.Next(2) == 0 ? random.Next(bytes.Length) : random.Next(90);
-                bytes[at] = (byte)random.Next(256);
-            }
-
-            if (random.Next(4) == 0) bytes = bytes[..random.Next(bytes.Length)];
+            byte[] bytes = i % 2 == 0 ? Damaged(whole, random) : Twisted(text, random);
             try
             {
                 ChatRequest.Read(bytes, new GenerationSettings());
+                continue;
             }
             catch (Engine.InputException)
             {
                 refused++;
             }
+
+            // Some of them by way of the server, which is there for others all the while.
+            if (refused % 20 > 0) continue;
+            sent++;
+            using var content = new ByteArrayContent(bytes);
+            content.Headers.ContentType = new("application/json");
+            using HttpResponseMessage reply =
+                await _client.PostAsync(Server.Address + Completions, content);
+            string answer = await reply.Content.ReadAsStringAsync();
+            Assert.That(reply.StatusCode, Is.EqualTo(HttpStatusCode.BadRequest), answer);
+            Assert.That(JsonNode.Parse(answer)!["error"]!["message"]!.GetValue<string>(),
+                Is.Not.Empty.And.Not.Contain("\n"));
         }
 
-        Assert.That(refused, Is.GreaterThan(1000));
+        TestContext.Out.WriteLine($"{refused} refused, {sent} of them by the server");
+        Assert.That(refused, Is.GreaterThan(3000));
+        Assert.That(sent, Is.GreaterThan(150));
+        Assert.That(await Text(Question("Name a colour.", 3)), Is.Not.Empty);
+    }
+
+    // Bytes that are others, or an end too early.
+    private static byte[] Damaged(byte[] whole, Random random)
+    {
+        byte[] bytes = [.. whole];
+        for (int k = random.Next(1, 4); k > 0; k--)
+        {
+            // The picture is long: most places are beside it.
+            int at = random.Next(2) == 0 ? random.Next(bytes.Length) : random.Next(90);
+            bytes[at] = (byte)random.Next(256);
+        }
+
+        return random.Next(4) == 0 ? bytes[..random.Next(bytes.Length)] : bytes;
+    }
+
+    private static readonly string[] s_values =
+    [
+        "null", "true", "-1", "0", "1e999", "-1e308", "9223372036854775808", "0.1", "[]", "{}",
+        "\"\"", "\"\\ud800\"", "\"\\u0000\"", "\"data:;base64,\"", "\"data:image/png;base64,AAAA\"",
+        new string('[', 2000) + new string(']', 2000), "[[[]]]", "{\"role\": \"user\"}",
+        "\"" + new string('x', 20000) + "\"", "{\"a\": 1, \"a\": 2}",
+    ];
+
+    // A value in place of another, anywhere, or a member twice.
+    private static byte[] Twisted(string text, Random random)
+    {
+        string value = s_values[random.Next(s_values.Length)];
+        int[] starts = [.. Enumerable.Range(0, text.Length - 1).Where(i => text[i] == ':'
+            && text[i - 1] == '"')];
+        int at = starts[random.Next(starts.Length)] + 1, end = at, depth = 0;
+        bool quoted = false;
+        for (; end < text.Length; end++)
+        {
+            if (text[end] == '"') quoted = !quoted;
+            if (quoted) continue;
+            if (text[end] is '{' or '[') depth++;
+            else if (text[end] is '}' or ']' && --depth < 0) break;
+            else if (text[end] == ',' && depth == 0) break;
+        }
+
+        string changed = random.Next(5) > 0 ? text[..at] + value + text[end..]
+            : text[..^1] + ", \"" + (random.Next(2) > 0 ? "seed" : "messages") + "\": " + value + "}";
+        return Encoding.UTF8.GetBytes(changed);
     }
 
     [Test]

@@ -42,6 +42,8 @@ internal sealed unsafe class StubCuda
             DestroyProgram = &DestroyProgram,
             GetPtxSize = &Size,
             GetPtx = &Image,
+            GetLogSize = &Size,
+            GetLog = &Image,
             GetErrorString = &CompilerText,
             GetNumSupportedArchs = &Count,
             GetSupportedArchs = &Architectures,
@@ -57,10 +59,10 @@ internal sealed unsafe class StubCuda
 
     public DeviceSource Devices { get; init; }
 
-    /// <summary>Driver calls that a run makes, by their names in the table.</summary>
-    public static IEnumerable<string> Calls => typeof(CudaDriverApi).GetFields()
-        .Select(f => f.Name).Except(["Init", "GetErrorName", "GetErrorString", "EventElapsedTime",
-            "FuncGetAttribute", "OccupancyMaxActiveBlocks"]);
+    /// <summary>The calls of a table, by their names in it.</summary>
+    public static IEnumerable<string> Calls(object table) =>
+        table.GetType().GetFields().Where(field => field.FieldType.IsFunctionPointer)
+            .Select(field => field.Name);
 
     /// <summary>Lets one call of a table fail from now on, whatever its arguments.</summary>
     public static void Break(object table, string call, int code, string name = "CUDA_ERROR_STUB")

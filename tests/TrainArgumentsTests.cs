@@ -145,7 +145,6 @@ public sealed class TrainArgumentsTests
     [TestCase("--optim adamw_hf", "; adamw_torch is the same")]
     [TestCase("--report_to wandb", "report_to is \"wandb\", expected tensorboard")]
     [TestCase("--group_by_length", "train_sampling_strategy is random or sequential")]
-    [TestCase("--load_best_model_at_end", "load_best_model_at_end = \"true\" is not supported")]
     [TestCase("--use_cpu", "is spelt device=cpu here")]
     [TestCase("--eval_strategy no --evaluation_strategy=steps", "evaluation needs eval_data_path")]
     [TestCase("--output_dir=", "output_dir is \"\", expected a text that is not empty")]

@@ -216,14 +216,18 @@ public sealed class UpdateTests
     {
         using var cpu = new CpuDevice(1, StepBytes);
         Device device = cuda ? Cuda(DType.F32) : cpu;
-        Tensor g = device.Allocate(new(DType.F32, new Shape(4)), "g");
-        Write(device, g, [3e30, -3e30, 3e30, 3e30]);
         Tensor norm = device.Allocate(GradientNorm.Spec, "norm");
-        device.GradientNorm([g], 0, norm, Tensor.None);
-        double[] statistics = new double[3];
-        device.Read<double>(norm, statistics);
-        Assert.That(statistics[0], Is.EqualTo(6e30).Within(1e24));
-        Assert.That(statistics[1], Is.EqualTo(1));
+        // In whole vectors, and with one more.
+        foreach (int count in (int[])[4, 5])
+        {
+            Tensor g = device.Allocate(new(DType.F32, new Shape(count)), "g");
+            Write(device, g, [.. Enumerable.Repeat(3e30, count)]);
+            device.GradientNorm([g], 0, norm, Tensor.None);
+            double[] statistics = new double[3];
+            device.Read<double>(norm, statistics);
+            Assert.That(statistics[0], Is.EqualTo(3e30 * Math.Sqrt(count)).Within(1e24));
+            Assert.That(statistics[1], Is.EqualTo(1));
+        }
     }
 
     [Test]
@@ -309,6 +313,25 @@ public sealed class UpdateTests
         device.Update(new(1e-3, 0.999, 0.9999, 1e-8, 0, 6, Seed: 7), other, Tensor.None);
         Assert.That(Bits(device, other.M), Is.Not.EqualTo(bits[0]),
             "another step rounds another way");
+    }
+
+    // Random bits that were added to them would make NaNs numbers.
+    [TestCase(false)]
+    [TestCase(true)]
+    public void MomentsThatAreNoNumbersStayNone(bool cuda)
+    {
+        using var cpu = new CpuDevice(2, StepBytes);
+        Device device = cuda ? Cuda(DType.BF16) : cpu;
+        foreach (double bad in (double[])[double.NaN, double.PositiveInfinity])
+        {
+            double[] g = [.. Enumerable.Repeat(bad, 67)], zeros = new double[67];
+            UpdateRange range = New(device, DType.BF16, zeros, g, zeros, zeros, first: 0);
+            device.Update(
+                new(1e-2, 0.9, 0.99, 1e-8, 0.1, 3, Seed: 9), range, Tensor.None);
+            foreach (Tensor moments in (Tensor[])[range.M, range.V])
+                Assert.That(Bits(device, moments).Select(FloatBits.FromBF16), double.IsNaN(bad)
+                    ? Is.All.NaN : Is.All.EqualTo(float.PositiveInfinity));
+        }
     }
 
     /// <summary>

@@ -69,6 +69,14 @@ internal sealed record ModelSizes
     /// </summary>
     public ModelSpec Write(string from, string to)
     {
+        ModelSpec spec = Describe(from, to);
+        WriteWeights(spec, to);
+        return spec;
+    }
+
+    /// <summary>Writes what stands beside the weights alone.</summary>
+    public ModelSpec Describe(string from, string to)
+    {
         Directory.CreateDirectory(to);
         foreach (string file in Directory.EnumerateFiles(from))
             if (!file.EndsWith(".safetensors", StringComparison.Ordinal))
@@ -88,12 +96,16 @@ internal sealed record ModelSizes
         vision["num_hidden_layers"] = VLayers;
         vision["num_attention_heads"] = VHeads;
         File.WriteAllText(path, config.ToJsonString());
-        ModelSpec spec = ModelSpec.Read(to);
+        return ModelSpec.Read(to);
+    }
+
+    /// <summary>Random bf16 weights of a model, biases 0, vectors 1.</summary>
+    public static void WriteWeights(ModelSpec spec, string to)
+    {
         byte[] random = Random();
         int tensor = 0;
         CheckpointWriter.Write(to, [.. spec.Parameters.All.Select(p => new TensorToSave(
             p.Name, DType.BF16, p.Shape, Values(p, random, tensor++)))]);
-        return spec;
     }
 
     private static Action<Stream> Values(ModelParameter parameter, byte[] random, int tensor)

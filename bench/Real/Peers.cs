@@ -45,11 +45,11 @@ internal sealed partial class Peers(RealOptions options, Func<string, bool> hasT
         return found;
     }
 
-    private static string Script(string name) =>
+    internal static string Script(string name) =>
         Path.Combine(AppContext.BaseDirectory, "peers", name);
 
     // Whether it ended well.
-    private static bool Run(string python, string[] arguments, Dictionary<string, double> found)
+    internal static bool Run(string python, string[] arguments, Dictionary<string, double> found)
     {
         try
         {

@@ -12,7 +12,7 @@ using MiniCpmNative.Kernels.Cuda;
 namespace MiniCpmNative.Bench.Real;
 
 /// <summary>
-/// bench real: the table of README that compares training steps of a full-size model with
+/// bench real: the table of docs/gpu.md that compares training steps of a full-size model with
 /// PyTorch's on one GPU, in one command. It makes the model and the rows, runs each case as a
 /// training does, profiles one more step by events around each launch, and runs the peers, so that
 /// all numbers are of one card in one call.

@@ -133,7 +133,8 @@ public sealed partial class Graph
 
     /// <summary>
     /// Runs a block on x. Where nothing in it needs a gradient, or nothing is recorded, its
-    /// activations go at once. With checkpoint, only x is kept for backward, which runs the block
+    /// activations go at once; where nothing is recorded x goes too, if it was made last: its
+    /// result takes its place. With checkpoint, only x is kept for backward, which runs the block
     /// again; the block must then give the same result each time, from x and from what the context
     /// says, which must outlive the backward.
     /// </summary>
@@ -145,11 +146,12 @@ public sealed partial class Graph
         if (!constant && !checkpoint) return Forward(block, x, context);
         ArenaMark mark = Device.Step.Mark();
         bool before = _recording;
+        ArenaMark end = before ? mark : Device.Step.Before(x, mark);
         _recording = false;
         Tensor y;
         try
         {
-            y = Keep(mark, Forward(block, x, context));
+            y = Keep(end, Forward(block, x, context));
         }
         finally
         {

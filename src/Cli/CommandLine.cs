@@ -38,8 +38,8 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
           --version                                print the version
 
         exit codes: 0 done, 1 failed while running, 2 wrong configuration or arguments,
-        129, 130, 131, 143 stopped by SIGHUP, Ctrl-C, SIGQUIT, SIGTERM; a training is saved then
-        (SIGUSR1: saves and goes on)
+        129, 130, 131, 143, 152 stopped by SIGHUP, Ctrl-C, SIGQUIT, SIGTERM, SIGXCPU; a training is
+        saved then (SIGUSR1: saves and goes on)
         """;
 
     private static readonly string[] s_commands =
@@ -155,7 +155,7 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
 
     private int Fail(Exception failure, string message, int code)
     {
-        error.WriteLine("cpmx: " + Messages.Visible(message.ReplaceLineEndings(" ")));
+        error.WriteLine("cpmx: " + Messages.Visible(Messages.Cut(message.ReplaceLineEndings(" "))));
         if (Environment.GetEnvironmentVariable("CPMX_TRACE") == "1") error.WriteLine(failure);
         return code;
     }

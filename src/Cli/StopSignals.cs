@@ -7,8 +7,8 @@ namespace MiniCpmNative.Cli;
 /// <summary>
 /// Ctrl-C, SIGTERM, SIGHUP (a closed terminal, unless it is ignored as under nohup) and SIGQUIT ask
 /// the run to finish its step and save, once there is something to save; before that the process
-/// ends at once, as it does when one of them comes again. SIGUSR1 and SIGUSR2 ask for a checkpoint
-/// without an end.
+/// ends at once, as it does when one of them comes again. So does SIGXCPU, which a limit of processor
+/// time (ulimit -t) sends each second. SIGUSR1 and SIGUSR2 ask for a checkpoint without an end.
 /// </summary>
 internal sealed partial class StopSignals : IDisposable
 {
@@ -31,11 +31,12 @@ internal sealed partial class StopSignals : IDisposable
         On(PosixSignal.SIGTERM, c => Stop(c, StopReason.Terminate, "SIGTERM"));
         On(PosixSignal.SIGQUIT, c => Stop(c, StopReason.Quit, "SIGQUIT"));
         On(PosixSignal.SIGHUP, c => Stop(c, StopReason.Hangup, "SIGHUP"));
-        // .NET has no names for these two: raw numbers are of the platform.
+        // .NET has no names for these: raw numbers are of the platform.
         bool isMac = OperatingSystem.IsMacOS();
         if (!isMac && !OperatingSystem.IsLinux()) return;
         On((PosixSignal)(isMac ? 30 : 10), c => Save(c, "SIGUSR1"));
         On((PosixSignal)(isMac ? 31 : 12), c => Save(c, "SIGUSR2"));
+        On((PosixSignal)24, c => Stop(c, StopReason.ProcessorTime, "SIGXCPU"));
     }
 
     public void Dispose()
@@ -64,9 +65,10 @@ internal sealed partial class StopSignals : IDisposable
                 return;
             }
 
-            // Whoever closes a terminal does not ask for an end without saving.
+            // Whoever closes a terminal does not ask for an end without saving, nor does a limit.
             bool isEcho = Stopwatch.GetElapsedTime(_first).TotalSeconds < EchoSeconds;
-            if (!isEcho && reason != StopReason.Hangup) End((int)reason);
+            bool isOrder = reason is not (StopReason.Hangup or StopReason.ProcessorTime);
+            if (!isEcho && isOrder) End((int)reason);
         }
     }
 

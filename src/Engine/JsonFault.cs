@@ -37,6 +37,7 @@ internal static class JsonFault
                 "Python's None, True and False are null, true and false in JSON",
             'N' or 'I' or 'i' => "NaN and Infinity are no JSON numbers",
             '\\' => "a backslash that begins no escape",
+            ',' => "a comma where none belongs",
             < ' ' => "a line end or another control character inside a text: write \\n",
             _ => "unexpected " + Messages.Quote(Start(rest)),
         };

@@ -1,15 +1,17 @@
 using System.Globalization;
 using System.Text;
+using System.Text.RegularExpressions;
 
 namespace MiniCpmNative.Engine;
 
 /// <summary>
 /// Pieces of one-line messages; what comes from a file must not break the line or fill the screen.
 /// </summary>
-public static class Messages
+public static partial class Messages
 {
     private const int QuotedLength = 160;
     private const int Listed = 10;
+    private const int MostLine = 8192;
 
     /// <summary>"text" with control characters escaped, shortened when it is long.</summary>
     public static string Quote(string text)
@@ -38,8 +40,21 @@ public static class Messages
         string.Join(", ", items.Take(Listed))
         + (items.Count > Listed ? $" and {Number(items.Count - Listed)} more" : "");
 
+    /// <summary>What is wrong with a regular expression, in words of this program.</summary>
+    public static string RegexFault(ArgumentException failure) =>
+        failure is RegexParseException { Error: var error, Offset: var at }
+            ? Capital().Replace($"{error}", " $0").ToLowerInvariant().Trim() + $" at character {at}"
+            : "it cannot be read";
+
+    [GeneratedRegex("[A-Z]")]
+    private static partial Regex Capital();
+
     /// <summary>1234567 as 1,234,567.</summary>
     public static string Number(long value) => value.ToString("N0", CultureInfo.InvariantCulture);
+
+    /// <summary>A line of which no screen is filled: what is in the middle goes.</summary>
+    public static string Cut(string line) => line.Length <= MostLine ? line
+        : $"{line.AsSpan(0, MostLine / 2)} ... {line.AsSpan(line.Length - (MostLine / 2))}";
 
     /// <summary>
     /// Text of any length with its control characters escaped: what a terminal would act on.

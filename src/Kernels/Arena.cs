@@ -13,8 +13,7 @@ public sealed class Arena(Func<(nint Start, long Capacity)> reserve)
 {
     private const long Alignment = 256;
 
-    private readonly Lazy<(nint Start, long Capacity)> _room = new(reserve);
-
+    private Lazy<(nint Start, long Capacity)> _room = new(reserve);
     private Slot[] _slots = new Slot[256];
     private int _count;
     private int _serial;
@@ -78,7 +77,23 @@ public sealed class Arena(Func<(nint Start, long Capacity)> reserve)
     /// <summary>Forgets what was needed so far.</summary>
     public void ResetNeeded() => (Needed, Fullest) = (_top + _far, "");
 
+    /// <summary>Gives its memory back: the next tensor takes some anew.</summary>
+    public void Release()
+    {
+        if (_count > 0 || _far > 0)
+            throw new InvalidOperationException("an arena with tensors in it is not released");
+        _room = new(reserve);
+    }
+
     public ArenaMark Mark() => new(_count, _top);
+
+    /// <summary>
+    /// The mark in front of a tensor that is the last one below a mark; else that mark.
+    /// </summary>
+    public ArenaMark Before(in Tensor tensor, ArenaMark mark) =>
+        tensor.Slot > 0 && tensor.Slot == mark.Slots
+            && _slots[tensor.Slot - 1] is var slot && slot.Spec.Bytes == tensor.Spec.Bytes
+            ? new(mark.Slots - 1, slot.Offset) : mark;
 
     /// <summary>Ends the life of everything pushed since the mark.</summary>
     public void Pop(ArenaMark mark)

@@ -43,13 +43,16 @@ public readonly record struct Spec
 
 /// <summary>What an operation makes: its output, and what it saves for its backward.</summary>
 public readonly record struct Outputs(
-    Spec Output, Spec Saved0 = default, Spec Saved1 = default, Spec Saved2 = default)
+    Spec Output, Spec Saved0 = default, Spec Saved1 = default, Spec Saved2 = default,
+    Spec Saved3 = default)
 {
-    public const int MaxSaved = 3;
+    public const int MaxSaved = 4;
 
-    public int SavedCount => Saved2.Exists ? 3 : Saved1.Exists ? 2 : Saved0.Exists ? 1 : 0;
+    public int SavedCount =>
+        Saved3.Exists ? 4 : Saved2.Exists ? 3 : Saved1.Exists ? 2 : Saved0.Exists ? 1 : 0;
 
-    public Spec Saved(int index) => index switch { 0 => Saved0, 1 => Saved1, _ => Saved2 };
+    public Spec Saved(int index) =>
+        index switch { 0 => Saved0, 1 => Saved1, 2 => Saved2, _ => Saved3 };
 }
 
 /// <summary>

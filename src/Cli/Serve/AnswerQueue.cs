@@ -61,7 +61,7 @@ internal sealed class AnswerQueue : IDisposable
     public AnswerQueue(AskedModel model, int batch, int waiting)
     {
         (_model, _batch, _waiting) = (model, batch, waiting);
-        _generator = new Generator(model.Model);
+        _generator = new Generator(model.Model, model.Counter);
         _worker = new Thread(Work) { IsBackground = true, Name = "answers" };
         _worker.Start();
     }

@@ -6,26 +6,29 @@ namespace MiniCpmNative.Engine.Config;
 
 /// <summary>
 /// adapter_config.json of a PEFT LoRA adapter, the part of it that this program does. Written with
-/// exactly the keys and the layout of PEFT 0.14; read from any version: what is not supported
-/// (lora_bias, ...) is refused by its key,
+/// exactly the keys and the layout of PEFT 0.14, and trainable_token_indices and target_parameters,
+/// which 0.14 does not know, where there are any; read from any version: what is not supported is refused by its key,
 /// and unknown keys may only have a neutral value.
 /// </summary>
 public sealed record AdapterConfig
 {
     public const string FileName = "adapter_config.json";
 
-    // Keys that describe, or that only count together with others that are refused.
+    // Keys that describe, that only count together with others that are refused, or that say how
+    // ms-swift trained.
     private static readonly HashSet<string> s_ignored =
     [
-        "auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core",
-        "peft_version", "qalora_group_size", "revision", "task_type",
+        "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dtype", "lorap_emb_lr",
+        "lorap_lr_ratio", "megatron_core", "model_key_mapping", "peft_version", "qalora_group_size",
+        "revision", "task_type",
     ];
 
     private static readonly HashSet<string> s_read =
     [
         "peft_type", "r", "lora_alpha", "lora_dropout", "bias", "target_modules",
         "layers_to_transform", "layers_pattern", "layer_replication", "modules_to_save", "init_lora_weights",
-        "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "exclude_modules",
+        "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "exclude_modules", "lora_bias",
+        "trainable_token_indices", "target_parameters",
     ];
 
     public required int Rank { get; init; }
@@ -35,6 +38,9 @@ public sealed record AdapterConfig
     public double Dropout { get; init; }
 
     public LoraBias Bias { get; init; }
+
+    /// <summary>Tokens with trained rows of their own.</summary>
+    public TokenIndices? Tokens { get; init; }
 
     /// <summary>Rows of the adapted weights have magnitudes of their own, Liu et al. 2024.</summary>
     public bool UseDora { get; init; }
@@ -48,6 +54,9 @@ public sealed record AdapterConfig
     public NumbersByName AlphaPattern { get; init; } = NumbersByName.None;
 
     public required TargetModules Targets { get; init; }
+
+    /// <summary>Experts' matrices with adapters, by the end of their names.</summary>
+    public IReadOnlyList<string> TargetParameters { get; init; } = [];
 
     /// <summary>What gets no adapter although it is a target.</summary>
     public TargetModules? Exclude { get; init; }
@@ -146,7 +155,7 @@ public sealed record AdapterConfig
                 WriteList(json, LayersToTransform ?? [], json.WriteNumberValue),
             ["loftq_config"] = Empty,
             ["lora_alpha"] = json => json.WriteRawValue(PythonJson.Short(Alpha)),
-            ["lora_bias"] = False,
+            ["lora_bias"] = json => json.WriteBooleanValue(Bias == LoraBias.True),
             ["lora_dropout"] = json => json.WriteRawValue(PythonJson.Float(Dropout)),
             ["megatron_config"] = Null,
             ["megatron_core"] = json => json.WriteStringValue("megatron.core"),
@@ -160,6 +169,10 @@ public sealed record AdapterConfig
             ["use_dora"] = json => json.WriteBooleanValue(UseDora),
             ["use_rslora"] = json => json.WriteBooleanValue(UseRslora),
         };
+        if (TargetParameters.Count > 0)
+            members["target_parameters"] =
+                json => WriteList(json, TargetParameters, json.WriteStringValue);
+        if (Tokens is not null) members["trainable_token_indices"] = Tokens.Write;
         using var buffer = new MemoryStream();
         using (var json = new Utf8JsonWriter(buffer, new JsonWriterOptions
         {
@@ -185,7 +198,10 @@ public sealed record AdapterConfig
     {
         IReadOnlyList<int>? layers = json.Find("layers_to_transform") is not { } indices ? null
             : indices.IsArray ? [.. indices.Items().Select(i => i.Int(0))] : [indices.Int(0)];
-        TargetModules targets = ParseTargets(json["target_modules"]);
+        IReadOnlyList<string> parameters = Names(json, "target_parameters");
+        TargetModules targets = parameters.Count > 0
+            && (json.Find("target_modules") is not { } modules || IsNeutral(modules))
+                ? new TargetModules([]) : ParseTargets(json["target_modules"]);
         if (targets.Pattern is not null && layers is { Count: > 0 })
             throw json["layers_to_transform"]
                 .Error("cannot go with a regular expression in target_modules");
@@ -194,6 +210,10 @@ public sealed record AdapterConfig
         if (before.Count > 0 && layers is not { Count: > 0 })
             throw json["layers_pattern"].Error("needs layers_to_transform");
         string? bias = json.Find("bias")?.Text();
+        bool ofB = json.Find("lora_bias")?.Bool() ?? false;
+        if (ofB && bias is not (null or "none"))
+            throw json["lora_bias"].Error(
+                $"is true beside bias {Messages.Quote(bias)}, which together are not supported");
         return new AdapterConfig
         {
             Rank = json["r"].Int(1, 1 << 16),
@@ -201,7 +221,7 @@ public sealed record AdapterConfig
             Dropout = json.Find("lora_dropout")?.Number(0, 1) ?? 0,
             Bias = bias switch
             {
-                null or "none" => LoraBias.None,
+                null or "none" => ofB ? LoraBias.True : LoraBias.None,
                 "all" => LoraBias.All,
                 "lora_only" => LoraBias.LoraOnly,
                 _ => throw json["bias"].Expected("\"none\", \"all\" or \"lora_only\""),
@@ -220,6 +240,10 @@ public sealed record AdapterConfig
                 ? LayerRanges.Of(ranges.Element)
                     ?? throw ranges.Error($"is no list of {LayerRanges.Form}")
                 : null,
+            Tokens = json.Find("trainable_token_indices") is { } tokens && !IsNeutral(tokens)
+                ? TokenIndices.Of(tokens.Element) ?? throw tokens.Error($"is no {TokenIndices.Form}")
+                : null,
+            TargetParameters = parameters,
             ModulesToSave = Names(json, "modules_to_save"),
             BaseModel = TextOf(json, "base_model_name_or_path"),
             ModelClass = json.Find("auto_mapping") is { IsObject: true } map
@@ -263,7 +287,7 @@ public sealed record AdapterConfig
     private static bool IsNeutral(JsonValue value) => value.Element.ValueKind switch
     {
         JsonValueKind.Null or JsonValueKind.False => true,
-        JsonValueKind.Object => !value.Members().Any(),
+        JsonValueKind.Object => value.Members().All(member => IsNeutral(member.Value)),
         JsonValueKind.Array => !value.Items().Any(),
         _ => false,
     };

@@ -29,6 +29,10 @@ public static class AdapterSettings
             LoraAlpha = isGiven("lora_alpha") ? arguments.LoraAlpha : its.Alpha,
             LoraDropout = isGiven("lora_dropout") ? arguments.LoraDropout : its.Dropout,
             LoraBias = isGiven("lora_bias") ? arguments.LoraBias : its.Bias,
+            TrainableTokenIndices = isGiven("trainable_token_indices")
+                ? arguments.TrainableTokenIndices : its.Tokens,
+            TargetParameters = isGiven("target_parameters") || its.TargetParameters.Count == 0
+                ? arguments.TargetParameters : its.TargetParameters,
             UseDora = isGiven("use_dora") ? arguments.UseDora : its.UseDora,
             UseRslora = isGiven("use_rslora") ? arguments.UseRslora : its.UseRslora,
             RankPattern = isGiven("rank_pattern") || its.RankPattern.Count == 0

@@ -31,13 +31,15 @@ public static class PythonRegex
                 + $" {MaxLength:N0}");
         try
         {
-            return new Regex($"{begin}{Translate(pattern)}{end}", RegexOptions.CultureInvariant,
-                s_matchLimit);
+            // By itself first, so that a fault stands where it is in the pattern.
+            string own = Translate(pattern);
+            _ = new Regex(own, RegexOptions.CultureInvariant, s_matchLimit);
+            return new Regex($"{begin}{own}{end}", RegexOptions.CultureInvariant, s_matchLimit);
         }
         catch (ArgumentException failure)
         {
             throw new InputException($"{Messages.Quote(pattern)} is not a regular expression:"
-                + $" {Messages.OneLine(failure.Message)}", failure);
+                + $" {Messages.RegexFault(failure)}", failure);
         }
     }
 

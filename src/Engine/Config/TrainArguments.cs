@@ -156,8 +156,17 @@ public sealed partial record TrainArguments
     [Key("Trained parts", "modules without adapters all the same: as lora_target_modules")]
     public TargetModules? ExcludeModules { get; init; }
 
-    [Key("Trained parts", "biases that are trained too: none, all or lora_only")]
+    [Key("Trained parts", "biases that are trained too: none, all or lora_only; true: one of each "
+        + "lora_B (PEFT's lora_bias)")]
     public LoraBias LoraBias { get; init; }
+
+    [Key("Trained parts", "tokens whose rows of the embedding are trained beside the adapters: list of "
+        + "ids, or object of modules (embed_tokens, lm_head) with such lists")]
+    public TokenIndices? TrainableTokenIndices { get; init; }
+
+    [Key("Trained parts", "experts' matrices with adapters (PEFT's target_parameters): list of name "
+        + "endings, mlp.experts.gate_up_proj, mlp.experts.down_proj")]
+    public IReadOnlyList<string>? TargetParameters { get; init; }
 
     [Key("Trained parts", "only these layers get adapters: number or list")]
     public IReadOnlyList<int>? LoraLayersToTransform { get; init; }
@@ -221,12 +230,13 @@ public sealed partial record TrainArguments
         Open = true, Max = 1e6)]
     public double? LoraplusLrRatio { get; init; }
 
-    [Key("Optimisation", "linear, cosine, cosine_with_restarts, polynomial, constant, "
-        + "constant_with_warmup, inverse_sqrt, warmup_lr (DeepSpeed's)")]
+    [Key("Optimisation", "linear, cosine, cosine_with_restarts, cosine_with_min_lr, polynomial, "
+        + "constant, constant_with_warmup, inverse_sqrt, warmup_lr (DeepSpeed's)")]
     public LrSchedule LrSchedulerType { get; init; }
 
     [Key("Optimisation",
-        "object: num_cycles, power, lr_end, timescale, warmup_min_lr, warmup_type")]
+        "object: num_cycles, min_lr, min_lr_rate, power, lr_end, timescale, warmup_min_lr, "
+        + "warmup_type")]
     public ScheduleOptions LrSchedulerKwargs { get; init; } = new();
 
     [Key("Optimisation", "steps of warm-up; below 1 a share of all steps", Max = int.MaxValue)]
@@ -341,6 +351,16 @@ public sealed partial record TrainArguments
 
     [Key("Output", "newest checkpoints to keep; all when not given", Min = 1)]
     public int? SaveTotalLimit { get; init; }
+
+    [Key("Output", "end with the best of the checkpoints that were evaluated, which is kept")]
+    public bool LoadBestModelAtEnd { get; init; }
+
+    [Key("Output", "what the best checkpoint is best by: eval_loss, eval_token_accuracy, "
+        + "eval_answer_accuracy, or eval_generated_ and a metric")]
+    public string? MetricForBestModel { get; init; }
+
+    [Key("Output", "whether more of it is better; true but for eval_loss")]
+    public bool? GreaterIsBetter { get; init; }
 
     [Key("Output", "checkpoints without optimizer state (a run cannot be resumed from them)")]
     public bool SaveOnlyModel { get; init; }

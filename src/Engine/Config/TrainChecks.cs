@@ -24,6 +24,20 @@ public sealed partial record TrainArguments
     public DataSources? EvaluationData => EvalDataPath ?? (EvalSplit > 0
         ? DataPath! with { Share = new(EvalSplit, DataSeed ?? Seed, Evaluates: true) } : null);
 
+    /// <summary>
+    /// The logged value that the best checkpoint is best by; null where none is wanted.
+    /// </summary>
+    public string? BestBy => MetricForBestModel is { } metric
+        ? BestNames.FirstOrDefault(name => name == metric || name == "eval_" + metric
+            || name == "eval_generated_" + metric) ?? metric
+        : LoadBestModelAtEnd ? BestNames[0] : null;
+
+    internal IReadOnlyList<string> BestNames =>
+    [
+        "eval_loss", "eval_token_accuracy", "eval_answer_accuracy",
+        .. EvalGenerate > 0 ? Metrics.Select(name => "eval_generated_" + name) : [],
+    ];
+
     /// <summary>What is computed again in backward, both keys together.</summary>
     public Recompute Recomputes => GradientCheckpointing || Streams ? Recompute.Block : Recompute;
 
@@ -75,6 +89,14 @@ internal static class TrainChecks
         Refuse(!a.UseLora && a.LoraLayerReplication is not null,
             "lora_layer_replication needs use_lora");
         Refuse(!a.UseLora && a.LoraWeightPath is not null, "lora_weight_path needs use_lora");
+        Refuse(!a.UseLora && a.TrainableTokenIndices is not null,
+            "trainable_token_indices needs use_lora");
+        Refuse(!a.UseLora && a.TargetParameters is { Count: > 0 }, "target_parameters needs use_lora");
+        Refuse(a.TargetParameters is { Count: > 0 } && a.LoraDropout > 0,
+            "target_parameters needs lora_dropout=0: adapters of experts' matrices drop nothing, and "
+            + "PEFT does not load them otherwise");
+        Refuse(a.LoraBias == LoraBias.True && a.UseDora,
+            "lora_bias=true and use_dora do not go together: PEFT has no such adapter");
         string start = a.InitLoraWeights.Text;
         void RefuseSplit(bool when, string with) => Refuse(a.InitLoraWeights.Splits && when,
             $"init_lora_weights={start} takes adapters' starts out of the weights: {with}");
@@ -99,6 +121,17 @@ internal static class TrainChecks
             + "(a regular expression names its layers itself)");
         Refuse(a.Evaluates && a.EvaluationData is null,
             "evaluation needs eval_data_path or eval_split (or set eval_strategy to no)");
+        Refuse(a.BestBy is { } by && !a.BestNames.Contains(by),
+            $"metric_for_best_model is {Messages.Quote(a.MetricForBestModel ?? "")}, expected one of "
+            + string.Join(", ", a.BestNames));
+        Refuse(a.LoadBestModelAtEnd && (a.EvalStrategy == When.No || a.EvalStrategy != a.SaveStrategy),
+            "load_best_model_at_end needs eval_strategy and save_strategy to be the same, steps or epoch");
+        Refuse(a.LoadBestModelAtEnd && a.EvalStrategy == When.Steps
+            && a.SaveSteps.Value >= 1 && (a.EvalSteps ?? a.LoggingSteps).Value >= 1
+            && a.SaveSteps.Value % (a.EvalSteps ?? a.LoggingSteps).Value != 0,
+            "load_best_model_at_end needs save_steps to be a multiple of eval_steps");
+        Refuse(a.GreaterIsBetter is not null && a.BestBy is null,
+            "greater_is_better needs metric_for_best_model");
         Refuse(a.EvalSplit > 0 && a.EvalDataPath is not null,
             "eval_data_path and eval_split are both given: leave one of them out");
         Refuse(a.EvalSplit >= 1 && a.EvalSplit != Math.Floor(a.EvalSplit),
@@ -150,8 +183,16 @@ internal static class TrainChecks
             }
         }
 
-        bool waves = type is LrSchedule.Cosine or LrSchedule.CosineWithRestarts;
+        bool lowest = type == LrSchedule.CosineWithMinLr;
+        bool waves = lowest || type is LrSchedule.Cosine or LrSchedule.CosineWithRestarts;
         Need(options.NumCycles is not null, "num_cycles", waves);
+        Need(options.MinLr is not null, "min_lr", lowest);
+        Need(options.MinLrRate is not null, "min_lr_rate", lowest);
+        if (lowest && options.MinLr is null == options.MinLrRate is null)
+            problems.Add("lr_scheduler_kwargs: cosine_with_min_lr wants one of min_lr and min_lr_rate");
+        if (options.MinLr > a.LearningRate)
+            problems.Add($"lr_scheduler_kwargs: min_lr {options.MinLr} must not be above "
+                + $"learning_rate {a.LearningRate}");
         Need(options.Power != plain.Power, "power", type == LrSchedule.Polynomial);
         Need(options.LrEnd != plain.LrEnd, "lr_end", type == LrSchedule.Polynomial);
         Need(options.Timescale is not null, "timescale", type == LrSchedule.InverseSqrt);

@@ -28,6 +28,9 @@ public enum LrSchedule
     Linear,
     Cosine,
     CosineWithRestarts,
+
+    /// <summary>Cosine down to a lowest rate.</summary>
+    CosineWithMinLr,
     Polynomial,
     Constant,
     ConstantWithWarmup,
@@ -89,7 +92,9 @@ public enum QuantType { Nf4, Fp4 }
 
 public enum ComputeType { Float32, Float16, Bfloat16 }
 
-public enum LoraBias { None, All, LoraOnly }
+/// <summary>Which biases are trained with adapters; True is PEFT's lora_bias: none of the model's, and
+/// one of each lora_B.</summary>
+public enum LoraBias { None, All, LoraOnly, True }
 
 public enum WarmupCurve { Log, Linear }
 
@@ -137,8 +142,14 @@ public sealed record MemoryLimit(string Text, double Value)
 /// </summary>
 public sealed record ScheduleOptions
 {
-    [Key("", "cosine: half waves times two (0.5); cosine_with_restarts: waves (1)", Max = 1e6)]
+    [Key("", "cosine, cosine_with_min_lr: half waves times two (0.5); cosine_with_restarts: waves (1)", Max = 1e6)]
     public double? NumCycles { get; init; }
+
+    [Key("", "cosine_with_min_lr: the lowest rate", Max = 1e6)]
+    public double? MinLr { get; init; }
+
+    [Key("", "cosine_with_min_lr: the lowest rate as a share of learning_rate", Max = 1)]
+    public double? MinLrRate { get; init; }
 
     [Key("", "polynomial: exponent", Max = 1e3)]
     public double Power { get; init; } = 1;

@@ -40,16 +40,10 @@ internal static class TrainForeignKeys
             ["adafactor"] = ([], "is spelt optim=adafactor here"),
             ["auto_find_batch_size"] = ([], "is not supported: set per_device_train_batch_size"),
             ["eval_delay"] = (["0"], "is not supported: set eval_steps"),
-            ["greater_is_better"] = ([], "is not supported: the metric is the loss"),
             ["group_by_length"] =
                 ([], "is not supported: train_sampling_strategy is random or sequential"),
             ["ignore_data_skip"] = ([], "is not supported: a resumed run goes on at its row"),
             ["label_smoothing_factor"] = (["0"], "is not supported"),
-            ["load_best_model_at_end"] = ([],
-                "is not supported: keep the checkpoints (save_total_limit) and take the one with the "
-                + "lowest evaluation loss, as trainer_state.json and report.html have it"),
-            ["metric_for_best_model"] =
-                (["loss", "eval_loss"], "is not supported: the metric is the loss"),
             ["neftune_noise_alpha"] =
                 (["0"], "is not supported: no noise is added to embeddings; leave it out"),
             ["no_cuda"] = ([], "is spelt device=cpu here"),

@@ -66,6 +66,7 @@ internal sealed record TrainKey(string Name, PropertyInfo Property, KeyAttribute
         new NullabilityInfoContext().Create(Property).WriteState == NullabilityState.Nullable;
 
     public bool IsList => Type == typeof(TargetModules) || Type == typeof(DataSources)
+        || Type == typeof(TokenIndices) || Type == typeof(ReportTo)
         || Type == typeof(IReadOnlyList<string>) || Type == typeof(IReadOnlyList<int>);
 }
 

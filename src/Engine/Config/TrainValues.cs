@@ -51,9 +51,11 @@ internal static class TrainValues
             var type when type == typeof(NumbersByName) => NumbersByName(key, given),
             var type when type == typeof(LoraStart) => Start(key, given),
             var type when type == typeof(LayerRanges) => Ranges(key, given),
+            var type when type == typeof(TokenIndices) => Tokens(key, given),
             var type when type == typeof(IReadOnlyList<string>) => Names(key, given),
             var type when type == typeof(IReadOnlyList<int>) => Layers(key, given),
             var type when type == typeof(ScheduleOptions) => Options(key, given),
+            var type when type == typeof(ReportTo) => Reports(key, given),
             var type => Choice(key, given, type),
         };
     }
@@ -157,8 +159,6 @@ internal static class TrainValues
 
         static string Words(string key, string letters) => (key, letters) switch
         {
-            ("lr_scheduler_type", "cosinewithminlr") =>
-                "; a lowest rate is polynomial's lr_end, in lr_scheduler_kwargs",
             ("optim", "adamwhf") => "; adamw_torch is the same",
             ("optim", "adamwtorch4bit" or "adamwtorch8bit") =>
                 "; adamw_8bit has the fewest bits of AdamW",
@@ -173,6 +173,16 @@ internal static class TrainValues
                 + "which wandb and swanlab can take in (offline)",
             _ => "",
         };
+    }
+
+    // One, or several in a list, of which none must stand alone.
+    private static ReportTo Reports(TrainKey key, Given given)
+    {
+        ReportTo[] all = [.. Items(key, given).Select(item => (ReportTo)Choice(
+            key, given with { Json = item, Words = null }, typeof(ReportTo)))];
+        if (all.Length > 1 && all.Contains(ReportTo.None)) throw Wrong(key, given, "none alone");
+        return all.Contains(ReportTo.All) ? ReportTo.All
+            : all.Contains(ReportTo.Tensorboard) ? ReportTo.Tensorboard : ReportTo.None;
     }
 
     private static TargetModules? Targets(TrainKey key, Given given)
@@ -201,6 +211,14 @@ internal static class TrainValues
     private static LayerRanges Ranges(TrainKey key, Given given) =>
         LayerRanges.Of(given.Json ?? Parsed(key, given, given.Plain()))
             ?? throw Wrong(key, given, LayerRanges.Form);
+
+    private static TokenIndices Tokens(TrainKey key, Given given)
+    {
+        string text = given.Json is null ? string.Join(',', given.Words!) : "";
+        return TokenIndices.Of(given.Json
+                ?? Parsed(key, given, text.StartsWith('[') || text.StartsWith('{') ? text : $"[{text}]"))
+            ?? throw Wrong(key, given, TokenIndices.Form);
+    }
 
     private static LoraStart Start(TrainKey key, Given given) =>
         LoraStart.Parse(given.Plain()) ?? throw Wrong(key, given, LoraStart.Choices);

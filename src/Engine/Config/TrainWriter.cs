@@ -128,6 +128,7 @@ public static class TrainWriter
             case LoraStart start: start.Write(json); break;
             case NumbersByName numbers: numbers.Write(json); break;
             case LayerRanges ranges: ranges.Write(json); break;
+            case TokenIndices tokens: tokens.Write(json); break;
             case ScheduleOptions options: WriteRecord(json, TrainKeys.Schedule, options); break;
             case string text: json.WriteStringValue(text); break;
             case IEnumerable list:

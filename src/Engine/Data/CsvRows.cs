@@ -1,5 +1,6 @@
 using System.Buffers;
 using System.Text;
+using System.Text.Encodings.Web;
 using System.Text.Json;
 
 namespace MiniCpmNative.Engine.Data;
@@ -28,7 +29,11 @@ internal static class CsvRows
         int line = 1;
         string[]? names = null;
         var row = new ArrayBufferWriter<byte>();
-        using var json = new Utf8JsonWriter(row, new JsonWriterOptions { SkipValidation = true });
+        using var json = new Utf8JsonWriter(row, new JsonWriterOptions
+        {
+            SkipValidation = true,
+            Encoder = JavaScriptEncoder.UnsafeRelaxedJsonEscaping,
+        });
         for (int number = 0; !rest.IsEmpty;)
         {
             int first = line;

@@ -13,16 +13,16 @@ public static class DataCheck
     /// <exception cref="InputException">A file cannot be read at all.</exception>
     public static bool Run(TrainArguments arguments, RowFormat format, TextWriter output)
     {
-        bool good = true;
-        foreach (var sources in (DataSources?[])[arguments.TrainingData, arguments.EvaluationData])
-            if (sources is not null) good &= Run(sources, arguments, format, output);
-        return good;
+        DataRows training = DataRows.Read(arguments.TrainingData, arguments, format);
+        bool good = Run(training, arguments, format, output);
+        return arguments.EvaluationData is not { } evaluation ? good : good
+            & Run(DataRows.Read(evaluation, arguments, format, training), arguments, format, output);
     }
 
-    private static bool Run(DataSources path, TrainArguments arguments, RowFormat format,
+    private static bool Run(DataRows rows, TrainArguments arguments, RowFormat format,
         TextWriter output)
     {
-        DataRows rows = DataRows.Read(path, arguments, format);
+        string path = rows.Path;
         foreach (string file in rows.OtherFormats) output.WriteLine(file);
         RowCheck[] checks = rows.Check(decode: true);
         var bad = rows.Bad(checks);

@@ -32,15 +32,32 @@ internal static class DataFiles
     private static IEnumerable<string> Expanded(string path)
     {
         if (File.Exists(path)) return [path];
+        if (File.Exists(Path.Combine(path, "state.json"))
+            && Enumerate(path, "*.arrow").Any())
+            throw new InputException($"{path}: is a data set saved by Hugging Face's save_to_disk: "
+                + "write it with to_parquet or to_json");
         if (Directory.Exists(path))
             return Found(path, Enumerate(path, "*").Where(file =>
                 s_endings.Contains(Path.GetExtension(file).ToLowerInvariant())
                 && Path.GetFileName(file) != DatasetInfo.FileName),
                 "has no file that ends in " + string.Join(", ", s_endings));
         string name = Path.GetFileName(path);
-        if (!name.AsSpan().ContainsAny('*', '?')) return [path];
+        if (!name.AsSpan().ContainsAny('*', '?')) return Missing(path) is { } why
+            ? throw new InputException($"{path}: there is no such file{why}") : [path];
         string folder = Path.GetDirectoryName(path) is { Length: > 0 } given ? given : ".";
         return Found(path, Enumerate(folder, name), "no file has such a name");
+    }
+
+    // What other tools would take the name for; null where it is a file's that is not there.
+    private static string? Missing(string path)
+    {
+        int hash = path.LastIndexOf('#');
+        if (hash > 0 && path[(hash + 1)..].All(char.IsAsciiDigit) && File.Exists(path[..hash]))
+            return ": of ms-swift's #N, N rows of a file, make a smaller file (head -n of a .jsonl)";
+        if (path.Contains(',') && path.Split(',').All(File.Exists))
+            return ": several files stand one behind the other, or as a list, without commas";
+        return Path.HasExtension(path) || Directory.Exists(Path.GetDirectoryName(path)) ? null
+            : ", nor a folder: of a data set of a hub, download the files and name them";
     }
 
     private static string[] Found(string path, IEnumerable<string> files, string otherwise)

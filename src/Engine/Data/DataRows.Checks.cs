@@ -16,16 +16,18 @@ public sealed partial class DataRows
     /// on_bad_row=skip, listed and left out. The pictures of a large set are decoded later, by
     /// <see cref="CheckPicture"/>.
     /// </summary>
+    /// <param name="rest">The rows that training has of the same files, where these are a share.
+    /// </param>
     /// <exception cref="InputException">The file cannot be used, or has bad rows.</exception>
     public static DataRows Open(
         DataSources sources, TrainArguments arguments, RowFormat format,
-        Action<string> message) =>
-        Open(sources, arguments, format, message, ManyPixels);
+        Action<string> message, DataRows? rest = null) =>
+        Open(sources, arguments, format, message, ManyPixels, rest);
 
     internal static DataRows Open(DataSources sources, TrainArguments arguments, RowFormat format,
-        Action<string> message, long manyPixels)
+        Action<string> message, long manyPixels, DataRows? rest = null)
     {
-        var rows = new DataRows(sources, arguments, format, message);
+        var rows = new DataRows(sources, arguments, format, message, rest: rest);
         foreach (string file in rows.OtherFormats) message(file);
         rows.Settle(manyPixels, arguments.ModelMaxLength);
         return rows;
@@ -35,7 +37,7 @@ public sealed partial class DataRows
     /// Reads rows that are only asked and need no answers. Bad ones are refused, or, with
     /// on_bad_row=skip, told and left out; their pictures are looked at when they are asked.
     /// </summary>
-    /// <inheritdoc cref="Open(DataSources, TrainArguments, RowFormat, Action{string})"/>
+    /// <inheritdoc cref="Open(DataSources, TrainArguments, RowFormat, Action{string}, DataRows?)"/>
     public static DataRows Asked(
         DataSources sources, TrainArguments arguments, RowFormat format, Action<string> message)
     {

@@ -8,8 +8,25 @@ namespace MiniCpmNative.Engine.Data;
 /// <summary>From files to rows: several of them one behind the other, a share, boxes.</summary>
 public sealed partial class DataRows
 {
+    /// <summary>All rows of some files, of which shares are taken.</summary>
+    private sealed record WholeSet(
+        DataSources Of, RowSet Set, string Digest, IReadOnlyList<string> Formats);
+
     internal static (RowSet Set, string Digest, IReadOnlyList<string> Formats) ReadSet(
-        DataSources sources, RowOptions options, BoxFormat boxes)
+        DataSources sources, RowOptions options, BoxFormat boxes) =>
+        Shared(sources, Read(sources, options), boxes);
+
+    private static (RowSet Set, string Digest, IReadOnlyList<string> Formats) Shared(
+        DataSources sources, WholeSet whole, BoxFormat boxes)
+    {
+        List<Row> rows = [.. whole.Set.Rows];
+        List<BadRow> bad = [.. whole.Set.Bad];
+        if (sources.Share is { } share) Keep(share, rows, bad, $"{sources}");
+        Fill(rows, bad, boxes);
+        return (new RowSet(rows, bad), whole.Digest, whole.Formats);
+    }
+
+    private static WholeSet Read(DataSources sources, RowOptions options)
     {
         var rows = new List<Row>();
         var bad = new List<BadRow>();
@@ -30,9 +47,7 @@ public sealed partial class DataRows
 
         string digest = digests.Count == 1 ? digests[0] : Convert.ToHexStringLower(
             SHA256.HashData(Encoding.ASCII.GetBytes(string.Concat(digests))));
-        if (sources.Share is { } share) Keep(share, rows, bad, $"{sources}");
-        Fill(rows, bad, boxes);
-        return (new RowSet(rows, bad), digest, formats);
+        return new WholeSet(sources with { Share = null }, new RowSet(rows, bad), digest, formats);
     }
 
     /// <summary>

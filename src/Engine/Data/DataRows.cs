@@ -5,6 +5,14 @@ using MiniCpmNative.Engine.Data.Text;
 
 namespace MiniCpmNative.Engine.Data;
 
+/// <summary>The prompt of a row's last answer.</summary>
+/// <param name="Tokens">Its tokens.</param>
+/// <param name="Pictures">The tokens that each of its pictures takes.</param>
+/// <param name="Append">Puts a part of it into a batch, from a token to another, which split no
+/// picture.</param>
+public sealed record RowPrompt(
+    int Tokens, IReadOnlyList<ImageBound> Pictures, Action<Batch, int, int> Append);
+
 /// <summary>
 /// The usable rows of a data file under one configuration, and how each becomes tokens and patches.
 /// Rows are made anew whenever they are asked for, by any thread; nothing but their text is kept.
@@ -28,14 +36,20 @@ public sealed partial class DataRows : IRowLoader
     private BadRow[] _bad = [];
     private PictureCheck? _pictures;
     private BadRow? _failure;
+    private WholeSet? _whole;
 
     private DataRows(DataSources sources, TrainArguments arguments, RowFormat format,
-        Action<string>? message, bool asked = false)
+        Action<string>? message, bool asked = false, DataRows? rest = null)
     {
         format.RequireLlmType(arguments.LlmType, arguments.OfficialCompat);
         Path = sources;
-        (_set, Digest, OtherFormats) = ReadSet(
-            sources, new RowOptions(asked, arguments.TrainOn == TrainOn.Last), arguments.BoxFormat);
+        // Both shares of one set are of one reading.
+        WholeSet whole = rest?._whole is { } read && read.Of == sources with { Share = null }
+            ? read with { Formats = [] }
+            : Read(sources, new RowOptions(asked, arguments.TrainOn == TrainOn.Last));
+        if (rest is not null) rest._whole = null;
+        else if (sources.Share is not null) _whole = whole;
+        (_set, Digest, OtherFormats) = Shared(sources, whole, arguments.BoxFormat);
         _rows = _set.Rows;
         _leftOut = new bool[_rows.Count];
         _skip = arguments.OnBadRow == BadRows.Skip;
@@ -88,12 +102,14 @@ public sealed partial class DataRows : IRowLoader
     public IReadOnlyList<BadRow> Unreadable => _set.Bad;
 
     /// <summary>Reads a data file without checking its rows.</summary>
+    /// <param name="rest">The rows that training has of the same files, where these are a share.
+    /// </param>
     /// <exception cref="InputException">
     /// The file cannot be used, or llm_type is another model's.
     /// </exception>
     public static DataRows Read(
-        DataSources sources, TrainArguments arguments, RowFormat format) =>
-        new(sources, arguments, format, null);
+        DataSources sources, TrainArguments arguments, RowFormat format, DataRows? rest = null) =>
+        new(sources, arguments, format, null, rest: rest);
 
     /// <summary>
     /// The row with this id, or else with this number (counted from 1); -1 if there is none.
@@ -139,39 +155,62 @@ public sealed partial class DataRows : IRowLoader
             throw row.Bad("its text has more places for pictures than there are views");
     }
 
-    /// <summary>The prompt of a row's last answer; Append puts it into a batch.</summary>
+    /// <summary>The prompt of a row's last answer.</summary>
     /// <exception cref="BadRowException">The row cannot be asked.</exception>
-    public (int Tokens, Action<Batch> Append) Prompt(int row)
+    public RowPrompt Prompt(int row)
     {
         Row asked = _rows[row];
         SlicePlan[] plans = Plans(asked, out PictureInfo[] pictures);
         int answer = asked.Answer;
         Prompt prompt = _builder.BuildPrompt(asked, plans, answer);
         MustKnow(asked, Largest(prompt.InputIds));
-        return (prompt.InputIds.Length, batch => Show(
-            asked, prompt.InputIds, prompt.Bounds, prompt.Pictures, plans, pictures, batch));
+        ImageBound[] places = Places(asked, prompt.Bounds, prompt.Pictures, plans);
+        return new(prompt.InputIds.Length, places, (batch, from, to) => Show(
+            asked, prompt.InputIds, prompt.Bounds, places, prompt.Pictures, plans, pictures, batch,
+            from, to));
     }
 
     private void Show(
         Row row, int[] ids, ImageBound[] bounds, int[] shown, SlicePlan[] plans,
-        PictureInfo[] pictures, Batch batch, bool decode = true)
+        PictureInfo[] pictures, Batch batch, bool decode = true) => Show(
+            row, ids, bounds, Places(row, bounds, shown, plans), shown, plans, pictures, batch, 0,
+            ids.Length, decode);
+
+    // The tokens from..to and the pictures among them, of which none is cut.
+    private void Show(Row row, int[] ids, ImageBound[] bounds, ImageBound[] places, int[] shown,
+        SlicePlan[] plans, PictureInfo[] pictures, Batch batch, int from, int to,
+        bool decode = true)
     {
+        batch.AddRow(ids.AsSpan(0, to),
+            to == ids.Length ? bounds : [.. bounds.Where(bound => bound.End <= to)], from,
+            _format.Places(ids, shown.Select(picture => plans[picture]))?[..to]);
+        foreach (var (i, picture) in shown.Index())
+            if (places[i].Start >= from && places[i].End <= to)
+                AppendPicture(
+                    row, picture, plans[picture], decode ? Turn(pictures[picture]) : null, batch);
+    }
+
+    // The tokens that the views of each picture take, from the first one's to the last one's.
+    private ImageBound[] Places(
+        Row row, ImageBound[] bounds, int[] shown, SlicePlan[] plans)
+    {
+        var places = new ImageBound[shown.Length];
         int place = 0;
-        foreach (int picture in shown)
-            for (int view = 0; view < plans[picture].Views && place < bounds.Length; view++)
+        for (int i = 0; i < shown.Length; i++)
+        {
+            SlicePlan plan = plans[shown[i]];
+            for (int view = 0; view < plan.Views && place < bounds.Length; view++)
             {
                 ImageBound bound = bounds[place++];
-                int features = _format.Placeholders.Features(plans[picture], view);
+                int features = _format.Placeholders.Features(plan, view);
                 if (bound.End - bound.Start != features)
                     throw row.Bad($"a picture's place has {bound.End - bound.Start} tokens, "
                         + $"expected {features}");
+                places[i] = new(view == 0 ? bound.Start : places[i].Start, bound.End);
             }
+        }
 
-        batch.AddRow(ids, bounds,
-            places: _format.Places(ids, shown.Select(picture => plans[picture])));
-        foreach (int picture in shown)
-            AppendPicture(
-                row, picture, plans[picture], decode ? Turn(pictures[picture]) : null, batch);
+        return places;
     }
 
     private Sample Build(Row row, SlicePlan[] plans)

@@ -22,6 +22,8 @@ public sealed partial record Grounding(
     IReadOnlyList<string> Names, IReadOnlyList<double[]> Boxes, IReadOnlyList<int> Pictures,
     int? Range)
 {
+    internal static string[] Tags { get; } = ["<bbox>", "<ref-object>"];
+
     /// <exception cref="FormatException">It is something else.</exception>
     internal static Grounding? Read(JsonElement objects)
     {

@@ -1,6 +1,7 @@
 using System.Buffers;
 using System.Collections;
 using System.Runtime.InteropServices;
+using System.Text.Encodings.Web;
 using System.Text.Json;
 using Parquet;
 using Parquet.Serialization;
@@ -22,13 +23,40 @@ internal static class ParquetRows
         if (!bytes.Span.EndsWith("PAR1"u8))
             throw new InputException($"{path}: is a Parquet file without its end; copy it again");
         var row = new ArrayBufferWriter<byte>();
-        using var json = new Utf8JsonWriter(row, new JsonWriterOptions { SkipValidation = true });
+        // What the default escapes, as all but ASCII, the reader behind would have to undo.
+        using var json = new Utf8JsonWriter(row, new JsonWriterOptions
+        {
+            SkipValidation = true,
+            Encoder = JavaScriptEncoder.UnsafeRelaxedJsonEscaping,
+        });
         int number = 0;
-        foreach (var fields in Rows(path, bytes))
+        using var stream = Stream(bytes);
+        ParquetReader file = Guard(
+            path, () => ParquetReader.CreateAsync(stream).GetAwaiter().GetResult());
+        for (int group = 0; group < file.RowGroupCount; group++)
+        {
+            int at = group;
+            using ParquetColumns? columns = Guard(path, () => ParquetColumns.Read(file, at));
+            if (columns is null)
+            {
+                foreach (var fields in Guard(path, () => Group(bytes, at)))
+                    Add(() => Write(json, fields, 0));
+                continue;
+            }
+
+            for (long left = file.RowGroups[group].RowCount; left > 0; left--)
+                Add(() => Guard(path, () =>
+                {
+                    columns.Write(json);
+                    return true;
+                }));
+        }
+
+        void Add(Func<bool> write)
         {
             row.Clear();
             json.Reset();
-            if (!Write(json, fields, 0))
+            if (!write())
                 throw new InputException($"{path}: row {number + 1} has a column of a type that is "
                     + "not read here: write it as texts, numbers, lists or structures of them");
             json.Flush();
@@ -36,24 +64,7 @@ internal static class ParquetRows
         }
     }
 
-    private static IEnumerable<Dictionary<string, object>> Rows(
-        string path, ReadOnlyMemory<byte> bytes)
-    {
-        int groups = Guard(path, () => Groups(bytes));
-        for (int group = 0; group < groups; group++)
-        {
-            int at = group;
-            foreach (var row in Guard(path, () => Group(bytes, at))) yield return row;
-        }
-    }
-
-    private static int Groups(ReadOnlyMemory<byte> bytes)
-    {
-        using var stream = Stream(bytes);
-        var reader = ParquetReader.CreateAsync(stream).GetAwaiter().GetResult();
-        return reader.RowGroupCount;
-    }
-
+    // Maps, and lists as old writers have them.
     private static IList<Dictionary<string, object>> Group(ReadOnlyMemory<byte> bytes, int index)
     {
         using var stream = Stream(bytes);

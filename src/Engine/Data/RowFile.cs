@@ -11,6 +11,24 @@ namespace MiniCpmNative.Engine.Data;
 /// </summary>
 public sealed class RowFile
 {
+    // What people hand in by its first bytes, with the way to what is read.
+    private static readonly (byte[] Start, string Kind)[] s_kinds =
+    [
+        ([0x1f, 0x8b], "compressed by gzip (gunzip it)"),
+        ([0x28, 0xb5, 0x2f, 0xfd], "compressed by Zstandard (unzstd it)"),
+        ("PK\x03\x04"u8.ToArray(),
+            "a zip archive or an Excel workbook (unzip it, or save the sheet as .csv)"),
+        ("ARROW1"u8.ToArray(), "an Arrow file (save the data set with to_parquet)"),
+        ([0xff, 0xff, 0xff, 0xff], "an Arrow file (save the data set with to_parquet)"),
+        ("SQLite format 3"u8.ToArray(), "an SQLite database"),
+        ([0x80, 2], "a pickle of Python's"), ([0x80, 3], "a pickle of Python's"),
+        ([0x80, 4], "a pickle of Python's"), ([0x80, 5], "a pickle of Python's"),
+        ([0xff, 0xfe], "in UTF-16 (save it in UTF-8)"),
+        ([0xfe, 0xff], "in UTF-16 (save it in UTF-8)"),
+        ("version https://git-lfs"u8.ToArray(),
+            "a pointer of Git LFS, not the rows themselves (run git lfs pull)"),
+    ];
+
     private readonly string _path;
     private readonly RowOptions _options;
     private readonly int _before;
@@ -49,6 +67,8 @@ public sealed class RowFile
 
     private void ReadText(ReadOnlyMemory<byte> bytes)
     {
+        if (Kind(bytes.Span) is { } kind)
+            throw new InputException($"{_path}: is {kind}, expected .json, .jsonl, .csv or Parquet");
         if (bytes.Span.StartsWith("\uFEFF"u8)) bytes = bytes[3..];
         if (!Utf8.IsValid(bytes.Span)) throw new InputException($"{_path}: {NotUtf8(bytes.Span)}");
         var first = bytes.Span.TrimStart(" \t\r\n"u8);
@@ -153,6 +173,13 @@ public sealed class RowFile
         }
     }
 
+    private static string? Kind(ReadOnlySpan<byte> bytes)
+    {
+        foreach (var (start, kind) in s_kinds)
+            if (bytes.StartsWith(start)) return kind;
+        return null;
+    }
+
     private static string NotUtf8(ReadOnlySpan<byte> bytes)
     {
         // The longest valid start, by halving: validity of starts is
@@ -167,6 +194,7 @@ public sealed class RowFile
             else end = middle;
         }
         int line = 1 + bytes[..valid].Count((byte)'\n');
-        return $"is not UTF-8 at about line {line}, byte {valid:N0} of the file";
+        return $"is not UTF-8 at about line {line}, byte {valid:N0} of the file (iconv -f GB18030 "
+            + "-t UTF-8, or as it is encoded, converts it)";
     }
 }

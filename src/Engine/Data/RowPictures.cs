@@ -1,5 +1,8 @@
+using System.Buffers;
 using System.Buffers.Text;
+using System.Runtime.InteropServices;
 using System.Security.Cryptography;
+using System.Text;
 using System.Text.Json;
 using MiniCpmNative.Engine.Data.Text;
 
@@ -53,6 +56,7 @@ internal static class RowPictures
     public static RowPicture One(JsonElement value, string tag = "<image>")
     {
         if (value.ValueKind == JsonValueKind.Object && IsStored(value)) return Stored(value, tag);
+        if (Direct(value) is { } content) return Embedded(content, tag);
         if (value.Text() is not { Length: > 0 } path)
             throw new FormatException(
                 $"a picture's path is {RowValues.Kind(value)}, expected text");
@@ -68,6 +72,34 @@ internal static class RowPictures
             return new RowPicture(tag, path["file://".Length..]);
         throw new FormatException($"picture {Messages.Quote(path)} is an address on the network: "
             + "download it, and name the file");
+    }
+
+    // Base64 as it lies in the file, without the text that a string of it would be.
+    private static byte[]? Direct(JsonElement value)
+    {
+        if (value.ValueKind != JsonValueKind.String) return null;
+        var text = JsonMarshal.GetRawUtf8Value(value)[1..^1];
+        if (text.Length < LeastBase64 || text.Contains((byte)'\\')) return null;
+        if (text.StartsWith("data:image/"u8))
+        {
+            int comma = text.IndexOf((byte)',');
+            if (comma is < 0 or > 200 || !text[..comma].EndsWith(";base64"u8)) return null;
+            text = text[(comma + 1)..];
+        }
+        else if (!IsBase64Start(text)) return null;
+
+        var bytes = new byte[Base64.GetMaxDecodedFromUtf8Length(text.Length)];
+        if (Base64.DecodeFromUtf8(text, bytes, out _, out int written) != OperationStatus.Done)
+            return null;
+        Array.Resize(ref bytes, written);
+        return bytes;
+    }
+
+    private static bool IsBase64Start(ReadOnlySpan<byte> text)
+    {
+        foreach (string start in s_base64)
+            if (text.StartsWith(Encoding.ASCII.GetBytes(start))) return true;
+        return false;
     }
 
     private static bool IsStored(JsonElement value) =>

@@ -15,20 +15,32 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
     private static readonly string[] s_otherKeys =
         ["images", "picture", "pictures", "video", "videos", "audio", "audios"];
 
+    // Beside a row's pictures they say where these come from; in a row without any they are them.
+    private static readonly string[] s_likelyPictures =
+    [
+        "img", "imgs", "img_path", "image_path", "image_paths", "image_file", "image_files",
+        "image_url", "image_urls", "image_base64",
+    ];
+
     // What changes a row's meaning in other tools: passed over, it would be trained without.
     private static readonly string[] s_otherMeanings =
     [
         "system", "tools", "functions", "history", "query", "instruction", "response", "messages",
         "rejected", "rejected_response", "rejected_messages", "rejected_images", "chosen",
         "solution", "label", "kto_tag", "loss", "loss_scale", "margin", "image", "conversations",
+        "msgs",
     ];
 
     private static readonly string[] s_otherTurnMeanings =
         ["tool_calls", "reasoning_content", "images", "image"];
 
+    // Where transformers has a part's picture.
+    private static readonly string[] s_pictureParts = ["image", "url", "path", "base64"];
+
     private static readonly string[] s_otherTags = ["<video>", "<audio>"];
 
     private readonly string[] _media = [.. s_otherKeys.Where(key => !columns.Uses(key))];
+    private readonly string[] _likely = [.. s_likelyPictures.Where(key => !columns.Uses(key))];
     private readonly string[] _meanings = [.. s_otherMeanings.Where(key => !columns.Uses(key))];
 
     public RowColumns Columns => columns;
@@ -42,9 +54,8 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         id = Id(row.Member("id"));
         foreach (string key in _media)
             if (!row.Member(key).SaysNothing())
-                throw new FormatException(key is "images" or "picture" or "pictures"
-                    ? $"key \"{key}\" is not used here; pictures belong in \"image\""
-                    : $"key \"{key}\" is not used here: no model of this program takes videos or "
+                throw key is "images" or "picture" or "pictures" ? NotHere(key) : new FormatException(
+                    $"key \"{key}\" is not used here: no model of this program takes videos or "
                         + "audio; write a video's pictures to files and name those");
         MustNotHave(row, _meanings);
         var (names, pictures) = columns.IsOfficial
@@ -74,13 +85,34 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
             };
         }
 
+        if (pictures.Length == 0)
+            foreach (string key in _likely)
+                if (!row.Member(key).SaysNothing()) throw NotHere(key);
         Check(turns, ref turn);
+        var objects = Grounding.Read(row.Member("objects"));
+        if (objects is null) MustNotAsk(turns, ref turn);
         return new Row(file, number, id, names, pictures, turns)
         {
             Place = place,
             References = references,
-            Objects = Grounding.Read(row.Member("objects")),
+            Objects = objects,
         };
+    }
+
+    private FormatException NotHere(string key) => new($"key \"{key}\" is not used here; pictures "
+        + $"belong in \"{(columns.Pictures.Count > 0 ? columns.Pictures[0] : "image")}\"");
+
+    // Without boxes to fill in, the tags would be learned as they stand.
+    private static void MustNotAsk(List<ChatTurn> turns, ref int? turn)
+    {
+        for (int i = 0; i < turns.Count; i++)
+            foreach (string tag in Grounding.Tags)
+                if (turns[i].Content.Contains(tag, StringComparison.Ordinal))
+                {
+                    turn = i + 1;
+                    throw new FormatException(
+                        $"has the tag {tag}, but the row has no \"objects\" to fill it from");
+                }
     }
 
     private static void MustNotHave(JsonElement of, string[] keys)
@@ -120,7 +152,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
     {
         string key = columns.Turns!;
         var list = Unfolded(row.Member(key));
-        if (list.IsNull()) throw new FormatException($"\"{key}\" is missing");
+        if (list.IsNull()) throw new FormatException($"\"{key}\" is missing" + Instead(row));
         if (list.ValueKind != JsonValueKind.Array)
             throw new FormatException($"\"{key}\" is {Kind(list)}, expected a list of turns");
         int least = options.Asked || columns.Pairs ? 1 : 2, count = list.GetArrayLength();
@@ -138,6 +170,18 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         }
 
         turn = null;
+    }
+
+    // What a row without turns has instead: a wrong key, or rows inside.
+    private static string Instead(JsonElement row)
+    {
+        string[] keys = [.. row.EnumerateObject().Select(member => member.Name)];
+        if (keys.Length == 0) return "";
+        return ": the row has only "
+            + Messages.List([.. keys.Select(key => $"\"{Messages.OneLine(key)}\"")])
+            + (row.EnumerateObject().Any(member => member.Value.Items()
+                .Any(item => item.ValueKind == JsonValueKind.Object))
+                ? "; where the rows stand under a key, write their list alone" : "");
     }
 
     private void AddTurn(
@@ -200,7 +244,8 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
                     break;
                 case "image_url" or "image":
                     var value = part.Member(type);
-                    if (value.IsNull()) value = part.Member("url");
+                    foreach (string key in s_pictureParts)
+                        if (value.IsNull()) value = part.Member(key);
                     if (value.ValueKind == JsonValueKind.Object && value.TryGetProperty("url", out var url))
                         value = url;
                     // A part without its picture shows the next of the row's.

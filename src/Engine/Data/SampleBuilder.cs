@@ -10,6 +10,8 @@ namespace MiniCpmNative.Engine.Data;
 /// </summary>
 public sealed class SampleBuilder
 {
+    private const int MostLetters = 4_000_000;
+
     private readonly RowFormat _format;
     private readonly PromptFormat _prompts;
     private readonly PlaceholderScheme _placeholders;
@@ -111,10 +113,20 @@ public sealed class SampleBuilder
     private Sample BuildStrict(Row row, IReadOnlyList<SlicePlan> plans)
     {
         var (turns, pictures) = Compose(row, plans);
+        MustBeShort(row, turns);
         var chat = _prompts.Encode(turns);
         var bounds = _placeholders.Bounds(chat.Ids)!;
         CheckFit(row, chat.Ids.Length, bounds, pictures, plans);
         return Finish(row, chat, bounds, pictures, pictures.Sum(picture => plans[picture].Views));
+    }
+
+    // A token takes some 50 bytes while it is made: no row may fill the memory for what is cut off.
+    private static void MustBeShort(Row row, IEnumerable<ChatTurn> turns)
+    {
+        long letters = turns.Sum(turn => (long)turn.Content.Length);
+        if (letters > MostLetters)
+            throw row.Bad($"has {Messages.Number(letters)} characters, at most "
+                + $"{Messages.Number(MostLetters)} can be read: shorten it or make several rows of it");
     }
 
     // Only text is cut: a picture with half its rows is none.
@@ -134,6 +146,7 @@ public sealed class SampleBuilder
         var turns = OfficialText.Compose(row, (picture, number) =>
             _placeholders.Text(plans[picture], number),
             [.. plans.Select(plan => plan.Sliced)]);
+        MustBeShort(row, turns);
         return Finish(row, _prompts.EncodeOfficial(turns), null,
             [.. Enumerable.Range(0, plans.Count)], plans.Sum(plan => plan.Views));
     }

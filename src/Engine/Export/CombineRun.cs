@@ -90,7 +90,11 @@ public static class CombineRun
                     + $"{member.Config.LayerReplication})");
         bool plain = members.TrueForAll(m => m.Config.Exclude is null
             && m.Config.LayersToTransform is null && m.Config.Targets.Pattern is not null);
-        TargetModules targets = members.TrueForAll(m => Choice(m.Config) == Choice(first))
+        // A pattern of ms-swift's matches what stands around layers too, which PEFT refuses.
+        bool wide = members.Exists(m => m.Config.Targets.Pattern is not null
+            && modules.Exists(name => m.Config.Targets.Matches(name[..Math.Max(0, name.LastIndexOf('.'))])));
+        TargetModules targets = wide ? new TargetModules("")
+            : members.TrueForAll(m => Choice(m.Config) == Choice(first))
             ? first.Targets
             : new TargetModules(plain
                 ? string.Join('|', members.Select(m => $"({m.Config.Targets.Pattern})"))
@@ -228,15 +232,16 @@ public static class CombineRun
         private Member(AdapterFile file, double weight)
         {
             (_file, _weight) = (file, weight);
-            _tensors = file.Tensors.ToDictionary(t => t.Name, StringComparer.Ordinal);
-            foreach (StoredTensor tensor in file.Tensors)
+            _tensors = file.Tensors;
+            foreach (var (name, tensor) in file.Tensors)
             {
                 tensor.MustBeFinite(DType.F32);
-                if (tensor.Name.EndsWith(EndB, StringComparison.Ordinal)) continue;
-                string module = tensor.Name.StartsWith(Prefix, StringComparison.Ordinal)
-                    && tensor.Name.EndsWith(EndA, StringComparison.Ordinal)
+                if (name.EndsWith(EndB, StringComparison.Ordinal)
+                    || name.EndsWith(".base_layer.weight", StringComparison.Ordinal)) continue;
+                string module = name.StartsWith(Prefix, StringComparison.Ordinal)
+                    && name.EndsWith(EndA, StringComparison.Ordinal)
                     && tensor.Sizes.Length == 2
-                    ? tensor.Name[Prefix.Length..^EndA.Length] : throw new InputException(
+                    ? name[Prefix.Length..^EndA.Length] : throw new InputException(
                         $"{tensor.Place}: only A and B of linear layers can be combined, not what "
                         + "was trained beside them");
                 if (!_tensors.TryGetValue(Prefix + module + EndB, out var b) || b.Sizes.Length != 2

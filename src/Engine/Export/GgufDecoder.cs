@@ -6,7 +6,8 @@ namespace MiniCpmNative.Engine.Export;
 /// <summary>
 /// The language model as llama.cpp reads it: hyper-parameters, tokenizer, tensors under its names.
 /// Its rotary embedding of "llama" and "minicpm" turns neighbours, so the rows of queries and keys
-/// change places there; that of Qwen's turns halves, as the model does.
+/// change places there; that of Qwen's turns halves, as the model does. Norms that the model keeps
+/// centred about zero are stored as the factors that they are.
 /// </summary>
 internal static class GgufDecoder
 {
@@ -34,23 +35,30 @@ internal static class GgufDecoder
         file.Add($"{arch}.attention.key_length", (uint)decoder.HeadDim);
         file.Add($"{arch}.attention.value_length", (uint)decoder.HeadDim);
         file.Add($"{arch}.attention.layer_norm_rms_epsilon", decoder.RmsNormEpsilon);
-        file.Add($"{arch}.rope.dimension_count", (uint)decoder.HeadDim);
+        file.Add($"{arch}.rope.dimension_count",
+            (uint)(decoder.RotatedColumns ?? decoder.HeadDim));
         file.Add($"{arch}.rope.freq_base", (float)decoder.RopeTheta);
         AddScales(file, arch, decoder);
+        if (decoder.Delta is { } delta) GgufDelta.AddKeys(file, arch, spec, delta);
         GgufVocabulary.Write(
             file, spec.Directory, tokenizer, decoder.VocabSize, names.Splits);
         AddTokens(file, spec, tokenizer);
         var tensors = new GgufTensors(weights);
-        AddTensors(tensors, decoder, names.Interleaves, type);
+        const string Table = "embed_tokens.weight";
+        string embedding = Named(Table), root = embedding[..^Table.Length];
+        AddTensors(tensors, decoder, root, names.Interleaves, type);
         // Four bits are too few for what every token passes through.
         GgufType outer = type == GgufType.Q4 ? GgufType.Q8 : type;
-        const string Embedding = "llm.model.embed_tokens.weight";
-        tensors.Add("token_embd.weight", Embedding, outer);
-        if (!decoder.TiedHead) tensors.Add("output.weight", "llm.lm_head.weight", outer);
-        // A tied head goes on with the original where an adapter has its own embedding.
-        else if (weights.Changes(Embedding))
-            tensors.AddOriginal("output.weight", Embedding, outer);
+        tensors.Add("token_embd.weight", embedding, outer);
+        if (!decoder.TiedHead) tensors.Add("output.weight", Named("lm_head.weight"), outer);
+        // A tied head goes on with the original where an adapter has its own embedding, or is its.
+        foreach (string head in spec.Parameters.Tied.Keys.Select(module => module + ".weight"))
+            if (weights.Unties(embedding, head))
+                tensors.AddAs(head, "output.weight", embedding, outer);
         file.Write(path, tensors.All);
+
+        string Named(string end) => spec.Parameters.All.First(
+            parameter => parameter.Name.EndsWith(end, StringComparison.Ordinal)).Name;
     }
 
     private static void AddScales(GgufFile file, string arch, DecoderSpec decoder)
@@ -92,8 +100,9 @@ internal static class GgufDecoder
     }
 
     private static void AddTensors(
-        GgufTensors tensors, DecoderSpec decoder, bool interleaves, GgufType type)
+        GgufTensors tensors, DecoderSpec decoder, string root, bool interleaves, GgufType type)
     {
+        GgufChange? norm = decoder.ZeroCentredNorms ? new(Value: value => value + 1) : null;
         RopeScaling rope = decoder.RopeScaling;
         if (!rope.Short.IsEmpty)
         {
@@ -105,32 +114,40 @@ internal static class GgufDecoder
 
         for (int i = 0; i < decoder.Layers; i++)
         {
-            string to = $"blk.{i}.", from = $"llm.model.layers.{i}.";
-            tensors.Add(to + "attn_norm.weight", from + "input_layernorm.weight", type);
-            foreach (string name in (string[])["q", "k", "v"])
-            {
-                foreach (string part in decoder.QkvBias ? (string[])["weight", "bias"] : ["weight"])
-                {
-                    string stored = $"{from}self_attn.{name}_proj.{part}",
-                        own = $"{to}attn_{name}.{part}";
-                    if (interleaves && name != "v")
-                        tensors.AddInterleaved(own, stored, type, decoder.HeadDim);
-                    else tensors.Add(own, stored, type);
-                }
-            }
-
-            tensors.Add(to + "attn_output.weight", from + "self_attn.o_proj.weight", type);
-            if (decoder.QkNorm)
-            {
-                tensors.Add(to + "attn_q_norm.weight", from + "self_attn.q_norm.weight", type);
-                tensors.Add(to + "attn_k_norm.weight", from + "self_attn.k_norm.weight", type);
-            }
-
-            tensors.Add(to + "ffn_norm.weight", from + "post_attention_layernorm.weight", type);
+            string to = $"blk.{i}.", from = $"{root}layers.{i}.";
+            tensors.Add(to + "attn_norm.weight", from + "input_layernorm.weight", type, norm);
+            if (decoder.Delta is { } delta && delta.Layers[i])
+                GgufDelta.AddLayer(tensors, delta, to, from + "linear_attn.", type);
+            else AddAttention(tensors, decoder, to, from + "self_attn.", interleaves, type, norm);
+            tensors.Add(to + (decoder.Delta is null ? "ffn_norm" : "post_attention_norm")
+                + ".weight", from + "post_attention_layernorm.weight", type, norm);
             foreach (string name in (string[])["gate", "up", "down"])
                 tensors.Add($"{to}ffn_{name}.weight", $"{from}mlp.{name}_proj.weight", type);
         }
 
-        tensors.Add("output_norm.weight", "llm.model.norm.weight", type);
+        tensors.Add("output_norm.weight", root + "norm.weight", type, norm);
     }
+
+    private static void AddAttention(GgufTensors tensors, DecoderSpec decoder, string to,
+        string from, bool interleaves, GgufType type, GgufChange? norm)
+    {
+        foreach (string name in (string[])["q", "k", "v"])
+        {
+            GgufChange? order = interleaves && name != "v" ? new(Rows: Interleaved(
+                (name == "q" ? decoder.Heads : decoder.KvHeads) * decoder.HeadDim,
+                decoder.HeadDim)) : null;
+            foreach (string part in decoder.QkvBias ? (string[])["weight", "bias"] : ["weight"])
+                tensors.Add($"{to}attn_{name}.{part}", $"{from}{name}_proj.{part}", type, order);
+        }
+
+        tensors.Add(to + "attn_output.weight", from + "o_proj.weight", type);
+        if (!decoder.QkNorm) return;
+        foreach (string name in (string[])["q", "k"])
+            tensors.Add($"{to}attn_{name}_norm.weight", $"{from}{name}_norm.weight", type, norm);
+    }
+
+    // Row j of the first half of a head becomes row 2j, row j of the second 2j + 1.
+    private static int[] Interleaved(int rows, int headDim) => [.. Enumerable.Range(0, rows)
+        .Select(r => (r / headDim * headDim) + (r % headDim / 2)
+            + (r % 2 == 0 ? 0 : headDim / 2))];
 }

@@ -34,6 +34,8 @@ public static class GgufRun
         if (spec.Family.Gguf is not { } names)
             throw new InputException(
                 $"{request.Model}: llama.cpp reads no {spec.Family.Name}, nothing is written");
+        if (GgufDelta.WhyNot(spec.Decoder) is { } obstacle)
+            throw new InputException($"{request.Model}: {obstacle}, nothing is written");
         using NewFolder folder = NewFolder.Create(
             request.Out, (type.Bytes(32) * spec.Parameters.Count / 32) + (1 << 20));
         string name = spec.Family.Name;

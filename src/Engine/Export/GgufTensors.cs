@@ -2,6 +2,17 @@ using MiniCpmNative.Engine.Weights;
 
 namespace MiniCpmNative.Engine.Export;
 
+/// <summary>How the reader wants a stored tensor otherwise than it is.</summary>
+/// <param name="Rows">Which stored row each row is: all of them in another order, or
+/// some.</param>
+/// <param name="Columns">Which stored column each column is.</param>
+/// <param name="Value">What becomes of each value.</param>
+internal sealed record GgufChange(
+    int[]? Rows = null, int[]? Columns = null, Func<float, float>? Value = null)
+{
+    public static GgufChange None { get; } = new();
+}
+
 /// <summary>
 /// The tensors of a GGUF file, made of a model's weights piece by piece: vectors in F32, matrices
 /// in the type that is asked for, or in F16 where a row is no whole number of its blocks.
@@ -12,26 +23,14 @@ internal sealed class GgufTensors(MergedWeights weights)
 
     public List<GgufTensor> All { get; } = [];
 
-    /// <summary>A stored tensor as it is.</summary>
-    public void Add(string name, string stored, GgufType type) =>
-        Add(name, stored, type, 0, 1, null);
+    /// <summary>A stored tensor, changed where the reader wants it otherwise.</summary>
+    public void Add(string name, string stored, GgufType type, GgufChange? change = null) =>
+        Add(name, stored, type, change ?? GgufChange.None);
 
-    /// <summary>A stored tensor as it was before an adapter was put in.</summary>
-    public void AddOriginal(string name, string stored, GgufType type) =>
-        Add(name, stored, type, 0, 1, null, original: true);
-
-    /// <summary>
-    /// Of a stored tensor one of several equal parts, which follow each other along its first axis.
-    /// </summary>
-    public void AddPart(string name, string stored, GgufType type, int part, int parts) =>
-        Add(name, stored, type, part, parts, null);
-
-    /// <summary>
-    /// A projection to heads whose halves llama.cpp turns as neighbours: row j of the first half of
-    /// a head becomes row 2j, row j of the second 2j + 1.
-    /// </summary>
-    public void AddInterleaved(string name, string stored, GgufType type, int headDim) =>
-        Add(name, stored, type, 0, 1, headDim);
+    /// <summary>A stored tensor as that of another name, with what an adapter does to that
+    /// one.</summary>
+    public void AddAs(string other, string name, string stored, GgufType type) =>
+        Add(name, stored, type, GgufChange.None, other);
 
     /// <summary>A square matrix with rows and columns exchanged.</summary>
     public void AddTransposed(string name, string stored, GgufType type)
@@ -54,47 +53,52 @@ internal sealed class GgufTensors(MergedWeights weights)
             stream => Write(stream, GgufType.F32, values, name)));
 
     private void Add(
-        string name, string stored, GgufType type, int part, int parts, int? headDim,
-        bool original = false)
+        string name, string stored, GgufType type, GgufChange change, string? other = null)
     {
         StoredTensor tensor = weights.Checkpoint.Get(stored);
-        // Leading axes of one say nothing to the reader.
-        long[] sizes = [.. tensor.Sizes.SkipWhile((size, axis) =>
-            size == 1 && axis < tensor.Sizes.Length - 2)];
-        sizes[0] /= parts;
+        if (other is not null) tensor = tensor.As(other);
+        // Axes of one in front of the last say nothing to the reader.
+        long[] sizes = [.. tensor.Sizes.Where((size, axis) =>
+            size != 1 || axis == tensor.Sizes.Length - 1)];
+        long rows = change.Rows?.Length ?? tensor.Sizes[0];
+        int row = checked((int)(tensor.Count / tensor.Sizes[0]));
+        if (change.Rows is not null) sizes[0] = rows;
         if (sizes.Length == 1) type = GgufType.F32;
         else if (sizes[^1] % type.Block != 0) type = GgufType.F16;
-        long count = tensor.Count / parts, begin = count * part;
         All.Add(new GgufTensor(name, type, sizes, stream =>
         {
-            // Whole rows of the stored matrix, and whole heads of them.
-            int row = checked((int)(tensor.Count / tensor.Sizes[0])), unit = row * (headDim ?? 1);
-            int piece = (int)Math.Min(count, Math.Max(1, PieceElements / unit) * (long)unit);
-            float[] values = new float[piece], other = new float[piece];
-            for (long done = 0; done < count; done += piece)
+            int piece = (int)Math.Min(rows, Math.Max(1, PieceElements / row));
+            float[] values = new float[piece * row], spare = new float[piece * row];
+            for (long done = 0; done < rows; done += piece)
             {
-                int length = (int)Math.Min(piece, count - done);
-                weights.Read(tensor, begin + done, values.AsSpan(0, length),
-                    other.AsSpan(0, length));
-                if (original) (values, other) = (other, values);
-                if (headDim is { } heads)
+                int count = (int)Math.Min(piece, rows - done), length = count * row;
+                Read(tensor, change.Rows, done, count, values, spare);
+                if (change.Columns is { } columns)
                 {
-                    Interleave(values.AsSpan(0, length), other, row, heads);
-                    (values, other) = (other, values);
+                    for (int i = 0; i < length; i++)
+                        spare[i] = values[(i / row * row) + columns[i % row]];
+                    (values, spare) = (spare, values);
                 }
 
+                if (change.Value is { } value)
+                    for (int i = 0; i < length; i++) values[i] = value(values[i]);
                 Write(stream, type, values.AsSpan(0, length), stored);
             }
         }));
     }
 
-    private static void Interleave(ReadOnlySpan<float> from, Span<float> to, int row, int headDim)
+    // Rows that follow each other are read at once.
+    private void Read(StoredTensor tensor, int[]? order, long begin, int count,
+        Span<float> values, Span<float> other)
     {
-        for (int r = 0; r < from.Length / row; r++)
+        int row = checked((int)(tensor.Count / tensor.Sizes[0]));
+        for (int i = 0, run; i < count; i += run)
         {
-            int head = r / headDim * headDim, at = r % headDim, half = headDim / 2;
-            int place = head + (at < half ? 2 * at : (2 * (at - half)) + 1);
-            from.Slice(r * row, row).CopyTo(to[(place * row)..]);
+            long first = order?[begin + i] ?? begin + i;
+            for (run = 1; i + run < count; run++)
+                if (order is not null && order[begin + i + run] != first + run) break;
+            weights.Read(tensor, first * row, values.Slice(i * row, run * row),
+                other.Slice(i * row, run * row));
         }
     }
 

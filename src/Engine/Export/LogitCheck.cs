@@ -1,8 +1,8 @@
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Data.Images;
+using MiniCpmNative.Engine.Generate;
 using MiniCpmNative.Engine.Model;
-using MiniCpmNative.Engine.Train;
 using MiniCpmNative.Engine.Weights;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Cpu;
@@ -80,11 +80,10 @@ internal static class LogitCheck
             return loaded.Device.ReadFloats(loaded.Model.Logits(loaded.Graph, hidden));
         }
 
-        arguments = AdapterSettings.Complete(
-            arguments with { UseLora = true, LoraWeightPath = adapter }, _ => false);
-        using var tuned = TunedModel.Open(arguments);
+        // As it is asked, not as it is trained: some adapters are only read.
+        using var asked = AskedModel.Open(arguments, adapter);
+        LoadedModel tuned = asked.Model;
         tuned.Graph.Recording = false;
-        tuned.Device.Random = tuned.Device.Random with { Dropout = false };
         return tuned.Device.ReadFloats(
             tuned.Model.Logits(tuned.Graph, tuned.Hidden(Prompt(tuned.Spec))));
     }

@@ -79,7 +79,7 @@ public sealed unsafe class MergeRun
     }
 
     // A head that is the embedding goes on with the original where the adapter has an embedding of
-    // its own, as PEFT has it; from here on they are two tensors.
+    // its own, as PEFT has it, or has an adapter; from here on they are two tensors.
     private List<TensorToSave> Tensors(out bool untied)
     {
         var parameters = _weights.Spec.Parameters;
@@ -94,9 +94,11 @@ public sealed unsafe class MergeRun
         untied = false;
         foreach (var (module, to) in parameters.Tied)
         {
-            if (!_weights.Changes(to + ".weight")) continue;
-            StoredTensor original = _weights.Checkpoint.Get(to + ".weight");
-            tensors.Add(original.ToSave() with { Name = module + ".weight" });
+            string head = module + ".weight";
+            if (!_weights.Unties(to + ".weight", head)) continue;
+            StoredTensor original = _weights.Checkpoint.Get(to + ".weight").As(head);
+            if (_weights.Changes(head)) tensors.AddRange(Merged(original));
+            else tensors.Add(original.ToSave());
             untied = true;
         }
 

@@ -18,6 +18,10 @@ internal sealed unsafe class MergedWeights : IDisposable
     private readonly AdapterFile? _adapter;
     private readonly Dictionary<string, LowRank> _deltas = new(StringComparer.Ordinal);
     private readonly Dictionary<string, StoredTensor> _replaced = new(StringComparer.Ordinal);
+    private readonly Dictionary<string, (float[] Values, float Scale)> _added =
+        new(StringComparer.Ordinal);
+    private readonly Dictionary<string, (IReadOnlyList<int> Ids, float[] Values)> _rows =
+        new(StringComparer.Ordinal);
 
     private MergedWeights(ModelSpec spec, Checkpoint weights, AdapterFile? adapter) =>
         (Spec, Checkpoint, _adapter) = (spec, weights, adapter);
@@ -39,7 +43,7 @@ internal sealed unsafe class MergedWeights : IDisposable
     {
         ModelSpec spec = ModelSpec.Read(model);
         var merged = new MergedWeights(spec, Checkpoint.Open(model),
-            adapter is null ? null : AdapterFile.Open(adapter));
+            adapter is null ? null : AdapterFile.Open(adapter, spec.Parameters));
         try
         {
             merged.Checkpoint.MustMatch(spec.Parameters, Families.Explain);
@@ -55,7 +59,14 @@ internal sealed unsafe class MergedWeights : IDisposable
     }
 
     /// <summary>Whether the adapter changes the tensor.</summary>
-    public bool Changes(string name) => _deltas.ContainsKey(name) || _replaced.ContainsKey(name);
+    public bool Changes(string name) => IsAnother(name) || _added.ContainsKey(name)
+        || _rows.ContainsKey(name);
+
+    /// <summary>
+    /// Whether the embedding and a head that is the same matrix are two with the adapter in; rows
+    /// of single tokens are both's.
+    /// </summary>
+    public bool Unties(string embedding, string head) => IsAnother(embedding) || IsAnother(head);
 
     /// <summary>
     /// Values begin..begin+target.Length of a tensor as they were, and with the adapter in target;
@@ -68,6 +79,10 @@ internal sealed unsafe class MergedWeights : IDisposable
         if (_replaced.TryGetValue(tensor.Name, out var own)) Widen(own, begin, target);
         else before.CopyTo(target);
         if (_deltas.TryGetValue(tensor.Name, out var delta)) delta.Add(begin, target);
+        if (_added.TryGetValue(tensor.Name, out var added))
+            TensorPrimitives.MultiplyAdd(added.Values.AsSpan((int)begin, target.Length), added.Scale,
+                target, target);
+        if (_rows.TryGetValue(tensor.Name, out var rows)) Put(rows.Ids, rows.Values, begin, target);
         if (!TensorPrimitives.IsFiniteAll<float>(target))
             throw new InputException($"{tensor.Place} has NaN or Inf"
                 + (Changes(tensor.Name) ? " once the adapter is put in" : ""));
@@ -83,20 +98,50 @@ internal sealed unsafe class MergedWeights : IDisposable
     {
         if (_adapter is null) return;
         AdapterConfig config = _adapter.Config;
-        var stored = _adapter.Match(Spec.Parameters);
+        AdapterLayout layout = _adapter.Layout(Spec.Parameters);
+        var stored = _adapter.Match(layout);
+        _adapter.MustBeOn(Checkpoint);
         foreach (StoredTensor tensor in stored.Values) tensor.MustBeFinite(DType.F32);
-        foreach (LinearModule linear in Spec.Parameters.Linears)
+        foreach (Adapter adapter in Adapters.Of(config, layout).List)
         {
-            if (!stored.TryGetValue(Adapters.NameOfA(linear.Name), out var a)) continue;
-            StoredTensor b = stored[Adapters.NameOfB(linear.Name)];
-            _deltas.Add(linear.Name + ".weight", new LowRank(
-                a.ToFloats(), b.ToFloats(), a.Shape[0], linear.Inputs,
-                (float)config.ScaleOf(linear.Name),
-                stored.GetValueOrDefault(Adapters.NameOfMagnitude(linear.Name))?.ToFloats()));
+            LinearModule linear = layout.Targets[adapter.Index];
+            float[] a = layout.Tensor(adapter.NameOfA).Own(stored[adapter.NameOfA].ToFloats());
+            float[] b = layout.Tensor(adapter.NameOfB).Own(stored[adapter.NameOfB].ToFloats());
+            // A table is W^T, to which A^T B^T is added.
+            _deltas.Add(linear.Weight, linear.IsTable
+                ? new LowRank(AdapterLayout.Transposed(b, adapter.Rank), a, adapter.Rank,
+                    linear.Outputs, (float)adapter.Scale)
+                : new LowRank(a, b, adapter.Rank, linear.Inputs, (float)adapter.Scale,
+                    stored.GetValueOrDefault(Adapters.NameOfMagnitude(linear.Name))?.ToFloats(),
+                    adapter.Experts > 0 ? linear.Outputs : 0));
+            if (!adapter.HasBias) continue;
+            if (!linear.HasBias)
+                throw new InputException($"{_adapter.Directory}: {linear.Name} has no bias that "
+                    + "lora_bias could be merged into");
+            _added.Add(linear.Name + ".bias",
+                (stored[adapter.NameOfBias].ToFloats(), (float)adapter.Scale));
         }
+
+        foreach (TokenTarget tokens in layout.Tokens)
+            _rows.Add(tokens.Module.Weight, (tokens.Ids, stored[tokens.Name].ToFloats()));
 
         foreach (var (name, tensor) in stored)
             if (Spec.Parameters.Find(name) is not null) _replaced.Add(name, tensor);
+    }
+
+    private bool IsAnother(string name) => _deltas.ContainsKey(name) || _replaced.ContainsKey(name);
+
+    // Rows that are among those of target.
+    private static void Put(
+        IReadOnlyList<int> ids, float[] values, long begin, Span<float> target)
+    {
+        int cols = values.Length / ids.Count;
+        for (int i = 0; i < ids.Count; i++)
+        {
+            long at = ((long)ids[i] * cols) - begin;
+            if (at >= 0 && at < target.Length)
+                values.AsSpan(i * cols, cols).CopyTo(target[(int)at..]);
+        }
     }
 
     private static void Widen(StoredTensor tensor, long begin, Span<float> target)

@@ -18,14 +18,16 @@ public sealed class AskedModel : IDisposable
     private readonly AdapterFile? _adapter;
     private readonly IReadOnlyDictionary<string, StoredTensor> _trained;
     private readonly ParameterRanges _values;
+    private readonly AdapterLayout? _layout;
     private bool _isAdapted;
 
     private AskedModel(
         LoadedModel model, Checkpoint checkpoint, AdapterFile? adapter,
-        IReadOnlyDictionary<string, StoredTensor> trained, ParameterRanges values)
+        IReadOnlyDictionary<string, StoredTensor> trained, ParameterRanges values,
+        AdapterLayout? layout)
     {
-        (Model, _checkpoint, _adapter, _trained, _values) =
-            (model, checkpoint, adapter, trained, values);
+        (Model, _checkpoint, _adapter, _trained, _values, _layout) =
+            (model, checkpoint, adapter, trained, values, layout);
         foreach (TunedTensor tensor in values.List)
             if (!trained.ContainsKey(tensor.Name) && checkpoint.Find(tensor.Name) is { } own)
                 values.Write(tensor.Name, own.ToFloats());
@@ -33,6 +35,9 @@ public sealed class AskedModel : IDisposable
     }
 
     public LoadedModel Model { get; }
+
+    /// <summary>Sees to the memory of a GPU; null on the CPU, which takes it as it goes.</summary>
+    public StepCounter? Counter { get; private init; }
 
     public RowFormat Rows => Model.Rows;
 
@@ -55,12 +60,19 @@ public sealed class AskedModel : IDisposable
             if (value == _isAdapted || _adapter is null) return;
             _isAdapted = value;
             foreach (var (name, stored) in _trained)
-                _values.Write(name, value ? stored.ToFloats()
+                _values.Write(name, value ? _layout!.Tensor(name).Own(stored.ToFloats())
                     : _checkpoint.Find(name) is { } own ? own.ToFloats()
-                    : name.EndsWith(".lora_B.weight", StringComparison.Ordinal)
-                        ? new float[stored.Count] : stored.ToFloats());
+                    : IsSecond(name) ? new float[stored.Count]
+                    : _layout!.Tokens.FirstOrDefault(t => t.Name == name) is { } tokens
+                        ? _checkpoint.Get(tokens.Module.Weight).RowsToFloats(tokens.Ids)
+                    : _layout.Tensor(name).Own(stored.ToFloats()));
         }
     }
+
+    // What an adapter does is a multiple of.
+    private static bool IsSecond(string name) =>
+        name.Contains(".lora_B.", StringComparison.Ordinal)
+        || name.EndsWith(".lora_embedding_B", StringComparison.Ordinal);
 
     /// <param name="arguments">model_name_or_path, device, threads, bf16 and fp16.</param>
     /// <param name="adapter">A PEFT adapter's folder, or null.</param>
@@ -81,12 +93,12 @@ public sealed class AskedModel : IDisposable
         {
             checkpoint = Checkpoint.Open(folder);
             checkpoint.MustMatch(spec.Parameters, Families.Explain);
-            file = adapter is null ? null : AdapterFile.Open(adapter);
+            file = adapter is null ? null : AdapterFile.Open(adapter, spec.Parameters);
             spec = spec.Replicated(file?.Config.LayerReplication, checkpoint);
-            var trained = file?.Match(spec.Parameters)
-                ?? new Dictionary<string, StoredTensor>();
-            AdapterLayout? layout = file is null ? null : AdapterLayout.Create(
-                spec.Parameters, file.Config, Path.Combine(adapter!, AdapterConfig.FileName));
+            AdapterLayout? layout = file?.Layout(spec.Parameters);
+            var trained = layout is null ? new Dictionary<string, StoredTensor>()
+                : file!.Match(layout);
+            file?.MustBeOn(checkpoint);
             device = (devices ?? DeviceSource.Default).Open(arguments, say);
             // On the CPU activations are F32 in any case, and weights stay as they are stored.
             DType storage = arguments.Fp16 ? DType.F16
@@ -95,13 +107,21 @@ public sealed class AskedModel : IDisposable
             foreach (StoredTensor tensor in trained.Values) tensor.MustBeFinite(DType.F32);
             var whole = layout?.Saved.Concat(layout.Biases).Select(t => t.Name).ToHashSet();
             var values = new ParameterRanges(device.Device,
-                [.. (layout?.Tensors ?? []).Select(t => new TunedTensor(t.Name, t.Shape,
+                [.. (layout?.Tensors ?? []).Select(t => new TunedTensor(t.Name, t.OwnShape,
                     whole!.Contains(t.Name) ? storage : DType.F32, Decays: false))],
                 learns: false);
-            LoadedModel model = LoadedModel.Load(device, spec, checkpoint, storage, values,
-                file is null ? Adapters.None : Adapters.Of(file.Config, layout!),
-                kind: new QuantisedKind(spec.Parameters, storage, null, checkpoint));
-            return new AskedModel(model, checkpoint, file, trained, values);
+            var options = new LoadOptions
+            {
+                Trainables = values,
+                Adapters = file is null ? Adapters.None : Adapters.Of(file.Config, layout!),
+                Kind = new QuantisedKind(spec.Parameters, storage, null, checkpoint),
+            };
+            LoadedModel model = LoadedModel.Load(device, spec, checkpoint, storage, options);
+            return new AskedModel(model, checkpoint, file, trained, values, layout)
+            {
+                Counter = device.Device is not CudaDevice gpu ? null : new StepCounter(gpu, spec,
+                    name => ModelWeights.StoredAs(checkpoint.Get(name).Type, storage), options),
+            };
         }
         catch
         {
@@ -114,6 +134,7 @@ public sealed class AskedModel : IDisposable
 
     public void Dispose()
     {
+        Counter?.Dispose();
         Model.Dispose();
         _adapter?.Dispose();
         _checkpoint.Dispose();

@@ -40,7 +40,14 @@ internal sealed class BeamSearch
         for (int i = 0; i < inputs.Count && goesOn(); i++)
         {
             // All beams begin as one, so only its candidates count.
-            Span<float> logits = model.Append(i * beams, inputs[i].Append);
+            Span<float> logits = [];
+            GenerationInput input = inputs[i];
+            for (int at = 0, to; at < input.Tokens; at = to)
+            {
+                to = input.AppendPart is null ? input.Tokens : Generator.End(input, at);
+                logits = model.Append(i * beams, Generator.Part(input, at, to));
+            }
+
             searches[i].Advance(logits, vocabulary, 1);
             searches[i].Place(tokens, from, i * beams);
         }

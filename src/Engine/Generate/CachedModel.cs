@@ -8,7 +8,9 @@ namespace MiniCpmNative.Engine.Generate;
 /// A model over a cache of keys and values: prompts go in one after the other, then all sequences
 /// go on a token at a time. What comes out are the next tokens' logits, on the host.
 /// </summary>
-internal sealed class CachedModel(LoadedModel model)
+/// <param name="model">The model.</param>
+/// <param name="counter">Sees to its memory, where that is not settled otherwise.</param>
+internal sealed class CachedModel(LoadedModel model, StepCounter? counter)
 {
     private readonly Batch _batch = new();
     private KeyValueCache? _cache;
@@ -41,11 +43,15 @@ internal sealed class CachedModel(LoadedModel model)
     public void Cut(int sequence, int length) => _cache!.Cut(sequence, length);
 
     /// <inheritdoc cref="KeyValueCache.Reorder"/>
-    public void Reorder(ReadOnlySpan<int> from) => _cache!.Reorder(from);
+    public void Reorder(ReadOnlySpan<int> from)
+    {
+        counter?.ReserveMoves(_cache!);
+        _cache!.Reorder(from);
+    }
 
     /// <summary>
     /// Runs tokens of one sequence, pictures among them, behind those it has. append puts them into
-    /// a batch as a row with positions from 0.
+    /// a batch as a row that says where it stands.
     /// </summary>
     /// <returns>logits[vocabulary] behind the last one, valid until the next call.</returns>
     public Span<float> Append(int sequence, Action<Batch> append)
@@ -85,6 +91,7 @@ internal sealed class CachedModel(LoadedModel model)
 
     private Span<float> Run()
     {
+        counter?.Reserve(_batch, _cache!);
         Tensor logits = model.Model.LabelLogits(
             model.Graph, model.Hidden(_batch, cache: _cache));
         int count = checked((int)logits.Shape.Count);

@@ -31,7 +31,7 @@ public sealed class ChatSession
     public ChatSession(AskedModel model, PromptMaker maker, GenerationSettings settings)
     {
         (_model, _maker, _settings) = (model, maker, settings.Checked());
-        _generator = new Generator(model.Model);
+        _generator = new Generator(model.Model, model.Counter);
         // All that a conversation can need at once: a larger cache later would come on top. Beams
         // begin anew each time, and take what they need.
         if (settings.NumBeams == 1)
@@ -51,6 +51,7 @@ public sealed class ChatSession
     /// <exception cref="InputException">The file is missing or no picture.</exception>
     public PromptPicture Show(string path)
     {
+        if (path.Length == 0) throw new InputException("which picture? A file's name is missing");
         PromptPicture picture = _maker.Open(path);
         _pending.Add(_pictures.Count);
         _pictures.Add(picture);

@@ -18,8 +18,11 @@ public sealed record GenerationInput(int Tokens, Action<Batch> Append, ulong Num
     /// <summary>The tokens that each of its pictures takes.</summary>
     public IReadOnlyList<ImageBound> Pictures { get; init; } = [];
 
-    /// <summary>Puts in what is behind the first tokens, which do not split a picture.</summary>
-    public Action<Batch, int>? AppendFrom { get; init; }
+    /// <summary>
+    /// Puts in a part of it, from a token to another, which do not split a picture; null where it
+    /// is run at once.
+    /// </summary>
+    public Action<Batch, int, int>? AppendPart { get; init; }
 }
 
 /// <summary>An answer in tokens.</summary>
@@ -31,11 +34,17 @@ public sealed record GeneratedTokens(int[] Ids, bool Stopped, double? Score = nu
 /// <summary>
 /// Answers prompts: each runs once, with its pictures, then all go on a token at a time over a
 /// cache of keys and values; an answer that has ended rests while others go on. Prompts run one
-/// after the other: they are long enough to fill a device, and need the least memory so.
+/// after the other, and long ones in pieces: these are long enough to fill a device, and need the
+/// least memory so.
 /// </summary>
-public sealed class Generator(LoadedModel model)
+/// <param name="model">Answers.</param>
+/// <param name="counter">Sees to its memory, where that is not settled otherwise.</param>
+public sealed class Generator(LoadedModel model, StepCounter? counter = null)
 {
-    private readonly CachedModel _cached = new(model);
+    /// <summary>Most tokens that run at once, but for those of one picture.</summary>
+    public const int Piece = 1024;
+
+    private readonly CachedModel _cached = new(model, counter);
     private object? _conversation;
     private int[] _held = [];
 
@@ -95,7 +104,7 @@ public sealed class Generator(LoadedModel model)
         int room, object? conversation)
     {
         if (conversation is null || conversation != _conversation || inputs.Count != 1
-            || settings.NumBeams > 1 || inputs[0].AppendFrom is null || room > _cached.Room)
+            || settings.NumBeams > 1 || inputs[0].AppendPart is null || room > _cached.Room)
             return 0;
         int known = Math.Min(
             inputs[0].Ids.AsSpan().CommonPrefixLength(_held), inputs[0].Tokens - 1);
@@ -116,8 +125,16 @@ public sealed class Generator(LoadedModel model)
         {
             answers[i] = new Growing<int>();
             GenerationInput input = inputs[i];
-            Take(i, _cached.Append(i, known == 0
-                ? input.Append : batch => input.AppendFrom!(batch, known)));
+            Span<float> logits = [];
+            for (int from = known, to; from < input.Tokens; from = to)
+            {
+                if (from > known && !goesOn()) break;
+                to = input.AppendPart is null ? input.Tokens : End(input, from);
+                logits = _cached.Append(i, Part(input, from, to));
+            }
+
+            if (_cached.Lengths[i] < input.Tokens) break; // told to stop
+            Take(i, logits);
         }
 
         while (next.AsSpan().ContainsAnyExcept(-1) && goesOn())
@@ -140,6 +157,19 @@ public sealed class Generator(LoadedModel model)
             next[i] = goes && answers[i].Count < settings.MaxNewTokens ? id : -1;
         }
     }
+
+    /// <summary>Where the piece of a prompt ends that begins at a token.</summary>
+    internal static int End(GenerationInput input, int from)
+    {
+        int to = Math.Min(from + Piece, input.Tokens);
+        foreach (ImageBound picture in input.Pictures)
+            if (to > picture.Start && to < picture.End)
+                to = picture.Start > from ? picture.Start : picture.End;
+        return to;
+    }
+
+    internal static Action<Batch> Part(GenerationInput input, int from, int to) =>
+        input.AppendPart is { } append ? batch => append(batch, from, to) : input.Append;
 
     /// <summary>The token behind those generated so far.</summary>
     internal static int Token(

@@ -116,7 +116,7 @@ public sealed class PredictRun
         Append(json => json.WriteString("key", key));
         long start = Stopwatch.GetTimestamp(), tokens = 0;
         int done = before;
-        new RowAnswerer(model.Model, rows, settings).Run(
+        new RowAnswerer(model.Model, rows, settings, model.Counter).Run(
             [.. Missing()], _arguments.PerDeviceEvalBatchSize, (row, answer) =>
         {
             _answers[(side.Name, rows[row].Number)] = answer;

@@ -82,19 +82,20 @@ public sealed class PromptMaker
 
         CanvasPlace[]? canvas = _format.Places(
             prompt.InputIds, prompt.Pictures.Select(picture => pictures[picture].Plan));
-        return new GenerationInput(tokens, batch => Append(batch, 0), number)
+        return new GenerationInput(tokens, batch => Append(batch, 0, tokens), number)
         {
             Ids = prompt.InputIds,
             Pictures = places,
-            AppendFrom = Append,
+            AppendPart = Append,
         };
 
-        void Append(Batch batch, int from)
+        void Append(Batch batch, int from, int to)
         {
-            batch.AddRow(prompt.InputIds, prompt.Bounds, from, canvas);
+            batch.AddRow(prompt.InputIds.AsSpan(0, to),
+                [.. prompt.Bounds.Where(bound => bound.End <= to)], from, canvas?[..to]);
             for (int i = 0; i < places.Length; i++)
             {
-                if (places[i].Start < from) continue;
+                if (places[i].Start < from || places[i].End > to) continue;
                 PromptPicture shown = pictures[prompt.Pictures[i]];
                 using Picture picture = shown.Decode();
                 if (!batch.TryAddPicture(_strips, picture, shown.Plan,

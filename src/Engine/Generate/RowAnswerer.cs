@@ -15,9 +15,14 @@ public sealed record RowAnswer(string Text, int[] Ids, bool Ended);
 /// Answers the last questions of rows, in batches of rows of about equal length, the longest first:
 /// what does not fit is known at once, and the memory of the first batch serves all.
 /// </summary>
-public sealed class RowAnswerer(LoadedModel model, DataRows rows, GenerationSettings settings)
+/// <param name="model">Answers.</param>
+/// <param name="rows">The rows.</param>
+/// <param name="settings">How tokens are chosen.</param>
+/// <param name="counter">See <see cref="Generator"/>.</param>
+public sealed class RowAnswerer(
+    LoadedModel model, DataRows rows, GenerationSettings settings, StepCounter? counter = null)
 {
-    private readonly Generator _generator = new(model);
+    private readonly Generator _generator = new(model, counter);
 
     /// <param name="wanted">Which rows.</param>
     /// <param name="batchSize">Rows of a batch.</param>
@@ -38,7 +43,12 @@ public sealed class RowAnswerer(LoadedModel model, DataRows rows, GenerationSett
         {
             if (!goesOn()) return;
             GeneratedTokens[] answers = _generator.Run([.. batch.Select(item => new GenerationInput(
-                item.Prompt.Tokens, item.Prompt.Append, (ulong)item.Row))], settings, null, goesOn);
+                item.Prompt.Tokens, batch => item.Prompt.Append(batch, 0, item.Prompt.Tokens),
+                (ulong)item.Row)
+            {
+                Pictures = item.Prompt.Pictures,
+                AppendPart = item.Prompt.Append,
+            })], settings, null, goesOn);
             if (!goesOn()) return;
             for (int i = 0; i < batch.Length; i++) done(batch[i].Row, Answer(answers[i]));
         }

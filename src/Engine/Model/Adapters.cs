@@ -7,10 +7,27 @@ namespace MiniCpmNative.Engine.Model;
 /// <summary>
 /// A low-rank adapter on one linear module: y += Scale * drop(x) A^T B^T with A[Rank, Inputs],
 /// B[Outputs, Rank]. Index keys its dropout masks. IsDora: rows have magnitudes[Outputs] too
-/// (<see cref="Kernels.Ops.DoraLinear"/>).
+/// (<see cref="Kernels.Ops.DoraLinear"/>). HasBias: B has a bias[Outputs]. IsTable: it is an
+/// embedding's, y[t] += Scale * A[ids[t]] B^T with A[Inputs, Rank]. Experts: of so many matrices
+/// behind each other, as A and B are; 0 for one.
 /// </summary>
 public sealed record Adapter(string Module, int Index, int Rank, double Scale, int Inputs,
-    int Outputs, bool IsDora = false);
+    int Outputs, bool IsDora = false, bool HasBias = false, bool IsTable = false, int Experts = 0)
+{
+    public int RowsOfA => IsTable ? Inputs : checked(Rank * Math.Max(1, Experts));
+
+    public int RowsOfB => checked(Outputs * Math.Max(1, Experts));
+
+    public string NameOfA => Module + (IsTable ? ".lora_embedding_A" : ".lora_A.weight");
+
+    public string NameOfB => Module + (IsTable ? ".lora_embedding_B" : ".lora_B.weight");
+
+    public string NameOfBias => Module + ".lora_B.bias";
+
+    /// <summary>Numbers in it.</summary>
+    public long Count => ((long)Rank * (Inputs + Outputs) * Math.Max(1, Experts))
+        + (IsDora ? Outputs : 0) + (HasBias ? Outputs : 0);
+}
 
 /// <summary>
 /// All adapters of a run, by the name of their module; Hu et al. 2021, as PEFT has them.
@@ -24,11 +41,15 @@ public sealed class Adapters(IReadOnlyList<Adapter> list, double dropout)
     /// <summary>Those of an adapter's configuration, as its layout places them.</summary>
     public static Adapters Of(AdapterConfig config, AdapterLayout layout) => new(
         [.. layout.Targets.Select((module, i) => new Adapter(
-            module.Name, i, config.RankOf(module.Name), config.ScaleOf(module.Name),
-            module.Inputs, module.Outputs, config.UseDora))],
-        config.Dropout);
+            module.Name, i, layout.RankOf(module.Name), layout.ScaleOf(module.Name),
+            module.Inputs, module.Outputs, config.UseDora, config.Bias == LoraBias.True,
+            module.IsTable, module.Experts))],
+        config.Dropout) { Tokens = layout.Tokens };
 
     public IReadOnlyList<Adapter> List { get; } = list;
+
+    /// <summary>Tokens with trained rows of an embedding or of the head.</summary>
+    public IReadOnlyList<TokenTarget> Tokens { get; private init; } = [];
 
     /// <summary>Share of the adapters' input that is dropped in training.</summary>
     public double Dropout { get; } = dropout;
@@ -71,14 +92,26 @@ public sealed class Adapters(IReadOnlyList<Adapter> list, double dropout)
                 continue;
             }
 
-            var a = new float[adapter.Rank * adapter.Inputs];
-            var b = new float[adapter.Outputs * adapter.Rank];
-            if (start.Text == "gaussian") FillNormal(a, 1.0 / adapter.Rank, adapter, seed);
-            else FillUniform(a, 1 / Math.Sqrt(adapter.Inputs), adapter, 0, seed);
-            if (start.Text == "false")
-                FillUniform(b, 1 / Math.Sqrt(adapter.Rank), adapter, 1, seed);
-            trainables.Write(NameOfA(adapter.Module), a);
-            trainables.Write(NameOfB(adapter.Module), b);
+            int matrices = Math.Max(1, adapter.Experts);
+            var a = new float[checked(adapter.Rank * adapter.Inputs * matrices)];
+            var b = new float[checked(adapter.Outputs * adapter.Rank * matrices)];
+            if (adapter.IsTable)
+            {
+                // Of a table A begins as zero, and B does not.
+                if (start.Text == "false") FillNormal(a, 1, adapter, 0, seed);
+                FillNormal(b, 1, adapter, 1, seed);
+            }
+            else
+            {
+                if (start.Text == "gaussian") FillNormal(a, 1.0 / adapter.Rank, adapter, 0, seed);
+                else FillUniform(a, 1 / Math.Sqrt(adapter.Inputs), adapter, 0, seed);
+                if (start.Text == "false")
+                    FillUniform(b, 1 / Math.Sqrt(adapter.Rank), adapter, 1, seed);
+            }
+
+            trainables.Write(adapter.NameOfA, a);
+            trainables.Write(adapter.NameOfB, b);
+            if (adapter.HasBias) trainables.Write(adapter.NameOfBias, new float[adapter.Outputs]);
             if (adapter.IsDora)
                 trainables.Write(NameOfMagnitude(adapter.Module), [.. rowNorms(
                     adapter.Module + ".weight").Select(norm => (float)norm)]);
@@ -93,11 +126,12 @@ public sealed class Adapters(IReadOnlyList<Adapter> list, double dropout)
     }
 
     // Box and Muller 1958.
-    private static void FillNormal(float[] values, double deviation, Adapter adapter, ulong seed)
+    private static void FillNormal(
+        float[] values, double deviation, Adapter adapter, uint which, ulong seed)
     {
         for (int i = 0; i < values.Length; i++)
         {
-            var bits = Draw(i, adapter, 0, seed);
+            var bits = Draw(i, adapter, which, seed);
             values[i] = (float)(deviation * Math.Sqrt(-2 * Math.Log(Unit(bits.X0)))
                 * Math.Cos(2 * Math.PI * Unit(bits.X1)));
         }

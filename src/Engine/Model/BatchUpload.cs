@@ -11,7 +11,7 @@ namespace MiniCpmNative.Engine.Model;
 /// </summary>
 public interface IBatchInput
 {
-    /// <summary>How many numbers, of 4 bytes at most, it brings in at most 8 tensors.</summary>
+    /// <summary>How many numbers, of 4 bytes at most, it brings in at most 10 tensors.</summary>
     long Count(Batch batch);
 
     /// <summary>
@@ -29,7 +29,7 @@ public interface IBatchInput
 /// <param name="number">Of batches that are on the device together, from 0.</param>
 public sealed class BatchUpload(Device device, int number = 0)
 {
-    private const int TensorsOfAPart = 8;
+    private const int TensorsOfAPart = 10;
 
     private readonly InputMemory _input = device.NewInput();
 

@@ -14,14 +14,12 @@ namespace MiniCpmNative.Engine.Model;
 /// </summary>
 public sealed class Decoder : IBatchInput
 {
-    private readonly Embedding _lookUp;
-    private readonly CrossEntropy _loss = new();
-    private readonly Linear _head = new();
     private readonly Scale? _outputScale;
     private readonly DecoderSpec _spec;
     private readonly PerBatch<DecoderContext> _contexts = new();
     private readonly CanvasRope? _canvas;
-    private readonly Tensor _embedding, _vocabulary;
+    private readonly TokenTable _embedding;
+    private readonly OutputHead _head;
     private readonly DecoderLayer[] _layers;
     private readonly Norm _norm;
     private readonly Recomputation _recomputation;
@@ -36,27 +34,25 @@ public sealed class Decoder : IBatchInput
         DecoderSpec spec, ModuleScope scope, Recomputation recomputation, string name = "model")
     {
         (_spec, _recomputation, _context) = (spec, recomputation, _contexts[0]);
-        _lookUp = new Embedding(spec.EmbeddingScale);
         if (!spec.RopeSections.IsEmpty) _canvas = new CanvasRope(spec);
         if (spec.OutputScale != 1) _outputScale = new Scale(spec.OutputScale);
         ModuleScope model = scope.In(name);
-        ModuleScope embedding = model.In("embed_tokens");
-        _embedding = spec.TiedHead
-            ? embedding.Table("weight", false, spec.VocabSize, spec.HiddenSize)
-            : embedding.LookUp("weight", spec.VocabSize, spec.HiddenSize);
+        _embedding = model.Tokens("embed_tokens", spec.VocabSize, spec.HiddenSize,
+            spec.EmbeddingScale, spec.TiedHead);
         _layers = new DecoderLayer[spec.Layers];
         for (int i = 0; i < _layers.Length; i++)
             _layers[i] = new DecoderLayer(spec, model.In("layers").In(i), i, recomputation);
         _norm = model.RmsNorm(
             "norm", spec.HiddenSize, spec.Norm with { Decays = spec.FinalNormDecays });
         model.Module("rotary_emb");
-        _vocabulary = spec.TiedHead
-            ? scope.Tied("lm_head", name + ".embed_tokens", _embedding)
+        _head = spec.TiedHead
+            ? scope.TiedHead(
+                "lm_head", name + ".embed_tokens", _embedding, spec.HiddenSize, spec.VocabSize)
             : scope.Head("lm_head", spec.HiddenSize, spec.VocabSize);
     }
 
     /// <summary>ids I32[tokens] -> [tokens, width].</summary>
-    public Tensor Embed(Graph graph, Tensor ids) => graph.Run(_lookUp, _embedding, ids);
+    public Tensor Embed(Graph graph, Tensor ids) => _embedding.Run(graph, ids);
 
     /// <summary>x[tokens, width] -> h[tokens, width] after the final norm, of the batch.</summary>
     public Tensor Forward(Graph graph, Tensor x, ITensorProbe? probe) =>
@@ -106,7 +102,7 @@ public sealed class Decoder : IBatchInput
     /// Whether gradients of several batches add up in one order, whether they are run apart or
     /// together: not where one trained matrix is both embedding and head.
     /// </summary>
-    public bool RunsTogether => _vocabulary.Variable == 0 || _vocabulary.Variable != _embedding.Variable;
+    public bool RunsTogether => !_head.IsTrainedWith(_embedding.Table, _embedding.Rows);
 
     /// <summary>
     /// Sum of the cross-entropies of the labelled rows. perRow takes, when it has room, what the
@@ -114,25 +110,25 @@ public sealed class Decoder : IBatchInput
     /// </summary>
     public Tensor Loss(
         Graph graph, Tensor hidden, Tensor labelRows, Tensor targets, Span<Tensor> perRow) =>
-        perRow.IsEmpty
-            ? graph.Run(_loss, hidden, _vocabulary, labelRows, targets)
-            : graph.Run(_loss, perRow, hidden, _vocabulary, labelRows, targets);
+        _head.Loss(graph, hidden, labelRows, targets, perRow);
 
     /// <summary>h[rows, width] -> logits[rows, vocabulary]: training never has them.</summary>
-    public Tensor Logits(Graph graph, Tensor hidden) => graph.Run(_head, hidden, _vocabulary);
+    public Tensor Logits(Graph graph, Tensor hidden) => _head.Logits(graph, hidden);
 
     /// <summary>
     /// What the batches loaded from now on continue; null when their rows are whole.
     /// </summary>
     public void Continue(KeyValueCache? cache) => _cache = cache;
 
-    public long Count(Batch batch) => ((_spec.Delta is null ? 1L : 3) * batch.Positions.Count)
+    public long Count(Batch batch) => _embedding.Count(batch)
+        + ((_spec.Delta is null ? 1L : 3) * batch.Positions.Count)
         + batch.SequenceStarts.Count + (_canvas?.Count(batch) ?? 0)
         + BatchUpload.TileNumbers(
             batch.Tokens.Count, batch.Tokens.Count, batch.SequenceStarts.Count);
 
     public void Load(Batch batch, BatchUpload upload)
     {
+        _embedding.Load(batch, upload);
         _context = _contexts[upload.Number];
         (_context.Cache, _context.Random) = (_cache, upload.Random);
         ReadOnlySpan<int> starts = batch.SequenceStarts.Span;

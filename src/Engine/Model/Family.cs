@@ -124,7 +124,8 @@ public sealed record ChatDefaults(
 /// <summary>What llama.cpp calls the parts of a member, in GGUF files.</summary>
 /// <param name="Architecture">The decoder: general.architecture.</param>
 /// <param name="Splits">How texts are split into words: tokenizer.ggml.pre.</param>
-/// <param name="Projector">clip.minicpmv_version; null where its reader has none.</param>
+/// <param name="Projector">clip.minicpmv_version of a resampler; null where its reader has
+/// none.</param>
 /// <param name="Interleaves">Whether its rotary embedding turns neighbours, not halves.</param>
 /// <param name="Note">What a user should know about it there, if anything.</param>
 public sealed record GgufNames(

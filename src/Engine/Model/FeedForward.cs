@@ -82,7 +82,8 @@ internal sealed class GatedFeedForward : FeedForward
 /// Qwen's mixture of experts: of many small gated feed-forwards those that a router chooses for
 /// each token, weighted (<see cref="Experts"/>), and one, gated, that every token goes to. The
 /// experts' matrices lie in two parameters, which are no linear layers to PEFT and to what
-/// quantises: they are frozen as they are stored, or trained whole.
+/// quantises: they are frozen as they are stored, with adapters where target_parameters names them,
+/// or trained whole.
 /// </summary>
 internal sealed class SparseFeedForward : FeedForward
 {
@@ -90,7 +91,8 @@ internal sealed class SparseFeedForward : FeedForward
     private static readonly GatedAdd s_add = new();
 
     private readonly Experts _experts;
-    private readonly Tensor _router, _gateAndUp, _down;
+    private readonly Tensor _router;
+    private readonly ExpertMatrices _gateAndUp, _down;
     private readonly GatedFeedForward _shared;
     private readonly Projection _sharedGate;
 
@@ -100,22 +102,23 @@ internal sealed class SparseFeedForward : FeedForward
         _experts = new Experts(experts.Chosen);
         _router = scope.In("gate").Matrix("weight", experts.Count, width);
         ModuleScope all = scope.In("experts");
-        _gateAndUp = all.Table("gate_up_proj", false, experts.Count, 2 * experts.Inner, width);
-        _down = all.Table("down_proj", false, experts.Count, width, experts.Inner);
+        _gateAndUp = all.Experts("gate_up_proj", experts.Count, 2 * experts.Inner, width);
+        _down = all.Experts("down_proj", experts.Count, width, experts.Inner);
         all.Module("act_fn");
         _shared = new GatedFeedForward(spec, scope.In("shared_expert"));
         _sharedGate = scope.Linear("shared_expert_gate", width, 1, bias: false);
         Projections = [.. _shared.Projections, _sharedGate];
-        Trainable = _router.Variable != 0 || _gateAndUp.Variable != 0 || _down.Variable != 0;
+        Trainable = _router.Variable != 0 || _gateAndUp.Trainable || _down.Trainable;
     }
 
-    public override bool ReadsInput => _router.Variable != 0 || _gateAndUp.Variable != 0
+    public override bool ReadsInput => _router.Variable != 0 || _gateAndUp.Trainable
         || _shared.ReadsInput || _sharedGate.ReadsInput;
 
     public override Tensor Run(Graph graph, Tensor a, bool again)
     {
         Tensor logits = graph.RunFleeting(s_linear, a, _router);
-        Tensor routed = graph.RunFleeting(_experts, a, logits, _gateAndUp, _down);
+        Tensor routed =
+            graph.RunFleeting(_experts, a, logits, _gateAndUp.Of(graph), _down.Of(graph));
         graph.Drop(logits);
         Tensor shared = _shared.RunBeside(graph, a, again);
         Tensor gate = _sharedGate.Run(graph, a);
@@ -125,4 +128,19 @@ internal sealed class SparseFeedForward : FeedForward
         graph.Drop(shared);
         return y;
     }
+}
+
+/// <summary>Matrices of experts, one behind the other, with their adapters where they have any.</summary>
+/// <param name="matrices">[experts * outputs, inputs].</param>
+/// <param name="low">Of them A[experts * rank, inputs] and B[experts * outputs, rank].</param>
+public sealed class ExpertMatrices(Tensor matrices, LowRankPart? low)
+{
+    private readonly AdaptedMatrices? _op =
+        low is null ? null : new(low.Adapter.Experts, low.Adapter.Scale);
+
+    public bool Trainable => matrices.Variable != 0 || low is not null;
+
+    /// <summary>What rows are multiplied by.</summary>
+    public Tensor Of(Graph graph) =>
+        _op is null ? matrices : graph.Run(_op, matrices, low!.A, low.B);
 }

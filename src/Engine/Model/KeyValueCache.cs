@@ -53,6 +53,14 @@ public sealed class KeyValueCache : IBatchInput
         static long Larger(long wanted, long had) => wanted <= had ? had : Math.Max(wanted, 2 * had);
     }
 
+    /// <summary>Bytes of the step's memory that moving rows takes at most.</summary>
+    public long MoveBytes => _layers.Concat(_states).Max(
+        layer => Math.Max(Bytes(layer.Item1), Bytes(layer.Item2)));
+
+    /// <summary>Bytes of all of it.</summary>
+    public long TotalBytes => _layers.Concat(_states).Sum(
+        layer => Bytes(layer.Item1) + Bytes(layer.Item2));
+
     /// <summary>Most tokens of a sequence.</summary>
     public int Room { get; private set; }
 
@@ -199,6 +207,8 @@ public sealed class KeyValueCache : IBatchInput
         KeyStarts = upload.Ints(_starts, "key starts");
         KeyLengths = upload.Ints(_lengths, "key lengths");
     }
+
+    private static long Bytes(in Tensor tensor) => tensor.Exists ? tensor.Spec.Bytes : 0;
 
     private (Tensor Inputs, Tensor State) NewState(DeltaSpec delta, int sequences) => (
         _device.Allocate(new Spec(_device.Activations, new Shape(

@@ -54,26 +54,36 @@ public sealed class LoadedModel : IDisposable
     /// <param name="spec">The model.</param>
     /// <param name="checkpoint">Its weights; not needed any more once this returns.</param>
     /// <param name="storage">Type of the weights.</param>
-    /// <param name="trainables">The trained tensors on that device; null where none are.</param>
-    /// <param name="adapters">Adapters that sit on linear layers.</param>
-    /// <param name="recomputation">What layers compute again in backward; null for
-    /// nothing.</param>
-    /// <param name="kind">Makes frozen weights of linear layers; null keeps them dense.</param>
-    /// <param name="split">Weights of which a part stays frozen; null for none.</param>
-    /// <param name="norms">Norms of rows, where they are needed besides.</param>
-    /// <param name="streams">Whether frozen tensors of blocks lie in host memory.</param>
-    public static LoadedModel Load(
-        OpenDevice device, ModelSpec spec, Checkpoint checkpoint, DType storage,
-        ParameterRanges? trainables = null, Adapters? adapters = null,
-        Recomputation? recomputation = null,
-        IWeightKind? kind = null, SplitWeights? split = null, FrozenNorms? norms = null,
-        bool streams = false) =>
-        Build(device, spec, graph => new ModelWeights(
-            graph, checkpoint, trainables ?? new ParameterRanges(device.Device, []),
-            adapters ?? Adapters.None, storage, kind, split, norms)
-        {
-            Streams = streams,
-        }, recomputation ?? Recomputation.None);
+    /// <param name="options">What else is wanted of it; null for nothing.</param>
+    public static LoadedModel Load(OpenDevice device, ModelSpec spec, Checkpoint checkpoint,
+        DType storage, LoadOptions? options = null)
+    {
+        options ??= new LoadOptions();
+        return Build(device, spec,
+            graph => new ModelWeights(graph, checkpoint, storage, options)
+            {
+                Streams = options.Streams,
+            },
+            options.Recomputation);
+    }
+
+    /// <summary>
+    /// The same without weights: its tensors have their places and no content, for a device that
+    /// only counts.
+    /// </summary>
+    /// <param name="device">Taken over.</param>
+    /// <param name="spec">The model.</param>
+    /// <param name="storedAs">The type in which a frozen tensor is kept, by its name.</param>
+    /// <param name="options">How it would be loaded.</param>
+    public static LoadedModel Plan(OpenDevice device, ModelSpec spec,
+        Func<string, DType> storedAs, LoadOptions options) => Build(
+            device, spec, graph => new PlannedTensors(
+                graph, spec, options.Trainables ?? new ParameterRanges(device.Device, []),
+                options.Adapters, storedAs, options.Kind)
+            {
+                Streams = options.Streams,
+            },
+            options.Recomputation);
 
     /// <summary>Builds a model of tensors that come from anywhere.</summary>
     internal static LoadedModel Build(

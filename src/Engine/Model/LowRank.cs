@@ -6,8 +6,15 @@ namespace MiniCpmNative.Engine.Model;
 /// scale * B[outputs, rank] A[rank, inputs] on the host, to be added to a weight some rows at a
 /// time; norms are those that rows have with it (DoRA), or null.
 /// </summary>
+/// <param name="a">A, of several weights behind each other.</param>
+/// <param name="b">B likewise.</param>
+/// <param name="rank">The rank.</param>
+/// <param name="inputs">Columns of the weight.</param>
+/// <param name="scale">The factor.</param>
+/// <param name="norms">Of its rows, or null.</param>
+/// <param name="each">Rows of one of several weights; 0 where there is one.</param>
 internal sealed unsafe class LowRank(
-    float[] a, float[] b, int rank, int inputs, float scale, float[]? norms = null)
+    float[] a, float[] b, int rank, int inputs, float scale, float[]? norms = null, int each = 0)
 {
     public float[] A { get; } = a;
 
@@ -25,9 +32,10 @@ internal sealed unsafe class LowRank(
     public void Add(int first, float* rows, int count) => Parallel.For(0, count, row =>
     {
         var sum = new float[inputs];
+        int own = each > 0 ? (first + row) / each * rank : 0;
         for (int k = 0; k < rank; k++)
             TensorPrimitives.MultiplyAdd(
-                A.AsSpan(k * inputs, inputs), B[((first + row) * rank) + k], sum, sum);
+                A.AsSpan((own + k) * inputs, inputs), B[((first + row) * rank) + k], sum, sum);
         var values = new Span<float>(rows + ((long)row * inputs), inputs);
         TensorPrimitives.MultiplyAdd(sum, scale, values, values);
         if (norms is not null)

@@ -66,22 +66,48 @@ public abstract class ModelTensors(Graph graph, ParameterRanges trainables, Adap
     }
 
     public Projection Projection(
-        string? module, string weight, int begin, int rows, Tensor bias)
+        string module, string weight, int begin, int rows, Tensor bias)
     {
         Weight matrix = (trainables.Contains(weight) ? null : OtherKind(weight, begin, rows))
             ?? new DenseWeight(Matrix(weight, begin, rows, ShapeOf(weight).Cols));
-        if (module is null || adapters.Find(module) is not { } adapter)
-            return new Projection(matrix, bias);
-        Tensor a = Parameter(Adapters.NameOfA(module), 0, adapter.Rank);
-        Tensor b = Parameter(Adapters.NameOfB(module), 0, adapter.Outputs);
+        if (adapters.Find(module) is not { } adapter) return new Projection(matrix, bias);
+        Tensor a = Parameter(adapter.NameOfA, 0, adapter.Rank);
+        Tensor b = Parameter(adapter.NameOfB, begin, rows);
         if (!adapter.IsDora)
-            return new Projection(matrix, bias, adapter, adapters.Dropout, a, b);
+            return new Projection(matrix, bias, adapter, adapters.Dropout, a, b,
+                adapter.HasBias ? Parameter(adapter.NameOfBias, begin, rows) : Tensor.None);
         // In F32 on every device: its changes are small.
         string magnitude = Adapters.NameOfMagnitude(module);
         Tensor m = trainables.Value(magnitude);
         if (trainables.Learns) m = Parameter(magnitude, m, trainables.Gradient(magnitude));
         return new Projection(matrix, bias, adapter, adapters.Dropout, a, b, m,
             FrozenSquares(weight, begin, rows));
+    }
+
+    public LowRankPart? Low(string module) => adapters.Find(module) is not { } adapter ? null
+        : new(adapter, adapters.Dropout,
+            Parameter(adapter.NameOfA, 0, adapter.RowsOfA),
+            Parameter(adapter.NameOfB, 0, adapter.RowsOfB));
+
+    public TokenRows? Rows(string module, string weight)
+    {
+        if (adapters.Tokens.FirstOrDefault(t => t.Module.Name == module) is not { } tokens)
+            return null;
+        Tensor original = Device.Allocate(new Spec(
+            Device.Activations, new Shape(tokens.Ids.Count, tokens.Cols)), tokens.Name);
+        if (HasContent) Device.WriteFloats(original, FrozenRows(weight, tokens.Ids));
+        return new(tokens.Ids, Parameter(tokens.Name, 0, tokens.Ids.Count), original);
+    }
+
+    public Tensor Places(IReadOnlyList<int> ids, int rows)
+    {
+        Tensor places =
+            Device.Allocate(new Spec(Device.Activations, new Shape(rows, ids.Count)), "places");
+        if (!HasContent) return places;
+        var ones = new float[checked(rows * ids.Count)];
+        for (int i = 0; i < ids.Count; i++) ones[(ids[i] * ids.Count) + i] = 1;
+        Device.WriteFloats(places, ones);
+        return places;
     }
 
     /// <summary>Whether tensors are more than their places.</summary>
@@ -96,6 +122,9 @@ public abstract class ModelTensors(Graph graph, ParameterRanges trainables, Adap
 
     /// <summary>The squared norms of rows of a matrix, in F32.</summary>
     protected abstract Tensor FrozenSquares(string name, int begin, int rows);
+
+    /// <summary>The values of rows of a matrix.</summary>
+    protected virtual float[] FrozenRows(string name, IReadOnlyList<int> rows) => [];
 
     /// <summary>In the device's packed form.</summary>
     protected abstract Tensor FrozenMatrix(string name, int begin, int rows, int cols);
@@ -128,20 +157,18 @@ public abstract class ModelTensors(Graph graph, ParameterRanges trainables, Adap
 /// </summary>
 /// <param name="graph">The tape.</param>
 /// <param name="checkpoint">The files.</param>
-/// <param name="trainables">The trained ranges on the tape's device.</param>
-/// <param name="adapters">Adapters that sit on linear layers.</param>
 /// <param name="storage">The run's storage type.</param>
-/// <param name="kind">Makes frozen weights of linear layers; null keeps them dense.</param>
-/// <param name="split">Weights of which a part stays frozen; null for none.</param>
-/// <param name="norms">Norms of rows, where somebody else has a use for them too.</param>
+/// <param name="options">What is trained, and how the rest is kept.</param>
 public sealed class ModelWeights(
-    Graph graph, Checkpoint checkpoint, ParameterRanges trainables, Adapters adapters, DType storage,
-    IWeightKind? kind = null, SplitWeights? split = null, FrozenNorms? norms = null)
-    : ModelTensors(graph, trainables, adapters)
+    Graph graph, Checkpoint checkpoint, DType storage, LoadOptions options)
+    : ModelTensors(
+        graph, options.Trainables ?? new ParameterRanges(graph.Device, []), options.Adapters)
 {
-    private readonly FrozenNorms _norms = norms ?? new(checkpoint, storage, kind);
+    private readonly FrozenNorms _norms = options.Norms ?? new(checkpoint, storage, options.Kind);
+    private readonly IWeightKind? _kind = options.Kind;
+    private readonly SplitWeights? _split = options.Split;
 
-    protected override bool IsDense(string weight) => kind?.Takes(weight) != true;
+    protected override bool IsDense(string weight) => _kind?.Takes(weight) != true;
 
     protected override Shape ShapeOf(string name) => checkpoint.Get(name).Shape;
 
@@ -156,6 +183,9 @@ public sealed class ModelWeights(
         return vector;
     }
 
+    protected override float[] FrozenRows(string name, IReadOnlyList<int> rows) =>
+        checkpoint.Get(name).RowsToFloats(rows);
+
     protected override Tensor FrozenSquares(string name, int begin, int rows)
     {
         Tensor squares = Device.Allocate(
@@ -167,7 +197,7 @@ public sealed class ModelWeights(
 
     protected override unsafe Tensor FrozenMatrix(string name, int begin, int rows, int cols)
     {
-        if (split?.Contains(name) == true) return Rest(name, rows, cols);
+        if (_split?.Contains(name) == true) return Rest(name, rows, cols);
         using var values = new StorageValues(
             checkpoint.Get(name), (long)begin * cols, (long)rows * cols, storage);
         return Device.Pack(values.Type, rows, cols, values.Data, name);
@@ -182,7 +212,7 @@ public sealed class ModelWeights(
         {
             using (var values = new StorageValues(checkpoint.Get(name), 0, (long)count, storage))
                 FloatBits.Widen(values.Data, values.Type, wide, (nint)count);
-            split!.Leave(name, wide, rows);
+            _split!.Leave(name, wide, rows);
             // In place: narrower values never reach those that are still to be read.
             FloatBits.Narrow(wide, wide, storage, (nint)count);
             return Device.Pack(storage, rows, cols, wide, name);
@@ -207,7 +237,7 @@ public sealed class ModelWeights(
         storage == DType.F32 && file is DType.BF16 or DType.F16 ? file : storage;
 
     protected override Weight? OtherKind(string weight, int begin, int rows) =>
-        kind?.Load(Device, checkpoint.Get(weight), begin, rows);
+        _kind?.Load(Device, checkpoint.Get(weight), begin, rows);
 }
 
 /// <summary>

@@ -92,20 +92,29 @@ public sealed class ModuleScope
 
     /// <summary>
     /// Rows of one stored matrix (name_weight, name_bias) as layers of their own: the input
-    /// projections of nn.MultiheadAttention, which PEFT sees no module in.
+    /// projections of nn.MultiheadAttention, the module at this place, which PEFT 0.21 gives an
+    /// adapter as a whole.
     /// </summary>
     public Projection[] Fused(string name, int inputs, params ReadOnlySpan<int> outputs)
     {
         int rows = 0;
         foreach (int count in outputs) rows += count;
+        string module = _path.TrimEnd('.');
         string weight = Declare(Name(name) + "_weight", decays: true, [rows, inputs]);
+        _table.Add(new LinearModule(module, inputs, rows, HasBias: true)
+        {
+            Weight = weight,
+            OnlyRead = "PEFT 0.21 counts the change of its out_proj twice in forward and once in the "
+                + "gradient, PEFT 0.14 knows no such adapter: name kv_proj or out_proj, or train the "
+                + "module whole with modules_to_save",
+        });
         string bias = Declare(Name(name) + "_bias", decays: true, [rows]);
         var layers = new Projection[outputs.Length];
         int begin = 0;
         for (int i = 0; i < layers.Length; i++)
         {
             layers[i] = _source.Projection(
-                null, weight, begin, outputs[i], _source.Vector(bias, begin, outputs[i]));
+                module, weight, begin, outputs[i], _source.Vector(bias, begin, outputs[i]));
             begin += outputs[i];
         }
 
@@ -179,26 +188,61 @@ public sealed class ModuleScope
             ? table.Reshape((int)table.Shape.Rows, table.Shape.Cols) : table;
     }
 
+    /// <summary>The embedding of tokens, whose matrix the head may use too.</summary>
+    public TokenTable Tokens(string name, int rows, int cols, double scale, bool isHead)
+    {
+        string module = Name(name);
+        _table.Add(new LinearModule(module, rows, cols, HasBias: false) { IsTable = true });
+        Tensor table = isHead ? Table(name + ".weight", false, rows, cols)
+            : LookUp(name + ".weight", rows, cols);
+        return new TokenTable(table, scale,
+            _source.Low(module), _source.Rows(module, module + ".weight"));
+    }
+
+    /// <summary>
+    /// Matrices of many experts [outputs, inputs] as one parameter, which PEFT's target_parameters
+    /// may name.
+    /// </summary>
+    public ExpertMatrices Experts(string name, int count, int outputs, int inputs)
+    {
+        string full = Name(name);
+        _table.AddExperts(new LinearModule(full, inputs, outputs, HasBias: false)
+        {
+            Weight = full,
+            Experts = count,
+        });
+        return new ExpertMatrices(Table(name, false, count, outputs, inputs), _source.Low(full));
+    }
+
     /// <summary>A module without parameters, which a pattern of PEFT's may hit.</summary>
     public void Module(string name) => _table.AddModule(Name(name));
 
     /// <summary>
     /// A module that is another one's matrix used again; PEFT trains a copy where that one is in
-    /// modules_to_save, and this one goes on with the original.
+    /// modules_to_save, and this one goes on with the original. Rows of single tokens are both's.
     /// </summary>
-    public Tensor Tied(string name, string to, Tensor table)
+    public OutputHead TiedHead(string name, string to, TokenTable table, int inputs, int outputs)
     {
         _table.Tie(Name(name), Name(to));
-        return _source.Original(Name(to) + ".weight") is { Exists: true } original
-            ? original : table;
+        Tensor matrix = _source.Original(Name(to) + ".weight") is { Exists: true } original
+            ? original : table.Table;
+        return Head(name, matrix, table.Rows, inputs, outputs);
     }
 
     /// <summary>The output head, whose product is a part of the loss.</summary>
-    public Tensor Head(string name, int inputs, int outputs)
+    public OutputHead Head(string name, int inputs, int outputs)
+    {
+        string module = Name(name);
+        return Head(name, Matrix(name + ".weight", outputs, inputs),
+            _source.Rows(module, module + ".weight"), inputs, outputs);
+    }
+
+    private OutputHead Head(string name, Tensor matrix, TokenRows? rows, int inputs, int outputs)
     {
         _table.Add(new LinearModule(Name(name), inputs, outputs, HasBias: false));
         _table.Head = Name(name);
-        return Matrix(name + ".weight", outputs, inputs);
+        return new OutputHead(matrix, _source.Low(Name(name)), rows,
+            rows is null ? Tensor.None : _source.Places(rows.Ids, outputs));
     }
 
     /// <summary>Parts that are not run: their tensors are handed on as they are.</summary>
@@ -217,7 +261,8 @@ public sealed class ModuleScope
         foreach (string word in s_exempt)
             decays &= !name.Contains(word, StringComparison.OrdinalIgnoreCase);
         _table.Add(new ModelParameter(
-            name, new Shape(sizes), _part, decays && !_isUnused, isFixed || _isUnused));
+            name, new Shape(sizes), _part, decays && !_isUnused, isFixed || _isUnused,
+            _isUnused));
         return name;
     }
 
@@ -242,7 +287,7 @@ public sealed class ModuleScope
         }
 
         public Projection Projection(
-            string? module, string weight, int begin, int rows, Tensor bias) =>
+            string module, string weight, int begin, int rows, Tensor bias) =>
             new(new DenseWeight(Tensor.None), Tensor.None);
     }
 }
@@ -284,8 +329,16 @@ public interface ITensorSource
     void Together(string first, int rows, int cols);
 
     /// <summary>
-    /// Rows of a weight as a linear layer, with the adapter of the module if it has one; module is
-    /// null where PEFT has none.
+    /// Rows of a weight as a linear layer, with the adapter of the module if it has one.
     /// </summary>
-    Projection Projection(string? module, string weight, int begin, int rows, Tensor bias);
+    Projection Projection(string module, string weight, int begin, int rows, Tensor bias);
+
+    /// <summary>The adapter of an embedding or of the head; null where there is none.</summary>
+    LowRankPart? Low(string module) => null;
+
+    /// <summary>Its trained rows of single tokens; null where there are none.</summary>
+    TokenRows? Rows(string module, string weight) => null;
+
+    /// <summary>A matrix [rows, ids] with a one in each column, in the row of its number.</summary>
+    Tensor Places(IReadOnlyList<int> ids, int rows) => Tensor.None;
 }

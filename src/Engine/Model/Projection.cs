@@ -15,7 +15,8 @@ public sealed class Projection
     private readonly Tensor[] _inputs;
     private readonly Op _op;
     private readonly AdaptedNorm? _norm;
-    private readonly Tensor _squares;
+    private readonly Tensor _squares, _bias, _biasOfB;
+    private readonly Op? _addBias;
 
     public Projection(Weight weight, Tensor bias)
     {
@@ -24,8 +25,15 @@ public sealed class Projection
         Trainable = weight.Tensor.Variable != 0 || bias.Variable != 0;
     }
 
+    /// <param name="weight">The frozen weight.</param>
+    /// <param name="bias">Its bias, or none.</param>
+    /// <param name="adapter">Its adapter.</param>
+    /// <param name="dropout">Share of the adapter's input that is dropped.</param>
+    /// <param name="a">Its first matrix.</param>
+    /// <param name="b">Its second matrix.</param>
+    /// <param name="biasOfB">That one's bias, which counts as often as the matrix, or none.</param>
     public Projection(Weight weight, Tensor bias, Adapter adapter, double dropout, Tensor a,
-        Tensor b)
+        Tensor b, Tensor biasOfB = default)
     {
         (_op, Weight) = (
             new LoraLinear(adapter.Index, adapter.Scale, dropout, Other(weight)), weight);
@@ -33,6 +41,9 @@ public sealed class Projection
         Trainable = true;
         Adapter = adapter;
         Dropout = dropout;
+        (_bias, _biasOfB) = (bias, biasOfB);
+        if (biasOfB.Exists)
+            _addBias = bias.Exists ? new Add(adapter.Scale) : new Scale(adapter.Scale);
     }
 
     /// <param name="weight">The frozen weight.</param>
@@ -80,6 +91,9 @@ public sealed class Projection
     {
         _inputs[0] = x;
         if (_norm is not null) _inputs[^1] = Norms(graph);
+        if (_addBias is not null)
+            _inputs[2] = _bias.Exists
+                ? graph.Run(_addBias, _bias, _biasOfB) : graph.Run(_addBias, _biasOfB);
         return _inputs;
     }
 
@@ -94,7 +108,7 @@ public sealed class Projection
 /// <summary>
 /// Linear layers of one input, which run together: queries, keys and values, whose heads may be
 /// rotated on the way, or gate and up of a feed-forward. Where their adapters differ in rank or
-/// scale, or have magnitudes, they run one after the other.
+/// scale, or have magnitudes or biases, they run one after the other.
 /// </summary>
 public sealed class Projections
 {
@@ -117,7 +131,7 @@ public sealed class Projections
         (_columns, _rotated, _rope) = (columns, rotated, new Rope(headDim));
         ReadsInput = Array.Exists(layers, layer => layer.ReadsInput);
         if (Array.Exists(layers, layer => layer.Adapter is { } its
-            && (its.IsDora
+            && (its.IsDora || its.HasBias
                 || (its.Rank, its.Scale) != (adapted!.Adapter!.Rank, adapted.Adapter.Scale))))
         {
             _apart = layers;

@@ -100,8 +100,9 @@ public sealed class BaseModel : IDisposable
             AdapterConfig? adapter = TunedParts.AdapterOf(arguments, spec);
             if (arguments.LoraWeightPath is { } path)
             {
-                start = AdapterFile.Open(path);
-                AdapterStart.MustFit(adapter!, start, spec.Parameters);
+                start = AdapterFile.Open(path, spec.Parameters);
+                adapter = AdapterStart.Settled(adapter!, start);
+                AdapterStart.MustFit(adapter, start, spec.Parameters);
             }
 
             TunedParts parts = TunedParts.Choose(spec, arguments, adapter, storage);
@@ -110,6 +111,7 @@ public sealed class BaseModel : IDisposable
             {
                 AdapterStart.MustKeepModules(parts.Layout!, start, spec.Parameters);
                 start.Match(spec.Parameters);
+                start.MustBeOn(weights);
                 say?.Invoke(FormattableString.Invariant(
                     $"starting from adapter {start.Directory}: lora_r {arguments.LoraR}, ")
                     + FormattableString.Invariant(
@@ -118,6 +120,7 @@ public sealed class BaseModel : IDisposable
                         ? $", modules_to_save {string.Join(' ', whole)}" : ""));
             }
 
+            if (parts.OfTied(spec.Parameters) is { } tied) say?.Invoke(tied);
             return new BaseModel(spec, weights, start, parts, storage)
             {
                 Optimizer = TunedModel.OptimizerOf(arguments),

@@ -53,14 +53,15 @@ public sealed class DryRun : IDisposable
             offloads: arguments.OffloadParam == true);
         Recomputation = parts.NewRecomputation(model.Spec, arguments);
         long before = _context.HeldBytes;
-        _model = LoadedModel.Build(
-            new OpenDevice(_device, card.Name, _context), model.Spec,
-            graph => new PlannedTensors(
-                graph, model.Spec, trainables, parts.Adapters, model.StoredAs, model.Kind)
+        _model = LoadedModel.Plan(
+            new OpenDevice(_device, card.Name, _context), model.Spec, model.StoredAs, new()
             {
+                Trainables = trainables,
+                Adapters = parts.Adapters,
+                Recomputation = Recomputation,
+                Kind = model.Kind,
                 Streams = arguments.Streams,
-            },
-            Recomputation);
+            });
         long weights = _context.HeldBytes - before;
         _trainer = new Trainer(arguments, _model, trainables) { Together = together };
         long moments = trainables.StateBytes;

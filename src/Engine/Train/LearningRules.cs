@@ -35,8 +35,12 @@ internal sealed class LearningRules(ParameterTable table, TrainArguments argumen
         return found;
     }
 
-    private bool Decays(string name) => arguments.WeightDecayScope == DecayScope.All
-        || table.Find(name) is not { Decays: false };
+    // PyTorch leaves alone what no gradient reaches, an adapter on a module that does not run too.
+    private bool Decays(string name) =>
+        table.Find(ParameterTable.OwnerOf(name)) is not { Idle: true }
+        && (arguments.WeightDecayScope == DecayScope.All
+            || (table.Find(name) is not { Decays: false }
+                && !name.EndsWith(".lora_B.bias", StringComparison.Ordinal)));
 
     private TunedPlace PlaceOf(string name) => table.IsLookedUp(name) ? TunedPlace.LookedUp
         : table.IsInBlock(name) ? TunedPlace.Block : TunedPlace.Elsewhere;
@@ -54,9 +58,9 @@ internal sealed class LearningRules(ParameterTable table, TrainArguments argumen
         string owner = ParameterTable.OwnerOf(name);
         return word switch
         {
-            "vision" => table.Find(owner)?.Part == ModelPart.Vision,
-            "joiner" => table.Find(owner)?.Part == ModelPart.Joiner,
-            "decoder" => table.Find(owner)?.Part == ModelPart.Decoder,
+            "vision" => table.PartOf(name) == ModelPart.Vision,
+            "joiner" => table.PartOf(name) == ModelPart.Joiner,
+            "decoder" => table.PartOf(name) == ModelPart.Decoder,
             "embeddings" => owner == table.Head + ".weight"
                 || owner.EndsWith(".embed_tokens.weight", StringComparison.Ordinal),
             _ => null,

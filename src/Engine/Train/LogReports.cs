@@ -77,6 +77,9 @@ public interface ITrainLog : IDisposable
     /// <summary>Whether an evaluation after this step is in the log.</summary>
     bool HasEvaluation(int step);
 
+    /// <summary>The best checkpoint so far, and its value; null without one.</summary>
+    (int Step, double Value)? Best { get; }
+
     /// <summary>
     /// Writes trainer_state.json as of a step into a checkpoint folder that is being made.
     /// </summary>

@@ -32,6 +32,21 @@ internal sealed class LogState
     /// <summary>Sum of the losses of the whole run, and their number.</summary>
     public (double Sum, int Count) Total { get; set; }
 
+    /// <summary>The best checkpoint so far, and its value; null without one.</summary>
+    public (int Step, double Value)? Best { get; private set; }
+
+    /// <summary>Takes a checkpoint that is about to be saved as the best one if it is.</summary>
+    public void Consider(int step, TrainArguments arguments)
+    {
+        if (arguments.BestBy is not { } metric) return;
+        bool more = arguments.GreaterIsBetter ?? metric != TrainLog.EvaluationLoss;
+        foreach (var (name, value) in _history.Where(entry => entry.Step == step)
+            .SelectMany(entry => entry.Values))
+            if (name == metric && double.IsFinite(value)
+                && (Best is not { } best || (more ? value > best.Value : value < best.Value)))
+                Best = (step, value);
+    }
+
     public void Add(LogEntry entry)
     {
         if (_history.Count == MostEntries) _history.Dequeue();
@@ -59,6 +74,8 @@ internal sealed class LogState
         {
             Step = root["global_step"].Int(0),
             TokensSeen = root["num_input_tokens_seen"].Long(0),
+            Best = root.Find("best_global_step") is { } best && root.Find("best_metric") is { } metric
+                ? (best.Int(0), metric.Number()) : null,
         };
         foreach (var entry in root["log_history"].Items())
         {
@@ -89,9 +106,20 @@ internal sealed class LogState
     {
         var plan = run.Plan;
         json.WriteStartObject();
-        json.WriteNull("best_global_step");
-        json.WriteNull("best_metric");
-        json.WriteNull("best_model_checkpoint");
+        if (Best is { } best)
+        {
+            json.WriteNumber("best_global_step", best.Step);
+            json.WriteNumber("best_metric", best.Value);
+            json.WriteString("best_model_checkpoint",
+                RunFolder.Checkpoint(run.Arguments.OutputDir, best.Step));
+        }
+        else
+        {
+            json.WriteNull("best_global_step");
+            json.WriteNull("best_metric");
+            json.WriteNull("best_model_checkpoint");
+        }
+
         json.WriteNumber("epoch", plan.EpochAfter(step));
         json.WriteNumber("eval_steps", plan.Every.Evaluation);
         json.WriteNumber("global_step", step);

@@ -67,7 +67,7 @@ public static class PlanRun
         var rows = DataRows.Open(
             arguments.TrainingData, arguments, format, output.WriteLine);
         DataRows? evaluation = arguments.Evaluates ? DataRows.Open(
-            arguments.EvaluationData!, arguments, format, output.WriteLine) : null;
+            arguments.EvaluationData!, arguments, format, output.WriteLine, rows) : null;
         var plan = new StepPlan(arguments, rows.Count);
         long memory = card.Figures.Memory;
         long allowed = Math.Min(

@@ -73,11 +73,18 @@ public sealed class RunFolder : IDisposable
     public static string Checkpoint(string folder, int step) =>
         Path.Combine(folder, $"{Prefix}{step}");
 
-    /// <summary>Keeps the newest checkpoints and removes the others; null keeps all.</summary>
-    public static void Rotate(string folder, int? keep)
+    /// <summary>
+    /// Keeps the newest checkpoints, with the best one always the newest, and removes the others;
+    /// null keeps all.
+    /// </summary>
+    public static void Rotate(string folder, int? keep, int? best = null)
     {
         var all = Checkpoints(folder);
-        for (int i = 0; i < all.Count - (keep ?? all.Count); i++) Remove(all[i].Path);
+        if (keep is not { } most) return;
+        var others = all.Where(checkpoint => checkpoint.Step != best).ToList();
+        int least = all.Count > 0 && all[^1].Step == best ? 0 : 1;
+        int kept = Math.Max(most - (all.Count - others.Count), least);
+        for (int i = 0; i < others.Count - kept; i++) Remove(others[i].Path);
     }
 
     /// <summary>
@@ -180,11 +187,25 @@ public sealed class RunFolder : IDisposable
 
         _inputs = new RunInputs(arguments, [.. Removed(arguments)], _oldResults);
         _inputs.Check();
+        MustNotBeInTheWay(arguments);
         RunPlaces.MustBeWritable(arguments);
         foreach (string left in Directory.GetDirectories(_folder, Prefix + "*" + Unfinished))
             if (IsNumbered(left, Unfinished) || IsNumbered(left, SetAside))
                 Disk.Remove(left);
         AtomicFile.RemoveLeftovers(_folder, ResultFiles.IsWritten);
+    }
+
+    // Found at the end otherwise, when no result can take its name.
+    private void MustNotBeInTheWay(TrainArguments arguments)
+    {
+        foreach (string path in Directory.EnumerateFileSystemEntries(_folder))
+        {
+            bool isFolder = Directory.Exists(path);
+            if (isFolder ? ResultFiles.IsWrittenBy(arguments, Path.GetFileName(path))
+                : IsNumbered(path, ""))
+                throw new InputException($"output_dir: {path} is a {(isFolder ? "folder" : "file")} "
+                    + $"where this run writes a {(isFolder ? "file" : "checkpoint")}: move it away");
+        }
     }
 
     private IEnumerable<string> Removed(TrainArguments arguments) =>

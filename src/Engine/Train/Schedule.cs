@@ -49,8 +49,14 @@ public sealed record Schedule(
         if (Type == LrSchedule.Linear)
             return Math.Max(0, (double)(Total - step) / Math.Max(1, Total - Warmup));
         double progress = (double)(step - Warmup) / Math.Max(1, Total - Warmup);
-        if (Type == LrSchedule.Cosine)
-            return Wave(Math.PI * (Options.NumCycles ?? 0.5) * 2 * progress);
+        if (Type is LrSchedule.Cosine or LrSchedule.CosineWithMinLr)
+        {
+            double wave = Wave(Math.PI * (Options.NumCycles ?? 0.5) * 2 * progress);
+            if (Type == LrSchedule.Cosine) return wave;
+            double lowest = Options.MinLrRate ?? Options.MinLr!.Value / Peak;
+            return (wave * (1 - lowest)) + lowest;
+        }
+
         return progress >= 1 ? 0 : Wave(Math.PI * ((Options.NumCycles ?? 1) * progress % 1));
     }
 

@@ -71,6 +71,9 @@ public sealed class StepPlan
     /// <summary>Epochs that are begun.</summary>
     public int Epochs { get; }
 
+    /// <summary>Steps between checkpoints, where steps are saved.</summary>
+    public int SavingSteps => _saving;
+
     /// <summary>Checkpoints that the whole run saves.</summary>
     public int Checkpoints => _arguments.SaveStrategy switch
     {

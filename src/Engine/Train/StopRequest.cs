@@ -1,7 +1,10 @@
 namespace MiniCpmNative.Engine.Train;
 
 /// <summary>Why a run should end early; the value is the exit code.</summary>
-public enum StopReason { None = 0, Hangup = 129, Interrupt = 130, Quit = 131, Terminate = 143 }
+public enum StopReason
+{
+    None = 0, Hangup = 129, Interrupt = 130, Quit = 131, Terminate = 143, ProcessorTime = 152,
+}
 
 /// <summary>
 /// Asks a run to finish its step, save and return, or to save and go on; set from a signal handler,

@@ -133,7 +133,13 @@ public sealed class TrainLog : ITrainLog
 
     public bool HasEvaluation(int step) => _state.HasEvaluation(step);
 
-    public void SaveState(string folder, int step) => _state.Save(folder, step, Run);
+    public (int Step, double Value)? Best => _state.Best;
+
+    public void SaveState(string folder, int step)
+    {
+        _state.Consider(step, Run.Arguments);
+        _state.Save(folder, step, Run);
+    }
 
     public void Saved(string folder)
     {

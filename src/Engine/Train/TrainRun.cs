@@ -41,7 +41,7 @@ public sealed partial class TrainRun
         RowFormat format = source.Spec.Rows();
         _rows = DataRows.Open(arguments.TrainingData, arguments, format, log.Message);
         if (arguments.EvaluationData is { } evaluation && arguments.Evaluates)
-            _evaluationRows = DataRows.Open(evaluation, arguments, format, log.Message);
+            _evaluationRows = DataRows.Open(evaluation, arguments, format, log.Message, _rows);
         Plan();
         CheckPlaces(source);
         (_planned, _device) = (source.Planned, device);
@@ -125,7 +125,8 @@ public sealed partial class TrainRun
             _arguments, _plan, _model.DeviceName, _model.TotalParameters, _model.ParameterRanges.Count,
             resumeFrom, _rows.Counts, _evaluationRows?.Counts));
         if (_memory is not null) _log.Message($"{_memory}");
-        if (_schedule.Notice is { } notice) _log.Message(notice);
+        foreach (string notice in RunNotices.Of(_arguments, _schedule, _plan, _model.Base.Spec))
+            _log.Message(notice);
         WarnOfLargeCheckpoints();
         done = Steps(done);
         if (_memory is not null)
@@ -135,18 +136,40 @@ public sealed partial class TrainRun
         _log.End(done, _ended);
     }
 
+    // Puts the best checkpoint's values back, where that is not the last step.
+    private int TakeBest(int done)
+    {
+        if (!_arguments.LoadBestModelAtEnd) return done;
+        if (_log.Best is not { } best)
+        {
+            _log.Message("load_best_model_at_end: no checkpoint was evaluated, the result is the last "
+                + "step's");
+            return done;
+        }
+
+        string folder = RunFolder.Checkpoint(_arguments.OutputDir, best.Step);
+        _log.Message(FormattableString.Invariant(
+            $"the best checkpoint is {folder}: {_arguments.BestBy} {best.Value:0.0000}"));
+        if (best.Step != done) ModelFiles.Load(folder, _model, _arguments);
+        return best.Step;
+    }
+
     private void SaveResult(int done)
     {
+        int last = done;
+        done = TakeBest(done);
         IReadOnlyList<string> written =
             ModelFiles.Save(_arguments.OutputDir, _model, _arguments);
         if (written.Count > 0)
         {
             _folder.Finish(written);
+            // A kill may have come before the last of it.
+            RunFolder.Rotate(_arguments.OutputDir, _arguments.SaveTotalLimit);
             return;
         }
 
         string checkpoint = RunFolder.Checkpoint(_arguments.OutputDir, done);
-        if (_saved != done) Save(done);
+        if (done == last && _saved != done) Save(done);
         throw new RunException(
             $"{_arguments.ModelNameOrPath}: its weights were changed during the run, so those that were not "
             + $"trained cannot be saved; what was trained is in {checkpoint}: put the weights back, then "
@@ -181,7 +204,7 @@ public sealed partial class TrainRun
 
         _saved = step;
         _log.Saved(folder);
-        RunFolder.Rotate(_arguments.OutputDir, _arguments.SaveTotalLimit);
+        RunFolder.Rotate(_arguments.OutputDir, _arguments.SaveTotalLimit, _log.Best?.Step);
     }
 
     private RunState State(int step) => new(

@@ -1,3 +1,4 @@
+using System.Runtime.InteropServices;
 using MiniCpmNative.Autograd;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
@@ -51,8 +52,8 @@ public sealed class TunedModel : IDisposable
 
     /// <summary>Trainable and frozen numbers together, adapters included.</summary>
     public long TotalParameters => Spec.Parameters.Count + Base.Untouched.Sum(t => t.Count)
-        + Parts.Adapters.List.Sum(
-            a => ((long)a.Rank * (a.Inputs + a.Outputs)) + (a.IsDora ? a.Outputs : 0));
+        + Parts.Adapters.List.Sum(a => a.Count)
+        + Parts.Adapters.Tokens.Sum(t => (long)t.Ids.Count * t.Cols);
 
     /// <summary>Storage type of weights: fp16, bf16, else F32, as the official flags say.</summary>
     public static DType StorageOf(TrainArguments arguments) =>
@@ -121,7 +122,7 @@ public sealed class TunedModel : IDisposable
     /// <param name="device">Where to.</param>
     /// <param name="arguments">The run's configuration.</param>
     /// <param name="owns">Whether source and device are disposed with the model.</param>
-    /// <param name="kind">See <see cref="LoadedModel.Load"/>.</param>
+    /// <param name="kind">See <see cref="LoadOptions.Kind"/>.</param>
     /// <param name="resumeFrom">The checkpoint that the run goes on from, or null.</param>
     /// <param name="say">Takes lines on what takes long.</param>
     /// <exception cref="InputException">The weights cannot be read.</exception>
@@ -136,8 +137,16 @@ public sealed class TunedModel : IDisposable
         SplitWeights? split = Split(source, arguments, resumeFrom, say);
         var norms = new FrozenNorms(source.Weights, source.Storage, kind ?? source.Kind);
         LoadedModel loaded = LoadedModel.Load(
-            device, source.Spec, source.Weights, source.Storage, trainables, parts.Adapters,
-            recomputation, kind ?? source.Kind, split, norms, arguments.Streams);
+            device, source.Spec, source.Weights, source.Storage, new()
+            {
+                Trainables = trainables,
+                Adapters = parts.Adapters,
+                Recomputation = recomputation,
+                Kind = kind ?? source.Kind,
+                Split = split,
+                Norms = norms,
+                Streams = arguments.Streams,
+            });
         var model = new TunedModel(source, loaded, owns, trainables, recomputation, split);
         foreach (TunedTensor tensor in trainables.List)
             if (source.Weights.Find(tensor.Name) is { } stored)
@@ -145,6 +154,9 @@ public sealed class TunedModel : IDisposable
         parts.Adapters.Initialise(
             trainables, (ulong)arguments.Seed, arguments.InitLoraWeights, split,
             norms.Of);
+        foreach (TokenTarget tokens in parts.Adapters.Tokens)
+            trainables.Write(
+                tokens.Name, source.Weights.Get(tokens.Module.Weight).RowsToFloats(tokens.Ids));
         if (source.Start is { } start) model.CopyFrom(start);
         source.EndLoading();
         return model;
@@ -160,7 +172,7 @@ public sealed class TunedModel : IDisposable
             if (!ParameterRanges.Contains(name))
                 throw new InputException($"{adapter.Directory}: {name} is not trained in this run");
             stored.MustBeFinite(ParameterRanges.Value(name).Type);
-            float[] values = stored.ToFloats();
+            float[] values = Parts.Layout!.Tensor(name).Own(stored.ToFloats());
             ParameterRanges.Write(name, _split is null
                 ? values : SplitWeights.Trained(Parts.Adapters, name, values));
         }
@@ -172,7 +184,10 @@ public sealed class TunedModel : IDisposable
         foreach (TunedTensor tensor in ParameterRanges.List)
         {
             Tensor value = ParameterRanges.Value(tensor.Name);
-            TensorToSave saved = ToSave(tensor.Name, value);
+            TensorToSave saved = Parts.Layout?.Tensor(tensor.Name) is { IsTurned: true } turned
+                ? new(tensor.Name, DType.F32, turned.Shape, stream => stream.Write(
+                    MemoryMarshal.AsBytes<float>(turned.Filed(Device.ReadFloats(value)))))
+                : ToSave(tensor.Name, value);
             yield return _split is not null
                 && Parts.Adapters.Owner(tensor.Name) is { } adapter
                 ? _split.ToSave(saved, adapter, () => Device.ReadFloats(value)) : saved;
@@ -201,6 +216,9 @@ public sealed class TunedModel : IDisposable
             throw new InputException(FormattableString.Invariant(
                 $"{adapter.Directory}: was made with lora_r {its.Rank} and lora_alpha {its.Alpha}, ")
                 + FormattableString.Invariant($"this run has {config.Rank} and {config.Alpha}"));
+        if ($"{its.Tokens}" != $"{config.Tokens}")
+            throw new InputException($"{adapter.Directory}: was made with trainable_token_indices "
+                + $"{its.Tokens}, this run has {config.Tokens}");
         // Patterns and rsLoRA may still differ.
         foreach (Adapter own in parts.Adapters.List)
             if ((its.RankOf(own.Module), its.ScaleOf(own.Module))

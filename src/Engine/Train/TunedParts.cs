@@ -35,11 +35,14 @@ public sealed record TunedParts(
 
         var layout = AdapterLayout.Create(spec.Parameters, adapter, "lora_target_modules");
         adapter = layout.Config;
-        RefuseHead(spec.Parameters, adapter, layout);
+        RefuseTied(spec.Parameters, adapter);
+        if (layout.Targets.FirstOrDefault(t => t.OnlyRead is not null) is { } attention)
+            throw new InputException(
+                $"lora_target_modules matches {attention.Name}: {attention.OnlyRead}");
         var whole = layout.Saved.Concat(layout.Biases).Select(p => p.Name).ToHashSet();
         return new TunedParts(Adapters.Of(adapter, layout), adapter, layout,
             rules.Apply(layout.Tensors.Select(t => (
-                t.Name, t.Shape, whole.Contains(t.Name) ? storage : DType.F32))));
+                t.Name, t.OwnShape, whole.Contains(t.Name) ? storage : DType.F32))));
     }
 
     /// <summary>
@@ -62,6 +65,8 @@ public sealed record TunedParts(
             Alpha = arguments.LoraAlpha,
             Dropout = arguments.LoraDropout,
             Bias = arguments.LoraBias,
+            Tokens = arguments.TrainableTokenIndices,
+            TargetParameters = arguments.TargetParameters ?? [],
             UseDora = arguments.UseDora,
             UseRslora = arguments.UseRslora,
             RankPattern = arguments.RankPattern ?? NumbersByName.None,
@@ -87,15 +92,21 @@ public sealed record TunedParts(
         return $"transformers_modules.{folder}.{model.Module}";
     }
 
-    // The loss is fused with the head's product, which has no place for an adapter; a module that
-    // is another one's tensor has no weight of its own to train.
-    private static void RefuseHead(
-        ParameterTable table, AdapterConfig adapter, AdapterLayout layout)
+    /// <summary>
+    /// What there is to say of an adapter on a matrix that two modules have, as PEFT says it too.
+    /// </summary>
+    public string? OfTied(ParameterTable table)
     {
-        if (layout.Targets.Any(target => target.Name == table.Head))
-            throw new InputException(
-                $"lora_target_modules matches {table.Head}: an adapter on the output head is "
-                + "not supported; leave it out, or name it in modules_to_save to train it whole");
+        foreach (var (module, to) in table.Tied)
+            if (Layout?.Targets.FirstOrDefault(t => t.Name == module || t.Name == to) is { } target)
+                return $"{module} and {to} are one matrix (tie_word_embeddings), of which the adapter "
+                    + $"is {target.Name}'s alone: cpmx merge writes two, which PEFT's merge does not";
+        return null;
+    }
+
+    // A module that is another one's tensor has no weight of its own to train.
+    private static void RefuseTied(ParameterTable table, AdapterConfig adapter)
+    {
         foreach (var (module, to) in table.Tied)
             foreach (string name in adapter.ModulesToSave)
                 if (module.EndsWith(name, StringComparison.Ordinal))

@@ -9,6 +9,19 @@ namespace MiniCpmNative.Engine.Weights;
 /// </summary>
 internal static class AdapterStart
 {
+    /// <summary>
+    /// What the configuration asks for, with the layers of an adapter of the decoder alone in the
+    /// names of the whole model, where no others are given.
+    /// </summary>
+    public static AdapterConfig Settled(AdapterConfig own, AdapterFile start) =>
+        start.OfDecoder is not { } stored || Shown(own) != Shown(stored) ? own : own with
+        {
+            Targets = start.Config.Targets,
+            Exclude = null,
+            LayersToTransform = null,
+            LayersPattern = [],
+        };
+
     /// <summary>Holds what cannot change against the adapter's.</summary>
     /// <param name="own">What the configuration asks for.</param>
     /// <param name="start">The adapter.</param>
@@ -36,6 +49,10 @@ internal static class AdapterStart
             $"{own.AlphaPattern}" == $"{its.AlphaPattern}");
         Same("lora_layer_replication", own.LayerReplication, its.LayerReplication,
             $"{own.LayerReplication}" == $"{its.LayerReplication}");
+        Same("target_parameters", string.Join(", ", own.TargetParameters),
+            string.Join(", ", its.TargetParameters),
+            own.TargetParameters.SequenceEqual(its.TargetParameters));
+        Same("trainable_token_indices", own.Tokens, its.Tokens, $"{own.Tokens}" == $"{its.Tokens}");
         Same("lora_bias", Name(own.Bias), Name(its.Bias), own.Bias == its.Bias);
         string given = Shown(own), theirs = Shown(its);
         // Other spellings of the same layers are the same.
@@ -64,7 +81,7 @@ internal static class AdapterStart
     }
 
     private static HashSet<string> Layers(AdapterConfig config, ParameterTable table) =>
-        [.. table.Linears.Select(linear => linear.Name)
+        [.. table.Hosts.Select(host => host.Name)
             .Where(name => AdapterLayout.IsChosen(name, config))];
 
     private static string Name(LoraBias bias) => TrainKeys.SnakeCase(bias.ToString());

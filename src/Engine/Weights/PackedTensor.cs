@@ -69,10 +69,15 @@ internal sealed unsafe class FourBitTensor(
     StoredTensor? nestedScales, StoredTensor? nestedTable, float offset)
     : PackedTensor(codes, name, form.Outputs, form.Inputs, table, scales, nestedScales, nestedTable)
 {
-    public FourBitCodes Codes() => nestedScales is null
-        ? new(form, All(Main)[..form.CodeBytes], Floats(table), Floats(scales))
-        : new(form, All(Main)[..form.CodeBytes], Floats(table), Floats(nestedScales), All(scales),
-            Floats(nestedTable!), offset);
+    public FourBitCodes Codes()
+    {
+        byte[] codes = All(Main);
+        // The last byte of an odd number of elements may have others behind it.
+        if (codes.Length > form.CodeBytes) codes = codes[..form.CodeBytes];
+        return nestedScales is null ? new(form, codes, Floats(table), Floats(scales))
+            : new(form, codes, Floats(table), Floats(nestedScales), All(scales),
+                Floats(nestedTable!), offset);
+    }
 
     public override Weight? On(Device device, int begin, int rows, bool isPlan) =>
         !form.Splits(begin) ? null

@@ -20,8 +20,9 @@ public enum ModelPart
 /// <param name="Decays">Whether weight decay applies, by the Hugging Face Trainer's rule.</param>
 /// <param name="Fixed">A constant of the official class (requires_grad false): trained only as
 /// part of a module in modules_to_save.</param>
+/// <param name="Idle">Of a module that does not run: no gradient reaches it.</param>
 public sealed record ModelParameter(
-    string Name, Shape Shape, ModelPart Part, bool Decays, bool Fixed = false)
+    string Name, Shape Shape, ModelPart Part, bool Decays, bool Fixed = false, bool Idle = false)
     : ExpectedTensor(Name, Shape);
 
 /// <summary>
@@ -29,7 +30,22 @@ public sealed record ModelParameter(
 /// </summary>
 /// <param name="NoAdapter">Why no adapter can sit on it; null where one can.</param>
 public sealed record LinearModule(
-    string Name, int Inputs, int Outputs, bool HasBias, string? NoAdapter = null);
+    string Name, int Inputs, int Outputs, bool HasBias, string? NoAdapter = null)
+{
+    /// <summary>Whether it is an embedding: the matrix is W[Inputs, Outputs], rows are looked
+    /// up.</summary>
+    public bool IsTable { get; init; }
+
+    /// <summary>Why its adapters are read and merged, but not trained; null where they are.</summary>
+    public string? OnlyRead { get; init; }
+
+    /// <summary>How many matrices lie behind each other in its parameter: those of experts; 0 where
+    /// it is a module.</summary>
+    public int Experts { get; init; }
+
+    /// <summary>The name of its matrix.</summary>
+    public string Weight { get; init; } = Name + ".weight";
+}
 
 /// <summary>
 /// What a model's modules declared while they were built: all parameters under their official
@@ -47,12 +63,14 @@ public sealed class ParameterTable
     private ParameterTable(Builder builder)
     {
         All = builder.Parameters;
-        _linears = builder.Linears;
+        Hosts = builder.Hosts;
+        _linears = [.. Hosts.Where(host => !host.IsTable && host.OnlyRead is null)];
         _tied = builder.Tied;
         _untouched = [.. builder.Untouched];
         _blocks = [.. builder.Blocks];
         _lookedUp = builder.LookedUp;
         Head = builder.Head;
+        Experts = builder.Experts;
         _byName = All.ToFrozenDictionary(tensor => tensor.Name, StringComparer.Ordinal);
         // Modules without parameters count too: a pattern that hits one stops PEFT.
         foreach (ModelParameter tensor in All)
@@ -73,10 +91,17 @@ public sealed class ParameterTable
     /// <summary>Linear layers, those that take no adapter among them.</summary>
     public IReadOnlyList<LinearModule> Linears => _linears;
 
+    /// <summary>All that an adapter's targets may name: those, the embedding, and attentions that
+    /// have one as a whole.</summary>
+    public IReadOnlyList<LinearModule> Hosts { get; }
+
+    /// <summary>Parameters that are matrices of experts, by their own names.</summary>
+    public IReadOnlyList<LinearModule> Experts { get; }
+
     /// <summary>Every named module of the official model, in no particular order.</summary>
     public IReadOnlyList<string> Modules { get; }
 
-    /// <summary>The linear layer that is the output head; null where it is tied.</summary>
+    /// <summary>The linear layer that is the output head.</summary>
     public string? Head { get; }
 
     /// <summary>
@@ -88,13 +113,22 @@ public sealed class ParameterTable
     public ModelParameter? Find(string name) => _byName.GetValueOrDefault(name);
 
     /// <summary>The part that a parameter, or an adapter's tensor, belongs to.</summary>
-    public ModelPart? PartOf(string name) => Find(OwnerOf(name))?.Part;
+    public ModelPart? PartOf(string name)
+    {
+        string owner = OwnerOf(name);
+        if (owner == Head + ".weight" && _tied.TryGetValue(Head!, out string? to))
+            owner = to + ".weight";
+        return (Find(owner) ?? Find(owner.Replace(".weight", "", StringComparison.Ordinal)))?.Part;
+    }
 
     /// <summary>The parameter that an adapter's tensor belongs to; others are their own.</summary>
     public static string OwnerOf(string name) => name
         .Replace(".lora_A.", ".", StringComparison.Ordinal)
         .Replace(".lora_B.", ".", StringComparison.Ordinal)
-        .Replace(".lora_magnitude_vector", ".weight", StringComparison.Ordinal);
+        .Replace(".lora_magnitude_vector", ".weight", StringComparison.Ordinal)
+        .Replace(".lora_embedding_A", ".weight", StringComparison.Ordinal)
+        .Replace(".lora_embedding_B", ".weight", StringComparison.Ordinal)
+        .Replace(AdapterLayout.TokensEnd, ".weight", StringComparison.Ordinal);
 
     /// <summary>
     /// Whether a tensor belongs to a part that the engine does not run and hands on as it is, such
@@ -116,7 +150,7 @@ public sealed class ParameterTable
     {
         internal List<ModelParameter> Parameters { get; } = [];
 
-        internal List<LinearModule> Linears { get; } = [];
+        internal List<LinearModule> Hosts { get; } = [];
 
         internal HashSet<string> Modules { get; } = new(StringComparer.Ordinal);
 
@@ -126,13 +160,17 @@ public sealed class ParameterTable
 
         internal List<string> Blocks { get; } = [];
 
+        internal List<LinearModule> Experts { get; } = [];
+
         internal HashSet<string> LookedUp { get; } = new(StringComparer.Ordinal);
 
         public string? Head { get; set; }
 
+        public void AddExperts(LinearModule matrices) => Experts.Add(matrices);
+
         public void Add(ModelParameter parameter) => Parameters.Add(parameter);
 
-        public void Add(LinearModule linear) => Linears.Add(linear);
+        public void Add(LinearModule linear) => Hosts.Add(linear);
 
         /// <summary>A module without parameters of its own.</summary>
         public void AddModule(string name) => Modules.Add(name);

@@ -161,6 +161,23 @@ public unsafe class StoredTensor
         return values;
     }
 
+    /// <summary>Some rows of a matrix, one behind the other.</summary>
+    /// <exception cref="InputException">As <see cref="CopyTo"/>.</exception>
+    public float[] RowsToFloats(IReadOnlyList<int> rows)
+    {
+        int cols = Shape.Cols, size = StoredType.Size;
+        var values = new float[rows.Count * cols];
+        var bytes = new byte[cols * size];
+        for (int i = 0; i < rows.Count; i++)
+        {
+            Read((long)rows[i] * cols * size, bytes);
+            fixed (byte* from = bytes)
+            fixed (float* to = values) FloatBits.Widen(from, Type, to + (i * cols), cols);
+        }
+
+        return values;
+    }
+
     /// <summary>
     /// The tensor as it goes into a file of its own, its bytes as they are, read piece by piece.
     /// </summary>

@@ -27,9 +27,18 @@ public static class TensorMatch
         string place,
         IReadOnlyCollection<StoredTensor> stored,
         IReadOnlyCollection<ExpectedTensor> expected,
+        Func<string, string?>? explain = null) => Require(
+            place, stored.ToDictionary(tensor => tensor.Name, StringComparer.Ordinal), expected, explain);
+
+    /// <param name="stored">By the names that are expected.</param>
+    /// <inheritdoc cref="Require(string, IReadOnlyCollection{StoredTensor}, IReadOnlyCollection{ExpectedTensor}, Func{string, string?}?)"/>
+    public static IReadOnlyList<StoredTensor> Require(
+        string place,
+        IReadOnlyDictionary<string, StoredTensor> stored,
+        IReadOnlyCollection<ExpectedTensor> expected,
         Func<string, string?>? explain = null)
     {
-        var byName = stored.ToDictionary(tensor => tensor.Name, StringComparer.Ordinal);
+        var byName = new Dictionary<string, StoredTensor>(stored, StringComparer.Ordinal);
         var matched = new List<StoredTensor>(expected.Count);
         List<string> missing = [], misshaped = [], mistyped = [];
         foreach (var tensor in expected)

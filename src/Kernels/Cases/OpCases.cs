@@ -39,6 +39,13 @@ public static class OpCases
         {
             ProductionOp = new SigmoidGate(256),
         },
+        new("sigmoid_gate_whole", new SigmoidGate(8),
+            n => [X("x", n, 16), X("queries", n, 32)],
+            () => [X("x", Rows, 8 * 256), X("queries", Rows, 16 * 256)])
+        {
+            ProductionOp = new SigmoidGate(256),
+            Sizes = [0, 1, 7, 65],
+        },
         new("causal_conv", new CausalConv(),
             n => [X("x", n, 5), X("w", 5, 4), Packed(n / 3, 0, n - (n / 3))],
             () => [X("x", Rows, 6144), X("w", 6144, 4), Packed(Rows)])
@@ -71,7 +78,7 @@ public static class OpCases
             FreeColumns = ["cu_seqlens"],
         },
         new("layer_norm", new LayerNorm(1e-6),
-            n => [X("x", n, 7), X("w", 7), X("b", 7)],
+            n => [X("x", n, Whole(n, 7)), X("w", Whole(n, 7)), X("b", Whole(n, 7))],
             () => [X("x", 1024, 1152), X("w", 1152), X("b", 1152)]),
         new("layer_norm_few_rows", new LayerNorm(1e-6),
             n => [X("x", 3, n), X("w", n), X("b", n)],
@@ -124,13 +131,22 @@ public static class OpCases
         {
             ProductionOp = new Rope(128),
         },
-        new("rope_part", new Rope(16, 8),
-            n => [X("x", n, 32), Value.Int("positions", Fill.Below(5, n, 9)), X("cos", 9, 4),
-                X("sin", 9, 4)],
+        new("rope_part", new Rope(24, 16),
+            n => [X("x", n, 48), Value.Int("positions", Fill.Below(5, n, 9)), X("cos", 9, 8),
+                X("sin", 9, 8)],
             () => [X("x", Rows, 8 * 256), Value.Int("positions", Fill.Below(5, Rows, Rows)),
                 X("cos", Rows, 32), X("sin", Rows, 32)])
         {
             ProductionOp = new Rope(256, 64),
+        },
+        new("rope_odd_heads", new Rope(18, 16),
+            n => [X("x", n, 36), Value.Int("positions", Fill.Below(5, n, 9)), X("cos", 9, 8),
+                X("sin", 9, 8)],
+            () => [X("x", Rows, 8 * 90), Value.Int("positions", Fill.Below(5, Rows, Rows)),
+                X("cos", Rows, 40), X("sin", Rows, 40)])
+        {
+            ProductionOp = new Rope(90, 80),
+            Sizes = [0, 1, 7, 65],
         },
         new("embedding", new Embedding(3),
             n => [X("table", 40, 5), Value.Int("ids", Fill.Below(2, n, 40))],
@@ -146,7 +162,11 @@ public static class OpCases
             Sizes = [0, 1, 7, 65],
         },
         new("position_gather", new PositionGather(),
-            n => [X("x", n, 5), X("table", 40, 5), Value.Int("ids", Fill.Below(2, n, 40))],
+            n =>
+            [
+                X("x", n, Whole(n, 5)), X("table", 40, Whole(n, 5)),
+                Value.Int("ids", Fill.Below(2, n, 40)),
+            ],
             () => [X("x", 1024, 1152), X("table", 4900, 1152),
                 Value.Int("ids", Fill.Below(2, 1024, 4900))]),
         new("weighted_gather", new WeightedGather(),
@@ -160,9 +180,9 @@ public static class OpCases
             Sizes = [0, 1, 7, 65],
         },
         new("cache_append", new CacheAppend(),
-            n => Cache(2 * n, n, 5), () => Cache(4096, Rows, 4 * 128)),
+            n => Cache(2 * n, n, Whole(n, 5)), () => Cache(4096, Rows, 4 * 128)),
         new("splice", new Splice(),
-            n => [X("x", n + 3, 5), X("features", n + 1, 5),
+            n => [X("x", n + 3, Whole(n, 5)), X("features", n + 1, Whole(n, 5)),
                 Value.Int("positions", Fill.Distinct(2, n, n + 3))],
             () => [X("x", 1024, Width), X("features", 640, Width),
                 Value.Int("positions", Fill.Distinct(2, 640, 1024))])
@@ -170,23 +190,21 @@ public static class OpCases
             FreeColumns = ["positions"],
         },
         new("linear", new Linear(),
-            n => [X("x", 5, n), X("w", 9, n), X("b", 9)],
+            n => [X("x", 5, n), X("w", Whole(n, 9), n), X("b", Whole(n, 9))],
             () => [X("x", Rows, Width), X("w", Width, Width), X("b", Width)]),
         new("linear_transposed", new Linear(Transposed: true),
-            n => [X("x", n, 6), X("w", 6, 9)],
+            n => [X("x", n, Whole(n, 6)), X("w", Whole(n, 6), Whole(n, 9))],
             () => [X("x", Rows, Width), X("w", Width, Width)])
         {
             FreeColumns = ["w"],
         },
         new("patch_embed", new Linear(),
-            n => [X("x", n, 12), X("w", 7, 12), X("b", 7)],
+            n => [X("x", n, 12), X("w", Whole(n, 7), 12), X("b", Whole(n, 7))],
             () => [X("x", 1024, 588), X("w", 1152, 588), X("b", 1152)]),
         new("lora_linear", new LoraLinear(3, 2, 0),
-            n => [X("x", n, 10), X("w", 9, 10), X("b", 9), X("a", 4, 10), X("bb", 9, 4)],
-            Lora),
+            n => Adapted(n, Whole(n, 9), Whole(n, 10), X("b", Whole(n, 9))), Lora),
         new("lora_linear_dropout", new LoraLinear(3, 2, 0.3),
-            n => [X("x", 3, n), X("w", 9, n), Value.Absent("b"), X("a", 4, n), X("bb", 9, 4)],
-            Lora)
+            n => Adapted(3, Whole(n, 9), n, Value.Absent("b")), Lora)
         {
             ProductionOp = new LoraLinear(3, 2, 0.05),
             Dropout = true,
@@ -201,15 +219,15 @@ public static class OpCases
         new("dora_linear", new DoraLinear(3, 2, 0),
             n =>
             [
-                X("x", n, 10), X("w", 9, 10), X("b", 9), X("a", 4, 10), X("bb", 9, 4), X("m", 9),
-                Squares(X("n", 9, 1), 1),
+                .. Adapted(n, Whole(n, 9), Whole(n, 10), X("b", Whole(n, 9))),
+                X("m", Whole(n, 9)), Squares(X("n", Whole(n, 9), 1), 1),
             ],
             Dora),
         new("dora_linear_dropout", new DoraLinear(3, 2, 0.3),
             n =>
             [
-                X("x", 3, n), X("w", 9, n), Value.Absent("b"), X("a", 4, n), X("bb", 9, 4),
-                X("m", 9), Squares(X("n", 9, 1), 1),
+                .. Adapted(3, Whole(n, 9), n, Value.Absent("b")),
+                X("m", Whole(n, 9)), Squares(X("n", Whole(n, 9), 1), 1),
             ],
             Dora)
         {
@@ -230,6 +248,22 @@ public static class OpCases
             ])
         {
             ProductionOp = new Linears([new(3584, 0), new(512, 1), new(512, 2)], 2, 0.05, 128, 2),
+        },
+        new("linears_whole", new Linears([new(32, 3), new(16), new(16, 5)], 2, 0, 16, 2),
+            n =>
+            [
+                X("x", n, 16), X("w", 32, 16), X("b", 32), X("a", 3, 16), X("bb", 32, 3),
+                X("w1", 16, 16), X("b1", 16), Value.Absent("a1"), Value.Absent("bb1"),
+                X("w2", 16, 16), X("b2", 16), X("a2", 3, 16), X("bb2", 16, 3), .. Turns(n, 8),
+            ],
+            () =>
+            [
+                X("x", Rows, Width), .. Lora(3584, ""), .. Lora(512, "1"), .. Lora(512, "2"),
+                .. Turns(Rows, 64),
+            ])
+        {
+            ProductionOp = new Linears([new(3584, 0), new(512, 1), new(512, 2)], 2, 0, 128, 2),
+            Sizes = [0, 1, 7, 65],
         },
         new("linears_dropout", new Linears([new(9, 3), new(7, 4)], 2, 0.3),
             n =>
@@ -292,10 +326,40 @@ public static class OpCases
         {
             FreeColumns = ["rows", "targets"],
         },
+        new("cross_entropy_adapted", new CrossEntropy(2),
+            n => [.. Head(n, 5, n / 2, Math.Min(n + 2, 300)), X("u", n, 3),
+                X("bb", Math.Min(n + 2, 300), 3)],
+            () => [.. Head(Rows, 1024, Rows, 32000), X("u", Rows, 16), X("bb", 32000, 16)])
+        {
+            FreeColumns = ["rows", "targets", "u"],
+        },
+        new("adapted_matrices", new AdaptedMatrices(3, 2),
+            n => [X("w", 15, n), X("a", 6, n), X("bb", 15, 2)],
+            () => [X("w", 8 * 1024, 2048), X("a", 8 * 16, 2048), X("bb", 8 * 1024, 16)])
+        {
+            ProductionOp = new AdaptedMatrices(8, 2),
+        },
+        new("lora_down", new LoraDown(3, 0), n => [X("x", n, 10), X("a", 4, 10)],
+            () => [X("x", Rows, Width), X("a", 16, Width)]),
+        new("lora_down_dropout", new LoraDown(3, 0.3), n => [X("x", 3, n), X("a", 4, n)],
+            () => [X("x", Rows, Width), X("a", 16, Width)])
+        {
+            Dropout = true,
+        },
     ];
 
     private static Value X(string name, params int[] shape) => Value.Float(
         name, shape, Fill.Normal(name.Sum(c => c) + shape.Length, new Shape(shape).Count));
+
+    // Columns that are whole vectors of 16 bytes where the size is, so that what is off alignment
+    // there must be noticed by its address.
+    private static int Whole(int n, int otherwise) => n > 0 && n % 16 == 0 ? 16 : otherwise;
+
+    private static Value[] Adapted(int rows, int outputs, int inputs, Value bias) =>
+    [
+        X("x", rows, inputs), X("w", outputs, inputs), bias, X("a", 4, inputs),
+        X("bb", outputs, 4),
+    ];
 
     private static Value[] Lora() => [X("x", Rows, Width), .. Lora(Width, "")];
 

@@ -8,27 +8,32 @@ namespace MiniCpmNative.Kernels.Cases;
 /// One operation on a device, with every tensor in memory of its own between canaries. Results
 /// start as NaN, so that an element that was not written shows; inputs must not change.
 /// </summary>
+/// <remarks>Tensors are numbered: the inputs, the output, its gradient, the inputs' gradients. The
+/// one numbered <c>shifted</c> starts one element behind an aligned address, as a tensor of a file
+/// or a part of another may.</remarks>
 public sealed unsafe class OpRun : IDisposable
 {
     private readonly Device _device;
     private readonly Op _op;
     private readonly Value[] _values;
+    private readonly int _shifted;
     private readonly List<GuardedMemory> _memory = [];
     private readonly Tensor[] _inputs, _saved;
     private readonly GradientTarget[] _targets;
     private readonly Tensor _output, _outputGradient;
 
-    public OpRun(Device device, Op op, Value[] values)
+    public OpRun(Device device, Op op, Value[] values, int shifted = -1)
     {
-        (_device, _op, _values) = (device, op, values);
+        (_device, _op, _values, _shifted) = (device, op, values, shifted);
         DType type = device.Activations;
         Spec[] specs = Array.ConvertAll(values, v => v.Spec(type));
         Outputs outputs = op.Infer(specs, type);
-        _inputs = Array.ConvertAll(values, v => v.Exists ? New(v.Spec(type), v.Data) : Tensor.None);
-        _output = New(outputs.Output, null);
+        _inputs = [.. values.Select((v, i) =>
+            v.Exists ? New(v.Spec(type), v.Data, i == shifted) : Tensor.None)];
+        _output = New(outputs.Output, null, shifted == values.Length);
         _saved = new Tensor[outputs.SavedCount];
         for (int i = 0; i < _saved.Length; i++) _saved[i] = New(outputs.Saved(i), null);
-        _outputGradient = New(outputs.Output, null);
+        _outputGradient = New(outputs.Output, null, shifted == values.Length + 1);
         _targets = new GradientTarget[values.Length];
     }
 
@@ -54,13 +59,15 @@ public sealed unsafe class OpRun : IDisposable
         CheckMemory();
     }
 
+    /// <summary>What an accumulating gradient adds to: another number in each place.</summary>
+    public static double[] Start(int input, long count) => Fill.Normal(91 + input, count, 3);
+
     /// <summary>
-    /// Chooses the gradients; start is what an accumulating one adds to. Those of activations have
-    /// the device's type, or other; those of parameters are F32, as they are in training.
+    /// Chooses the gradients, and which of them add to <see cref="Start"/>. Those of activations
+    /// have the device's type, or other; those of parameters are F32, as they are in training.
     /// </summary>
     public void Want(
-        Predicate<int> wanted, bool accumulate = false, double start = double.NaN,
-        DType? other = null)
+        Predicate<int> wanted, Predicate<int>? accumulate = null, DType? other = null)
     {
         DType type = _device.Activations, parameters = type.Statistics();
         for (int i = 0; i < _values.Length; i++)
@@ -69,9 +76,9 @@ public sealed unsafe class OpRun : IDisposable
             if (!HasGradient(i) || !wanted(i)) continue;
             DType kind = _values[i].IsParameter ? parameters : other ?? type;
             var spec = new Spec(kind, _inputs[i].Shape);
-            var data = new double[spec.Shape.Count];
-            Array.Fill(data, start);
-            _targets[i] = new GradientTarget(New(spec, data), accumulate);
+            bool adds = accumulate?.Invoke(i) ?? false;
+            _targets[i] = new GradientTarget(New(spec, adds ? Start(i, spec.Shape.Count) : null,
+                _shifted == _values.Length + 2 + i), adds);
         }
     }
 
@@ -124,11 +131,12 @@ public sealed unsafe class OpRun : IDisposable
         foreach (var memory in _memory) memory.Dispose();
     }
 
-    private Tensor New(Spec spec, double[]? data)
+    private Tensor New(Spec spec, double[]? data, bool isShifted = false)
     {
+        int shift = isShifted ? (int)new Spec(spec.Type, new Shape(1)).Bytes : 0;
         GuardedMemory memory = _device is CudaDevice cuda
-            ? new DeviceMemory(cuda, spec.Bytes)
-            : new HostMemory(spec.Bytes);
+            ? new DeviceMemory(cuda, spec.Bytes, shift)
+            : new HostMemory(spec.Bytes, shift);
         _memory.Add(memory);
         var tensor = new Tensor(memory.Data, spec);
         var nan = new double[spec.Shape.Count];
@@ -189,30 +197,30 @@ public sealed unsafe class OpRun : IDisposable
     private sealed class HostMemory : GuardedMemory
     {
         private readonly byte* _start;
-        private readonly long _bytes;
+        private readonly int _before, _bytes;
 
-        public HostMemory(long bytes)
+        public HostMemory(long bytes, int shift)
         {
-            _bytes = bytes;
-            _start = (byte*)NativeMemory.AlignedAlloc((nuint)bytes + (2 * Guard), Guard);
-            new Span<byte>(_start, checked((int)bytes + (2 * Guard))).Fill(Canary);
+            (_before, _bytes) = (Guard + shift, checked((int)bytes));
+            _start = (byte*)NativeMemory.AlignedAlloc((nuint)(_before + _bytes + Guard), Guard);
+            new Span<byte>(_start, _before + _bytes + Guard).Fill(Canary);
         }
 
-        public override nint Data => (nint)(_start + Guard);
+        public override nint Data => (nint)(_start + _before);
 
         public override bool IsIntact =>
-            !new Span<byte>(_start, Guard).ContainsAnyExcept(Canary)
-            && !new Span<byte>(_start + Guard + _bytes, Guard).ContainsAnyExcept(Canary);
+            !new Span<byte>(_start, _before).ContainsAnyExcept(Canary)
+            && !new Span<byte>(_start + _before + _bytes, Guard).ContainsAnyExcept(Canary);
 
         public override void Dispose() => NativeMemory.AlignedFree(_start);
     }
 
     // The emulator itself watches the ends of an allocation, to the byte.
-    private sealed class DeviceMemory(CudaDevice device, long bytes) : GuardedMemory
+    private sealed class DeviceMemory(CudaDevice device, long bytes, int shift) : GuardedMemory
     {
-        private readonly DeviceSlab _slab = new(device.Context, Math.Max(1, bytes));
+        private readonly DeviceSlab _slab = new(device.Context, Math.Max(1, bytes + shift));
 
-        public override nint Data => (nint)_slab.Address;
+        public override nint Data => (nint)_slab.Address + shift;
 
         public override bool IsIntact => true;
 

@@ -26,6 +26,14 @@ internal readonly unsafe ref struct CpuAdapter<T>(
     {
         if (y.Exists) _call.Weight(first, weight).Multiply(x, y, bias: _call.In(first + 1));
         if (!_call.Input(first + 2).Exists) return;
+        Down(x, h);
+        if (y.Exists)
+            _call.Gemm.Multiply(h.View, _call.View(first + 3).T, y.View, scale, beta: 1);
+    }
+
+    /// <summary>h = drop(x) a^T.</summary>
+    public void Down(Matrix<T> x, Matrix<T> h)
+    {
         MatrixView a = _call.View(first + 2);
         Dropout<T> dropout = Mask();
         if (!dropout.Active)
@@ -43,9 +51,6 @@ internal readonly unsafe ref struct CpuAdapter<T>(
                 _call.Gemm.Multiply(kept.View, a.T, h.Slice(r, tile).View);
             }
         }
-
-        if (y.Exists)
-            _call.Gemm.Multiply(h.View, _call.View(first + 3).T, y.View, scale, beta: 1);
     }
 
     // With t = scale * dy bb: dbb = scale * dy^T h, da = t^T drop(x), dx = dy w + mask * (t a).
@@ -60,6 +65,14 @@ internal readonly unsafe ref struct CpuAdapter<T>(
         if (!dx.Wanted && !da.Wanted) return;
         Matrix<T> t = _call.Scratch(new Shape(h.Rows, h.Cols));
         _call.Gemm.Multiply(dy.View, _call.View(first + 3), t.View, scale);
+        BackDown(x, t, dx);
+    }
+
+    /// <summary>da = t^T drop(x), or adds it, and dx += mask * (t a), where they are
+    /// wanted.</summary>
+    public void BackDown(Matrix<T> x, Matrix<T> t, Gradient<T> dx)
+    {
+        Gradient<T> da = _call.Gradient(first + 2);
         Dropout<T> dropout = Mask();
         if (dropout.Active && x.Rows > 0)
         {

@@ -20,6 +20,7 @@ public sealed unsafe partial class CudaDevice : Device
     private readonly CudaGemm _gemm;
     private readonly Staging _staging;
     private readonly List<DeviceSlab> _slabs = [];
+    private DeviceSlab? _step;
     private readonly List<IDisposable> _owned = [];
     private readonly (Tensor From, GradientTarget To)[] _casts = new (Tensor, GradientTarget)[16];
     private int _castCount;
@@ -56,7 +57,8 @@ public sealed unsafe partial class CudaDevice : Device
             Stream.Synchronise();
             long bytes = StepBytes ?? (long)(Context.Memory().Free * StepShare);
             bytes = Math.Max(Alignment, bytes / Alignment * Alignment);
-            return (Hold(bytes), bytes);
+            _step = new DeviceSlab(Context, bytes);
+            return ((nint)_step.Address, bytes);
         });
     }
 
@@ -97,6 +99,17 @@ public sealed unsafe partial class CudaDevice : Device
     /// Bytes of the step's memory, taken by the first step; null takes most of what is free then.
     /// </summary>
     public long? StepBytes { get; set; }
+
+    /// <summary>Sees to it, between two steps, that the next ones have so many bytes.</summary>
+    /// <exception cref="DeviceMemoryException">There are not so many.</exception>
+    public void ReserveStep(long bytes)
+    {
+        if (bytes <= Step.Reserved) return;
+        Stream.Synchronise();
+        Step.Release();
+        _step?.Dispose();
+        (_step, StepBytes) = (null, bytes);
+    }
 
     /// <summary>What lives as long as the run, and the most that a step needed.</summary>
     public override long MemoryInUse => Context.HeldBytes - Step.Reserved + Step.Needed;
@@ -279,6 +292,7 @@ public sealed unsafe partial class CudaDevice : Device
         _gemm.Dispose();
         foreach (DeviceSlab slab in _slabs) slab.Dispose();
         _slabs.Clear();
+        _step?.Dispose();
         Kernels.Dispose();
         Stream.Dispose();
     }

@@ -39,6 +39,10 @@ internal static partial class KernelConstants
     /// time forward, and queries or keys of a block backward.</summary>
     public const int AttentionAnyRows = 16, AttentionAnyKeys = 32, AttentionAnyBackwardRows = 8;
 
+    /// <summary>Of attention of one query: heads of a block that share a key head, and keys at a
+    /// time.</summary>
+    public const int AttentionDecodeHeads = 8, AttentionDecodeKeys = 64;
+
     /// <summary>Largest head dimension of the kernels.</summary>
     public const int AttentionMostCols = 256;
 

@@ -61,8 +61,15 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
         const int OtherKeys = KernelConstants.AttentionAnyKeys;
         RequireLaunchable();
         Tensor q = call.In(0), k = call.In(1), v = call.In(2), o = call.Output;
-        Tensor lengths = call.Input(5), tiles = Tiles(call, ofKeys: false);
         bool aligned = (q.Data | k.Data | v.Data | o.Data) % 16 == 0;
+        int sequences = (int)call.Input(3).Shape.Count - 1;
+        if (Cached && aligned && HeadDim % 8 == 0 && q.Shape.Rows > 0 && q.Shape.Rows <= sequences)
+        {
+            Decode(call);
+            return;
+        }
+
+        Tensor lengths = call.Input(5), tiles = Tiles(call, ofKeys: false);
         if (aligned && call.Has(_hopperForward))
         {
             call.Launch(_hopperForward,
@@ -100,6 +107,34 @@ public sealed unsafe record Attention(int Heads, int KvHeads, int HeadDim, bool 
             });
 
     private const int HopperThreads = 384;
+
+    // One query of each sequence: blocks share its keys, in so many parts as keep the GPU busy.
+    private void Decode(in CudaCall call)
+    {
+        const int Threads = 128, Eights = 8 * Threads, MostSplits = 32;
+        const int LeastKeys = 4 * KernelConstants.AttentionDecodeKeys;
+        Tensor q = call.In(0), k = call.In(1), starts = call.Input(3);
+        int tokens = (int)q.Shape.Rows, keys = (int)k.Shape.Rows;
+        int sequences = (int)starts.Shape.Count - 1, group = Heads / KvHeads;
+        int blocks = KvHeads * ((group + KernelConstants.AttentionDecodeHeads - 1)
+            / KernelConstants.AttentionDecodeHeads);
+        int room = (keys + sequences - 1) / sequences;
+        int splits = Math.Clamp(4 * call.Multiprocessors / (tokens * blocks), 1,
+            Math.Clamp(room / LeastKeys, 1, MostSplits));
+        Tensor parts = splits == 1 ? Tensor.None
+            : call.Scratch(DType.F32, splits, tokens * Heads, HeadDim + 2);
+        int shared = sizeof(float)
+            * ((KernelConstants.AttentionDecodeHeads * HeadDim) + Eights);
+        call.Launch("attention_decode",
+            new Grid(new Dim3(splits * blocks, tokens), Threads, shared), call.Output,
+            call.Saved(0), parts, q, k, call.In(2), starts, call.Input(4), call.Input(5),
+            call.Faults, sequences, tokens, keys, CausalMode, Heads, KvHeads, HeadDim, Scale,
+            splits);
+        if (splits > 1)
+            call.Launch("attention_decode_merge", new Grid(new Dim3(Heads, tokens), Threads),
+                call.Output, call.Saved(0), parts, starts, call.Input(4), call.Input(5), sequences,
+                tokens, keys, CausalMode, Heads, HeadDim, Scale, splits);
+    }
 
     // The mask as kernels take it: none, from the end of the room, or of the keys that count.
     private int CausalMode => !Causal ? 0 : Cached ? 2 : 1;

@@ -163,7 +163,12 @@ public sealed unsafe record DoraLinear : Op
         }
 
         if (da.Wanted)
+        {
+            ArenaMark mark = call.Mark();
             call.Multiply(((CudaMatrix)t).T, Masked(call, x), da, Philox.Scale(Dropout));
+            call.Pop(mark);
+        }
+
         if (!dx.Wanted) return;
         Columns(call, g, dy, Tensor.None, minus: 1, accumulate: false);
         Tensor part = call.Scratch(call.Real, rows, x.Shape.Cols);

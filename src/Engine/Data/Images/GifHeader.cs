@@ -16,7 +16,7 @@ internal sealed class GifHeader
 
     private readonly ByteSource _source;
     private ColourTable _colours = ColourTable.Grey;
-    private int _left, _top, _frameWidth, _frameHeight, _background;
+    private int _left, _top, _frameWidth, _frameHeight, _background, _clear = -1;
     private bool _interlaced;
     private long _dataAt;
 
@@ -47,9 +47,12 @@ internal sealed class GifHeader
     public static bool Accepts(ReadOnlySpan<byte> head) =>
         head.StartsWith("GIF87a"u8) || head.StartsWith("GIF89a"u8);
 
+    /// <param name="file">Its bytes.</param>
+    /// <param name="overWhite">Lays what is transparent over white.</param>
     /// <exception cref="InputException">The frame's data is damaged or cut off.</exception>
-    public Picture Decode(byte[] file)
+    public Picture Decode(byte[] file, bool overWhite = false)
     {
+        byte[] white = [255, 255, 255];
         var frame = new PictureSize(_frameWidth, _frameHeight);
         StbDecoder.RequireSize(_source, "GIF", new(Width, Height));
 
@@ -62,7 +65,7 @@ internal sealed class GifHeader
         if (frame != picture.Size)
         {
             var rgb = picture.Rgb;
-            for (int i = 0; i < rgb.Length; i += 3) _colours[_background].CopyTo(rgb[i..]);
+            for (int i = 0; i < rgb.Length; i += 3) Colour(_background).CopyTo(rgb[i..]);
         }
 
         for (int y = 0, p = 0; y < frame.Height; y++)
@@ -76,11 +79,14 @@ internal sealed class GifHeader
                     throw Broken("its pixels are cut off");
                 }
 
-                _colours[pixels[p]].CopyTo(row[(x * 3)..]);
+                Colour(pixels[p]).CopyTo(row[(x * 3)..]);
             }
         }
 
         return picture;
+
+        ReadOnlySpan<byte> Colour(int index) =>
+            overWhite && index == _clear ? white : _colours[index];
     }
 
     // The frame as a GIF of its own, up to its data.
@@ -118,7 +124,7 @@ internal sealed class GifHeader
         var head = _source.At(at, 6);
         if (head.Length < 2) throw Broken("has no picture");
         if (head[0] == graphicControl && head.Length == 6 && head[1] >= 4 && (head[2] & 1) != 0)
-            _background = head[5];
+            _background = _clear = head[5];
         at++;
         while (_source.At(at, 1) is { Length: 1 } length && length[0] != 0) at += 1 + length[0];
         return at + 1;

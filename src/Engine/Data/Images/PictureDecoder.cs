@@ -107,9 +107,9 @@ public static class PictureDecoder
                 PngHeader png => PngDecoder.Decode(source, file, png, streamed, overWhite),
                 JpegHeader jpeg => JpegDecoder.Decode(source, file, jpeg),
                 WebPHeader webp => WebPDecoder.Decode(source, file, webp, overWhite),
-                GifHeader gif => gif.Decode(file),
+                GifHeader gif => gif.Decode(file, overWhite),
                 BmpHeader bmp => bmp.Decode(file),
-                TgaHeader tga => tga.Decode(file),
+                TgaHeader tga => tga.Decode(file, overWhite),
                 _ => throw new InvalidOperationException($"{info.Format} has no decoder"),
             };
         });
@@ -211,7 +211,7 @@ public static class PictureDecoder
         catch (Exception e) when (e is not InputException)
         {
             throw new InputException(
-                $"{path}: cannot be decoded: {e.GetType().Name}: {Messages.OneLine(e.Message)}", e);
+                $"{path}: cannot be decoded: it is damaged, or of a kind that is not read", e);
         }
     }
 }

@@ -42,6 +42,8 @@ internal static class PictureFormats
         ("a video", "one picture of it: ffmpeg -i IN.mp4 -frames:v 1 OUT.png"),
     ];
 
+    private const string Page = "an HTML page";
+
     /// <summary>What is read, for messages.</summary>
     public const string Read = "JPEG, PNG, WebP, GIF, BMP or TGA";
 
@@ -65,7 +67,8 @@ internal static class PictureFormats
             throw source.Error($"is no picture that can be read, expected {Read}");
         string way = s_ways.FirstOrDefault(w => w.Kind == kind).Way is { } known
             ? $" ({known})" : "";
-        throw source.Error($"is {kind}, expected {Read}; convert it to PNG{way}");
+        throw source.Error($"is {kind}, expected {Read}; "
+            + (kind == Page ? "download the picture again" : $"convert it to PNG{way}"));
     }
 
     private static string? Refused(ReadOnlySpan<byte> head)
@@ -84,7 +87,7 @@ internal static class PictureFormats
         if (text.Contains("<svg", StringComparison.OrdinalIgnoreCase)) return "an SVG drawing";
         return text.Contains("<html", StringComparison.OrdinalIgnoreCase)
             || text.Contains("<!doctype html", StringComparison.OrdinalIgnoreCase)
-            ? "an HTML page" : null;
+            ? Page : null;
     }
 
     // ISO base media files say what they are by a list of brands: the main one, a version, others.

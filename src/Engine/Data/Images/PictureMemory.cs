@@ -23,10 +23,9 @@ internal sealed class PictureMemory : IDisposable
     // A share that nobody gave back must not keep others out for ever.
     ~PictureMemory() => Dispose();
 
-    /// <summary>Bytes that all threads together may hold: an eighth of the memory, at least 1
-    /// GiB.</summary>
-    internal static long Limit { get; set; } =
-        Math.Max(1L << 30, GC.GetGCMemoryInfo().TotalAvailableMemoryBytes / 8);
+    /// <summary>Bytes that all threads together may hold: the largest picture of three bytes a
+    /// pixel, and 100 MiB.</summary>
+    internal static long Limit { get; set; } = (3 * PictureDecoder.MaxPixels) + (100 << 20);
 
     /// <summary>Bytes held now.</summary>
     internal static long Taken

@@ -188,6 +188,13 @@ internal sealed class PngRows
 /// <summary>White under what is transparent.</summary>
 internal static class White
 {
+    /// <summary>Pixels with alpha over white; what nothing was put into is transparent.</summary>
+    public static void Lay(ReadOnlySpan<byte> rgba, Span<byte> rgb)
+    {
+        for (int i = 0; i < rgb.Length; i++)
+            rgb[i] = Under(rgba[(i / 3 * 4) + (i % 3)], rgba[(i / 3 * 4) + 3]);
+    }
+
     /// <summary>A channel's value over white, as Pillow composes it.</summary>
     public static byte Under(int value, int alpha)
     {

@@ -17,14 +17,16 @@ internal static class StbDecoder
 
     public const int BytesPerPixel = 16;
 
-    /// <summary>RGB pixels.</summary>
+    /// <summary>RGB pixels, of what is transparent over white if wanted.</summary>
     /// <exception cref="InputException">The data is damaged or cut off.</exception>
     public static Picture Decode(ByteSource source, string format, PictureStream stream,
-        PictureSize size)
+        PictureSize size, bool overWhite = false)
     {
-        byte[] pixels = Decode(source, format, stream, size, ColorComponents.RedGreenBlue);
+        byte[] pixels = Decode(source, format, stream, size,
+            overWhite ? ColorComponents.RedGreenBlueAlpha : ColorComponents.RedGreenBlue);
         var picture = new Picture(size.Width, size.Height);
-        pixels.CopyTo(picture.Rgb);
+        if (overWhite) White.Lay(pixels, picture.Rgb);
+        else pixels.CopyTo(picture.Rgb);
         return picture;
     }
 

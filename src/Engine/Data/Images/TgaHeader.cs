@@ -49,18 +49,21 @@ internal sealed class TgaHeader
         source.At(source.Length - 18, 18).StartsWith("TRUEVISION-XFILE."u8)
         || source.Name.EndsWith(".tga", StringComparison.OrdinalIgnoreCase);
 
+    /// <param name="file">Its bytes.</param>
+    /// <param name="overWhite">Lays what is transparent over white.</param>
     /// <exception cref="InputException">Pixels are missing.</exception>
-    public Picture Decode(byte[] file)
+    public Picture Decode(byte[] file, bool overWhite = false)
     {
         long pixels = (long)Width * Height, left = _source.Length - _pixelsAt;
         int step = _bits / 8;
         long most = (_kind & RunLengths) != 0 ? left / (1 + step) * LongestRun : left / step;
         if (pixels > most)
             throw Broken($"{Width}x{Height} pixels do not fit into {Math.Max(0, left)} bytes");
+        var stream = new PictureStream(PlainHead(), file, (int)_pixelsAt, (int)_source.Length);
+        // Colours with eight bits of alpha, or grey with as many.
+        bool isClear = _bits == 32 || (_bits == 16 && (_kind & ~RunLengths) == 3);
         var picture = StbDecoder.Decode(
-            _source, "TGA",
-            new PictureStream(PlainHead(), file, (int)_pixelsAt, (int)_source.Length),
-            new(Width, Height));
+            _source, "TGA", stream, new(Width, Height), overWhite && isClear);
         const int fromTheRight = 0x10;
         if ((_flags & fromTheRight) == 0) return picture;
         using (picture) return picture.Oriented(2);

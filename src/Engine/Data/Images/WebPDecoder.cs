@@ -57,19 +57,12 @@ internal static unsafe class WebPDecoder
                 var done = (
                     (delegate* unmanaged[Cdecl]<byte*, nuint, byte*, nuint, int, byte*>)decode)(
                     bytes, (nuint)data.Length, into, (nuint)target.Length, stride);
-                if (done != null && overWhite) Lay(alphas, picture.Rgb);
+                if (done != null && overWhite) White.Lay(alphas, picture.Rgb);
                 if (done != null) return picture;
             }
 
             picture.Dispose();
             throw source.Error("damaged WebP: its pixels are cut off or damaged");
         }
-    }
-
-    // What no frame covers is transparent.
-    private static void Lay(ReadOnlySpan<byte> rgba, Span<byte> rgb)
-    {
-        for (int i = 0; i < rgb.Length; i++)
-            rgb[i] = White.Under(rgba[(i / 3 * 4) + (i % 3)], rgba[(i / 3 * 4) + 3]);
     }
 }

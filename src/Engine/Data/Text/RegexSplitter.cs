@@ -36,7 +36,7 @@ internal sealed class RegexSplitter : Splitter
         {
             throw new InputException(
                 $"{file}: pre_tokenizer: the pattern {Messages.Quote(pattern)} cannot be used "
-                + $"({Messages.OneLine(e.Message)})", e);
+                + $"({Messages.RegexFault(e)})", e);
         }
     }
 

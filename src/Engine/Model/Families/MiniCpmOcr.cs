@@ -13,5 +13,7 @@ internal sealed class MiniCpmOcr() : NativeFamily(
     protected override NativeDefaults Defaults { get; } = new(
         "4x", TiesHead: true, ChoosesSmall: true);
 
+    public override GgufNames Gguf => new("qwen35", "qwen35", Projector: null);
+
     public override RowFormat Rows(ModelSpec spec) => base.Rows(spec) with { NarrowResize = true };
 }

@@ -4,6 +4,8 @@ namespace MiniCpmNative.Engine.Model;
 internal sealed class MiniCpmV46() : NativeFamily(
     "MiniCPM-V-4_6", "minicpmv4_6", "MiniCPMV4_6ForConditionalGeneration")
 {
+    public override GgufNames Gguf => new("qwen35", "qwen35", Projector: null);
+
     public override string? Explain(string tensor) =>
         tensor.StartsWith("model.language_model.", StringComparison.Ordinal)
             || tensor.StartsWith("model.vision_tower.", StringComparison.Ordinal)

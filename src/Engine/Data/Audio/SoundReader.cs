@@ -1,0 +1,92 @@
+using System.ComponentModel;
+using System.Diagnostics;
+using System.Runtime.InteropServices;
+
+namespace MiniCpmNative.Engine.Data.Audio;
+
+/// <summary>
+/// Sound as the audio encoders take it: one channel of 16,000 samples a second. WAV is read here;
+/// what else there is, FLAC and MP3 among it, by ffmpeg where that is installed.
+/// </summary>
+public static class SoundReader
+{
+    /// <summary>Samples a second.</summary>
+    public const int Rate = 16000;
+
+    private const long MostBytes = 1L << 30;
+
+    /// <summary>The samples of a file.</summary>
+    /// <exception cref="InputException">It cannot be read.</exception>
+    public static float[] Read(string path) => Read(InputFile.ReadAll(path, MostBytes), path);
+
+    /// <summary>The samples of a file's content; name stands in errors.</summary>
+    /// <inheritdoc cref="Read(string)"/>
+    public static float[] Read(byte[] content, string name, string ffmpeg = "ffmpeg")
+    {
+        float[] samples;
+        if (WavFile.Is(content))
+        {
+            var (values, rate) = WavFile.Read(content, name);
+            samples = Resampling.Run(values, rate, Rate);
+        }
+        else
+        {
+            samples = Decode(content, name, ffmpeg);
+        }
+
+        return samples.Length > 0 ? samples : throw new InputException($"{name}: holds no sound");
+    }
+
+    private static float[] Decode(byte[] content, string name, string ffmpeg)
+    {
+        string kind = Kind(content) ?? throw new InputException(
+            $"{name}: is no sound file that is known, expected WAV, FLAC, MP3, Ogg or M4A");
+        var start = new ProcessStartInfo(ffmpeg, ["-v", "error", "-i", "pipe:0", "-f", "f32le",
+            "-ac", "1", "-ar", $"{Rate}", "pipe:1"])
+        {
+            RedirectStandardInput = true,
+            RedirectStandardOutput = true,
+            RedirectStandardError = true,
+        };
+        try
+        {
+            using Process process = Process.Start(start)!;
+            Task<string> said = process.StandardError.ReadToEndAsync();
+            Task feeds = Task.Run(() => Feed(process, content));
+            var output = new MemoryStream();
+            process.StandardOutput.BaseStream.CopyTo(output);
+            process.WaitForExit();
+            feeds.Wait();
+            if (process.ExitCode != 0)
+                throw new InputException($"{name}: ffmpeg cannot decode it: "
+                    + Messages.OneLine(said.Result.Trim()));
+            ReadOnlySpan<byte> bytes = output.GetBuffer().AsSpan(0, (int)output.Length & ~3);
+            return MemoryMarshal.Cast<byte, float>(bytes).ToArray();
+        }
+        catch (Win32Exception)
+        {
+            throw new InputException($"{name}: is {kind}, which is read by ffmpeg, and there is "
+                + "none on this machine: install it, or convert the file to WAV");
+        }
+    }
+
+    // It may end before it has read all, with a message.
+    private static void Feed(Process process, byte[] content)
+    {
+        try
+        {
+            process.StandardInput.BaseStream.Write(content);
+            process.StandardInput.Close();
+        }
+        catch (IOException)
+        {
+        }
+    }
+
+    private static string? Kind(ReadOnlySpan<byte> file) =>
+        file.StartsWith("fLaC"u8) ? "FLAC"
+        : file.StartsWith("OggS"u8) ? "Ogg"
+        : file.StartsWith("ID3"u8) || (file.Length > 1 && file[0] == 0xFF && (file[1] & 0xE6) == 0xE2)
+            ? "MP3"
+        : file.Length > 11 && file[4..8].SequenceEqual("ftyp"u8) ? "M4A" : null;
+}
