@@ -104,7 +104,7 @@ public sealed class LaunchCountTests
 
         public bool IsPacked(string weight) => true;
 
-        public void Together(int rows, int cols)
+        public void Together(string first, int rows, int cols)
         {
             _together = New(DType.BF16, rows, cols);
             _used = 0;

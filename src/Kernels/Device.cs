@@ -40,6 +40,14 @@ public abstract class Device : IDisposable
     /// </summary>
     public virtual Tensor Visiting(in Tensor home, bool isGradient) => home;
 
+    /// <summary>
+    /// The next matrices that visit, of so many bytes in all, lie behind each other as they do at
+    /// home, so that they are multiplied by in the same way.
+    /// </summary>
+    public virtual void VisitTogether(long bytes)
+    {
+    }
+
     /// <summary>Trained tensors were changed where they lie between steps.</summary>
     public virtual void ForgetVisiting()
     {

@@ -58,8 +58,12 @@ public abstract class ModelTensors(Graph graph, ParameterRanges trainables, Adap
 
     public bool IsPacked(string weight) => IsDense(weight) && !trainables.Contains(weight);
 
-    public void Together(int rows, int cols) =>
-        Device.PackTogether((long)rows * cols * Device.Activations.Size());
+    public void Together(string first, int rows, int cols)
+    {
+        long bytes = (long)rows * cols * Device.Activations.Size();
+        if (IsPacked(first)) Device.PackTogether(bytes);
+        else if (trainables.Contains(first) && trainables.Visits(first)) Device.VisitTogether(bytes);
+    }
 
     public Projection Projection(
         string module, string weight, int begin, int rows, Tensor bias)

@@ -82,11 +82,12 @@ public sealed class ModuleScope
     /// </summary>
     public void Together(int inputs, params ReadOnlySpan<(string Name, int Outputs)> layers)
     {
-        int rows = 0;
+        int rows = 0, packed = 0;
         foreach (var (_, outputs) in layers) rows += outputs;
         foreach (var (name, _) in layers)
-            if (!_source.IsPacked(Name(name) + ".weight")) return;
-        _source.Together(rows, inputs);
+            packed += _source.IsPacked(Name(name) + ".weight") ? 1 : 0;
+        if (packed == layers.Length || packed == 0)
+            _source.Together(Name(layers[0].Name) + ".weight", rows, inputs);
     }
 
     /// <summary>
@@ -281,7 +282,7 @@ public sealed class ModuleScope
 
         public bool IsPacked(string weight) => false;
 
-        public void Together(int rows, int cols)
+        public void Together(string first, int rows, int cols)
         {
         }
 
@@ -323,8 +324,9 @@ public interface ITensorSource
     /// <summary>Whether a weight is frozen and dense.</summary>
     bool IsPacked(string weight);
 
-    /// <summary>The next such weights, of so many rows in all, lie behind each other.</summary>
-    void Together(int rows, int cols);
+    /// <summary>The next such weights, or trained ones, of so many rows in all, the first of this
+    /// name, lie behind each other.</summary>
+    void Together(string first, int rows, int cols);
 
     /// <summary>
     /// Rows of a weight as a linear layer, with the adapter of the module if it has one.

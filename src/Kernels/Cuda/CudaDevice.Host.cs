@@ -7,6 +7,8 @@ public sealed unsafe partial class CudaDevice
     private readonly List<PinnedMemory> _host = [];
     private CudaStream? _copy, _back;
     private CudaWeightStream.Block? _open;
+    private nint _visit, _visitHome;
+    private long _visitLeft;
 
     /// <summary>Bytes of weights that lie in host memory and come over block by block.</summary>
     public long StreamedBytes => _streams.Sum(s => s.Stream.Bytes);
@@ -52,15 +54,29 @@ public sealed unsafe partial class CudaDevice
         return tensor;
     }
 
-    public override Tensor Visiting(in Tensor home, bool isGradient) =>
-        _open is null ? home : home with
+    public override Tensor Visiting(in Tensor home, bool isGradient)
+    {
+        if (_open is null) return home;
+        long bytes = home.Spec.Bytes;
+        bool isNext = !isGradient && home.Shape.Rank == 2 && bytes <= _visitLeft
+            && (_visitHome == 0 || _visitHome == home.Data);
+        nint data = isNext ? _visit : _open.ReserveVisiting(bytes);
+        if (isNext)
+            (_visit, _visitHome, _visitLeft) =
+                (_visit + (nint)bytes, home.Data + (nint)bytes, _visitLeft - bytes);
+        _open.Visit(new((ulong)data, bytes)
         {
-            Data = _open.Visit(new(0, home.Spec.Bytes)
-            {
-                Host = home.Data,
-                IsOnDevice = !IsOnHost(home.Data),
-            }, isGradient),
-        };
+            Host = home.Data,
+            IsOnDevice = !IsOnHost(home.Data),
+        }, isGradient);
+        return home with { Data = data };
+    }
+
+    public override void VisitTogether(long bytes)
+    {
+        if (_open is not null)
+            (_visit, _visitHome, _visitLeft) = (_open.ReserveVisiting(bytes), 0, bytes);
+    }
 
     public override void ForgetVisiting()
     {
@@ -97,7 +113,7 @@ public sealed unsafe partial class CudaDevice
     }
 
     // The block that is open has ended; room that was held for its matrices is its own.
-    internal void EndStreamed() => (_open, _togetherLeft) = (null, 0);
+    internal void EndStreamed() => (_open, _togetherLeft, _visitLeft) = (null, 0, 0);
 
     private void DisposeStreams()
     {

@@ -38,15 +38,6 @@ internal sealed unsafe partial class CudaWeightStream
         }
     }
 
-    private nint Visit(Block block, in Part home, bool isGradient)
-    {
-        _trains = true;
-        nint data = Reserve(_halves[block.Number % 2].Visiting, home.Bytes);
-        (isGradient ? block.Gradients : block.Values).Add(
-            home with { Device = (ulong)data });
-        return data;
-    }
-
     // Gradients of the block are about to be written, or added to. Those of its neighbour, which
     // backward was in before, go home meanwhile.
     private void Learn(Block block)

@@ -187,8 +187,15 @@ internal sealed unsafe partial class CudaWeightStream : IDisposable
         public nint Reserve(long bytes) =>
             stream.Reserve(stream._halves[number % 2].Frozen, bytes);
 
-        public nint Visit(in Part home, bool isGradient) =>
-            stream.Visit(this, home, isGradient);
+        public nint ReserveVisiting(long bytes) =>
+            stream.Reserve(stream._halves[number % 2].Visiting, bytes);
+
+        /// <summary>A trained tensor, or a gradient, has its place.</summary>
+        public void Visit(in Part part, bool isGradient)
+        {
+            stream._trains = true;
+            (isGradient ? Gradients : Values).Add(part);
+        }
 
         public override void End()
         {
