@@ -13,17 +13,18 @@ using MiniCpmNative.Kernels.Cpu;
 namespace MiniCpmNative.Bench;
 
 /// <summary>
-/// bench step --v46: LoRA steps of rank 16 on a model of MiniCPM-V-4_6's published shape with random
-/// weights, on the CPU: 512 tokens, half of them supervised, 64 of them the features of one picture
-/// of 448 x 448. Prints the seconds of a step, the share of the rate of fused multiply-adds that the
-/// same threads reach between the steps, and the most memory that the process had. Options: --threads
-/// N, --steps N, --folder DIR (2.6 GB, made once and left), --layers N and --vision-layers N for
-/// rehearsals.
+/// bench step --v46: LoRA steps of rank 16 on a model of MiniCPM-V-4_6's published shape with
+/// random weights, on the CPU: 512 tokens, half of them supervised, 64 of them the features of one
+/// picture of 448 x 448. Prints the seconds of a step, the share of the rate of fused multiply-adds
+/// that the same threads reach between the steps, and the most memory that the process had.
+/// Options: --threads N, --steps N, --folder DIR (2.6 GB, made once and left), --layers N and
+/// --vision-layers N for rehearsals.
 /// </summary>
 internal static class NativeStepBench
 {
     private const int Width = 1024, Vocabulary = 248094, Tokens = 512, Features = 64, Side = 32;
-    private const int PictureToken = 248056, Rank = 16, Insert = 6, VisionHeads = 16, VisionWidth = 1152;
+    private const int PictureToken = 248056, Rank = 16;
+    private const int Insert = 6, VisionHeads = 16, VisionWidth = 1152;
 
     public static void Run(string[] args)
     {
@@ -167,7 +168,7 @@ internal static class NativeStepBench
         }
 
         for (int i = 0; i < spec.Vision.Layers; i++)
-            sum += 4 * VisionWidth * Math.Pow(i <= spec.Vision.MergesAfter ? Patches : Patches / 4, 2);
+            sum += 4 * VisionWidth * Math.Pow(RowsBehind(i), 2);
         // Scores and sums, half of the square, forward once and twice and a half backward.
         sum += spec.Decoder.Delta!.Layers.Count(isDelta => !isDelta)
             * 3.5 * 4 * Tokens * Tokens / 2.0 * spec.Decoder.Heads * spec.Decoder.HeadDim;
@@ -175,14 +176,15 @@ internal static class NativeStepBench
             sum += 3 * 2.0 * Tokens * adapter.Rank * (adapter.Inputs + adapter.Outputs);
         return sum;
 
+        double RowsBehind(int layer) => layer <= spec.Vision.MergesAfter ? Patches : Patches / 4;
+
         // Null of the decoder's.
         double? RowsOf(string name)
         {
             const string Layers = ".encoder.layers.";
             int at = name.IndexOf(Layers, StringComparison.Ordinal);
             if (at >= 0)
-                return int.Parse(name[(at + Layers.Length)..].Split('.')[0]) <= spec.Vision.MergesAfter
-                    ? Patches : Patches / 4;
+                return RowsBehind(int.Parse(name[(at + Layers.Length)..].Split('.')[0]));
             return name.Contains("vit_merger.linear", StringComparison.Ordinal) ? Patches / 4
                 : name.Contains("vit_merger", StringComparison.Ordinal) ? Patches
                 : name.StartsWith("model.merger", StringComparison.Ordinal) ? Patches / 16 : null;
@@ -220,7 +222,8 @@ internal static class NativeStepBench
         private float Wide()
         {
             Vector512<float> m = Vector512.Create(0.999f), c = Vector512.Create(0.001f);
-            Vector512<float> x0 = c, x1 = m, x2 = c, x3 = m, x4 = c, x5 = m, x6 = c, x7 = m, x8 = c, x9 = m;
+            Vector512<float> x0 = c, x1 = m, x2 = c, x3 = m, x4 = c;
+            Vector512<float> x5 = m, x6 = c, x7 = m, x8 = c, x9 = m;
             for (int i = 0; i < Rounds; i++)
             {
                 x0 = Vector512.FusedMultiplyAdd(x0, m, c);
@@ -241,7 +244,8 @@ internal static class NativeStepBench
         private float Narrow()
         {
             Vector256<float> m = Vector256.Create(0.999f), c = Vector256.Create(0.001f);
-            Vector256<float> x0 = c, x1 = m, x2 = c, x3 = m, x4 = c, x5 = m, x6 = c, x7 = m, x8 = c, x9 = m;
+            Vector256<float> x0 = c, x1 = m, x2 = c, x3 = m, x4 = c;
+            Vector256<float> x5 = m, x6 = c, x7 = m, x8 = c, x9 = m;
             for (int i = 0; i < Rounds; i++)
             {
                 x0 = Vector256.FusedMultiplyAdd(x0, m, c);

@@ -55,7 +55,8 @@ public sealed class LogMel
         double loudest = double.MinValue;
         for (int frame = 0; frame < seen; frame++)
         {
-            for (int i = 0; i < Window; i++) part[i] = At(samples, (frame * Hop) + i - (Window / 2));
+            for (int i = 0; i < Window; i++)
+                part[i] = At(samples, (frame * Hop) + i - (Window / 2));
             for (int bin = 0; bin < Bins; bin++)
             {
                 double cos = Wave(bin), sin = Wave(Bins + bin);

@@ -86,7 +86,7 @@ public static class SoundReader
     private static string? Kind(ReadOnlySpan<byte> file) =>
         file.StartsWith("fLaC"u8) ? "FLAC"
         : file.StartsWith("OggS"u8) ? "Ogg"
-        : file.StartsWith("ID3"u8) || (file.Length > 1 && file[0] == 0xFF && (file[1] & 0xE6) == 0xE2)
-            ? "MP3"
+        : file.StartsWith("ID3"u8)
+            || (file.Length > 1 && file[0] == 0xFF && (file[1] & 0xE6) == 0xE2) ? "MP3"
         : file.Length > 11 && file[4..8].SequenceEqual("ftyp"u8) ? "M4A" : null;
 }

@@ -12,7 +12,8 @@ internal static class WavFile
 
     /// <summary>Whether a file begins as one does.</summary>
     public static bool Is(ReadOnlySpan<byte> file) =>
-        file.Length >= 12 && file[..4].SequenceEqual("RIFF"u8) && file[8..12].SequenceEqual("WAVE"u8);
+        file.Length >= 12 && file[..4].SequenceEqual("RIFF"u8)
+        && file[8..12].SequenceEqual("WAVE"u8);
 
     /// <summary>Samples in -1..1 of one channel, with their rate.</summary>
     /// <exception cref="InputException">Cut, damaged, or of a kind that is not read.</exception>
@@ -53,11 +54,12 @@ internal static class WavFile
         int kind = Word(format), channels = Word(format[2..]), bits = Word(format[14..]);
         long rate = BinaryPrimitives.ReadUInt32LittleEndian(format[4..]);
         if (kind == Extensible && format.Length >= 26) kind = Word(format[24..]);
-        bool isKnown = kind == Pcm ? bits is 8 or 16 or 24 or 32 : kind == Float && bits is 32 or 64;
+        bool isKnown = kind == Pcm
+            ? bits is 8 or 16 or 24 or 32 : kind == Float && bits is 32 or 64;
         if (!isKnown)
             throw new InputException($"{name}: is a WAV file of format {kind} with {bits} bits a "
-                + "sample, expected integers of 8, 16, 24 or 32 bits or floats of 32 or 64: convert "
-                + "it, for instance by ffmpeg -i IN -c:a pcm_s16le OUT.wav");
+                + "sample, expected integers of 8, 16, 24 or 32 bits or floats of 32 or 64: "
+                + "convert it, for instance by ffmpeg -i IN -c:a pcm_s16le OUT.wav");
         if (channels == 0 || rate is < LeastRate or > MostRate)
             throw new InputException($"{name}: has {channels} channels at {rate} Hz, expected at "
                 + $"least one, at {LeastRate} to {MostRate} Hz");
@@ -76,7 +78,8 @@ internal static class WavFile
         return (samples, (int)rate);
     }
 
-    private static double Sample(ReadOnlySpan<byte> bytes, bool isFloat) => (bytes.Length, isFloat) switch
+    private static double Sample(ReadOnlySpan<byte> bytes, bool isFloat) => (
+        bytes.Length, isFloat) switch
     {
         (1, _) => (bytes[0] - 128) / 128.0,
         (2, _) => BinaryPrimitives.ReadInt16LittleEndian(bytes) / 32768.0,
@@ -86,5 +89,6 @@ internal static class WavFile
         _ => BinaryPrimitives.ReadDoubleLittleEndian(bytes),
     };
 
-    private static int Word(ReadOnlySpan<byte> bytes) => BinaryPrimitives.ReadUInt16LittleEndian(bytes);
+    private static int Word(ReadOnlySpan<byte> bytes) =>
+        BinaryPrimitives.ReadUInt16LittleEndian(bytes);
 }
