@@ -92,7 +92,7 @@ internal sealed class DoubleModel : ITensorProbe
 
         public bool IsPacked(string weight) => false;
 
-        public void Together(int rows, int cols)
+        public void Together(string name, int rows, int cols)
         {
         }
 
