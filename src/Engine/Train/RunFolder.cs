@@ -236,7 +236,9 @@ public sealed class RunFolder : IDisposable
     }
 
     private static bool IsNumbered(string path, string ending) =>
-        path.EndsWith(ending, StringComparison.Ordinal) && int.TryParse(
+        path.EndsWith(ending, StringComparison.Ordinal)
+        && Path.GetFileName(path).StartsWith(Prefix, StringComparison.Ordinal)
+        && int.TryParse(
             Number(path, ending), NumberStyles.None, CultureInfo.InvariantCulture, out _);
 
     private static string Number(string path, string ending) =>
