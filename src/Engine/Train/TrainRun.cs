@@ -164,7 +164,7 @@ public sealed partial class TrainRun
         {
             _folder.Finish(written);
             // A kill may have come before the last of it.
-            RunFolder.Rotate(_arguments.OutputDir, _arguments.SaveTotalLimit);
+            Rotate();
             return;
         }
 
@@ -204,8 +204,11 @@ public sealed partial class TrainRun
 
         _saved = step;
         _log.Saved(folder);
-        RunFolder.Rotate(_arguments.OutputDir, _arguments.SaveTotalLimit, _log.Best?.Step);
+        Rotate();
     }
+
+    private void Rotate() =>
+        RunFolder.Rotate(_arguments.OutputDir, _arguments.SaveTotalLimit, _log.Best?.Step);
 
     private RunState State(int step) => new(
         step, _trainer.Optimizer.Updates, _trainer.SkippedInARow, _arguments.Seed,
