@@ -89,7 +89,7 @@ internal sealed class DoubleModel : ITensorProbe
 
         public bool IsPacked(string weight) => false;
 
-        public void Together(int rows, int cols)
+        public void Together(string first, int rows, int cols)
         {
         }
 
