@@ -44,7 +44,8 @@ public sealed class Adapters(IReadOnlyList<Adapter> list, double dropout)
             module.Name, i, layout.RankOf(module.Name), layout.ScaleOf(module.Name),
             module.Inputs, module.Outputs, config.UseDora, config.Bias == LoraBias.True,
             module.IsTable, module.Experts))],
-        config.Dropout) { Tokens = layout.Tokens };
+        config.Dropout)
+    { Tokens = layout.Tokens };
 
     public IReadOnlyList<Adapter> List { get; } = list;
 
