@@ -52,11 +52,13 @@ if [ $# -gt 0 ]; then
   status=$?
 else
   # Beside each other: a kernel of one block keeps one core busy, and most of the rest does too.
-  run others --filter 'FullyQualifiedName!~Cuda' >"$results/others.log" 2>&1 &
-  run cuda --filter 'FullyQualifiedName~Cuda'
+  # The half in the background ignores Ctrl-C, as the shell has it: it has no tests of signals.
+  trap 'trap - TERM; kill 0' INT TERM
+  run cuda --filter 'FullyQualifiedName~Cuda' >"$results/cuda.log" 2>&1 &
+  run others --filter 'FullyQualifiedName!~Cuda'
   status=$?
   wait $! || status=1
-  cat "$results/others.log"
+  cat "$results/cuda.log"
 fi
 
 # The sum over the halves; a half without results is a failure.

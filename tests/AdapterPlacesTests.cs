@@ -101,7 +101,8 @@ public sealed class AdapterPlacesTests
             expected.GetProperty("case_a_after").GetProperty("logits"), 1e-4);
     }
 
-    /// <summary>Merged, and the adapter on top of the model to be asked, which merge compares.</summary>
+    /// <summary>Merged, and the adapter on top of the model to be asked, which merge
+    /// compares.</summary>
     [TestCase("tokens")]
     [TestCase("head_and_table")]
     [TestCase("attention")]

@@ -189,8 +189,8 @@ public sealed class CudaAttentionBackwardTests
     public void GradientsAgreeInSmallTiles(object value) =>
         CompareOn((AttentionProblem)value, new() { Architecture = 86 });
 
-    // Mistakes in the tensor-core kernel that the rule, or the emulated GPU, must find: in blocks of
-    // several heads, keys of several tiles, and with parts to add.
+    // Mistakes in the tensor-core kernel that the rule, or the emulated GPU, must find: in blocks
+    // of several heads, keys of several tiles, and with parts to add.
     [TestCase("attention_backward_tile", "__syncthreads(); // p and ds are there", "")]
     [TestCase("attention_backward_tile", "wait_copies<0>()", "wait_copies<1>()")]
     [TestCase("attention_backward_tile", "stage ^= 1;", "")]

@@ -91,7 +91,8 @@ public sealed class CudaFailureTests
             + "/adapter_model.safetensors"));
     }
 
-    /// <summary>All calls that a warm run does not need, or only for what it says and frees.</summary>
+    /// <summary>All calls that a warm run does not need, or only for what it says and
+    /// frees.</summary>
     [Test]
     public void OtherCallsLoseNothing()
     {

@@ -52,8 +52,8 @@ public sealed class CudaRoundingTests
     /// <summary>
     /// The mean of errors away from zero is within five standard deviations of none, as that of
     /// independent roundings is. Values that occur several times are rounded alike and count once;
-    /// so do rows that share a rounding (those of attention's probabilities and of their gradients),
-    /// each by its sum.
+    /// so do rows that share a rounding (those of attention's probabilities and of their
+    /// gradients), each by its sum.
     /// </summary>
     internal static void HasNoSide(double[] got, double[] exact, string what, int row = 1)
     {

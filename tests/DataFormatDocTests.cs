@@ -9,8 +9,8 @@ using NUnit.Framework;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// The examples of docs/data.md, which are all one row; rows written in the official format; several
-/// files; the share for evaluation; damaged files of every format.
+/// The examples of docs/data.md, which are all one row; rows written in the official format;
+/// several files; the share for evaluation; damaged files of every format.
 /// </summary>
 [TestFixture]
 public sealed partial class DataFormatDocTests

@@ -8,7 +8,8 @@ using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;
 
-/// <summary>NaN, Inf and numbers too large for the run's type are named when they are read.</summary>
+/// <summary>NaN, Inf and numbers too large for the run's type are named when they are
+/// read.</summary>
 [TestFixture]
 public sealed class FiniteValuesTests
 {

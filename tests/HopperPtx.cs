@@ -12,8 +12,8 @@ namespace MiniCpmNative.Tests;
 
 /// <summary>
 /// PTX of kernels_sm90a.cu for the emulator, where NVRTC 12 or newer is not to be had: a committed
-/// file that NVRTC 13 made, or clang's. The file's first line holds the hash of what it was made of,
-/// the next ones what ptxas says of each kernel. How to make it anew stands in
+/// file that NVRTC 13 made, or clang's. The file's first line holds the hash of what it was made
+/// of, the next ones what ptxas says of each kernel. How to make it anew stands in
 /// tests/GpuEmulator/README.md.
 /// </summary>
 internal static partial class HopperPtx

@@ -53,7 +53,8 @@ internal sealed unsafe class LlamaCpp : IDisposable
         return _context.NativeHandle.GetLogitsIth(tokens.Length - 1).ToArray();
     }
 
-    /// <summary>What becomes of the views of a picture: rows for the decoder, view by view.</summary>
+    /// <summary>What becomes of the views of a picture: rows for the decoder, view by
+    /// view.</summary>
     public List<float[]> Embed(string projector, Picture picture, int width)
     {
         var parameters = MtmdContextParams.Default();

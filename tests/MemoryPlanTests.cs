@@ -91,10 +91,10 @@ public sealed class MemoryPlanTests
     }
 
     /// <summary>
-    /// MiniCPM-V-2_6 with adapters on q, k and v, one row of 2,048 tokens, all supervised, all kept:
-    /// a layer keeps, of each token, the norm that the adapters read, q, k, v as attention reads
-    /// them, its output, two sums, gate and up, in bf16; and in float two norms' factors and, for
-    /// each head, attention's. Everything else is at most one layer's and the loss's.
+    /// MiniCPM-V-2_6 with adapters on q, k and v, one row of 2,048 tokens, all supervised, all
+    /// kept: a layer keeps, of each token, the norm that the adapters read, q, k, v as attention
+    /// reads them, its output, two sums, gate and up, in bf16; and in float two norms' factors and,
+    /// for each head, attention's. Everything else is at most one layer's and the loss's.
     /// </summary>
     [TestCase(Recompute.Nothing)]
     [TestCase(Recompute.Norms)]

@@ -12,9 +12,9 @@ namespace MiniCpmNative.Tests;
 /// <summary>
 /// MiniCPM-V 4.6's reference model and its successors' on the GPU, on a row with a small picture
 /// and one without, against the same model in float64: in F32 with the bars of the CPU, or by the
-/// rule of the operations, at most twice as far off as the CPU, which equals transformers, and 1e-5.
-/// Rows are short, so what the first tokens read from a state may be small against what it is made
-/// of, and is normalised: both are further off there. In BF16 a tensor may be as far off as in
+/// rule of the operations, at most twice as far off as the CPU, which equals transformers, and
+/// 1e-5. Rows are short, so what the first tokens read from a state may be small against what it is
+/// made of, and is normalised: both are further off there. In BF16 a tensor may be as far off as in
 /// <see cref="FamilyCudaTests"/>, or a few times as far as the CPU's own when every weight is moved
 /// by the rounding of its type, 2^-9.
 /// </summary>

@@ -106,8 +106,8 @@ public sealed class MiniCpmV46ModelTests
     }
 
     // With adapters all ten losses and norms. In the full run, whose loss falls from 7 to 0.01 by
-    // gradients of norm 100, differences grow about tenfold in a step, from 7e-9 on: its first three
-    // losses and norms, the parameters after two steps, and where it ends.
+    // gradients of norm 100, differences grow about tenfold in a step, from 7e-9 on: its first
+    // three losses and norms, the parameters after two steps, and where it ends.
     [TestCase("full", "parameters", 3)]
     [TestCase("lora", "adapter", 10)]
     public void StepsAreEqual(string kind, string what, int comparable)

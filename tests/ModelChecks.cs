@@ -27,7 +27,8 @@ internal static class ModelChecks
         Assert.That(bytes, Is.All.Zero);
     }
 
-    /// <summary>Checkpointing changes no bit of loss and gradients, and takes less memory.</summary>
+    /// <summary>Checkpointing changes no bit of loss and gradients, and takes less
+    /// memory.</summary>
     public static void AssertCheckpointingGivesTheSameBits(TrainArguments full, Batch batch)
     {
         var results = new List<(double Loss, float[] Gradients, long Peak)>();

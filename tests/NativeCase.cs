@@ -12,8 +12,8 @@ using NUnit.Framework;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// The reference model of a member that is a class of transformers itself, tests/reference/NAME, its
-/// batch, and what transformers computed of it. The files are packed; they are unpacked into a
+/// The reference model of a member that is a class of transformers itself, tests/reference/NAME,
+/// its batch, and what transformers computed of it. The files are packed; they are unpacked into a
 /// folder of this process. V-4_7's weights are in the full set only.
 /// </summary>
 internal sealed class NativeCase

@@ -73,7 +73,8 @@ public sealed class OffloadPlanTests
             (4 + (optim == OptimizerKind.AdamwBf16 ? 4 : 2)) * Parameters, 9 * Parameters));
     }
 
-    /// <summary>Two layers of values and gradients, the head's, what is outside of layers.</summary>
+    /// <summary>Two layers of values and gradients, the head's, what is outside of
+    /// layers.</summary>
     [Test]
     public void FullTrainingWithAllOffloadedTakesLessThan24Gib()
     {

@@ -59,7 +59,8 @@ public sealed partial class OptimizerUpdateTests
         }
     }
 
-    /// <summary>Many rows and columns, and several matrices, against the formula in double.</summary>
+    /// <summary>Many rows and columns, and several matrices, against the formula in
+    /// double.</summary>
     [TestCase(1, 517, 300, false)]
     [TestCase(1, 517, 300, true)]
     [TestCase(3, 5, 7, true)]

@@ -52,7 +52,8 @@ public sealed class PowerLossTests
     private sealed record Recording(
         bool Overwrites, Dictionary<string, Node> Before, List<DiskChange> Changes);
 
-    /// <summary>A file or folder, whatever its name; of the run that is recorded or an older.</summary>
+    /// <summary>A file or folder, whatever its name; of the run that is recorded or an
+    /// older.</summary>
     private sealed class Node(bool isFolder, bool isOld)
     {
         public bool IsFolder => isFolder;

@@ -17,7 +17,8 @@ internal static unsafe class QuantisedModel
     // What the released int4 models leave out, by the last part of a module's name.
     private static readonly string[] s_skipped = ["out_proj", "kv_proj", "lm_head"];
 
-    /// <summary>The tensors of model-int4 of the reference: F16, vision tower and decoder.</summary>
+    /// <summary>The tensors of model-int4 of the reference: F16, vision tower and
+    /// decoder.</summary>
     public static IEnumerable<TensorToSave> Int4()
     {
         using var model = Checkpoint.Open(V26.Model);

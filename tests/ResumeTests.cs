@@ -164,8 +164,8 @@ public sealed class ResumeTests
     }
 
     /// <summary>
-    /// Fifteen moments (CPMX_KILLS sets another number): while starting, in steps, while checkpoints
-    /// are written, renamed and removed.
+    /// Fifteen moments (CPMX_KILLS sets another number): while starting, in steps, while
+    /// checkpoints are written, renamed and removed.
     /// </summary>
     [Test]
     public void ARunThatIsKilledLeavesWholeCheckpoints()

@@ -7,8 +7,8 @@ namespace MiniCpmNative.Tests;
 
 /// <summary>
 /// <see cref="Experts"/> term by term in double, that rounds to a storage type what lies between
-/// the products of a GPU: the activated rows, each expert's part of y, z = W1^T dy, the gradients of
-/// gate and up, the weighted rows and each expert's part of dx.
+/// the products of a GPU: the activated rows, each expert's part of y, z = W1^T dy, the gradients
+/// of gate and up, the weighted rows and each expert's part of dx.
 /// </summary>
 internal sealed record RoundedExperts(Experts Inner, DType Storage) : RoundedOp(Inner, Storage)
 {

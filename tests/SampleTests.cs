@@ -168,8 +168,8 @@ public class SampleTests
     [TestCase("tiny-sp-noprefix", 20)]
     public void StrictSamplesAreTheOfficialOnesWhereNothingIsOdd(string tokenizer, int least)
     {
-        // Without numbers and with the tags of one picture or of none, both write the same text; the
-        // old scheme has no numbers.
+        // Without numbers and with the tags of one picture or of none, both write the same text;
+        // the old scheme has no numbers.
         string[] same =
         [
             "small", "three-small", "tag-start", "tag-middle", "tag-end", "no-image",

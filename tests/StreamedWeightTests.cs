@@ -12,7 +12,8 @@ namespace MiniCpmNative.Tests;
 
 /// <summary>
 /// Training with frozen layers in host memory, which pass through two buffers of the GPU: the same
-/// bits as with resident ones, whatever order streams and blocks take, and only the buffers' memory.
+/// bits as with resident ones, whatever order streams and blocks take, and only the buffers'
+/// memory.
 /// </summary>
 [TestFixture]
 public sealed class StreamedWeightTests
@@ -133,8 +134,9 @@ public sealed class StreamedWeightTests
     }
 
     /// <summary>
-    /// MiniCPM-V-2_6 on a device that counts: two layers of the decoder and of the vision tower, the
-    /// embeddings, the head, the joiner, what is trained, and a step that keeps inputs of layers.
+    /// MiniCPM-V-2_6 on a device that counts: two layers of the decoder and of the vision tower,
+    /// the embeddings, the head, the joiner, what is trained, and a step that keeps inputs of
+    /// layers.
     /// </summary>
     [TestCase(false, 4.9)]
     [TestCase(true, 4.0)]

@@ -65,7 +65,8 @@ public sealed class TrainLogTests
         Assert.That(Lines(), Is.EqualTo(lines));
     }
 
-    /// <summary>A million entries: what is saved has the newest, what goes on reads the end.</summary>
+    /// <summary>A million entries: what is saved has the newest, what goes on reads the
+    /// end.</summary>
     [Test]
     public void LogsOfAnyLengthAreSavedAndGoneOnWithInTheSameTime()
     {
@@ -95,7 +96,8 @@ public sealed class TrainLogTests
         Assert.That(new FileInfo(lines).Length, Is.Zero);
     }
 
-    /// <summary>Checkpoints of versions that kept all entries are above what other files may be.</summary>
+    /// <summary>Checkpoints of versions that kept all entries are above what other files may
+    /// be.</summary>
     [Test]
     public void ALogHistoryAbove16MiBIsRead()
     {

@@ -59,7 +59,8 @@ internal static class V46
 
     public static JsonElement Json(string name) => ReferenceText.Json("v46/" + name);
 
-    /// <summary>The texts of the batch that the reference was computed of, or some of them.</summary>
+    /// <summary>The texts of the batch that the reference was computed of, or some of
+    /// them.</summary>
     public static Batch Batch(RowFormat format, params ReadOnlySpan<int> rows)
     {
         int[] ids = Ints("input_ids"), mask = Ints("attention_mask"), labels = Ints("labels");

@@ -7,8 +7,9 @@ namespace MiniCpmNative.Cli;
 /// <summary>
 /// Ctrl-C, SIGTERM, SIGHUP (a closed terminal, unless it is ignored as under nohup) and SIGQUIT ask
 /// the run to finish its step and save, once there is something to save; before that the process
-/// ends at once, as it does when one of them comes again. So does SIGXCPU, which a limit of processor
-/// time (ulimit -t) sends each second. SIGUSR1 and SIGUSR2 ask for a checkpoint without an end.
+/// ends at once, as it does when one of them comes again. So does SIGXCPU, which a limit of
+/// processor time (ulimit -t) sends each second. SIGUSR1 and SIGUSR2 ask for a checkpoint without
+/// an end.
 /// </summary>
 internal sealed partial class StopSignals : IDisposable
 {

@@ -25,12 +25,13 @@ public abstract class Device : IDisposable
     public abstract Tensor Allocate(Spec spec, string name);
 
     /// <summary>
-    /// The same in the host's memory, where the device's kernels read and write it; None on a device
-    /// whose memory that is, and where the host has not as much for it.
+    /// The same in the host's memory, where the device's kernels read and write it; None on a
+    /// device whose memory that is, and where the host has not as much for it.
     /// </summary>
     public virtual Tensor HostTensor(Spec spec, string name) => Tensor.None;
 
-    /// <summary>In host memory where that is wanted and there is some, else on the device.</summary>
+    /// <summary>In host memory where that is wanted and there is some, else on the
+    /// device.</summary>
     public Tensor AllocateIn(bool host, Spec spec, string name) =>
         host && HostTensor(spec, name) is { Exists: true } tensor ? tensor : Allocate(spec, name);
 

@@ -20,8 +20,8 @@ namespace MiniCpmNative.Kernels;
 public static unsafe class Philox
 {
     /// <summary>
-    /// Goes up with each change of the masks: checkpoints record it, and a run with dropout does not
-    /// go on unnoticed with other masks. 1 drew 32 bits an element.
+    /// Goes up with each change of the masks: checkpoints record it, and a run with dropout does
+    /// not go on unnoticed with other masks. 1 drew 32 bits an element.
     /// </summary>
     public const int Version = 2;
 

@@ -108,7 +108,8 @@ internal sealed class ChatServer : IAsyncDisposable
         }
     }
 
-    /// <summary>Takes no more requests, tells those that wait, and waits for those that run.</summary>
+    /// <summary>Takes no more requests, tells those that wait, and waits for those that
+    /// run.</summary>
     public async Task Stop()
     {
         _queue.Close();

@@ -7,8 +7,8 @@ namespace MiniCpmNative.Engine.Config;
 /// <summary>
 /// adapter_config.json of a PEFT LoRA adapter, the part of it that this program does. Written with
 /// exactly the keys and the layout of PEFT 0.14, and trainable_token_indices and target_parameters,
-/// which 0.14 does not know, where there are any; read from any version: what is not supported is refused by its key,
-/// and unknown keys may only have a neutral value.
+/// which 0.14 does not know, where there are any; read from any version: what is not supported is
+/// refused by its key, and unknown keys may only have a neutral value.
 /// </summary>
 public sealed record AdapterConfig
 {
@@ -42,7 +42,8 @@ public sealed record AdapterConfig
     /// <summary>Tokens with trained rows of their own.</summary>
     public TokenIndices? Tokens { get; init; }
 
-    /// <summary>Rows of the adapted weights have magnitudes of their own, Liu et al. 2024.</summary>
+    /// <summary>Rows of the adapted weights have magnitudes of their own, Liu et al.
+    /// 2024.</summary>
     public bool UseDora { get; init; }
 
     /// <summary>Scale by alpha / sqrt(rank), Kalajdzievski 2023.</summary>

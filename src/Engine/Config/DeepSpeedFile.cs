@@ -3,9 +3,10 @@ using System.Text.Json;
 namespace MiniCpmNative.Engine.Config;
 
 /// <summary>
-/// A configuration of DeepSpeed's (the key deepspeed): what of it means something on one GPU becomes
-/// keys of the run, unless the run says otherwise itself; what cannot change the result is accepted;
-/// all else is refused by name. "auto" is what the run's own keys say, as with transformers.
+/// A configuration of DeepSpeed's (the key deepspeed): what of it means something on one GPU
+/// becomes keys of the run, unless the run says otherwise itself; what cannot change the result is
+/// accepted; all else is refused by name. "auto" is what the run's own keys say, as with
+/// transformers.
 /// </summary>
 internal static class DeepSpeedFile
 {

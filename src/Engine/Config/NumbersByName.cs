@@ -106,7 +106,8 @@ public sealed record LoraStart(string Text)
     /// <summary>Whether adapters start as a part of their weights, which then lack it.</summary>
     public bool Splits => IsOlora || Text.StartsWith("pissa", StringComparison.Ordinal);
 
-    /// <summary>Steps that singular vectors are sought in; null for as many as are needed.</summary>
+    /// <summary>Steps that singular vectors are sought in; null for as many as are
+    /// needed.</summary>
     public int? Iterations => Text.StartsWith(Steps, StringComparison.Ordinal)
         ? int.Parse(Text.AsSpan(Steps.Length), CultureInfo.InvariantCulture) : null;
 

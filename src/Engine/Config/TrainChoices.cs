@@ -82,8 +82,8 @@ public enum OptimizerKind
 /// <summary>
 /// What a layer computes again in backward instead of keeping it, each with what stands before it:
 /// the outputs of its norms; gate and up, which leaves nothing of the MLP but its input; everything
-/// but the layer's input. (SwiGLU's output is never kept.) Auto: on a GPU as little as fits into its memory, else
-/// nothing.
+/// but the layer's input. (SwiGLU's output is never kept.) Auto: on a GPU as little as fits into
+/// its memory, else nothing.
 /// </summary>
 public enum Recompute { Auto, Nothing, Norms, Mlp, Block }
 
@@ -92,8 +92,8 @@ public enum QuantType { Nf4, Fp4 }
 
 public enum ComputeType { Float32, Float16, Bfloat16 }
 
-/// <summary>Which biases are trained with adapters; True is PEFT's lora_bias: none of the model's, and
-/// one of each lora_B.</summary>
+/// <summary>Which biases are trained with adapters; True is PEFT's lora_bias: none of the model's,
+/// and one of each lora_B.</summary>
 public enum LoraBias { None, All, LoraOnly, True }
 
 public enum WarmupCurve { Log, Linear }

@@ -35,7 +35,8 @@ public sealed class KeyAttribute(string group, string help) : Attribute
     /// </summary>
     public bool SameBits { get; init; }
 
-    /// <summary>Whether a run that goes on with another value would not go on bit for bit.</summary>
+    /// <summary>Whether a run that goes on with another value would not go on bit for
+    /// bit.</summary>
     public bool Binds =>
         !SameBits && (Group is "Model" or "Data" or "Trained parts" or "Optimisation");
 

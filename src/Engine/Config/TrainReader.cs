@@ -3,9 +3,9 @@ using System.Text.Json;
 namespace MiniCpmNative.Engine.Config;
 
 /// <summary>
-/// Reads a configuration: a JSON or YAML file of one flat object, then --name value, --name=value or a bare
-/// --name (true) over it, or such arguments alone. Everything wrong in one source is reported at
-/// once.
+/// Reads a configuration: a JSON or YAML file of one flat object, then --name value, --name=value
+/// or a bare --name (true) over it, or such arguments alone. Everything wrong in one source is
+/// reported at once.
 /// </summary>
 public sealed class TrainReader
 {

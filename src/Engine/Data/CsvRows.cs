@@ -18,7 +18,8 @@ internal static class CsvRows
     /// <param name="bytes">Its content, in UTF-8.</param>
     /// <param name="add">Takes each row's number and the row as JSON.</param>
     /// <param name="refuse">Takes the number of a row that is none, and why.</param>
-    /// <exception cref="InputException">It has no names of columns, or a quote stays open.</exception>
+    /// <exception cref="InputException">It has no names of columns, or a quote stays
+    /// open.</exception>
     public static void Read(string path, ReadOnlyMemory<byte> bytes,
         Action<int, ReadOnlyMemory<byte>> add, Action<int, string> refuse)
     {

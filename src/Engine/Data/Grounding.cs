@@ -10,9 +10,10 @@ using static MiniCpmNative.Engine.Data.RowValues;
 namespace MiniCpmNative.Engine.Data;
 
 /// <summary>
-/// "objects" of a row, as ms-swift has it: texts for the &lt;ref-object&gt; tags and boxes, or points,
-/// for the &lt;bbox&gt; tags of its turns, in order. A number is written as round(x / size * 1000), half
-/// to even, with the size of the picture as it is stored; without a picture as it stands.
+/// "objects" of a row, as ms-swift has it: texts for the &lt;ref-object&gt; tags and boxes, or
+/// points, for the &lt;bbox&gt; tags of its turns, in order. A number is written as round(x / size
+/// * 1000), half to even, with the size of the picture as it is stored; without a picture as it
+/// stands.
 /// </summary>
 /// <param name="Names">For the &lt;ref-object&gt; tags.</param>
 /// <param name="Boxes">x1, y1, x2, y2, or a point x, y.</param>

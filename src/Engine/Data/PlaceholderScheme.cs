@@ -9,10 +9,10 @@ namespace MiniCpmNative.Engine.Data;
 /// The text that stands for a picture, and where its views lie in the tokens. Every view is
 /// &lt;image&gt;unk*Q&lt;/image&gt; with Q tokens, one for each feature: a resampler's
 /// queries, or, where features are merged patches, as many as the view has; for a sliced picture a
-/// line of tiles per row follows. Since V-2_6 a tile is &lt;slice&gt;unk*Q&lt;/slice&gt; and a picture may carry its number,
-/// &lt;image_id&gt;k&lt;/image_id&gt;, in front. Before, tiles are written like pictures, all of them
-/// between one &lt;slice&gt; and &lt;/slice&gt;, and there are no numbers. The tokens are the
-/// checkpoint's own.
+/// line of tiles per row follows. Since V-2_6 a tile is &lt;slice&gt;unk*Q&lt;/slice&gt; and a
+/// picture may carry its number, &lt;image_id&gt;k&lt;/image_id&gt;, in front. Before, tiles are
+/// written like pictures, all of them between one &lt;slice&gt; and &lt;/slice&gt;, and there are
+/// no numbers. The tokens are the checkpoint's own.
 /// </summary>
 public sealed class PlaceholderScheme
 {

@@ -11,7 +11,8 @@ namespace MiniCpmNative.Engine.Data;
 /// <param name="Prompts">How a conversation becomes tokens.</param>
 /// <param name="Placeholders">What stands for a picture.</param>
 /// <param name="Numbered">Whether each picture carries its number (use_image_id of the shipped
-/// processor), in a scheme that has numbers; the official script numbers sliced ones, always.</param>
+/// processor), in a scheme that has numbers; the official script numbers sliced ones,
+/// always.</param>
 /// <param name="Slicing">How pictures are cut; a run sets its own max_slice_nums.</param>
 /// <param name="Slices">False where config.json's slice_mode turns cutting off.</param>
 /// <param name="Mean">Subtracted from a pixel in 0..1, per channel.</param>

@@ -3,7 +3,8 @@ using MiniCpmNative.Engine.Data.Text;
 
 namespace MiniCpmNative.Engine.Data;
 
-/// <summary>Values of a row as they are read and named; what is wrong is a FormatException.</summary>
+/// <summary>Values of a row as they are read and named; what is wrong is a
+/// FormatException.</summary>
 internal static class RowValues
 {
     /// <summary>Of two values of one key the first would be lost.</summary>

@@ -24,8 +24,8 @@ public sealed record CombineRequest(
 /// which needs no model. The result has scale 1 (lora_alpha is r). With w = weight * scale of each:
 /// cat stacks [w A] and [B]; svd keeps the largest singular values of the sum of w B A, A = Vt, B =
 /// U diag(s); linear sums sqrt|w| A, with w's sign, and sqrt|w| B. Where PEFT is wrong (svd scales
-/// twice in 0.14, use_rslora and rank_pattern of the first adapter stay) the sum is what the weights
-/// say. Left out are the kinds that drop entries of A and B (ties, dare, magnitude_prune).
+/// twice in 0.14, use_rslora and rank_pattern of the first adapter stay) the sum is what the
+/// weights say. Left out are the kinds that drop entries of A and B (ties, dare, magnitude_prune).
 /// </summary>
 public static class CombineRun
 {

@@ -72,7 +72,8 @@ internal sealed unsafe class MergedWeights : IDisposable
     /// Values begin..begin+target.Length of a tensor as they were, and with the adapter in target;
     /// both whole rows where an adapter sits.
     /// </summary>
-    /// <exception cref="InputException">A file cannot be read, or a value is not finite.</exception>
+    /// <exception cref="InputException">A file cannot be read, or a value is not
+    /// finite.</exception>
     public void Read(StoredTensor tensor, long begin, Span<float> target, Span<float> before)
     {
         Widen(tensor, begin, before);

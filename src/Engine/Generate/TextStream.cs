@@ -6,8 +6,8 @@ namespace MiniCpmNative.Engine.Generate;
 /// <summary>
 /// The text of tokens as they come, by the rule of transformers' TextStreamer: up to the last
 /// space, or all of it where it ends with a line or a Chinese character; so unfinished characters
-/// and words are held back. Unlike there all tokens are decoded each time, and the pieces together are the
-/// text of the whole.
+/// and words are held back. Unlike there all tokens are decoded each time, and the pieces together
+/// are the text of the whole.
 /// </summary>
 public sealed class TextStream(Tokenizer tokenizer)
 {

@@ -25,8 +25,8 @@ public abstract class Family(string name)
     public virtual bool ConfiguresPictures => true;
 
     /// <summary>
-    /// The processor's file of a model, and the key of it that says how pictures are cut, if not all
-    /// of it does.
+    /// The processor's file of a model, and the key of it that says how pictures are cut, if not
+    /// all of it does.
     /// </summary>
     public virtual (string Name, string? Key) ProcessorFile(string directory) =>
         ("preprocessor_config.json", null);

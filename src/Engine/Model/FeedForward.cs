@@ -130,7 +130,8 @@ internal sealed class SparseFeedForward : FeedForward
     }
 }
 
-/// <summary>Matrices of experts, one behind the other, with their adapters where they have any.</summary>
+/// <summary>Matrices of experts, one behind the other, with their adapters where they have
+/// any.</summary>
 /// <param name="matrices">[experts * outputs, inputs].</param>
 /// <param name="low">Of them A[experts * rank, inputs] and B[experts * outputs, rank].</param>
 public sealed class ExpertMatrices(Tensor matrices, LowRankPart? low)

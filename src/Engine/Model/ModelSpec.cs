@@ -186,7 +186,8 @@ public sealed record DecoderSpec(
     double EmbeddingScale = 1, double ResidualScale = 1, double OutputScale = 1,
     bool FinalNormDecays = true)
 {
-    /// <summary>The layers of gated delta rule between those of attention (V-4_6), if any.</summary>
+    /// <summary>The layers of gated delta rule between those of attention (V-4_6), if
+    /// any.</summary>
     public DeltaSpec? Delta { get; init; }
 
     /// <summary>

@@ -19,7 +19,8 @@ public abstract class ModelTensors(Graph graph, ParameterRanges trainables, Adap
 {
     protected Device Device { get; } = graph.Device;
 
-    /// <summary>Whether tensors of blocks, and those that are looked up, lie in host memory.</summary>
+    /// <summary>Whether tensors of blocks, and those that are looked up, lie in host
+    /// memory.</summary>
     public bool Streams { get; init; }
 
     public StreamedBlock? BeginBlock(ModelPart part) =>

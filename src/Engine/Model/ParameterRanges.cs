@@ -3,7 +3,8 @@ using MiniCpmNative.Kernels.Updates;
 
 namespace MiniCpmNative.Engine.Model;
 
-/// <summary>Where a trained tensor stands in the model, by which it may lie in host memory.</summary>
+/// <summary>Where a trained tensor stands in the model, by which it may lie in host
+/// memory.</summary>
 public enum TunedPlace
 {
     /// <summary>Anywhere; it never does.</summary>
@@ -40,7 +41,8 @@ public sealed record TunedTensor(string Name, Shape Shape, DType Type, bool Deca
 /// device that computes in 16 bits (adapters) have a rounded copy, which the optimizer writes, so
 /// that no product casts them. Clipping, AdamW and sharding become loops over a few ranges. F32
 /// tensors come first, then the 16-bit ones; within a type those that have a place in host memory
-/// come last; then those that decay come first, then those of one rate, so that a range is few runs.
+/// come last; then those that decay come first, then those of one rate, so that a range is few
+/// runs.
 ///
 /// All of them lie on the device, unless they are offloaded: then what only the optimizer reads
 /// lies in host memory (<see cref="OptimizerForm.Paged"/>), and so do values and gradients of
@@ -247,9 +249,9 @@ public sealed class ParameterRanges
     private enum Held { Values, Gradients, Moments }
 
     /// <summary>
-    /// Neighbouring tensors of one type, rate, decay and type of moments, as elements of the ranges,
-    /// seen in a shape: the tensor's own where the optimizer takes them one by one. States is what
-    /// it keeps of them.
+    /// Neighbouring tensors of one type, rate, decay and type of moments, as elements of the
+    /// ranges, seen in a shape: the tensor's own where the optimizer takes them one by one. States
+    /// is what it keeps of them.
     /// </summary>
     public sealed record Run(
         DType Type, double Rate, double Decay, long Begin, long Count, Shape Shape)

@@ -33,7 +33,8 @@ public static class PositionBuckets
     public static int Bucket(int i, int count, int side) =>
         Bucket(Arange(i, count, 0, 1f / count), i, count, side);
 
-    /// <summary>The same where the place is a quotient of float32, as newer classes have it.</summary>
+    /// <summary>The same where the place is a quotient of float32, as newer classes have
+    /// it.</summary>
     public static int QuotientBucket(int i, int count, int side) =>
         Bucket((float)i / count, i, count, side);
 

@@ -175,7 +175,8 @@ public sealed class Projections
         return graph.Run(_op!, _inputs);
     }
 
-    /// <summary>The same with heads rotated: positions I32[rows] in the tables cos and sin.</summary>
+    /// <summary>The same with heads rotated: positions I32[rows] in the tables cos and
+    /// sin.</summary>
     public void Run(
         Graph graph, Tensor x, Tensor positions, Tensor cos, Tensor sin, Span<Tensor> y)
     {

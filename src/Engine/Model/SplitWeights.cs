@@ -82,7 +82,8 @@ public sealed unsafe class SplitWeights
         return split;
     }
 
-    /// <summary>The split that a saved adapter was trained on: the second half of each rank.</summary>
+    /// <summary>The split that a saved adapter was trained on: the second half of each
+    /// rank.</summary>
     public static SplitWeights Read(
         Adapters adapters, IReadOnlyDictionary<string, StoredTensor> saved)
     {

@@ -8,9 +8,9 @@ namespace MiniCpmNative.Engine.Train;
 
 /// <summary>
 /// What a run needs beyond its weights to go on bit for bit: the numbers here, and what the
-/// optimizer keeps, with 16-bit weights' masters, in optimizer.safetensors. Random numbers are keyed
-/// by seed and step and the order of rows by seed and epoch, so that a step number is the whole
-/// random state and data position.
+/// optimizer keeps, with 16-bit weights' masters, in optimizer.safetensors. Random numbers are
+/// keyed by seed and step and the order of rows by seed and epoch, so that a step number is the
+/// whole random state and data position.
 /// </summary>
 /// <param name="Absent">Numbers of the file's rows without a place in the order.</param>
 /// <param name="LeftOut">Numbers of the rows that keep theirs and are left out.</param>
@@ -126,7 +126,8 @@ public sealed record RunState(
     }
 
     /// <summary>Copies the moments and masters into the model.</summary>
-    /// <exception cref="InputException">The file is missing, broken, or of another model.</exception>
+    /// <exception cref="InputException">The file is missing, broken, or of another
+    /// model.</exception>
     public static void LoadOptimizer(string folder, TunedModel model)
     {
         using var file = SafetensorsFile.Open(Path.Combine(folder, OptimizerFile));

@@ -31,7 +31,8 @@ public sealed record Schedule(
     };
 
     /// <summary>
-    /// A line on a run that learns nothing, or whose warm-up does not end before it does; else null.
+    /// A line on a run that learns nothing, or whose warm-up does not end before it does; else
+    /// null.
     /// </summary>
     public string? Notice => (float)Peak == 0
         ? FormattableString.Invariant(

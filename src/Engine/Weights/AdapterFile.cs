@@ -42,7 +42,8 @@ public sealed class AdapterFile : IDisposable
     internal Dictionary<string, StoredTensor> Tensors => _tensors;
 
     /// <param name="directory">Its folder.</param>
-    /// <param name="table">The model it is for, where names of the decoder alone are to be told.</param>
+    /// <param name="table">The model it is for, where names of the decoder alone are to be
+    /// told.</param>
     /// <exception cref="InputException">
     /// A file is missing or broken, or asks for what is not supported.
     /// </exception>

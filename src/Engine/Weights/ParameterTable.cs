@@ -36,7 +36,8 @@ public sealed record LinearModule(
     /// up.</summary>
     public bool IsTable { get; init; }
 
-    /// <summary>Why its adapters are read and merged, but not trained; null where they are.</summary>
+    /// <summary>Why its adapters are read and merged, but not trained; null where they
+    /// are.</summary>
     public string? OnlyRead { get; init; }
 
     /// <summary>How many matrices lie behind each other in its parameter: those of experts; 0 where

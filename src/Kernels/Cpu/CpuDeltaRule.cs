@@ -6,8 +6,8 @@ namespace MiniCpmNative.Kernels.Cpu;
 /// <summary>
 /// The delta rule on the CPU: a thread takes a value head of a sequence from the first chunk to the
 /// last; for gradients a key head with the value heads that it serves, and back again from the
-/// states at the chunks' starts, which are computed anew. Every element has one owner that sums in a
-/// fixed order.
+/// states at the chunks' starts, which are computed anew. Every element has one owner that sums in
+/// a fixed order.
 /// </summary>
 internal static class CpuDeltaRule
 {

@@ -6,8 +6,8 @@ internal static unsafe partial class FlashAttention<TLanes, TVector, T>
     /// dq, dk and dv of one key head of a sequence, one query head after another: q k^T and dO v^T
     /// of a tile, there for dk and dv, serve dq too, 10 * headDim flops per visible (query, key)
     /// pair where QueryGradients and KeyGradients take 14. All sums are theirs, in the same order,
-    /// and so are the bits. dq of a head and, where heads share keys, dk and dv of all keys are kept
-    /// in scratch memory.
+    /// and so are the bits. dq of a head and, where heads share keys, dk and dv of all keys are
+    /// kept in scratch memory.
     /// </summary>
     public struct HeadGradients : IRangeBody
     {

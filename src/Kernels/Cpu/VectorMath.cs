@@ -70,8 +70,8 @@ public static class VectorMath
             Vector.LessThan(x, Vector<T>.Zero), tail, Vector<T>.One - tail);
     }
 
-    // e^x = 2^n e^r with |r| at most ln 2 / 2; the polynomial is Cephes' expf. 2^n is applied in two
-    // halves, so that subnormal results and those near the largest float come out right.
+    // e^x = 2^n e^r with |r| at most ln 2 / 2; the polynomial is Cephes' expf. 2^n is applied in
+    // two halves, so that subnormal results and those near the largest float come out right.
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     private static Vector<float> Exp(Vector<float> x)
     {

@@ -1,9 +1,9 @@
 namespace MiniCpmNative.Kernels.Cuda;
 
 /// <summary>
-/// What a launch of attention on tensor cores must know of its kernel, as kernels.cu has it: queries
-/// (backward, keys) of a block, its threads and its shared memory. Blocks are smaller where they can
-/// have no more than 99 KiB of that.
+/// What a launch of attention on tensor cores must know of its kernel, as kernels.cu has it:
+/// queries (backward, keys) of a block, its threads and its shared memory. Blocks are smaller where
+/// they can have no more than 99 KiB of that.
 /// </summary>
 internal readonly record struct AttentionLaunch(int Rows, int Threads, int SharedBytes)
 {

@@ -7,7 +7,8 @@ namespace MiniCpmNative.Kernels.Cuda;
 /// <param name="Memory">Bytes.</param>
 public sealed record CardFigures(string Name, int Multiprocessors, int Architecture, long Memory)
 {
-    /// <summary>Shared memory that a block can opt into: of such cards, where none says it.</summary>
+    /// <summary>Shared memory that a block can opt into: of such cards, where none says
+    /// it.</summary>
     public int SharedBytes { get; init; } = Architecture switch
     {
         90 or 100 or 103 => 227 << 10,

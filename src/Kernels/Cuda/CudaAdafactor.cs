@@ -3,8 +3,8 @@ using MiniCpmNative.Kernels.Updates;
 namespace MiniCpmNative.Kernels.Cuda;
 
 /// <summary>
-/// The GPU's Adafactor, kernels `adafactor_*`: means of rows and, in parts of fixed size, of columns;
-/// the size of the change; the change. The gradient is read in each of them.
+/// The GPU's Adafactor, kernels `adafactor_*`: means of rows and, in parts of fixed size, of
+/// columns; the size of the change; the change. The gradient is read in each of them.
 /// </summary>
 internal static class CudaAdafactor
 {

@@ -111,7 +111,8 @@ internal readonly ref struct CudaLoraProducts
 
     private Tensor A(int n) => n < _a.Length ? _a[n] : Tensor.None;
 
-    // Stages of the two operands' tiles and of the mask's, as section 8 has them: of one size in all.
+    // Stages of the two operands' tiles and of the mask's, as section 8 has them: of one size in
+    // all.
     internal static int SharedBytes(DType real)
     {
         const int Elements = KernelConstants.LoraDownCols

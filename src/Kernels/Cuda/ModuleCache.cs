@@ -7,8 +7,8 @@ namespace MiniCpmNative.Kernels.Cuda;
 /// <summary>
 /// Compiled modules on disk, one file each, in a folder that its owner alone may enter. What it
 /// holds runs on the GPU, so files and folders of others are not used, nor what is no regular file;
-/// one that is cut or altered is found by its own hash. A cache that cannot be used is done without:
-/// compiling again is the whole cost.
+/// one that is cut or altered is found by its own hash. A cache that cannot be used is done
+/// without: compiling again is the whole cost.
 /// </summary>
 internal sealed class ModuleCache(string folder)
 {

@@ -40,8 +40,8 @@ public sealed record ModuleOptions(DType Storage, int Architecture, bool LineInf
 }
 
 /// <summary>
-/// Compiles CUDA sources with NVRTC and keeps the results on disk, by the SHA-256 of source, options
-/// and compiler version (<see cref="ModuleCache"/>).
+/// Compiles CUDA sources with NVRTC and keeps the results on disk, by the SHA-256 of source,
+/// options and compiler version (<see cref="ModuleCache"/>).
 /// </summary>
 public sealed unsafe class ModuleCompiler
 {

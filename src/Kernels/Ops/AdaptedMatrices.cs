@@ -6,8 +6,8 @@ namespace MiniCpmNative.Kernels.Ops;
 /// <summary>
 /// y_e = w_e + Scale * bb_e a_e of each of Count frozen matrices: w[Count * out, in], a[Count *
 /// rank, in], bb[Count * out, rank] -> y like w; saves nothing. The experts' matrices with low-rank
-/// adapters, which are made whole before they are multiplied by, as PEFT does it (target_parameters):
-/// as large as the matrices, and so are their gradients.
+/// adapters, which are made whole before they are multiplied by, as PEFT does it
+/// (target_parameters): as large as the matrices, and so are their gradients.
 /// </summary>
 /// <exception cref="ShapeException">The shapes do not fit together.</exception>
 public sealed unsafe record AdaptedMatrices(int Count, double Scale) : Op("adapted_matrices")

@@ -54,9 +54,9 @@ public sealed record Experts(int Chosen) : Op("experts")
 
 /// <summary>
 /// Which rows go to which experts, as the integers of one tensor. A term is one of the rows *
-/// chosen pairs of a row and an expert of its choice, row * chosen + rank. By a stable counting sort
-/// an expert's terms get places side by side: those of expert e from begins[e] to begins[e + 1] - 1,
-/// in the order of their rows.
+/// chosen pairs of a row and an expert of its choice, row * chosen + rank. By a stable counting
+/// sort an expert's terms get places side by side: those of expert e from begins[e] to begins[e +
+/// 1] - 1, in the order of their rows.
 /// </summary>
 /// <param name="Experts">How many there are.</param>
 /// <param name="Rows">Rows of the input.</param>
@@ -78,8 +78,8 @@ internal readonly record struct Routing(int Experts, int Rows, int Chosen)
     /// <summary>I32[terms]: the place of a term.</summary>
     public int PlaceOf => TermAt + Terms;
 
-    /// <summary>I32[<see cref="MostTiles"/>, 2]: expert and first place of each tile of places, of a
-    /// GPU's products; the expert is -1 where there are fewer.</summary>
+    /// <summary>I32[<see cref="MostTiles"/>, 2]: expert and first place of each tile of places, of
+    /// a GPU's products; the expert is -1 where there are fewer.</summary>
     public int Tiles => PlaceOf + Terms;
 
     /// <summary>As many tiles as there can be, whatever is chosen.</summary>

@@ -1,6 +1,7 @@
 namespace MiniCpmNative.Kernels.Updates;
 
-/// <summary>What an optimizer is: its rule, and what it keeps of each trained tensor, and where.</summary>
+/// <summary>What an optimizer is: its rule, and what it keeps of each trained tensor, and
+/// where.</summary>
 /// <param name="Rule">How it changes values.</param>
 /// <param name="Moments">F32; BF16; or U8, but for tensors of less than 4,096 elements and
 /// embeddings, which have F32, as with bitsandbytes and the Hugging Face Trainer.</param>

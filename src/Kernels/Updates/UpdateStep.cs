@@ -10,7 +10,8 @@ public enum UpdateRule : byte
     /// </summary>
     AdamW,
 
-    /// <summary>As AdamW, with the decay after the change, as bitsandbytes' kernels have it.</summary>
+    /// <summary>As AdamW, with the decay after the change, as bitsandbytes' kernels have
+    /// it.</summary>
     AdamWDecaysLast,
 
     /// <summary>
@@ -72,10 +73,10 @@ public readonly record struct UpdateStep(
 /// <summary>
 /// The tensors of one range, all of one shape. Weights are F32, or BF16 or F16 with a Master in F32
 /// of which they are the rounded copy; Gradient is F32. M and V, as many of them as the rule has,
-/// are F32; or BF16, which halves them: then they are rounded up or down at random, so that the many
-/// small changes of a moving average are kept on average (the nearest value would be the old one for
-/// ever). The random numbers are those of <see cref="Philox"/> for (Seed, Step) of the step and
-/// element First + i, so that the same run rounds the same way; m takes the low half of the
+/// are F32; or BF16, which halves them: then they are rounded up or down at random, so that the
+/// many small changes of a moving average are kept on average (the nearest value would be the old
+/// one for ever). The random numbers are those of <see cref="Philox"/> for (Seed, Step) of the step
+/// and element First + i, so that the same run rounds the same way; m takes the low half of the
 /// element's word, v the high half. First is a multiple of 4. Or they are U8, codes of
 /// <see cref="DynamicMap"/> with a scale in MScales and VScales for every
 /// <see cref="DynamicMap.Block"/> elements from the range's first on. Of Adafactor the range is one
@@ -124,7 +125,8 @@ public readonly record struct UpdateRange(
 }
 
 /// <summary>
-/// A tensor as Adafactor sees it: matrices of its last two axes, or a vector as a matrix of one row.
+/// A tensor as Adafactor sees it: matrices of its last two axes, or a vector as a matrix of one
+/// row.
 /// </summary>
 /// <param name="OfRows">The shape of what is kept of rows, or of a vector.</param>
 /// <param name="OfColumns">Of columns; null for a vector.</param>

@@ -65,7 +65,8 @@ internal sealed unsafe class Block : IDisposable
     /// <summary>Bulk copies to shared memory that have not arrived.</summary>
     public List<BulkCopy> Flying { get; } = [];
 
-    /// <summary>Counts what others may wait for: barriers opened, memory changed for them.</summary>
+    /// <summary>Counts what others may wait for: barriers opened, memory changed for
+    /// them.</summary>
     public long Events { get; private set; }
 
     /// <summary>Stamps of the blocks whose writes are visible here.</summary>
@@ -128,7 +129,8 @@ internal sealed unsafe class Block : IDisposable
 
     private const int Registers = 64 << 10;
 
-    /// <summary>So many more registers for each thread of a warp, when the block has them.</summary>
+    /// <summary>So many more registers for each thread of a warp, when the block has
+    /// them.</summary>
     public bool TryTakeRegisters(int more)
     {
         if (more * 32 > _freeRegisters) return false;

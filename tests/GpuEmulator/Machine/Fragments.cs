@@ -57,7 +57,8 @@ internal sealed class Fragments(int count)
     /// is.</summary>
     public int Complete(int pending) => _complete = Math.Max(_complete, Open - 1 - pending);
 
-    /// <summary>wgmma takes its registers; D's may still be written by an earlier product.</summary>
+    /// <summary>wgmma takes its registers; D's may still be written by an earlier
+    /// product.</summary>
     public void Issue(Warp w, FragmentUse use)
     {
         if (_fences == 0)

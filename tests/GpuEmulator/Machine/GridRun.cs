@@ -108,8 +108,9 @@ internal sealed class GridRun(Launch launch, long step)
         }
     }
 
-    // All blocks of this worker wait: for other workers' blocks, or for nothing. They have looked in
-    // vain since the change numbered Seen; when every worker says so of the last change, it is over.
+    // All blocks of this worker wait: for other workers' blocks, or for nothing. They have looked
+    // in vain since the change numbered Seen; when every worker says so of the last change, it is
+    // over.
     private void WaitForOthers(List<Block> waiting)
     {
         long seen = Changes();

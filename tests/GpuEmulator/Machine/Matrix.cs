@@ -7,8 +7,8 @@ using MiniCpmNative.GpuEmulator.Memory;
 namespace MiniCpmNative.GpuEmulator.Machine;
 
 /// <summary>
-/// mma.sync, ldmatrix and stmatrix. With g = lane / 4 and t = lane % 4 a 16-bit fragment register holds
-/// elements (g, 2t) and (g, 2t + 1) of an 8 x 8 piece: its row of 32 lanes is that piece,
+/// mma.sync, ldmatrix and stmatrix. With g = lane / 4 and t = lane % 4 a 16-bit fragment register
+/// holds elements (g, 2t) and (g, 2t + 1) of an 8 x 8 piece: its row of 32 lanes is that piece,
 /// row-major. For m16n8k16, A is the pieces (rows 0-7, k 0-7), (8-15, 0-7), (0-7, 8-15), (8-15,
 /// 8-15); B is stored transposed, (n, k) pieces k 0-7 and k 8-15; C and D hold (g, 2t), (g, 2t+1),
 /// (g+8, 2t), (g+8, 2t+1). Products of two bf16 or f16 are exact in float and sums are rounded to

@@ -9,7 +9,8 @@ internal enum WarpState : byte
     Done,
 }
 
-/// <summary>Why a group of lanes does not run: it needs others of its warp, or another warp.</summary>
+/// <summary>Why a group of lanes does not run: it needs others of its warp, or another
+/// warp.</summary>
 internal enum Hold : byte
 {
     None, Blocked, Polled,

@@ -4,9 +4,9 @@ using MiniCpmNative.GpuEmulator.Machine;
 namespace MiniCpmNative.GpuEmulator.Memory;
 
 /// <summary>
-/// Reads of whole warpgroups by wgmma, 16 bytes at a time. They go on until they are waited for, and
-/// are over for all four warps when they are for one: a write must come after the wait of any of
-/// them, by way of that warp.
+/// Reads of whole warpgroups by wgmma, 16 bytes at a time. They go on until they are waited for,
+/// and are over for all four warps when they are for one: a write must come after the wait of any
+/// of them, by way of that warp.
 /// </summary>
 internal sealed unsafe partial class SharedMemory
 {

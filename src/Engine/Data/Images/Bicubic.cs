@@ -1,9 +1,9 @@
 namespace MiniCpmNative.Engine.Data.Images;
 
 /// <summary>
-/// Pillow's bicubic resize (9.4 to 12.0), or torchvision's of bytes, to the byte: across first, into
-/// bytes, then down; a pass is left out where that side keeps its length. Rows come one after the
-/// other: only the rows
+/// Pillow's bicubic resize (9.4 to 12.0), or torchvision's of bytes, to the byte: across first,
+/// into bytes, then down; a pass is left out where that side keeps its length. Rows come one after
+/// the other: only the rows
 /// that the next output needs are kept, in a ring that stays in the cache, and nobody has to store
 /// the result. One object per worker; its buffers are reused and only grow.
 /// </summary>

@@ -36,8 +36,8 @@ internal sealed class BicubicWeights
     public int MaxTaps { get; private set; }
 
     /// <summary>
-    /// The inputs first..end that output i reads; their weights, which sum to 1, go into taps, which
-    /// has room for all inputs or for MaxTaps.
+    /// The inputs first..end that output i reads; their weights, which sum to 1, go into taps,
+    /// which has room for all inputs or for MaxTaps.
     /// </summary>
     public static (int First, int End) Taps(
         int inputs, int outputs, int i, Span<double> taps)

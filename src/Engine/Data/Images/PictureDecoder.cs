@@ -39,8 +39,9 @@ public static class PictureDecoder
 
     /// <summary>
     /// Reads and decodes a file; overWhite lays what is transparent over white, as transformers'
-    /// processors do, where Pillow drops it (PNG, WebP). Waits while the pictures of other threads, which count until they
-    /// are disposed of, leave too little memory (<see cref="PictureMemory"/>).
+    /// processors do, where Pillow drops it (PNG, WebP). Waits while the pictures of other threads,
+    /// which count until they are disposed of, leave too little memory
+    /// (<see cref="PictureMemory"/>).
     /// </summary>
     /// <exception cref="InputException">Missing, unreadable, of a format that is not read, or
     /// damaged.</exception>

@@ -4,8 +4,8 @@ using System.Text.RegularExpressions;
 namespace MiniCpmNative.Engine.Data.Text;
 
 /// <summary>
-/// ChatML, &lt;|im_start|&gt;role\ncontent&lt;|im_end|&gt;\n for each turn. Models differ by data: a
-/// system prompt put in front where the conversation has none (Qwen2), or think blocks (Qwen3):
+/// ChatML, &lt;|im_start|&gt;role\ncontent&lt;|im_end|&gt;\n for each turn. Models differ by data:
+/// a system prompt put in front where the conversation has none (Qwen2), or think blocks (Qwen3):
 /// the last answer gets one, an empty one if it has none, and earlier answers lose theirs;
 /// functions called stand behind the answer, and their results in a user's turn.
 ///

@@ -8,7 +8,8 @@ namespace MiniCpmNative.Engine.Data.Text;
 public sealed record ChatTurn(
     string Role, string Content, string? Thought = null, IReadOnlyList<ToolCall>? Calls = null)
 {
-    /// <summary>Whether an answer is learned; null where nothing was said, which means yes.</summary>
+    /// <summary>Whether an answer is learned; null where nothing was said, which means
+    /// yes.</summary>
     public bool? Trained { get; init; }
 }
 

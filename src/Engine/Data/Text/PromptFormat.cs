@@ -66,8 +66,8 @@ public abstract class PromptFormat
         Tokenizer.Encode(Prompt(turns, enableThinking), special: true);
 
     /// <summary>
-    /// Shifted labels: where answer[i] holds, position i-1 predicts ids[i]; and a token behind which
-    /// an answer is over predicts its end, as the official script has it.
+    /// Shifted labels: where answer[i] holds, position i-1 predicts ids[i]; and a token behind
+    /// which an answer is over predicts its end, as the official script has it.
     /// </summary>
     public int[] Labels(ReadOnlySpan<int> ids, ReadOnlySpan<bool> answer)
     {
