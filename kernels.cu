@@ -1890,7 +1890,9 @@ extern "C" __global__ void __launch_bounds__(LORA_THREADS, LORA_BLOCKS) lora_dow
         if (part != nullptr)
             put_sums<LORA_RANKS / 8>(part, (u64)(blockIdx.z * adapters * rows) * rank + at,
                 d[i / 2], i % 2, scale, left, rank % 2 == 0, false);
-        else put_sums<LORA_RANKS / 8>(h, at, d[i / 2], i % 2, scale, left, rank % 2 == 0, false);
+        else
+            put_sums<LORA_RANKS / 8>(h, at, d[i / 2], i % 2, scale, left,
+                rank % 2 == 0 && (u64)h % (2 * sizeof(real)) == 0, false);
     }
 }
 
