@@ -44,10 +44,12 @@ public sealed class DoctorTests
         Assert.That(text, Does.Contain("self-test of the kernels for BF16"));
         Assert.That(text, Does.Contain("self-test of the kernels for F32"));
         // These are no operation's at the sizes of the self-test: it says so, and their own tests
-        // reach them (CudaLinearAttentionTests, CudaLoraTests, QuantisedWeightTests).
+        // reach them (CudaAttentionTests, CudaLinearAttentionTests, CudaLoraTests,
+        // QuantisedWeightTests).
         Assert.That(text.Split('\n').Where(line => line.Contains("not reached")).Distinct(),
-            Is.EqualTo((string[])["gpu      not reached by the self-test: conv_state, "
-                + "lora_gradient_a_parts, unpack_4bit, unpack_int8"]));
+            Is.EqualTo((string[])["gpu      not reached by the self-test: attention_decode, "
+                + "attention_decode_merge, conv_state, lora_gradient_a_parts, unpack_4bit, "
+                + "unpack_int8"]));
     }
 
     [Test]
