@@ -28,6 +28,7 @@ internal static class NativeStepBench
 
     public static void Run(string[] args)
     {
+        int Option(string name, int otherwise) => StepBench.Option(args, name, otherwise);
         int threads = Option("--threads", Environment.ProcessorCount), steps = Option("--steps", 5);
         int layers = Option("--layers", 24), visionLayers = Option("--vision-layers", 27);
         int at = Array.IndexOf(args, "--folder");
@@ -76,12 +77,6 @@ internal static class NativeStepBench
             + $"{work / 1e12:F2} TFLOP a step: best {seconds[0]:F2} s, median "
             + $"{seconds[steps / 2]:F2} s, {shares[steps / 2]:P1} of the FMA rate (median), peak "
             + $"{self.PeakWorkingSet64 / (double)(1 << 30):F2} GiB");
-
-        int Option(string name, int otherwise)
-        {
-            int place = Array.IndexOf(args, name);
-            return place >= 0 && place + 1 < args.Length ? int.Parse(args[place + 1]) : otherwise;
-        }
     }
 
     private static ModelSpec Model(string folder, int layers, int visionLayers)

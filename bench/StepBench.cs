@@ -54,7 +54,7 @@ internal static class StepBench
             + (Layers * 6.0 * 2 * Tokens * Tokens * Width);
     }
 
-    private static int Option(string[] args, string name, int otherwise)
+    internal static int Option(string[] args, string name, int otherwise)
     {
         int at = Array.IndexOf(args, name);
         return at >= 0 && at + 1 < args.Length ? int.Parse(args[at + 1]) : otherwise;

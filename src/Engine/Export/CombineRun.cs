@@ -29,7 +29,7 @@ public sealed record CombineRequest(
 /// </summary>
 public static class CombineRun
 {
-    private const string Prefix = "base_model.model.", EndA = ".lora_A.weight",
+    private const string Prefix = AdapterLayout.Prefix, EndA = ".lora_A.weight",
         EndB = ".lora_B.weight";
 
     /// <exception cref="InputException">The adapters cannot be combined.</exception>
@@ -237,7 +237,7 @@ public static class CombineRun
             {
                 tensor.MustBeFinite(DType.F32);
                 if (name.EndsWith(EndB, StringComparison.Ordinal)
-                    || name.EndsWith(".base_layer.weight", StringComparison.Ordinal)) continue;
+                    || name.EndsWith(AdapterFile.CopyEnd, StringComparison.Ordinal)) continue;
                 string module = name.StartsWith(Prefix, StringComparison.Ordinal)
                     && name.EndsWith(EndA, StringComparison.Ordinal)
                     && tensor.Sizes.Length == 2

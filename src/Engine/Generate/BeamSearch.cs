@@ -40,14 +40,8 @@ internal sealed class BeamSearch
         for (int i = 0; i < inputs.Count && goesOn(); i++)
         {
             // All beams begin as one, so only its candidates count.
-            Span<float> logits = [];
-            GenerationInput input = inputs[i];
-            for (int at = 0, to; at < input.Tokens; at = to)
-            {
-                to = input.AppendPart is null ? input.Tokens : Generator.End(input, at);
-                logits = model.Append(i * beams, Generator.Part(input, at, to));
-            }
-
+            Span<float> logits =
+                Generator.Append(model, i * beams, inputs[i], first: 0, () => true);
             searches[i].Advance(logits, vocabulary, 1);
             searches[i].Place(tokens, from, i * beams);
         }

@@ -125,14 +125,7 @@ public sealed class Generator(LoadedModel model, StepCounter? counter = null)
         {
             answers[i] = new Growing<int>();
             GenerationInput input = inputs[i];
-            Span<float> logits = [];
-            for (int from = known, to; from < input.Tokens; from = to)
-            {
-                if (from > known && !goesOn()) break;
-                to = input.AppendPart is null ? input.Tokens : End(input, from);
-                logits = _cached.Append(i, Part(input, from, to));
-            }
-
+            Span<float> logits = Append(_cached, i, input, known, goesOn);
             if (_cached.Lengths[i] < input.Tokens) break; // told to stop
             Take(i, logits);
         }
@@ -158,18 +151,36 @@ public sealed class Generator(LoadedModel model, StepCounter? counter = null)
         }
     }
 
+    /// <summary>
+    /// Runs a prompt from a token on, in pieces, up to the one that is told not to go on.
+    /// </summary>
+    /// <returns>The logits behind the last piece that ran.</returns>
+    internal static Span<float> Append(
+        CachedModel model, int sequence, GenerationInput input, int first, Func<bool> goesOn)
+    {
+        Span<float> logits = [];
+        for (int at = first, to; at < input.Tokens; at = to)
+        {
+            if (at > first && !goesOn()) break;
+            (int from, to) = (at, End(input, at));
+            int end = to;
+            logits = model.Append(sequence, input.AppendPart is { } part
+                ? batch => part(batch, from, end) : input.Append);
+        }
+
+        return logits;
+    }
+
     /// <summary>Where the piece of a prompt ends that begins at a token.</summary>
     internal static int End(GenerationInput input, int from)
     {
+        if (input.AppendPart is null) return input.Tokens;
         int to = Math.Min(from + Piece, input.Tokens);
         foreach (ImageBound picture in input.Pictures)
             if (to > picture.Start && to < picture.End)
                 to = picture.Start > from ? picture.Start : picture.End;
         return to;
     }
-
-    internal static Action<Batch> Part(GenerationInput input, int from, int to) =>
-        input.AppendPart is { } append ? batch => append(batch, from, to) : input.Append;
 
     /// <summary>The token behind those generated so far.</summary>
     internal static int Token(

@@ -18,9 +18,9 @@ public sealed record Adapter(string Module, int Index, int Rank, double Scale, i
 
     public int RowsOfB => checked(Outputs * Math.Max(1, Experts));
 
-    public string NameOfA => Module + (IsTable ? ".lora_embedding_A" : ".lora_A.weight");
+    public string NameOfA => Module + AdapterLayout.EndOfA(IsTable);
 
-    public string NameOfB => Module + (IsTable ? ".lora_embedding_B" : ".lora_B.weight");
+    public string NameOfB => Module + AdapterLayout.EndOfB(IsTable);
 
     public string NameOfBias => Module + ".lora_B.bias";
 

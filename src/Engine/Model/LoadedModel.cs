@@ -60,11 +60,7 @@ public sealed class LoadedModel : IDisposable
     {
         options ??= new LoadOptions();
         return Build(device, spec,
-            graph => new ModelWeights(graph, checkpoint, storage, options)
-            {
-                Streams = options.Streams,
-            },
-            options.Recomputation);
+            graph => new ModelWeights(graph, checkpoint, storage, options), options.Recomputation);
     }
 
     /// <summary>
@@ -77,12 +73,7 @@ public sealed class LoadedModel : IDisposable
     /// <param name="options">How it would be loaded.</param>
     public static LoadedModel Plan(OpenDevice device, ModelSpec spec,
         Func<string, DType> storedAs, LoadOptions options) => Build(
-            device, spec, graph => new PlannedTensors(
-                graph, spec, options.Trainables ?? new ParameterRanges(device.Device, []),
-                options.Adapters, storedAs, options.Kind)
-            {
-                Streams = options.Streams,
-            },
+            device, spec, graph => new PlannedTensors(graph, spec, storedAs, options),
             options.Recomputation);
 
     /// <summary>Builds a model of tensors that come from anywhere.</summary>

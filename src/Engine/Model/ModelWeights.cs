@@ -12,87 +12,90 @@ namespace MiniCpmNative.Engine.Model;
 /// ranges, as parameters of the tape; where frozen ones come from is said by who derives from it.
 /// </summary>
 /// <param name="graph">The tape.</param>
-/// <param name="trainables">The trained ranges on the tape's device.</param>
-/// <param name="adapters">Adapters that sit on linear layers.</param>
-public abstract class ModelTensors(Graph graph, ParameterRanges trainables, Adapters adapters)
-    : ITensorSource
+/// <param name="options">What is trained, and how the rest is kept.</param>
+public abstract class ModelTensors(Graph graph, LoadOptions options) : ITensorSource
 {
+    private readonly ParameterRanges _trainables =
+        options.Trainables ?? new ParameterRanges(graph.Device, []);
+
+    private readonly Adapters _adapters = options.Adapters;
+
     protected Device Device { get; } = graph.Device;
 
-    /// <summary>Whether tensors of blocks, and those that are looked up, lie in host
-    /// memory.</summary>
-    public bool Streams { get; init; }
+    /// <summary>Makes frozen weights of linear layers; null keeps them dense.</summary>
+    protected IWeightKind? Kind { get; } = options.Kind;
 
     public StreamedBlock? BeginBlock(ModelPart part) =>
-        Streams ? Device.BeginStreamed((int)part, HasContent) : null;
+        options.Streams ? Device.BeginStreamed((int)part, HasContent) : null;
 
     /// <summary>
     /// A bias or a norm's weight; frozen ones are kept in F32, as kernels take them.
     /// </summary>
-    public Tensor Vector(string name, int begin, int count) => trainables.Contains(name)
+    public Tensor Vector(string name, int begin, int count) => _trainables.Contains(name)
         ? Parameter(name, begin, count) : FrozenVector(name, begin, count);
 
-    public Tensor Small(string name) => trainables.Contains(name)
+    public Tensor Small(string name) => _trainables.Contains(name)
         ? Parameter(name, 0, ShapeOf(name)[0])
         : FrozenVector(name, 0, checked((int)ShapeOf(name).Count));
 
     public Tensor Matrix(string name, int begin, int rows, int cols)
     {
-        if (!trainables.Contains(name)) return FrozenMatrix(name, begin, rows, cols);
-        Tensor value = trainables.Value(name);
+        if (!_trainables.Contains(name)) return FrozenMatrix(name, begin, rows, cols);
+        Tensor value = _trainables.Value(name);
         int all = checked((int)(value.Shape.Count / cols));
         Tensor matrix = value.Reshape(all, cols).Slice(begin, rows);
-        return !trainables.Learns ? matrix : Parameter(
-            name, matrix, trainables.Gradient(name).Reshape(all, cols).Slice(begin, rows));
+        return !_trainables.Learns ? matrix : Parameter(
+            name, matrix, _trainables.Gradient(name).Reshape(all, cols).Slice(begin, rows));
     }
 
     // Row-major also when frozen.
-    public Tensor Table(string name, bool isLookedUp) => trainables.Contains(name)
-        ? Parameter(name, 0, ShapeOf(name)[0]) : FrozenTable(name, isLookedUp && Streams);
+    public Tensor Table(string name, bool isLookedUp) => _trainables.Contains(name)
+        ? Parameter(name, 0, ShapeOf(name)[0]) : FrozenTable(name, isLookedUp && options.Streams);
 
     public Tensor Original(string name)
     {
-        if (adapters.List.Count == 0 || !trainables.Contains(name)) return Tensor.None;
+        if (_adapters.List.Count == 0 || !_trainables.Contains(name)) return Tensor.None;
         Shape shape = ShapeOf(name);
         return FrozenMatrix(name, 0, shape[0], shape.Cols);
     }
 
-    public bool IsPacked(string weight) => IsDense(weight) && !trainables.Contains(weight);
+    public bool IsPacked(string weight) =>
+        Kind?.Takes(weight) != true && !_trainables.Contains(weight);
 
     public void Together(string first, int rows, int cols)
     {
         long bytes = (long)rows * cols * Device.Activations.Size();
         if (IsPacked(first)) Device.PackTogether(bytes);
-        else if (trainables.Contains(first) && trainables.Visits(first)) Device.VisitTogether(bytes);
+        else if (_trainables.Contains(first) && _trainables.Visits(first)) Device.VisitTogether(bytes);
     }
 
     public Projection Projection(
         string module, string weight, int begin, int rows, Tensor bias)
     {
-        Weight matrix = (trainables.Contains(weight) ? null : OtherKind(weight, begin, rows))
+        Weight matrix = (_trainables.Contains(weight) ? null : OtherKind(weight, begin, rows))
             ?? new DenseWeight(Matrix(weight, begin, rows, ShapeOf(weight).Cols));
-        if (adapters.Find(module) is not { } adapter) return new Projection(matrix, bias);
+        if (_adapters.Find(module) is not { } adapter) return new Projection(matrix, bias);
         Tensor a = Parameter(adapter.NameOfA, 0, adapter.Rank);
         Tensor b = Parameter(adapter.NameOfB, begin, rows);
         if (!adapter.IsDora)
-            return new Projection(matrix, bias, adapter, adapters.Dropout, a, b,
+            return new Projection(matrix, bias, adapter, _adapters.Dropout, a, b,
                 adapter.HasBias ? Parameter(adapter.NameOfBias, begin, rows) : Tensor.None);
         // In F32 on every device: its changes are small.
         string magnitude = Adapters.NameOfMagnitude(module);
-        Tensor m = trainables.Value(magnitude);
-        if (trainables.Learns) m = Parameter(magnitude, m, trainables.Gradient(magnitude));
-        return new Projection(matrix, bias, adapter, adapters.Dropout, a, b, m,
+        Tensor m = _trainables.Value(magnitude);
+        if (_trainables.Learns) m = Parameter(magnitude, m, _trainables.Gradient(magnitude));
+        return new Projection(matrix, bias, adapter, _adapters.Dropout, a, b, m,
             FrozenSquares(weight, begin, rows));
     }
 
-    public LowRankPart? Low(string module) => adapters.Find(module) is not { } adapter ? null
-        : new(adapter, adapters.Dropout,
+    public LowRankPart? Low(string module) => _adapters.Find(module) is not { } adapter ? null
+        : new(adapter, _adapters.Dropout,
             Parameter(adapter.NameOfA, 0, adapter.RowsOfA),
             Parameter(adapter.NameOfB, 0, adapter.RowsOfB));
 
     public TokenRows? Rows(string module, string weight)
     {
-        if (adapters.Tokens.FirstOrDefault(t => t.Module.Name == module) is not { } tokens)
+        if (_adapters.Tokens.FirstOrDefault(t => t.Module.Name == module) is not { } tokens)
             return null;
         Tensor original = Device.Allocate(new Spec(
             Device.Activations, new Shape(tokens.Ids.Count, tokens.Cols)), tokens.Name);
@@ -113,9 +116,6 @@ public abstract class ModelTensors(Graph graph, ParameterRanges trainables, Adap
 
     /// <summary>Whether tensors are more than their places.</summary>
     protected virtual bool HasContent => true;
-
-    /// <summary>Whether the frozen weight of a linear layer is dense.</summary>
-    protected abstract bool IsDense(string weight);
 
     protected abstract Shape ShapeOf(string name);
 
@@ -139,14 +139,14 @@ public abstract class ModelTensors(Graph graph, ParameterRanges trainables, Adap
 
     private Tensor Parameter(string name, int begin, int count)
     {
-        Tensor value = trainables.Operand(name).Slice(begin, count);
-        return !trainables.Learns ? value
-            : Parameter(name, value, trainables.Gradient(name).Slice(begin, count));
+        Tensor value = _trainables.Operand(name).Slice(begin, count);
+        return !_trainables.Learns ? value
+            : Parameter(name, value, _trainables.Gradient(name).Slice(begin, count));
     }
 
     // Of a block that is streamed, with the block.
     private Tensor Parameter(string name, Tensor value, Tensor gradient) =>
-        !trainables.Visits(name) ? graph.Parameter(value, gradient)
+        !_trainables.Visits(name) ? graph.Parameter(value, gradient)
         : graph.Parameter(Device.Visiting(value, isGradient: false),
             Device.Visiting(gradient, isGradient: true), home: gradient);
 }
@@ -162,14 +162,10 @@ public abstract class ModelTensors(Graph graph, ParameterRanges trainables, Adap
 /// <param name="options">What is trained, and how the rest is kept.</param>
 public sealed class ModelWeights(
     Graph graph, Checkpoint checkpoint, DType storage, LoadOptions options)
-    : ModelTensors(
-        graph, options.Trainables ?? new ParameterRanges(graph.Device, []), options.Adapters)
+    : ModelTensors(graph, options)
 {
     private readonly FrozenNorms _norms = options.Norms ?? new(checkpoint, storage, options.Kind);
-    private readonly IWeightKind? _kind = options.Kind;
     private readonly SplitWeights? _split = options.Split;
-
-    protected override bool IsDense(string weight) => _kind?.Takes(weight) != true;
 
     protected override Shape ShapeOf(string name) => checkpoint.Get(name).Shape;
 
@@ -238,7 +234,7 @@ public sealed class ModelWeights(
         storage == DType.F32 && file is DType.BF16 or DType.F16 ? file : storage;
 
     protected override Weight? OtherKind(string weight, int begin, int rows) =>
-        _kind?.Load(Device, checkpoint.Get(weight), begin, rows);
+        Kind?.Load(Device, checkpoint.Get(weight), begin, rows);
 }
 
 /// <summary>

@@ -9,21 +9,16 @@ namespace MiniCpmNative.Engine.Model;
 /// </summary>
 /// <param name="graph">The tape.</param>
 /// <param name="spec">The model.</param>
-/// <param name="trainables">The trained ranges on the tape's device.</param>
-/// <param name="adapters">Adapters that sit on linear layers.</param>
 /// <param name="storedAs">The type in which the run keeps a frozen tensor, by its name.</param>
-/// <param name="kind">Makes frozen weights of linear layers; null keeps them dense.</param>
+/// <param name="options">What is trained, and how the rest would be kept.</param>
 internal sealed class PlannedTensors(
-    Graph graph, ModelSpec spec, ParameterRanges trainables, Adapters adapters,
-    Func<string, DType> storedAs, IWeightKind? kind = null)
-    : ModelTensors(graph, trainables, adapters)
+    Graph graph, ModelSpec spec, Func<string, DType> storedAs, LoadOptions options)
+    : ModelTensors(graph, options)
 {
     protected override bool HasContent => false;
 
-    protected override bool IsDense(string weight) => kind?.Takes(weight) != true;
-
     protected override Weight? OtherKind(string weight, int begin, int rows) =>
-        kind?.Plan(Device, weight, begin, rows);
+        Kind?.Plan(Device, weight, begin, rows);
 
     protected override Shape ShapeOf(string name) => spec.Parameters.Find(name)!.Shape;
 

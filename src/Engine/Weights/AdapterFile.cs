@@ -11,7 +11,8 @@ public sealed class AdapterFile : IDisposable
 {
     public const string WeightsName = "adapter_model.safetensors";
 
-    private const string Prefix = "base_model.model.";
+    /// <summary>Behind the name of a module with an adapter: a copy of its matrix.</summary>
+    internal const string CopyEnd = ".base_layer.weight";
 
     private readonly SafetensorsFile _file;
     private Dictionary<string, StoredTensor> _tensors;
@@ -129,9 +130,9 @@ public sealed class AdapterFile : IDisposable
 
     // The model's own matrix that a tensor is a copy of, by its name.
     private static string? Copied(string name) =>
-        name.StartsWith(Prefix, StringComparison.Ordinal)
-        && name.EndsWith(".base_layer.weight", StringComparison.Ordinal)
-            ? name[Prefix.Length..].Replace(".base_layer.", ".", StringComparison.Ordinal)
+        name.StartsWith(AdapterLayout.Prefix, StringComparison.Ordinal)
+        && name.EndsWith(CopyEnd, StringComparison.Ordinal)
+            ? name[AdapterLayout.Prefix.Length..].Replace(".base_layer.", ".", StringComparison.Ordinal)
             : null;
 
     /// <summary>
@@ -183,7 +184,7 @@ public sealed class AdapterFile : IDisposable
         if (name.EndsWith("lora_B.bias", StringComparison.Ordinal))
             return "bias of B, without lora_bias";
         if (name.Contains(".lora_", StringComparison.Ordinal)) return "not among target_modules";
-        return name.StartsWith(Prefix, StringComparison.Ordinal)
+        return name.StartsWith(AdapterLayout.Prefix, StringComparison.Ordinal)
             ? "not among modules_to_save" : "not a PEFT name";
     }
 }

@@ -10,7 +10,7 @@ namespace MiniCpmNative.Engine.Weights;
 /// </summary>
 internal static partial class ForeignAdapter
 {
-    private const string Prefix = "base_model.model.", Layers = "layers.", Root = "model.";
+    private const string Prefix = AdapterLayout.Prefix, Layers = "layers.", Root = "model.";
 
     /// <summary>The tensors by the names PEFT would have saved them under.</summary>
     /// <exception cref="InputException">Several adapters stand in one file.</exception>
