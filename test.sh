@@ -45,7 +45,8 @@ run() {
   shift
   dotnet test tests -c Release --no-build -nologo --results-directory "$results/$name" \
     --logger "trx;LogFileName=tests.trx" --logger "console;verbosity=minimal" \
-    --blame-hang-timeout 15m --blame-hang-dump-type none "$@" </dev/null
+    --blame-hang-timeout 15m --blame-hang-dump-type none "$@" -- NUnit.AssemblySelectLimit=100000 \
+    </dev/null
 }
 if [ $# -gt 0 ]; then
   run all "$@"
