@@ -102,8 +102,8 @@ public sealed partial record TrainArguments
     [Key("Trained parts", "train low-rank adapters instead of the weights")]
     public bool UseLora { get; init; }
 
-    [Key("Trained parts", "adapters on a decoder whose linear layers are quantised to 4 bits on "
-        + "load (load_in_4bit is the same); a quantised model is trained as it is without it")]
+    [Key("Trained parts", "the decoder's linear layers in 4 bits, quantised on load, and adapters "
+        + "on them (load_in_4bit is the same); a quantised model is taken as it is without it")]
     public bool QLora { get; init; }
 
     [Key("Trained parts", "the same as q_lora", Name = "load_in_4bit")]
