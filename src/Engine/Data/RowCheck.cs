@@ -18,7 +18,8 @@ public readonly record struct RowCheck(
     public RowSize Size { get; init; }
 }
 
-/// <summary>What a row, or several together, bring to the device.</summary>
+/// <summary>What a row, or several together, bring to the device; a sound counts as a view of as
+/// many patches as it has frames.</summary>
 public readonly record struct RowSize(int Tokens, int Labels, int Views, int Patches)
 {
     public static RowSize operator +(RowSize a, RowSize b) => new(

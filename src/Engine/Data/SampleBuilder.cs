@@ -27,13 +27,15 @@ public sealed class SampleBuilder
         (_prompts, _placeholders) = (format.Prompts, format.Placeholders);
     }
 
-    /// <summary>The sample of a row; plans are those of row.Pictures, one each.</summary>
+    /// <summary>The sample of a row; plans are those of row.Pictures, one each, and sounds the
+    /// numbers of samples of row.Sounds.</summary>
     /// <exception cref="BadRowException">The row cannot be trained on.</exception>
-    public Sample Build(Row row, IReadOnlyList<SlicePlan> plans)
+    public Sample Build(
+        Row row, IReadOnlyList<SlicePlan> plans, IReadOnlyList<int>? sounds = null)
     {
         try
         {
-            return _official ? BuildOfficial(row, plans) : BuildStrict(row, plans);
+            return _official ? BuildOfficial(row, plans) : BuildStrict(row, plans, sounds ?? []);
         }
         catch (InputException failure)
         {
@@ -44,9 +46,10 @@ public sealed class SampleBuilder
     /// <summary>The prompt that asks for the answer in a turn of the row (index from 0; behind
     /// the last one where nothing answers it).</summary>
     /// <exception cref="BadRowException">The row cannot be trained on.</exception>
-    public Prompt BuildPrompt(Row row, IReadOnlyList<SlicePlan> plans, int answer)
+    public Prompt BuildPrompt(Row row, IReadOnlyList<SlicePlan> plans, int answer,
+        IReadOnlyList<int>? sounds = null)
     {
-        var (turns, pictures) = Compose(row, plans);
+        var (turns, pictures) = Compose(row, plans, sounds ?? []);
         if (answer > 0 && turns[answer - 1].Role != "user")
             throw row.Bad("no question stands before the answer", answer + 1);
         bool thinks = answer < turns.Length
@@ -64,7 +67,11 @@ public sealed class SampleBuilder
         int shown = 0;
         for (int views = 0; views < prompt.Bounds.Length && shown < pictures.Length; shown++)
             views += plans[pictures[shown]].Views;
-        return prompt with { Pictures = pictures[..shown] };
+        return prompt with
+        {
+            Pictures = pictures[..shown],
+            SoundBounds = _format.Sounds?.Bounds(prompt.InputIds) ?? [],
+        };
     }
 
     /// <summary>
@@ -103,21 +110,34 @@ public sealed class SampleBuilder
             + "tokens as text; take them out, pictures are given beside the text"), pictures);
     }
 
-    private (ChatTurn[] Turns, int[] Pictures) Compose(Row row, IReadOnlyList<SlicePlan> plans) =>
-        RowText.Compose(row, (picture, number) => PictureText(plans[picture], number),
+    private (ChatTurn[] Turns, int[] Pictures) Compose(
+        Row row, IReadOnlyList<SlicePlan> plans, IReadOnlyList<int> sounds)
+    {
+        var (turns, pictures) = RowText.Compose(
+            SoundText.Tagged(row), (picture, number) => PictureText(plans[picture], number),
             _format.Markers);
+        return (SoundText.Filled(row, turns, k => _format.Sounds!.Text(sounds[k])), pictures);
+    }
 
     private string PictureText(SlicePlan plan, int number) =>
         _placeholders.Text(plan, _format.Numbered ? number : null);
 
-    private Sample BuildStrict(Row row, IReadOnlyList<SlicePlan> plans)
+    private Sample BuildStrict(
+        Row row, IReadOnlyList<SlicePlan> plans, IReadOnlyList<int> sounds)
     {
-        var (turns, pictures) = Compose(row, plans);
+        var (turns, pictures) = Compose(row, plans, sounds);
         MustBeShort(row, turns);
         var chat = _prompts.Encode(turns);
         var bounds = _placeholders.Bounds(chat.Ids)!;
         CheckFit(row, chat.Ids.Length, bounds, pictures, plans);
-        return Finish(row, chat, bounds, pictures, pictures.Sum(picture => plans[picture].Views));
+        ImageBound[] heard = sounds.Count > 0 ? _format.Sounds!.Bounds(chat.Ids)! : [];
+        if (heard.Length > 0 && heard[^1].End >= _maxLength)
+            throw row.Bad($"has {Messages.Number(chat.Ids.Length)} tokens, model_max_length is "
+                + $"{Messages.Number(_maxLength)}: its audio would be cut; raise model_max_length or "
+                + "cut the sound");
+        return Finish(row, chat, bounds, pictures, pictures.Sum(picture => plans[picture].Views))
+            with
+        { SoundBounds = heard };
     }
 
     // A token takes some 50 bytes while it is made: no row may fill the memory for what is cut off.
@@ -143,6 +163,9 @@ public sealed class SampleBuilder
 
     private Sample BuildOfficial(Row row, IReadOnlyList<SlicePlan> plans)
     {
+        if (row.Sounds.Count > 0)
+            throw row.Bad("has audio, which the official script cannot read; it works without "
+                + "official_compat");
         var turns = OfficialText.Compose(row, (picture, number) =>
             _placeholders.Text(plans[picture], number),
             [.. plans.Select(plan => plan.Sliced)]);

@@ -31,6 +31,9 @@ public sealed record ModelSpec(
 {
     private ParameterTable? _parameters;
 
+    /// <summary>The audio encoder, where it runs; else what a model has of one is handed on.</summary>
+    public AudioSpec? Audio { get; private init; }
+
     /// <summary>The joiner of a model that has a resampler.</summary>
     public ResamplerSpec Resampler
     {
@@ -54,6 +57,21 @@ public sealed record ModelSpec(
         // Described at once: sizes that make no tensor are the configuration's fault.
         _ = spec.Parameters;
         return spec;
+    }
+
+    /// <summary>The model with its audio encoder, if that is wanted (init_audio).</summary>
+    /// <exception cref="InputException">It has none, or what is said of it is wrong.</exception>
+    public ModelSpec Hearing(bool wanted)
+    {
+        if (!wanted) return this;
+        var hearing = this with
+        {
+            Audio = Family.Audio(ModelConfig.Open(Directory)) ?? throw new InputException(
+                $"init_audio: {Family.Name} has no audio encoder; leave it out"),
+            _parameters = null,
+        };
+        _ = hearing.Parameters;
+        return hearing;
     }
 
     /// <summary>The model with its decoder's layers replicated, and its weights too.</summary>
