@@ -256,6 +256,109 @@ public sealed class AudioRowTests
                 : Is.EqualTo(before.Get(name).ToFloats()), name);
     }
 
+    // A row of all kinds beside one of sound and one of text.
+    [Test]
+    public void PicturesAndSoundsStandInOneRow()
+    {
+        string picture = Path.Combine(ReferenceModel.Of("o45").Folder, "data", "images");
+        picture = Directory.GetFiles(picture).Order().First();
+        DataRows data = Rows(
+            $$"""{"image": "{{picture}}", "audio": ["a.wav"], "conversations": [U, A]}""",
+            """{"audio": "a.wav", "conversations": [T, A]}""", """{"conversations": [U, A]}""");
+        string text = _spec.Rows().Tokenizer.Decode(data.Sample(0).InputIds);
+        Assert.That(text, Does.Match("user\n<image_id>0.*</(image|slice)>\n<\\|audio_start\\|>"
+            + "(<unk>){10}<\\|audio_end\\|>\nWhat\\?"));
+        using var model = TunedModel.Open(Arguments);
+        var losses = new List<double>();
+        foreach (int[] rows in (int[][])[[0, 1, 2], [0], [1], [2]])
+        {
+            var batch = new Batch();
+            batch.Clear();
+            foreach (int row in rows) data.Append(row, batch);
+            losses.Add(V26.Gradients(model, Arguments, batch).Loss);
+        }
+
+        // All answers are of one length.
+        Assert.That(losses[0], Is.EqualTo(losses[1..].Average()).Within(1e-5));
+    }
+
+    [Test]
+    public void ConvertedRowsKeepTheirSounds()
+    {
+        string bare = Convert.ToBase64String(File.ReadAllBytes(Path.Combine(_folder, "b.wav")));
+        string data = Write("""{"audios": ["a.wav"], "messages": [T, A]}""",
+            $$"""{"audios": ["data:audio/wav;base64,{{bare}}"], "messages": [U, A]}""");
+        string to = Path.Combine(Directory.CreateDirectory(
+            Path.Combine(_folder, "converted")).FullName, "rows.json");
+        var output = new StringWriter();
+        Assert.That(new DataConvert(data, to, BoxFormat.Text, Skip: false).Run(output), Is.True);
+        Assert.That(output.ToString(), Does.Contain("2 rows have sounds (\"audio\")"));
+        DataRows before = DataRows.Read(data, Arguments, _spec.Rows());
+        DataRows after = DataRows.Read(to, Arguments, _spec.Rows());
+        Assert.That(after.OtherFormats, Is.Empty);
+        for (int row = 0; row < 2; row++)
+            Assert.That(after.Sample(row).InputIds, Is.EqualTo(before.Sample(row).InputIds));
+        var check = new StringWriter();
+        Assert.That(DataCheck.Run(Arguments with { DataPath = to }, _spec.Rows(), check), Is.True);
+        Assert.That(check.ToString(),
+            Does.Contain("  sounds: 2").And.Contains("(10 sound features)"));
+    }
+
+    [Test]
+    public void AConversationHasTheTokensOfItsRow()
+    {
+        var arguments = Arguments with { UseLora = false };
+        using var asked = Engine.Generate.AskedModel.Open(arguments, null);
+        var maker = new Engine.Generate.PromptMaker(asked.Model.Spec, asked.Rows);
+        float[] heard = maker.Hear(Path.Combine(_folder, "a.wav"));
+        var input = maker.Make([new PromptTurn("user", [new PromptPart(null, -1, 0), "What?"])], [],
+            enableThinking: true, sounds: [heard]);
+        DataRows row = Rows("""{"audio": "a.wav", "conversations": [U, A]}""");
+        Sample sample = row.Sample(0);
+        int end = sample.SoundBounds[0].End;
+        Assert.That(input.Ids.AsSpan(0, end + 1).SequenceEqual(sample.InputIds.AsSpan(0, end + 1)));
+        Assert.That(input.Pictures, Is.EqualTo(sample.SoundBounds));
+        Assert.That(() => maker.Make([new PromptTurn("user", ["<|audio_start|><|audio_end|><unk>"
+            + "<|audio_start|><unk><|audio_end|>"])], []), Refuses("holds audio tokens as text"));
+        var (said, other) = (Chat("a.wav"), Chat("b.wav"));
+        Assert.That(said, Is.Not.EqualTo(other));
+        Assert.That(Chat("a.wav"), Is.EqualTo(said));
+
+        string Chat(string sound)
+        {
+            var output = new StringWriter();
+            Assert.That(Cli.ChatCommand.Run([_folder, "--device", "cpu", "--do_sample", "false",
+                "--max_new_tokens", "12", "--audio", Path.Combine(_folder, sound)], help: false,
+                new StringReader("What?\n"), output, new StringWriter(), new Cli.Runners(),
+                terminal: false), Is.Zero);
+            return output.ToString();
+        }
+    }
+
+    // Beside adapters the encoder learns whole, and merges.
+    [Test]
+    public void AnEncoderInModulesToSaveIsMerged()
+    {
+        TrainArguments arguments = Arguments with
+        {
+            ModulesToSave = ["apm", "audio_projection_layer"],
+            DataPath = Write("""{"audio": "a.wav", "conversations": [U, A]}"""),
+            OutputDir = Path.Combine(_folder, "saved"),
+            MaxSteps = 2,
+            LearningRate = 1e-2,
+        };
+        Runs.Train(arguments);
+        string to = Path.Combine(_folder, "merged");
+        Engine.Export.MergeRun.Run(new(_folder, arguments.OutputDir, to), TextWriter.Null);
+        using var before = Engine.Weights.Checkpoint.Open(_folder);
+        using var after = Engine.Weights.Checkpoint.Open(to);
+        foreach (string name in (string[])["apm.conv1.weight", "llm.model.layers.0.self_attn.q_proj.weight",
+            "audio_projection_layer.linear2.bias"])
+            Assert.That(after.Get(name).ToFloats(), Is.Not.EqualTo(before.Get(name).ToFloats()), name);
+        Assert.That(ModelSpec.Read(to).Hearing(true).Parameters.Count,
+            Is.EqualTo(_spec.Parameters.Count));
+    }
+
     private TrainArguments Arguments => AudioModel.Lora(_folder, _data);
 
     private DataRows Rows(params string[] rows) =>

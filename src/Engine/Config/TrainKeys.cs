@@ -81,7 +81,7 @@ internal static partial class TrainKeys
     /// <summary>What counts where a model is asked and nothing is trained.</summary>
     public static IReadOnlyList<TrainKey> Asking { get; } = [.. Train.Where(key =>
         key.Rule.Group == "Generation" || key.Name is "max_slice_nums" or "bf16" or "fp16"
-            or "device" or "threads" or "seed")];
+            or "device" or "threads" or "seed" or "init_audio")];
 
     public static IReadOnlyList<TrainKey> Schedule { get; } = Of(typeof(ScheduleOptions));
 

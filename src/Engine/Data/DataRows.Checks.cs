@@ -225,6 +225,7 @@ public sealed partial class DataRows
                 pictures.Sum(picture => (long)picture.Size.Width * picture.Size.Height),
                 [.. pictures.Select(picture => picture.Kind)])
             {
+                Sounds = lengths.Length,
                 Size = new(sample.InputIds.Length, sample.Supervised,
                     sample.Pictures.Sum(p => plans[p].Views) + lengths.Length,
                     (int)sample.Pictures.Sum(p => _strips.Value!.Patches(plans[p]))

@@ -42,35 +42,19 @@ public sealed partial class DataRows
         }
     }
 
-    // The tokens that the places of each sound take, from the first one's to the last one's.
-    private ImageBound[] SoundPlaces(ImageBound[] bounds, int[] lengths)
-    {
-        var places = new List<ImageBound>();
-        for (int next = 0; next < bounds.Length;)
-        {
-            int first = bounds[next].Start, left = _format.Sounds!.Tokens(lengths[places.Count]);
-            for (; left > 0; next++) left -= bounds[next].End - bounds[next].Start;
-            places.Add(new(first, bounds[next - 1].End));
-        }
-
-        return [.. places];
-    }
-
-    // The sounds among the tokens from..to, of which none is cut.
     private void AddSounds(Row row, ImageBound[] bounds, int[] lengths, Batch batch, int from,
         int to, bool decode)
     {
-        if (bounds.Length == 0) return;
-        batch.AddSoundSlots(
-            [.. bounds.Where(bound => bound.Start >= from && bound.End <= to)], from);
-        foreach (var (i, place) in SoundPlaces(bounds, lengths).Index())
+        if (lengths.Length > 0)
+            _format.Sounds!.Add(batch, bounds, lengths, from, to, decode ? Known : null);
+
+        float[] Known(int sound)
         {
-            if (place.Start < from || place.End > to) continue;
-            float[] samples = decode ? Samples(row, i) : [];
-            if (decode && samples.Length != lengths[i])
-                throw row.Bad($"sound {Messages.Quote(row.Sounds[i].Path)} was changed: it had "
-                    + $"{Messages.Number(lengths[i])} samples, it has {Messages.Number(samples.Length)}");
-            _format.Sounds!.Append(batch, samples, lengths[i]);
+            float[] samples = Samples(row, sound);
+            return samples.Length == lengths[sound] ? samples : throw row.Bad(
+                $"sound {Messages.Quote(row.Sounds[sound].Path)} was changed: it had "
+                + $"{Messages.Number(lengths[sound])} samples, it has "
+                + Messages.Number(samples.Length));
         }
     }
 }

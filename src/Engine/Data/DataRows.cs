@@ -170,7 +170,7 @@ public sealed partial class DataRows : IRowLoader
         Prompt prompt = _builder.BuildPrompt(asked, plans, answer, lengths);
         MustKnow(asked, Largest(prompt.InputIds));
         ImageBound[] places = Places(asked, prompt.Bounds, prompt.Pictures, plans);
-        ImageBound[] heard = SoundPlaces(prompt.SoundBounds, lengths);
+        ImageBound[] heard = _format.Sounds?.Places(prompt.SoundBounds, lengths) ?? [];
         return new(prompt.InputIds.Length, [.. places, .. heard], (batch, from, to) =>
         {
             Show(asked, prompt.InputIds, prompt.Bounds, places, prompt.Pictures, plans, pictures,

@@ -14,6 +14,9 @@ public readonly record struct RowCheck(
     BadRow? Bad, int Tokens, int Supervised, bool Cut, int AnswersCut, int Pictures, int Turned,
     long Pixels, IReadOnlyList<string>? Kinds)
 {
+    /// <summary>Sounds it names.</summary>
+    public int Sounds { get; init; }
+
     /// <summary>What it brings to the device; nothing for a bad row.</summary>
     public RowSize Size { get; init; }
 }

@@ -49,11 +49,10 @@ public sealed record RowFormat(
     /// <summary>
     /// What a text must not hold: it would be read as a turn or a picture. No two are one token.
     /// </summary>
-    internal IReadOnlyList<string> Markers => _markers ??= Sounds is null
-        ? Distinct(Prompts, Placeholders)
-        : [.. Distinct(Prompts, Placeholders), .. SoundScheme.Markers];
+    internal IReadOnlyList<string> Markers =>
+        Sounds is null ? _markers : [.. _markers, .. SoundScheme.Markers];
 
-    private IReadOnlyList<string>? _markers;
+    private readonly string[] _markers = Distinct(Prompts, Placeholders);
 
     private static string[] Distinct(PromptFormat prompts, PlaceholderScheme placeholders)
     {

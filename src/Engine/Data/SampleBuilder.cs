@@ -67,11 +67,7 @@ public sealed class SampleBuilder
         int shown = 0;
         for (int views = 0; views < prompt.Bounds.Length && shown < pictures.Length; shown++)
             views += plans[pictures[shown]].Views;
-        return prompt with
-        {
-            Pictures = pictures[..shown],
-            SoundBounds = _format.Sounds?.Bounds(prompt.InputIds) ?? [],
-        };
+        return prompt with { Pictures = pictures[..shown] };
     }
 
     /// <summary>
@@ -82,11 +78,13 @@ public sealed class SampleBuilder
     /// <param name="plans">How each picture is cut.</param>
     /// <param name="system">A system prompt in place of the format's.</param>
     /// <param name="enableThinking">Qwen3: false closes the thoughts of the answer at once.</param>
+    /// <param name="sounds">Samples of each sound.</param>
     public Prompt BuildPrompt(
         IReadOnlyList<PromptTurn> turns, IReadOnlyList<SlicePlan> plans, string? system = null,
-        bool enableThinking = false)
+        bool enableThinking = false, IReadOnlyList<int>? sounds = null)
     {
         var pictures = new List<int>();
+        int features = 0;
         var chat = new List<ChatTurn>();
         if (system is not null) chat.Add(new ChatTurn("system", system));
         foreach (var turn in turns)
@@ -94,12 +92,22 @@ public sealed class SampleBuilder
             var parts = new List<string>();
             foreach (var part in turn.Parts)
             {
+                if (part.Sound >= 0)
+                {
+                    parts.Add(_format.Sounds!.Text(sounds![part.Sound]));
+                    features += _format.Sounds.Tokens(sounds[part.Sound]);
+                    continue;
+                }
+
                 parts.Add(part.Text ?? PictureText(plans[part.Picture], pictures.Count));
                 if (part.Text is null) pictures.Add(part.Picture);
             }
             chat.Add(new ChatTurn(turn.Role, string.Join('\n', parts)));
         }
-        return BuildPrompt(chat, [.. pictures], enableThinking);
+        Prompt prompt = BuildPrompt(chat, [.. pictures], enableThinking);
+        return prompt.SoundBounds.Sum(bound => bound.End - bound.Start) == features ? prompt
+            : throw new InputException(
+                "the prompt holds audio tokens as text; take them out, sounds are given beside the text");
     }
 
     private Prompt BuildPrompt(IReadOnlyList<ChatTurn> turns, int[] pictures, bool enableThinking)
@@ -107,7 +115,10 @@ public sealed class SampleBuilder
         int[] ids = _prompts.EncodePrompt(turns, enableThinking);
         return new Prompt(ids,
             _placeholders.Bounds(ids) ?? throw new InputException("the prompt holds image "
-            + "tokens as text; take them out, pictures are given beside the text"), pictures);
+            + "tokens as text; take them out, pictures are given beside the text"), pictures)
+        {
+            SoundBounds = _format.Sounds?.Bounds(ids) ?? [],
+        };
     }
 
     private (ChatTurn[] Turns, int[] Pictures) Compose(

@@ -35,6 +35,13 @@ public sealed class SoundScheme
         _features = new Lazy<LogMel>(() => new LogMel(bands));
     }
 
+    /// <summary>Samples a second.</summary>
+    public const int Rate = SoundReader.Rate;
+
+    /// <summary>The samples of a file.</summary>
+    /// <exception cref="InputException">It cannot be read.</exception>
+    public static float[] Read(string path) => SoundReader.Read(path);
+
     /// <summary>A text that holds one would be read as a sound.</summary>
     public static IReadOnlyList<string> Markers { get; } = [Start, End];
 
@@ -76,8 +83,43 @@ public sealed class SoundScheme
         return start < 0 ? [.. bounds] : null;
     }
 
-    /// <summary>Adds a sound's clips; without samples their content is undefined.</summary>
-    public void Append(Batch batch, ReadOnlySpan<float> samples, int length)
+    /// <summary>The tokens that the places of each sound take, from the first one's to the last
+    /// one's.</summary>
+    /// <param name="bounds">All places.</param>
+    /// <param name="lengths">Samples of each sound.</param>
+    public ImageBound[] Places(ImageBound[] bounds, IReadOnlyList<int> lengths)
+    {
+        var places = new List<ImageBound>();
+        for (int next = 0; next < bounds.Length;)
+        {
+            int first = bounds[next].Start, left = Tokens(lengths[places.Count]);
+            for (; left > 0; next++) left -= bounds[next].End - bounds[next].Start;
+            places.Add(new(first, bounds[next - 1].End));
+        }
+
+        return [.. places];
+    }
+
+    /// <summary>
+    /// Adds the sounds among the tokens from..to of the row that came last, of which none is cut.
+    /// </summary>
+    /// <param name="batch">Takes them.</param>
+    /// <param name="bounds">All places of the row.</param>
+    /// <param name="lengths">Samples of each sound.</param>
+    /// <param name="from">The first token that was added.</param>
+    /// <param name="to">Behind the last.</param>
+    /// <param name="samples">Those of a sound; null leaves features undefined.</param>
+    public void Add(Batch batch, ImageBound[] bounds, IReadOnlyList<int> lengths, int from, int to,
+        Func<int, float[]>? samples)
+    {
+        batch.AddSoundSlots(
+            [.. bounds.Where(bound => bound.Start >= from && bound.End <= to)], from);
+        foreach (var (i, place) in Places(bounds, lengths).Index())
+            if (place.Start >= from && place.End <= to)
+                Append(batch, samples is null ? [] : samples(i), lengths[i]);
+    }
+
+    private void Append(Batch batch, ReadOnlySpan<float> samples, int length)
     {
         for (int from = 0; from < length; from += _clip)
         {

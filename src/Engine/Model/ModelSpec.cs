@@ -74,6 +74,13 @@ public sealed record ModelSpec(
         return hearing;
     }
 
+    /// <summary>The same where an adapter may have parts of the encoder, trained whole.</summary>
+    /// <inheritdoc cref="Hearing(bool)"/>
+    public ModelSpec Hearing(bool wanted, string? adapter) => Hearing(wanted
+        || (adapter is not null && AdapterConfig.Read(
+            Path.Combine(adapter, AdapterConfig.FileName)).ModulesToSave
+            .Any(name => name is "apm" or "audio_projection_layer")));
+
     /// <summary>The model with its decoder's layers replicated, and its weights too.</summary>
     /// <param name="ranges">Which layers run; null as they are.</param>
     /// <param name="weights">The model's; null where there are none.</param>
