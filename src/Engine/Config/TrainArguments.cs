@@ -96,6 +96,13 @@ public sealed partial record TrainArguments
     [Key("Trained parts", "train the vision tower (with use_lora: see modules_to_save)")]
     public bool TuneVision { get; init; } = true;
 
+    [Key("Trained parts", "run the model's audio encoder (MiniCPM-o), which rows with audio need")]
+    public bool InitAudio { get; init; }
+
+    [Key("Trained parts", "train the audio encoder (with use_lora: name apm and "
+        + "audio_projection_layer in modules_to_save)")]
+    public bool TuneAudio { get; init; }
+
     [Key("Trained parts", "train the language model; not together with use_lora")]
     public bool TuneLlm { get; init; } = true;
 
@@ -222,7 +229,7 @@ public sealed partial record TrainArguments
     public double LearningRate { get; init; } = 5e-5;
 
     [Key("Optimisation", "peak learning rates of single tensors: object of vision, joiner, decoder, "
-        + "embeddings (the head too) or regular expressions for a part of the name; the first that "
+        + "audio, embeddings (the head too) or regular expressions for a part of the name; the first that "
         + "matches counts", Max = 1e6)]
     public NumbersByName? LearningRates { get; init; }
 

@@ -92,6 +92,7 @@ internal static class TrainChecks
             "offload_param streams frozen layers too: leave stream_weights=false out");
         Refuse(a.UseLora && a.TuneLlm, "use_lora and tune_llm are both true: set tune_llm to false "
             + "(the language model then learns through its adapters)");
+        Refuse(a.TuneAudio && !a.InitAudio, "tune_audio needs init_audio, which runs the encoder");
         Refuse(!a.UseLora && a.ModulesToSave is { Count: > 0 },
             "modules_to_save needs use_lora; without it tune_vision and tune_llm say what is trained");
         Refuse(!a.UseLora && a.LoraLayerReplication is not null,

@@ -39,13 +39,14 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
         var (set, _, formats) = DataRows.ReadSet(From, new RowOptions(Asked: true), Boxes);
         foreach (string format in formats) output.WriteLine(format);
         var bad = new List<BadRow>(set.Bad);
-        var good = new List<(Row Row, string[] Paths)>();
+        var good = new List<(Row Row, string[] Paths, string[] Sounds)>();
         foreach (Row row in set.Rows)
         {
             try
             {
-                _ = RowText.Compose(row, (_, _) => "", []);
-                good.Add((row, [.. row.Pictures.Select(picture => PathOf(row, picture))]));
+                _ = RowText.Compose(SoundText.Tagged(row), (_, _) => "", []);
+                good.Add((row, [.. row.Pictures.Select(picture => PathOf(row, picture))],
+                    [.. row.Sounds.Select(sound => SoundOf(row, sound))]));
             }
             catch (BadRowException failure)
             {
@@ -74,6 +75,7 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
 
         output.WriteLine($"{Out}: {good.Count:N0} rows written, {bad.Count:N0} left out");
         Tell(good.Count(row => row.Row.Turns[0].Role == "system"), "have a system turn");
+        Tell(good.Count(row => row.Sounds.Length > 0), "have sounds (\"audio\")");
         Tell(good.Count(row => row.Row.Turns.Any(turn => turn.Trained == false)),
             "have answers that are not learned (\"loss\": false)");
         return true;
@@ -88,7 +90,7 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
     private string PathOf(Row row, RowPicture picture)
     {
         if (picture.Bytes is not { } bytes)
-            return Path.GetRelativePath(Folder, Path.GetFullPath(row.Locate(picture))).Replace('\\', '/');
+            return Relative(row.Locate(picture));
         try
         {
             string kind = Ending(bytes, picture.Path);
@@ -101,6 +103,9 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
         }
     }
 
+    private string Relative(string path) =>
+        Path.GetRelativePath(Folder, Path.GetFullPath(path)).Replace('\\', '/');
+
     private static string Ending(byte[] bytes, string name) =>
         Images.PictureDecoder.Probe(bytes, name).Format switch
         {
@@ -108,10 +113,10 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
             var format => format.ToString().ToLowerInvariant(),
         };
 
-    private void WritePictures(List<(Row Row, string[] Paths)> rows)
+    private void WritePictures(List<(Row Row, string[] Paths, string[] Sounds)> rows)
     {
         var written = new HashSet<string>();
-        foreach (var (row, paths) in rows)
+        foreach (var (row, paths, _) in rows)
             foreach (var (picture, path) in row.Pictures.Zip(paths))
             {
                 if (picture.Bytes is not { } bytes || !written.Add(path)) continue;
@@ -120,19 +125,26 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
             }
     }
 
-    private static void Write(Stream stream, List<(Row Row, string[] Paths)> rows, bool lines)
+    private static void Write(
+        Stream stream, List<(Row Row, string[] Paths, string[] Sounds)> rows, bool lines)
     {
         for (int i = 0; i < rows.Count; i++)
         {
             stream.Write(lines ? [] : i == 0 ? "[\n"u8 : ",\n"u8);
-            using (var json = new Utf8JsonWriter(stream, s_plain)) Write(json, rows[i].Row, rows[i].Paths);
+            using (var json = new Utf8JsonWriter(stream, s_plain))
+                Write(json, rows[i].Row, rows[i].Paths, rows[i].Sounds);
             if (lines) stream.Write("\n"u8);
         }
 
         if (!lines) stream.Write("\n]\n"u8);
     }
 
-    private static void Write(Utf8JsonWriter json, Row row, string[] paths)
+    // A path, or what the row itself holds.
+    private string SoundOf(Row row, RowPicture sound) => sound.Bytes is { } bytes
+        ? "data:audio/*;base64," + Convert.ToBase64String(bytes)
+        : Relative(row.Locate(sound));
+
+    private static void Write(Utf8JsonWriter json, Row row, string[] paths, string[] sounds)
     {
         var turns = row.Turns.ToArray();
         json.WriteStartObject();
@@ -147,6 +159,13 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
                 json.WriteString(row.Names == PictureNames.Listed ? Name(i) : row.Pictures[i].Tag,
                     paths[i]);
             json.WriteEndObject();
+        }
+
+        if (sounds.Length > 0)
+        {
+            json.WriteStartArray("audio");
+            foreach (string sound in sounds) json.WriteStringValue(sound);
+            json.WriteEndArray();
         }
 
         json.WriteStartArray("conversations");

@@ -217,16 +217,19 @@ public sealed partial class DataRows
         try
         {
             SlicePlan[] plans = Plans(row, out PictureInfo[] pictures);
-            Sample sample = Build(row, plans);
+            int[] lengths = Lengths(row);
+            Sample sample = Build(row, plans, lengths);
             return new RowCheck(
                 null, sample.FullLength, sample.Supervised, sample.Cut, sample.AnswersCut,
                 pictures.Length, pictures.Count(picture => picture.Orientation != 1),
                 pictures.Sum(picture => (long)picture.Size.Width * picture.Size.Height),
                 [.. pictures.Select(picture => picture.Kind)])
             {
+                Sounds = lengths.Length,
                 Size = new(sample.InputIds.Length, sample.Supervised,
-                    sample.Pictures.Sum(p => plans[p].Views),
-                    (int)sample.Pictures.Sum(p => _strips.Value!.Patches(plans[p]))),
+                    sample.Pictures.Sum(p => plans[p].Views) + lengths.Length,
+                    (int)sample.Pictures.Sum(p => _strips.Value!.Patches(plans[p]))
+                        + lengths.Sum(SoundScheme.Frames)),
             };
         }
         catch (BadRowException failure)

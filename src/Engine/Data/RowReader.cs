@@ -13,7 +13,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
 {
     // Where other tools put media; a row that has them would lose its pictures unseen.
     private static readonly string[] s_otherKeys =
-        ["images", "picture", "pictures", "video", "videos", "audio", "audios"];
+        ["images", "picture", "pictures", "video", "videos"];
 
     // Beside a row's pictures they say where these come from; in a row without any they are them.
     private static readonly string[] s_likelyPictures =
@@ -37,7 +37,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
     // Where transformers has a part's picture.
     private static readonly string[] s_pictureParts = ["image", "url", "path", "base64"];
 
-    private static readonly string[] s_otherTags = ["<video>", "<audio>"];
+    private static readonly string[] s_soundParts = ["audio", "url", "path", "base64"];
 
     private readonly string[] _media = [.. s_otherKeys.Where(key => !columns.Uses(key))];
     private readonly string[] _likely = [.. s_likelyPictures.Where(key => !columns.Uses(key))];
@@ -55,13 +55,14 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         foreach (string key in _media)
             if (!row.Member(key).SaysNothing())
                 throw key is "images" or "picture" or "pictures" ? NotHere(key) : new FormatException(
-                    $"key \"{key}\" is not used here: no model of this program takes videos or "
-                        + "audio; write a video's pictures to files and name those");
+                    $"key \"{key}\" is not used here: no model of this program takes videos; "
+                        + "write a video's pictures to files and name those");
         MustNotHave(row, _meanings);
         var (names, pictures) = columns.IsOfficial
             ? RowPictures.Official(row.Member("image")) : (PictureNames.None, []);
         var turns = new List<ChatTurn>();
         var shown = new List<RowPicture>();
+        RowPicture[] sounds = RowPictures.Sounds(row);
         if (System(row) is { Length: > 0 } system) turns.Add(new ChatTurn("system", system));
         string[] references = References(row.Member("references"));
         if (columns.Turns is not null) AddTurns(row, turns, shown, ref turn);
@@ -71,6 +72,12 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
             if (columns.Pictures.Where(key => !row.Member(key).SaysNothing()).Skip(1).Any())
                 throw new FormatException("has pictures under both "
                     + string.Join(" and ", columns.Pictures.Select(key => $"\"{key}\"")));
+            RowPicture[] heard = [.. shown.Where(part => part.Tag == SoundText.Tag)];
+            if (heard.Length > 0 && sounds.Length > 0)
+                throw new FormatException("has sounds in the parts of its turns and beside them "
+                    + "too: in which order is not said");
+            if (heard.Length > 0) sounds = heard;
+            shown.RemoveAll(part => part.Tag == SoundText.Tag);
             RowPicture[] listed = [.. columns.Pictures.SelectMany(
                 key => RowPictures.Listed(row.Member(key)))];
             if (listed.Length > 0 && shown.Count > 0)
@@ -88,13 +95,14 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         if (pictures.Length == 0)
             foreach (string key in _likely)
                 if (!row.Member(key).SaysNothing()) throw NotHere(key);
-        Check(turns, ref turn);
+        Check(turns, sounds.Length > 0, ref turn);
         var objects = Grounding.Read(row.Member("objects"));
         if (objects is null) MustNotAsk(turns, ref turn);
         return new Row(file, number, id, names, pictures, turns)
         {
             Place = place,
             References = references,
+            Sounds = sounds,
             Objects = objects,
         };
     }
@@ -252,14 +260,34 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
                     if (!value.IsNull()) shown.Add(RowPictures.One(value));
                     joined.Append("<image>");
                     break;
+                case "audio_url" or "audio" or "input_audio":
+                    if (Sound(part, type) is { } sound) shown.Add(sound);
+                    joined.Append(SoundText.Tag);
+                    break;
                 default:
                     throw new FormatException("has a part of type "
                         + (type is null ? Kind(part.Member("type")) : Messages.Quote(type))
-                        + ", expected \"text\" or \"image_url\"");
+                        + ", expected \"text\", \"image_url\" or \"audio_url\"");
             }
         }
 
         return joined.ToString();
+    }
+
+    // A part without its sound is heard with the next of the row's. OpenAI's has base64 in "data".
+    private static RowPicture? Sound(JsonElement part, string type)
+    {
+        var value = part.Member(type);
+        foreach (string key in s_soundParts)
+            if (value.IsNull()) value = part.Member(key);
+        if (value.ValueKind == JsonValueKind.Object)
+        {
+            if (value.TryGetProperty("data", out var data) && data.Text() is { } base64)
+                return RowPictures.Embedded(RowPictures.Decoded(base64, "sound"), SoundText.Tag);
+            if (value.TryGetProperty("url", out var url)) value = url;
+        }
+
+        return value.IsNull() ? null : RowPictures.One(value, SoundText.Tag);
     }
 
     private void AddQuestion(JsonElement row, List<ChatTurn> turns, ref string[] references)
@@ -308,7 +336,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         row.Member(key).IsNull() ? "" : TextOf(row, key);
 
     // The order of the roles, and which answers are learned.
-    private void Check(List<ChatTurn> turns, ref int? turn)
+    private void Check(List<ChatTurn> turns, bool hears, ref int? turn)
     {
         int first = turns.Count > 0 && turns[0].Role == "system" ? 1 : 0;
         if (turns.Count == first) throw new FormatException("has no question");
@@ -332,13 +360,18 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
 
             if (turns[i].Role == "user")
             {
-                foreach (string tag in s_otherTags)
-                    if (turns[i].Content.Contains(tag, StringComparison.Ordinal))
-                    {
-                        turn = i + 1;
-                        throw new FormatException($"has the tag {tag}: no model of this program "
-                            + "takes videos or audio");
-                    }
+                if (turns[i].Content.Contains("<video>", StringComparison.Ordinal))
+                {
+                    turn = i + 1;
+                    throw new FormatException(
+                        "has the tag <video>: no model of this program takes videos");
+                }
+                if (!hears && turns[i].Content.Contains(SoundText.Tag, StringComparison.Ordinal))
+                {
+                    turn = i + 1;
+                    throw new FormatException(
+                        $"has the tag {SoundText.Tag}, but the row has no \"audio\"");
+                }
                 if (!columns.IsOfficial && turns[i].Content.Contains("<img>", StringComparison.Ordinal))
                 {
                     turn = i + 1;

@@ -22,9 +22,14 @@ public enum PictureNames
     Listed,
 }
 
-/// <summary>One picture of a row; the path as the row has it.</summary>
+/// <summary>One picture of a row, or a sound; the path as the row has it.</summary>
 public sealed record RowPicture(string Tag, string Path)
 {
+    /// <summary>What it is, in messages.</summary>
+    public string Kind => KindOf(Tag);
+
+    internal static string KindOf(string tag) => tag == SoundText.Tag ? "sound" : "picture";
+
     /// <summary>The file's content where the row holds it; Path is a name of it then.</summary>
     public byte[]? Bytes { get; init; }
 }
@@ -41,6 +46,9 @@ public sealed record Row(
 
     /// <summary>Boxes that are still to be written into the turns; mostly none.</summary>
     public Grounding? Objects { get; init; }
+
+    /// <summary>Its sounds, in the order of their tags; mostly none.</summary>
+    public IReadOnlyList<RowPicture> Sounds { get; init; } = [];
 
     /// <summary>Right answers to the last question, besides the row's own; mostly none.</summary>
     public IReadOnlyList<string> References { get; init; } = [];
@@ -70,7 +78,7 @@ public sealed record Row(
         return Find(picture.Path)
             // Separators of Windows, where no file has them in its name.
             ?? (picture.Path.Contains('\\') ? Find(picture.Path.Replace('\\', '/')) : null)
-            ?? throw Bad($"picture {Messages.Quote(picture.Path)} is neither in the data file's "
+            ?? throw Bad($"{picture.Kind} {Messages.Quote(picture.Path)} is neither in the data file's "
                 + "folder nor in the working directory");
 
         string? Find(string path)

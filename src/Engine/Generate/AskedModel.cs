@@ -85,7 +85,7 @@ public sealed class AskedModel : IDisposable
         Action<string>? say = null)
     {
         string folder = arguments.ModelNameOrPath!;
-        ModelSpec spec = ModelSpec.Read(folder);
+        ModelSpec spec = ModelSpec.Read(folder).Hearing(arguments.InitAudio, adapter);
         Checkpoint? checkpoint = null;
         AdapterFile? file = null;
         OpenDevice? device = null;

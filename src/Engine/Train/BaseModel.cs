@@ -88,7 +88,7 @@ public sealed class BaseModel : IDisposable
     public static BaseModel Open(TrainArguments arguments, Action<string>? say = null)
     {
         string folder = arguments.ModelNameOrPath!;
-        ModelSpec spec = ModelSpec.Read(folder);
+        ModelSpec spec = ModelSpec.Read(folder).Hearing(arguments.InitAudio);
         Checkpoint weights = Checkpoint.Open(folder);
         AdapterFile? start = null;
         try

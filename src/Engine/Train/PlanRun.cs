@@ -228,7 +228,8 @@ public static class PlanRun
             return source.Planned;
         }
 
-        spec = ModelSpec.Read(folder).Replicated(arguments.LoraLayerReplication, null);
+        spec = ModelSpec.Read(folder).Hearing(arguments.InitAudio)
+            .Replicated(arguments.LoraLayerReplication, null);
         DType storage = TunedModel.StorageOf(arguments);
         TunedParts parts = TunedParts.Choose(
             spec, arguments, TunedParts.AdapterOf(arguments, spec), storage);
