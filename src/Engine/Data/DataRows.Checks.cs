@@ -225,13 +225,16 @@ public sealed partial class DataRows
                 [.. pictures.Select(picture => picture.Kind)])
             {
                 Size = new(sample.InputIds.Length, sample.Supervised,
-                    sample.Pictures.Sum(p => plans[p].Views),
-                    (int)sample.Pictures.Sum(p => _strips.Value!.Patches(plans[p]))),
+                    sample.Pictures.Sum(p => plans[p].Views * Joined(p)),
+                    (int)sample.Pictures.Sum(p => Enumerable.Range(p, Joined(p))
+                        .Sum(i => _strips.Value!.Patches(plans[i])))),
             };
         }
         catch (BadRowException failure)
         {
             return new RowCheck { Bad = failure.Row, Pictures = row.Pictures.Count };
         }
+
+        int Joined(int picture) => row.Pictures[picture].Times?.Count ?? 1;
     }
 }

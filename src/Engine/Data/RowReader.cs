@@ -13,7 +13,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
 {
     // Where other tools put media; a row that has them would lose its pictures unseen.
     private static readonly string[] s_otherKeys =
-        ["images", "picture", "pictures", "video", "videos", "audio", "audios"];
+        ["images", "picture", "pictures", "audio", "audios"];
 
     // Beside a row's pictures they say where these come from; in a row without any they are them.
     private static readonly string[] s_likelyPictures =
@@ -34,10 +34,10 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
     private static readonly string[] s_otherTurnMeanings =
         ["tool_calls", "reasoning_content", "images", "image"];
 
-    // Where transformers has a part's picture.
-    private static readonly string[] s_pictureParts = ["image", "url", "path", "base64"];
+    // Where transformers has what a part shows.
+    private static readonly string[] s_shownParts = ["image", "video", "url", "path", "base64"];
 
-    private static readonly string[] s_otherTags = ["<video>", "<audio>"];
+    private static readonly string[] s_otherTags = ["<audio>"];
 
     private readonly string[] _media = [.. s_otherKeys.Where(key => !columns.Uses(key))];
     private readonly string[] _likely = [.. s_likelyPictures.Where(key => !columns.Uses(key))];
@@ -55,13 +55,12 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         foreach (string key in _media)
             if (!row.Member(key).SaysNothing())
                 throw key is "images" or "picture" or "pictures" ? NotHere(key) : new FormatException(
-                    $"key \"{key}\" is not used here: no model of this program takes videos or "
-                        + "audio; write a video's pictures to files and name those");
+                    $"key \"{key}\" is not used here: no model of this program takes audio");
         MustNotHave(row, _meanings);
         var (names, pictures) = columns.IsOfficial
             ? RowPictures.Official(row.Member("image")) : (PictureNames.None, []);
         var turns = new List<ChatTurn>();
-        var shown = new List<RowPicture>();
+        var shown = new Media([], []);
         if (System(row) is { Length: > 0 } system) turns.Add(new ChatTurn("system", system));
         string[] references = References(row.Member("references"));
         if (columns.Turns is not null) AddTurns(row, turns, shown, ref turn);
@@ -73,10 +72,10 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
                     + string.Join(" and ", columns.Pictures.Select(key => $"\"{key}\"")));
             RowPicture[] listed = [.. columns.Pictures.SelectMany(
                 key => RowPictures.Listed(row.Member(key)))];
-            if (listed.Length > 0 && shown.Count > 0)
+            if (listed.Length > 0 && shown.Pictures.Count > 0)
                 throw new FormatException("has pictures in the parts of its turns and in "
                     + $"\"{columns.Pictures[0]}\" too: in which order is not said");
-            pictures = shown.Count > 0 ? [.. shown] : listed;
+            pictures = shown.Pictures.Count > 0 ? [.. shown.Pictures] : listed;
             names = pictures.Length switch
             {
                 0 => PictureNames.None,
@@ -88,6 +87,11 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         if (pictures.Length == 0)
             foreach (string key in _likely)
                 if (!row.Member(key).SaysNothing()) throw NotHere(key);
+        RowVideo[] videos = RowVideo.Read(row);
+        if (videos.Length > 0 && shown.Videos.Count > 0)
+            throw new FormatException("has videos in the parts of its turns and in \"videos\" too: "
+                + "in which order is not said");
+        if (shown.Videos.Count > 0) videos = [.. shown.Videos];
         Check(turns, ref turn);
         var objects = Grounding.Read(row.Member("objects"));
         if (objects is null) MustNotAsk(turns, ref turn);
@@ -95,6 +99,8 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         {
             Place = place,
             References = references,
+            // Where their frames will begin.
+            Videos = [.. videos.Select(video => video with { First = pictures.Length })],
             Objects = objects,
         };
     }
@@ -148,7 +154,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
     }
 
     private void AddTurns(
-        JsonElement row, List<ChatTurn> turns, List<RowPicture> shown, ref int? turn)
+        JsonElement row, List<ChatTurn> turns, Media shown, ref int? turn)
     {
         string key = columns.Turns!;
         var list = Unfolded(row.Member(key));
@@ -185,7 +191,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
     }
 
     private void AddTurn(
-        JsonElement item, List<ChatTurn> turns, List<RowPicture> shown, bool first)
+        JsonElement item, List<ChatTurn> turns, Media shown, bool first)
     {
         string said = TextOf(item, columns.Role);
         MustNotHave(item, s_otherTurnMeanings);
@@ -224,7 +230,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         turns.Add(new ChatTurn("assistant", Of("assistant", "gpt")));
     }
 
-    private string Contents(JsonElement content, List<RowPicture> shown)
+    private string Contents(JsonElement content, Media shown)
     {
         if (content.Text() is { } text) return text;
         if (content.ValueKind == JsonValueKind.Undefined)
@@ -243,24 +249,39 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
                     joined.Append(TextOf(part, "text"));
                     break;
                 case "image_url" or "image":
-                    var value = part.Member(type);
-                    foreach (string key in s_pictureParts)
-                        if (value.IsNull()) value = part.Member(key);
-                    if (value.ValueKind == JsonValueKind.Object && value.TryGetProperty("url", out var url))
-                        value = url;
+                    var value = Shown(part, type);
                     // A part without its picture shows the next of the row's.
-                    if (!value.IsNull()) shown.Add(RowPictures.One(value));
+                    if (!value.IsNull()) shown.Pictures.Add(RowPictures.One(value));
                     joined.Append("<image>");
+                    break;
+                case "video_url" or "video":
+                    var video = Shown(part, type);
+                    if (!video.IsNull())
+                        shown.Videos.Add(RowVideo.Of(video, part.Member("fps")));
+                    joined.Append("<video>");
                     break;
                 default:
                     throw new FormatException("has a part of type "
                         + (type is null ? Kind(part.Member("type")) : Messages.Quote(type))
-                        + ", expected \"text\" or \"image_url\"");
+                        + ", expected \"text\", \"image_url\" or \"video_url\"");
             }
         }
 
         return joined.ToString();
     }
+
+    // What a part shows.
+    private static JsonElement Shown(JsonElement part, string type)
+    {
+        var value = part.Member(type);
+        foreach (string key in s_shownParts)
+            if (value.IsNull()) value = part.Member(key);
+        return value.ValueKind == JsonValueKind.Object && value.TryGetProperty("url", out var url)
+            ? url : value;
+    }
+
+    // What the parts of turns show.
+    private sealed record Media(List<RowPicture> Pictures, List<RowVideo> Videos);
 
     private void AddQuestion(JsonElement row, List<ChatTurn> turns, ref string[] references)
     {
@@ -337,7 +358,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
                     {
                         turn = i + 1;
                         throw new FormatException($"has the tag {tag}: no model of this program "
-                            + "takes videos or audio");
+                            + "takes audio");
                     }
                 if (!columns.IsOfficial && turns[i].Content.Contains("<img>", StringComparison.Ordinal))
                 {

@@ -50,6 +50,9 @@ public abstract class Family(string name)
     /// <summary>What the official chat() generates by, where nothing is said.</summary>
     public virtual ChatDefaults Chat => new();
 
+    /// <summary>How its own code shows videos; null where it takes none.</summary>
+    public virtual VideoRules? Video => null;
+
     /// <summary>How llama.cpp knows the member; null where it does not.</summary>
     public virtual GgufNames? Gguf => null;
 
@@ -95,8 +98,15 @@ public abstract class Family(string name)
                 ? PlaceholderScheme.New(tokenizer, tokens, queries, spec.Directory)
                 : PlaceholderScheme.Old(tokenizer, tokens, queries, spec.Directory),
             spec.Processor.UseImageId, spec.Slicing, spec.SliceMode,
-            spec.Processor.Mean, spec.Processor.Std, spec.Decoder.VocabSize);
+            spec.Processor.Mean, spec.Processor.Std, spec.Decoder.VocabSize)
+        {
+            Video = Video,
+        };
     }
+
+    /// <summary>Frames as a list of pictures, one of each second, as the members' own documentation
+    /// has it.</summary>
+    protected static VideoRules FramesAsPictures { get; } = new(FrameRule.Steps, 1, 64, 2);
 
     /// <summary>Most members have SigLIP.</summary>
     protected virtual IVisionTower Tower(VisionSpec spec, ModuleScope scope, Recomputation recomputation) =>

@@ -9,6 +9,8 @@ namespace MiniCpmNative.Engine.Model;
 internal sealed class MiniCpmV47() : NativeFamily(
     "MiniCPM-V-4_7", "minicpmv4_7", "MiniCPMV4_7ForConditionalGeneration")
 {
+    protected override bool NumbersVideos => false;
+
     public override ModelSpec Read(ModelConfig config)
     {
         ModelSpec spec = base.Read(config);

@@ -26,6 +26,16 @@ internal abstract class NativeFamily(string name, string type, string modelClass
 
     public override ChatDefaults Chat => new(MaxPromptTokens: 32768, RepetitionPenalty: 1);
 
+    // Its video processor cuts frames as pictures are cut.
+    public override VideoRules? Video => new(FrameRule.Seconds, 1, 128, 9)
+    {
+        Native = true,
+        Numbered = NumbersVideos,
+    };
+
+    /// <summary>Whether a number stands in front of a video.</summary>
+    protected virtual bool NumbersVideos => true;
+
     public override bool Is(ModelConfig config) => config.Type == type;
 
     public override ModelSpec Read(ModelConfig config)
@@ -71,6 +81,7 @@ internal abstract class NativeFamily(string name, string type, string modelClass
             spec.Processor.Std, spec.Decoder.VocabSize)
         {
             OverWhite = true,
+            Video = placeholders.TakesVideos ? Video : null,
         };
     }
 
