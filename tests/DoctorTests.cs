@@ -48,8 +48,8 @@ public sealed class DoctorTests
         // QuantisedWeightTests).
         Assert.That(text.Split('\n').Where(line => line.Contains("not reached")).Distinct(),
             Is.EqualTo((string[])["gpu      not reached by the self-test: attention_decode, "
-                + "attention_decode_merge, conv_state, lora_gradient_a_parts, unpack_4bit, "
-                + "unpack_int8"]));
+                + "attention_decode_merge, conv_state, lora_gradient_a_parts, multiply_4bit, "
+                + "multiply_grouped, multiply_int8, unpack_4bit, unpack_grouped, unpack_int8"]));
     }
 
     [Test]

@@ -77,11 +77,11 @@ public sealed class KernelBudgetTests
     [
         "norm_weight_parts", "gradient_norm_parts", "sum_rows", "lora_down_parts",
         "lora_gradient_a_parts", "attention_statistics", "sum_parts_to_real",
-        "attention_decode",
+        "attention_decode", "multiply_4bit", "multiply_int8", "multiply_grouped",
     ];
 
     private static readonly string[] s_wideWrites =
-        ["fill_real", "fill_rows", "unpack_4bit", "unpack_int8"];
+        ["fill_real", "fill_rows", "unpack_4bit", "unpack_int8", "unpack_grouped"];
 
     // Kernels of small or strided work, where an access of an element is right.
     private static readonly string[] s_narrow =

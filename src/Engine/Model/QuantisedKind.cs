@@ -40,11 +40,11 @@ public sealed class QuantisedKind(
     private (string? Name, FourBitCodes Codes) _last;
 
     public bool Takes(string weight) =>
-        checkpoint?.Find(weight) is PackedTensor { IsKept: true } || _linears.Contains(weight);
+        checkpoint?.Find(weight) is PackedTensor || _linears.Contains(weight);
 
     public Weight? Load(Device device, StoredTensor matrix, int begin, int rows)
     {
-        if (matrix is PackedTensor { IsKept: true } packed) return packed.On(device, begin, rows);
+        if (matrix is PackedTensor packed) return packed.On(device, begin, rows);
         if (!_linears.Contains(matrix.Name)) return null;
         FourBitCodes codes = CodesOf(matrix);
         return codes.Form.Splits(begin) ? new FourBitWeight(device, codes.Rows(begin, rows)) : null;
@@ -52,7 +52,7 @@ public sealed class QuantisedKind(
 
     public RowReader? Reader(StoredTensor matrix)
     {
-        if (!_linears.Contains(matrix.Name) || matrix is PackedTensor { IsKept: true }) return null;
+        if (!_linears.Contains(matrix.Name) || matrix is PackedTensor) return null;
         return CodesOf(matrix).Unpack;
     }
 
@@ -68,7 +68,7 @@ public sealed class QuantisedKind(
 
     public Weight? Plan(Device device, string weight, int begin, int rows)
     {
-        if (checkpoint?.Find(weight) is PackedTensor { IsKept: true } packed)
+        if (checkpoint?.Find(weight) is PackedTensor packed)
             return packed.On(device, begin, rows, isPlan: true);
         if (!_linears.Contains(weight)) return null;
         Shape shape = table.Find(weight)!.Shape;
@@ -78,7 +78,7 @@ public sealed class QuantisedKind(
 
     /// <summary>Bytes that a frozen tensor takes, about.</summary>
     public long Bytes(StoredTensor tensor) =>
-        tensor is PackedTensor { IsKept: true } packed ? packed.PackedBytes
+        tensor is PackedTensor packed ? packed.PackedBytes
         : _linears.Contains(tensor.Name) ? quantisation!.Form((int)tensor.Sizes[0], (int)tensor.Sizes[1]).Bytes
         : tensor.Count * Math.Min(tensor.StoredType.Size, storage.Size());
 }

@@ -15,8 +15,8 @@ public unsafe interface IPackedElements
 /// A frozen matrix in fewer bits, unpacked whenever it is multiplied by: on the CPU some rows at a
 /// time, which stay in the cache until the product has read them; on a GPU whole, by one kernel
 /// into the step's memory, of which all layers use the same place one after the other, so that the
-/// product is that of a dense matrix (kernels that unpack within the product win below some hundred
-/// rows only; a training step has thousands).
+/// product is that of a dense matrix. For the few rows of an answer's step one kernel unpacks and
+/// multiplies, and reads nothing but the codes.
 /// </summary>
 public abstract unsafe class QuantisedWeight<TElements>(int outputs, int inputs) : Weight
     where TElements : unmanaged, IPackedElements
@@ -60,6 +60,12 @@ public abstract unsafe class QuantisedWeight<TElements>(int outputs, int inputs)
     public override void Multiply(in CudaCall call, CudaMatrix x, CudaMatrix y, double alpha,
         double beta)
     {
+        if (x.Rows <= KernelConstants.FewRows && inputs % KernelConstants.Cast == 0)
+        {
+            if (x.Rows > 0) MultiplyFew(call, x, y, alpha, beta);
+            return;
+        }
+
         ArenaMark mark = call.Mark();
         call.Multiply(x, ((CudaMatrix)Unpacked(call)).T, y, alpha, beta);
         call.Pop(mark);
@@ -75,6 +81,13 @@ public abstract unsafe class QuantisedWeight<TElements>(int outputs, int inputs)
 
     /// <summary>Queues the kernel that unpacks all elements.</summary>
     protected abstract void Unpack(in CudaCall call, in Tensor to);
+
+    /// <summary>Queues the kernel that unpacks and multiplies, for few rows.</summary>
+    protected abstract void MultiplyFew(
+        in CudaCall call, CudaMatrix x, CudaMatrix y, double alpha, double beta);
+
+    /// <summary>A warp for each output.</summary>
+    protected Grid Warps => Grid.Elements(outputs * 32L);
 
     private Tensor Unpacked(in CudaCall call)
     {
