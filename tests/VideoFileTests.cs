@@ -52,11 +52,13 @@ public sealed class VideoFileTests
 
     // Writes a file for each frame that it is asked for, but for so many, and what it was asked.
     private string Decode(int less = 0) => Script("ffmpeg", $$"""
-        for last; do :; done
+        first=1
+        for last; do [ "$before" = -start_number ] && first=$last; before=$last; done
         echo "$@" >> '{{_folder}}/asked'
         count=$(echo "$@" | grep -o 'eq(n' | wc -l)
         i=1
-        while [ $i -le $((count - {{less}})) ]; do echo $i > "$(printf "$last" $i)"; i=$((i+1)); done
+        while [ $i -le $((count - {{less}})) ]; do
+            echo $i > "$(printf "$last" $((first + i - 1)))"; i=$((i+1)); done
         """ + "\n");
 
     [Test, Platform("Unix")]
@@ -128,6 +130,31 @@ public sealed class VideoFileTests
         Assert.That(row.Pictures[0].Times, Is.EqualTo((int[])[2, 5]));
         Assert.That(row.Pictures[8].Times, Is.EqualTo((int[])[28]));
         Assert.That(File.Exists(row.Locate(row.Pictures[8])));
+    }
+
+    [Test, Platform("Unix")]
+    public void AVideoMayStandInTheRow(
+        [Values("\"data:video/mp4;base64,AAEC\"", "{\"bytes\":\"AAEC\",\"path\":\"x.mp4\"}")] string video)
+    {
+        Row row = RowFile.Parse("rows.json", Encoding.UTF8.GetBytes($$"""
+            [{"video":{{video}},"conversations":[
+             {"role":"user","content":"What?"},{"role":"assistant","content":"This."}]}]
+            """)).Rows.Single();
+        row = VideoFrames.Choose(row, s_rules, new VideoDecoder(Cache, Decode(), Probe()));
+        Assert.That(row.Pictures, Has.Count.EqualTo(3));
+        Assert.That(File.ReadAllBytes(Directory.GetFiles(Cache, "*.video").Single()),
+            Is.EqualTo((byte[])[0, 1, 2]));
+    }
+
+    // More frames than one command can name.
+    [Test, Platform("Unix")]
+    public void ManyFramesAreDecodedInParts()
+    {
+        var decoder = new VideoDecoder(Cache, Decode(), Probe(frames: "2500", rate: "1"));
+        var (_, paths) = decoder.Decode(Video, (s_rules with { MaxFrames = 2500 }).Choose);
+        Assert.That(paths, Has.Length.EqualTo(2500));
+        Assert.That(File.ReadAllText(paths[2499]), Is.EqualTo("500\n"));
+        Assert.That(File.ReadAllLines(Path.Combine(_folder, "asked")), Has.Length.EqualTo(3));
     }
 
     [Test]

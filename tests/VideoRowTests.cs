@@ -208,6 +208,8 @@ public sealed class VideoRowTests
     [TestCase("""{"video":{"frames":"a","temporal_ids":[[0,1]]},"conversations":TALK}""", "v26",
         "does not join frames")]
     [TestCase("""{"video":"a","videos":["a"],"conversations":TALK}""", "v45", "under both")]
+    [TestCase("""{"video":"data:video/mp4;base64,!","conversations":TALK}""", "v45",
+        "a video's content is not base64")]
     [TestCase("""{"video":["a/0.bmp","a/9.bmp"],"conversations":TALK}""", "v45",
         "\"a/9.bmp\" is neither")]
     [TestCase("""{"conversations":TALK}""", "v45", "turn 1: tag <video>, but the row has no")]

@@ -106,8 +106,11 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
     // With the paths that the new file has; frames that stand in the row become files.
     private RowVideo Moved(Row row, RowVideo video) => video with
     {
-        Path = video.Path is { } path
-            ? Relative(row.Locate("video", path, p => Directory.Exists(p) || File.Exists(p))) : null,
+        Path = video.Bytes is not null
+            ? throw row.Bad("has a video in the row itself: write it to a file, and name that")
+            : video.Path is { } path
+                ? Relative(row.Locate("video", path, p => Directory.Exists(p) || File.Exists(p)))
+            : null,
         Frames = [.. video.Frames.Select(frame => frame with { Path = PathOf(row, frame) })],
     };
 

@@ -37,9 +37,9 @@ public sealed class PlaceholderScheme
         Id(tokens.ImageIdStart);
         Id(tokens.ImageIdEnd);
         Markers = [.. Markers, tokens.ImageIdStart, tokens.ImageIdEnd];
-        if (tokens.Video is null || tokenizer.IdOfAdded(tokens.Video) is null) return;
-        TakesVideos = true;
-        Markers = [.. Markers, tokens.Video];
+        VideoId = tokens.Video is null ? null : tokenizer.IdOfAdded(tokens.Video);
+        if (VideoId is null) return;
+        Markers = [.. Markers, tokens.Video!];
 
         int Id(string token) => tokenizer.Require(token, place);
     }
@@ -47,8 +47,8 @@ public sealed class PlaceholderScheme
     /// <summary>The token that holds a feature row's place.</summary>
     public int UnknownId { get; }
 
-    /// <summary>Whether there is a token of its own for the frames of videos.</summary>
-    public bool TakesVideos { get; }
+    /// <summary>The token of places in the frames of videos, where that is another.</summary>
+    public int? VideoId { get; }
 
     /// <summary>The scheme's tokens; a text that holds one would be read as a picture.</summary>
     public IReadOnlyList<string> Markers { get; }
@@ -96,7 +96,7 @@ public sealed class PlaceholderScheme
     /// <param name="isFrame">Of a video, where those have a token of their own.</param>
     public string Text(SlicePlan plan, int? number, bool isFrame = false)
     {
-        string unknown = isFrame && TakesVideos ? _tokens.Video! : _tokens.Unknown;
+        string unknown = isFrame && VideoId is not null ? _tokens.Video! : _tokens.Unknown;
         var text = new StringBuilder();
         if (number is not null && _marksTiles)
             text.Append(_tokens.ImageIdStart).Append(CultureInfo.InvariantCulture, $"{number}")

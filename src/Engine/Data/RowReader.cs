@@ -13,7 +13,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
 {
     // Where other tools put media; a row that has them would lose its pictures unseen.
     private static readonly string[] s_otherKeys =
-        ["images", "picture", "pictures", "audio", "audios"];
+        ["images", "picture", "pictures", "video", "videos", "audio", "audios"];
 
     // Beside a row's pictures they say where these come from; in a row without any they are them.
     private static readonly string[] s_likelyPictures =
@@ -55,7 +55,9 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         foreach (string key in _media)
             if (!row.Member(key).SaysNothing())
                 throw key is "images" or "picture" or "pictures" ? NotHere(key) : new FormatException(
-                    $"key \"{key}\" is not used here: no model of this program takes audio");
+                    $"key \"{key}\" is not used here" + (key is "video" or "videos"
+                        ? ": the columns that the file was given name another, or none, for videos"
+                        : ": no model of this program takes audio"));
         MustNotHave(row, _meanings);
         var (names, pictures) = columns.IsOfficial
             ? RowPictures.Official(row.Member("image")) : (PictureNames.None, []);
@@ -87,7 +89,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         if (pictures.Length == 0)
             foreach (string key in _likely)
                 if (!row.Member(key).SaysNothing()) throw NotHere(key);
-        RowVideo[] videos = RowVideo.Read(row);
+        RowVideo[] videos = RowVideo.Read(row, columns.Videos);
         if (videos.Length > 0 && shown.Videos.Count > 0)
             throw new FormatException("has videos in the parts of its turns and in \"videos\" too: "
                 + "in which order is not said");

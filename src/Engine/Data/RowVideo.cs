@@ -21,6 +21,9 @@ public sealed record RowVideo
     /// <summary>A folder of frames or a video file, as the row has it.</summary>
     public string? Path { get; init; }
 
+    /// <summary>The file's content where the row holds it; Path is a name of it then.</summary>
+    public byte[]? Bytes { get; init; }
+
     /// <summary>Frames a second, of what is not a file; null where they are chosen already.</summary>
     public double? Fps { get; init; }
 
@@ -42,17 +45,20 @@ public sealed record RowVideo
             yield return i;
     }
 
-    /// <summary>The videos under "video" or "videos".</summary>
+    /// <summary>
+    /// The videos under one of the keys; "video" alone holds one, whose list is its frames.
+    /// </summary>
     /// <exception cref="FormatException">They are none.</exception>
-    public static RowVideo[] Read(JsonElement row)
+    public static RowVideo[] Read(JsonElement row, IReadOnlyList<string> keys)
     {
-        JsonElement one = Unfolded(row.Member("video")), several = Unfolded(row.Member("videos"));
-        if (!one.SaysNothing() && !several.SaysNothing())
-            throw new FormatException("has videos under both \"video\" and \"videos\"");
-        if (!one.SaysNothing()) return IsSeveral(one) ? [.. one.EnumerateArray().Select(Of)] : [Of(one)];
-        if (several.SaysNothing()) return [];
-        return several.ValueKind == JsonValueKind.Array
-            ? [.. several.EnumerateArray().Select(Of)] : [Of(several)];
+        string[] said = [.. keys.Where(key => !row.Member(key).SaysNothing())];
+        if (said.Length == 0) return [];
+        if (said.Length > 1)
+            throw new FormatException("has videos under both "
+                + string.Join(" and ", said.Select(key => $"\"{key}\"")));
+        JsonElement found = Unfolded(row.Member(said[0]));
+        return found.ValueKind == JsonValueKind.Array && (said[0] != "video" || IsSeveral(found))
+            ? [.. found.EnumerateArray().Select(Of)] : [Of(found)];
     }
 
     /// <summary>One video: a path, a list of frames, or {"frames", "fps", "temporal_ids"}.</summary>
@@ -66,12 +72,14 @@ public sealed record RowVideo
         switch (video.ValueKind)
         {
             case JsonValueKind.String when !video.SaysNothing():
-                return new RowVideo { Path = PathOf(video) };
+                return Named(video);
             case JsonValueKind.Array when !video.SaysNothing():
                 return new RowVideo
                 {
                     Frames = [.. video.EnumerateArray().Select(frame => RowPictures.One(frame))],
                 };
+            case JsonValueKind.Object when video.Member("bytes").Text() is { Length: > 0 } content:
+                return Embedded(content);
             case JsonValueKind.Object:
                 JsonElement inner = video.Member("frames");
                 foreach (string key in (string[])["video", "path", "url"])
@@ -95,17 +103,36 @@ public sealed record RowVideo
             || s_files.Contains(System.IO.Path.GetExtension(item.Text()),
                 StringComparer.OrdinalIgnoreCase));
 
-    private static string PathOf(JsonElement video)
+    private static RowVideo Named(JsonElement video)
     {
         string path = video.GetString()!;
-        if (path.StartsWith("file://", StringComparison.OrdinalIgnoreCase))
-            return path["file://".Length..];
         if (path.StartsWith("data:", StringComparison.OrdinalIgnoreCase))
-            throw new FormatException("a video stands in the row itself, as a data: URI: write it "
-                + "to a file, and name that");
+        {
+            int comma = path.IndexOf(',');
+            return comma > 0
+                && path.AsSpan(0, comma).EndsWith(";base64", StringComparison.OrdinalIgnoreCase)
+                ? Embedded(path[(comma + 1)..])
+                : throw new FormatException("a video is a data: URI that is not of base64");
+        }
+
+        if (path.StartsWith("file://", StringComparison.OrdinalIgnoreCase))
+            return new RowVideo { Path = path["file://".Length..] };
         return path.AsSpan(0, Math.Min(path.Length, 12)).Contains("://", StringComparison.Ordinal)
             ? throw new FormatException($"video {Messages.Quote(path)} is an address on the "
-                + "network: download it, and name the file") : path;
+                + "network: download it, and name the file") : new RowVideo { Path = path };
+    }
+
+    private static RowVideo Embedded(string base64)
+    {
+        var bytes = new byte[(base64.Length / 4 * 3) + 3];
+        if (!Convert.TryFromBase64String(base64, bytes, out int length))
+            throw new FormatException("a video's content is not base64");
+        Array.Resize(ref bytes, length);
+        return new RowVideo
+        {
+            Bytes = bytes,
+            Path = $"embedded video of {Messages.Number(length)} bytes",
+        };
     }
 
     private static double? Rate(JsonElement fps)

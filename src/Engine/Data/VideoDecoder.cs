@@ -19,6 +19,9 @@ namespace MiniCpmNative.Engine.Data;
 public sealed class VideoDecoder(
     string cache, string ffmpeg = "ffmpeg", string ffprobe = "ffprobe")
 {
+    // An argument of a command has an end.
+    private const int MostAtOnce = 1000;
+
     /// <summary>
     /// $XDG_CACHE_HOME/cpmx/frames or ~/.cache/cpmx/frames (LocalApplicationData elsewhere).
     /// </summary>
@@ -41,6 +44,27 @@ public sealed class VideoDecoder(
         if (!Directory.Exists(folder)) Write(path, frames, folder);
         return (chosen, [.. chosen.Frames.Select(frame =>
             Name(folder, Array.BinarySearch(frames, frame) + 1))]);
+    }
+
+    /// <summary>The path of a file with that content.</summary>
+    public string Store(byte[] content)
+    {
+        string path = Path.Combine(
+            cache, Convert.ToHexStringLower(SHA256.HashData(content).AsSpan(0, 12)) + ".video");
+        if (File.Exists(path)) return path;
+        try
+        {
+            Directory.CreateDirectory(cache);
+            string temporary = $"{path}.{Environment.ProcessId}.{Environment.CurrentManagedThreadId}";
+            File.WriteAllBytes(temporary, content);
+            File.Move(temporary, path, overwrite: true);
+            return path;
+        }
+        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
+        {
+            throw new RunException(
+                $"{path}: cannot write: {Messages.OneLine(failure.Message)}", failure);
+        }
     }
 
     private static void MustBeVideo(string path)
@@ -107,11 +131,17 @@ public sealed class VideoDecoder(
         {
             if (Directory.Exists(temporary)) Directory.Delete(temporary, recursive: true);
             Directory.CreateDirectory(temporary);
-            string wanted = string.Join('+', frames.Select(frame => $"eq(n\\,{frame})"));
-            // One output frame for each that is selected, whatever its time was.
-            Run(ffmpeg, path, "-v", "error", "-nostdin", "-i", path, "-map", "0:v:0", "-vf",
-                $"select={wanted},setpts=N/(25*TB)", "-r", "25", "-pix_fmt", "rgb24", "-f", "image2",
-                Path.Combine(temporary, "%06d.png"));
+            int first = 1;
+            foreach (int[] some in frames.Chunk(MostAtOnce))
+            {
+                string wanted = string.Join('+', some.Select(frame => $"eq(n\\,{frame})"));
+                // One output frame for each that is selected, whatever its time was.
+                Run(ffmpeg, path, "-v", "error", "-nostdin", "-i", path, "-map", "0:v:0", "-vf",
+                    $"select={wanted},setpts=N/(25*TB)", "-r", "25", "-pix_fmt", "rgb24",
+                    "-start_number", $"{first}", "-f", "image2", Path.Combine(temporary, "%06d.png"));
+                first += some.Length;
+            }
+
             int written = Directory.GetFiles(temporary).Length;
             if (written != frames.Length)
                 throw new InputException($"{path}: ffmpeg decodes {written} of {frames.Length} "

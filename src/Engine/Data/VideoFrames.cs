@@ -40,7 +40,8 @@ internal static partial class VideoFrames
     {
         IReadOnlyList<RowPicture> all = video.Frames;
         string? file = null;
-        if (video.Path is { } named)
+        if (video.Bytes is { } content) file = decoder.Store(content);
+        else if (video.Path is { } named)
         {
             string path = row.Locate("video", named, p => Directory.Exists(p) || File.Exists(p));
             if (Directory.Exists(path)) all = InFolder(row, named, path);

@@ -75,13 +75,16 @@ internal abstract class NativeFamily(string name, string type, string modelClass
         if (config.Json.Find("image_token_id") is { } id && id.Int() != placeholders.UnknownId)
             throw id.Expected($"{placeholders.UnknownId}, the tokenizer's "
                 + $"{spec.Processor.Tokens.Unknown}");
+        if (placeholders.VideoId is { } known && config.Json.Find("video_token_id") is { } video
+            && video.Int() != known)
+            throw video.Expected($"{known}, the tokenizer's {spec.Processor.Tokens.Video}");
         return new RowFormat(
             ThinkingFormat.Load(spec.Directory, tokenizer), placeholders,
             spec.Processor.UseImageId, spec.Slicing, spec.SliceMode, spec.Processor.Mean,
             spec.Processor.Std, spec.Decoder.VocabSize)
         {
             OverWhite = true,
-            Video = placeholders.TakesVideos ? Video : null,
+            Video = placeholders.VideoId is null ? null : Video,
         };
     }
 
