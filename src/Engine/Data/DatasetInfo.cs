@@ -64,6 +64,7 @@ internal static class DatasetInfo
             Content = Tag("content_tag", "value") ?? "value",
             Roles = roles,
             Pictures = Column("images", null) is { } images ? [images] : [],
+            Videos = Column("videos", null) is { } videos ? [videos] : [],
             System = Column("system", null) is { } system ? [system] : [],
             Question = turns ? null : Column("prompt", "instruction") ?? "instruction",
             Input = turns ? null : Column("query", "input"),

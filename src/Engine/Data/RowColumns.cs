@@ -53,6 +53,8 @@ internal sealed record RowColumns(string? Name)
 
     public IReadOnlyList<string> Pictures { get; init; } = ["images", "image"];
 
+    public IReadOnlyList<string> Videos { get; init; } = ["videos", "video"];
+
     public IReadOnlyList<string> System { get; init; } = ["system", "system_prompt"];
 
     public string? Question { get; init; }
@@ -82,7 +84,8 @@ internal sealed record RowColumns(string? Name)
 
     /// <summary>Whether a key has a meaning here.</summary>
     public bool Uses(string key) => key == Turns || key == Question || key == Input || key == Answer
-        || key == History || Pictures.Contains(key) || System.Contains(key);
+        || key == History || Pictures.Contains(key) || Videos.Contains(key)
+        || System.Contains(key);
 
     /// <summary>The format that a row has; null where it has none.</summary>
     /// <exception cref="FormatException">Two of its keys mean the same.</exception>

@@ -34,8 +34,8 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
     private static readonly string[] s_otherTurnMeanings =
         ["tool_calls", "reasoning_content", "images", "image"];
 
-    // Where transformers has a part's picture.
-    private static readonly string[] s_pictureParts = ["image", "url", "path", "base64"];
+    // Where transformers has what a part shows.
+    private static readonly string[] s_shownParts = ["image", "video", "url", "path", "base64"];
 
     private static readonly string[] s_soundParts = ["audio", "url", "path", "base64"];
 
@@ -55,14 +55,14 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         foreach (string key in _media)
             if (!row.Member(key).SaysNothing())
                 throw key is "images" or "picture" or "pictures" ? NotHere(key) : new FormatException(
-                    $"key \"{key}\" is not used here: no model of this program takes videos; "
-                        + "write a video's pictures to files and name those");
+                    $"key \"{key}\" is not used here: the columns that the file was given name "
+                        + "another, or none, for " + (key is "video" or "videos" ? "videos" : "sounds"));
         MustNotHave(row, _meanings);
         var (names, pictures) = columns.IsOfficial
             ? RowPictures.Official(row.Member("image")) : (PictureNames.None, []);
         var turns = new List<ChatTurn>();
-        var shown = new List<RowPicture>();
         RowPicture[] sounds = RowPictures.Sounds(row);
+        var shown = new Media([], [], []);
         if (System(row) is { Length: > 0 } system) turns.Add(new ChatTurn("system", system));
         string[] references = References(row.Member("references"));
         if (columns.Turns is not null) AddTurns(row, turns, shown, ref turn);
@@ -72,18 +72,17 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
             if (columns.Pictures.Where(key => !row.Member(key).SaysNothing()).Skip(1).Any())
                 throw new FormatException("has pictures under both "
                     + string.Join(" and ", columns.Pictures.Select(key => $"\"{key}\"")));
-            RowPicture[] heard = [.. shown.Where(part => part.Tag == SoundText.Tag)];
+            RowPicture[] heard = [.. shown.Sounds];
             if (heard.Length > 0 && sounds.Length > 0)
                 throw new FormatException("has sounds in the parts of its turns and beside them "
                     + "too: in which order is not said");
             if (heard.Length > 0) sounds = heard;
-            shown.RemoveAll(part => part.Tag == SoundText.Tag);
             RowPicture[] listed = [.. columns.Pictures.SelectMany(
                 key => RowPictures.Listed(row.Member(key)))];
-            if (listed.Length > 0 && shown.Count > 0)
+            if (listed.Length > 0 && shown.Pictures.Count > 0)
                 throw new FormatException("has pictures in the parts of its turns and in "
                     + $"\"{columns.Pictures[0]}\" too: in which order is not said");
-            pictures = shown.Count > 0 ? [.. shown] : listed;
+            pictures = shown.Pictures.Count > 0 ? [.. shown.Pictures] : listed;
             names = pictures.Length switch
             {
                 0 => PictureNames.None,
@@ -95,6 +94,11 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         if (pictures.Length == 0)
             foreach (string key in _likely)
                 if (!row.Member(key).SaysNothing()) throw NotHere(key);
+        RowVideo[] videos = RowVideo.Read(row, columns.Videos);
+        if (videos.Length > 0 && shown.Videos.Count > 0)
+            throw new FormatException("has videos in the parts of its turns and in \"videos\" too: "
+                + "in which order is not said");
+        if (shown.Videos.Count > 0) videos = [.. shown.Videos];
         Check(turns, sounds.Length > 0, ref turn);
         var objects = Grounding.Read(row.Member("objects"));
         if (objects is null) MustNotAsk(turns, ref turn);
@@ -103,6 +107,8 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
             Place = place,
             References = references,
             Sounds = sounds,
+            // Where their frames will begin.
+            Videos = [.. videos.Select(video => video with { First = pictures.Length })],
             Objects = objects,
         };
     }
@@ -156,7 +162,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
     }
 
     private void AddTurns(
-        JsonElement row, List<ChatTurn> turns, List<RowPicture> shown, ref int? turn)
+        JsonElement row, List<ChatTurn> turns, Media shown, ref int? turn)
     {
         string key = columns.Turns!;
         var list = Unfolded(row.Member(key));
@@ -193,7 +199,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
     }
 
     private void AddTurn(
-        JsonElement item, List<ChatTurn> turns, List<RowPicture> shown, bool first)
+        JsonElement item, List<ChatTurn> turns, Media shown, bool first)
     {
         string said = TextOf(item, columns.Role);
         MustNotHave(item, s_otherTurnMeanings);
@@ -232,7 +238,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         turns.Add(new ChatTurn("assistant", Of("assistant", "gpt")));
     }
 
-    private string Contents(JsonElement content, List<RowPicture> shown)
+    private string Contents(JsonElement content, Media shown)
     {
         if (content.Text() is { } text) return text;
         if (content.ValueKind == JsonValueKind.Undefined)
@@ -251,23 +257,25 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
                     joined.Append(TextOf(part, "text"));
                     break;
                 case "image_url" or "image":
-                    var value = part.Member(type);
-                    foreach (string key in s_pictureParts)
-                        if (value.IsNull()) value = part.Member(key);
-                    if (value.ValueKind == JsonValueKind.Object && value.TryGetProperty("url", out var url))
-                        value = url;
+                    var value = Shown(part, type);
                     // A part without its picture shows the next of the row's.
-                    if (!value.IsNull()) shown.Add(RowPictures.One(value));
+                    if (!value.IsNull()) shown.Pictures.Add(RowPictures.One(value));
                     joined.Append("<image>");
                     break;
                 case "audio_url" or "audio" or "input_audio":
-                    if (Sound(part, type) is { } sound) shown.Add(sound);
+                    if (Sound(part, type) is { } sound) shown.Sounds.Add(sound);
                     joined.Append(SoundText.Tag);
+                    break;
+                case "video_url" or "video":
+                    var video = Shown(part, type);
+                    if (!video.IsNull())
+                        shown.Videos.Add(RowVideo.Of(video, part.Member("fps")));
+                    joined.Append("<video>");
                     break;
                 default:
                     throw new FormatException("has a part of type "
                         + (type is null ? Kind(part.Member("type")) : Messages.Quote(type))
-                        + ", expected \"text\", \"image_url\" or \"audio_url\"");
+                        + ", expected \"text\", \"image_url\", \"video_url\" or \"audio_url\"");
             }
         }
 
@@ -289,6 +297,20 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
 
         return value.IsNull() ? null : RowPictures.One(value, SoundText.Tag);
     }
+
+    // What a part shows.
+    private static JsonElement Shown(JsonElement part, string type)
+    {
+        var value = part.Member(type);
+        foreach (string key in s_shownParts)
+            if (value.IsNull()) value = part.Member(key);
+        return value.ValueKind == JsonValueKind.Object && value.TryGetProperty("url", out var url)
+            ? url : value;
+    }
+
+    // What the parts of turns show.
+    private sealed record Media(
+        List<RowPicture> Pictures, List<RowVideo> Videos, List<RowPicture> Sounds);
 
     private void AddQuestion(JsonElement row, List<ChatTurn> turns, ref string[] references)
     {
@@ -360,12 +382,6 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
 
             if (turns[i].Role == "user")
             {
-                if (turns[i].Content.Contains("<video>", StringComparison.Ordinal))
-                {
-                    turn = i + 1;
-                    throw new FormatException(
-                        "has the tag <video>: no model of this program takes videos");
-                }
                 if (!hears && turns[i].Content.Contains(SoundText.Tag, StringComparison.Ordinal))
                 {
                     turn = i + 1;
