@@ -75,7 +75,9 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
         }
 
         output.WriteLine($"{Out}: {good.Count:N0} rows written, {bad.Count:N0} left out");
-        Tell(good.Count(row => row.Row.Turns[0].Role == "system"), "have a system turn");
+        Tell(good.Count(row => row.Row.Turns[0] is { Role: "system", Content.Length: > 0 }),
+            "have a system turn");
+        Tell(good.Count(row => row.Row.Turns.Any(turn => turn.HasFunctions)), "have functions");
         Tell(good.Count(row => row.Sounds.Length > 0), "have sounds (\"audio\")");
         Tell(good.Count(row => row.Row.Turns.Any(turn => turn.Trained == false)),
             "have answers that are not learned (\"loss\": false)");
@@ -183,12 +185,34 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
             json.WriteEndArray();
         }
 
+        if (turns[0].Tools is { } tools)
+        {
+            json.WriteStartArray("tools");
+            foreach (string tool in tools) json.WriteRawValue(tool, skipInputValidation: true);
+            json.WriteEndArray();
+        }
+
         json.WriteStartArray("conversations");
-        foreach (var turn in turns)
+        // A system turn may be there for the functions alone.
+        foreach (var turn in turns.Where(turn => turn.Role != "system" || turn.Content.Length > 0))
         {
             json.WriteStartObject();
             json.WriteString("role", turn.Role);
             json.WriteString("content", turn.Content);
+            if (turn.Calls is { } calls)
+            {
+                json.WriteStartArray("tool_calls");
+                foreach (ToolCall call in calls)
+                {
+                    json.WriteStartObject();
+                    json.WriteString("name", call.Name);
+                    json.WriteString("arguments", call.Arguments);
+                    json.WriteEndObject();
+                }
+
+                json.WriteEndArray();
+            }
+
             if (turn.Trained == false) json.WriteBoolean("loss", false);
             json.WriteEndObject();
         }

@@ -50,6 +50,12 @@ public sealed partial class DataRows : IRowLoader
         if (rest is not null) rest._whole = null;
         else if (sources.Share is not null) _whole = whole;
         (_set, Digest, OtherFormats) = Shared(sources, whole, arguments.BoxFormat);
+        if (_set.Rows.Any(row => row.Turns[^1].Calls is not null))
+            _set = _set with
+            {
+                Rows = [.. _set.Rows.Select(row => row.Turns[^1].Calls is null ? row
+                    : row with { Expected = format.Prompts.Said(row.Turns[^1]) })],
+            };
         VideoRules? videos = format.Video?.Of(arguments);
         _set = ChooseFrames(_set, videos);
         _rows = _set.Rows;

@@ -32,7 +32,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
     ];
 
     private static readonly string[] s_otherTurnMeanings =
-        ["tool_calls", "reasoning_content", "images", "image"];
+        ["function_call", "reasoning_content", "images", "image"];
 
     // Where transformers has what a part shows.
     private static readonly string[] s_shownParts = ["image", "video", "url", "path", "base64"];
@@ -58,6 +58,8 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
                     $"key \"{key}\" is not used here: the columns that the file was given name "
                         + "another, or none, for " + (key is "video" or "videos" ? "videos" : "sounds"));
         MustNotHave(row, _meanings);
+        string[]? tools = null;
+        foreach (string key in columns.Tools) tools ??= RowTools.Of(row, key);
         var (names, pictures) = columns.IsOfficial
             ? RowPictures.Official(row.Member("image")) : (PictureNames.None, []);
         var turns = new List<ChatTurn>();
@@ -67,6 +69,13 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         string[] references = References(row.Member("references"));
         if (columns.Turns is not null) AddTurns(row, turns, shown, ref turn);
         else AddQuestion(row, turns, ref references);
+        if (tools is not null)
+        {
+            if (turns.Count == 0 || turns[0].Role != "system")
+                turns.Insert(0, new ChatTurn("system", ""));
+            turns[0] = turns[0] with { Tools = tools };
+        }
+
         if (!columns.IsOfficial)
         {
             if (columns.Pictures.Where(key => !row.Member(key).SaysNothing()).Skip(1).Any())
@@ -121,7 +130,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
     {
         for (int i = 0; i < turns.Count; i++)
             foreach (string tag in Grounding.Tags)
-                if (turns[i].Content.Contains(tag, StringComparison.Ordinal))
+                if (turns[i].Texts.Any(text => text.Contains(tag, StringComparison.Ordinal)))
                 {
                     turn = i + 1;
                     throw new FormatException(
@@ -172,6 +181,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         int least = options.Asked || columns.Pairs ? 1 : 2, count = list.GetArrayLength();
         if (count < least)
             throw new FormatException($"\"{key}\" has {count} turn(s), expected at least {least}");
+        var functions = new RowTools();
         // Enumerated: an index walks from the start each time.
         foreach (var item in list.EnumerateArray())
         {
@@ -180,7 +190,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
                 throw new FormatException($"is {Kind(item)}, expected {{\"{columns.Role}\", "
                     + $"\"{columns.Content}\"}}");
             if (columns.Pairs) AddPair(item, turns);
-            else AddTurn(item, turns, shown, first: turn == 1);
+            else AddTurn(item, turns, shown, functions, first: turn == 1);
         }
 
         turn = null;
@@ -198,17 +208,14 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
                 ? "; where the rows stand under a key, write their list alone" : "");
     }
 
-    private void AddTurn(
-        JsonElement item, List<ChatTurn> turns, Media shown, bool first)
+    private void AddTurn(JsonElement item, List<ChatTurn> turns, Media shown,
+        RowTools functions, bool first)
     {
         string said = TextOf(item, columns.Role);
         MustNotHave(item, s_otherTurnMeanings);
         if (!columns.Roles.TryGetValue(said, out string? role))
             throw new FormatException($"role is {Messages.Quote(said)}, expected "
                 + Names("user") + " or " + Names("assistant"));
-        if (role == "tool")
-            throw new FormatException($"role is {Messages.Quote(said)}: calls of functions and "
-                + "their results are not used here; write them into the texts of the turns");
         if (role == "system")
         {
             if (!first)
@@ -217,17 +224,41 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
                 throw new FormatException($"has a system turn and \"{columns.System[0]}\" too");
         }
 
-        string content = Contents(item.Member(columns.Content), shown);
+        bool? trained = role is "assistant" or "call"
+            ? Flag(item, "loss") ?? Flag(item, "loss_scale") ?? Flag(item, "weight") : null;
+        var value = item.Member(columns.Content);
+        if (role == "call")
+        {
+            AddCalls(functions.Calls(value) ?? throw new FormatException(
+                $"\"{columns.Content}\" has no call, expected {{\"name\", \"arguments\"}}"),
+                trained, turns);
+            return;
+        }
+
+        var calls = functions.Calls(item.Member("tool_calls"));
+        if (calls is not null && role != "assistant")
+            throw new FormatException("has \"tool_calls\", which only an answer can have");
+        string content = calls is not null && value.IsNull() ? "" : Contents(value, shown);
         // An empty system text is as good as none.
         if (role == "system" && content.Length == 0) return;
-        turns.Add(new ChatTurn(role, content)
-        {
-            Trained = role == "assistant"
-                ? Flag(item, "loss") ?? Flag(item, "loss_scale") ?? Flag(item, "weight") : null,
-        });
+        if (role == "tool")
+            functions.AddResult(turns, content, item.Member("tool_call_id").Text());
+        else turns.Add(new ChatTurn(role, content, Calls: calls) { Trained = trained });
 
         string Names(string wanted) => string.Join(" or ", columns.Roles
             .Where(pair => pair.Value == wanted).Select(pair => $"\"{pair.Key}\"").Take(2));
+    }
+
+    // Calls that follow an answer, or each other, are one answer.
+    private static void AddCalls(
+        IReadOnlyList<ToolCall> calls, bool? trained, List<ChatTurn> turns)
+    {
+        if (turns.Count == 0 || turns[^1].Role != "assistant")
+            turns.Add(new ChatTurn("assistant", "", Calls: calls) { Trained = trained });
+        else if (turns[^1].Trained != trained)
+            throw new FormatException("calls belong to the answer before them, of which another "
+                + "\"loss\" is said");
+        else turns[^1] = turns[^1] with { Calls = [.. turns[^1].Calls ?? [], .. calls] };
     }
 
     private static void AddPair(JsonElement item, List<ChatTurn> turns)
@@ -365,14 +396,17 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         if (turns[first].Role != "user")
         {
             turn = first + 1;
-            throw new FormatException("role is \"assistant\", the first turn must be the user's");
+            throw new FormatException($"role is \"{turns[first].Role}\", the first turn must be the "
+                + "user's");
         }
 
-        int question = turns.FindLastIndex(item => item.Role == "user");
+        int question = turns.FindLastIndex(item => item.Role is "user" or "tool");
         bool answered = false, learned = false;
         for (int i = first; i < turns.Count; i++)
         {
-            if (!columns.IsOfficial && i > first && turns[i].Role == turns[i - 1].Role)
+            if (turns[i].Role == "tool") continue;
+            if (!columns.IsOfficial && i > first && (turns[i].Role == turns[i - 1].Role
+                || (turns[i].Role == "user" && turns[i - 1].Role == "tool")))
             {
                 turn = i + 1;
                 throw new FormatException("two turns in a row are the "

@@ -78,8 +78,15 @@ public sealed record Row(
     /// </summary>
     public int Answer => Turns[^1].Role == "assistant" ? Turns.Count - 1 : Turns.Count;
 
-    /// <summary>What that turn says; null where the row leaves it open.</summary>
-    public string? Expected => Answer < Turns.Count ? Turns[Answer].Content : null;
+    /// <summary>
+    /// What that turn says, calls of functions as the model writes them; null where the row leaves
+    /// it open.
+    /// </summary>
+    public string? Expected
+    {
+        get => field ?? (Answer < Turns.Count ? Turns[Answer].Content : null);
+        init;
+    }
 
     /// <summary>
     /// What makes the row unusable, as an exception to throw; turn counts from 1.

@@ -50,7 +50,7 @@ public sealed class SampleBuilder
         IReadOnlyList<int>? sounds = null)
     {
         var (turns, pictures) = Compose(row, plans, sounds ?? []);
-        if (answer > 0 && turns[answer - 1].Role != "user")
+        if (answer > 0 && turns[answer - 1].Role is not ("user" or "tool"))
             throw row.Bad("no question stands before the answer", answer + 1);
         bool thinks = answer < turns.Length
             && turns[answer].Content.Contains("</think>", StringComparison.Ordinal);
@@ -168,7 +168,7 @@ public sealed class SampleBuilder
     // A token takes some 50 bytes while it is made: no row may fill the memory for what is cut off.
     private static void MustBeShort(Row row, IEnumerable<ChatTurn> turns)
     {
-        long letters = turns.Sum(turn => (long)turn.Content.Length);
+        long letters = turns.Sum(turn => turn.Texts.Sum(text => (long)text.Length));
         if (letters > MostLetters)
             throw row.Bad($"has {Messages.Number(letters)} characters, at most "
                 + $"{Messages.Number(MostLetters)} can be read: shorten it or make several rows of it");
