@@ -9,7 +9,8 @@ namespace MiniCpmNative.Tests;
 /// <summary>
 /// Every case of <see cref="OpCases"/> on the CUDA device, in float and bf16. The tolerance is not
 /// chosen: the largest error against double may be twice that of the plain CPU path whose inputs,
-/// outputs and saved tensors are rounded to the same storage type, + 1e-5 of the largest magnitude.
+/// outputs and saved tensors are rounded to the same storage type, + 1e-5 of the largest magnitude,
+/// or 1e-6 where no long sums are.
 /// </summary>
 [TestFixture]
 public sealed class CudaOpTests
@@ -88,6 +89,17 @@ public sealed class CudaOpTests
                     $"F32 gradient of {inputs[i].Name}, added: {adds}");
             }
         }
+    }
+
+    // Those of files may have another type than activations; the self-test takes the third.
+    [TestCaseSource(nameof(Cases))]
+    public void ParametersMayBeF16(object value, object type)
+    {
+        var (c, storage) = ((OpCase)value, (DType)type);
+        Value[] inputs = Array.ConvertAll(c.Inputs(AlignedSize),
+            v => v.IsParameter && v.Exists ? v with { Type = DType.F16 } : v);
+        if (inputs.Any(v => v.Type == DType.F16))
+            Compare(Device(c, storage), c, storage, c.Op, inputs, null, $"{c.Name} of F16");
     }
 
     [TestCaseSource(nameof(Cases))]
@@ -207,7 +219,9 @@ public sealed class CudaOpTests
             each.Backward(dy);
         }
 
-        Agree(run.Output, plain.Output, exact.Output, $"{what} {type} output");
+        Agree(op, run.Output, plain.Output, exact.Output, $"{what} {type} output");
+        if (run.State is { } state)
+            Agree(op, state, plain.State!, exact.State!, $"{what} {type} state");
         for (int i = 0; i < inputs.Length; i++)
         {
             if (!run.HasGradient(i)) continue;
@@ -216,7 +230,7 @@ public sealed class CudaOpTests
             double[] stored = inputs[i].IsParameter
                 ? gradient
                 : Storage.Round(gradient, type);
-            Agree(run.Gradient(i), stored, exact.Gradient(i),
+            Agree(op, run.Gradient(i), stored, exact.Gradient(i),
                 $"{what} {type} gradient of {inputs[i].Name}");
         }
     }
@@ -233,11 +247,16 @@ public sealed class CudaOpTests
         _ => op,
     };
 
-    private static void Agree(double[] got, double[] plain, double[] exact, string what)
+    private static void Agree(
+        Op op, double[] got, double[] plain, double[] exact, string what)
     {
-        double allowed = (2 * Error(plain, exact)) + (1e-5 * Largest(exact));
+        double allowed = (2 * Error(plain, exact)) + (Beside(op) * Largest(exact));
         OpTests.AreClose(got, exact, allowed, what);
     }
+
+    // Sums are made in another order; what has a few terms has the hardware's approximations only.
+    private static double Beside(Op op) =>
+        op is Gelu or SwiGlu or Add or Scale or Columns or Rope or SigmoidGate ? 1e-6 : 1e-5;
 
     private static double Error(double[] values, double[] exact) =>
         values.Zip(exact, (a, b) => Math.Abs(a - b)).DefaultIfEmpty(0).Max();
