@@ -96,10 +96,17 @@ public sealed class CudaOpTests
     public void ParametersMayBeF16(object value, object type)
     {
         var (c, storage) = ((OpCase)value, (DType)type);
-        Value[] inputs = Array.ConvertAll(c.Inputs(AlignedSize),
-            v => v.IsParameter && v.Exists ? v with { Type = DType.F16 } : v);
-        if (inputs.Any(v => v.Type == DType.F16))
-            Compare(Device(c, storage), c, storage, c.Op, inputs, null, $"{c.Name} of F16");
+        double[][]? whole = null;
+        foreach (DType stored in (DType[])[DType.F64, DType.F16])
+        {
+            Value[] inputs = Array.ConvertAll(Rounded(c.Inputs(AlignedSize), storage),
+                v => v.IsParameter && v.Exists ? v with { Type = stored } : v);
+            double[][] got = Results(Device(c, storage), c.Op, inputs);
+            whole ??= got;
+            for (int i = 0; i < got.Length; i++)
+                OpTests.AreClose(got[i], whole[i], Rounding(storage) * Largest(whole[i]),
+                    $"{c.Name} of {stored}, result {i}");
+        }
     }
 
     [TestCaseSource(nameof(Cases))]
@@ -176,14 +183,20 @@ public sealed class CudaOpTests
     internal static double[][] Results(Device device, OpCase c, int size, DType? rounded = null)
     {
         DType type = rounded ?? device.Activations;
-        using var run = new OpRun(device, c.Op, Rounded(c.Inputs(size), type));
+        return Results(device, c.Op, Rounded(c.Inputs(size), type), type);
+    }
+
+    private static double[][] Results(
+        Device device, Op op, Value[] inputs, DType? rounded = null)
+    {
+        using var run = new OpRun(device, op, inputs);
         run.Forward();
         run.Want(_ => true);
-        run.Backward(Storage.Round(Fill.Normal(77, run.Count), type));
+        run.Backward(Storage.Round(Fill.Normal(77, run.Count), rounded ?? device.Activations));
         return
         [
             run.Output,
-            .. Enumerable.Range(0, c.Inputs(0).Length).Where(run.HasGradient).Select(run.Gradient),
+            .. Enumerable.Range(0, inputs.Length).Where(run.HasGradient).Select(run.Gradient),
         ];
     }
 
