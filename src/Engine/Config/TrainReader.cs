@@ -37,7 +37,9 @@ public sealed class TrainReader
         var reader = new TrainReader(Path.GetFullPath(workingDirectory), TrainKeys.Asking);
         reader.TakeArguments(arguments, 0);
         given = reader._given.Keys;
-        return reader.Build();
+        TrainArguments read = reader.Build();
+        return TrainChecks.Unquantised(read) is { } problem
+            ? throw new InputException(problem) : read;
     }
 
     /// <summary>

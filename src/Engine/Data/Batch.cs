@@ -44,6 +44,12 @@ public sealed class Batch
     public Growing<int> PictureStarts { get; } = new();
 
     /// <summary>
+    /// When each view is seen, and with which others; those that are missing at the end are
+    /// pictures, each by itself.
+    /// </summary>
+    public Growing<ViewTime> Times { get; } = new();
+
+    /// <summary>
     /// First token and end of each picture's place in its row, counted in the row.
     /// </summary>
     public Growing<int> ImageBounds { get; } = new();
@@ -83,6 +89,7 @@ public sealed class Batch
         _mel.Clear();
         Patches.Clear();
         Places.Clear();
+        Times.Clear();
         SequenceStarts.Add(0);
         PictureStarts.Add(0);
     }
@@ -154,19 +161,83 @@ public sealed class Batch
     {
         long floats = strips.Patches(plan) * strips.PatchLength;
         if (floats > Array.MaxLength) return false;
-        for (int view = 0; view < plan.Views; view++)
-        {
-            PatchGrid grid = strips.Grid(plan, view);
-            Grids.Add(grid.Rows);
-            Grids.Add(grid.Columns);
-            PictureStarts.Add(PictureStarts[PictureStarts.Count - 1] + grid.Patches);
-        }
-
+        for (int view = 0; view < plan.Views; view++) AddView(strips.Grid(plan, view));
         Features += features;
         Span<float> patches = Patches.Extend((int)floats);
         if (picture is not null) strips.Write(picture, plan, patches);
         return true;
     }
+
+    /// <summary>
+    /// Adds a group of frames, which have so many features together: the first view of each, then
+    /// the second of each, and so on; false where they are too many patches.
+    /// </summary>
+    /// <param name="strips">Makes their patches.</param>
+    /// <param name="decode">The frame of a number from 0; null leaves the pixels undefined.</param>
+    /// <param name="plans">How each is cut, all into as many views.</param>
+    /// <param name="times">The temporal id of each; -1 for none.</param>
+    /// <param name="features">Features of the group.</param>
+    public bool TryAddFrames(PatchStrips strips, Func<int, Picture>? decode,
+        ReadOnlySpan<SlicePlan> plans, IReadOnlyList<int> times, int features)
+    {
+        long floats = 0;
+        foreach (SlicePlan plan in plans) floats += strips.Patches(plan) * strips.PatchLength;
+        if (floats > Array.MaxLength) return false;
+        while (Times.Count < Grids.Count / 2) Times.Add(ViewTime.None);
+        int views = plans[0].Views;
+        // Where each view of each frame begins.
+        var starts = new int[plans.Length, views];
+        int at = 0;
+        for (int view = 0; view < views; view++)
+            for (int frame = 0; frame < plans.Length; frame++)
+            {
+                PatchGrid grid = strips.Grid(plans[frame], view);
+                AddView(grid);
+                Times.Add(new ViewTime(times[frame], Joined: frame > 0));
+                starts[frame, view] = at;
+                at += grid.Patches * strips.PatchLength;
+            }
+
+        Features += features;
+        Span<float> patches = Patches.Extend((int)floats);
+        for (int frame = 0; decode is not null && frame < plans.Length; frame++)
+        {
+            SlicePlan plan = plans[frame];
+            using Picture picture = decode(frame);
+            if (views == 1)
+            {
+                strips.Write(picture, plan, patches[starts[frame, 0]..]);
+                continue;
+            }
+
+            var all = new float[strips.Patches(plan) * strips.PatchLength];
+            strips.Write(picture, plan, all);
+            int from = 0;
+            for (int view = 0; view < views; view++)
+            {
+                int length = strips.Grid(plan, view).Patches * strips.PatchLength;
+                all.AsSpan(from, length).CopyTo(patches[starts[frame, view]..]);
+                from += length;
+            }
+        }
+
+        return true;
+    }
+
+    private void AddView(PatchGrid grid)
+    {
+        Grids.Add(grid.Rows);
+        Grids.Add(grid.Columns);
+        PictureStarts.Add(PictureStarts[PictureStarts.Count - 1] + grid.Patches);
+    }
+}
+
+/// <summary>When a view is seen.</summary>
+/// <param name="Id">Its temporal id; -1 for none.</param>
+/// <param name="Joined">Whether it becomes features together with the view before.</param>
+public readonly record struct ViewTime(int Id, bool Joined)
+{
+    public static ViewTime None => new(-1, false);
 }
 
 /// <summary>A list whose memory stays when it is cleared.</summary>

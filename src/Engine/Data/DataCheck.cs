@@ -49,6 +49,12 @@ public static class DataCheck
             $"  pictures: {Number(counts.Pictures)}, {Number(counts.Turned)} {counts.TurnedText}");
         if (usable.Sum(c => c.Sounds) is > 0 and var sounds)
             output.WriteLine($"  sounds: {Number(sounds)}");
+        Row[] moving = [.. Enumerable.Range(0, rows.Count).Where(i => checks[i].Bad is null
+            && rows[i].Videos.Count > 0).Select(i => rows[i])];
+        if (moving.Length > 0)
+            output.WriteLine($"  videos: {Number(moving.Sum(row => row.Videos.Count))}, of whose "
+                + $"frames {Number(moving.Sum(row => row.Pictures.Count - row.Stills))} are taken, "
+                + "as pictures");
         var kinds = usable.SelectMany(c => c.Kinds ?? []).CountBy(k => k)
             .OrderByDescending(k => k.Value).ThenBy(k => k.Key, StringComparer.Ordinal)
             .Select(k => $"{Number(k.Value)} {k.Key}").ToList();

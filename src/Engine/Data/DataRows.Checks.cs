@@ -227,8 +227,9 @@ public sealed partial class DataRows
             {
                 Sounds = lengths.Length,
                 Size = new(sample.InputIds.Length, sample.Supervised,
-                    sample.Pictures.Sum(p => plans[p].Views) + lengths.Length,
-                    (int)sample.Pictures.Sum(p => _strips.Value!.Patches(plans[p]))
+                    sample.Pictures.Sum(p => plans[p].Views * Joined(p)) + lengths.Length,
+                    (int)sample.Pictures.Sum(p => Enumerable.Range(p, Joined(p))
+                        .Sum(i => _strips.Value!.Patches(plans[i])))
                         + lengths.Sum(SoundScheme.Frames)),
             };
         }
@@ -236,5 +237,7 @@ public sealed partial class DataRows
         {
             return new RowCheck { Bad = failure.Row, Pictures = row.Pictures.Count };
         }
+
+        int Joined(int picture) => row.Pictures[picture].Times?.Count ?? 1;
     }
 }

@@ -50,7 +50,7 @@ public sealed class SampleBuilder
         IReadOnlyList<int>? sounds = null)
     {
         var (turns, pictures) = Compose(row, plans, sounds ?? []);
-        if (answer > 0 && turns[answer - 1].Role != "user")
+        if (answer > 0 && turns[answer - 1].Role is not ("user" or "tool"))
             throw row.Bad("no question stands before the answer", answer + 1);
         bool thinks = answer < turns.Length
             && turns[answer].Content.Contains("</think>", StringComparison.Ordinal);
@@ -124,10 +124,24 @@ public sealed class SampleBuilder
     private (ChatTurn[] Turns, int[] Pictures) Compose(
         Row row, IReadOnlyList<SlicePlan> plans, IReadOnlyList<int> sounds)
     {
-        var (turns, pictures) = RowText.Compose(
-            SoundText.Tagged(row), (picture, number) => PictureText(plans[picture], number),
+        var (turns, pictures) = RowText.Compose(SoundText.Tagged(row), (picture, number) =>
+            row.VideoAt(picture) is { } video
+                ? VideoText([.. video.Shown(row).Select(frame => plans[frame])], number)
+                : _placeholders.Text(plans[picture], NumbersOf(row) ? number : null),
             _format.Markers);
         return (SoundText.Filled(row, turns, k => _format.Sounds!.Text(sounds[k])), pictures);
+    }
+
+    // In a row with a video the older processors are asked for no numbers.
+    private bool NumbersOf(Row row) =>
+        _format.Numbered && (row.Videos.Count == 0 || _format.Video is { Native: true });
+
+    private string VideoText(SlicePlan[] frames, int number)
+    {
+        bool native = _format.Video is { Native: true };
+        bool numbered = _format.Numbered && _format.Video is { Numbered: true };
+        return string.Join(native ? "" : "\n", frames.Select((frame, i) =>
+            _placeholders.Text(frame, numbered && i == 0 ? number : null, isFrame: true)));
     }
 
     private string PictureText(SlicePlan plan, int number) =>
@@ -154,7 +168,7 @@ public sealed class SampleBuilder
     // A token takes some 50 bytes while it is made: no row may fill the memory for what is cut off.
     private static void MustBeShort(Row row, IEnumerable<ChatTurn> turns)
     {
-        long letters = turns.Sum(turn => (long)turn.Content.Length);
+        long letters = turns.Sum(turn => turn.Texts.Sum(text => (long)text.Length));
         if (letters > MostLetters)
             throw row.Bad($"has {Messages.Number(letters)} characters, at most "
                 + $"{Messages.Number(MostLetters)} can be read: shorten it or make several rows of it");
@@ -177,6 +191,9 @@ public sealed class SampleBuilder
         if (row.Sounds.Count > 0)
             throw row.Bad("has audio, which the official script cannot read; it works without "
                 + "official_compat");
+        if (row.Videos.Count > 0)
+            throw row.Bad("has a video, which the official script does not know: leave "
+                + "official_compat out");
         var turns = OfficialText.Compose(row, (picture, number) =>
             _placeholders.Text(plans[picture], number),
             [.. plans.Select(plan => plan.Sliced)]);

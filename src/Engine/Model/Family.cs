@@ -50,6 +50,9 @@ public abstract class Family(string name)
     /// <summary>What the official chat() generates by, where nothing is said.</summary>
     public virtual ChatDefaults Chat => new();
 
+    /// <summary>How its own code shows videos; null where it takes none.</summary>
+    public virtual VideoRules? Video => null;
+
     /// <summary>How llama.cpp knows the member; null where it does not.</summary>
     public virtual GgufNames? Gguf => null;
 
@@ -105,8 +108,13 @@ public abstract class Family(string name)
             Sounds = spec.Audio is { } audio ? new SoundScheme(
                 tokenizer, tokens.Unknown, audio.Bands, 2 * audio.Positions, audio.Tokens,
                 audio.TokensOfAPlace, spec.Directory) : null,
+            Video = Video,
         };
     }
+
+    /// <summary>Frames as a list of pictures, one of each second, as the members' own documentation
+    /// has it.</summary>
+    protected static VideoRules FramesAsPictures { get; } = new(FrameRule.Steps, 1, 64, 2);
 
     /// <summary>Most members have SigLIP.</summary>
     protected virtual IVisionTower Tower(VisionSpec spec, ModuleScope scope, Recomputation recomputation) =>

@@ -124,7 +124,7 @@ public sealed class BaseModel : IDisposable
             return new BaseModel(spec, weights, start, parts, storage)
             {
                 Optimizer = TunedModel.OptimizerOf(arguments),
-                Kind = new(spec.Parameters, storage, TunedModel.QuantisationOf(arguments), weights),
+                Kind = new(spec.Parameters, storage, Quantisation.Of(arguments), weights),
                 Untouched = [.. weights.Tensors.Where(t => spec.Parameters.IsUntouched(t.Name))],
                 Saved = adapter is null
                     ? SavedFiles.Read(folder, spec, arguments, storage, say)

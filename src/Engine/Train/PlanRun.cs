@@ -235,7 +235,7 @@ public static class PlanRun
             spec, arguments, TunedParts.AdapterOf(arguments, spec), storage);
         output.WriteLine($"{folder} has no weights: taken as bfloat16");
         return new(spec, parts, _ => ModelWeights.StoredAs(DType.BF16, storage),
-            new QuantisedKind(spec.Parameters, storage, TunedModel.QuantisationOf(arguments), null));
+            new QuantisedKind(spec.Parameters, storage, Quantisation.Of(arguments), null));
     }
 
     private static Card Find(PlanRequest request)

@@ -1,3 +1,5 @@
+using MiniCpmNative.Engine.Data;
+
 namespace MiniCpmNative.Engine.Model;
 
 /// <summary>
@@ -7,6 +9,8 @@ namespace MiniCpmNative.Engine.Model;
 internal sealed class MiniCpmO26() : Family("MiniCPM-o-2_6")
 {
     public override GgufNames Gguf => new("qwen2", "qwen2", 4);
+
+    public override VideoRules? Video => FramesAsPictures;
 
     public override bool Is(ModelConfig config) => config.IsOmni("2.6");
 

@@ -1,3 +1,5 @@
+using MiniCpmNative.Engine.Data;
+
 namespace MiniCpmNative.Engine.Model;
 
 /// <summary>
@@ -7,6 +9,8 @@ namespace MiniCpmNative.Engine.Model;
 internal sealed class MiniCpmO45() : Family("MiniCPM-o-4_5")
 {
     public override GgufNames Gguf => new("qwen3", "qwen2", 100045);
+
+    public override VideoRules? Video => FramesAsPictures;
 
     public override bool Is(ModelConfig config) => config.IsOmni("4.5");
 
