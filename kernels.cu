@@ -1096,6 +1096,22 @@ extern "C" __global__ void __launch_bounds__(256) gelu_backward(
     store_run(dx, g, i, count, whole, accumulate);
 }
 
+// y = v where x > 0, else 0, or adds it: ReLU of v = x, and its gradient of v = dy. Moves 3 R C S,
+// or 4 when adding.
+extern "C" __global__ void __launch_bounds__(256) relu(
+    real* y, const real* x, const real* v, long long count, int accumulate)
+{
+    long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * VECTOR;
+    bool whole = is_whole(i, count, y, x, v);
+    float a[VECTOR], g[VECTOR];
+    load_run(a, x, i, count, whole);
+    load_run(g, v, i, count, whole);
+#pragma unroll
+    for (int j = 0; j < VECTOR; j++)
+        if (a[j] <= 0) g[j] = 0;
+    store_run(y, g, i, count, whole, accumulate);
+}
+
 // y = gate sigmoid(gate) up. Moves 3 R C S, 4 FLOP and 2 approximations per element.
 extern "C" __global__ void __launch_bounds__(256) swiglu_forward(
     real* y, const real* gate, const real* up, long long count)
@@ -1517,6 +1533,47 @@ extern "C" __global__ void __launch_bounds__(256) columns_backward(
     put_row(to, 0, 1, accumulate, begin);
     put_row(to + begin, dy + row * count, 1, accumulate, count);
     put_row(behind, 0, 1, accumulate, cols - begin - count);
+}
+
+// y[s, t, 3 c + j] = x[s, stride t + j - 1, c], j = 0 .. 2, zero outside the frames: the inputs of
+// a convolution over time. One block per row of y; the three frames stay in the first cache. Moves
+// (1 + 3) R C S, x read once.
+#define UNFOLD_TAPS 3
+
+extern "C" __global__ void __launch_bounds__(256) unfold_forward(
+    real* y, const real* x, int frames, int out_frames, int channels, int stride)
+{
+    int clip = blockIdx.x / out_frames, first = (blockIdx.x % out_frames) * stride - 1;
+    const real* from = x + (u64)clip * frames * channels;
+    real* to = y + (u64)blockIdx.x * UNFOLD_TAPS * channels;
+    for (int i = threadIdx.x; i < UNFOLD_TAPS * channels; i += blockDim.x)
+    {
+        int frame = first + i % UNFOLD_TAPS;
+        to[i] = narrow((u32)frame < (u32)frames
+            ? widen(from[(u64)frame * channels + i / UNFOLD_TAPS]) : 0);
+    }
+}
+
+// dx[s, u, c] = sum over j of dy[s, t, 3 c + j] where stride t + j - 1 = u, or adds it. One block
+// per frame. Moves the same.
+extern "C" __global__ void __launch_bounds__(256) unfold_backward(
+    real* dx, const real* dy, int frames, int out_frames, int channels, int stride, int accumulate)
+{
+    int clip = blockIdx.x / frames, frame = blockIdx.x % frames;
+    const real* from = dy + (u64)clip * out_frames * UNFOLD_TAPS * channels;
+    real* to = dx + (u64)blockIdx.x * channels;
+    for (int c = threadIdx.x; c < channels; c += blockDim.x)
+    {
+        float sum = accumulate ? widen(to[c]) : 0;
+#pragma unroll
+        for (int j = 0; j < UNFOLD_TAPS; j++)
+        {
+            int at = frame + 1 - j, t = at / stride;
+            if (at >= 0 && at % stride == 0 && t < out_frames)
+                sum += widen(from[((u64)t * channels + c) * UNFOLD_TAPS + j]);
+        }
+        to[c] = narrow(sum);
+    }
 }
 
 // cache[slots[i]] = x[i]; slots rise, and one behind a slot outside is held to nothing. One block

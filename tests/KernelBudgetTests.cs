@@ -60,7 +60,7 @@ public sealed class KernelBudgetTests
     private static readonly string[] s_wide =
     [
         "norm_forward", "norm_backward", "add_forward", "scale_rows", "gelu_forward",
-        "gelu_backward",
+        "gelu_backward", "relu",
         "swiglu_forward", "swiglu_backward", "dora_columns", "dora_backward", "dora_mask", "rope",
         "heads", "cast_to_real", "cast_to_float",
         "adamw", "adamw_bf16_moments", "lion", "update_8bit",
@@ -90,6 +90,7 @@ public sealed class KernelBudgetTests
         "attention_queries_backward", "attention_decode_merge", "adapted_norm", "attention_tiles",
         "dropout_mask",
         "gated_norm_weight_parts", "conv_state", "delta_unit_gradients",
+        "unfold_forward", "unfold_backward",
         "order_by_id", "row_of_term", "splice_invert", "cross_entropy_check", "cross_entropy_sum",
         "adafactor_rows", "adafactor_column_parts", "adafactor_columns", "adafactor_means",
         "adafactor_squares", "adafactor_rate", "adafactor_change",

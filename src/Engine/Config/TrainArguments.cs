@@ -112,14 +112,21 @@ public sealed partial record TrainArguments
     [Key("Trained parts", "train the vision tower (with use_lora: see modules_to_save)")]
     public bool TuneVision { get; init; } = true;
 
+    [Key("Trained parts", "run the model's audio encoder (MiniCPM-o), which rows with audio need")]
+    public bool InitAudio { get; init; }
+
+    [Key("Trained parts", "train the audio encoder (with use_lora: name apm and "
+        + "audio_projection_layer in modules_to_save)")]
+    public bool TuneAudio { get; init; }
+
     [Key("Trained parts", "train the language model; not together with use_lora")]
     public bool TuneLlm { get; init; } = true;
 
     [Key("Trained parts", "train low-rank adapters instead of the weights")]
     public bool UseLora { get; init; }
 
-    [Key("Trained parts", "adapters on a decoder whose linear layers are quantised to 4 bits on "
-        + "load (load_in_4bit is the same); a quantised model is trained as it is without it")]
+    [Key("Trained parts", "the decoder's linear layers in 4 bits, quantised on load, and adapters "
+        + "on them (load_in_4bit is the same); a quantised model is taken as it is without it")]
     public bool QLora { get; init; }
 
     [Key("Trained parts", "the same as q_lora", Name = "load_in_4bit")]
@@ -238,7 +245,7 @@ public sealed partial record TrainArguments
     public double LearningRate { get; init; } = 5e-5;
 
     [Key("Optimisation", "peak learning rates of single tensors: object of vision, joiner, decoder, "
-        + "embeddings (the head too) or regular expressions for a part of the name; the first that "
+        + "audio, embeddings (the head too) or regular expressions for a part of the name; the first that "
         + "matches counts", Max = 1e6)]
     public NumbersByName? LearningRates { get; init; }
 

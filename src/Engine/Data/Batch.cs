@@ -62,6 +62,19 @@ public sealed class Batch
     /// <summary>The picture feature of each slot, counted over all pictures.</summary>
     public Growing<int> SlotFeatures { get; } = new();
 
+    /// <summary>
+    /// Tokens whose embedding is replaced by a sound feature, as indices into Tokens; they take
+    /// the features of all clips in order.
+    /// </summary>
+    public Growing<int> SoundSlots { get; } = new();
+
+    // Log-mel features of all clips, frame by frame, and where each begins, in frames.
+    private readonly Growing<float> _mel = new();
+    private readonly Growing<int> _clipStarts = new();
+
+    /// <summary>Clips of sound.</summary>
+    public int Clips => Math.Max(0, _clipStarts.Count - 1);
+
     /// <summary>Features of all pictures.</summary>
     public int Features { get; private set; }
 
@@ -70,8 +83,10 @@ public sealed class Batch
         Samples = Features = 0;
         foreach (var buffer
             in (ReadOnlySpan<Growing<int>>)[Tokens, Positions, SequenceStarts, LabelRows,
-            Targets, Grids, PictureStarts, ImageBounds, Slots, SlotFeatures])
+            Targets, Grids, PictureStarts, ImageBounds, Slots, SlotFeatures, SoundSlots,
+            _clipStarts])
             buffer.Clear();
+        _mel.Clear();
         Patches.Clear();
         Places.Clear();
         Times.Clear();
@@ -109,6 +124,33 @@ public sealed class Batch
                 SlotFeatures.Add(feature++);
             }
         }
+    }
+
+    /// <summary>Adds the places of sounds in the row that came last, from a token of it on.
+    /// </summary>
+    public void AddSoundSlots(ReadOnlySpan<ImageBound> bounds, int from)
+    {
+        int start = SequenceStarts[SequenceStarts.Count - 2] - from;
+        foreach (ImageBound bound in bounds)
+            for (int t = bound.Start; t < bound.End; t++) SoundSlots.Add(start + t);
+    }
+
+    /// <summary>Adds a clip; its bands frame by frame go into what is returned.</summary>
+    public Span<float> AddClip(int frames, int bands)
+    {
+        if (_clipStarts.Count == 0) _clipStarts.Add(0);
+        _clipStarts.Add(_clipStarts[_clipStarts.Count - 1] + frames);
+        return _mel.Extend(checked(frames * bands));
+    }
+
+    /// <summary>Frames of a clip.</summary>
+    public int ClipFrames(int clip) => _clipStarts[clip + 1] - _clipStarts[clip];
+
+    /// <summary>A clip's bands, frame by frame.</summary>
+    public ReadOnlySpan<float> Clip(int clip)
+    {
+        int bands = _mel.Count / _clipStarts[Clips];
+        return _mel.Span.Slice(_clipStarts[clip] * bands, ClipFrames(clip) * bands);
     }
 
     /// <summary>

@@ -47,6 +47,8 @@ public static class DataCheck
             + Number(counts.AnswersCut));
         output.WriteLine(
             $"  pictures: {Number(counts.Pictures)}, {Number(counts.Turned)} {counts.TurnedText}");
+        if (usable.Sum(c => c.Sounds) is > 0 and var sounds)
+            output.WriteLine($"  sounds: {Number(sounds)}");
         Row[] moving = [.. Enumerable.Range(0, rows.Count).Where(i => checks[i].Bad is null
             && rows[i].Videos.Count > 0).Select(i => rows[i])];
         if (moving.Length > 0)
@@ -73,7 +75,7 @@ public static class DataCheck
         PlaceholderScheme places = rows.Format.Placeholders;
         var text = new System.Text.StringBuilder();
         var run = new List<int>();
-        bool supervised = false;
+        bool supervised = false, heard = false;
         int folded = 0;
         for (int t = 0; t < sample.InputIds.Length; t++)
         {
@@ -82,7 +84,7 @@ public static class DataCheck
             bool fold = sample.InputIds[t] == places.UnknownId
                 || sample.InputIds[t] == places.VideoId;
             if (answer != supervised || fold != (folded > 0)) Flush();
-            supervised = answer;
+            (supervised, heard) = (answer, sample.SoundBounds.Any(b => t >= b.Start && t < b.End));
             if (fold) folded++;
             else run.Add(sample.InputIds[t]);
         }
@@ -94,7 +96,8 @@ public static class DataCheck
         void Flush()
         {
             if (folded > 0)
-                text.Append(CultureInfo.InvariantCulture, $"({folded} picture features)");
+                text.Append(CultureInfo.InvariantCulture,
+                    $"({folded} {(heard ? "sound" : "picture")} features)");
             if (run.Count > 0)
             {
                 string decoded = rows.Format.Tokenizer.Decode(run.ToArray());

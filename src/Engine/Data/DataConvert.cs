@@ -39,14 +39,15 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
         var (set, _, formats) = DataRows.ReadSet(From, new RowOptions(Asked: true), Boxes);
         foreach (string format in formats) output.WriteLine(format);
         var bad = new List<BadRow>(set.Bad);
-        var good = new List<(Row Row, string[] Paths)>();
+        var good = new List<(Row Row, string[] Paths, string[] Sounds)>();
         foreach (Row row in set.Rows)
         {
             try
             {
-                _ = RowText.Compose(row, (_, _) => "", []);
+                _ = RowText.Compose(SoundText.Tagged(row), (_, _) => "", []);
                 good.Add((row with { Videos = [.. row.Videos.Select(v => Moved(row, v))] },
-                    [.. row.Pictures.Select(picture => PathOf(row, picture))]));
+                    [.. row.Pictures.Select(picture => PathOf(row, picture))],
+                    [.. row.Sounds.Select(sound => SoundOf(row, sound))]));
             }
             catch (BadRowException failure)
             {
@@ -74,7 +75,10 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
         }
 
         output.WriteLine($"{Out}: {good.Count:N0} rows written, {bad.Count:N0} left out");
-        Tell(good.Count(row => row.Row.Turns[0].Role == "system"), "have a system turn");
+        Tell(good.Count(row => row.Row.Turns[0] is { Role: "system", Content.Length: > 0 }),
+            "have a system turn");
+        Tell(good.Count(row => row.Row.Turns.Any(turn => turn.HasFunctions)), "have functions");
+        Tell(good.Count(row => row.Sounds.Length > 0), "have sounds (\"audio\")");
         Tell(good.Count(row => row.Row.Turns.Any(turn => turn.Trained == false)),
             "have answers that are not learned (\"loss\": false)");
         Tell(good.Count(row => row.Row.Videos.Count > 0), "have videos");
@@ -124,10 +128,10 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
             var format => format.ToString().ToLowerInvariant(),
         };
 
-    private void WritePictures(List<(Row Row, string[] Paths)> rows)
+    private void WritePictures(List<(Row Row, string[] Paths, string[] Sounds)> rows)
     {
         var written = new HashSet<string>();
-        foreach (var (row, paths) in rows)
+        foreach (var (row, paths, _) in rows)
             foreach (var (picture, path) in row.Pictures.Zip(paths).Concat(row.Videos
                 .SelectMany(video => video.Frames).Select(frame => (frame, frame.Path))))
             {
@@ -137,19 +141,26 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
             }
     }
 
-    private static void Write(Stream stream, List<(Row Row, string[] Paths)> rows, bool lines)
+    private static void Write(
+        Stream stream, List<(Row Row, string[] Paths, string[] Sounds)> rows, bool lines)
     {
         for (int i = 0; i < rows.Count; i++)
         {
             stream.Write(lines ? [] : i == 0 ? "[\n"u8 : ",\n"u8);
-            using (var json = new Utf8JsonWriter(stream, s_plain)) Write(json, rows[i].Row, rows[i].Paths);
+            using (var json = new Utf8JsonWriter(stream, s_plain))
+                Write(json, rows[i].Row, rows[i].Paths, rows[i].Sounds);
             if (lines) stream.Write("\n"u8);
         }
 
         if (!lines) stream.Write("\n]\n"u8);
     }
 
-    private static void Write(Utf8JsonWriter json, Row row, string[] paths)
+    // A path, or what the row itself holds.
+    private string SoundOf(Row row, RowPicture sound) => sound.Bytes is { } bytes
+        ? "data:audio/*;base64," + Convert.ToBase64String(bytes)
+        : Relative(row.Locate(sound));
+
+    private static void Write(Utf8JsonWriter json, Row row, string[] paths, string[] sounds)
     {
         var turns = row.Turns.ToArray();
         json.WriteStartObject();
@@ -167,12 +178,41 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
             json.WriteEndObject();
         }
 
+        if (sounds.Length > 0)
+        {
+            json.WriteStartArray("audio");
+            foreach (string sound in sounds) json.WriteStringValue(sound);
+            json.WriteEndArray();
+        }
+
+        if (turns[0].Tools is { } tools)
+        {
+            json.WriteStartArray("tools");
+            foreach (string tool in tools) json.WriteRawValue(tool, skipInputValidation: true);
+            json.WriteEndArray();
+        }
+
         json.WriteStartArray("conversations");
-        foreach (var turn in turns)
+        // A system turn may be there for the functions alone.
+        foreach (var turn in turns.Where(turn => turn.Role != "system" || turn.Content.Length > 0))
         {
             json.WriteStartObject();
             json.WriteString("role", turn.Role);
             json.WriteString("content", turn.Content);
+            if (turn.Calls is { } calls)
+            {
+                json.WriteStartArray("tool_calls");
+                foreach (ToolCall call in calls)
+                {
+                    json.WriteStartObject();
+                    json.WriteString("name", call.Name);
+                    json.WriteString("arguments", call.Arguments);
+                    json.WriteEndObject();
+                }
+
+                json.WriteEndArray();
+            }
+
             if (turn.Trained == false) json.WriteBoolean("loss", false);
             json.WriteEndObject();
         }

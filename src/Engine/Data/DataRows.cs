@@ -7,9 +7,9 @@ namespace MiniCpmNative.Engine.Data;
 
 /// <summary>The prompt of a row's last answer.</summary>
 /// <param name="Tokens">Its tokens.</param>
-/// <param name="Pictures">The tokens that each of its pictures takes.</param>
-/// <param name="Append">Puts a part of it into a batch, from a token to another, which split no
-/// picture.</param>
+/// <param name="Pictures">The tokens that each of its pictures and sounds takes.</param>
+/// <param name="Append">Puts a part of it into a batch, from a token to another, which split none
+/// of these.</param>
 public sealed record RowPrompt(
     int Tokens, IReadOnlyList<ImageBound> Pictures, Action<Batch, int, int> Append);
 
@@ -50,6 +50,12 @@ public sealed partial class DataRows : IRowLoader
         if (rest is not null) rest._whole = null;
         else if (sources.Share is not null) _whole = whole;
         (_set, Digest, OtherFormats) = Shared(sources, whole, arguments.BoxFormat);
+        if (_set.Rows.Any(row => row.Turns[^1].Calls is not null))
+            _set = _set with
+            {
+                Rows = [.. _set.Rows.Select(row => row.Turns[^1].Calls is null ? row
+                    : row with { Expected = format.Prompts.Said(row.Turns[^1]) })],
+            };
         VideoRules? videos = format.Video?.Of(arguments);
         _set = ChooseFrames(_set, videos);
         _rows = _set.Rows;
@@ -134,7 +140,8 @@ public sealed partial class DataRows : IRowLoader
 
     /// <summary>A row's tokens, labels and bounds.</summary>
     /// <exception cref="BadRowException">The row cannot be trained on.</exception>
-    public Sample Sample(int row) => Build(_rows[row], Plans(_rows[row], out _));
+    public Sample Sample(int row) =>
+        Build(_rows[row], Plans(_rows[row], out _), Lengths(_rows[row]));
 
     /// <inheritdoc/>
     public void Append(int row, Batch batch) => Append(_rows[row], batch, decode: true);
@@ -145,7 +152,8 @@ public sealed partial class DataRows : IRowLoader
     private void Append(Row row, Batch batch, bool decode)
     {
         SlicePlan[] plans = Plans(row, out PictureInfo[] pictures);
-        Sample sample = Build(row, plans);
+        int[] lengths = Lengths(row);
+        Sample sample = Build(row, plans, lengths);
         int start = batch.Tokens.Count, firstView = batch.Grids.Count / 2;
         for (int t = 0; t < sample.Labels.Length; t++)
         {
@@ -155,6 +163,8 @@ public sealed partial class DataRows : IRowLoader
         }
 
         Show(row, sample.InputIds, sample.Bounds, sample.Pictures, plans, pictures, batch, decode);
+        AddSounds(
+            row, sample.SoundBounds, lengths, batch, 0, sample.InputIds.Length, decode);
         if (batch.Grids.Count / 2 < firstView + sample.Bounds.Length)
             throw row.Bad("its text has more places for pictures than there are views");
     }
@@ -166,12 +176,17 @@ public sealed partial class DataRows : IRowLoader
         Row asked = _rows[row];
         SlicePlan[] plans = Plans(asked, out PictureInfo[] pictures);
         int answer = asked.Answer;
-        Prompt prompt = _builder.BuildPrompt(asked, plans, answer);
+        int[] lengths = Lengths(asked);
+        Prompt prompt = _builder.BuildPrompt(asked, plans, answer, lengths);
         MustKnow(asked, Largest(prompt.InputIds));
         ImageBound[] places = Places(asked, prompt.Bounds, prompt.Pictures, plans);
-        return new(prompt.InputIds.Length, places, (batch, from, to) => Show(
-            asked, prompt.InputIds, prompt.Bounds, places, prompt.Pictures, plans, pictures, batch,
-            from, to));
+        ImageBound[] heard = _format.Sounds?.Places(prompt.SoundBounds, lengths) ?? [];
+        return new(prompt.InputIds.Length, [.. places, .. heard], (batch, from, to) =>
+        {
+            Show(asked, prompt.InputIds, prompt.Bounds, places, prompt.Pictures, plans, pictures,
+                batch, from, to);
+            AddSounds(asked, prompt.SoundBounds, lengths, batch, from, to, decode: true);
+        });
     }
 
     private void Show(
@@ -216,9 +231,9 @@ public sealed partial class DataRows : IRowLoader
         return places;
     }
 
-    private Sample Build(Row row, SlicePlan[] plans)
+    private Sample Build(Row row, SlicePlan[] plans, int[] lengths)
     {
-        Sample sample = _builder.Build(row, plans);
+        Sample sample = _builder.Build(row, plans, lengths);
         MustKnow(row, Math.Max(Largest(sample.InputIds), Largest(sample.Labels)));
         return sample;
     }

@@ -33,6 +33,9 @@ public sealed record RowFormat(
     /// </summary>
     public CanvasTokens? Canvas { get; init; }
 
+    /// <summary>What stands for a sound, where the model hears; else null.</summary>
+    public SoundScheme? Sounds { get; init; }
+
     /// <summary>How videos are shown; null where the model takes none.</summary>
     public VideoRules? Video { get; init; }
 
@@ -49,7 +52,10 @@ public sealed record RowFormat(
     /// <summary>
     /// What a text must not hold: it would be read as a turn or a picture. No two are one token.
     /// </summary>
-    internal IReadOnlyList<string> Markers { get; } = Distinct(Prompts, Placeholders);
+    internal IReadOnlyList<string> Markers =>
+        Sounds is null ? _markers : [.. _markers, .. SoundScheme.Markers];
+
+    private readonly string[] _markers = Distinct(Prompts, Placeholders);
 
     private static string[] Distinct(PromptFormat prompts, PlaceholderScheme placeholders)
     {

@@ -30,8 +30,11 @@ internal static partial class RowText
         for (int turn = 0; turn < turns.Length; turn++)
         {
             string content = turns[turn].Content;
-            if (turns[turn].Role == "assistant" && string.IsNullOrWhiteSpace(content))
+            if (turns[turn].Role == "assistant" && string.IsNullOrWhiteSpace(content)
+                && !turns[turn].HasFunctions)
                 throw row.Bad("the answer is empty", turn + 1);
+            if (turns[turn].HasFunctions)
+                foreach (string part in turns[turn].Texts) _ = Own(part, turn);
             var text = new StringBuilder();
             int from = 0;
             for (; next < places.Count && places[next].Turn == turn; next++)
@@ -140,7 +143,12 @@ internal static partial class RowText
                     // Where there is none, it is a word like others.
                     if (video && row.Videos.Count == 0) continue;
                     throw row.Bad((video ? "a video tag" : "an image tag") + " stands in "
-                        + (row.Turns[turn].Role == "assistant" ? "an answer" : "the system text")
+                        + row.Turns[turn].Role switch
+                        {
+                            "assistant" => "an answer",
+                            "tool" => "a function's result",
+                            _ => "the system text",
+                        }
                         + $"; {(video ? "videos" : "pictures")} are shown in user turns", turn + 1);
                 }
 

@@ -22,9 +22,14 @@ public enum PictureNames
     Listed,
 }
 
-/// <summary>One picture of a row; the path as the row has it.</summary>
+/// <summary>One picture of a row, or a sound; the path as the row has it.</summary>
 public sealed record RowPicture(string Tag, string Path)
 {
+    /// <summary>What it is, in messages.</summary>
+    public string Kind => KindOf(Tag);
+
+    internal static string KindOf(string tag) => tag == SoundText.Tag ? "sound" : "picture";
+
     /// <summary>The file's content where the row holds it; Path is a name of it then.</summary>
     public byte[]? Bytes { get; init; }
 
@@ -61,6 +66,9 @@ public sealed record Row(
     /// <summary>Boxes that are still to be written into the turns; mostly none.</summary>
     public Grounding? Objects { get; init; }
 
+    /// <summary>Its sounds, in the order of their tags; mostly none.</summary>
+    public IReadOnlyList<RowPicture> Sounds { get; init; } = [];
+
     /// <summary>Right answers to the last question, besides the row's own; mostly none.</summary>
     public IReadOnlyList<string> References { get; init; } = [];
 
@@ -70,8 +78,15 @@ public sealed record Row(
     /// </summary>
     public int Answer => Turns[^1].Role == "assistant" ? Turns.Count - 1 : Turns.Count;
 
-    /// <summary>What that turn says; null where the row leaves it open.</summary>
-    public string? Expected => Answer < Turns.Count ? Turns[Answer].Content : null;
+    /// <summary>
+    /// What that turn says, calls of functions as the model writes them; null where the row leaves
+    /// it open.
+    /// </summary>
+    public string? Expected
+    {
+        get => field ?? (Answer < Turns.Count ? Turns[Answer].Content : null);
+        init;
+    }
 
     /// <summary>
     /// What makes the row unusable, as an exception to throw; turn counts from 1.
@@ -85,7 +100,7 @@ public sealed record Row(
     /// </summary>
     /// <exception cref="BadRowException">Neither exists.</exception>
     public string Locate(RowPicture picture) =>
-        Locate("picture", picture.Path, System.IO.File.Exists);
+        Locate(picture.Kind, picture.Path, System.IO.File.Exists);
 
     /// <summary>The same of anything.</summary>
     /// <param name="what">It, in messages.</param>

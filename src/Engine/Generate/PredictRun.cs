@@ -153,7 +153,8 @@ public sealed class PredictRun
         string all = string.Join('\n', side, rows.Digest, settings,
             string.Join(' ', settings.StopIds), _arguments.MaxSliceNums, _arguments.VideoFps,
             _arguments.VideoMaxFrames, _arguments.VideoMaxSliceNums, _arguments.VideoPacking,
-            _arguments.ApplyExifOrientation, _arguments.Bf16, _arguments.Fp16, string.Join('\n',
+            _arguments.ApplyExifOrientation, _arguments.Bf16, _arguments.Fp16,
+            Quantisation.Of(_arguments), string.Join('\n',
                 new[] { side.Model, side.Adapter }.OfType<string>()
                     .SelectMany(folder => Directory.EnumerateFiles(folder, "*.safetensors"))
                     .Select(file => new FileInfo(file)).OrderBy(file => file.FullName)

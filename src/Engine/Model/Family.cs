@@ -64,6 +64,10 @@ public abstract class Family(string name)
     /// </exception>
     public abstract ModelSpec Read(ModelConfig config);
 
+    /// <summary>The audio encoder that a model has; null where its family has none.</summary>
+    /// <exception cref="InputException">What its config.json says of it is wrong.</exception>
+    public virtual AudioSpec? Audio(ModelConfig config) => null;
+
     /// <summary>
     /// Composes the model; with a scope without tensors that only describes it. Most members are
     /// a vision tower, a resampler and a decoder of the Llama kind.
@@ -78,7 +82,8 @@ public abstract class Family(string name)
         IVisionTower vision =
             Tower(spec.Vision, root.As(ModelPart.Vision).In("vpm"), recomputation);
         var joiner = new Resampler(spec.Resampler, root.As(ModelPart.Joiner).In("resampler"));
-        return new MiniCpmModel(vision, joiner, decoder);
+        AudioEncoder? audio = spec.Audio is { } sizes ? new(sizes, root, recomputation) : null;
+        return new MiniCpmModel(vision, joiner, decoder, audio);
     }
 
     /// <summary>
@@ -100,6 +105,9 @@ public abstract class Family(string name)
             spec.Processor.UseImageId, spec.Slicing, spec.SliceMode,
             spec.Processor.Mean, spec.Processor.Std, spec.Decoder.VocabSize)
         {
+            Sounds = spec.Audio is { } audio ? new SoundScheme(
+                tokenizer, tokens.Unknown, audio.Bands, 2 * audio.Positions, audio.Tokens,
+                audio.TokensOfAPlace, spec.Directory) : null,
             Video = Video,
         };
     }

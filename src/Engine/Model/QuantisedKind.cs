@@ -1,3 +1,4 @@
+using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Weights;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Quantised;
@@ -11,6 +12,11 @@ namespace MiniCpmNative.Engine.Model;
 public sealed record Quantisation(
     FourBitKind Kind, bool Nested, IReadOnlyList<string>? Skipped = null)
 {
+    /// <summary>As q_lora and the keys beside it say; null without it.</summary>
+    public static Quantisation? Of(TrainArguments arguments) => !arguments.Quantises ? null
+        : new(arguments.Bnb4bitQuantType == QuantType.Fp4 ? FourBitKind.Fp4 : FourBitKind.Nf4,
+            arguments.Bnb4bitUseDoubleQuant ?? true, arguments.LlmInt8SkipModules);
+
     /// <summary>Whether it takes a linear layer. The head's product is a part of the loss, which
     /// reads it as it is.</summary>
     public bool Takes(ParameterTable table, LinearModule linear) => linear.Name != table.Head
@@ -20,6 +26,9 @@ public sealed record Quantisation(
 
     public FourBitForm Form(int outputs, int inputs) =>
         new(outputs, inputs, ScaleBlock: Nested ? 256 : 0);
+
+    public override string ToString() =>
+        $"{Kind}, {(Nested ? "nested" : "plain")}, without {string.Join(' ', Skipped ?? [])}";
 }
 
 /// <summary>

@@ -94,6 +94,10 @@ public static class OpCases
         {
             FreeColumns = ["x"],
         },
+        new("relu", new Relu(), n => [X("x", n)], () => [X("x", 1500, 1024)])
+        {
+            FreeColumns = ["x"],
+        },
         new("swiglu", new SwiGlu(),
             n => [X("gate", 2, n), X("up", 2, n)],
             () => [X("gate", Rows, Inner), X("up", Rows, Inner)]),
@@ -114,6 +118,15 @@ public static class OpCases
         {
             ProductionOp = new Columns(0, 1152),
             FreeColumns = ["x"],
+        },
+        new("unfold", new Unfold(5, 1), n => [X("x", n, 4 * 5)], () => [X("x", 1, 3000 * 80)])
+        {
+            ProductionOp = new Unfold(80, 1),
+        },
+        new("unfold_stride", new Unfold(3, 2), n => [X("x", 2, (n + 1) * 3)],
+            () => [X("x", 1, 3000 * 1024)])
+        {
+            ProductionOp = new Unfold(1024, 2),
         },
         new("rope", new Rope(6),
             n => [X("x", n, 12), Value.Int("positions", Fill.Below(5, n, 9)), X("cos", 9, 3),

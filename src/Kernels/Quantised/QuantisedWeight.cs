@@ -24,6 +24,10 @@ public abstract unsafe class QuantisedWeight<TElements>(int outputs, int inputs)
     // Of rows that are unpacked at a time.
     private const int Elements = 1 << 20;
 
+    // Up to so many times codes are read by products of few rows rather than unpacked into memory,
+    // which costs ten times their bytes.
+    private const int MostTimes = 2;
+
     public override int Outputs => outputs;
 
     public override int Inputs => inputs;
@@ -60,9 +64,15 @@ public abstract unsafe class QuantisedWeight<TElements>(int outputs, int inputs)
     public override void Multiply(in CudaCall call, CudaMatrix x, CudaMatrix y, double alpha,
         double beta)
     {
-        if (x.Rows <= KernelConstants.FewRows && inputs % KernelConstants.Cast == 0)
+        const int each = KernelConstants.FewRows;
+        if (x.Rows <= MostTimes * each && inputs % KernelConstants.Cast == 0)
         {
-            if (x.Rows > 0) MultiplyFew(call, x, y, alpha, beta);
+            for (int row = 0; row < x.Rows; row += each)
+            {
+                int count = Math.Min(each, x.Rows - row);
+                MultiplyFew(call, x.RowsFrom(row, count), y.RowsFrom(row, count), alpha, beta);
+            }
+
             return;
         }
 
