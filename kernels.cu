@@ -4247,8 +4247,8 @@ DEVICE void store_unpacked(real* y, long long i, long long count, const float* v
     for (int j = 0; j < CAST && i + j < count; j++) y[i + j] = narrow(v[j]);
 }
 
-// Elements of W[outputs, cols] in fewer bits, row-major. load gives CAST neighbours from a multiple
-// of CAST on; of those behind the last only what there is.
+// Elements of W[outputs, cols] in fewer bits, row-major. load gives CAST neighbours from element i
+// on, a multiple of CAST, at its row and column; of those behind the last only what there is.
 
 // table[code] * scale of its block: codes of 4 bits, the first of a byte in its high half, in
 // blocks of 2^block_shift elements, at least CAST. The scale of block b is scales[b], or
@@ -4265,7 +4265,7 @@ struct four_bit
     int block_shift, scale_shift;
     long long first_block, count;
 
-    __device__ __forceinline__ void load(float* v, long long i) const
+    __device__ __forceinline__ void load(float* v, long long i, long long row, int column) const
     {
         u32 word = 0;
         if (i + CAST <= count)
@@ -4299,11 +4299,10 @@ struct int8_rows
     int cols;
     long long count;
 
-    __device__ __forceinline__ void load(float* v, long long i) const
+    __device__ __forceinline__ void load(float* v, long long i, long long row, int column) const
     {
         u64 word = load_bytes(codes, i, count);
-        long long row = i / cols;
-        int left = (int)((row + 1) * cols - i);
+        int left = cols - column;
         float scale = scales[row];
 #pragma unroll
         for (int j = 0; j < CAST; j++)
@@ -4326,7 +4325,7 @@ struct grouped
     int bits, size, groups, cols;
     long long count;
 
-    __device__ __forceinline__ void load(float* v, long long i) const
+    __device__ __forceinline__ void load(float* v, long long i, long long row, int column) const
     {
         u64 word = 0;
         if (bits == 8)
@@ -4336,8 +4335,7 @@ struct grouped
         else
             for (int j = 0; i + 2 * j < count; j++) word |= (u64)codes[i / 2 + j] << 8 * j;
         u64 mask = (1 << bits) - 1;
-        long long row = i / cols;
-        int column = (int)(i - row * cols), left = 0, zero = 0;
+        int left = 0, zero = 0;
         float scale = 0;
 #pragma unroll
         for (int j = 0; j < CAST; j++)
@@ -4358,12 +4356,13 @@ struct grouped
 };
 
 // y = W, a multiple of 16 bytes as the codes are. A thread takes CAST elements.
-template <class Packed> DEVICE void unpack(real* y, const Packed& w)
+template <class Packed> DEVICE void unpack(real* y, const Packed& w, int cols)
 {
     long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * CAST;
     if (i >= w.count) return;
     float v[CAST];
-    w.load(v, i);
+    long long row = i / cols;
+    w.load(v, i, row, (int)(i - row * cols));
     store_unpacked(y, i, w.count, v);
 }
 
@@ -4382,7 +4381,7 @@ template <class Packed> DEVICE void multiply_few(void* y, const real* x, const P
     for (int k = lane * CAST; k < cols; k += WARP * CAST)
     {
         float v[CAST], a[CAST];
-        w.load(v, (long long)n * cols + k);
+        w.load(v, (long long)n * cols + k, n, k);
 #pragma unroll
         for (int j = 0; j < CAST; j++) v[j] = widen(narrow(v[j]));
 #pragma unroll
@@ -4428,7 +4427,7 @@ extern "C" __global__ void __launch_bounds__(256) unpack_4bit(
 {
     __shared__ float values[16];
     unpack(y, four_bit{in_banks(values, table), codes, scales, scale_codes, scale_table, offset,
-        block_shift, scale_shift, first_block, count});
+        block_shift, scale_shift, first_block, count}, 1);
 }
 
 // Reads count / 2 bytes, the scales, and x from the cache; 2 FLOP each and row.
@@ -4448,7 +4447,7 @@ extern "C" __global__ void __launch_bounds__(256) multiply_4bit(
 extern "C" __global__ void __launch_bounds__(256) unpack_int8(
     real* y, const signed char* codes, const float* scales, int cols, long long count)
 {
-    unpack(y, int8_rows{codes, scales, cols, count});
+    unpack(y, int8_rows{codes, scales, cols, count}, cols);
 }
 
 // Reads count bytes, the scales, and x from the cache; 2 FLOP each and row.
@@ -4465,7 +4464,7 @@ extern "C" __global__ void __launch_bounds__(256) unpack_grouped(
     real* y, const unsigned char* codes, const float* scales, const unsigned char* zeros,
     const int* group_of, int bits, int size, int groups, int cols, long long count)
 {
-    unpack(y, grouped{codes, scales, zeros, group_of, bits, size, groups, cols, count});
+    unpack(y, grouped{codes, scales, zeros, group_of, bits, size, groups, cols, count}, cols);
 }
 
 // Reads count * bits / 8 bytes, zeros, scales, and x from the cache; 2 FLOP each and row.
