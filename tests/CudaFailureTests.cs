@@ -123,6 +123,37 @@ public sealed class CudaFailureTests
             .With.Message.StartsWith("cuEventQuery: CUDA_ERROR_STUB: as the test asks"));
     }
 
+    /// <summary>One allocation of a run that goes on, and then a later one, is the first that the
+    /// GPU has no room for.</summary>
+    [Test]
+    public void AGpuThatIsFullKeepsTheCheckpoint()
+    {
+        Runs.Train(_arguments, devices: new StubCuda().Devices);
+        Directory.Delete(RunFolder.Checkpoint(_arguments.OutputDir, 4), recursive: true);
+        string checkpoint = RunFolder.Checkpoint(_arguments.OutputDir, 2);
+        string[] before = Digests(checkpoint);
+        TrainArguments goesOn = _arguments with { ResumeFromCheckpoint = new ResumePoint(null) };
+        int room = 0;
+        for (bool isFull = true; isFull; room += 7)
+        {
+            try
+            {
+                Runs.Train(goesOn, devices: new StubCuda { Room = room }.Devices);
+                isFull = false;
+            }
+            catch (Exception e) when (e is InputException or RunException or DeviceMemoryException)
+            {
+                Assert.That(e.Message, Does.Contain("bytes are needed on Stub").And.Not.Contain("\n"),
+                    $"room for {room}");
+                Assert.That(Digests(checkpoint), Is.EqualTo(before), $"room for {room}");
+            }
+        }
+
+        Assert.That(room, Is.GreaterThan(21));
+        Assert.That(File.Exists(RunFolder.Checkpoint(_arguments.OutputDir, 4)
+            + "/adapter_model.safetensors"));
+    }
+
     /// <summary>Exit code and words of the program.</summary>
     [Test]
     public void TheExitCodeIsOne()

@@ -71,6 +71,25 @@ public sealed class CudaLoraTests
     public void AdaptersOfOneInputAgree(int adapters, int rows, int cols, int rank, double dropout)
     {
         OpCase c = OpCases.All.Single(each => each.Name == "linears_dropout");
+        var (op, inputs) = Adapters(adapters, rows, cols, rank, dropout);
+        foreach (DType type in s_types)
+            CudaOpTests.Compare(Device(type), c, type, op, inputs, null,
+                $"{adapters} of [{rows}, {cols}] rank {rank} dropout {dropout}");
+    }
+
+    // Rows that are divided: each adapter's parts add to what is there, or do not, by themselves.
+    [Test]
+    public void SumsOfPartsAddToWhatIsThere()
+    {
+        var (op, inputs) = Adapters(adapters: 3, rows: 600, cols: 33, rank: 3, dropout: 0.5);
+        using var run = new OpRun(Device(DType.F32), op, inputs);
+        OpTests.GradientsAccumulateAndMayBeAbsent(
+            run, inputs, Fill.Normal(77, run.Count), 1e-6);
+    }
+
+    private static (Linears Op, Value[] Inputs) Adapters(
+        int adapters, int rows, int cols, int rank, double dropout)
+    {
         var op = new Linears(
             [.. Enumerable.Range(0, adapters).Select(i => new LinearPart(8 + i, Layer + i))], Scale,
             dropout);
@@ -83,9 +102,7 @@ public sealed class CudaLoraTests
                 Value.Float("a", [rank, cols], Fill.Normal(5 + i, rank * cols)),
                 Value.Float("bb", [8 + i, rank], Fill.Normal(8 + i, (8 + i) * rank)),
             ]);
-        foreach (DType type in s_types)
-            CudaOpTests.Compare(Device(type), c, type, op, [.. inputs], null,
-                $"{adapters} of [{rows}, {cols}] rank {rank} dropout {dropout}");
+        return (op, [.. inputs]);
     }
 
     // With a = 1 h and da are sums of what the mask leaves of x: a NaN stays one where it is

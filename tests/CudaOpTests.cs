@@ -9,7 +9,8 @@ namespace MiniCpmNative.Tests;
 /// <summary>
 /// Every case of <see cref="OpCases"/> on the CUDA device, in float and bf16. The tolerance is not
 /// chosen: the largest error against double may be twice that of the plain CPU path whose inputs,
-/// outputs and saved tensors are rounded to the same storage type, + 1e-5 of the largest magnitude.
+/// outputs and saved tensors are rounded to the same storage type, + 1e-5 of the largest magnitude,
+/// or 1e-6 where no long sums are.
 /// </summary>
 [TestFixture]
 public sealed class CudaOpTests
@@ -90,6 +91,24 @@ public sealed class CudaOpTests
         }
     }
 
+    // Those of files may have another type than activations; the self-test takes the third.
+    [TestCaseSource(nameof(Cases))]
+    public void ParametersMayBeF16(object value, object type)
+    {
+        var (c, storage) = ((OpCase)value, (DType)type);
+        double[][]? whole = null;
+        foreach (DType stored in (DType[])[DType.F64, DType.F16])
+        {
+            Value[] inputs = Array.ConvertAll(Rounded(c.Inputs(AlignedSize), storage),
+                v => v.IsParameter && v.Exists ? v with { Type = stored } : v);
+            double[][] got = Results(Device(c, storage), c.Op, inputs);
+            whole ??= got;
+            for (int i = 0; i < got.Length; i++)
+                OpTests.AreClose(got[i], whole[i], Rounding(storage) * Largest(whole[i]),
+                    $"{c.Name} of {stored}, result {i}");
+        }
+    }
+
     [TestCaseSource(nameof(Cases))]
     public void TensorsMayStartAnywhere(object value, object type)
     {
@@ -164,14 +183,20 @@ public sealed class CudaOpTests
     internal static double[][] Results(Device device, OpCase c, int size, DType? rounded = null)
     {
         DType type = rounded ?? device.Activations;
-        using var run = new OpRun(device, c.Op, Rounded(c.Inputs(size), type));
+        return Results(device, c.Op, Rounded(c.Inputs(size), type), type);
+    }
+
+    private static double[][] Results(
+        Device device, Op op, Value[] inputs, DType? rounded = null)
+    {
+        using var run = new OpRun(device, op, inputs);
         run.Forward();
         run.Want(_ => true);
-        run.Backward(Storage.Round(Fill.Normal(77, run.Count), type));
+        run.Backward(Storage.Round(Fill.Normal(77, run.Count), rounded ?? device.Activations));
         return
         [
             run.Output,
-            .. Enumerable.Range(0, c.Inputs(0).Length).Where(run.HasGradient).Select(run.Gradient),
+            .. Enumerable.Range(0, inputs.Length).Where(run.HasGradient).Select(run.Gradient),
         ];
     }
 
@@ -207,7 +232,9 @@ public sealed class CudaOpTests
             each.Backward(dy);
         }
 
-        Agree(run.Output, plain.Output, exact.Output, $"{what} {type} output");
+        Agree(op, run.Output, plain.Output, exact.Output, $"{what} {type} output");
+        if (run.State is { } state)
+            Agree(op, state, plain.State!, exact.State!, $"{what} {type} state");
         for (int i = 0; i < inputs.Length; i++)
         {
             if (!run.HasGradient(i)) continue;
@@ -216,7 +243,7 @@ public sealed class CudaOpTests
             double[] stored = inputs[i].IsParameter
                 ? gradient
                 : Storage.Round(gradient, type);
-            Agree(run.Gradient(i), stored, exact.Gradient(i),
+            Agree(op, run.Gradient(i), stored, exact.Gradient(i),
                 $"{what} {type} gradient of {inputs[i].Name}");
         }
     }
@@ -233,11 +260,16 @@ public sealed class CudaOpTests
         _ => op,
     };
 
-    private static void Agree(double[] got, double[] plain, double[] exact, string what)
+    private static void Agree(
+        Op op, double[] got, double[] plain, double[] exact, string what)
     {
-        double allowed = (2 * Error(plain, exact)) + (1e-5 * Largest(exact));
+        double allowed = (2 * Error(plain, exact)) + (Beside(op) * Largest(exact));
         OpTests.AreClose(got, exact, allowed, what);
     }
+
+    // Sums are made in another order; what has a few terms has the hardware's approximations only.
+    private static double Beside(Op op) =>
+        op is Gelu or SwiGlu or Add or Scale or Columns or Rope or SigmoidGate ? 1e-6 : 1e-5;
 
     private static double Error(double[] values, double[] exact) =>
         values.Zip(exact, (a, b) => Math.Abs(a - b)).DefaultIfEmpty(0).Max();

@@ -95,7 +95,7 @@ public class ImageFallbackTests
         byte[] file = [0xff, 0xd8, 0xff, 0xe0, 0xff, 0xff];
         var size = new PictureSize(1, 1);
         var source = new ByteSource(file, file.Length, "x");
-        var stream = new PictureStream([], file, 0, file.Length);
+        var stream = new PictureStream(file, file.Length);
         Assert.Throws<InputException>(() => StbDecoder.Decode(source, "JPEG", stream, size));
         Assert.That(stream.Position, Is.EqualTo(stream.Length));
         stream.Position = -5;

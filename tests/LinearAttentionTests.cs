@@ -95,8 +95,8 @@ public sealed class LinearAttentionTests
         run.Forward(recorded: false);
         OpTests.AreClose(run.Output, s_delta.Doubles(name + "out"), Tolerance, "output");
         OpTests.AreClose(run.Input(5), s_delta.Doubles(name + "final_state"), Tolerance, "state");
-        Assert.That(() => run.Forward(), Throws.TypeOf<ShapeException>().With.Message.EqualTo(
-            "delta_rule: state is changed in place, so that a run with it has no backward"));
+        Assert.That(() => run.Forward(recorded: true), Throws.TypeOf<ShapeException>()
+            .With.Message.EqualTo("delta_rule: state is changed in place, so that a run with it has no backward"));
     }
 
     // Any pieces, of no token, too, equal the whole.

@@ -96,7 +96,8 @@ public sealed class OpTests
             }
         }
 
-        Assert.That(checkedInputs, c.Op.Writes is null && c.Op is not AdaptedNorm
+        Assert.That(checkedInputs,
+            c.Op.Writes is null && c.Op is not AdaptedNorm && run.State is null
             ? Is.GreaterThan(0) : Is.Zero);
         Assert.That(worst, Is.LessThan(1e-6));
         TestContext.Out.WriteLine($"{c.Name}: worst relative error {worst:E1}");
@@ -121,6 +122,7 @@ public sealed class OpTests
             }
 
             AreClose(a.Output, b.Output, 1e-5 * Largest(b.Output), $"{c.Name} n={n}");
+            if (b.State is { } state) Assert.That(a.State, Is.EqualTo(state), $"{c.Name} n={n}");
             for (int i = 0; i < c.Inputs(n).Length; i++)
                 if (a.HasGradient(i))
                     AreClose(a.Gradient(i), b.Gradient(i), 2e-5 * Largest(b.Gradient(i)),
@@ -202,7 +204,7 @@ public sealed class OpTests
             run.Forward();
             run.Want(_ => true, accumulate: _ => true);
             run.Backward(Storage.Round(Fill.Normal(77, run.Count), device.Activations));
-            double[][] got = [run.Output, .. Enumerable.Range(0, inputs.Length)
+            double[][] got = [run.Output, run.State ?? [], .. Enumerable.Range(0, inputs.Length)
                 .Where(run.HasGradient).Select(run.Gradient)];
             whole ??= got;
             for (int i = 0; i < got.Length; i++)
@@ -245,8 +247,8 @@ public sealed class OpTests
         for (int i = 0; i < inputs.Length; i++)
         {
             if (!inputs[i].Exists) continue;
-            bool optional = inputs[i].Name is "b" or "b1" or "b2"
-                && c.Op is Linear or LoraLinear or Linears or DoraLinear;
+            bool optional = inputs[i].Name is "state" || (inputs[i].Name is "b" or "b1" or "b2"
+                && c.Op is Linear or LoraLinear or Linears or DoraLinear);
             Spec spec = inputs[i].Spec(DType.F32);
             Spec other = inputs[i].IsInteger ? spec.As(DType.F32) : spec.As(DType.I32);
             Refused(i, other, [names[i]]);
@@ -329,7 +331,7 @@ public sealed class OpTests
         {
             // Inputs are bf16 values; f16 holds them too, as none is far from one.
             Value[] narrow = [.. inputs.Select((v, i) =>
-                i > 0 && v.Exists && !v.IsInteger ? v with { Type = type } : v)];
+                i > 0 && v.Exists && !v.IsInteger && v.Name != "state" ? v with { Type = type } : v)];
             double[][] got = Results(narrow);
             for (int i = 0; i < got.Length; i++)
                 AreClose(got[i], plain[i], 2e-6 * Largest(plain[i]), $"{type}, result {i}");

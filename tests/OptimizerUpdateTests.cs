@@ -43,6 +43,28 @@ public sealed partial class OptimizerUpdateTests
         Assert.That(DynamicMap.Unsigned, Is.EqualTo(file.Floats("unsigned")));
     }
 
+    /// <summary>To the bit: with these factors 0 becomes the moment with the other sign.</summary>
+    [Test]
+    public void CodesStandForTheTable([Values] bool cuda)
+    {
+        const int Count = DynamicMap.Block;
+        using var cpu = new CpuDevice(2, StepBytes);
+        Device device = cuda ? Cuda(DType.F32) : cpu;
+        Tensor New(DType type, int n) => device.Allocate(new(type, new Shape(n)), "t");
+        var range = new UpdateRange(New(DType.F32, Count), Tensor.None, New(DType.F32, Count),
+            New(DType.U8, Count), New(DType.U8, Count), 0, New(DType.F32, 1), New(DType.F32, 1));
+        device.WriteFloats(range.Weights, new float[Count]);
+        device.WriteFloats(range.Gradient, new float[Count]);
+        device.Write<byte>(range.M, [.. Enumerable.Range(0, Count).Select(i => (byte)i)]);
+        device.Write<byte>(range.V, [.. Enumerable.Repeat(byte.MaxValue, Count)]);
+        device.WriteFloats(range.MScales, [1]);
+        device.WriteFloats(range.VScales, [1]);
+        device.Update(new UpdateStep(1, 0.5, 0.5, 0, 0, 1, 0, UpdateRule.AdamWDecaysLast), range,
+            Tensor.None);
+        Assert.That(device.ReadFloats(range.Weights),
+            Is.EqualTo(DynamicMap.Signed.Select(x => -x)));
+    }
+
     [TestCaseSource(nameof(Quantisations))]
     public void CodesAreTheNearestEntries(object value)
     {
@@ -80,6 +102,13 @@ public sealed partial class OptimizerUpdateTests
             new UpdateStep(0.1, 0.9, 0.9, 0, 0, 1, 0, UpdateRule.Lion), range, norm);
         // The table ascends: 127 is 0, 255 is 1, and there is no -1.
         Assert.That(Bytes(device, range.M), Is.EqualTo((byte[])[255, 126, 127, 127, 0]));
+
+        // Of nothing at all the codes are those of 0, whatever they were.
+        device.WriteFloats(range.Gradient, new float[5]);
+        device.WriteFloats(range.MScales, [0]);
+        device.Update(
+            new UpdateStep(0.1, 0.9, 0.9, 0, 0, 1, 0, UpdateRule.Lion), range, norm);
+        Assert.That(Bytes(device, range.M), Is.All.EqualTo(127));
     }
 
     private static IEnumerable<ReferenceCase> Quantisations =>

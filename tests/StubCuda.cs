@@ -14,11 +14,12 @@ internal sealed unsafe class StubCuda
 {
     // Beside the image of a module, which nobody reads.
     private static readonly List<string> s_functions = [];
-    private static int s_code;
+    private static int s_code, s_room;
     private static nint s_name, s_text;
 
     public StubCuda()
     {
+        s_room = int.MaxValue;
         CudaApi counting = CountingCuda.Context(new("Stub", 4, 80, 2L << 30)).Api;
         Driver = counting.Driver;
         Driver.MemAlloc = &Allocate;
@@ -50,6 +51,9 @@ internal sealed unsafe class StubCuda
         };
         Devices = new DeviceSource { Cuda = () => new(Driver, Nvrtc, Cublas), Cache = null };
     }
+
+    /// <summary>Allocations that fit before the GPU is full.</summary>
+    public int Room { init => s_room = value; }
 
     public CudaDriverApi Driver { get; }
 
@@ -95,6 +99,8 @@ internal sealed unsafe class StubCuda
     [UnmanagedCallersOnly]
     private static int Allocate(ulong* address, nuint bytes)
     {
+        const int outOfMemory = 2;
+        if (s_room-- == 0) return outOfMemory;
         *address = (ulong)NativeMemory.AlignedAlloc(bytes, 256);
         NativeMemory.Clear((void*)*address, Math.Min(bytes, 16 << 20));
         return 0;

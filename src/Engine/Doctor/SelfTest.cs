@@ -1,6 +1,8 @@
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Cases;
 using MiniCpmNative.Kernels.Cpu;
+using MiniCpmNative.Kernels.Ops;
+using MiniCpmNative.Kernels.Quantised;
 using MiniCpmNative.Kernels.Updates;
 
 namespace MiniCpmNative.Engine.Doctor;
@@ -44,6 +46,7 @@ public sealed class SelfTest : IDisposable
     {
         foreach (OpCase each in OpCases.All)
             foreach (int size in each.SelfTestSizes) Run(each, size);
+        QuantisedWeights();
         FillMemory();
         Update(DType.F32, DType.F32);
         Update(DType.F32, DType.BF16);
@@ -59,18 +62,19 @@ public sealed class SelfTest : IDisposable
     {
         _device.Random = _exact.Random = new Randomness(5, 3, each.Dropout);
         Value[] inputs = each.Inputs(size);
-        Run(each.Op, inputs, inputs);
+        Run(each.Op, inputs, each.Op, inputs);
         // Parameters may be stored in another type than activations.
         DType other = _device.Activations == DType.F32 ? DType.BF16 : DType.F32;
         if (size == each.SelfTestSizes[^1] && inputs.Any(v => v.IsParameter && v.Exists))
             Run(each.Op, Array.ConvertAll(
-                inputs, v => v.IsParameter && v.Exists ? v with { Type = other } : v), inputs);
+                inputs, v => v.IsParameter && v.Exists ? v with { Type = other } : v), each.Op,
+                inputs);
     }
 
-    private void Run(Op op, Value[] inputs, Value[] exactInputs)
+    private void Run(Op op, Value[] inputs, Op exactOp, Value[] exactInputs)
     {
         using var device = new OpRun(_device, op, inputs);
-        using var exact = new OpRun(_exact, op, exactInputs);
+        using var exact = new OpRun(_exact, exactOp, exactInputs);
         double[] outputGradient = Fill.Normal(99, exact.Count);
         foreach (OpRun each in (OpRun[])[device, exact])
         {
@@ -80,10 +84,42 @@ public sealed class SelfTest : IDisposable
         }
 
         Compare($"{op} output", device.Output, exact.Output);
+        if (exact.State is { } state) Compare($"{op} state", device.State!, state);
         for (int i = 0; i < inputs.Length; i++)
-            if (exact.HasGradient(i))
+            if (device.HasGradient(i))
                 Compare($"{op} gradient of {inputs[i].Name}", device.Gradient(i),
                     exact.Gradient(i));
+    }
+
+    // Weights of 4 and 8 bits against a dense one of their numbers: few rows, and many.
+    private unsafe void QuantisedWeights()
+    {
+        const int Few = 5, Many = 20, Outputs = 40, Inputs = 72;
+        float[] values = [.. Fill.Normal(2, Outputs * Inputs).Select(v => (float)v)];
+        FourBitCodes codes;
+        fixed (float* from = values)
+            codes = FourBitCodes.Of(new(Outputs, Inputs, 64, 256), FourBitKind.Nf4, DType.F32, from);
+        codes.Unpack(0, values);
+        Run(new FourBitWeight(_device, codes));
+        byte[] bytes = [.. Fill.Below(3, Outputs * Inputs, 255).Select(v => (byte)(sbyte)(v - 127))];
+        float[] scales = [.. Enumerable.Range(1, Outputs).Select(r => 0.1f * r)];
+        values = [.. bytes.Select((e, i) => (sbyte)e * scales[i / Inputs] / 127)];
+        Run(new Int8RowsWeight(_device, Inputs, bytes, scales));
+        var form = new GroupedForm(Outputs, Inputs, Bits: 8, GroupSize: Inputs, IsOrdered: false);
+        values = [.. bytes.Select((e, i) => (e - (i / Inputs)) * scales[i / Inputs])];
+        Run(new GroupedWeight(_device, new GroupedCodes(form, bytes, scales,
+            [.. Enumerable.Range(0, Outputs).Select(r => (byte)r)], null)));
+
+        void Run(Weight weight)
+        {
+            Value w = Value.Float(
+                "w", [Outputs, Inputs], Array.ConvertAll(values, v => (double)v));
+            foreach (int rows in (int[])[Few, Many])
+            {
+                Value x = Value.Float("x", [rows, Inputs], Fill.Normal(1, rows * Inputs));
+                this.Run(new Linear(Weight: weight), [x, Value.Absent("w")], new Linear(), [x, w]);
+            }
+        }
     }
 
     private void FillMemory()

@@ -24,9 +24,9 @@ public static class OpCases
             Sizes = s_longRows,
         },
         new("rms_norm_zero_centred", new RmsNorm(1e-6, ZeroCentred: true),
-            n => [X("x", n, 24), X("w", 24)], () => [X("x", 8 * Rows, 256), X("w", 256)])
+            n => [X("x", 3, n), X("w", n)], () => [X("x", 8 * Rows, 256), X("w", 256)])
         {
-            Sizes = [0, 1, 7, 65],
+            Sizes = [0, 1, 7, 1025, 4104],
         },
         new("gated_rms_norm", new GatedRmsNorm(1e-6),
             n => [X("x", 3, n), X("w", n), X("gate", 3, n)],
@@ -57,6 +57,13 @@ public static class OpCases
             () => [X("x", Rows, 6144), X("w", 6144, 4), Packed(Rows)])
         {
             Sizes = [0, 1, 7, 130],
+            FreeColumns = ["cu_seqlens"],
+        },
+        new("causal_conv_step", new CausalConv(),
+            n => [X("x", n, 24), X("w", 24, 4), Packed(n - (n / 3), n / 3), X("state", 6, 24)],
+            () => [X("x", 1, 6144), X("w", 6144, 4), Packed(1), X("state", 3, 6144)])
+        {
+            Sizes = [0, 1, 2, 7, 65],
             FreeColumns = ["cu_seqlens"],
         },
         new("delta_rule", new DeltaRule(2, 4, 8, 6),
@@ -127,6 +134,7 @@ public static class OpCases
             () => [X("x", 1, 3000 * 1024)])
         {
             ProductionOp = new Unfold(1024, 2),
+            Sizes = [0, 1, 2, 7, 300],
         },
         new("rope", new Rope(6),
             n => [X("x", n, 12), Value.Int("positions", Fill.Below(5, n, 9)), X("cos", 9, 3),
@@ -223,7 +231,7 @@ public static class OpCases
             Dropout = true,
         },
         new("adapted_norm", new AdaptedNorm(2),
-            n => [X("w", 9, n), X("a", 4, n), X("bb", 9, 4), Squares(X("w", 9, n), 100)],
+            n => Norm(9, n, 4, scale: 2),
             () =>
             [
                 X("w", Width, Width), X("a", 16, Width), X("bb", Width, 16),
@@ -314,7 +322,16 @@ public static class OpCases
             Sizes = [0, 1, 7, 300],
             SelfTestSizes = [64],
         },
-        new("experts", new Experts(2), n => Mixture(n, 7, 5, 3, 2),
+        new("attention_step", new Attention(9, 1, 16, Causal: true, 0.3, Cached: true),
+            n => Cached(9 * 16, 16, [1, 1], [n, 0], room: 520),
+            () => Cached(28 * 128, 4 * 128, [1, 1], [2047, 1500], room: 1))
+        {
+            ProductionOp =
+                new Attention(28, 4, 128, Causal: true, 1 / Math.Sqrt(128), Cached: true),
+            Sizes = [0, 1, 7, 600],
+            SelfTestSizes = [600],
+        },
+        new("experts", new Experts(2), n => Mixture(n, 7, 35, 3, 2),
             () => Mixture(256, 2048, 32, 512, 8))
         {
             ProductionOp = new Experts(8),
@@ -354,7 +371,7 @@ public static class OpCases
         },
         new("lora_down", new LoraDown(3, 0), n => [X("x", n, 10), X("a", 4, 10)],
             () => [X("x", Rows, Width), X("a", 16, Width)]),
-        new("lora_down_dropout", new LoraDown(3, 0.3), n => [X("x", 3, n), X("a", 4, n)],
+        new("lora_down_dropout", new LoraDown(3, 0.3), n => [X("x", n, 10), X("a", 4, 10)],
             () => [X("x", Rows, Width), X("a", 16, Width)])
         {
             Dropout = true,
@@ -384,6 +401,20 @@ public static class OpCases
         matrix.Name == "n" ? "n" : "squares", [matrix.Shape[0]],
         Storage.Round([.. Enumerable.Range(0, matrix.Shape[0]).Select(r => more + matrix.Data
             .Skip(r * matrix.Shape[1]).Take(matrix.Shape[1]).Sum(v => v * v))], DType.BF16));
+
+    // The last row is what scale a bb takes away twice, and less by its squares than nothing.
+    private static Value[] Norm(int outputs, int inputs, int rank, double scale)
+    {
+        Value w = X("w", outputs, inputs), a = X("a", rank, inputs), bb = X("bb", outputs, rank);
+        Value squares = Squares(w, 100);
+        int last = outputs - 1;
+        double[] taken = [.. Enumerable.Range(0, inputs).Select(c => -2 * scale
+            * Enumerable.Range(0, rank).Sum(k =>
+                bb.Data[(last * rank) + k] * a.Data[(k * inputs) + c]))];
+        Storage.Round(taken, DType.BF16).CopyTo(w.Data, last * inputs);
+        squares.Data[last] = 0;
+        return [w, a, bb, squares];
+    }
 
     private static Value[] Lora(int outputs, string number) =>
     [

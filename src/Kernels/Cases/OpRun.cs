@@ -16,7 +16,7 @@ public sealed unsafe class OpRun : IDisposable
     private readonly Device _device;
     private readonly Op _op;
     private readonly Value[] _values;
-    private readonly int _shifted;
+    private readonly int _shifted, _state;
     private readonly List<GuardedMemory> _memory = [];
     private readonly Tensor[] _inputs, _saved;
     private readonly GradientTarget[] _targets;
@@ -25,6 +25,7 @@ public sealed unsafe class OpRun : IDisposable
     public OpRun(Device device, Op op, Value[] values, int shifted = -1)
     {
         (_device, _op, _values, _shifted) = (device, op, values, shifted);
+        _state = Array.FindIndex(values, v => v.Name == "state");
         DType type = device.Activations;
         Spec[] specs = Array.ConvertAll(values, v => v.Spec(type));
         Outputs outputs = op.Infer(specs, type);
@@ -40,6 +41,10 @@ public sealed unsafe class OpRun : IDisposable
     /// <summary>The result: the output, or what the operation changed in place.</summary>
     public double[] Output => Read(_op.Writes is int input ? _inputs[input] : _output);
 
+    /// <summary>What a step of generation leaves for the next one, if it does; it has no
+    /// backward then.</summary>
+    public double[]? State => _state < 0 ? null : Input(_state);
+
     /// <summary>An input as it is now: one may be changed in place.</summary>
     public double[] Input(int index) => Read(_inputs[index]);
 
@@ -51,11 +56,13 @@ public sealed unsafe class OpRun : IDisposable
     public double[] Gradient(int input) => Read(_targets[input].Buffer);
 
     public bool HasGradient(int input) =>
-        _values[input].Exists && !_values[input].IsInteger && _op.Differentiates(input);
+        _state < 0 && _values[input].Exists && !_values[input].IsInteger
+        && _op.Differentiates(input);
 
-    public void Forward(bool recorded = true)
+    /// <param name="recorded">Whether a backward is to follow; null where there may.</param>
+    public void Forward(bool? recorded = null)
     {
-        _device.Forward(_op, new OpCall(_inputs, _output, _saved, recorded));
+        _device.Forward(_op, new OpCall(_inputs, _output, _saved, recorded ?? _state < 0));
         CheckMemory();
     }
 
@@ -90,12 +97,16 @@ public sealed unsafe class OpRun : IDisposable
     }
 
     /// <summary>Backward with the output gradient of before, and no other work.</summary>
-    public void BackwardAgain() => _device.Backward(
-        _op, new OpCall(_inputs, _output, _saved, true, _outputGradient, _targets));
+    public void BackwardAgain()
+    {
+        if (_state < 0)
+            _device.Backward(
+                _op, new OpCall(_inputs, _output, _saved, true, _outputGradient, _targets));
+    }
 
     /// <summary>Forward with no other work.</summary>
     public void ForwardAgain() =>
-        _device.Forward(_op, new OpCall(_inputs, _output, _saved, recorded: true));
+        _device.Forward(_op, new OpCall(_inputs, _output, _saved, recorded: _state < 0));
 
     /// <summary>Rounds the output and what was saved to a storage type, where a device of that type
     /// keeps them in it.</summary>

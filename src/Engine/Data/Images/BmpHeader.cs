@@ -1,13 +1,12 @@
 using System.Buffers.Binary;
+using System.Numerics;
 
 namespace MiniCpmNative.Engine.Data.Images;
 
 /// <summary>
-/// The header of a Windows or OS/2 bitmap, and its pixels through StbImageSharp. That reads fewer
-/// headers than there are and takes the palette's length from elsewhere: so it gets a plain header
-/// and a whole palette, and then the file's rows. Samples of 5 and 6 bits are widened as in Pillow.
-/// A palette of 2 colours, or a grey one, is a palette at every depth here; Pillow loses the pixels
-/// of some.
+/// The header of a Windows or OS/2 bitmap, and its pixels. Samples of 5 and 6 bits are widened as in
+/// Pillow. A palette of 2 colours, or a grey one, is a palette at every depth here; Pillow loses the
+/// pixels of some.
 /// </summary>
 internal sealed class BmpHeader
 {
@@ -85,7 +84,7 @@ internal sealed class BmpHeader
     public static bool Accepts(ReadOnlySpan<byte> head) => head.StartsWith("BM"u8);
 
     /// <exception cref="InputException">Rows are missing.</exception>
-    public Picture Decode(byte[] file)
+    public Picture Decode()
     {
         // The last row's filling up to 4 bytes may be missing.
         long used = ((Width * _bits) + 7) / 8, stride = (used + 3) & ~3L;
@@ -94,26 +93,59 @@ internal sealed class BmpHeader
             throw Broken(
                 $"its pixels are cut off: rows of {needed} bytes from byte {_rowsAt} on, "
                 + $"the file has {_source.Length}");
-        var picture = StbDecoder.Decode(
-            _source, "BMP",
-            new PictureStream(PlainHead(), file, (int)_rowsAt, (int)(_rowsAt + needed)),
-            new((int)Width, (int)Height));
-        if (_bits == 16) Widen(picture.Rgb, _masks == s_565 ? 6 : 5);
+        var picture = new Picture((int)Width, (int)Height);
+        // Whole bytes of whole pixels.
+        int piece = ByteSource.Most / _bits * 8;
+        for (int y = 0; y < picture.Height; y++)
+        {
+            var row = picture.Row(_topDown ? y : picture.Height - 1 - y);
+            for (int x = 0; x < picture.Width; x += piece)
+            {
+                int pixels = Math.Min(piece, picture.Width - x), bytes = ((pixels * _bits) + 7) / 8;
+                var from = _source.At(_rowsAt + (y * stride) + ((long)x * _bits / 8), bytes);
+                Unpack(from, row.Slice(3 * x, 3 * pixels));
+            }
+        }
+
         return picture;
     }
 
-    // v of n bits is v * 255 / (2^n - 1), cut off; it came as v, its upper bits again below.
-    private static void Widen(Span<byte> rgb, int greenBits)
+    private void Unpack(ReadOnlySpan<byte> from, Span<byte> row)
     {
-        for (int i = 0; i < rgb.Length; i += 3)
+        int pixels = row.Length / 3, step = _bits / 8, green = _masks == s_565 ? 6 : 5;
+        // Places of red, green and blue among a pixel's bytes.
+        var (r, g, b) = (2, 1, 0);
+        if (_bits == 32 && _masks.Length > 0) (r, g, b) = (At(0), At(1), At(2));
+        for (int i = 0; i < pixels; i++)
         {
-            rgb[i] = Wide(rgb[i], 5);
-            rgb[i + 1] = Wide(rgb[i + 1], greenBits);
-            rgb[i + 2] = Wide(rgb[i + 2], 5);
+            var pixel = row.Slice(3 * i, 3);
+            if (_bits <= 8)
+            {
+                int bit = i * _bits, value = from[bit / 8] >> (8 - _bits - (bit % 8));
+                _colours[value & ((1 << _bits) - 1)].CopyTo(pixel);
+            }
+            else if (_bits == 16)
+            {
+                int value = Word(from[(2 * i)..]);
+                pixel[0] = Wide(value >> (5 + green), 5);
+                pixel[1] = Wide(value >> 5, green);
+                pixel[2] = Wide(value, 5);
+            }
+            else
+            {
+                var bytes = from.Slice(i * step, step);
+                (pixel[0], pixel[1], pixel[2]) = (bytes[r], bytes[g], bytes[b]);
+            }
         }
 
-        static byte Wide(byte value, int bits) =>
-            (byte)((value >> (8 - bits)) * 255 / ((1 << bits) - 1));
+        int At(int channel) => BitOperations.TrailingZeroCount(_masks[channel]) / 8;
+
+        // The low bits of a sample as 0 to 255, cut off.
+        static byte Wide(int value, int bits)
+        {
+            int most = (1 << bits) - 1;
+            return (byte)((value & most) * 255 / most);
+        }
     }
 
     private long ReadMasks(long at, out uint[] masks)
@@ -134,25 +166,6 @@ internal sealed class BmpHeader
             + $"and {found[2]:x}, which are not read; convert it to PNG");
         if (_bits == 24 || masks[0] == 0) masks = [];
         return _headLength == Windows ? at + 12 : at;
-    }
-
-    // Header and palette as StbImageSharp understands them.
-    private byte[] PlainHead()
-    {
-        byte[] palette = _bits <= 8 ? _colours.BlueFirst(1 << _bits, 4) : [];
-        byte[] head = new byte[FileHead + Windows + (_masks.Length * 4)];
-        "BM"u8.CopyTo(head);
-        Write(10, (uint)(head.Length + palette.Length));
-        Write(14, Windows);
-        Write(18, (uint)Width);
-        Write(22, (uint)(_topDown ? -Height : Height));
-        Write(26, 1u | ((uint)_bits << 16));
-        if (_masks.Length > 0) Write(30, BitFields);
-        for (int i = 0; i < _masks.Length; i++) Write(FileHead + Windows + (4 * i), _masks[i]);
-        return [.. head, .. palette];
-
-        void Write(int at, uint value) =>
-            BinaryPrimitives.WriteUInt32LittleEndian(head.AsSpan(at), value);
     }
 
     private static string Compression(long kind) => kind switch

@@ -10,6 +10,9 @@ namespace MiniCpmNative.Engine.Data.Images;
 /// </summary>
 internal sealed class ByteSource
 {
+    /// <summary>Bytes that are read at a time.</summary>
+    public const int Most = 4096;
+
     private readonly SafeFileHandle? _file;
     private readonly byte[] _bytes;
     private long _windowAt;
@@ -20,13 +23,13 @@ internal sealed class ByteSource
         (_bytes, _windowLength, Length, Name) = (data, length, length, name);
 
     public ByteSource(SafeFileHandle file, long length, string name) =>
-        (_file, _bytes, Length, Name) = (file, new byte[4096], length, name);
+        (_file, _bytes, Length, Name) = (file, new byte[Most], length, name);
 
     public long Length { get; }
 
     public string Name { get; }
 
-    /// <summary>Up to count (at most 4096) bytes at an offset; valid until the next call.</summary>
+    /// <summary>Up to count (at most <see cref="Most"/>) bytes at an offset; valid until the next call.</summary>
     public ReadOnlySpan<byte> At(long at, int count)
     {
         if (at < 0 || at >= Length) return default;

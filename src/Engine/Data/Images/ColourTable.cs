@@ -36,21 +36,6 @@ internal sealed class ColourTable
             .SequenceEqual(Grey._rgb.AsSpan(0, colours * 3)) ? Grey : table;
     }
 
-    /// <summary>The first colours as they stand in a BMP or TGA: blue, green, red and, with a step
-    /// of 4, a zero.</summary>
-    public byte[] BlueFirst(int colours, int step)
-    {
-        byte[] bytes = new byte[colours * step];
-        for (int i = 0; i < colours; i++)
-        {
-            var colour = this[i];
-            (bytes[i * step], bytes[(i * step) + 1], bytes[(i * step) + 2]) =
-                (colour[2], colour[1], colour[0]);
-        }
-
-        return bytes;
-    }
-
     private static ColourTable MakeGrey()
     {
         var table = new ColourTable();

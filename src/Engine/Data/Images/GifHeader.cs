@@ -1,18 +1,19 @@
 using System.Buffers.Binary;
-using StbImageSharp;
 
 namespace MiniCpmNative.Engine.Data.Images;
 
 /// <summary>
 /// A GIF up to its first frame (GIF89a specification), and that frame's pixels as Pillow shows
 /// them: on a canvas of the transparent colour, or colour 0, with the colours of transparent pixels
-/// as stored. StbImageSharp unpacks the frame alone, in a file written for it whose colour i is
-/// (i, i, i), so that what comes back are the palette's indices; where its alpha is 0 the data had
-/// no pixel.
+/// as stored.
 /// </summary>
 internal sealed class GifHeader
 {
     private const int ScreenHead = 13, FrameHead = 9, MaxCodeBits = 12;
+
+    // The rows of an interlaced frame in their order; of another one the last alone.
+    private static readonly (int First, int Step)[] s_passes =
+        [(0, 8), (4, 8), (2, 4), (1, 2), (0, 1)];
 
     private readonly ByteSource _source;
     private ColourTable _colours = ColourTable.Grey;
@@ -47,63 +48,41 @@ internal sealed class GifHeader
     public static bool Accepts(ReadOnlySpan<byte> head) =>
         head.StartsWith("GIF87a"u8) || head.StartsWith("GIF89a"u8);
 
-    /// <param name="file">Its bytes.</param>
     /// <param name="overWhite">Lays what is transparent over white.</param>
     /// <exception cref="InputException">The frame's data is damaged or cut off.</exception>
-    public Picture Decode(byte[] file, bool overWhite = false)
+    public Picture Decode(bool overWhite = false)
     {
         byte[] white = [255, 255, 255];
-        var frame = new PictureSize(_frameWidth, _frameHeight);
-        StbDecoder.RequireSize(_source, "GIF", new(Width, Height));
-
-        // The zero that ends the frame's data may be missing, as for Pillow.
-        var stream = new PictureStream(
-            FrameFile(), file, (int)_dataAt, (int)_source.Length, zeros: 1);
-        byte[] pixels = StbDecoder.Decode(
-            _source, "GIF", stream, frame, ColorComponents.RedGreenBlueAlpha);
         var picture = new Picture(Width, Height);
-        if (frame != picture.Size)
-        {
-            var rgb = picture.Rgb;
+        var rgb = picture.Rgb;
+        if (new PictureSize(_frameWidth, _frameHeight) != picture.Size)
             for (int i = 0; i < rgb.Length; i += 3) Colour(_background).CopyTo(rgb[i..]);
-        }
-
-        for (int y = 0, p = 0; y < frame.Height; y++)
+        var codes = new GifCodes(_source, _dataAt);
+        try
         {
-            var row = picture.Row(_top + y)[(_left * 3)..];
-            for (int x = 0; x < frame.Width; x++, p += 4)
+            int pass = _interlaced ? 0 : s_passes.Length - 1;
+            for (int x = 0, y = 0, rows = 0; rows < _frameHeight;)
             {
-                if (pixels[p + 3] == 0)
+                foreach (byte index in codes.Next())
                 {
-                    picture.Dispose();
-                    throw Broken("its pixels are cut off");
+                    Colour(index).CopyTo(picture.Row(_top + y)[((_left + x) * 3)..]);
+                    if (++x < _frameWidth) continue;
+                    (x, y) = (0, y + s_passes[pass].Step);
+                    if (++rows == _frameHeight) break;
+                    while (y >= _frameHeight) y = s_passes[++pass].First;
                 }
-
-                Colour(pixels[p]).CopyTo(row[(x * 3)..]);
             }
+        }
+        catch
+        {
+            picture.Dispose();
+            throw;
         }
 
         return picture;
 
         ReadOnlySpan<byte> Colour(int index) =>
             overWhite && index == _clear ? white : _colours[index];
-    }
-
-    // The frame as a GIF of its own, up to its data.
-    private byte[] FrameFile()
-    {
-        byte[] head = new byte[ScreenHead + (256 * 3) + 1 + FrameHead];
-        "GIF89a"u8.CopyTo(head);
-        var size = head.AsSpan(6);
-        BinaryPrimitives.WriteUInt16LittleEndian(size, (ushort)_frameWidth);
-        BinaryPrimitives.WriteUInt16LittleEndian(size[2..], (ushort)_frameHeight);
-        head[10] = 0x87; // 256 colours follow
-        for (int i = 0; i < 256; i++) head.AsSpan(ScreenHead + (i * 3), 3).Fill((byte)i);
-        var frame = head.AsSpan(ScreenHead + (256 * 3));
-        frame[0] = (byte)',';
-        size[..4].CopyTo(frame[5..]);
-        frame[9] = (byte)(_interlaced ? 0x40 : 0);
-        return head;
     }
 
     // Behind flags that say whether there is a palette; a grey one does not displace the other.

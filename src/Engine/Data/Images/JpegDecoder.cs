@@ -101,7 +101,7 @@ internal static unsafe class JpegDecoder
             throw source.Error($"is a JPEG picture with {beyond}, which {s_library.Needed}");
         string? irregular = header.Frames != 1 ? "has several frame headers" : scans.Irregular;
         if (irregular != null) throw source.Error($"damaged JPEG: {irregular}");
-        var stream = new PictureStream([], file, 0, (int)source.Length);
+        var stream = new PictureStream(file, (int)source.Length);
         var picture = StbDecoder.Decode(source, "JPEG", stream, new(header.Width, header.Height));
         if (stream.Position == scans.End) return picture;
 

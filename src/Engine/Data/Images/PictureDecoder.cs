@@ -14,9 +14,9 @@ public readonly record struct PictureInfo(
 /// Picture files to RGB, byte for byte what Pillow's Image.open(path).convert("RGB") gives: the
 /// official script's input. The format is told by the content. PNG is managed code, faster with
 /// the system's libdeflate; JPEG and WebP go to its libturbojpeg and libwebp, which are looked for
-/// when the first such picture comes. GIF (the first frame), BMP and TGA go to StbImageSharp, and
-/// so does JPEG where libturbojpeg is missing, with other pixels then. Not applied, as in Pillow:
-/// EXIF orientation (see Picture.Oriented), gamma, colour profiles.
+/// when the first such picture comes; where libturbojpeg is missing, JPEG goes to StbImageSharp, with
+/// other pixels then. GIF (the first frame), BMP and TGA are managed code. Not applied, as in
+/// Pillow: EXIF orientation (see Picture.Oriented), gamma, colour profiles.
 /// </summary>
 public static class PictureDecoder
 {
@@ -48,9 +48,11 @@ public static class PictureDecoder
     public static Picture Decode(string path, bool overWhite = false)
     {
         using var file = Open(path, out long length);
-        long needed = Guard(path, () => Needed(new ByteSource(file, length, path)));
+        var source = new ByteSource(file, length, path);
+        var (needed, streamed) = Guard(path, () => Needed(source));
         return Within(needed, () =>
         {
+            if (streamed) return Decode(source, [], overWhite: overWhite);
             byte[] bytes = ArrayPool<byte>.Shared.Rent((int)length);
             try
             {
@@ -68,8 +70,9 @@ public static class PictureDecoder
     /// <exception cref="InputException">Of a format that is not read, or damaged.</exception>
     public static Picture Decode(byte[] file, string name, bool overWhite = false)
     {
-        long needed = Guard(name, () => Needed(new ByteSource(file, file.Length, name)));
-        return Within(needed, () => Decode(file, file.Length, name, overWhite: overWhite));
+        var source = new ByteSource(file, file.Length, name);
+        var (needed, _) = Guard(name, () => Needed(source));
+        return Within(needed, () => Decode(source, file, overWhite: overWhite));
     }
 
     private static Picture Within(long needed, Func<Picture> decode)
@@ -99,25 +102,30 @@ public static class PictureDecoder
     /// </summary>
     internal static Picture Decode(byte[] file, int length, string name, bool streamed = false,
         bool overWhite = false) =>
-        Guard(name, () =>
+        Decode(new ByteSource(file, length, name), file, streamed, overWhite);
+
+    // file holds the bytes of what does not come from its source alone.
+    private static Picture Decode(
+        ByteSource source, byte[] file, bool streamed = false, bool overWhite = false) =>
+        Guard(source.Name, () =>
         {
-            var source = new ByteSource(file, length, name);
             var (info, header) = Parse(source, orientation: false);
             return header switch
             {
                 PngHeader png => PngDecoder.Decode(source, file, png, streamed, overWhite),
                 JpegHeader jpeg => JpegDecoder.Decode(source, file, jpeg),
                 WebPHeader webp => WebPDecoder.Decode(source, file, webp, overWhite),
-                GifHeader gif => gif.Decode(file, overWhite),
-                BmpHeader bmp => bmp.Decode(file),
-                TgaHeader tga => tga.Decode(file, overWhite),
+                GifHeader gif => gif.Decode(overWhite),
+                BmpHeader bmp => bmp.Decode(),
+                TgaHeader tga => tga.Decode(overWhite),
                 _ => throw new InvalidOperationException($"{info.Format} has no decoder"),
             };
         });
 
-    // Bytes that reading and decoding take at most at one time: the file, for PNG its data in one
-    // piece too, and what the decoders keep for each pixel.
-    private static long Needed(ByteSource source)
+    // Bytes that reading and decoding take at most at one time: the file where it is not read as
+    // its pixels are wanted, for PNG its data in one piece too, and what the decoders keep for each
+    // pixel.
+    private static (long Bytes, bool Streamed) Needed(ByteSource source)
     {
         var (info, header) = Parse(source, orientation: false);
         long perPixel = header switch
@@ -125,10 +133,11 @@ public static class PictureDecoder
             PngHeader => 3,
             JpegHeader jpeg => JpegDecoder.BytesPerPixel(jpeg),
             WebPHeader => 3 + 4,
-            _ => StbDecoder.BytesPerPixel,
+            _ => 3,
         };
-        return (perPixel * info.Size.Width * info.Size.Height)
-            + (source.Length * (header is PngHeader ? 2 : 1));
+        bool streamed = header is GifHeader or BmpHeader or TgaHeader;
+        return ((perPixel * info.Size.Width * info.Size.Height)
+            + (source.Length * (streamed ? 0 : header is PngHeader ? 2 : 1)), streamed);
     }
 
     private static (PictureInfo Info, object Header) Parse(ByteSource source, bool orientation)

@@ -1,14 +1,11 @@
 namespace MiniCpmNative.Engine.Data.Images;
 
 /// <summary>
-/// What StbImageSharp reads: a header written here, bytes of the file in place, and zeros. Seeking
-/// stops at both ends: the library skips by lengths that the file claims, and then waits for
-/// Position to be equal to Length.
+/// What StbImageSharp reads: the first bytes of a buffer. Seeking stops at both ends: the library
+/// skips by lengths that the file claims, and then waits for Position to be equal to Length.
 /// </summary>
-internal sealed class PictureStream(byte[] head, byte[] file, int start, int end, int zeros = 0)
-    : Stream
+internal sealed class PictureStream(byte[] file, int length) : Stream
 {
-    private readonly int _fileEnd = head.Length + (end - start);
     private long _at;
 
     /// <summary>More was asked for than there is; the library takes zeros then.</summary>
@@ -20,7 +17,7 @@ internal sealed class PictureStream(byte[] head, byte[] file, int start, int end
 
     public override bool CanWrite => false;
 
-    public override long Length => (long)_fileEnd + zeros;
+    public override long Length => length;
 
     public override long Position
     {
@@ -36,9 +33,7 @@ internal sealed class PictureStream(byte[] head, byte[] file, int start, int end
             return -1;
         }
 
-        long at = _at++;
-        if (at < head.Length) return head[at];
-        return at < _fileEnd ? file[start + at - head.Length] : 0;
+        return file[_at++];
     }
 
     public override int Read(byte[] buffer, int offset, int count)

@@ -17,29 +17,20 @@ internal static class StbDecoder
 
     public const int BytesPerPixel = 16;
 
-    /// <summary>RGB pixels, of what is transparent over white if wanted.</summary>
-    /// <exception cref="InputException">The data is damaged or cut off.</exception>
-    public static Picture Decode(ByteSource source, string format, PictureStream stream,
-        PictureSize size, bool overWhite = false)
+    /// <summary>RGB pixels.</summary>
+    /// <exception cref="InputException">The data is damaged or cut off, or the picture is too large
+    /// for the library.</exception>
+    public static Picture Decode(
+        ByteSource source, string format, PictureStream stream, PictureSize size)
     {
-        byte[] pixels = Decode(source, format, stream, size,
-            overWhite ? ColorComponents.RedGreenBlueAlpha : ColorComponents.RedGreenBlue);
-        var picture = new Picture(size.Width, size.Height);
-        if (overWhite) White.Lay(pixels, picture.Rgb);
-        else pixels.CopyTo(picture.Rgb);
-        return picture;
-    }
-
-    /// <summary>Pixels of so many channels, row-major.</summary>
-    /// <exception cref="InputException">The data is damaged or cut off.</exception>
-    public static byte[] Decode(ByteSource source, string format, PictureStream stream,
-        PictureSize size, ColorComponents channels)
-    {
-        RequireSize(source, format, size);
+        if ((long)size.Width * size.Height > MaxPixels)
+            throw source.Error(
+                $"{format} of {size.Width}x{size.Height} pixels, the built-in decoder takes "
+                + $"{MaxPixels}; scale it down or convert it to PNG");
         ImageResult result;
         try
         {
-            result = ImageResult.FromStream(stream, channels);
+            result = ImageResult.FromStream(stream, ColorComponents.RedGreenBlue);
         }
         catch (InvalidOperationException e)
         {
@@ -50,15 +41,8 @@ internal static class StbDecoder
         if (stream.Exhausted) throw source.Error($"damaged {format}: its pixels are cut off");
         if (result.Width != size.Width || result.Height != size.Height)
             throw source.Error($"damaged {format}: the picture's header is damaged");
-        return result.Data;
-    }
-
-    /// <exception cref="InputException">The picture is too large for the library.</exception>
-    public static void RequireSize(ByteSource source, string format, PictureSize size)
-    {
-        if ((long)size.Width * size.Height > MaxPixels)
-            throw source.Error(
-                $"{format} of {size.Width}x{size.Height} pixels, the built-in decoder takes "
-                + $"{MaxPixels}; scale it down or convert it to PNG");
+        var picture = new Picture(size.Width, size.Height);
+        result.Data.CopyTo(picture.Rgb);
+        return picture;
     }
 }

@@ -3,9 +3,8 @@ using System.Buffers.Binary;
 namespace MiniCpmNative.Engine.Data.Images;
 
 /// <summary>
-/// The header of a Targa picture, and its pixels through StbImageSharp, which gets a plain header
-/// and a whole palette, and then the file's pixels. Pictures stored from right to left are turned
-/// round here. A Targa has no mark at its front: it is known by its footer or by the file's name.
+/// The header of a Targa picture, and its pixels. A Targa has no mark at its front: it is known by
+/// its footer or by the file's name.
 /// </summary>
 internal sealed class TgaHeader
 {
@@ -49,24 +48,69 @@ internal sealed class TgaHeader
         source.At(source.Length - 18, 18).StartsWith("TRUEVISION-XFILE."u8)
         || source.Name.EndsWith(".tga", StringComparison.OrdinalIgnoreCase);
 
-    /// <param name="file">Its bytes.</param>
     /// <param name="overWhite">Lays what is transparent over white.</param>
     /// <exception cref="InputException">Pixels are missing.</exception>
-    public Picture Decode(byte[] file, bool overWhite = false)
+    public Picture Decode(bool overWhite = false)
     {
         long pixels = (long)Width * Height, left = _source.Length - _pixelsAt;
         int step = _bits / 8;
         long most = (_kind & RunLengths) != 0 ? left / (1 + step) * LongestRun : left / step;
         if (pixels > most)
             throw Broken($"{Width}x{Height} pixels do not fit into {Math.Max(0, left)} bytes");
-        var stream = new PictureStream(PlainHead(), file, (int)_pixelsAt, (int)_source.Length);
         // Colours with eight bits of alpha, or grey with as many.
-        bool isClear = _bits == 32 || (_bits == 16 && (_kind & ~RunLengths) == 3);
-        var picture = StbDecoder.Decode(
-            _source, "TGA", stream, new(Width, Height), overWhite && isClear);
-        const int fromTheRight = 0x10;
-        if ((_flags & fromTheRight) == 0) return picture;
-        using (picture) return picture.Oriented(2);
+        overWhite &= _bits == 32 || (_bits == 16 && (_kind & ~RunLengths) == 3);
+        const int fromTheRight = 0x10, fromTheTop = 0x20;
+        var picture = new Picture(Width, Height);
+        long at = _pixelsAt;
+        bool isPacked = (_kind & RunLengths) != 0, repeats = false;
+        Span<byte> pixel = stackalloc byte[3];
+        for (int y = 0, run = 0; y < Height; y++)
+        {
+            var row = picture.Row((_flags & fromTheTop) != 0 ? y : Height - 1 - y);
+            for (int x = 0; x < Width; x++)
+            {
+                bool isNew = !isPacked || !repeats;
+                if (isPacked && run == 0)
+                {
+                    int head = _source.At(at++, 1) is { Length: 1 } one ? one[0] : 0;
+                    (run, repeats, isNew) = (head % LongestRun + 1, head >= LongestRun, true);
+                }
+
+                run--;
+                if (isNew)
+                {
+                    var from = _source.At(at, step);
+                    if (from.Length < step)
+                    {
+                        picture.Dispose();
+                        throw Broken("its pixels are cut off");
+                    }
+
+                    Unpack(from, pixel, overWhite);
+                    at += step;
+                }
+
+                pixel.CopyTo(row[(3 * ((_flags & fromTheRight) == 0 ? x : Width - 1 - x))..]);
+            }
+        }
+
+        return picture;
+    }
+
+    private void Unpack(ReadOnlySpan<byte> from, Span<byte> pixel, bool overWhite)
+    {
+        if (Indexed) _colours[from[0]].CopyTo(pixel);
+        else if ((_kind & ~RunLengths) == 3) pixel.Fill(from[0]);
+        else if (_bits == 16) Widen(Word(from), pixel);
+        else (pixel[0], pixel[1], pixel[2]) = (from[2], from[1], from[0]);
+        if (!overWhite) return;
+        foreach (ref byte channel in pixel) channel = White.Under(channel, from[^1]);
+    }
+
+    // 5 bits each, of blue the lowest.
+    private static void Widen(int value, Span<byte> rgb)
+    {
+        for (int c = 2; c >= 0; c--, value >>= 5) rgb[c] = (byte)((value & 31) * 255 / 31);
     }
 
     private ColourTable ReadColours(int first, int count, int step)
@@ -84,24 +128,11 @@ internal sealed class TgaHeader
                 continue;
             }
 
-            int five = Word(entry);
-            for (int c = 0; c < 3; c++, five >>= 5) colour[c] = (byte)((five & 31) * 255 / 31);
+            Widen(Word(entry), colour);
+            colour.Reverse();
         }
 
         return ColourTable.Read(palette, 3, blueFirst: true);
-    }
-
-    // Header and palette as StbImageSharp understands them.
-    private byte[] PlainHead()
-    {
-        byte[] head = new byte[Head];
-        (head[1], head[2]) = ((byte)(Indexed ? 1 : 0), (byte)_kind);
-        BinaryPrimitives.WriteUInt16LittleEndian(head.AsSpan(12), (ushort)Width);
-        BinaryPrimitives.WriteUInt16LittleEndian(head.AsSpan(14), (ushort)Height);
-        (head[16], head[17]) = ((byte)_bits, (byte)(_flags & 0x20));
-        if (!Indexed) return head;
-        (head[6], head[7]) = (1, 24); // 256 entries
-        return [.. head, .. _colours.BlueFirst(256, 3)];
     }
 
     private static int Word(ReadOnlySpan<byte> s) => BinaryPrimitives.ReadUInt16LittleEndian(s);
