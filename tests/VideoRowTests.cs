@@ -295,6 +295,42 @@ public sealed class VideoRowTests
     }
 
     [Test]
+    public void APictureAVideoAndASoundStandInOneRow()
+    {
+        string model = Directory.CreateDirectory(Path.Combine(_folder, "model")).FullName;
+        AudioModel.Write(model);
+        File.WriteAllBytes(Path.Combine(_folder, "a.wav"), AudioModel.Wav(16000));
+        Frames("a", 3, 60, 40);
+        TrainArguments run = s_v45.Lora with
+        {
+            ModelNameOrPath = model,
+            InitAudio = true,
+            OfficialCompat = false,
+            DataPath = Data($$"""
+                {"image":"a/0.bmp","video":"a","audio":"a.wav","conversations":{{Talk("<audio>\\n<image>\\n<video>\\n")}}}
+                {"video":["a/1.bmp"],"conversations":{{Talk("")}}}
+                {"audio":"a.wav","conversations":{{Talk("")}}}
+                """),
+            OutputDir = Path.Combine(_folder, "out"),
+            PerDeviceTrainBatchSize = 3,
+            MaxSteps = 8,
+            LoggingSteps = new Interval(1),
+            LearningRate = 1e-2,
+        };
+        ModelSpec spec = ModelSpec.Read(model).Hearing(true);
+        var rows = DataRows.Open(run.DataPath!, run, spec.Rows(), _ => { });
+        var batch = new Batch();
+        batch.Clear();
+        rows.Append(0, batch);
+        Assert.That((batch.Clips, batch.Grids.Count / 2), Is.EqualTo((1, 4)));
+        Assert.That(batch.Slots.Count, Is.EqualTo(4 * spec.Resampler.Queries));
+        Assert.That(batch.SoundSlots[^1], Is.LessThan(batch.Slots[0]));
+        Runs.Train(run);
+        double[] losses = [.. Runs.Losses(run)];
+        Assert.That(losses[^1], Is.LessThan(0.7 * losses[0]));
+    }
+
+    [Test]
     public void RowsWithVideosAreConverted()
     {
         Frames("a", 4, 30, 20);
