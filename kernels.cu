@@ -1096,6 +1096,22 @@ extern "C" __global__ void __launch_bounds__(256) gelu_backward(
     store_run(dx, g, i, count, whole, accumulate);
 }
 
+// y = v where x > 0, else 0, or adds it: ReLU of v = x, and its gradient of v = dy. Moves 3 R C S,
+// or 4 when adding.
+extern "C" __global__ void __launch_bounds__(256) relu(
+    real* y, const real* x, const real* v, long long count, int accumulate)
+{
+    long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * VECTOR;
+    bool whole = is_whole(i, count, y, x, v);
+    float a[VECTOR], g[VECTOR];
+    load_run(a, x, i, count, whole);
+    load_run(g, v, i, count, whole);
+#pragma unroll
+    for (int j = 0; j < VECTOR; j++)
+        if (a[j] <= 0) g[j] = 0;
+    store_run(y, g, i, count, whole, accumulate);
+}
+
 // y = gate sigmoid(gate) up. Moves 3 R C S, 4 FLOP and 2 approximations per element.
 extern "C" __global__ void __launch_bounds__(256) swiglu_forward(
     real* y, const real* gate, const real* up, long long count)
@@ -1517,6 +1533,47 @@ extern "C" __global__ void __launch_bounds__(256) columns_backward(
     put_row(to, 0, 1, accumulate, begin);
     put_row(to + begin, dy + row * count, 1, accumulate, count);
     put_row(behind, 0, 1, accumulate, cols - begin - count);
+}
+
+// y[s, t, 3 c + j] = x[s, stride t + j - 1, c], j = 0 .. 2, zero outside the frames: the inputs of
+// a convolution over time. One block per row of y; the three frames stay in the first cache. Moves
+// (1 + 3) R C S, x read once.
+#define UNFOLD_TAPS 3
+
+extern "C" __global__ void __launch_bounds__(256) unfold_forward(
+    real* y, const real* x, int frames, int out_frames, int channels, int stride)
+{
+    int clip = blockIdx.x / out_frames, first = (blockIdx.x % out_frames) * stride - 1;
+    const real* from = x + (u64)clip * frames * channels;
+    real* to = y + (u64)blockIdx.x * UNFOLD_TAPS * channels;
+    for (int i = threadIdx.x; i < UNFOLD_TAPS * channels; i += blockDim.x)
+    {
+        int frame = first + i % UNFOLD_TAPS;
+        to[i] = narrow((u32)frame < (u32)frames
+            ? widen(from[(u64)frame * channels + i / UNFOLD_TAPS]) : 0);
+    }
+}
+
+// dx[s, u, c] = sum over j of dy[s, t, 3 c + j] where stride t + j - 1 = u, or adds it. One block
+// per frame. Moves the same.
+extern "C" __global__ void __launch_bounds__(256) unfold_backward(
+    real* dx, const real* dy, int frames, int out_frames, int channels, int stride, int accumulate)
+{
+    int clip = blockIdx.x / frames, frame = blockIdx.x % frames;
+    const real* from = dy + (u64)clip * out_frames * UNFOLD_TAPS * channels;
+    real* to = dx + (u64)blockIdx.x * channels;
+    for (int c = threadIdx.x; c < channels; c += blockDim.x)
+    {
+        float sum = accumulate ? widen(to[c]) : 0;
+#pragma unroll
+        for (int j = 0; j < UNFOLD_TAPS; j++)
+        {
+            int at = frame + 1 - j, t = at / stride;
+            if (at >= 0 && at % stride == 0 && t < out_frames)
+                sum += widen(from[((u64)t * channels + c) * UNFOLD_TAPS + j]);
+        }
+        to[c] = narrow(sum);
+    }
 }
 
 // cache[slots[i]] = x[i]; slots rise, and one behind a slot outside is held to nothing. One block
@@ -4190,61 +4247,236 @@ DEVICE void store_unpacked(real* y, long long i, long long count, const float* v
     for (int j = 0; j < CAST && i + j < count; j++) y[i + j] = narrow(v[j]);
 }
 
-// y[i] = table[code of i] * scale of its block: codes of 4 bits, the first of a byte in its high
-// half, in blocks of 2^block_shift elements, at least CAST. The scale of block b is scales[b], or
+// Elements of W[outputs, cols] in fewer bits, row-major. load gives CAST neighbours from a multiple
+// of CAST on; of those behind the last only what there is.
+
+// table[code] * scale of its block: codes of 4 bits, the first of a byte in its high half, in
+// blocks of 2^block_shift elements, at least CAST. The scale of block b is scales[b], or
 // scale_table[scale_codes[b]] * scales[(first_block + b) >> scale_shift] + offset, rounded twice.
-// y and codes are multiples of 16 bytes. A thread takes CAST elements, 4 bytes of codes, so that
-// both sides of a warp are contiguous; the table of 16 lies in as many banks of shared memory.
+// values is the table in shared memory, where its 16 lie in as many banks.
+struct four_bit
+{
+    const float* values;
+    const unsigned char* codes;
+    const float* scales;
+    const unsigned char* scale_codes;
+    const float* scale_table;
+    float offset;
+    int block_shift, scale_shift;
+    long long first_block, count;
+
+    __device__ __forceinline__ void load(float* v, long long i) const
+    {
+        u32 word = 0;
+        if (i + CAST <= count)
+            word = *(const u32*)(codes + i / 2);
+        else
+            for (int j = 0; i + 2 * j < count; j++) word |= (u32)codes[i / 2 + j] << 8 * j;
+        long long block = i >> block_shift;
+        float scale = scale_codes == 0 ? scales[block]
+            : __fadd_rn(__fmul_rn(scale_table[scale_codes[block]],
+                  scales[(first_block + block) >> scale_shift]), offset);
+#pragma unroll
+        for (int j = 0; j < CAST; j++)
+            v[j] = values[word >> (8 * (j / 2) + 4 - 4 * (j % 2)) & 15] * scale;
+    }
+};
+
+// The bytes of CAST elements of 8 bits.
+DEVICE u64 load_bytes(const void* from, long long i, long long count)
+{
+    u64 word = 0;
+    if (i + CAST <= count) return *(const u64*)((const unsigned char*)from + i);
+    for (int j = 0; i + j < count; j++) word |= (u64)((const unsigned char*)from)[i + j] << 8 * j;
+    return word;
+}
+
+// Signed bytes times scales[row] / 127, the product rounded first.
+struct int8_rows
+{
+    const signed char* codes;
+    const float* scales;
+    int cols;
+    long long count;
+
+    __device__ __forceinline__ void load(float* v, long long i) const
+    {
+        u64 word = load_bytes(codes, i, count);
+        long long row = i / cols;
+        int left = (int)((row + 1) * cols - i);
+        float scale = scales[row];
+#pragma unroll
+        for (int j = 0; j < CAST; j++)
+        {
+            if (left == 0 && i + j < count) { scale = scales[++row]; left = cols; }
+            left--;
+            v[j] = __fmul_rn((float)(signed char)(word >> 8 * j), scale) / 127.0f; // rounded twice
+        }
+    }
+};
+
+// (code - zeros[row, g]) * scales[row, g]: unsigned codes of 4 bits, the first of a byte in its low
+// half, or of 8. g is the group of the column, group_of[column] or column / size.
+struct grouped
+{
+    const unsigned char* codes;
+    const float* scales;
+    const unsigned char* zeros;
+    const int* group_of;
+    int bits, size, groups, cols;
+    long long count;
+
+    __device__ __forceinline__ void load(float* v, long long i) const
+    {
+        u64 word = 0;
+        if (bits == 8)
+            word = load_bytes(codes, i, count);
+        else if (i + CAST <= count)
+            word = *(const u32*)(codes + i / 2);
+        else
+            for (int j = 0; i + 2 * j < count; j++) word |= (u64)codes[i / 2 + j] << 8 * j;
+        u64 mask = (1 << bits) - 1;
+        long long row = i / cols;
+        int column = (int)(i - row * cols), left = 0, zero = 0;
+        float scale = 0;
+#pragma unroll
+        for (int j = 0; j < CAST; j++)
+        {
+            if (i + j >= count) break;
+            if (left == 0)
+            {
+                if (column == cols) { column = 0; row++; }
+                int group = group_of ? group_of[column] : column / size;
+                left = group_of ? 1 : min(size - column % size, cols - column);
+                scale = scales[row * groups + group];
+                zero = zeros[row * groups + group];
+            }
+            v[j] = (float)((int)(word >> bits * j & mask) - zero) * scale;
+            column++, left--;
+        }
+    }
+};
+
+// y = W, a multiple of 16 bytes as the codes are. A thread takes CAST elements.
+template <class Packed> DEVICE void unpack(real* y, const Packed& w)
+{
+    long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * CAST;
+    if (i >= w.count) return;
+    float v[CAST];
+    w.load(v, i);
+    store_unpacked(y, i, w.count, v);
+}
+
+// y = alpha x W^T + beta y for at most FEW_ROWS rows of x: W is unpacked, and rounded to the storage
+// type, where it is multiplied by, so that memory gives its own bits once and nothing else. cols is
+// a multiple of CAST. A warp has an output; its lanes' sums are joined as a tree.
+template <class Packed> DEVICE void multiply_few(void* y, const real* x, const Packed& w, int rows,
+    int outputs, int cols, int x_stride, int y_stride, int y_type, float alpha, float beta)
+{
+    int n = (int)((blockIdx.x * blockDim.x + threadIdx.x) / WARP), lane = threadIdx.x % WARP;
+    if (n >= outputs) return;
+    bool wide = aligned16(x, x_stride, sizeof(real));
+    float sums[FEW_ROWS];
+#pragma unroll
+    for (int r = 0; r < FEW_ROWS; r++) sums[r] = 0;
+    for (int k = lane * CAST; k < cols; k += WARP * CAST)
+    {
+        float v[CAST], a[CAST];
+        w.load(v, (long long)n * cols + k);
+#pragma unroll
+        for (int j = 0; j < CAST; j++) v[j] = widen(narrow(v[j]));
+#pragma unroll
+        for (int r = 0; r < FEW_ROWS; r++)
+        {
+            if (r >= rows) break;
+            const real* from = x + (u64)r * x_stride + k;
+#pragma unroll
+            for (int j = 0; j < CAST; j += VECTOR)
+                if (wide) load_vector(a + j, from + j);
+                else
+                    for (int i = j; i < j + VECTOR; i++) a[i] = widen(from[i]);
+#pragma unroll
+            for (int j = 0; j < CAST; j++) sums[r] += a[j] * v[j];
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < FEW_ROWS; r++)
+    {
+        if (r >= rows) break;
+        float sum = alpha * warp_sum(sums[r]);
+        if (lane != 0) continue;
+        u64 at = (u64)r * y_stride + n;
+        if (y_type == DTYPE_F32)
+            ((float*)y)[at] = beta == 0 ? sum : sum + beta * ((float*)y)[at];
+        else
+            ((real*)y)[at] = narrow(beta == 0 ? sum : sum + beta * widen(((real*)y)[at]));
+    }
+}
+
+DEVICE const float* in_banks(float* values, const float* table)
+{
+    if (threadIdx.x < 16) values[threadIdx.x] = table[threadIdx.x];
+    __syncthreads();
+    return values;
+}
+
 // Reads count / 2 bytes and the scales, writes S count; 1 FLOP each.
 extern "C" __global__ void __launch_bounds__(256) unpack_4bit(
-    real* y, const unsigned char* codes, const float* table, const float* scales,
+    real* y, const float* table, const unsigned char* codes, const float* scales,
     const unsigned char* scale_codes, const float* scale_table, float offset, int block_shift,
     int scale_shift, long long first_block, long long count)
 {
     __shared__ float values[16];
-    if (threadIdx.x < 16) values[threadIdx.x] = table[threadIdx.x];
-    __syncthreads();
-    long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * CAST;
-    if (i >= count) return;
-    u32 word = 0;
-    if (i + CAST <= count)
-        word = *(const u32*)(codes + i / 2);
-    else
-        for (int j = 0; i + 2 * j < count; j++) word |= (u32)codes[i / 2 + j] << 8 * j;
-    long long block = i >> block_shift;
-    float scale = scale_codes == 0 ? scales[block]
-        : __fadd_rn(__fmul_rn(scale_table[scale_codes[block]],
-              scales[(first_block + block) >> scale_shift]), offset);
-    float v[CAST];
-#pragma unroll
-    for (int j = 0; j < CAST; j++)
-        v[j] = values[word >> (8 * (j / 2) + 4 - 4 * (j % 2)) & 15] * scale;
-    store_unpacked(y, i, count, v);
+    unpack(y, four_bit{in_banks(values, table), codes, scales, scale_codes, scale_table, offset,
+        block_shift, scale_shift, first_block, count});
 }
 
-// y[r, c] = x[r, c] * scales[r] / 127, the product rounded first; x of signed bytes. A thread
-// takes CAST elements. Reads count bytes and the scales, writes S count; 2 FLOP each.
-extern "C" __global__ void __launch_bounds__(256) unpack_int8(
-    real* y, const signed char* x, const float* scales, int cols, long long count)
+// Reads count / 2 bytes, the scales, and x from the cache; 2 FLOP each and row.
+extern "C" __global__ void __launch_bounds__(256) multiply_4bit(
+    void* y, const real* x, int rows, int outputs, int cols, int x_stride, int y_stride,
+    int y_type, float alpha, float beta, const float* table, const unsigned char* codes,
+    const float* scales, const unsigned char* scale_codes, const float* scale_table, float offset,
+    int block_shift, int scale_shift, long long first_block, long long count)
 {
-    long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * CAST;
-    if (i >= count) return;
-    u64 word = 0;
-    if (i + CAST <= count)
-        word = *(const u64*)(x + i);
-    else
-        for (int j = 0; i + j < count; j++) word |= (u64)(unsigned char)x[i + j] << 8 * j;
-    long long row = i / cols;
-    int left = (int)((row + 1) * cols - i);
-    float scale = scales[row], v[CAST];
-#pragma unroll
-    for (int j = 0; j < CAST; j++)
-    {
-        if (left == 0 && i + j < count) { scale = scales[++row]; left = cols; }
-        left--;
-        v[j] = __fmul_rn((float)(signed char)(word >> 8 * j), scale) / 127.0f; // rounded twice
-    }
-    store_unpacked(y, i, count, v);
+    __shared__ float values[16];
+    multiply_few(y, x, four_bit{in_banks(values, table), codes, scales, scale_codes, scale_table,
+        offset, block_shift, scale_shift, first_block, count},
+        rows, outputs, cols, x_stride, y_stride, y_type, alpha, beta);
+}
+
+// Reads count bytes and the scales, writes S count; 2 FLOP each.
+extern "C" __global__ void __launch_bounds__(256) unpack_int8(
+    real* y, const signed char* codes, const float* scales, int cols, long long count)
+{
+    unpack(y, int8_rows{codes, scales, cols, count});
+}
+
+// Reads count bytes, the scales, and x from the cache; 2 FLOP each and row.
+extern "C" __global__ void __launch_bounds__(256) multiply_int8(
+    void* y, const real* x, int rows, int outputs, int cols, int x_stride, int y_stride,
+    int y_type, float alpha, float beta, const signed char* codes, const float* scales)
+{
+    multiply_few(y, x, int8_rows{codes, scales, cols, (long long)outputs * cols},
+        rows, outputs, cols, x_stride, y_stride, y_type, alpha, beta);
+}
+
+// Reads count * bits / 8 bytes, zeros and scales, writes S count; 2 FLOP each.
+extern "C" __global__ void __launch_bounds__(256) unpack_grouped(
+    real* y, const unsigned char* codes, const float* scales, const unsigned char* zeros,
+    const int* group_of, int bits, int size, int groups, int cols, long long count)
+{
+    unpack(y, grouped{codes, scales, zeros, group_of, bits, size, groups, cols, count});
+}
+
+// Reads count * bits / 8 bytes, zeros, scales, and x from the cache; 2 FLOP each and row.
+extern "C" __global__ void __launch_bounds__(256) multiply_grouped(
+    void* y, const real* x, int rows, int outputs, int cols, int x_stride, int y_stride,
+    int y_type, float alpha, float beta, const unsigned char* codes, const float* scales,
+    const unsigned char* zeros, const int* group_of, int bits, int size, int groups)
+{
+    multiply_few(y, x, grouped{codes, scales, zeros, group_of, bits, size, groups, cols,
+        (long long)outputs * cols},
+        rows, outputs, cols, x_stride, y_stride, y_type, alpha, beta);
 }
 
 // ---- 14. around linear attention ----------------------------------------------------------------

@@ -10,6 +10,7 @@ using MiniCpmNative.Engine.Weights;
 using MiniCpmNative.GpuEmulator;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Cuda;
+using MiniCpmNative.Kernels.Quantised;
 
 namespace MiniCpmNative.Bench;
 
@@ -182,11 +183,12 @@ internal sealed class GenerateBench
             Console.WriteLine($"untimed: counted at {terabytes:0.00} TB/s and {teraflops:0} TFLOP/s;"
                 + $" reading {weights / 1e9:0.00} GB of weights once takes "
                 + $"{weights / terabytes / 1e9:0.00} ms");
-            Console.WriteLine($"{"batch",5} {"tokens",6} {"launches",8} {"products GB",11} "
+            Console.WriteLine($"{"bits",4} {"batch",5} {"tokens",6} {"launches",8} {"products GB",11} "
                 + $"{"other MB",9} {"cache MB",9} {"least ms",9} {"tokens/s",9}");
-            foreach (int batch in s_batches)
-                foreach (int tokens in (int[])[Prompt, 4096])
-                    Count(spec, batch, tokens, terabytes * 1e12, teraflops * 1e12);
+            foreach (bool in4Bits in (bool[])[false, true])
+                foreach (int batch in (int[])[1, 8, 16])
+                    foreach (int tokens in (int[])[Prompt, 4096])
+                        Count(spec, in4Bits, batch, tokens, terabytes * 1e12, teraflops * 1e12);
         }
         finally
         {
@@ -195,12 +197,18 @@ internal sealed class GenerateBench
     }
 
     private static void Count(
-        ModelSpec spec, int batch, int tokens, double bytesPerSecond, double flopsPerSecond)
+        ModelSpec spec, bool in4Bits, int batch, int tokens, double bytesPerSecond,
+        double flopsPerSecond)
     {
         CudaContext context = CountingCuda.Context(new("counted", 132, 90, 80L << 30));
         CudaDevice device = CountingCuda.Device(context, DType.BF16);
         using LoadedModel model = LoadedModel.Plan(
-            new OpenDevice(device, "counted", context), spec, _ => DType.BF16, new());
+            new OpenDevice(device, "counted", context), spec, _ => DType.BF16,
+            new LoadOptions
+            {
+                Kind = new QuantisedKind(spec.Parameters, DType.BF16,
+                    in4Bits ? new Quantisation(FourBitKind.Nf4, Nested: true) : null, null),
+            });
         var cache = new KeyValueCache(device, spec.Decoder, batch, tokens);
         var step = new Batch();
         step.Clear();
@@ -215,7 +223,7 @@ internal sealed class GenerateBench
         device.Watch = work;
         model.Model.LabelLogits(model.Graph, model.Hidden(step, cache: cache));
         model.Graph.EndStep();
-        Console.WriteLine($"{batch,5} {tokens,6} {work.Launches,8} {work.Products / 1e9,11:0.000} "
+        Console.WriteLine($"{(in4Bits ? 4 : 16),4} {batch,5} {tokens,6} {work.Launches,8} {work.Products / 1e9,11:0.000} "
             + $"{work.Rest / 1e6,9:0.0} {cache.TotalBytes / 1e6,9:0.0} {1e3 * work.Seconds,9:0.00} "
             + $"{batch / work.Seconds,9:0}");
     }

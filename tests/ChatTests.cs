@@ -13,7 +13,8 @@ namespace MiniCpmNative.Tests;
 public class ChatTests
 {
     private static ChatMlFormat Format(string family) => family == "o-4_5"
-        ? new ChatMlFormat(Tokenizer, null, Thoughts.BehindLastQuestion)
+        ? new ChatMlFormat(Tokenizer, null, Thoughts.BehindLastQuestion,
+            tools: ToolStyle.Of(FamilyFormats.ToolTemplate(family)))
         : Recognize(ReferenceText.Json("templates/templates.json").GetProperty(family)
             .GetProperty("template").GetString()!, family);
 
@@ -47,6 +48,95 @@ public class ChatTests
         }
         Assert.That(seen, Is.GreaterThanOrEqualTo(least));
     }
+
+    // The texts of the templates that came with o-4_5 (SHA-256 aa5ce37126f5...) and with Qwen3.5,
+    // of which V-4_6's is made, by Jinja as transformers sets it up: system text or none, functions
+    // or none, calls with and without text and thoughts, several of them, arguments of every kind,
+    // results alone, in a row, last, and written as a question.
+    [TestCase("o-4_5", 82)]
+    [TestCase("qwen3.5", 80)]
+    public void FunctionsAreWrittenAsTheTemplateDoes(string family, int count)
+    {
+        string template = FamilyFormats.ToolTemplate(family);
+        Assert.That(ToolStyle.Of(template.Replace("function", "functional")), Is.Null);
+        TemplateFormat format = family == "o-4_5"
+            ? new ChatMlFormat(Tokenizer, null, Thoughts.BehindLastQuestion,
+                tools: ToolStyle.Of(template))
+            : new ThinkingFormat(Tokenizer, tools: ToolStyle.Of(template));
+        int seen = 0;
+        foreach (var line in ReferenceText.Lines("templates/tools.jsonl"))
+        {
+            if (line.GetProperty("family").GetString() != family) continue;
+            seen++;
+            var turns = line.GetProperty("messages").EnumerateArray().Select(Turn).ToList();
+            string[] tools = [.. line.GetProperty("tools").EnumerateArray().Select(PythonJson.Write)];
+            if (tools.Length > 0 && turns[0].Role != "system")
+                turns.Insert(0, new ChatTurn("system", ""));
+            if (tools.Length > 0) turns[0] = turns[0] with { Tools = tools };
+            var options = line.GetProperty("kwargs");
+            bool? thinks = options.TryGetProperty("enable_thinking", out var thinking)
+                ? thinking.GetBoolean() : null;
+            string expected = line.GetProperty("text").GetString()!;
+            Assert.That(options.GetProperty("add_generation_prompt").GetBoolean()
+                ? format.Prompt(turns, thinks) : format.Render(turns), Is.EqualTo(expected));
+        }
+
+        Assert.That(seen, Is.EqualTo(count));
+    }
+
+    // Each answer with its end, calls too; neither functions nor results, nor an empty thought.
+    [TestCase("o-4_5", "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": 1}}\n</tool_call>")]
+    [TestCase("qwen3.5", "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n"
+        + "</tool_call>")]
+    public void CallsAreLearnedAndResultsAreNot(string family, string call)
+    {
+        var style = ToolStyle.Of(FamilyFormats.ToolTemplate(family));
+        TemplateFormat format = family == "o-4_5"
+            ? new ChatMlFormat(Tokenizer, null, Thoughts.BehindLastQuestion, tools: style)
+            : new ThinkingFormat(Tokenizer, tools: style);
+        ChatTurn[] turns =
+        [
+            new("system", "s") { Tools = ["{\"type\": \"function\"}"] }, new("user", "q"),
+            new("assistant", "", Calls: [new("f", "{\"a\": 1}")]), new("tool", "r"),
+            new("assistant", "no", Calls: [new("f", "{}")]) { Trained = false }, new("tool", "t"),
+            new("assistant", "done"),
+        ];
+        var chat = format.Encode(turns);
+        string learned = "";
+        for (int i = 0; i < chat.Ids.Length; i++)
+            learned += chat.Answer[i] ? Tokenizer.Decode(chat.Ids.AsSpan(i, 1))
+                : i > 0 && chat.Answer[i - 1] ? "|" : "";
+        Assert.That(learned.Replace("<think>\n\n</think>\n\n", ""),
+            Is.EqualTo(call + "<|im_end|>|done<|im_end|>|"));
+        Assert.That(format.Said(turns[2]), Is.EqualTo(call));
+    }
+
+    [Test]
+    public void FunctionsAreRefusedWhereTheTemplateHasNone()
+    {
+        PromptFormat[] formats =
+        [
+            new ChatMlFormat(Tokenizer, "You are kind.", Thoughts.None),
+            new ChatMlFormat(Tokenizer, null, Thoughts.LastTurn), new ThinkingFormat(Tokenizer),
+            new Llama3Format(TokenizerTests.Load("tiny-llama3")),
+            new MiniCpmFormat(TokenizerTests.Load("tiny-sp")),
+        ];
+        ChatTurn[][] conversations =
+        [
+            [new("system", "") { Tools = ["{}"] }, new("user", "q"), new("assistant", "a")],
+            [new("user", "q"), new("assistant", "", Calls: [new("f", "{}")])],
+            [new("user", "q"), new("assistant", "a"), new("tool", "r")],
+        ];
+        foreach (var format in formats)
+            foreach (var turns in conversations)
+            {
+                Assert.That(() => format.Encode(turns), Refused);
+                Assert.That(() => format.Prompt(turns), Refused);
+            }
+    }
+
+    private static NUnit.Framework.Constraints.IResolveConstraint Refused =>
+        Throws.TypeOf<InputException>().With.Message.StartsWith("has functions");
 
     // The checkpoint's own template opens an answer at the end of every text, the one that the
     // official script passes at none.

@@ -24,10 +24,10 @@ internal sealed class DoubleModel : ITensorProbe
         ModelSpec spec = ModelSpec.Read(folder);
         using var checkpoint = Checkpoint.Open(folder);
         var device = new CpuDevice(null, 1L << 30, DType.F64);
-        Tensors? tensors = null;
+        TrainedTensors? tensors = null;
         using var model = LoadedModel.Build(
             new OpenDevice(device, "F64"), spec,
-            graph => tensors = new Tensors(graph, checkpoint), Recomputation.None);
+            graph => tensors = new TrainedTensors(graph, checkpoint.Get), Recomputation.None);
         Graph graph = model.Graph;
         var probe = new DoubleModel(device);
         Batch batch = rows(model.Rows);
@@ -64,8 +64,11 @@ internal sealed class DoubleModel : ITensorProbe
         return values;
     }
 
-    // Every tensor whole, with its gradient; parts of one are views.
-    private sealed class Tensors(Graph graph, Checkpoint checkpoint) : ITensorSource
+    /// <summary>
+    /// Every tensor whole, of the activations' type, with its gradient; parts of one are views.
+    /// </summary>
+    internal sealed class TrainedTensors(Graph graph, Func<string, StoredTensor> stored)
+        : ITensorSource
     {
         private readonly Dictionary<string, Tensor> _values = [];
 
@@ -73,13 +76,13 @@ internal sealed class DoubleModel : ITensorProbe
 
         public Tensor Vector(string name, int begin, int count) => Part(name, 1, begin, count, vector: true);
 
-        public Tensor Small(string name) => Vector(name, 0, (int)checkpoint.Get(name).Count);
+        public Tensor Small(string name) => Vector(name, 0, (int)stored(name).Count);
 
         public Tensor Matrix(string name, int begin, int rows, int cols) => Part(name, cols, begin, rows);
 
         public Tensor Table(string name, bool isLookedUp)
         {
-            Shape shape = checkpoint.Get(name).Shape;
+            Shape shape = stored(name).Shape;
             return Part(name, shape.Cols, 0, (int)shape.Rows);
         }
 
@@ -94,18 +97,18 @@ internal sealed class DoubleModel : ITensorProbe
         }
 
         public Projection Projection(string? module, string weight, int begin, int rows, Tensor bias) =>
-            new(new DenseWeight(Matrix(weight, begin, rows, checkpoint.Get(weight).Shape.Cols)), bias);
+            new(new DenseWeight(Matrix(weight, begin, rows, stored(weight).Shape.Cols)), bias);
 
         private Tensor Part(string name, int cols, int begin, int count, bool vector = false)
         {
-            StoredTensor stored = checkpoint.Get(name);
-            int all = (int)(stored.Count / cols);
+            StoredTensor whole = stored(name);
+            int all = (int)(whole.Count / cols);
             Shape shape = vector ? new Shape(all) : new Shape(all, cols);
-            var spec = new Spec(DType.F64, shape);
+            var spec = new Spec(graph.Device.Activations, shape);
             if (!_values.TryGetValue(name, out Tensor value))
             {
                 _values[name] = value = graph.Device.Allocate(spec, name);
-                graph.Device.WriteFloats(value, stored.ToFloats());
+                graph.Device.WriteFloats(value, whole.ToFloats());
                 Gradients[name] = graph.Device.Allocate(spec, name);
             }
 

@@ -19,6 +19,10 @@ internal static class FamilyFormats
     public static string Folder(string family) =>
         Path.Combine(ReferenceFile.Root, "families", family);
 
+    /// <summary>The lines of a released chat template that write functions.</summary>
+    public static string ToolTemplate(string family) =>
+        ReferenceText.Json("templates/tool_texts.json").GetProperty(family).GetString()!;
+
     public static RowFormat Of(string family) => s_formats.TryGetValue(family, out var format)
         ? format : s_formats[family] = Make(family);
 

@@ -31,6 +31,58 @@ public sealed class FormulaTests
         Equals(new Columns(begin, count), [Value.Float("x", [Rows, Cols], x)], dy, y, dx);
     }
 
+    [Test]
+    public void ReluPassesWhatIsPositive()
+    {
+        double[] x = [-2, -0.5, 0, 1e-9, 3, -0.0], dy = [1, 2, 3, 4, 5, 6];
+        Equals(new Relu(), [Value.Float("x", [6], x)], dy, [0, 0, 0, 1e-9, 3, 0],
+            [0, 0, 0, 4, 5, 0]);
+    }
+
+    // A linear layer behind it is torch.nn.Conv1d(channels, outputs, 3, stride, padding=1): the sum
+    // over taps and channels that its documentation gives, with zeros around the clip.
+    [TestCase(6, 1)]
+    [TestCase(6, 2)]
+    [TestCase(7, 2)]
+    [TestCase(1, 2)]
+    public void UnfoldedFramesMakeAConvolution(int frames, int stride)
+    {
+        const int Clips = 2, Channels = 3, Outputs = 4, Taps = 3;
+        int outFrames = ((frames + 2 - Taps) / stride) + 1;
+        double[] x = Fill.Normal(1, Clips * frames * Channels);
+        double[] w = Fill.Normal(2, Outputs * Channels * Taps);
+        double[] g = Fill.Normal(3, Clips * outFrames * Outputs), dx = new double[x.Length];
+        double[] conv = new double[g.Length];
+        double[] dy = new double[Clips * outFrames * Channels * Taps];
+        for (int s = 0; s < Clips; s++)
+            for (int t = 0; t < outFrames; t++)
+                for (int o = 0; o < Outputs; o++)
+                    for (int c = 0; c < Channels; c++)
+                        for (int j = 0; j < Taps; j++)
+                        {
+                            int frame = (t * stride) + j - 1, to = (s * outFrames) + t;
+                            double weight = w[(((o * Channels) + c) * Taps) + j];
+                            dy[(((to * Channels) + c) * Taps) + j] += weight * g[(to * Outputs) + o];
+                            if (frame < 0 || frame >= frames) continue;
+                            int from = (((s * frames) + frame) * Channels) + c;
+                            conv[(to * Outputs) + o] += weight * x[from];
+                            dx[from] += weight * g[(to * Outputs) + o];
+                        }
+
+        using var device = new CpuDevice(1, 1L << 24, DType.F64);
+        using var run = new OpRun(device, new Unfold(Channels, stride),
+            [Value.Float("x", [Clips, frames * Channels], x)]);
+        run.Forward();
+        for (int to = 0; to < Clips * outFrames; to++)
+            for (int o = 0; o < Outputs; o++)
+                Assert.That(Enumerable.Range(0, Channels * Taps).Sum(i =>
+                    run.Output[(to * Channels * Taps) + i] * w[(o * Channels * Taps) + i]),
+                    Is.EqualTo(conv[(to * Outputs) + o]).Within(1e-12));
+        run.Want(_ => true);
+        run.Backward(dy);
+        Assert.That(run.Gradient(0), Is.EqualTo(dx).Within(1e-12));
+    }
+
     // Together the parts of a row are the row, and their gradients its gradient.
     [Test]
     public void TheGradientsOfAllPartsAddUp()

@@ -60,7 +60,7 @@ public sealed class KernelBudgetTests
     private static readonly string[] s_wide =
     [
         "norm_forward", "norm_backward", "add_forward", "scale_rows", "gelu_forward",
-        "gelu_backward",
+        "gelu_backward", "relu",
         "swiglu_forward", "swiglu_backward", "dora_columns", "dora_backward", "dora_mask", "rope",
         "heads", "cast_to_real", "cast_to_float",
         "adamw", "adamw_bf16_moments", "lion", "update_8bit",
@@ -77,11 +77,11 @@ public sealed class KernelBudgetTests
     [
         "norm_weight_parts", "gradient_norm_parts", "sum_rows", "lora_down_parts",
         "lora_gradient_a_parts", "attention_statistics", "sum_parts_to_real",
-        "attention_decode",
+        "attention_decode", "multiply_4bit", "multiply_int8", "multiply_grouped",
     ];
 
     private static readonly string[] s_wideWrites =
-        ["fill_real", "fill_rows", "unpack_4bit", "unpack_int8"];
+        ["fill_real", "fill_rows", "unpack_4bit", "unpack_int8", "unpack_grouped"];
 
     // Kernels of small or strided work, where an access of an element is right.
     private static readonly string[] s_narrow =
@@ -90,6 +90,7 @@ public sealed class KernelBudgetTests
         "attention_queries_backward", "attention_decode_merge", "adapted_norm", "attention_tiles",
         "dropout_mask",
         "gated_norm_weight_parts", "conv_state", "delta_unit_gradients",
+        "unfold_forward", "unfold_backward",
         "order_by_id", "row_of_term", "splice_invert", "cross_entropy_check", "cross_entropy_sum",
         "adafactor_rows", "adafactor_column_parts", "adafactor_columns", "adafactor_means",
         "adafactor_squares", "adafactor_rate", "adafactor_change",

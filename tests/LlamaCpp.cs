@@ -31,7 +31,8 @@ internal sealed unsafe class LlamaCpp : IDisposable
             ContextSize = 512,
             BatchSize = 512,
             GpuLayerCount = 0,
-            Threads = 2,
+            Threads = 1,
+            BatchThreads = 1,
             FlashAttention = false,
             TypeK = GGMLType.GGML_TYPE_F32,
             TypeV = GGMLType.GGML_TYPE_F32,
@@ -58,7 +59,7 @@ internal sealed unsafe class LlamaCpp : IDisposable
     public List<float[]> Embed(string projector, Picture picture, int width)
     {
         var parameters = MtmdContextParams.Default();
-        (parameters.UseGpu, parameters.NThreads, parameters.Warmup) = (false, 2, false);
+        (parameters.UseGpu, parameters.NThreads, parameters.Warmup) = (false, 1, false);
         using var model = MtmdWeights.LoadFromFile(projector, _weights, parameters);
         using SafeMtmdEmbed media = SafeMtmdEmbed.FromRgbBytes(
             (uint)picture.Width, (uint)picture.Height, picture.Rgb)!;

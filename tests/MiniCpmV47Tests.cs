@@ -61,13 +61,17 @@ public sealed class MiniCpmV47Tests
     public void EveryRowHasItsPositionsAndProbabilities()
     {
         using var model = TunedModel.Open(s_case.Full);
-        var file = ReferenceFile.OpenAt(s_case.At("rows"));
+        var still = ReferenceFile.OpenAt(s_case.At("rows"));
+        var moving = ReferenceFile.OpenAt(s_case.At("video"));
         int compared = 0;
-        foreach (JsonElement row in s_case.Json("rows.json").EnumerateArray())
+        foreach (JsonElement row in s_case.Json("rows.json").EnumerateArray()
+            .Concat(s_case.Json("video.json").GetProperty("rows").EnumerateArray()))
         {
             string name = row.GetProperty("name").GetString()!;
+            ReferenceFile file = moving.Has(name + ".input_ids") ? moving : still;
             int[] ids = Ints(file, name + ".input_ids"), labels = Ints(file, name + ".labels");
-            Batch batch = Raw(file, name, ids, file.Has(name + ".pixel_u8") ? [name] : []);
+            Batch batch = Raw(file, name, ids, [.. ((string[])["_videos", ""])
+                .Where(of => file.Has(name + ".pixel_u8" + of)).Select(of => name + "|" + of)]);
             if (batch.Grids.Count > 0)
                 Assert.That(batch.Places.Span.ToArray().Select(p => p.Text)
                     .Concat(batch.Places.Span.ToArray().Select(p => p.Row))
@@ -89,7 +93,7 @@ public sealed class MiniCpmV47Tests
             compared++;
         }
 
-        Assert.That(compared, Is.EqualTo(5));
+        Assert.That(compared, Is.EqualTo(7));
     }
 
     [Test]
@@ -113,7 +117,7 @@ public sealed class MiniCpmV47Tests
                     .Count(m => m == 0);
                 int[] ids = ReferenceText.Ints(call.GetProperty("input_ids")[i])[padding..];
                 string[] shown = ids.Contains(s_format.Placeholders.UnknownId)
-                    ? [rows[picture++]] : [];
+                    ? [rows[picture++] + "|"] : [];
                 inputs.Add(new GenerationInput(
                     ids.Length, batch => Append(batch, file, ids, shown))
                 {
@@ -150,10 +154,11 @@ public sealed class MiniCpmV47Tests
     private static void Append(Batch batch, ReferenceFile file, int[] ids, string[] shown)
     {
         var grids = new List<PatchGrid>();
-        foreach (string name in shown)
+        foreach (string[] parts in shown.Select(s => s.Split('|')))
         {
-            int[] sizes = Ints(file, name + ".target_sizes");
-            double[] pixels = file.Doubles(name + ".pixel_u8");
+            (string name, string of) = (parts[0], parts[1]);
+            int[] sizes = Ints(file, name + ".target_sizes" + of);
+            double[] pixels = file.Doubles(name + ".pixel_u8" + of);
             int patches = pixels.Length / (3 * 196);
             for (int i = 0; i < sizes.Length; i += 2)
             {

@@ -68,11 +68,12 @@ internal sealed record Plant(string Name, string Function, string From, string T
 /// <summary>Finds and replaces in the text of kernels.cu.</summary>
 internal static partial class KernelText
 {
-    /// <summary>Where the function's text begins, and where it ends.</summary>
+    /// <summary>Where the text of a function, or of a struct with functions, begins, and where it
+    /// ends.</summary>
     public static (int Start, int End) Find(string source, string function)
     {
         Match[] found = Regex.Matches(source,
-            $@"^(?:extern|DEVICE|template|static)[^;{{}}]*?\b{function}\(", RegexOptions.Multiline)
+            $@"^(?:(?:extern|DEVICE|template|static)[^;{{}}]*?\b{function}\(|struct {function}$)", RegexOptions.Multiline)
                 .ToArray();
         Assert.That(found, Has.Length.EqualTo(1), $"functions {function} in kernels.cu");
         int start = found[0].Index, brace = source.IndexOf('{', start);

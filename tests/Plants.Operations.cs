@@ -73,6 +73,10 @@ internal static partial class Plants
             "starts[middle] < k", "weighted_gather") { With = [6] },
         new("columns behind the part keep what was there", "columns_backward",
             "put_row(behind, 0, 1, accumulate,", "put_row(behind, 0, 1, 1,", "columns"),
+        new("the frame behind the last is read", "unfold_forward", "(u32)frame < (u32)frames",
+            "(u32)frame <= (u32)frames", "unfold_stride") { With = [6] },
+        new("every frame is the middle of a window", "unfold_backward",
+            "at >= 0 && at % stride == 0", "at >= 0", "unfold_stride"),
         new("rows of a cache begin at its start", "cache_append", "(u64)slot * cols",
             "(u64)i * cols", "cache_append"),
         new("counted from the end of the cache's room", "find_tile", "mask.causal == 2",
@@ -98,18 +102,32 @@ internal static partial class Plants
         },
 
         // 13: quantised weights
-        Quantised("the low half of a byte first", "unpack_4bit", "+ 4 - 4 * (j % 2)",
+        Quantised("the low half of a byte first", "four_bit", "+ 4 - 4 * (j % 2)",
             "+ 4 * (j % 2)", "nf4"),
-        Quantised("a part's blocks of blocks begin at 0", "unpack_4bit", "(first_block + block)",
+        Quantised("a part's blocks of blocks begin at 0", "four_bit", "(first_block + block)",
             "block", "fp4_nested_part"),
-        Quantised("the offset is left out", "unpack_4bit", ", offset);", ", 0);", "nf4_nested"),
-        Quantised("the last byte is left out", "unpack_4bit", "i + 2 * j < count",
+        Quantised("the offset is left out", "four_bit", ", offset);", ", 0);", "nf4_nested"),
+        Quantised("the last byte is left out", "four_bit", "i + 2 * j < count",
             "i + 2 * j + 1 < count", "nf4"),
-        Quantised("the next row has the scale of this one", "unpack_int8", "scales[++row]",
+        Quantised("a group goes on into the next row", "grouped",
+            "min(size - column % size, cols - column)", "size - column % size", "groups4"),
+        Quantised("the zero point of the first group", "grouped", "zeros[row * groups + group]",
+            "zeros[row * groups]", "groups8"),
+        Few("the sums of the last row are another's", "multiply_few", "(u64)r * y_stride + n", "n"),
+        Few("a stretch is left out", "multiply_few", "k += WARP * CAST", "k += 2 * WARP * CAST"),
+        Few("weights are not rounded", "multiply_few", "widen(narrow(v[j]))", "v[j]"),
+        Quantised("the next row has the scale of this one", "int8_rows", "scales[++row]",
             "scales[row++]", "int8"),
-        Quantised("the table is read before it is there", "unpack_4bit", "__syncthreads();", "",
-            "nf4") with { By = Finder.Emulator, Check = Check.SharedRaceWithinWarp },
+        Quantised("the table is read before it is there", "in_banks", "__syncthreads();", "",
+            "nf4") with
+        {
+            By = Finder.Emulator, Check = Check.SharedRaceWithinWarp, Kernel = "unpack_4bit",
+        },
     ];
+
+    private static Plant Few(string name, string function, string from, string to) =>
+        Other(name, function, from, to, nameof(QuantisedWeightTests.FewRows),
+            cuda => QuantisedWeightTests.FewRows(cuda, "nf4_nested", DType.BF16, 5, 1024, 3));
 
     private static Plant Quantised(
         string name, string function, string from, string to, string kind) =>

@@ -2,6 +2,7 @@ using System.Text.Json;
 using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Generate;
 using MiniCpmNative.Engine.Model;
 using MiniCpmNative.Engine.Train;
 using MiniCpmNative.Engine.Weights;
@@ -114,22 +115,7 @@ public sealed unsafe class QuantisedModelTests
             InitLoraWeights = LoraStart.Parse("false")!,
         };
         using var model = TunedModel.Open(arguments);
-        using (var weights = Checkpoint.Open(V26.Model))
-        {
-            var dense = weights.Tensors.Select(stored =>
-            {
-                if (!model.Base.Kind.Takes(stored.Name)) return stored.ToSave();
-                var form = new FourBitForm(stored.Shape[0], stored.Shape[1], 64, 256);
-                FourBitCodes codes = FourBitCodes.Of(
-                    form, FourBitKind.Nf4, stored.Type, (void*)stored.Data);
-                var values = new float[stored.Count];
-                codes.Unpack(0, values);
-                return new TensorToSave(stored.Name, DType.F32, stored.Shape, stream =>
-                    stream.Write(System.Runtime.InteropServices.MemoryMarshal.AsBytes<float>(values)));
-            });
-            QuantisedModel.Write(_folder, dense, "null");
-        }
-
+        WriteDequantised(model.Base.Kind);
         using var expected = TunedModel.Open(
             arguments with { QLora = false, ModelNameOrPath = _folder });
         Batch batch = V26.Batch(s_qlora, "one");
@@ -146,6 +132,31 @@ public sealed unsafe class QuantisedModelTests
                     Array.ConvertAll(V26.Gradient(expected, tensor.Name), v => (double)v)),
                 Is.LessThan(1e-5), tensor.Name);
         }
+    }
+
+    // What is asked answers as the model that was trained: that of the dequantised weights.
+    [Test]
+    public void AskedIn4BitsItIsTheSameModel()
+    {
+        var arguments = new TrainArguments
+        {
+            ModelNameOrPath = V26.Model,
+            Device = DeviceChoice.Cpu,
+            QLora = true,
+        };
+        using (var trained = TunedModel.Open(s_qlora)) WriteDequantised(trained.Base.Kind);
+        using AskedModel asked = AskedModel.Open(arguments, null),
+            dense = GenerationCase.Open(_folder), whole = GenerationCase.Open(V26.Model);
+        float[] logits = Logits(asked);
+        Assert.That(logits, Is.EqualTo(Logits(dense)).Within(1e-5 * logits.Max(Math.Abs)));
+        Assert.That(V26.LargestError(logits, Array.ConvertAll(Logits(whole), v => (double)v)),
+            Is.GreaterThan(0.01), "4 bits are fewer");
+        Assert.That(Held(asked), Is.LessThan(Held(whole) - 1_700_000));
+
+        static long Held(AskedModel model) => ((CpuDevice)model.Model.Device).AllocatedBytes;
+
+        static float[] Logits(AskedModel model) => GenerationCase.Logits(model,
+            new GenerationInput(6, batch => batch.AddRow([501, 312, 198, 488, 83, 502], [])));
     }
 
     [Test]
@@ -201,6 +212,23 @@ public sealed unsafe class QuantisedModelTests
         });
         Assert.That(model.Parts.Tensors.Select(t => t.Name),
             Has.Some.EqualTo("llm.model.embed_tokens.weight"));
+    }
+
+    // The model on the values of its 4-bit codes, stored in float32.
+    private void WriteDequantised(QuantisedKind kind)
+    {
+        using var weights = Checkpoint.Open(V26.Model);
+        QuantisedModel.Write(_folder, weights.Tensors.Select(stored =>
+        {
+            if (!kind.Takes(stored.Name)) return stored.ToSave();
+            var form = new FourBitForm(stored.Shape[0], stored.Shape[1], 64, 256);
+            FourBitCodes codes = FourBitCodes.Of(
+                form, FourBitKind.Nf4, stored.Type, (void*)stored.Data);
+            var values = new float[stored.Count];
+            codes.Unpack(0, values);
+            return new TensorToSave(stored.Name, DType.F32, stored.Shape, stream =>
+                stream.Write(System.Runtime.InteropServices.MemoryMarshal.AsBytes<float>(values)));
+        }), "null");
     }
 
     private static void AssertCase(TrainArguments arguments, string name)

@@ -17,11 +17,17 @@ namespace MiniCpmNative.Tests;
 [TestFixture]
 public sealed unsafe class QuantisedWeightTests
 {
-    // Columns that blocks cross, an odd number of elements, and whole blocks.
-    private static readonly (int Outputs, int Inputs)[] s_sizes = [(9, 20), (13, 21), (40, 64)];
+    // Columns that blocks cross, an odd number of elements, whole blocks, and several rows in eight
+    // elements.
+    private static readonly (int Outputs, int Inputs)[] s_sizes =
+        [(9, 20), (13, 21), (40, 64), (7, 3)];
+
+    // Rows that weights are unpacked for.
+    private const int Many = 17;
 
     private static readonly string[] s_kinds =
-        ["nf4", "nf4_nested", "fp4", "fp4_nested_part", "nf4_not_finite", "int8"];
+        ["nf4", "nf4_nested", "fp4", "fp4_nested_part", "nf4_not_finite", "int8",
+            "groups4", "groups4_ordered", "groups8"];
 
     private static readonly string[] s_ops =
         ["linear", "linear_transposed", "lora_dropout", "linears"];
@@ -60,7 +66,60 @@ public sealed unsafe class QuantisedWeightTests
         cuda.ForgetSteps();
         CudaDevice device = cuda.Device(type);
         device.Random = new(3, 4, true);
-        EqualsDense(device, kind, op, outputs, inputs, 5);
+        // More than are multiplied as they are unpacked.
+        EqualsDense(device, kind, op, outputs, inputs, Many);
+    }
+
+    // Each as a sum in double of the numbers that a dense weight would have; columns that end in a
+    // warp's stretch, and those that go through it more than once; rows of no alignment.
+    [TestCase(DType.F32)]
+    [TestCase(DType.BF16)]
+    public void FewRowsAreMultipliedAsTheyAreUnpacked(DType type)
+    {
+        using var cuda = new CudaUnderTest();
+        foreach (string kind in s_kinds)
+            foreach (var (outputs, inputs, rows) in ((int, int, int)[])
+                [(9, 24, 2), (13, 264, KernelConstants.FewRows + 3), (3, 1024, 1)])
+                FewRows(cuda, kind, type, outputs, inputs, rows);
+    }
+
+    internal static void FewRows(
+        CudaUnderTest cuda, string kind, DType type, int outputs, int inputs, int rows)
+    {
+        cuda.ForgetSteps();
+        CudaDevice device = cuda.Device(type);
+        Weight weight = Make(device, kind, outputs, inputs, out double[] values);
+        Value[] inputsOf = Of("linear", inputs, outputs, rows);
+        // The first row asks for one weight, so that its own rounding shows.
+        for (int k = 0; k < inputs; k++) inputsOf[0].Data[k] = k == inputs - 3 ? 3 : 0;
+        using var run = new OpRun(device, new Linear(Weight: weight), inputsOf);
+        bool counts = cuda.Emulator is not null;
+        if (counts) cuda.Emulator!.ClearLaunches();
+        run.Forward();
+        double[] y = run.Output;
+        if (counts)
+            Assert.That(cuda.Emulator!.Launches.Select(l => l.Kernel),
+                Has.None.StartsWith("unpack_").And.Some.StartsWith("multiply_"));
+        double[] w = Storage.Round(values, type), x = Storage.Round(inputsOf[0].Data, type);
+        double[] bias = Storage.Round(inputsOf[2].Data, type);
+        for (int i = 0; i < y.Length; i++)
+        {
+            double sum = bias[i % outputs], size = Math.Abs(sum);
+            for (int k = 0; k < inputs; k++)
+            {
+                double product = x[(i / outputs * inputs) + k] * w[(i % outputs * inputs) + k];
+                (sum, size) = (sum + product, size + Math.Abs(product));
+            }
+
+            string what = $"{kind} {type} [{outputs}, {inputs}] of {rows} rows, {i}";
+            if (i < outputs && type == DType.BF16 && kind != "nf4_not_finite")
+                Assert.That(y[i], Is.EqualTo(Storage.Round([sum], type)[0]), what);
+            else if (!double.IsFinite(sum))
+                Assert.That(double.IsFinite(y[i]), Is.False, what);
+            else
+                Assert.That(y[i], Is.EqualTo(sum).Within((size * inputs * Math.ScaleB(1, -24))
+                    + (Math.Abs(sum) * Math.ScaleB(1, type == DType.BF16 ? -8 : -24))), what);
+        }
     }
 
     // More rows than are unpacked at a time: the same sums in the forward, in pieces in the
@@ -92,6 +151,8 @@ public sealed unsafe class QuantisedWeightTests
     [TestCase("nf4", 4.5)]
     [TestCase("nf4_nested", 4.127)]
     [TestCase("int8", 8)]
+    [TestCase("groups4", 5.25)]
+    [TestCase("groups8", 9.25)]
     public void BitsOfAnElement(string kind, double bits)
     {
         using var device = new CpuDevice(1, 1L << 20);
@@ -103,22 +164,45 @@ public sealed unsafe class QuantisedWeightTests
     [TestCase("nf4", DType.BF16)]
     [TestCase("nf4_nested", DType.F32)]
     [TestCase("int8", DType.BF16)]
+    [TestCase("groups4", DType.BF16)]
     public void UnpackingMovesEachByteOnce(string kind, DType type)
+    {
+        LaunchCounters launch = Counted(kind, type, Many, "unpack_", out long w);
+        long needed = w + (512L * 1024 * type.Size());
+        Assert.That(launch.DramBytes, Is.InRange(needed * 0.99, needed * 1.05));
+    }
+
+    // The codes once, however many rows there are, beside the rows.
+    [TestCase("nf4_nested", 1)]
+    [TestCase("nf4", KernelConstants.FewRows)]
+    [TestCase("int8", 3)]
+    [TestCase("groups4", 2)]
+    public void FewRowsReadTheCodesOnce(string kind, int rows)
+    {
+        LaunchCounters launch = Counted(kind, DType.BF16, rows, "multiply_", out long w);
+        long needed = w + (rows * (512L + 1024) * 2);
+        Assert.That(launch.DramBytes, Is.InRange(needed * 0.99, needed * 1.05));
+    }
+
+    private static LaunchCounters Counted(
+        string kind, DType type, int rows, string kernel, out long bytes)
     {
         const int Outputs = 512, Inputs = 1024;
         if (CudaUnderTest.IsReal) Assert.Ignore("counted by the emulator only");
         using var cuda = new CudaUnderTest(new EmulatorOptions { Footprint = true });
         CudaDevice device = cuda.Device(type);
         Weight weight = Make(device, kind, Outputs, Inputs, out _);
-        using var run = new OpRun(device, new Linear(Weight: weight), Of("linear", Inputs, Outputs, 1));
+        using var run = new OpRun(
+            device, new Linear(Weight: weight), [.. Of("linear", Inputs, Outputs, rows)[..2],
+                Value.Absent("b")]);
         cuda.Emulator!.ClearLaunches();
         run.Forward();
         cuda.Context.Synchronise();
+        bytes = weight.Bytes;
         LaunchCounters launch = cuda.Emulator.Launches.Single(
-            l => l.Kernel == (kind == "int8" ? "unpack_int8" : "unpack_4bit"));
-        long needed = weight.Bytes + ((long)Outputs * Inputs * type.Size());
-        TestContext.Out.WriteLine($"{launch.DramBytes} bytes, {needed} needed");
-        Assert.That(launch.DramBytes, Is.InRange(needed * 0.99, needed * 1.05));
+            l => l.Kernel.StartsWith(kernel, StringComparison.Ordinal));
+        TestContext.Out.WriteLine($"{launch.DramBytes} bytes");
+        return launch;
     }
 
     private static void EqualsDense(
@@ -162,6 +246,8 @@ public sealed unsafe class QuantisedWeightTests
             return new Int8RowsWeight(device, inputs, elements, scales);
         }
 
+        if (kind.StartsWith("groups", StringComparison.Ordinal))
+            return Grouped(device, kind, outputs, inputs, random, out values);
         float[] floats = Array.ConvertAll(random, v => (float)v);
         bool nested = kind.Contains("nested");
         // As rows of a larger matrix they have another place among the blocks of blocks.
@@ -178,6 +264,30 @@ public sealed unsafe class QuantisedWeightTests
         codes.Unpack((long)before * inputs, back);
         values = Array.ConvertAll(back, v => (double)v);
         return new FourBitWeight(device, codes.Rows(before, outputs));
+    }
+
+    // Groups of 12 columns, which nothing divides; ordered, each column has any of them.
+    private static GroupedWeight Grouped(Device device, string kind, int outputs, int inputs,
+        double[] random, out double[] values)
+    {
+        int bits = kind.Contains('8') ? 8 : 4;
+        bool isOrdered = kind.EndsWith("ordered", StringComparison.Ordinal);
+        var form = new GroupedForm(outputs, inputs, bits, inputs == 1024 ? 32 : 12, isOrdered);
+        int[]? groupOf = isOrdered
+            ? [.. Enumerable.Range(0, inputs).Select(k => k * 7 % form.Groups)] : null;
+        float[] scales = [.. Enumerable.Range(0, form.Scales).Select(i => 0.01f + (0.003f * (i % 11)))];
+        byte[] zeros = [.. Enumerable.Range(0, form.Scales).Select(i => (byte)(i * 5 % (1 << bits)))];
+        int[] codes = [.. random.Select(v => (int)Math.Abs(v * 1000) % (1 << bits))];
+        var packed = new byte[form.CodeBytes];
+        for (int i = 0; i < codes.Length; i++)
+            packed[i * bits / 8] |= (byte)(codes[i] << (i * bits % 8));
+        values = [.. codes.Select((code, i) =>
+        {
+            int at = (i / inputs * form.Groups) + (groupOf?[i % inputs] ?? i % inputs / form.GroupSize);
+            return (double)((code - zeros[at]) * scales[at]);
+        })];
+        return new GroupedWeight(
+            device, new GroupedCodes(form, packed, scales, zeros, groupOf));
     }
 
     private static Op OpOf(string name, int outputs, Weight? weight) => name switch

@@ -50,7 +50,7 @@ internal static class RealModel
         TunedParts parts = TunedParts.Choose(
             spec, arguments, TunedParts.AdapterOf(arguments, spec), DType.BF16);
         var kind = new QuantisedKind(
-            spec.Parameters, DType.BF16, TunedModel.QuantisationOf(arguments), null);
+            spec.Parameters, DType.BF16, Quantisation.Of(arguments), null);
         return new PlannedModel(spec, parts, _ => DType.BF16, kind);
     }
 

@@ -3,6 +3,7 @@ using System.Text.Json.Nodes;
 using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Data.Text;
 using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;
@@ -167,7 +168,9 @@ public sealed class RowFormatTests
         }
 
         var turns = row.Turns.ToList();
-        string system = turns[0].Role == "system" ? turns[0].Content : DefaultSystem;
+        IReadOnlyList<string> tools = turns[0].Tools ?? [];
+        string system =
+            turns[0] is { Role: "system", Content.Length: > 0 } said ? said.Content : DefaultSystem;
         if (turns[0].Role == "system") turns.RemoveAt(0);
         if (!turns.Any(t => t.Content.Contains("<image", StringComparison.Ordinal)))
             turns[0] = turns[0] with
@@ -176,18 +179,33 @@ public sealed class RowFormatTests
             };
         if (boxes)
             return "{" + string.Join('|', turns.Where(t => t.Trained == true).Select(t => t.Content));
-        return Row(system, turns.Select(t => (t.Role, t.Content)), row.Pictures.Select(Source),
-            turns.Where(t => t.Role == "assistant").Select(t => t.Trained == true));
+        return Row(system, tools, turns.Select(t => (t.Role, t.Role == "tool" ? Result(t.Content)
+                : t.Content + string.Join('\n', (t.Calls ?? []).Select(Call)))),
+            row.Pictures.Select(Source), turns.Where(t => t.Role == "assistant").Select(t => t.Trained == true));
 
         static string Source(RowPicture picture) =>
             picture.Bytes is null ? picture.Path : "in the row";
     }
 
-    private static string Row(string system, IEnumerable<(string Role, string Content)> turns,
-        IEnumerable<string> pictures, IEnumerable<bool> trained) => JsonSerializer.Serialize(new
+    private static string Result(string content) => $"<tool_response>\n{content}\n</tool_response>";
+
+    private static string Call(ToolCall call) => "<tool_call>\n"
+        + $"{{\"name\": \"{call.Name}\", \"arguments\": {call.Arguments}}}\n</tool_call>";
+
+    private static string Row(string system, IEnumerable<string> tools,
+        IEnumerable<(string Role, string Content)> turns, IEnumerable<string> pictures,
+        IEnumerable<bool> trained) => JsonSerializer.Serialize(new
         {
             system,
-            turns = turns.Select(t => $"{t.Role}: {t.Content}"),
+            tools,
+            turns = turns.Aggregate(new List<string>(), (list, t) =>
+            {
+                // Results behind each other are one turn in some of the formats.
+                if (t.Role == "tool" && list[^1].StartsWith("tool: ", StringComparison.Ordinal))
+                    list[^1] += "\n" + t.Content;
+                else list.Add($"{t.Role}: {t.Content}");
+                return list;
+            }),
             pictures,
             trained,
         });
@@ -199,13 +217,42 @@ public sealed class RowFormatTests
         if (row.TryGetProperty("pieces", out var pieces))
             return "{" + string.Join('|', pieces.EnumerateArray().Where(p => p[1].GetInt32() == 1)
                 .Select(p => p[0].GetString()!.Replace("<|im_end|>\n", "")));
-        // A row that ends with a question has an open answer there.
-        return Row(row.GetProperty("system").GetString()!, turns.EnumerateArray()
+        string[] system = row.GetProperty("system").GetString()!.Split("\n\n# Tools\n\n");
+        string[] tools = system.Length == 1 ? []
+            : system[1].Split("<tools>\n")[1].Split("\n</tools>")[0].Split('\n');
+        // A row that ends with a question has an open answer there. An empty system text is none.
+        return Row(tools.Length > 0 && system[0] == "" ? DefaultSystem : system[0], tools, turns.EnumerateArray()
                 .Where(t => t.TryGetProperty("content", out _))
-                .Select(t => (t.GetProperty("role").GetString()!, $"{t.GetProperty("content")}")),
+                .Select(t => (t.GetProperty("role").GetString()!, Content(t.GetProperty("content")))),
             row.GetProperty("pictures").EnumerateArray().Select(p =>
                 p[0].ValueKind == JsonValueKind.String ? p[0].GetString()! : "in the row"),
-            Flags(row.GetProperty("answers").GetProperty(scale)));
+            Answers(turns, Flags(row.GetProperty("answers").GetProperty(scale))));
+
+        static string Content(JsonElement content)
+        {
+            if (content.ValueKind != JsonValueKind.Array) return $"{content}";
+            string text = string.Concat(content.EnumerateArray());
+            int from = text.IndexOf("<tool_response>", StringComparison.Ordinal);
+            int end = text.LastIndexOf("<|im_end|>", StringComparison.Ordinal);
+            return end < 0 ? text : text[Math.Max(0, from)..end];
+        }
+
+        // Text and calls are one answer here.
+        static IEnumerable<bool> Answers(JsonElement turns, IEnumerable<bool> flags)
+        {
+            var left = new Queue<bool>(flags);
+            foreach (var turn in turns.EnumerateArray())
+            {
+                if ($"{turn.GetProperty("role")}" != "assistant" || left.Count == 0) continue;
+                bool flag = left.Dequeue();
+                if (turn.TryGetProperty("content", out var content)
+                    && content.ValueKind == JsonValueKind.Array)
+                    for (int i = 1; i < content.GetArrayLength(); i++) left.Dequeue();
+                yield return flag;
+            }
+
+            foreach (bool flag in left) yield return flag;
+        }
     }
 
     private static string? Factory(JsonElement row, string option)
@@ -213,13 +260,30 @@ public sealed class RowFormatTests
         if (!row.TryGetProperty("turns", out var trained)) return null;
         var aligned = row.GetProperty("aligned");
         var turns = Items("prompt").Concat(Items("response")).Select(t =>
-            (t.GetProperty("role").GetString()!, t.GetProperty("content").GetString()!)).ToList();
+            Turn(t.GetProperty("role").GetString()!, t.GetProperty("content").GetString()!)).ToList();
+        var tools = aligned.TryGetProperty("tools", out var text)
+            ? JsonNode.Parse($"{text}")!.AsArray() : [];
         string system = aligned.TryGetProperty("system", out var said) && $"{said}" != ""
             ? $"{said}" : DefaultSystem;
-        return Row(system, turns, Items("images").Select(p =>
+        return Row(system, tools.Select(Tool), turns, Items("images").Select(p =>
                 p.ValueKind == JsonValueKind.String ? p.GetString()! : "in the row"),
             Flags(trained.GetProperty(option)).Zip(turns)
                 .Where(pair => pair.Second.Item1 == "assistant").Select(pair => pair.First));
+
+        static (string, string) Turn(string role, string content) => role switch
+        {
+            "observation" => ("tool", Result(content)),
+            "function" => ("assistant", string.Join('\n', Calls(JsonDocument.Parse(content).RootElement)
+                .Select(call => Call(ToolCall.Read(call))))),
+            _ => (role, content),
+        };
+
+        static IEnumerable<JsonElement> Calls(JsonElement content) =>
+            content.ValueKind == JsonValueKind.Array ? content.EnumerateArray() : [content];
+
+        static string Tool(JsonNode? tool) => PythonJson.Write(JsonSerializer.SerializeToElement(
+            tool!["function"] is null
+                ? new JsonObject { ["type"] = "function", ["function"] = tool.DeepClone() } : tool));
 
         IEnumerable<JsonElement> Items(string key) =>
             aligned.TryGetProperty(key, out var list) ? list.EnumerateArray() : [];

@@ -142,9 +142,9 @@ public class RowTests
     [TestCase("{\"objects\":{\"bbox\":[[1,2,3]]},\"conversations\":TALK}", "a bbox is a list of 3")]
     [TestCase("{\"image\":\"https://x.org/a.png\",\"conversations\":TALK}", "address on the network")]
     [TestCase("{\"image\":\"data:image/png;base64,!\",\"conversations\":TALK}", "is not base64")]
-    [TestCase("{\"videos\":[\"a.mp4\"],\"conversations\":TALK}", "key \"videos\" is not used here")]
-    [TestCase("{\"conversations\":[{\"role\":\"user\",\"content\":\"<video>What?\"},"
-        + "{\"role\":\"assistant\",\"content\":\"x\"}]}", "turn 1: has the tag <video>")]
+    [TestCase("{\"audios\":[\"a.mp3\"],\"conversations\":TALK}", "key \"audios\" is not used here")]
+    [TestCase("{\"conversations\":[{\"role\":\"user\",\"content\":\"<audio>What?\"},"
+        + "{\"role\":\"assistant\",\"content\":\"x\"}]}", "turn 1: has the tag <audio>")]
     [TestCase("{\"rejected\":\"no\",\"conversations\":TALK}", "key \"rejected\" is not used here")]
     [TestCase("{\"history\":[[\"a\",\"b\"]],\"conversations\":TALK}",
         "key \"history\" is not used here")]

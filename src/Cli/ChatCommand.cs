@@ -10,20 +10,22 @@ namespace MiniCpmNative.Cli;
 internal sealed class ChatCommand : IDisposable
 {
     private const string Usage = """
-        usage: cpmx chat MODEL [--adapter DIR] [--image FILE ...] [--system TEXT] [--think]
-                         [--name value ...]
+        usage: cpmx chat MODEL [--adapter DIR] [--image FILE ...] [--audio FILE ...]
+                         [--system TEXT] [--think] [--name value ...]
 
         Asks a model, with an adapter that cpmx or PEFT wrote, in a conversation. Without a terminal
         each line that comes in is a question, and only answers go out. Ctrl-C stops an answer.
 
           --adapter DIR   folder with adapter_config.json and adapter_model.safetensors
           --image FILE    shown with the first question; may be given several times
+          --audio FILE    heard with the first question (MiniCPM-o); several times too
           --system TEXT   system prompt
           --think         let the model think first, if it can; thoughts are folded
         """;
 
     private const string Commands = """
         /image FILE    show a picture with the next question
+        /audio FILE    let the next question hear a sound (with --audio, or --init_audio true)
         /reset         begin anew
         /base          the last question again, without the adapter
         /system TEXT   another system prompt; nothing for the model's own
@@ -63,7 +65,7 @@ internal sealed class ChatCommand : IDisposable
             return 0;
         }
 
-        var own = new OwnOptions(args, ["--adapter", "--image", "--system"], ["--think"]);
+        var own = new OwnOptions(args, ["--adapter", "--image", "--audio", "--system"], ["--think"]);
         if (own.Rest.Length == 0 || own.Rest[0].StartsWith('-'))
             throw new InputException("chat: the folder of a model is missing: cpmx chat MODEL");
         var (model, maker, settings) = Open(own, runners, error);
@@ -74,6 +76,7 @@ internal sealed class ChatCommand : IDisposable
             Thinks = own.Has("--think"),
         };
         foreach (string picture in own.All("--image")) session.Show(picture);
+        foreach (string sound in own.All("--audio")) session.Hear(sound);
         if (terminal)
             output.WriteLine($"{model.Model.Spec.Family} on {model.Model.DeviceName}"
                 + (model.Adapter is { } adapter ? $", adapter {adapter}" : "")
@@ -94,6 +97,7 @@ internal sealed class ChatCommand : IDisposable
         TrainArguments arguments = read with
         {
             ModelNameOrPath = Path.GetFullPath(own.Rest[0]),
+            InitAudio = read.InitAudio || own.All("--audio").Any(),
             // Weights are bfloat16 on a GPU unless something else is asked for.
             Bf16 = given.Contains("bf16") || given.Contains("fp16") ? read.Bf16 : true,
         };
@@ -155,6 +159,12 @@ internal sealed class ChatCommand : IDisposable
                 if (_terminal)
                     _output.WriteLine($"{rest}: {Messages.Number(picture.Plan.Views)} view(s), "
                         + "shown with the next question");
+                break;
+            case "/audio":
+                double seconds = _session.Hear(rest);
+                if (_terminal)
+                    _output.WriteLine(FormattableString.Invariant(
+                        $"{rest}: {seconds:0.0} s, heard with the next question"));
                 break;
             case "/reset":
                 _session.Reset();

@@ -19,7 +19,8 @@ internal sealed record Runners
 
     public Func<TrainArguments, TextWriter, bool> CheckData { get; init; } =
         (arguments, output) => DataCheck.Run(
-            arguments, ModelSpec.Read(arguments.ModelNameOrPath!).Rows(), output);
+            arguments, ModelSpec.Read(arguments.ModelNameOrPath!).Hearing(arguments.InitAudio)
+                .Rows(), output);
 
     public Action<TrainArguments, TraceRequest, TextWriter> Trace { get; init; } = TraceRun.Run;
 

@@ -179,9 +179,8 @@ internal static class OtherToolsKeys
         val_dataset eval_data_path
         val_dataset_sample : make a smaller file, or set eval_split to a number of rows
         val_size eval_split
-        video_fps : videos are not used here
-        video_max_pixels : videos are not used here
-        video_maxlen : videos are not used here
+        video_max_pixels : frames are resized as the model's processor does
+        video_maxlen video_max_frames
         vit_gradient_checkpointing gradient_checkpointing
         vit_lr learning_rates, as {"vision": 1e-5}
         wandb_project : logs are train_log.jsonl, TensorBoard's files and report.html

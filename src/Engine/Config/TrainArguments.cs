@@ -21,6 +21,22 @@ public sealed partial record TrainArguments
     [Key("Model", "most tiles that one picture is sliced into", Min = 1, Max = 1000)]
     public int MaxSliceNums { get; init; } = 9;
 
+    [Key("Model", "frames that are taken of a second of video; the model's own number when not "
+        + "given", Max = 1000, Open = true)]
+    public double? VideoFps { get; init; }
+
+    [Key("Model", "most frames of a video, where frames are joined, groups of them; the model's own "
+        + "number when not given", Min = 1, Max = 1 << 16)]
+    public int? VideoMaxFrames { get; init; }
+
+    [Key("Model", "most tiles that one frame is sliced into; the model's own number when not given",
+        Min = 1, Max = 1000)]
+    public int? VideoMaxSliceNums { get; init; }
+
+    [Key("Model", "frames that become one picture's features together, of models that join frames; "
+        + "by the video's length when not given", Min = 1, Max = 6)]
+    public int? VideoPacking { get; init; }
+
     [Key("Model", "weights and what is saved are bfloat16")]
     public bool Bf16 { get; init; }
 
@@ -96,14 +112,21 @@ public sealed partial record TrainArguments
     [Key("Trained parts", "train the vision tower (with use_lora: see modules_to_save)")]
     public bool TuneVision { get; init; } = true;
 
+    [Key("Trained parts", "run the model's audio encoder (MiniCPM-o), which rows with audio need")]
+    public bool InitAudio { get; init; }
+
+    [Key("Trained parts", "train the audio encoder (with use_lora: name apm and "
+        + "audio_projection_layer in modules_to_save)")]
+    public bool TuneAudio { get; init; }
+
     [Key("Trained parts", "train the language model; not together with use_lora")]
     public bool TuneLlm { get; init; } = true;
 
     [Key("Trained parts", "train low-rank adapters instead of the weights")]
     public bool UseLora { get; init; }
 
-    [Key("Trained parts", "adapters on a decoder whose linear layers are quantised to 4 bits on "
-        + "load (load_in_4bit is the same); a quantised model is trained as it is without it")]
+    [Key("Trained parts", "the decoder's linear layers in 4 bits, quantised on load, and adapters "
+        + "on them (load_in_4bit is the same); a quantised model is taken as it is without it")]
     public bool QLora { get; init; }
 
     [Key("Trained parts", "the same as q_lora", Name = "load_in_4bit")]
@@ -222,7 +245,7 @@ public sealed partial record TrainArguments
     public double LearningRate { get; init; } = 5e-5;
 
     [Key("Optimisation", "peak learning rates of single tensors: object of vision, joiner, decoder, "
-        + "embeddings (the head too) or regular expressions for a part of the name; the first that "
+        + "audio, embeddings (the head too) or regular expressions for a part of the name; the first that "
         + "matches counts", Max = 1e6)]
     public NumbersByName? LearningRates { get; init; }
 

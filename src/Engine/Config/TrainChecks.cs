@@ -61,6 +61,14 @@ internal static class TrainChecks
     // Below it F32 loses bits, and some processors take it for 0.
     private const float SmallestNormal = 1.17549435e-38f;
 
+    /// <summary>Keys that say more about q_lora, where it is not there; a model that is asked has
+    /// them too.</summary>
+    public static string? Unquantised(TrainArguments a) =>
+        a.Quantises || (a.Bnb4bitQuantType is null && a.Bnb4bitUseDoubleQuant is null
+            && a.LlmInt8SkipModules is null) ? null
+        : "bnb_4bit_quant_type, bnb_4bit_use_double_quant and llm_int8_skip_modules need q_lora "
+            + "(load_in_4bit)";
+
     /// <exception cref="InputException">Lists all contradictions.</exception>
     public static void Check(TrainArguments a)
     {
@@ -84,6 +92,7 @@ internal static class TrainChecks
             "offload_param streams frozen layers too: leave stream_weights=false out");
         Refuse(a.UseLora && a.TuneLlm, "use_lora and tune_llm are both true: set tune_llm to false "
             + "(the language model then learns through its adapters)");
+        Refuse(a.TuneAudio && !a.InitAudio, "tune_audio needs init_audio, which runs the encoder");
         Refuse(!a.UseLora && a.ModulesToSave is { Count: > 0 },
             "modules_to_save needs use_lora; without it tune_vision and tune_llm say what is trained");
         Refuse(!a.UseLora && a.LoraLayerReplication is not null,
@@ -107,10 +116,7 @@ internal static class TrainChecks
             "lora_weight_path starts from an adapter; leave one of them out");
         Refuse(a.Quantises && !a.UseLora, "q_lora (load_in_4bit) needs use_lora: 4-bit weights are "
             + "not trained themselves");
-        Refuse(!a.Quantises && (a.Bnb4bitQuantType is not null || a.Bnb4bitUseDoubleQuant is not null
-                || a.LlmInt8SkipModules is not null),
-            "bnb_4bit_quant_type, bnb_4bit_use_double_quant and llm_int8_skip_modules need q_lora "
-            + "(load_in_4bit)");
+        if (Unquantised(a) is { } unused) problems.Add(unused);
         var computes = a.Bf16 ? ComputeType.Bfloat16 : a.Fp16 ? ComputeType.Float16
             : ComputeType.Float32;
         Refuse(a.Bnb4bitComputeDtype is { } type && type != computes,

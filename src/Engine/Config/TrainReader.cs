@@ -37,7 +37,9 @@ public sealed class TrainReader
         var reader = new TrainReader(Path.GetFullPath(workingDirectory), TrainKeys.Asking);
         reader.TakeArguments(arguments, 0);
         given = reader._given.Keys;
-        return reader.Build();
+        TrainArguments read = reader.Build();
+        return TrainChecks.Unquantised(read) is { } problem
+            ? throw new InputException(problem) : read;
     }
 
     /// <summary>
@@ -226,5 +228,9 @@ public sealed class TrainReader
             yield return "tune_vision trains nothing together with use_lora, "
                 + "unless modules_to_save has vpm (as official_compat sets it)";
         }
+
+        if (arguments.UseLora && arguments.TuneAudio && !arguments.TrainedWhole.Contains("apm"))
+            yield return "tune_audio trains nothing together with use_lora, "
+                + "unless modules_to_save has apm and audio_projection_layer";
     }
 }

@@ -44,6 +44,12 @@ public sealed class Batch
     public Growing<int> PictureStarts { get; } = new();
 
     /// <summary>
+    /// When each view is seen, and with which others; those that are missing at the end are
+    /// pictures, each by itself.
+    /// </summary>
+    public Growing<ViewTime> Times { get; } = new();
+
+    /// <summary>
     /// First token and end of each picture's place in its row, counted in the row.
     /// </summary>
     public Growing<int> ImageBounds { get; } = new();
@@ -56,6 +62,19 @@ public sealed class Batch
     /// <summary>The picture feature of each slot, counted over all pictures.</summary>
     public Growing<int> SlotFeatures { get; } = new();
 
+    /// <summary>
+    /// Tokens whose embedding is replaced by a sound feature, as indices into Tokens; they take
+    /// the features of all clips in order.
+    /// </summary>
+    public Growing<int> SoundSlots { get; } = new();
+
+    // Log-mel features of all clips, frame by frame, and where each begins, in frames.
+    private readonly Growing<float> _mel = new();
+    private readonly Growing<int> _clipStarts = new();
+
+    /// <summary>Clips of sound.</summary>
+    public int Clips => Math.Max(0, _clipStarts.Count - 1);
+
     /// <summary>Features of all pictures.</summary>
     public int Features { get; private set; }
 
@@ -64,10 +83,13 @@ public sealed class Batch
         Samples = Features = 0;
         foreach (var buffer
             in (ReadOnlySpan<Growing<int>>)[Tokens, Positions, SequenceStarts, LabelRows,
-            Targets, Grids, PictureStarts, ImageBounds, Slots, SlotFeatures])
+            Targets, Grids, PictureStarts, ImageBounds, Slots, SlotFeatures, SoundSlots,
+            _clipStarts])
             buffer.Clear();
+        _mel.Clear();
         Patches.Clear();
         Places.Clear();
+        Times.Clear();
         SequenceStarts.Add(0);
         PictureStarts.Add(0);
     }
@@ -104,6 +126,33 @@ public sealed class Batch
         }
     }
 
+    /// <summary>Adds the places of sounds in the row that came last, from a token of it on.
+    /// </summary>
+    public void AddSoundSlots(ReadOnlySpan<ImageBound> bounds, int from)
+    {
+        int start = SequenceStarts[SequenceStarts.Count - 2] - from;
+        foreach (ImageBound bound in bounds)
+            for (int t = bound.Start; t < bound.End; t++) SoundSlots.Add(start + t);
+    }
+
+    /// <summary>Adds a clip; its bands frame by frame go into what is returned.</summary>
+    public Span<float> AddClip(int frames, int bands)
+    {
+        if (_clipStarts.Count == 0) _clipStarts.Add(0);
+        _clipStarts.Add(_clipStarts[_clipStarts.Count - 1] + frames);
+        return _mel.Extend(checked(frames * bands));
+    }
+
+    /// <summary>Frames of a clip.</summary>
+    public int ClipFrames(int clip) => _clipStarts[clip + 1] - _clipStarts[clip];
+
+    /// <summary>A clip's bands, frame by frame.</summary>
+    public ReadOnlySpan<float> Clip(int clip)
+    {
+        int bands = _mel.Count / _clipStarts[Clips];
+        return _mel.Span.Slice(_clipStarts[clip] * bands, ClipFrames(clip) * bands);
+    }
+
     /// <summary>
     /// Adds the views of a picture, which have so many features in all; false where they are too
     /// many patches. Without a picture the pixels are undefined.
@@ -112,19 +161,83 @@ public sealed class Batch
     {
         long floats = strips.Patches(plan) * strips.PatchLength;
         if (floats > Array.MaxLength) return false;
-        for (int view = 0; view < plan.Views; view++)
-        {
-            PatchGrid grid = strips.Grid(plan, view);
-            Grids.Add(grid.Rows);
-            Grids.Add(grid.Columns);
-            PictureStarts.Add(PictureStarts[PictureStarts.Count - 1] + grid.Patches);
-        }
-
+        for (int view = 0; view < plan.Views; view++) AddView(strips.Grid(plan, view));
         Features += features;
         Span<float> patches = Patches.Extend((int)floats);
         if (picture is not null) strips.Write(picture, plan, patches);
         return true;
     }
+
+    /// <summary>
+    /// Adds a group of frames, which have so many features together: the first view of each, then
+    /// the second of each, and so on; false where they are too many patches.
+    /// </summary>
+    /// <param name="strips">Makes their patches.</param>
+    /// <param name="decode">The frame of a number from 0; null leaves the pixels undefined.</param>
+    /// <param name="plans">How each is cut, all into as many views.</param>
+    /// <param name="times">The temporal id of each; -1 for none.</param>
+    /// <param name="features">Features of the group.</param>
+    public bool TryAddFrames(PatchStrips strips, Func<int, Picture>? decode,
+        ReadOnlySpan<SlicePlan> plans, IReadOnlyList<int> times, int features)
+    {
+        long floats = 0;
+        foreach (SlicePlan plan in plans) floats += strips.Patches(plan) * strips.PatchLength;
+        if (floats > Array.MaxLength) return false;
+        while (Times.Count < Grids.Count / 2) Times.Add(ViewTime.None);
+        int views = plans[0].Views;
+        // Where each view of each frame begins.
+        var starts = new int[plans.Length, views];
+        int at = 0;
+        for (int view = 0; view < views; view++)
+            for (int frame = 0; frame < plans.Length; frame++)
+            {
+                PatchGrid grid = strips.Grid(plans[frame], view);
+                AddView(grid);
+                Times.Add(new ViewTime(times[frame], Joined: frame > 0));
+                starts[frame, view] = at;
+                at += grid.Patches * strips.PatchLength;
+            }
+
+        Features += features;
+        Span<float> patches = Patches.Extend((int)floats);
+        for (int frame = 0; decode is not null && frame < plans.Length; frame++)
+        {
+            SlicePlan plan = plans[frame];
+            using Picture picture = decode(frame);
+            if (views == 1)
+            {
+                strips.Write(picture, plan, patches[starts[frame, 0]..]);
+                continue;
+            }
+
+            var all = new float[strips.Patches(plan) * strips.PatchLength];
+            strips.Write(picture, plan, all);
+            int from = 0;
+            for (int view = 0; view < views; view++)
+            {
+                int length = strips.Grid(plan, view).Patches * strips.PatchLength;
+                all.AsSpan(from, length).CopyTo(patches[starts[frame, view]..]);
+                from += length;
+            }
+        }
+
+        return true;
+    }
+
+    private void AddView(PatchGrid grid)
+    {
+        Grids.Add(grid.Rows);
+        Grids.Add(grid.Columns);
+        PictureStarts.Add(PictureStarts[PictureStarts.Count - 1] + grid.Patches);
+    }
+}
+
+/// <summary>When a view is seen.</summary>
+/// <param name="Id">Its temporal id; -1 for none.</param>
+/// <param name="Joined">Whether it becomes features together with the view before.</param>
+public readonly record struct ViewTime(int Id, bool Joined)
+{
+    public static ViewTime None => new(-1, false);
 }
 
 /// <summary>A list whose memory stays when it is cleared.</summary>

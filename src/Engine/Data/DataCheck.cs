@@ -47,6 +47,14 @@ public static class DataCheck
             + Number(counts.AnswersCut));
         output.WriteLine(
             $"  pictures: {Number(counts.Pictures)}, {Number(counts.Turned)} {counts.TurnedText}");
+        if (usable.Sum(c => c.Sounds) is > 0 and var sounds)
+            output.WriteLine($"  sounds: {Number(sounds)}");
+        Row[] moving = [.. Enumerable.Range(0, rows.Count).Where(i => checks[i].Bad is null
+            && rows[i].Videos.Count > 0).Select(i => rows[i])];
+        if (moving.Length > 0)
+            output.WriteLine($"  videos: {Number(moving.Sum(row => row.Videos.Count))}, of whose "
+                + $"frames {Number(moving.Sum(row => row.Pictures.Count - row.Stills))} are taken, "
+                + "as pictures");
         var kinds = usable.SelectMany(c => c.Kinds ?? []).CountBy(k => k)
             .OrderByDescending(k => k.Value).ThenBy(k => k.Key, StringComparer.Ordinal)
             .Select(k => $"{Number(k.Value)} {k.Key}").ToList();
@@ -67,7 +75,7 @@ public static class DataCheck
         int unknown = rows.Format.Placeholders.UnknownId;
         var text = new System.Text.StringBuilder();
         var run = new List<int>();
-        bool supervised = false;
+        bool supervised = false, heard = false;
         int folded = 0;
         for (int t = 0; t < sample.InputIds.Length; t++)
         {
@@ -75,7 +83,7 @@ public static class DataCheck
             bool answer = t > 0 && sample.Labels[t - 1] == sample.InputIds[t];
             bool fold = sample.InputIds[t] == unknown;
             if (answer != supervised || fold != (folded > 0)) Flush();
-            supervised = answer;
+            (supervised, heard) = (answer, sample.SoundBounds.Any(b => t >= b.Start && t < b.End));
             if (fold) folded++;
             else run.Add(sample.InputIds[t]);
         }
@@ -87,7 +95,8 @@ public static class DataCheck
         void Flush()
         {
             if (folded > 0)
-                text.Append(CultureInfo.InvariantCulture, $"({folded} picture features)");
+                text.Append(CultureInfo.InvariantCulture,
+                    $"({folded} {(heard ? "sound" : "picture")} features)");
             if (run.Count > 0)
             {
                 string decoded = rows.Format.Tokenizer.Decode(run.ToArray());

@@ -39,13 +39,15 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
         var (set, _, formats) = DataRows.ReadSet(From, new RowOptions(Asked: true), Boxes);
         foreach (string format in formats) output.WriteLine(format);
         var bad = new List<BadRow>(set.Bad);
-        var good = new List<(Row Row, string[] Paths)>();
+        var good = new List<(Row Row, string[] Paths, string[] Sounds)>();
         foreach (Row row in set.Rows)
         {
             try
             {
-                _ = RowText.Compose(row, (_, _) => "", []);
-                good.Add((row, [.. row.Pictures.Select(picture => PathOf(row, picture))]));
+                _ = RowText.Compose(SoundText.Tagged(row), (_, _) => "", []);
+                good.Add((row with { Videos = [.. row.Videos.Select(v => Moved(row, v))] },
+                    [.. row.Pictures.Select(picture => PathOf(row, picture))],
+                    [.. row.Sounds.Select(sound => SoundOf(row, sound))]));
             }
             catch (BadRowException failure)
             {
@@ -73,9 +75,13 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
         }
 
         output.WriteLine($"{Out}: {good.Count:N0} rows written, {bad.Count:N0} left out");
-        Tell(good.Count(row => row.Row.Turns[0].Role == "system"), "have a system turn");
+        Tell(good.Count(row => row.Row.Turns[0] is { Role: "system", Content.Length: > 0 }),
+            "have a system turn");
+        Tell(good.Count(row => row.Row.Turns.Any(turn => turn.HasFunctions)), "have functions");
+        Tell(good.Count(row => row.Sounds.Length > 0), "have sounds (\"audio\")");
         Tell(good.Count(row => row.Row.Turns.Any(turn => turn.Trained == false)),
             "have answers that are not learned (\"loss\": false)");
+        Tell(good.Count(row => row.Row.Videos.Count > 0), "have videos");
         return true;
 
         void Tell(int rows, string what)
@@ -88,7 +94,7 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
     private string PathOf(Row row, RowPicture picture)
     {
         if (picture.Bytes is not { } bytes)
-            return Path.GetRelativePath(Folder, Path.GetFullPath(row.Locate(picture))).Replace('\\', '/');
+            return Relative(row.Locate(picture));
         try
         {
             string kind = Ending(bytes, picture.Path);
@@ -101,6 +107,20 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
         }
     }
 
+    // With the paths that the new file has; frames that stand in the row become files.
+    private RowVideo Moved(Row row, RowVideo video) => video with
+    {
+        Path = video.Bytes is not null
+            ? throw row.Bad("has a video in the row itself: write it to a file, and name that")
+            : video.Path is { } path
+                ? Relative(row.Locate("video", path, p => Directory.Exists(p) || File.Exists(p)))
+            : null,
+        Frames = [.. video.Frames.Select(frame => frame with { Path = PathOf(row, frame) })],
+    };
+
+    private string Relative(string path) =>
+        Path.GetRelativePath(Folder, Path.GetFullPath(path)).Replace('\\', '/');
+
     private static string Ending(byte[] bytes, string name) =>
         Images.PictureDecoder.Probe(bytes, name).Format switch
         {
@@ -108,11 +128,12 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
             var format => format.ToString().ToLowerInvariant(),
         };
 
-    private void WritePictures(List<(Row Row, string[] Paths)> rows)
+    private void WritePictures(List<(Row Row, string[] Paths, string[] Sounds)> rows)
     {
         var written = new HashSet<string>();
-        foreach (var (row, paths) in rows)
-            foreach (var (picture, path) in row.Pictures.Zip(paths))
+        foreach (var (row, paths, _) in rows)
+            foreach (var (picture, path) in row.Pictures.Zip(paths).Concat(row.Videos
+                .SelectMany(video => video.Frames).Select(frame => (frame, frame.Path))))
             {
                 if (picture.Bytes is not { } bytes || !written.Add(path)) continue;
                 Directory.CreateDirectory(Path.Combine(Folder, PictureFolder));
@@ -120,23 +141,31 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
             }
     }
 
-    private static void Write(Stream stream, List<(Row Row, string[] Paths)> rows, bool lines)
+    private static void Write(
+        Stream stream, List<(Row Row, string[] Paths, string[] Sounds)> rows, bool lines)
     {
         for (int i = 0; i < rows.Count; i++)
         {
             stream.Write(lines ? [] : i == 0 ? "[\n"u8 : ",\n"u8);
-            using (var json = new Utf8JsonWriter(stream, s_plain)) Write(json, rows[i].Row, rows[i].Paths);
+            using (var json = new Utf8JsonWriter(stream, s_plain))
+                Write(json, rows[i].Row, rows[i].Paths, rows[i].Sounds);
             if (lines) stream.Write("\n"u8);
         }
 
         if (!lines) stream.Write("\n]\n"u8);
     }
 
-    private static void Write(Utf8JsonWriter json, Row row, string[] paths)
+    // A path, or what the row itself holds.
+    private string SoundOf(Row row, RowPicture sound) => sound.Bytes is { } bytes
+        ? "data:audio/*;base64," + Convert.ToBase64String(bytes)
+        : Relative(row.Locate(sound));
+
+    private static void Write(Utf8JsonWriter json, Row row, string[] paths, string[] sounds)
     {
         var turns = row.Turns.ToArray();
         json.WriteStartObject();
         if (row.Id is not null) json.WriteString("id", row.Id);
+        if (row.Videos.Count > 0) Write(json, row.Videos, turns);
         if (row.Names == PictureNames.Single) json.WriteString("image", paths[0]);
         else if (paths.Length > 0)
         {
@@ -149,25 +178,93 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
             json.WriteEndObject();
         }
 
+        if (sounds.Length > 0)
+        {
+            json.WriteStartArray("audio");
+            foreach (string sound in sounds) json.WriteStringValue(sound);
+            json.WriteEndArray();
+        }
+
+        if (turns[0].Tools is { } tools)
+        {
+            json.WriteStartArray("tools");
+            foreach (string tool in tools) json.WriteRawValue(tool, skipInputValidation: true);
+            json.WriteEndArray();
+        }
+
         json.WriteStartArray("conversations");
-        foreach (var turn in turns)
+        // A system turn may be there for the functions alone.
+        foreach (var turn in turns.Where(turn => turn.Role != "system" || turn.Content.Length > 0))
         {
             json.WriteStartObject();
             json.WriteString("role", turn.Role);
             json.WriteString("content", turn.Content);
+            if (turn.Calls is { } calls)
+            {
+                json.WriteStartArray("tool_calls");
+                foreach (ToolCall call in calls)
+                {
+                    json.WriteStartObject();
+                    json.WriteString("name", call.Name);
+                    json.WriteString("arguments", call.Arguments);
+                    json.WriteEndObject();
+                }
+
+                json.WriteEndArray();
+            }
+
             if (turn.Trained == false) json.WriteBoolean("loss", false);
             json.WriteEndObject();
         }
 
         json.WriteEndArray();
-        if (row.References.Count > 0)
+        if (row.References.Count > 0) Texts(json, "references", row.References);
+        json.WriteEndObject();
+    }
+
+    private static void Texts(Utf8JsonWriter json, string key, IEnumerable<string> texts)
+    {
+        json.WriteStartArray(key);
+        foreach (string text in texts) json.WriteStringValue(text);
+        json.WriteEndArray();
+    }
+
+    private static void Write(
+        Utf8JsonWriter json, IReadOnlyList<RowVideo> videos, ChatTurn[] turns)
+    {
+        const string Tag = "<video>";
+        json.WriteStartArray("videos");
+        foreach (RowVideo video in videos)
         {
-            json.WriteStartArray("references");
-            foreach (string text in row.References) json.WriteStringValue(text);
-            json.WriteEndArray();
+            json.WriteStartObject();
+            if (video.Path is not null) json.WriteString("frames", video.Path);
+            else Texts(json, "frames", video.Frames.Select(frame => frame.Path));
+            if (video.Fps is { } fps) json.WriteNumber("fps", fps);
+            if (video.TemporalIds is { } groups)
+            {
+                json.WriteStartArray("temporal_ids");
+                foreach (int[] group in groups)
+                {
+                    json.WriteStartArray();
+                    foreach (int id in group) json.WriteNumberValue(id);
+                    json.WriteEndArray();
+                }
+
+                json.WriteEndArray();
+            }
+
+            json.WriteEndObject();
         }
 
-        json.WriteEndObject();
+        json.WriteEndArray();
+        // Without tags they stand behind the pictures in front, which get tags.
+        if (turns.Any(turn => turn.Role == "user" && turn.Content.Contains(Tag, StringComparison.Ordinal)))
+            return;
+        int first = turns[0].Role == "system" ? 1 : 0;
+        turns[first] = turns[first] with
+        {
+            Content = string.Concat(Enumerable.Repeat(Tag + "\n", videos.Count)) + turns[first].Content,
+        };
     }
 
     private static void Tag(ChatTurn[] turns, int pictures)

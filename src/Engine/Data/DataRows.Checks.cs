@@ -217,21 +217,27 @@ public sealed partial class DataRows
         try
         {
             SlicePlan[] plans = Plans(row, out PictureInfo[] pictures);
-            Sample sample = Build(row, plans);
+            int[] lengths = Lengths(row);
+            Sample sample = Build(row, plans, lengths);
             return new RowCheck(
                 null, sample.FullLength, sample.Supervised, sample.Cut, sample.AnswersCut,
                 pictures.Length, pictures.Count(picture => picture.Orientation != 1),
                 pictures.Sum(picture => (long)picture.Size.Width * picture.Size.Height),
                 [.. pictures.Select(picture => picture.Kind)])
             {
+                Sounds = lengths.Length,
                 Size = new(sample.InputIds.Length, sample.Supervised,
-                    sample.Pictures.Sum(p => plans[p].Views),
-                    (int)sample.Pictures.Sum(p => _strips.Value!.Patches(plans[p]))),
+                    sample.Pictures.Sum(p => plans[p].Views * Joined(p)) + lengths.Length,
+                    (int)sample.Pictures.Sum(p => Enumerable.Range(p, Joined(p))
+                        .Sum(i => _strips.Value!.Patches(plans[i])))
+                        + lengths.Sum(SoundScheme.Frames)),
             };
         }
         catch (BadRowException failure)
         {
             return new RowCheck { Bad = failure.Row, Pictures = row.Pictures.Count };
         }
+
+        int Joined(int picture) => row.Pictures[picture].Times?.Count ?? 1;
     }
 }

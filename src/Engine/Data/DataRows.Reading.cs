@@ -69,6 +69,26 @@ public sealed partial class DataRows
         bad.RemoveAll(row => evaluated.Contains(row.Place) != share.Evaluates);
     }
 
+    // Frames become pictures here.
+    private static RowSet ChooseFrames(RowSet set, VideoRules? rules)
+    {
+        if (set.Rows.All(row => row.Videos.Count == 0)) return set;
+        var rows = new Row[set.Rows.Count];
+        InParallel(rows.Length, i =>
+        {
+            try
+            {
+                rows[i] = VideoFrames.Choose(set.Rows[i], rules, VideoDecoder.Default);
+            }
+            catch (BadRowException failure)
+            {
+                // It keeps its place until rows are checked, as with a picture that is missing.
+                rows[i] = set.Rows[i] with { Fault = failure.Row.Reason };
+            }
+        });
+        return set with { Rows = rows };
+    }
+
     // Boxes become text here, so that nothing behind knows of them.
     private static void Fill(List<Row> rows, List<BadRow> bad, BoxFormat boxes)
     {

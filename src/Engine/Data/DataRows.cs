@@ -7,9 +7,9 @@ namespace MiniCpmNative.Engine.Data;
 
 /// <summary>The prompt of a row's last answer.</summary>
 /// <param name="Tokens">Its tokens.</param>
-/// <param name="Pictures">The tokens that each of its pictures takes.</param>
-/// <param name="Append">Puts a part of it into a batch, from a token to another, which split no
-/// picture.</param>
+/// <param name="Pictures">The tokens that each of its pictures and sounds takes.</param>
+/// <param name="Append">Puts a part of it into a batch, from a token to another, which split none
+/// of these.</param>
 public sealed record RowPrompt(
     int Tokens, IReadOnlyList<ImageBound> Pictures, Action<Batch, int, int> Append);
 
@@ -25,9 +25,9 @@ public sealed partial class DataRows : IRowLoader
     private readonly RowSet _set;
     private readonly RowFormat _format;
     private readonly SampleBuilder _builder;
-    private readonly SlicingSpec _slicing;
+    private readonly SlicingSpec _slicing, _frameSlicing;
     private readonly bool _orient, _skip;
-    private readonly ThreadLocal<PatchStrips> _strips;
+    private readonly ThreadLocal<PatchStrips> _strips, _frameStrips;
     private readonly Action<string> _message;
     private readonly Dictionary<int, RowSize> _sizes = [];
     private readonly ConcurrentDictionary<(int Row, int Picture), SlicePlan> _plans = [];
@@ -50,6 +50,14 @@ public sealed partial class DataRows : IRowLoader
         if (rest is not null) rest._whole = null;
         else if (sources.Share is not null) _whole = whole;
         (_set, Digest, OtherFormats) = Shared(sources, whole, arguments.BoxFormat);
+        if (_set.Rows.Any(row => row.Turns[^1].Calls is not null))
+            _set = _set with
+            {
+                Rows = [.. _set.Rows.Select(row => row.Turns[^1].Calls is null ? row
+                    : row with { Expected = format.Prompts.Said(row.Turns[^1]) })],
+            };
+        VideoRules? videos = format.Video?.Of(arguments);
+        _set = ChooseFrames(_set, videos);
         _rows = _set.Rows;
         _leftOut = new bool[_rows.Count];
         _skip = arguments.OnBadRow == BadRows.Skip;
@@ -58,8 +66,10 @@ public sealed partial class DataRows : IRowLoader
         _builder = new SampleBuilder(
             format, arguments.ModelMaxLength, arguments.OfficialCompat);
         _slicing = format.SlicingUpTo(arguments.MaxSliceNums);
+        _frameSlicing = format.SlicingOfFrames(videos?.MaxSlices ?? 1);
         _orient = arguments.ApplyExifOrientation;
-        _strips = new ThreadLocal<PatchStrips>(format.NewStrips);
+        _strips = new ThreadLocal<PatchStrips>(() => format.NewStrips());
+        _frameStrips = new ThreadLocal<PatchStrips>(() => format.NewStrips(ofFrames: true));
     }
 
     /// <summary>The data file, or several, for messages.</summary>
@@ -130,7 +140,8 @@ public sealed partial class DataRows : IRowLoader
 
     /// <summary>A row's tokens, labels and bounds.</summary>
     /// <exception cref="BadRowException">The row cannot be trained on.</exception>
-    public Sample Sample(int row) => Build(_rows[row], Plans(_rows[row], out _));
+    public Sample Sample(int row) =>
+        Build(_rows[row], Plans(_rows[row], out _), Lengths(_rows[row]));
 
     /// <inheritdoc/>
     public void Append(int row, Batch batch) => Append(_rows[row], batch, decode: true);
@@ -141,7 +152,8 @@ public sealed partial class DataRows : IRowLoader
     private void Append(Row row, Batch batch, bool decode)
     {
         SlicePlan[] plans = Plans(row, out PictureInfo[] pictures);
-        Sample sample = Build(row, plans);
+        int[] lengths = Lengths(row);
+        Sample sample = Build(row, plans, lengths);
         int start = batch.Tokens.Count, firstView = batch.Grids.Count / 2;
         for (int t = 0; t < sample.Labels.Length; t++)
         {
@@ -151,6 +163,8 @@ public sealed partial class DataRows : IRowLoader
         }
 
         Show(row, sample.InputIds, sample.Bounds, sample.Pictures, plans, pictures, batch, decode);
+        AddSounds(
+            row, sample.SoundBounds, lengths, batch, 0, sample.InputIds.Length, decode);
         if (batch.Grids.Count / 2 < firstView + sample.Bounds.Length)
             throw row.Bad("its text has more places for pictures than there are views");
     }
@@ -162,12 +176,17 @@ public sealed partial class DataRows : IRowLoader
         Row asked = _rows[row];
         SlicePlan[] plans = Plans(asked, out PictureInfo[] pictures);
         int answer = asked.Answer;
-        Prompt prompt = _builder.BuildPrompt(asked, plans, answer);
+        int[] lengths = Lengths(asked);
+        Prompt prompt = _builder.BuildPrompt(asked, plans, answer, lengths);
         MustKnow(asked, Largest(prompt.InputIds));
         ImageBound[] places = Places(asked, prompt.Bounds, prompt.Pictures, plans);
-        return new(prompt.InputIds.Length, places, (batch, from, to) => Show(
-            asked, prompt.InputIds, prompt.Bounds, places, prompt.Pictures, plans, pictures, batch,
-            from, to));
+        ImageBound[] heard = _format.Sounds?.Places(prompt.SoundBounds, lengths) ?? [];
+        return new(prompt.InputIds.Length, [.. places, .. heard], (batch, from, to) =>
+        {
+            Show(asked, prompt.InputIds, prompt.Bounds, places, prompt.Pictures, plans, pictures,
+                batch, from, to);
+            AddSounds(asked, prompt.SoundBounds, lengths, batch, from, to, decode: true);
+        });
     }
 
     private void Show(
@@ -186,8 +205,7 @@ public sealed partial class DataRows : IRowLoader
             _format.Places(ids, shown.Select(picture => plans[picture]))?[..to]);
         foreach (var (i, picture) in shown.Index())
             if (places[i].Start >= from && places[i].End <= to)
-                AppendPicture(
-                    row, picture, plans[picture], decode ? Turn(pictures[picture]) : null, batch);
+                AppendPicture(row, picture, plans, pictures, decode, batch);
     }
 
     // The tokens that the views of each picture take, from the first one's to the last one's.
@@ -213,9 +231,9 @@ public sealed partial class DataRows : IRowLoader
         return places;
     }
 
-    private Sample Build(Row row, SlicePlan[] plans)
+    private Sample Build(Row row, SlicePlan[] plans, int[] lengths)
     {
-        Sample sample = _builder.Build(row, plans);
+        Sample sample = _builder.Build(row, plans, lengths);
         MustKnow(row, Math.Max(Largest(sample.InputIds), Largest(sample.Labels)));
         return sample;
     }
@@ -230,14 +248,27 @@ public sealed partial class DataRows : IRowLoader
                 + "together");
     }
 
-    // Without an orientation the picture is not decoded.
-    private void AppendPicture(Row row, int index, SlicePlan plan, int? orientation, Batch batch)
+    // A picture, or frames that are joined.
+    private void AppendPicture(Row row, int index, SlicePlan[] plans, PictureInfo[] pictures,
+        bool decode, Batch batch)
     {
-        using Picture? picture = orientation is { } turn ? Decode(row, index, turn) : null;
-        if (!batch.TryAddPicture(
-            _strips.Value!, picture, plan, _format.Placeholders.Features(plan)))
+        int features = _format.Placeholders.Features(plans[index]);
+        if (row.Pictures[index].Times is { } times)
+        {
+            if (!batch.TryAddFrames(_frameStrips.Value!, decode
+                ? frame => Decode(row, index + frame, Turn(pictures[index + frame])) : null,
+                plans.AsSpan(index, times.Count), times, features))
+                throw row.Bad($"{times.Count} frames that are joined have too many patches");
+            return;
+        }
+
+        using Picture? picture = decode ? Decode(row, index, Turn(pictures[index])) : null;
+        if (!batch.TryAddPicture(Strips(row, index), picture, plans[index], features))
             throw row.Bad($"picture \"{row.Pictures[index].Path}\" has too many patches");
     }
+
+    private PatchStrips Strips(Row row, int picture) =>
+        picture < row.Stills ? _strips.Value! : _frameStrips.Value!;
 
     /// <summary>A row's picture as it is stored.</summary>
     /// <exception cref="BadRowException">The picture cannot be decoded.</exception>
@@ -270,6 +301,7 @@ public sealed partial class DataRows : IRowLoader
 
     private SlicePlan[] Plans(Row row, out PictureInfo[] pictures)
     {
+        if (row.Fault is { } fault) throw row.Bad(fault);
         var plans = new SlicePlan[row.Pictures.Count];
         pictures = new PictureInfo[plans.Length];
         for (int i = 0; i < plans.Length; i++)
@@ -278,10 +310,25 @@ public sealed partial class DataRows : IRowLoader
             // Orientations 5 to 8 turn the picture on its side.
             PictureSize size = pictures[i].Size;
             if (Turn(pictures[i]) >= 5) size = new(size.Height, size.Width);
-            plans[i] = Plan(row, i, size, Turn(pictures[i]));
+            plans[i] = i < row.Stills ? Plan(row, i, size, Turn(pictures[i]))
+                : Slicer.Plan(size, _frameSlicing.MaxSliceNums, _frameSlicing.ScaleResolution,
+                    _frameSlicing.Multiple);
         }
 
+        foreach (RowVideo video in row.Videos)
+            foreach (int group in video.Shown(row)) MustBeCutAlike(row, group, plans);
         return plans;
+    }
+
+    private static void MustBeCutAlike(Row row, int first, SlicePlan[] plans)
+    {
+        int count = row.Pictures[first].Times?.Count ?? 1;
+        SlicePlan plan = plans[first];
+        for (int i = first + 1; i < first + count; i++)
+            if ((plans[i].Columns, plans[i].Rows) != (plan.Columns, plan.Rows))
+                throw row.Bad($"frames {Messages.Quote(row.Pictures[first].Path)} and "
+                    + $"{Messages.Quote(row.Pictures[i].Path)} are joined, but cut into different "
+                    + "numbers of tiles: give them one size, or set video_max_slice_nums to 1");
     }
 
     // What pixels decide is decided once.

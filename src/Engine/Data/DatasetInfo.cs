@@ -64,7 +64,9 @@ internal static class DatasetInfo
             Content = Tag("content_tag", "value") ?? "value",
             Roles = roles,
             Pictures = Column("images", null) is { } images ? [images] : [],
+            Videos = Column("videos", null) is { } videos ? [videos] : [],
             System = Column("system", null) is { } system ? [system] : [],
+            Tools = Column("tools", null) is { } tools ? [tools] : [],
             Question = turns ? null : Column("prompt", "instruction") ?? "instruction",
             Input = turns ? null : Column("query", "input"),
             Answer = turns ? null : Column("response", "output") ?? "output",
@@ -76,6 +78,6 @@ internal static class DatasetInfo
     [
         ("user_tag", "human", "user"), ("assistant_tag", "gpt", "assistant"),
         ("system_tag", "system", "system"), ("observation_tag", "observation", "tool"),
-        ("function_tag", "function_call", "tool"),
+        ("function_tag", "function_call", "call"),
     ];
 }

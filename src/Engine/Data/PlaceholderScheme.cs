@@ -37,12 +37,18 @@ public sealed class PlaceholderScheme
         Id(tokens.ImageIdStart);
         Id(tokens.ImageIdEnd);
         Markers = [.. Markers, tokens.ImageIdStart, tokens.ImageIdEnd];
+        VideoId = tokens.Video is null ? null : tokenizer.IdOfAdded(tokens.Video);
+        if (VideoId is null) return;
+        Markers = [.. Markers, tokens.Video!];
 
         int Id(string token) => tokenizer.Require(token, place);
     }
 
     /// <summary>The token that holds a feature row's place.</summary>
     public int UnknownId { get; }
+
+    /// <summary>The token of places in the frames of videos, where that is another.</summary>
+    public int? VideoId { get; }
 
     /// <summary>The scheme's tokens; a text that holds one would be read as a picture.</summary>
     public IReadOnlyList<string> Markers { get; }
@@ -87,8 +93,10 @@ public sealed class PlaceholderScheme
     /// <summary>A picture's text.</summary>
     /// <param name="plan">How it is cut.</param>
     /// <param name="number">Its number, or null; the old scheme writes none.</param>
-    public string Text(SlicePlan plan, int? number)
+    /// <param name="isFrame">Of a video, where those have a token of their own.</param>
+    public string Text(SlicePlan plan, int? number, bool isFrame = false)
     {
+        string unknown = isFrame && VideoId is not null ? _tokens.Video! : _tokens.Unknown;
         var text = new StringBuilder();
         if (number is not null && _marksTiles)
             text.Append(_tokens.ImageIdStart).Append(CultureInfo.InvariantCulture, $"{number}")
@@ -111,7 +119,7 @@ public sealed class PlaceholderScheme
         return text.ToString();
 
         void View(int view, string start, string end) => text.Append(start)
-            .Insert(text.Length, _tokens.Unknown, Features(plan, view)).Append(end);
+            .Insert(text.Length, unknown, Features(plan, view)).Append(end);
     }
 
     /// <summary>The views in ids; null when starts and ends do not pair up.</summary>

@@ -14,11 +14,15 @@ public readonly record struct RowCheck(
     BadRow? Bad, int Tokens, int Supervised, bool Cut, int AnswersCut, int Pictures, int Turned,
     long Pixels, IReadOnlyList<string>? Kinds)
 {
+    /// <summary>Sounds it names.</summary>
+    public int Sounds { get; init; }
+
     /// <summary>What it brings to the device; nothing for a bad row.</summary>
     public RowSize Size { get; init; }
 }
 
-/// <summary>What a row, or several together, bring to the device.</summary>
+/// <summary>What a row, or several together, bring to the device; a sound counts as a view of as
+/// many patches as it has frames.</summary>
 public readonly record struct RowSize(int Tokens, int Labels, int Views, int Patches)
 {
     public static RowSize operator +(RowSize a, RowSize b) => new(

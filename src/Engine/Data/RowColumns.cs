@@ -33,7 +33,8 @@ internal sealed record RowColumns(string? Name)
     /// <summary>Turns are objects of a question and an answer each.</summary>
     public bool Pairs { get; init; }
 
-    /// <summary>Role in the file -> user, assistant, system, or tool, which is refused.</summary>
+    /// <summary>Role in the file -> user, assistant, system, call, or tool, a call's
+    /// result.</summary>
     public IReadOnlyDictionary<string, string> Roles { get; init; } = new Dictionary<string, string>
     {
         ["user"] = "user",
@@ -43,8 +44,8 @@ internal sealed record RowColumns(string? Name)
         ["bot"] = "assistant",
         ["system"] = "system",
         ["tool"] = "tool",
-        ["tool_call"] = "tool",
-        ["function_call"] = "tool",
+        ["tool_call"] = "call",
+        ["function_call"] = "call",
         ["tool_response"] = "tool",
         ["function_response"] = "tool",
         ["observation"] = "tool",
@@ -53,7 +54,12 @@ internal sealed record RowColumns(string? Name)
 
     public IReadOnlyList<string> Pictures { get; init; } = ["images", "image"];
 
+    public IReadOnlyList<string> Videos { get; init; } = ["videos", "video"];
+
     public IReadOnlyList<string> System { get; init; } = ["system", "system_prompt"];
+
+    /// <summary>Functions that may be called.</summary>
+    public IReadOnlyList<string> Tools { get; init; } = ["tools"];
 
     public string? Question { get; init; }
 
@@ -77,12 +83,14 @@ internal sealed record RowColumns(string? Name)
             ["user"] = "user",
             ["assistant"] = "assistant",
             ["system"] = "system",
+            ["tool"] = "tool",
         },
     };
 
     /// <summary>Whether a key has a meaning here.</summary>
     public bool Uses(string key) => key == Turns || key == Question || key == Input || key == Answer
-        || key == History || Pictures.Contains(key) || System.Contains(key);
+        || key == History || Pictures.Contains(key) || Videos.Contains(key)
+        || System.Contains(key) || Tools.Contains(key);
 
     /// <summary>The format that a row has; null where it has none.</summary>
     /// <exception cref="FormatException">Two of its keys mean the same.</exception>

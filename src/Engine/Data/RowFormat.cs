@@ -33,6 +33,12 @@ public sealed record RowFormat(
     /// </summary>
     public CanvasTokens? Canvas { get; init; }
 
+    /// <summary>What stands for a sound, where the model hears; else null.</summary>
+    public SoundScheme? Sounds { get; init; }
+
+    /// <summary>How videos are shown; null where the model takes none.</summary>
+    public VideoRules? Video { get; init; }
+
     /// <summary>Whether pictures are resized as torchvision does, not as Pillow.</summary>
     public bool NarrowResize { get; init; }
 
@@ -46,7 +52,10 @@ public sealed record RowFormat(
     /// <summary>
     /// What a text must not hold: it would be read as a turn or a picture. No two are one token.
     /// </summary>
-    internal IReadOnlyList<string> Markers { get; } = Distinct(Prompts, Placeholders);
+    internal IReadOnlyList<string> Markers =>
+        Sounds is null ? _markers : [.. _markers, .. SoundScheme.Markers];
+
+    private readonly string[] _markers = Distinct(Prompts, Placeholders);
 
     private static string[] Distinct(PromptFormat prompts, PlaceholderScheme placeholders)
     {
@@ -64,6 +73,12 @@ public sealed record RowFormat(
         Slicing with { MaxSliceNums = Slices ? maxSliceNums : 1 };
 
     /// <summary>
+    /// The slicing of frames: all of them are enlarged where they are small.
+    /// </summary>
+    public SlicingSpec SlicingOfFrames(int maxSliceNums) =>
+        SlicingUpTo(maxSliceNums) with { Small = SmallPictures.Always };
+
+    /// <summary>
     /// The places of a row's tokens with these pictures; null where they are counted.
     /// </summary>
     public CanvasPlace[]? Places(ReadOnlySpan<int> ids, IEnumerable<SlicePlan> shown) =>
@@ -71,9 +86,11 @@ public sealed record RowFormat(
             Enumerable.Range(0, plan.Views).Select(view => Placeholders.Grid(plan, view)))]);
 
     /// <summary>Makes patches of pictures; for one thread.</summary>
-    public PatchStrips NewStrips() => new(
+    /// <param name="ofFrames">Of a video's: the members of transformers have one way for
+    /// those.</param>
+    public PatchStrips NewStrips(bool ofFrames = false) => new(
         [.. Mean.Select(v => (float)v)], [.. Std.Select(v => (float)v)], Slicing.PatchSize,
-        NarrowResize);
+        NarrowResize || (ofFrames && Video is { Native: true }));
 
     /// <summary>Checks a configuration's llm_type against the model's prompts.</summary>
     /// <exception cref="InputException">They differ, or the official script has no such type.
@@ -111,4 +128,8 @@ public sealed record SlicingSpec(int MaxSliceNums, int ScaleResolution, int Patc
 /// <summary>Texts of the special tokens around and inside a picture's placeholder.</summary>
 public sealed record PlaceholderTokens(
     string ImageStart, string ImageEnd, string SliceStart, string SliceEnd, string Unknown,
-    string ImageIdStart, string ImageIdEnd);
+    string ImageIdStart, string ImageIdEnd)
+{
+    /// <summary>What holds a feature's place in a video's frame, where that is another.</summary>
+    public string? Video { get; init; }
+}

@@ -9,8 +9,8 @@ using MiniCpmNative.Engine.Data.Text;
 namespace MiniCpmNative.Engine.Data;
 
 /// <summary>
-/// Pictures as rows name them: a path, a data: URI or plain base64, {"bytes", "path"}. Addresses on
-/// the network are refused: a run that loads pictures as it goes is not repeatable.
+/// Pictures and sounds as rows name them: a path, a data: URI or plain base64, {"bytes", "path"}. Addresses on
+/// the network are refused: a run that loads them as it goes is not repeatable.
 /// </summary>
 internal static class RowPictures
 {
@@ -43,25 +43,35 @@ internal static class RowPictures
         }
     }
 
-    /// <summary>Pictures of other formats: one, or a list of them.</summary>
-    public static IEnumerable<RowPicture> Listed(JsonElement images)
+    /// <summary>The sounds of a row, of whatever format.</summary>
+    public static RowPicture[] Sounds(JsonElement row)
+    {
+        JsonElement audio = row.Member("audio"), audios = row.Member("audios");
+        if (!audio.SaysNothing() && !audios.SaysNothing())
+            throw new FormatException("has sounds under both \"audio\" and \"audios\"");
+        return [.. Listed(audio.SaysNothing() ? audios : audio, SoundText.Tag)];
+    }
+
+    /// <summary>Pictures of other formats, or sounds: one, or a list of them.</summary>
+    public static IEnumerable<RowPicture> Listed(JsonElement images, string tag = "<image>")
     {
         images = RowValues.Unfolded(images);
         if (images.SaysNothing()) return [];
         return images.ValueKind == JsonValueKind.Array
-            ? images.EnumerateArray().Select(item => One(item)) : [One(images)];
+            ? images.EnumerateArray().Select(item => One(item, tag)) : [One(images, tag)];
     }
 
-    /// <summary>One picture.</summary>
+    /// <summary>One picture, or sound.</summary>
     public static RowPicture One(JsonElement value, string tag = "<image>")
     {
+        string what = RowPicture.KindOf(tag);
         if (value.ValueKind == JsonValueKind.Object && IsStored(value)) return Stored(value, tag);
         if (Direct(value) is { } content) return Embedded(content, tag);
         if (value.Text() is not { Length: > 0 } path)
             throw new FormatException(
-                $"a picture's path is {RowValues.Kind(value)}, expected text");
+                $"a {what}'s path is {RowValues.Kind(value)}, expected text");
         if (path.StartsWith("data:", StringComparison.OrdinalIgnoreCase))
-            return Embedded(Content(path), tag);
+            return Embedded(Content(path, what), tag);
         if (path.Length >= LeastBase64
             && s_base64.Any(start => path.StartsWith(start, StringComparison.Ordinal))
             && Base64.IsValid(path))
@@ -70,7 +80,7 @@ internal static class RowPictures
         if (scheme < 0) return new RowPicture(tag, path);
         if (path.StartsWith("file://", StringComparison.OrdinalIgnoreCase))
             return new RowPicture(tag, path["file://".Length..]);
-        throw new FormatException($"picture {Messages.Quote(path)} is an address on the network: "
+        throw new FormatException($"{what} {Messages.Quote(path)} is an address on the network: "
             + "download it, and name the file");
     }
 
@@ -113,35 +123,41 @@ internal static class RowPictures
         return bytes.ValueKind == JsonValueKind.String && bytes.TryGetBytesFromBase64(out byte[]? content)
             ? Embedded(content, tag)
             : throw new FormatException(
-                $"a picture's \"bytes\" are {RowValues.Kind(bytes)}, expected base64");
+                $"a {RowPicture.KindOf(tag)}'s \"bytes\" are {RowValues.Kind(bytes)}, expected base64");
     }
 
-    private static byte[] Content(string uri)
+    private static byte[] Content(string uri, string what)
     {
         int comma = uri.IndexOf(',');
         string head = comma < 0 ? uri : uri[..comma];
         if (head.Length > 200) head = head[..200];
         string kind = head["data:".Length..].Split(';')[0];
         if (kind.StartsWith("video/", StringComparison.OrdinalIgnoreCase)
-            || kind.StartsWith("audio/", StringComparison.OrdinalIgnoreCase))
-            throw new FormatException($"is given {Messages.Quote(kind)} as a picture; videos and "
-                + "audio are not used here");
+            || kind.StartsWith(what == "sound" ? "image/" : "audio/",
+                StringComparison.OrdinalIgnoreCase))
+            throw new FormatException($"is given {Messages.Quote(kind)} as a {what}");
         if (comma < 0 || !head.EndsWith(";base64", StringComparison.OrdinalIgnoreCase))
             throw new FormatException(
-                $"picture {Messages.Quote(head)} is no data: URI of base64");
+                $"{what} {Messages.Quote(head)} is no data: URI of base64");
+        return Decoded(uri[(comma + 1)..], $"{what} {Messages.Quote(head)}");
+    }
+
+    /// <summary>Bytes of base64.</summary>
+    public static byte[] Decoded(string base64, string what)
+    {
         try
         {
-            return Convert.FromBase64String(uri[(comma + 1)..]);
+            return Convert.FromBase64String(base64);
         }
         catch (FormatException)
         {
-            throw new FormatException($"picture {Messages.Quote(head)}: its data is not base64");
+            throw new FormatException($"{what}: its data is not base64");
         }
     }
 
-    // The name tells contents apart, as a path does.
-    private static RowPicture Embedded(byte[] content, string tag) => new(tag,
-        $"embedded picture {Convert.ToHexStringLower(SHA256.HashData(content).AsSpan(0, 6))} "
+    /// <summary>One that the row holds; its name tells contents apart, as a path does.</summary>
+    public static RowPicture Embedded(byte[] content, string tag) => new(tag,
+        $"embedded {RowPicture.KindOf(tag)} {Convert.ToHexStringLower(SHA256.HashData(content).AsSpan(0, 6))} "
         + $"of {Messages.Number(content.Length)} bytes")
     {
         Bytes = content,

@@ -13,7 +13,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
 {
     // Where other tools put media; a row that has them would lose its pictures unseen.
     private static readonly string[] s_otherKeys =
-        ["images", "picture", "pictures", "video", "videos", "audio", "audios"];
+        ["images", "picture", "pictures", "video", "videos"];
 
     // Beside a row's pictures they say where these come from; in a row without any they are them.
     private static readonly string[] s_likelyPictures =
@@ -32,12 +32,12 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
     ];
 
     private static readonly string[] s_otherTurnMeanings =
-        ["tool_calls", "reasoning_content", "images", "image"];
+        ["function_call", "reasoning_content", "images", "image"];
 
-    // Where transformers has a part's picture.
-    private static readonly string[] s_pictureParts = ["image", "url", "path", "base64"];
+    // Where transformers has what a part shows.
+    private static readonly string[] s_shownParts = ["image", "video", "url", "path", "base64"];
 
-    private static readonly string[] s_otherTags = ["<video>", "<audio>"];
+    private static readonly string[] s_soundParts = ["audio", "url", "path", "base64"];
 
     private readonly string[] _media = [.. s_otherKeys.Where(key => !columns.Uses(key))];
     private readonly string[] _likely = [.. s_likelyPictures.Where(key => !columns.Uses(key))];
@@ -55,28 +55,43 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         foreach (string key in _media)
             if (!row.Member(key).SaysNothing())
                 throw key is "images" or "picture" or "pictures" ? NotHere(key) : new FormatException(
-                    $"key \"{key}\" is not used here: no model of this program takes videos or "
-                        + "audio; write a video's pictures to files and name those");
+                    $"key \"{key}\" is not used here: the columns that the file was given name "
+                        + "another, or none, for " + (key is "video" or "videos" ? "videos" : "sounds"));
         MustNotHave(row, _meanings);
+        string[]? tools = null;
+        foreach (string key in columns.Tools) tools ??= RowTools.Of(row, key);
         var (names, pictures) = columns.IsOfficial
             ? RowPictures.Official(row.Member("image")) : (PictureNames.None, []);
         var turns = new List<ChatTurn>();
-        var shown = new List<RowPicture>();
+        RowPicture[] sounds = RowPictures.Sounds(row);
+        var shown = new Media([], [], []);
         if (System(row) is { Length: > 0 } system) turns.Add(new ChatTurn("system", system));
         string[] references = References(row.Member("references"));
         if (columns.Turns is not null) AddTurns(row, turns, shown, ref turn);
         else AddQuestion(row, turns, ref references);
+        if (tools is not null)
+        {
+            if (turns.Count == 0 || turns[0].Role != "system")
+                turns.Insert(0, new ChatTurn("system", ""));
+            turns[0] = turns[0] with { Tools = tools };
+        }
+
         if (!columns.IsOfficial)
         {
             if (columns.Pictures.Where(key => !row.Member(key).SaysNothing()).Skip(1).Any())
                 throw new FormatException("has pictures under both "
                     + string.Join(" and ", columns.Pictures.Select(key => $"\"{key}\"")));
+            RowPicture[] heard = [.. shown.Sounds];
+            if (heard.Length > 0 && sounds.Length > 0)
+                throw new FormatException("has sounds in the parts of its turns and beside them "
+                    + "too: in which order is not said");
+            if (heard.Length > 0) sounds = heard;
             RowPicture[] listed = [.. columns.Pictures.SelectMany(
                 key => RowPictures.Listed(row.Member(key)))];
-            if (listed.Length > 0 && shown.Count > 0)
+            if (listed.Length > 0 && shown.Pictures.Count > 0)
                 throw new FormatException("has pictures in the parts of its turns and in "
                     + $"\"{columns.Pictures[0]}\" too: in which order is not said");
-            pictures = shown.Count > 0 ? [.. shown] : listed;
+            pictures = shown.Pictures.Count > 0 ? [.. shown.Pictures] : listed;
             names = pictures.Length switch
             {
                 0 => PictureNames.None,
@@ -88,13 +103,21 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         if (pictures.Length == 0)
             foreach (string key in _likely)
                 if (!row.Member(key).SaysNothing()) throw NotHere(key);
-        Check(turns, ref turn);
+        RowVideo[] videos = RowVideo.Read(row, columns.Videos);
+        if (videos.Length > 0 && shown.Videos.Count > 0)
+            throw new FormatException("has videos in the parts of its turns and in \"videos\" too: "
+                + "in which order is not said");
+        if (shown.Videos.Count > 0) videos = [.. shown.Videos];
+        Check(turns, sounds.Length > 0, ref turn);
         var objects = Grounding.Read(row.Member("objects"));
         if (objects is null) MustNotAsk(turns, ref turn);
         return new Row(file, number, id, names, pictures, turns)
         {
             Place = place,
             References = references,
+            Sounds = sounds,
+            // Where their frames will begin.
+            Videos = [.. videos.Select(video => video with { First = pictures.Length })],
             Objects = objects,
         };
     }
@@ -107,7 +130,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
     {
         for (int i = 0; i < turns.Count; i++)
             foreach (string tag in Grounding.Tags)
-                if (turns[i].Content.Contains(tag, StringComparison.Ordinal))
+                if (turns[i].Texts.Any(text => text.Contains(tag, StringComparison.Ordinal)))
                 {
                     turn = i + 1;
                     throw new FormatException(
@@ -148,7 +171,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
     }
 
     private void AddTurns(
-        JsonElement row, List<ChatTurn> turns, List<RowPicture> shown, ref int? turn)
+        JsonElement row, List<ChatTurn> turns, Media shown, ref int? turn)
     {
         string key = columns.Turns!;
         var list = Unfolded(row.Member(key));
@@ -158,6 +181,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         int least = options.Asked || columns.Pairs ? 1 : 2, count = list.GetArrayLength();
         if (count < least)
             throw new FormatException($"\"{key}\" has {count} turn(s), expected at least {least}");
+        var functions = new RowTools();
         // Enumerated: an index walks from the start each time.
         foreach (var item in list.EnumerateArray())
         {
@@ -166,7 +190,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
                 throw new FormatException($"is {Kind(item)}, expected {{\"{columns.Role}\", "
                     + $"\"{columns.Content}\"}}");
             if (columns.Pairs) AddPair(item, turns);
-            else AddTurn(item, turns, shown, first: turn == 1);
+            else AddTurn(item, turns, shown, functions, first: turn == 1);
         }
 
         turn = null;
@@ -184,17 +208,14 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
                 ? "; where the rows stand under a key, write their list alone" : "");
     }
 
-    private void AddTurn(
-        JsonElement item, List<ChatTurn> turns, List<RowPicture> shown, bool first)
+    private void AddTurn(JsonElement item, List<ChatTurn> turns, Media shown,
+        RowTools functions, bool first)
     {
         string said = TextOf(item, columns.Role);
         MustNotHave(item, s_otherTurnMeanings);
         if (!columns.Roles.TryGetValue(said, out string? role))
             throw new FormatException($"role is {Messages.Quote(said)}, expected "
                 + Names("user") + " or " + Names("assistant"));
-        if (role == "tool")
-            throw new FormatException($"role is {Messages.Quote(said)}: calls of functions and "
-                + "their results are not used here; write them into the texts of the turns");
         if (role == "system")
         {
             if (!first)
@@ -203,17 +224,41 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
                 throw new FormatException($"has a system turn and \"{columns.System[0]}\" too");
         }
 
-        string content = Contents(item.Member(columns.Content), shown);
+        bool? trained = role is "assistant" or "call"
+            ? Flag(item, "loss") ?? Flag(item, "loss_scale") ?? Flag(item, "weight") : null;
+        var value = item.Member(columns.Content);
+        if (role == "call")
+        {
+            AddCalls(functions.Calls(value) ?? throw new FormatException(
+                $"\"{columns.Content}\" has no call, expected {{\"name\", \"arguments\"}}"),
+                trained, turns);
+            return;
+        }
+
+        var calls = functions.Calls(item.Member("tool_calls"));
+        if (calls is not null && role != "assistant")
+            throw new FormatException("has \"tool_calls\", which only an answer can have");
+        string content = calls is not null && value.IsNull() ? "" : Contents(value, shown);
         // An empty system text is as good as none.
         if (role == "system" && content.Length == 0) return;
-        turns.Add(new ChatTurn(role, content)
-        {
-            Trained = role == "assistant"
-                ? Flag(item, "loss") ?? Flag(item, "loss_scale") ?? Flag(item, "weight") : null,
-        });
+        if (role == "tool")
+            functions.AddResult(turns, content, item.Member("tool_call_id").Text());
+        else turns.Add(new ChatTurn(role, content, Calls: calls) { Trained = trained });
 
         string Names(string wanted) => string.Join(" or ", columns.Roles
             .Where(pair => pair.Value == wanted).Select(pair => $"\"{pair.Key}\"").Take(2));
+    }
+
+    // Calls that follow an answer, or each other, are one answer.
+    private static void AddCalls(
+        IReadOnlyList<ToolCall> calls, bool? trained, List<ChatTurn> turns)
+    {
+        if (turns.Count == 0 || turns[^1].Role != "assistant")
+            turns.Add(new ChatTurn("assistant", "", Calls: calls) { Trained = trained });
+        else if (turns[^1].Trained != trained)
+            throw new FormatException("calls belong to the answer before them, of which another "
+                + "\"loss\" is said");
+        else turns[^1] = turns[^1] with { Calls = [.. turns[^1].Calls ?? [], .. calls] };
     }
 
     private static void AddPair(JsonElement item, List<ChatTurn> turns)
@@ -224,7 +269,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         turns.Add(new ChatTurn("assistant", Of("assistant", "gpt")));
     }
 
-    private string Contents(JsonElement content, List<RowPicture> shown)
+    private string Contents(JsonElement content, Media shown)
     {
         if (content.Text() is { } text) return text;
         if (content.ValueKind == JsonValueKind.Undefined)
@@ -243,24 +288,60 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
                     joined.Append(TextOf(part, "text"));
                     break;
                 case "image_url" or "image":
-                    var value = part.Member(type);
-                    foreach (string key in s_pictureParts)
-                        if (value.IsNull()) value = part.Member(key);
-                    if (value.ValueKind == JsonValueKind.Object && value.TryGetProperty("url", out var url))
-                        value = url;
+                    var value = Shown(part, type);
                     // A part without its picture shows the next of the row's.
-                    if (!value.IsNull()) shown.Add(RowPictures.One(value));
+                    if (!value.IsNull()) shown.Pictures.Add(RowPictures.One(value));
                     joined.Append("<image>");
+                    break;
+                case "audio_url" or "audio" or "input_audio":
+                    if (Sound(part, type) is { } sound) shown.Sounds.Add(sound);
+                    joined.Append(SoundText.Tag);
+                    break;
+                case "video_url" or "video":
+                    var video = Shown(part, type);
+                    if (!video.IsNull())
+                        shown.Videos.Add(RowVideo.Of(video, part.Member("fps")));
+                    joined.Append("<video>");
                     break;
                 default:
                     throw new FormatException("has a part of type "
                         + (type is null ? Kind(part.Member("type")) : Messages.Quote(type))
-                        + ", expected \"text\" or \"image_url\"");
+                        + ", expected \"text\", \"image_url\", \"video_url\" or \"audio_url\"");
             }
         }
 
         return joined.ToString();
     }
+
+    // A part without its sound is heard with the next of the row's. OpenAI's has base64 in "data".
+    private static RowPicture? Sound(JsonElement part, string type)
+    {
+        var value = part.Member(type);
+        foreach (string key in s_soundParts)
+            if (value.IsNull()) value = part.Member(key);
+        if (value.ValueKind == JsonValueKind.Object)
+        {
+            if (value.TryGetProperty("data", out var data) && data.Text() is { } base64)
+                return RowPictures.Embedded(RowPictures.Decoded(base64, "sound"), SoundText.Tag);
+            if (value.TryGetProperty("url", out var url)) value = url;
+        }
+
+        return value.IsNull() ? null : RowPictures.One(value, SoundText.Tag);
+    }
+
+    // What a part shows.
+    private static JsonElement Shown(JsonElement part, string type)
+    {
+        var value = part.Member(type);
+        foreach (string key in s_shownParts)
+            if (value.IsNull()) value = part.Member(key);
+        return value.ValueKind == JsonValueKind.Object && value.TryGetProperty("url", out var url)
+            ? url : value;
+    }
+
+    // What the parts of turns show.
+    private sealed record Media(
+        List<RowPicture> Pictures, List<RowVideo> Videos, List<RowPicture> Sounds);
 
     private void AddQuestion(JsonElement row, List<ChatTurn> turns, ref string[] references)
     {
@@ -308,21 +389,24 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         row.Member(key).IsNull() ? "" : TextOf(row, key);
 
     // The order of the roles, and which answers are learned.
-    private void Check(List<ChatTurn> turns, ref int? turn)
+    private void Check(List<ChatTurn> turns, bool hears, ref int? turn)
     {
         int first = turns.Count > 0 && turns[0].Role == "system" ? 1 : 0;
         if (turns.Count == first) throw new FormatException("has no question");
         if (turns[first].Role != "user")
         {
             turn = first + 1;
-            throw new FormatException("role is \"assistant\", the first turn must be the user's");
+            throw new FormatException($"role is \"{turns[first].Role}\", the first turn must be the "
+                + "user's");
         }
 
-        int question = turns.FindLastIndex(item => item.Role == "user");
+        int question = turns.FindLastIndex(item => item.Role is "user" or "tool");
         bool answered = false, learned = false;
         for (int i = first; i < turns.Count; i++)
         {
-            if (!columns.IsOfficial && i > first && turns[i].Role == turns[i - 1].Role)
+            if (turns[i].Role == "tool") continue;
+            if (!columns.IsOfficial && i > first && (turns[i].Role == turns[i - 1].Role
+                || (turns[i].Role == "user" && turns[i - 1].Role == "tool")))
             {
                 turn = i + 1;
                 throw new FormatException("two turns in a row are the "
@@ -332,13 +416,12 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
 
             if (turns[i].Role == "user")
             {
-                foreach (string tag in s_otherTags)
-                    if (turns[i].Content.Contains(tag, StringComparison.Ordinal))
-                    {
-                        turn = i + 1;
-                        throw new FormatException($"has the tag {tag}: no model of this program "
-                            + "takes videos or audio");
-                    }
+                if (!hears && turns[i].Content.Contains(SoundText.Tag, StringComparison.Ordinal))
+                {
+                    turn = i + 1;
+                    throw new FormatException(
+                        $"has the tag {SoundText.Tag}, but the row has no \"audio\"");
+                }
                 if (!columns.IsOfficial && turns[i].Content.Contains("<img>", StringComparison.Ordinal))
                 {
                     turn = i + 1;

@@ -12,34 +12,46 @@ namespace MiniCpmNative.Engine.Data;
 /// </summary>
 internal static partial class RowText
 {
-    private readonly record struct Place(int Turn, int At, int Length, int Picture);
+    private const string VideoTag = "<video>";
 
-    /// <param name="placeholder">Text of a picture and its number in the conversation.</param>
+    // Item is a picture of the row, or a video of it.
+    private readonly record struct Place(
+        int Turn, int At, int Length, int Item, bool IsVideo = false);
+
+    /// <param name="placeholder">Text of a picture, or of the video whose frames begin with it, and
+    /// its number among the pictures, or the videos, of the conversation.</param>
     /// <exception cref="BadRowException">A tag, a picture or a text is at fault.</exception>
     public static (ChatTurn[] Turns, int[] Pictures) Compose(
         Row row, Func<int, int, string> placeholder, IReadOnlyList<string> markers)
     {
         var places = Places(row);
         var turns = row.Turns.ToArray();
-        int next = 0;
+        int next = 0, videos = 0;
         for (int turn = 0; turn < turns.Length; turn++)
         {
             string content = turns[turn].Content;
-            if (turns[turn].Role == "assistant" && string.IsNullOrWhiteSpace(content))
+            if (turns[turn].Role == "assistant" && string.IsNullOrWhiteSpace(content)
+                && !turns[turn].HasFunctions)
                 throw row.Bad("the answer is empty", turn + 1);
+            if (turns[turn].HasFunctions)
+                foreach (string part in turns[turn].Texts) _ = Own(part, turn);
             var text = new StringBuilder();
             int from = 0;
             for (; next < places.Count && places[next].Turn == turn; next++)
             {
-                var (_, at, length, picture) = places[next];
+                var (_, at, length, item, isVideo) = places[next];
+                int picture = isVideo ? row.Videos[item].First : item;
                 text.Append(Own(content.AsSpan(from, at - from), turn));
-                text.Append(placeholder(picture, next)).Append(length == 0 ? "\n" : "");
+                text.Append(placeholder(
+                    picture, places[next].IsVideo ? videos++ : next - videos));
+                if (length == 0) text.Append('\n');
                 from = at + length;
             }
             text.Append(Own(content.AsSpan(from), turn));
             turns[turn] = turns[turn] with { Content = text.ToString() };
         }
-        return (turns, [.. places.Select(place => place.Picture)]);
+        return (turns, [.. places.SelectMany(place => place.IsVideo
+            ? row.Videos[place.Item].Shown(row) : [place.Item])]);
 
         // Everything between the tags is the user's own text.
         ReadOnlySpan<char> Own(ReadOnlySpan<char> text, int turn)
@@ -53,9 +65,19 @@ internal static partial class RowText
         }
     }
 
+    // What has no tag goes to the front, pictures first.
     private static List<Place> Places(Row row)
     {
-        var tags = Tags(row);
+        ILookup<bool, Place> tags = Tags(row).ToLookup(tag => Content(row, tag) == VideoTag);
+        List<Place> videos = InOrder(row, [.. tags[true]], row.Videos.Count, VideoTag, "video");
+        if (videos.Count == 0) return Pictures(row, [.. tags[false]]);
+        return [.. Pictures(row, [.. tags[false]])
+            .Concat(videos.Select(video => video with { IsVideo = true }))
+            .OrderBy(place => place.Turn).ThenBy(place => place.At).ThenBy(place => place.Length)];
+    }
+
+    private static List<Place> Pictures(Row row, List<Place> tags)
+    {
         if (row.Names == PictureNames.Tagged) return Tagged(row, tags);
         foreach (var tag in tags)
             if (Content(row, tag) is var text and not "<image>")
@@ -63,27 +85,33 @@ internal static partial class RowText
                     ? $"tag {text}, but the row has no \"image\""
                     : $"tag {text} names no picture: \"image\" is not {{\"{text}\": path}}",
                         tag.Turn + 1);
-        int pictures = row.Pictures.Count;
+        return InOrder(row, tags, row.Stills, "<image>", "image");
+    }
+
+    private static List<Place> InOrder(
+        Row row, List<Place> tags, int count, string text, string key)
+    {
         if (tags.Count == 0)
         {
             int first = row.Turns[0].Role == "system" ? 1 : 0;
-            return [.. Enumerable.Range(0, pictures).Select(k => new Place(first, 0, 0, k))];
+            return [.. Enumerable.Range(0, count).Select(k => new Place(first, 0, 0, k))];
         }
 
-        if (pictures == 0)
-            throw row.Bad("tag <image>, but the row has no \"image\"", tags[0].Turn + 1);
-        if (tags.Count != pictures)
+        if (count == 0)
+            throw row.Bad($"tag {text}, but the row has no \"{key}\"", tags[0].Turn + 1);
+        string what = key == "image" ? "picture" : key;
+        if (tags.Count != count)
             throw row.Bad(
-                $"{tags.Count} <image> tags for {pictures} picture(s): each picture is shown "
-                + "once", tags[Math.Min(pictures, tags.Count - 1)].Turn + 1);
-        return [.. tags.Select((tag, k) => tag with { Picture = k })];
+                $"{tags.Count} {text} tags for {count} {what}(s): each {what} is shown once",
+                tags[Math.Min(count, tags.Count - 1)].Turn + 1);
+        return [.. tags.Select((tag, k) => tag with { Item = k })];
     }
 
     private static List<Place> Tagged(Row row, List<Place> tags)
     {
-        var pictures = row.Pictures.Select((picture, k) => (picture.Tag, k))
+        var pictures = row.Pictures.Take(row.Stills).Select((picture, k) => (picture.Tag, k))
             .ToDictionary(item => item.Tag, item => item.k, StringComparer.Ordinal);
-        var shown = new bool[row.Pictures.Count];
+        var shown = new bool[row.Stills];
         var places = new List<Place>();
         foreach (var tag in tags)
         {
@@ -94,7 +122,7 @@ internal static partial class RowText
                 throw row.Bad($"tag {text} is there twice: each picture is shown once",
                     tag.Turn + 1);
             shown[picture] = true;
-            places.Add(tag with { Picture = picture });
+            places.Add(tag with { Item = picture });
         }
         int missing = Array.IndexOf(shown, false);
         return missing < 0 ? places
@@ -109,10 +137,21 @@ internal static partial class RowText
         for (int turn = 0; turn < row.Turns.Count; turn++)
             foreach (var match in Tag().EnumerateMatches(row.Turns[turn].Content))
             {
+                bool video = row.Turns[turn].Content.AsSpan(match.Index, match.Length) is VideoTag;
                 if (row.Turns[turn].Role != "user")
-                    throw row.Bad("an image tag stands in "
-                        + (row.Turns[turn].Role == "assistant" ? "an answer" : "the system text")
-                        + "; pictures are shown in user turns", turn + 1);
+                {
+                    // Where there is none, it is a word like others.
+                    if (video && row.Videos.Count == 0) continue;
+                    throw row.Bad((video ? "a video tag" : "an image tag") + " stands in "
+                        + row.Turns[turn].Role switch
+                        {
+                            "assistant" => "an answer",
+                            "tool" => "a function's result",
+                            _ => "the system text",
+                        }
+                        + $"; {(video ? "videos" : "pictures")} are shown in user turns", turn + 1);
+                }
+
                 tags.Add(new Place(turn, match.Index, match.Length, -1));
             }
         return tags;
@@ -121,6 +160,6 @@ internal static partial class RowText
     private static string Content(Row row, Place tag) =>
         row.Turns[tag.Turn].Content.Substring(tag.At, tag.Length);
 
-    [GeneratedRegex(@"<image(?:_\d+)?>")]
+    [GeneratedRegex(@"<image(?:_\d+)?>|<video>")]
     private static partial Regex Tag();
 }

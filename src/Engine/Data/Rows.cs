@@ -22,11 +22,22 @@ public enum PictureNames
     Listed,
 }
 
-/// <summary>One picture of a row; the path as the row has it.</summary>
+/// <summary>One picture of a row, or a sound; the path as the row has it.</summary>
 public sealed record RowPicture(string Tag, string Path)
 {
+    /// <summary>What it is, in messages.</summary>
+    public string Kind => KindOf(Tag);
+
+    internal static string KindOf(string tag) => tag == SoundText.Tag ? "sound" : "picture";
+
     /// <summary>The file's content where the row holds it; Path is a name of it then.</summary>
     public byte[]? Bytes { get; init; }
+
+    /// <summary>
+    /// Of the first frame of a group of a video's frames, which the model joins: the temporal id of
+    /// it and of each that follows; null for all other pictures.
+    /// </summary>
+    public IReadOnlyList<int>? Times { get; init; }
 }
 
 /// <summary>
@@ -39,8 +50,24 @@ public sealed record Row(
     /// <summary>Number, counted on over all files of a data set.</summary>
     public int Place { get; init; } = Number;
 
+    /// <summary>Its videos; mostly none.</summary>
+    public IReadOnlyList<RowVideo> Videos { get; init; } = [];
+
+    /// <summary>Why its videos cannot be used, if they cannot.</summary>
+    public string? Fault { get; init; }
+
+    /// <summary>Pictures that are no frames of a video; they stand in front of those.</summary>
+    public int Stills => Pictures.Count - Videos.Sum(video => video.Count);
+
+    /// <summary>The video whose frames begin with that picture, if one's do.</summary>
+    public RowVideo? VideoAt(int picture) => picture < Stills ? null
+        : Videos.FirstOrDefault(video => video.First == picture);
+
     /// <summary>Boxes that are still to be written into the turns; mostly none.</summary>
     public Grounding? Objects { get; init; }
+
+    /// <summary>Its sounds, in the order of their tags; mostly none.</summary>
+    public IReadOnlyList<RowPicture> Sounds { get; init; } = [];
 
     /// <summary>Right answers to the last question, besides the row's own; mostly none.</summary>
     public IReadOnlyList<string> References { get; init; } = [];
@@ -51,8 +78,15 @@ public sealed record Row(
     /// </summary>
     public int Answer => Turns[^1].Role == "assistant" ? Turns.Count - 1 : Turns.Count;
 
-    /// <summary>What that turn says; null where the row leaves it open.</summary>
-    public string? Expected => Answer < Turns.Count ? Turns[Answer].Content : null;
+    /// <summary>
+    /// What that turn says, calls of functions as the model writes them; null where the row leaves
+    /// it open.
+    /// </summary>
+    public string? Expected
+    {
+        get => field ?? (Answer < Turns.Count ? Turns[Answer].Content : null);
+        init;
+    }
 
     /// <summary>
     /// What makes the row unusable, as an exception to throw; turn counts from 1.
@@ -65,20 +99,27 @@ public sealed record Row(
     /// else to the working directory.
     /// </summary>
     /// <exception cref="BadRowException">Neither exists.</exception>
-    public string Locate(RowPicture picture)
+    public string Locate(RowPicture picture) =>
+        Locate(picture.Kind, picture.Path, System.IO.File.Exists);
+
+    /// <summary>The same of anything.</summary>
+    /// <param name="what">It, in messages.</param>
+    /// <param name="path">As the row has it.</param>
+    /// <param name="exists">Whether it is at a path.</param>
+    /// <exception cref="BadRowException">It is nowhere.</exception>
+    public string Locate(string what, string path, Func<string, bool> exists)
     {
-        return Find(picture.Path)
+        return Find(path)
             // Separators of Windows, where no file has them in its name.
-            ?? (picture.Path.Contains('\\') ? Find(picture.Path.Replace('\\', '/')) : null)
-            ?? throw Bad($"picture {Messages.Quote(picture.Path)} is neither in the data file's "
+            ?? (path.Contains('\\') ? Find(path.Replace('\\', '/')) : null)
+            ?? throw Bad($"{what} {Messages.Quote(path)} is neither in the data file's "
                 + "folder nor in the working directory");
 
         string? Find(string path)
         {
             string beside = System.IO.Path.Combine(
                 System.IO.Path.GetDirectoryName(System.IO.Path.GetFullPath(File)) ?? "", path);
-            return System.IO.File.Exists(beside) ? beside
-                : System.IO.File.Exists(path) ? path : null;
+            return exists(beside) ? beside : exists(path) ? path : null;
         }
     }
 }

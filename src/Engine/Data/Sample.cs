@@ -21,6 +21,9 @@ public sealed record Sample(
     int[] InputIds, int[] Labels, ImageBound[] Bounds, int[] Pictures, int FullLength,
     int AnswersCut, int Views)
 {
+    /// <summary>The places of its sounds, in order.</summary>
+    public ImageBound[] SoundBounds { get; init; } = [];
+
     public bool Cut => FullLength > InputIds.Length;
 
     /// <summary>Positions that carry a label.</summary>
@@ -28,10 +31,15 @@ public sealed record Sample(
 }
 
 /// <summary>A prompt for generation, as Sample without labels.</summary>
-public sealed record Prompt(int[] InputIds, ImageBound[] Bounds, int[] Pictures);
+public sealed record Prompt(int[] InputIds, ImageBound[] Bounds, int[] Pictures)
+{
+    /// <summary>The places of sounds, in order.</summary>
+    public ImageBound[] SoundBounds { get; init; } = [];
+}
 
-/// <summary>A part of what is said to the model: text, or the picture of that index.</summary>
-public readonly record struct PromptPart(string? Text, int Picture)
+/// <summary>A part of what is said to the model: text, or the picture or the sound of that
+/// index.</summary>
+public readonly record struct PromptPart(string? Text, int Picture, int Sound = -1)
 {
     public static implicit operator PromptPart(string text) => new(text, -1);
 

@@ -27,13 +27,15 @@ public sealed class SampleBuilder
         (_prompts, _placeholders) = (format.Prompts, format.Placeholders);
     }
 
-    /// <summary>The sample of a row; plans are those of row.Pictures, one each.</summary>
+    /// <summary>The sample of a row; plans are those of row.Pictures, one each, and sounds the
+    /// numbers of samples of row.Sounds.</summary>
     /// <exception cref="BadRowException">The row cannot be trained on.</exception>
-    public Sample Build(Row row, IReadOnlyList<SlicePlan> plans)
+    public Sample Build(
+        Row row, IReadOnlyList<SlicePlan> plans, IReadOnlyList<int>? sounds = null)
     {
         try
         {
-            return _official ? BuildOfficial(row, plans) : BuildStrict(row, plans);
+            return _official ? BuildOfficial(row, plans) : BuildStrict(row, plans, sounds ?? []);
         }
         catch (InputException failure)
         {
@@ -44,10 +46,11 @@ public sealed class SampleBuilder
     /// <summary>The prompt that asks for the answer in a turn of the row (index from 0; behind
     /// the last one where nothing answers it).</summary>
     /// <exception cref="BadRowException">The row cannot be trained on.</exception>
-    public Prompt BuildPrompt(Row row, IReadOnlyList<SlicePlan> plans, int answer)
+    public Prompt BuildPrompt(Row row, IReadOnlyList<SlicePlan> plans, int answer,
+        IReadOnlyList<int>? sounds = null)
     {
-        var (turns, pictures) = Compose(row, plans);
-        if (answer > 0 && turns[answer - 1].Role != "user")
+        var (turns, pictures) = Compose(row, plans, sounds ?? []);
+        if (answer > 0 && turns[answer - 1].Role is not ("user" or "tool"))
             throw row.Bad("no question stands before the answer", answer + 1);
         bool thinks = answer < turns.Length
             && turns[answer].Content.Contains("</think>", StringComparison.Ordinal);
@@ -75,11 +78,13 @@ public sealed class SampleBuilder
     /// <param name="plans">How each picture is cut.</param>
     /// <param name="system">A system prompt in place of the format's.</param>
     /// <param name="enableThinking">Qwen3: false closes the thoughts of the answer at once.</param>
+    /// <param name="sounds">Samples of each sound.</param>
     public Prompt BuildPrompt(
         IReadOnlyList<PromptTurn> turns, IReadOnlyList<SlicePlan> plans, string? system = null,
-        bool enableThinking = false)
+        bool enableThinking = false, IReadOnlyList<int>? sounds = null)
     {
         var pictures = new List<int>();
+        int features = 0;
         var chat = new List<ChatTurn>();
         if (system is not null) chat.Add(new ChatTurn("system", system));
         foreach (var turn in turns)
@@ -87,12 +92,22 @@ public sealed class SampleBuilder
             var parts = new List<string>();
             foreach (var part in turn.Parts)
             {
+                if (part.Sound >= 0)
+                {
+                    parts.Add(_format.Sounds!.Text(sounds![part.Sound]));
+                    features += _format.Sounds.Tokens(sounds[part.Sound]);
+                    continue;
+                }
+
                 parts.Add(part.Text ?? PictureText(plans[part.Picture], pictures.Count));
                 if (part.Text is null) pictures.Add(part.Picture);
             }
             chat.Add(new ChatTurn(turn.Role, string.Join('\n', parts)));
         }
-        return BuildPrompt(chat, [.. pictures], enableThinking);
+        Prompt prompt = BuildPrompt(chat, [.. pictures], enableThinking);
+        return prompt.SoundBounds.Sum(bound => bound.End - bound.Start) == features ? prompt
+            : throw new InputException(
+                "the prompt holds audio tokens as text; take them out, sounds are given beside the text");
     }
 
     private Prompt BuildPrompt(IReadOnlyList<ChatTurn> turns, int[] pictures, bool enableThinking)
@@ -100,30 +115,60 @@ public sealed class SampleBuilder
         int[] ids = _prompts.EncodePrompt(turns, enableThinking);
         return new Prompt(ids,
             _placeholders.Bounds(ids) ?? throw new InputException("the prompt holds image "
-            + "tokens as text; take them out, pictures are given beside the text"), pictures);
+            + "tokens as text; take them out, pictures are given beside the text"), pictures)
+        {
+            SoundBounds = _format.Sounds?.Bounds(ids) ?? [],
+        };
     }
 
-    private (ChatTurn[] Turns, int[] Pictures) Compose(Row row, IReadOnlyList<SlicePlan> plans) =>
-        RowText.Compose(row, (picture, number) => PictureText(plans[picture], number),
+    private (ChatTurn[] Turns, int[] Pictures) Compose(
+        Row row, IReadOnlyList<SlicePlan> plans, IReadOnlyList<int> sounds)
+    {
+        var (turns, pictures) = RowText.Compose(SoundText.Tagged(row), (picture, number) =>
+            row.VideoAt(picture) is { } video
+                ? VideoText([.. video.Shown(row).Select(frame => plans[frame])], number)
+                : _placeholders.Text(plans[picture], NumbersOf(row) ? number : null),
             _format.Markers);
+        return (SoundText.Filled(row, turns, k => _format.Sounds!.Text(sounds[k])), pictures);
+    }
+
+    // In a row with a video the older processors are asked for no numbers.
+    private bool NumbersOf(Row row) =>
+        _format.Numbered && (row.Videos.Count == 0 || _format.Video is { Native: true });
+
+    private string VideoText(SlicePlan[] frames, int number)
+    {
+        bool native = _format.Video is { Native: true };
+        bool numbered = _format.Numbered && _format.Video is { Numbered: true };
+        return string.Join(native ? "" : "\n", frames.Select((frame, i) =>
+            _placeholders.Text(frame, numbered && i == 0 ? number : null, isFrame: true)));
+    }
 
     private string PictureText(SlicePlan plan, int number) =>
         _placeholders.Text(plan, _format.Numbered ? number : null);
 
-    private Sample BuildStrict(Row row, IReadOnlyList<SlicePlan> plans)
+    private Sample BuildStrict(
+        Row row, IReadOnlyList<SlicePlan> plans, IReadOnlyList<int> sounds)
     {
-        var (turns, pictures) = Compose(row, plans);
+        var (turns, pictures) = Compose(row, plans, sounds);
         MustBeShort(row, turns);
         var chat = _prompts.Encode(turns);
         var bounds = _placeholders.Bounds(chat.Ids)!;
         CheckFit(row, chat.Ids.Length, bounds, pictures, plans);
-        return Finish(row, chat, bounds, pictures, pictures.Sum(picture => plans[picture].Views));
+        ImageBound[] heard = sounds.Count > 0 ? _format.Sounds!.Bounds(chat.Ids)! : [];
+        if (heard.Length > 0 && heard[^1].End >= _maxLength)
+            throw row.Bad($"has {Messages.Number(chat.Ids.Length)} tokens, model_max_length is "
+                + $"{Messages.Number(_maxLength)}: its audio would be cut; raise model_max_length or "
+                + "cut the sound");
+        return Finish(row, chat, bounds, pictures, pictures.Sum(picture => plans[picture].Views))
+            with
+        { SoundBounds = heard };
     }
 
     // A token takes some 50 bytes while it is made: no row may fill the memory for what is cut off.
     private static void MustBeShort(Row row, IEnumerable<ChatTurn> turns)
     {
-        long letters = turns.Sum(turn => (long)turn.Content.Length);
+        long letters = turns.Sum(turn => turn.Texts.Sum(text => (long)text.Length));
         if (letters > MostLetters)
             throw row.Bad($"has {Messages.Number(letters)} characters, at most "
                 + $"{Messages.Number(MostLetters)} can be read: shorten it or make several rows of it");
@@ -143,6 +188,12 @@ public sealed class SampleBuilder
 
     private Sample BuildOfficial(Row row, IReadOnlyList<SlicePlan> plans)
     {
+        if (row.Sounds.Count > 0)
+            throw row.Bad("has audio, which the official script cannot read; it works without "
+                + "official_compat");
+        if (row.Videos.Count > 0)
+            throw row.Bad("has a video, which the official script does not know: leave "
+                + "official_compat out");
         var turns = OfficialText.Compose(row, (picture, number) =>
             _placeholders.Text(plans[picture], number),
             [.. plans.Select(plan => plan.Sliced)]);

@@ -25,12 +25,12 @@ internal sealed class GgufTensors(MergedWeights weights)
 
     /// <summary>A stored tensor, changed where the reader wants it otherwise.</summary>
     public void Add(string name, string stored, GgufType type, GgufChange? change = null) =>
-        Add(name, stored, type, change ?? GgufChange.None);
+        AddStored(name, stored, type, change ?? GgufChange.None);
 
     /// <summary>A stored tensor as that of another name, with what an adapter does to that
     /// one.</summary>
     public void AddAs(string other, string name, string stored, GgufType type) =>
-        Add(name, stored, type, GgufChange.None, other);
+        AddStored(name, stored, type, GgufChange.None, other);
 
     /// <summary>A square matrix with rows and columns exchanged.</summary>
     public void AddTransposed(string name, string stored, GgufType type)
@@ -52,7 +52,7 @@ internal sealed class GgufTensors(MergedWeights weights)
         All.Add(new GgufTensor(name, GgufType.F32, sizes,
             stream => Write(stream, GgufType.F32, values, name)));
 
-    private void Add(
+    private void AddStored(
         string name, string stored, GgufType type, GgufChange change, string? other = null)
     {
         StoredTensor tensor = weights.Checkpoint.Get(stored);

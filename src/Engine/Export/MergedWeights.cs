@@ -41,7 +41,7 @@ internal sealed unsafe class MergedWeights : IDisposable
     /// </exception>
     public static MergedWeights Open(string model, string? adapter)
     {
-        ModelSpec spec = ModelSpec.Read(model);
+        ModelSpec spec = ModelSpec.Read(model).Hearing(wanted: false, adapter);
         var merged = new MergedWeights(spec, Checkpoint.Open(model),
             adapter is null ? null : AdapterFile.Open(adapter, spec.Parameters));
         try

@@ -74,7 +74,7 @@ public sealed class AskedModel : IDisposable
         name.Contains(".lora_B.", StringComparison.Ordinal)
         || name.EndsWith(".lora_embedding_B", StringComparison.Ordinal);
 
-    /// <param name="arguments">model_name_or_path, device, threads, bf16 and fp16.</param>
+    /// <param name="arguments">model_name_or_path, device, threads, bf16, fp16 and q_lora.</param>
     /// <param name="adapter">A PEFT adapter's folder, or null.</param>
     /// <param name="devices">Opens the device; null takes the machine's.</param>
     /// <param name="say">Takes a line on the choice of the device.</param>
@@ -85,7 +85,7 @@ public sealed class AskedModel : IDisposable
         Action<string>? say = null)
     {
         string folder = arguments.ModelNameOrPath!;
-        ModelSpec spec = ModelSpec.Read(folder);
+        ModelSpec spec = ModelSpec.Read(folder).Hearing(arguments.InitAudio, adapter);
         Checkpoint? checkpoint = null;
         AdapterFile? file = null;
         OpenDevice? device = null;
@@ -114,7 +114,8 @@ public sealed class AskedModel : IDisposable
             {
                 Trainables = values,
                 Adapters = file is null ? Adapters.None : Adapters.Of(file.Config, layout!),
-                Kind = new QuantisedKind(spec.Parameters, storage, null, checkpoint),
+                Kind = new QuantisedKind(
+                    spec.Parameters, storage, Quantisation.Of(arguments), checkpoint),
             };
             LoadedModel model = LoadedModel.Load(device, spec, checkpoint, storage, options);
             return new AskedModel(model, checkpoint, file, trained, values, layout)

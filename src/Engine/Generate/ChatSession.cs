@@ -25,7 +25,8 @@ public sealed class ChatSession
     private readonly GenerationSettings _settings;
     private readonly List<PromptTurn> _turns = [];
     private readonly List<PromptPicture> _pictures = [];
-    private readonly List<int> _pending = [];
+    private readonly List<float[]> _sounds = [];
+    private readonly List<PromptPart> _pending = [];
     private object _conversation = new();
 
     public ChatSession(AskedModel model, PromptMaker maker, GenerationSettings settings)
@@ -58,11 +59,24 @@ public sealed class ChatSession
         return picture;
     }
 
+    /// <summary>Lets the next question hear a sound; its seconds.</summary>
+    /// <exception cref="InputException">The file is missing or no sound, or the model does not
+    /// hear.</exception>
+    public double Hear(string path)
+    {
+        if (path.Length == 0) throw new InputException("which sound? A file's name is missing");
+        float[] samples = _maker.Hear(path);
+        _pending.Add(new PromptPart(null, -1, _sounds.Count));
+        _sounds.Add(samples);
+        return samples.Length / (double)SoundScheme.Rate;
+    }
+
     /// <summary>Forgets the conversation; the system prompt stays.</summary>
     public void Reset()
     {
         _turns.Clear();
         _pictures.Clear();
+        _sounds.Clear();
         _pending.Clear();
         _conversation = new();
     }
@@ -75,8 +89,7 @@ public sealed class ChatSession
     /// </exception>
     public ChatAnswer Ask(string question, Action<string> tell, Func<bool> goesOn)
     {
-        PromptTurn turn = new(
-            "user", [.. _pending.Select(picture => (PromptPart)picture), question]);
+        PromptTurn turn = new("user", [.. _pending, question]);
         ChatAnswer answer = Answer([.. _turns, turn], tell, goesOn);
         _turns.Add(turn);
         _turns.Add(new PromptTurn("assistant", [answer.Text]));
@@ -107,7 +120,7 @@ public sealed class ChatSession
         IReadOnlyList<PromptTurn> turns, Action<string> tell, Func<bool> goesOn)
     {
         GenerationInput input = _maker.Make(
-            turns, _pictures, System, Thinks, (ulong)turns.Count);
+            turns, _pictures, System, Thinks, (ulong)turns.Count, _sounds);
         var text = new TextStream(_model.Rows.Tokenizer);
         long start = Stopwatch.GetTimestamp();
         double first = 0;

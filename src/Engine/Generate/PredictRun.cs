@@ -151,8 +151,10 @@ public sealed class PredictRun
     private string Key(PredictSide side, DataRows rows, GenerationSettings settings)
     {
         string all = string.Join('\n', side, rows.Digest, settings,
-            string.Join(' ', settings.StopIds), _arguments.MaxSliceNums,
-            _arguments.ApplyExifOrientation, _arguments.Bf16, _arguments.Fp16, string.Join('\n',
+            string.Join(' ', settings.StopIds), _arguments.MaxSliceNums, _arguments.VideoFps,
+            _arguments.VideoMaxFrames, _arguments.VideoMaxSliceNums, _arguments.VideoPacking,
+            _arguments.ApplyExifOrientation, _arguments.Bf16, _arguments.Fp16,
+            Quantisation.Of(_arguments), string.Join('\n',
                 new[] { side.Model, side.Adapter }.OfType<string>()
                     .SelectMany(folder => Directory.EnumerateFiles(folder, "*.safetensors"))
                     .Select(file => new FileInfo(file)).OrderBy(file => file.FullName)

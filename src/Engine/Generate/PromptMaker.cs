@@ -49,18 +49,33 @@ public sealed class PromptMaker
             picture.Size);
     }
 
-    /// <param name="turns">The conversation; pictures are indices.</param>
+    /// <summary>The samples of a sound.</summary>
+    /// <exception cref="InputException">It cannot be heard.</exception>
+    public float[] Hear(string path)
+    {
+        if (_format.Sounds is null)
+            throw new InputException($"{path}: the model does not hear as it is run: "
+                + "--init_audio true runs a model's audio encoder, if it has one");
+        float[] samples = SoundScheme.Read(path);
+        return _format.Sounds.Tokens(samples.Length) > 0 ? samples
+            : throw new InputException($"{path}: is too short to be heard");
+    }
+
+    /// <param name="turns">The conversation; pictures and sounds are indices.</param>
     /// <param name="pictures">What they stand for.</param>
     /// <param name="system">A system prompt in place of the format's.</param>
     /// <param name="enableThinking">Leaves the answer's thoughts open.</param>
     /// <param name="number">See <see cref="GenerationInput"/>.</param>
+    /// <param name="sounds">Samples of sounds, whose parts are in their order.</param>
     /// <exception cref="InputException">The conversation cannot be asked.</exception>
     public GenerationInput Make(
         IReadOnlyList<PromptTurn> turns, IReadOnlyList<PromptPicture> pictures,
-        string? system = null, bool enableThinking = false, ulong number = 0)
+        string? system = null, bool enableThinking = false, ulong number = 0,
+        IReadOnlyList<float[]>? sounds = null)
     {
+        int[] lengths = [.. (sounds ?? []).Select(samples => samples.Length)];
         Prompt prompt = _builder.BuildPrompt(
-            turns, [.. pictures.Select(picture => picture.Plan)], system, enableThinking);
+            turns, [.. pictures.Select(picture => picture.Plan)], system, enableThinking, lengths);
         int tokens = prompt.InputIds.Length, largest = prompt.InputIds.Max();
         if (tokens > MaxTokens)
             throw new InputException(
@@ -85,7 +100,7 @@ public sealed class PromptMaker
         return new GenerationInput(tokens, batch => Append(batch, 0, tokens), number)
         {
             Ids = prompt.InputIds,
-            Pictures = places,
+            Pictures = [.. places, .. _format.Sounds?.Places(prompt.SoundBounds, lengths) ?? []],
             AppendPart = Append,
         };
 
@@ -102,6 +117,10 @@ public sealed class PromptMaker
                     _format.Placeholders.Features(shown.Plan)))
                     throw new InputException($"{shown.Name}: has too many patches");
             }
+
+            if (lengths.Length > 0)
+                _format.Sounds!.Add(
+                    batch, prompt.SoundBounds, lengths, from, to, sound => sounds![sound]);
         }
     }
 

@@ -26,11 +26,16 @@ public sealed class BatchTensors : IBatchInput
     /// <summary>I32[slots], only when the slots do not simply take all features in order.</summary>
     public Tensor FeatureIds { get; private set; }
 
+    /// <summary>I32[slots]: tokens that are sound features; none where there is no
+    /// sound.</summary>
+    public Tensor SoundSlots { get; private set; }
+
     /// <summary>I32[pictures + 1], in patches.</summary>
     public Tensor PictureStarts { get; private set; }
 
     public long Count(Batch batch) => (long)batch.Tokens.Count + batch.LabelRows.Count
         + batch.Targets.Count + batch.Slots.Count + batch.SlotFeatures.Count
+        + batch.SoundSlots.Count
         + batch.PictureStarts.Count;
 
     public void Load(Batch batch, BatchUpload upload)
@@ -40,6 +45,8 @@ public sealed class BatchTensors : IBatchInput
         LabelRows = upload.Ints(batch.LabelRows.Span, "label rows");
         Targets = upload.Ints(batch.Targets.Span, "targets");
         Slots = upload.Ints(batch.Slots.Span, "slots");
+        SoundSlots = batch.Clips > 0
+            ? upload.Ints(batch.SoundSlots.Span, "sound slots") : Tensor.None;
         PictureStarts = FeatureIds = Tensor.None;
         if (Pictures == 0) return;
         PictureStarts = upload.Ints(batch.PictureStarts.Span, "picture starts");

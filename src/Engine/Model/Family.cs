@@ -50,6 +50,9 @@ public abstract class Family(string name)
     /// <summary>What the official chat() generates by, where nothing is said.</summary>
     public virtual ChatDefaults Chat => new();
 
+    /// <summary>How its own code shows videos; null where it takes none.</summary>
+    public virtual VideoRules? Video => null;
+
     /// <summary>How llama.cpp knows the member; null where it does not.</summary>
     public virtual GgufNames? Gguf => null;
 
@@ -60,6 +63,10 @@ public abstract class Family(string name)
     /// A file is missing or wrong, or asks for what is not supported.
     /// </exception>
     public abstract ModelSpec Read(ModelConfig config);
+
+    /// <summary>The audio encoder that a model has; null where its family has none.</summary>
+    /// <exception cref="InputException">What its config.json says of it is wrong.</exception>
+    public virtual AudioSpec? Audio(ModelConfig config) => null;
 
     /// <summary>
     /// Composes the model; with a scope without tensors that only describes it. Most members are
@@ -75,7 +82,8 @@ public abstract class Family(string name)
         IVisionTower vision =
             Tower(spec.Vision, root.As(ModelPart.Vision).In("vpm"), recomputation);
         var joiner = new Resampler(spec.Resampler, root.As(ModelPart.Joiner).In("resampler"));
-        return new MiniCpmModel(vision, joiner, decoder);
+        AudioEncoder? audio = spec.Audio is { } sizes ? new(sizes, root, recomputation) : null;
+        return new MiniCpmModel(vision, joiner, decoder, audio);
     }
 
     /// <summary>
@@ -95,8 +103,18 @@ public abstract class Family(string name)
                 ? PlaceholderScheme.New(tokenizer, tokens, queries, spec.Directory)
                 : PlaceholderScheme.Old(tokenizer, tokens, queries, spec.Directory),
             spec.Processor.UseImageId, spec.Slicing, spec.SliceMode,
-            spec.Processor.Mean, spec.Processor.Std, spec.Decoder.VocabSize);
+            spec.Processor.Mean, spec.Processor.Std, spec.Decoder.VocabSize)
+        {
+            Sounds = spec.Audio is { } audio ? new SoundScheme(
+                tokenizer, tokens.Unknown, audio.Bands, 2 * audio.Positions, audio.Tokens,
+                audio.TokensOfAPlace, spec.Directory) : null,
+            Video = Video,
+        };
     }
+
+    /// <summary>Frames as a list of pictures, one of each second, as the members' own documentation
+    /// has it.</summary>
+    protected static VideoRules FramesAsPictures { get; } = new(FrameRule.Steps, 1, 64, 2);
 
     /// <summary>Most members have SigLIP.</summary>
     protected virtual IVisionTower Tower(VisionSpec spec, ModuleScope scope, Recomputation recomputation) =>

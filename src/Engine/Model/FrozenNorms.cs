@@ -25,7 +25,7 @@ public sealed unsafe class FrozenNorms(Checkpoint checkpoint, DType storage, IWe
         RowReader? reader = kind?.Reader(file);
         // Quantised files that are kept as they are have no rounding behind them.
         using var stored = reader is null ? new StorageValues(file, 0, file.Count,
-            file is PackedTensor { IsKept: true } ? DType.F32 : storage) : null;
+            file is PackedTensor ? DType.F32 : storage) : null;
         reader ??= (from, to) =>
         {
             fixed (float* target = to)

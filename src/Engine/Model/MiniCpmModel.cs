@@ -27,20 +27,21 @@ public interface IJoiner : IBatchInput
 }
 
 /// <summary>
-/// A model of the family: vision tower, joiner, decoder, and the merge of picture features into the
-/// embedded text. Which ones is said where a family composes them.
+/// A model of the family: vision tower, joiner, decoder, an audio encoder where there is one, and
+/// the merge of picture and sound features into the embedded text. Which ones is said where a
+/// family composes them.
 /// </summary>
-public sealed class MiniCpmModel(IVisionTower vision, IJoiner joiner, Decoder decoder)
+public sealed class MiniCpmModel(
+    IVisionTower vision, IJoiner joiner, Decoder decoder, AudioEncoder? audio = null)
 {
     private readonly Embedding _select = new();
     private readonly Splice _splice = new();
     private readonly PerBatch<BatchTensors> _batches = new();
-    // Those of pictures first, and last the cache, if there is one.
-    private readonly IBatchInput?[] _inputs =
-        [vision, joiner, new BatchTensors(), decoder, null];
+    // Those that the batch has, one of each kind at most.
+    private readonly IBatchInput[] _inputs = new IBatchInput[6];
 
     /// <summary>The batch that came to the device last.</summary>
-    public BatchTensors Batch => (BatchTensors)_inputs[2]!;
+    public BatchTensors Batch { get; private set; } = new();
 
     /// <inheritdoc cref="Decoder.RunsTogether"/>
     public bool RunsTogether => decoder.RunsTogether;
@@ -53,10 +54,14 @@ public sealed class MiniCpmModel(IVisionTower vision, IJoiner joiner, Decoder de
     /// </summary>
     public void Load(Batch batch, BatchUpload upload, KeyValueCache? cache = null)
     {
-        (_inputs[2], _inputs[^1]) = (_batches[upload.Number], cache);
+        int count = 0;
+        if (batch.Grids.Count > 0) (_inputs[count++], _inputs[count++]) = (vision, joiner);
+        if (batch.Clips > 0) _inputs[count++] = audio!;
+        _inputs[count++] = Batch = _batches[upload.Number];
+        _inputs[count++] = decoder;
+        if (cache is not null) _inputs[count++] = cache;
         decoder.Continue(cache);
-        upload.Run(batch, _inputs.AsSpan(
-            (batch.Grids.Count > 0 ? 0 : 2)..(cache is null ? 4 : 5))!);
+        upload.Run(batch, _inputs.AsSpan(0, count));
     }
 
     /// <summary>
@@ -65,13 +70,16 @@ public sealed class MiniCpmModel(IVisionTower vision, IJoiner joiner, Decoder de
     public Tensor Hidden(Graph graph, ITensorProbe? probe = null) =>
         decoder.Forward(graph, Embedded(graph, probe), probe);
 
-    /// <summary>The decoder's input x[tokens, width]: the text with its pictures.</summary>
+    /// <summary>The decoder's input x[tokens, width]: the text with its pictures and sounds.
+    /// </summary>
     public Tensor Embedded(Graph graph, ITensorProbe? probe = null)
     {
         Tensor features = Batch.Pictures > 0 ? Features(graph, probe) : Tensor.None;
+        Tensor heard = Batch.SoundSlots.Exists ? Heard(graph, probe) : Tensor.None;
         Tensor x = decoder.Embed(graph, Batch.Tokens);
         if (features.Exists && Batch.Slots.Shape.Count > 0)
             x = graph.Run(_splice, x, features, Batch.Slots);
+        if (heard.Exists) x = graph.Run(_splice, x, heard, Batch.SoundSlots);
         probe?.Visit("inputs_embeds", x);
         return x;
     }
@@ -99,6 +107,14 @@ public sealed class MiniCpmModel(IVisionTower vision, IJoiner joiner, Decoder de
     /// </summary>
     public Tensor LabelLogits(Graph graph, Tensor hidden) =>
         decoder.Logits(graph, graph.Run(_select, hidden, Batch.LabelRows));
+
+    private Tensor Heard(Graph graph, ITensorProbe? probe)
+    {
+        ArenaMark mark = graph.Device.Step.Mark();
+        int before = graph.Length;
+        Tensor heard = audio!.Forward(graph, probe);
+        return graph.Length == before ? graph.Keep(mark, heard) : heard;
+    }
 
     private Tensor Features(Graph graph, ITensorProbe? probe)
     {

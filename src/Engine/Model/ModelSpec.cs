@@ -31,6 +31,9 @@ public sealed record ModelSpec(
 {
     private ParameterTable? _parameters;
 
+    /// <summary>The audio encoder, where it runs; else what a model has of one is handed on.</summary>
+    public AudioSpec? Audio { get; private init; }
+
     /// <summary>The joiner of a model that has a resampler.</summary>
     public ResamplerSpec Resampler
     {
@@ -55,6 +58,28 @@ public sealed record ModelSpec(
         _ = spec.Parameters;
         return spec;
     }
+
+    /// <summary>The model with its audio encoder, if that is wanted (init_audio).</summary>
+    /// <exception cref="InputException">It has none, or what is said of it is wrong.</exception>
+    public ModelSpec Hearing(bool wanted)
+    {
+        if (!wanted) return this;
+        var hearing = this with
+        {
+            Audio = Family.Audio(ModelConfig.Open(Directory)) ?? throw new InputException(
+                $"init_audio: {Family.Name} has no audio encoder; leave it out"),
+            _parameters = null,
+        };
+        _ = hearing.Parameters;
+        return hearing;
+    }
+
+    /// <summary>The same where an adapter may have parts of the encoder, trained whole.</summary>
+    /// <inheritdoc cref="Hearing(bool)"/>
+    public ModelSpec Hearing(bool wanted, string? adapter) => Hearing(wanted
+        || (adapter is not null && AdapterConfig.Read(
+            Path.Combine(adapter, AdapterConfig.FileName)).ModulesToSave
+            .Any(name => name is "apm" or "audio_projection_layer")));
 
     /// <summary>The model with its decoder's layers replicated, and its weights too.</summary>
     /// <param name="ranges">Which layers run; null as they are.</param>

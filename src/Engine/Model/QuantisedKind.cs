@@ -1,3 +1,4 @@
+using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Weights;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Quantised;
@@ -11,6 +12,11 @@ namespace MiniCpmNative.Engine.Model;
 public sealed record Quantisation(
     FourBitKind Kind, bool Nested, IReadOnlyList<string>? Skipped = null)
 {
+    /// <summary>As q_lora and the keys beside it say; null without it.</summary>
+    public static Quantisation? Of(TrainArguments arguments) => !arguments.Quantises ? null
+        : new(arguments.Bnb4bitQuantType == QuantType.Fp4 ? FourBitKind.Fp4 : FourBitKind.Nf4,
+            arguments.Bnb4bitUseDoubleQuant ?? true, arguments.LlmInt8SkipModules);
+
     /// <summary>Whether it takes a linear layer. The head's product is a part of the loss, which
     /// reads it as it is.</summary>
     public bool Takes(ParameterTable table, LinearModule linear) => linear.Name != table.Head
@@ -20,6 +26,9 @@ public sealed record Quantisation(
 
     public FourBitForm Form(int outputs, int inputs) =>
         new(outputs, inputs, ScaleBlock: Nested ? 256 : 0);
+
+    public override string ToString() =>
+        $"{Kind}, {(Nested ? "nested" : "plain")}, without {string.Join(' ', Skipped ?? [])}";
 }
 
 /// <summary>
@@ -40,11 +49,11 @@ public sealed class QuantisedKind(
     private (string? Name, FourBitCodes Codes) _last;
 
     public bool Takes(string weight) =>
-        checkpoint?.Find(weight) is PackedTensor { IsKept: true } || _linears.Contains(weight);
+        checkpoint?.Find(weight) is PackedTensor || _linears.Contains(weight);
 
     public Weight? Load(Device device, StoredTensor matrix, int begin, int rows)
     {
-        if (matrix is PackedTensor { IsKept: true } packed) return packed.On(device, begin, rows);
+        if (matrix is PackedTensor packed) return packed.On(device, begin, rows);
         if (!_linears.Contains(matrix.Name)) return null;
         FourBitCodes codes = CodesOf(matrix);
         return codes.Form.Splits(begin) ? new FourBitWeight(device, codes.Rows(begin, rows)) : null;
@@ -52,7 +61,7 @@ public sealed class QuantisedKind(
 
     public RowReader? Reader(StoredTensor matrix)
     {
-        if (!_linears.Contains(matrix.Name) || matrix is PackedTensor { IsKept: true }) return null;
+        if (!_linears.Contains(matrix.Name) || matrix is PackedTensor) return null;
         return CodesOf(matrix).Unpack;
     }
 
@@ -68,7 +77,7 @@ public sealed class QuantisedKind(
 
     public Weight? Plan(Device device, string weight, int begin, int rows)
     {
-        if (checkpoint?.Find(weight) is PackedTensor { IsKept: true } packed)
+        if (checkpoint?.Find(weight) is PackedTensor packed)
             return packed.On(device, begin, rows, isPlan: true);
         if (!_linears.Contains(weight)) return null;
         Shape shape = table.Find(weight)!.Shape;
@@ -78,7 +87,7 @@ public sealed class QuantisedKind(
 
     /// <summary>Bytes that a frozen tensor takes, about.</summary>
     public long Bytes(StoredTensor tensor) =>
-        tensor is PackedTensor { IsKept: true } packed ? packed.PackedBytes
+        tensor is PackedTensor packed ? packed.PackedBytes
         : _linears.Contains(tensor.Name) ? quantisation!.Form((int)tensor.Sizes[0], (int)tensor.Sizes[1]).Bytes
         : tensor.Count * Math.Min(tensor.StoredType.Size, storage.Size());
 }

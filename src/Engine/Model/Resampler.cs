@@ -10,7 +10,8 @@ namespace MiniCpmNative.Engine.Model;
 /// features of the decoder's width (Qwen-VL's resampler, as MiniCPM-V has it): kv =
 /// LN(kv_proj(x)), keys get the 2-D sine-cosine position and values do not, the learned queries get
 /// none, or a stored one in version 2.0; y = LN(out_proj(attention)) proj, with proj multiplied
-/// from the right.
+/// from the right. Frames of a video that are joined (V-4_5) are one picture to the queries, whose
+/// keys also get the position of their frame's time.
 /// </summary>
 public sealed class Resampler : IJoiner
 {
@@ -27,6 +28,8 @@ public sealed class Resampler : IJoiner
     private readonly Tensor _queryPositions, _queries, _projection;
     private readonly int _width, _queryCount;
     private Tensor _queryStarts, _queryIds, _coordinateIds, _coordinates;
+    // Of frames: where each group of them starts; the positions of the times that occur.
+    private Tensor _groupStarts, _times, _timeIds;
     private (Tensor OfQueries, Tensor OfKeys) _tiles;
 
     public Resampler(ResamplerSpec spec, ModuleScope scope)
@@ -60,7 +63,9 @@ public sealed class Resampler : IJoiner
         int patches = values.Shape[0];
         Tensor keys = graph.Run(
             _gather, values.Reshape(2 * patches, _width / 2), _coordinates, _coordinateIds);
-        Tensor k = _key.Run(graph, keys.Reshape(patches, _width));
+        keys = keys.Reshape(patches, _width);
+        if (_times.Exists) keys = graph.Run(_gather, keys, _times, _timeIds);
+        Tensor k = _key.Run(graph, keys);
         Tensor v = _value.Run(graph, values);
         // The queries are the same for all pictures: computed once, then repeated.
         // Looking them up first brings them from their storage type to that of activations.
@@ -69,7 +74,8 @@ public sealed class Resampler : IJoiner
         if (_queryPositions.Exists) q = graph.Run(_gather, q, _queryPositions, ids);
         q = _query.Run(graph, q);
         q = graph.Run(_repeat, q, _queryIds);
-        Tensor y = graph.Run(_attention, q, k, v, _queryStarts, pictureStarts, Tensor.None,
+        Tensor y = graph.Run(_attention, q, k, v, _queryStarts,
+            _groupStarts.Exists ? _groupStarts : pictureStarts, Tensor.None,
             _tiles.OfQueries, _tiles.OfKeys);
         y = _postNorm.Run(graph, _output.Run(graph, y));
         y = graph.Run(_project, y, _projection);
@@ -82,20 +88,33 @@ public sealed class Resampler : IJoiner
     {
         int pictures = batch.PictureStarts.Count - 1;
         long queries = (long)pictures * _queryCount, keys = batch.PictureStarts[pictures];
-        return pictures + 1 + queries + (2 * keys)
+        // With times: where groups start, each patch's time, and a row for each that occurs.
+        long times = batch.Times.Count == 0 ? 0
+            : pictures + 1 + keys + ((Distinct(batch).Count + 1L) * _width);
+        return pictures + 1 + queries + (2 * keys) + times
             + BatchUpload.TileNumbers(queries, keys, pictures);
+    }
+
+    private static List<int> Distinct(Batch batch)
+    {
+        var ids = new SortedSet<int>();
+        foreach (ViewTime time in batch.Times.Span)
+            if (time.Id >= 0) ids.Add(time.Id);
+        return [.. ids];
     }
 
     public void Load(Batch batch, BatchUpload upload)
     {
         Growing<int> ints = upload.Scratch;
         int pictures = batch.Grids.Count / 2, largest = 1;
+        int[]? starts = batch.Times.Count > 0 ? GroupStarts(batch) : null;
+        int groups = starts is null ? pictures : starts.Length - 1;
         ints.Clear();
-        for (int i = 0; i <= pictures; i++) ints.Add(i * _queryCount);
+        for (int i = 0; i <= groups; i++) ints.Add(i * _queryCount);
         _queryStarts = upload.Ints(ints.Span, "query starts");
-        _tiles = upload.Tiles(ints.Span, batch.PictureStarts.Span, causal: false);
+        _tiles = upload.Tiles(ints.Span, starts ?? batch.PictureStarts.Span, causal: false);
         ints.Clear();
-        for (int i = 0; i < pictures * _queryCount; i++) ints.Add(i % _queryCount);
+        for (int i = 0; i < groups * _queryCount; i++) ints.Add(i % _queryCount);
         _queryIds = upload.Ints(ints.Span, "query ids");
         ints.Clear();
         for (int i = 0; i < pictures; i++)
@@ -111,9 +130,49 @@ public sealed class Resampler : IJoiner
         }
 
         _coordinateIds = upload.Ints(ints.Span, "coordinates");
+        _groupStarts = _times = _timeIds = Tensor.None;
+        if (starts is not null)
+        {
+            _groupStarts = upload.Ints(starts, "group starts");
+            LoadTimes(batch, upload);
+        }
+
         if (_coordinates.Exists && _coordinates.Shape[0] >= largest) return;
         int count = Math.Max(largest, _coordinates.Exists ? 2 * _coordinates.Shape[0] : 70);
         _coordinates =
             upload.Table(SinCos2D.Coordinates(count, _width), count, "coordinates");
+    }
+
+    // In patches, and the end.
+    private static int[] GroupStarts(Batch batch)
+    {
+        var starts = new List<int>();
+        int pictures = batch.Grids.Count / 2;
+        for (int i = 0; i < pictures; i++)
+            if (i >= batch.Times.Count || !batch.Times[i].Joined)
+                starts.Add(batch.PictureStarts[i]);
+        return [.. starts, batch.PictureStarts[pictures]];
+    }
+
+    // Times are rare and large numbers: a row for each that occurs, and before them one of zeros
+    // for what has none.
+    private void LoadTimes(Batch batch, BatchUpload upload)
+    {
+        List<int> distinct = Distinct(batch);
+        if (distinct.Count == 0) return;
+        var rows = new float[(distinct.Count + 1) * _width];
+        for (int i = 0; i < distinct.Count; i++)
+            SinCos1D.Write(distinct[i], rows.AsSpan((i + 1) * _width, _width));
+        _times = upload.Floats(rows, "times").Reshape(distinct.Count + 1, _width);
+        Growing<int> ints = upload.Scratch;
+        ints.Clear();
+        for (int i = 0; i + 1 < batch.PictureStarts.Count; i++)
+        {
+            int id = i < batch.Times.Count ? batch.Times[i].Id : -1;
+            ints.Extend(batch.PictureStarts[i + 1] - batch.PictureStarts[i])
+                .Fill(id < 0 ? 0 : distinct.BinarySearch(id) + 1);
+        }
+
+        _timeIds = upload.Ints(ints.Span, "time ids");
     }
 }

@@ -88,7 +88,7 @@ public sealed class BaseModel : IDisposable
     public static BaseModel Open(TrainArguments arguments, Action<string>? say = null)
     {
         string folder = arguments.ModelNameOrPath!;
-        ModelSpec spec = ModelSpec.Read(folder);
+        ModelSpec spec = ModelSpec.Read(folder).Hearing(arguments.InitAudio);
         Checkpoint weights = Checkpoint.Open(folder);
         AdapterFile? start = null;
         try
@@ -124,7 +124,7 @@ public sealed class BaseModel : IDisposable
             return new BaseModel(spec, weights, start, parts, storage)
             {
                 Optimizer = TunedModel.OptimizerOf(arguments),
-                Kind = new(spec.Parameters, storage, TunedModel.QuantisationOf(arguments), weights),
+                Kind = new(spec.Parameters, storage, Quantisation.Of(arguments), weights),
                 Untouched = [.. weights.Tensors.Where(t => spec.Parameters.IsUntouched(t.Name))],
                 Saved = adapter is null
                     ? SavedFiles.Read(folder, spec, arguments, storage, say)

@@ -59,6 +59,7 @@ internal sealed class LearningRules(ParameterTable table, TrainArguments argumen
         return word switch
         {
             "vision" => table.PartOf(name) == ModelPart.Vision,
+            "audio" => table.PartOf(name) == ModelPart.Audio,
             "joiner" => table.PartOf(name) == ModelPart.Joiner,
             "decoder" => table.PartOf(name) == ModelPart.Decoder,
             "embeddings" => owner == table.Head + ".weight"
@@ -85,7 +86,7 @@ internal sealed class LearningRules(ParameterTable table, TrainArguments argumen
                 .Where(i => !_used.Contains(i)).Select(i => Messages.Quote(numbers!.List[i].Pattern))];
             if (idle.Count > 0)
                 throw new InputException($"{key} {Messages.List(idle)}: matches nothing that is"
-                    + " trained and that no rule before it matches; vision, joiner, decoder,"
+                    + " trained and that no rule before it matches; vision, joiner, decoder, audio,"
                     + " embeddings are parts, all else is a regular expression");
         }
     }

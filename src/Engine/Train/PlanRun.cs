@@ -228,13 +228,14 @@ public static class PlanRun
             return source.Planned;
         }
 
-        spec = ModelSpec.Read(folder).Replicated(arguments.LoraLayerReplication, null);
+        spec = ModelSpec.Read(folder).Hearing(arguments.InitAudio)
+            .Replicated(arguments.LoraLayerReplication, null);
         DType storage = TunedModel.StorageOf(arguments);
         TunedParts parts = TunedParts.Choose(
             spec, arguments, TunedParts.AdapterOf(arguments, spec), storage);
         output.WriteLine($"{folder} has no weights: taken as bfloat16");
         return new(spec, parts, _ => ModelWeights.StoredAs(DType.BF16, storage),
-            new QuantisedKind(spec.Parameters, storage, TunedModel.QuantisationOf(arguments), null));
+            new QuantisedKind(spec.Parameters, storage, Quantisation.Of(arguments), null));
     }
 
     private static Card Find(PlanRequest request)

@@ -78,11 +78,12 @@ public sealed class StepWork(
                 return pairs;
             }
 
-            int pictures = batch.PictureStarts.Count - 1;
+            int pictures = batch.PictureStarts.Count - 1, groups = pictures;
+            foreach (ViewTime time in batch.Times.Span) groups -= time.Joined ? 1 : 0;
             for (int i = 0; i < pictures; i++)
             {
                 double patches = batch.PictureStarts[i + 1] - batch.PictureStarts[i];
-                pairs += patches * (queries == keys ? patches : queries / (double)pictures);
+                pairs += patches * (queries == keys ? patches : queries / (double)groups);
             }
 
             return pairs;

@@ -18,7 +18,7 @@ public static class TraceRun
     public static void Run(TrainArguments arguments, TraceRequest request, TextWriter output)
     {
         string folder = arguments.ModelNameOrPath!;
-        RowFormat format = ModelSpec.Read(folder).Rows();
+        RowFormat format = ModelSpec.Read(folder).Hearing(arguments.InitAudio).Rows();
         DataRows rows = DataRows.Read(arguments.DataPath!, arguments, format);
         var batch = new Batch();
         batch.Clear();

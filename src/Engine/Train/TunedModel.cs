@@ -59,12 +59,6 @@ public sealed class TunedModel : IDisposable
     public static DType StorageOf(TrainArguments arguments) =>
         arguments.Fp16 ? DType.F16 : arguments.Bf16 ? DType.BF16 : DType.F32;
 
-    /// <summary>How linear layers are quantised on load, or null.</summary>
-    public static Quantisation? QuantisationOf(TrainArguments arguments) =>
-        !arguments.Quantises ? null
-        : new(arguments.Bnb4bitQuantType == QuantType.Fp4 ? FourBitKind.Fp4 : FourBitKind.Nf4,
-            arguments.Bnb4bitUseDoubleQuant ?? true, arguments.LlmInt8SkipModules);
-
     /// <summary>What the optimizer keeps, as optim says it.</summary>
     public static OptimizerForm OptimizerOf(TrainArguments arguments)
     {

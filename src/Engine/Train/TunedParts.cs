@@ -7,7 +7,8 @@ namespace MiniCpmNative.Engine.Train;
 
 /// <summary>
 /// Which tensors a configuration trains. Without adapters: the resampler always, the vision tower
-/// and the language model as tune_vision and tune_llm say, as the official script does. With
+/// and the language model as tune_vision and tune_llm say, as the official script does, the audio
+/// encoder as tune_audio says. With
 /// adapters: their A and B (kept in F32, as PEFT keeps them),
 /// the modules trained whole beside them, and biases.
 /// </summary>
@@ -139,6 +140,7 @@ public sealed record TunedParts(
     private static bool IsTrained(ModelPart part, TrainArguments arguments) => part switch
     {
         ModelPart.Vision => arguments.TuneVision,
+        ModelPart.Audio => arguments.TuneAudio,
         ModelPart.Decoder => arguments.TuneLlm,
         _ => true,
     };

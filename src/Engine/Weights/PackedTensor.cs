@@ -29,9 +29,6 @@ public abstract unsafe class PackedTensor : StoredTensor
 
     private protected StoredTensor Main { get; }
 
-    /// <summary>Whether a run can keep it as it is.</summary>
-    public virtual bool IsKept => true;
-
     /// <summary>
     /// Rows begin..begin + rows as a frozen weight on a device; without content for a plan. Null
     /// where the form has no weight, or does not split there.
@@ -115,86 +112,4 @@ internal sealed unsafe class Int8Tensor(string name, StoredTensor elements, Stor
             new Int8RowsElements((sbyte*)from, scale, Inputs)
                 .Unpack(0, (float*)target, checked((int)Count));
     }
-}
-
-/// <summary>
-/// A matrix of AWQ (the layout of its matrix product) or GPTQ: unsigned codes in words of 32 bits,
-/// W[n, k] = (code[k, n] - zero[g, n]) * scale[g, n] with g the group of input k.
-/// </summary>
-internal sealed unsafe class GroupedTensor(
-    GroupedForm form, string name, StoredTensor words, StoredTensor zeros, StoredTensor scales,
-    StoredTensor? groups)
-    : PackedTensor(words, name, form.Outputs, form.Inputs, zeros, scales, groups)
-{
-    // Column c of a word of AWQ's is in this field of it.
-    private static readonly int[] s_awqField = [0, 4, 1, 5, 2, 6, 3, 7];
-
-    // Its kernels would have to know the order of words; a run unpacks it into 16 bits.
-    public override bool IsKept => false;
-
-    public override Weight? On(Device device, int begin, int rows, bool isPlan) => null;
-
-    internal override void Fill(void* target)
-    {
-        uint[] codes = Words(Main), zero = Words(zeros);
-        float[] scale = Floats(scales);
-        int[] group = GroupOf();
-        if (form.AddsOne)
-            for (int i = 0; i < zero.Length; i++) zero[i] += form.Ones;
-        Parallel.For(0, form.Outputs, n =>
-        {
-            float* to = (float*)target + ((long)n * form.Inputs);
-            for (int k = 0; k < form.Inputs; k++)
-            {
-                long code = form.IsAwq ? Field(codes, k, n)
-                    : codes[((long)(k / form.Fields) * form.Outputs) + n]
-                        >> (k % form.Fields * form.Bits) & form.Mask;
-                to[k] = (code - Field(zero, group[k], n))
-                    * scale[((long)group[k] * form.Outputs) + n];
-            }
-        });
-    }
-
-    // Of a row of words that hold neighbouring outputs.
-    private long Field(uint[] rows, int row, int n)
-    {
-        int place = n % form.Fields;
-        if (form.IsAwq) place = s_awqField[place];
-        long word = ((long)row * (form.Outputs / form.Fields)) + (n / form.Fields);
-        return rows[word] >> (place * form.Bits) & form.Mask;
-    }
-
-    private int[] GroupOf()
-    {
-        if (groups is null)
-            return [.. Enumerable.Range(0, form.Inputs).Select(k => k / form.GroupSize)];
-        int[] found = [.. Words(groups).Select(g => (int)g)];
-        int bad = Array.FindIndex(found, g => g < 0 || g >= form.Groups);
-        return bad < 0 ? found : throw new InputException(
-            $"{groups.Place}, element {bad} is {found[bad]}, expected a group from 0 to "
-            + $"{form.Groups - 1}");
-    }
-
-    private static uint[] Words(StoredTensor tensor)
-    {
-        var found = new uint[tensor.Bytes / sizeof(uint)];
-        tensor.Read(0, System.Runtime.InteropServices.MemoryMarshal.AsBytes(found.AsSpan()));
-        return found;
-    }
-}
-
-/// <summary>Sizes of a matrix of AWQ or GPTQ.</summary>
-/// <param name="AddsOne">Whether zero points are stored less one, in each field of a word, with
-/// borrows between them (GPTQ v1).</param>
-internal readonly record struct GroupedForm(
-    int Outputs, int Inputs, int Bits, int GroupSize, bool IsAwq, bool AddsOne)
-{
-    public int Fields => 32 / Bits;
-
-    public uint Mask => (1u << Bits) - 1;
-
-    public int Groups => (Inputs + GroupSize - 1) / GroupSize;
-
-    /// <summary>A one in each field.</summary>
-    public uint Ones => uint.MaxValue / Mask;
 }

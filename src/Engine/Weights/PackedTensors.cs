@@ -121,18 +121,19 @@ internal sealed class PackedTensors
                 + $"beside scales {scales.SizesText}, expected matrices, and words of I32");
         int outputs = scales.Shape[1], inputs = words.Shape[0] * (awq ? 1 : fields);
         int size = config["group_size"].Int(-1);
-        var form = new GroupedForm(outputs, inputs, bits, size > 0 ? size : Math.Max(1, inputs), awq,
-            format == "gptq");
+        bool isOrdered = _stored.ContainsKey(module + ".g_idx");
+        var form = new GroupedForm(
+            outputs, inputs, bits, size > 0 ? size : Math.Max(1, inputs), isOrdered);
         if (outputs % fields != 0
             || words.Count * fields != (long)outputs * inputs)
             throw new InputException($"{words.Place} has shape {words.SizesText}, expected "
                 + $"{(awq ? $"[inputs, {outputs} / {fields}]" : $"[inputs / {fields}, {outputs}]")}");
         Part(module, ".scales", form.Groups * (long)outputs);
         StoredTensor zeros = Part(module, ".qzeros", form.Groups * (long)outputs / fields, isWords: true);
-        StoredTensor? groups = _stored.ContainsKey(module + ".g_idx")
-            ? Part(module, ".g_idx", inputs, isWords: true) : null;
+        StoredTensor? groups = isOrdered ? Part(module, ".g_idx", inputs, isWords: true) : null;
         _parts.Add(words.Name);
-        Add(words, new GroupedTensor(form, module + ".weight", words, zeros, scales, groups));
+        Add(words, new GroupedTensor(
+            form, awq, format == "gptq", module + ".weight", words, zeros, scales, groups));
     }
 
     // In the place of its main part.

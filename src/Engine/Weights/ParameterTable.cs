@@ -11,6 +11,9 @@ public enum ModelPart
 
     /// <summary>What turns vision features into the decoder's: the resampler.</summary>
     Joiner,
+
+    /// <summary>The audio encoder with its projection.</summary>
+    Audio,
 }
 
 /// <summary>A parameter of a model, as its module declares it.</summary>

@@ -34,6 +34,9 @@ public static class OpCases
         {
             Sizes = s_longRows,
         },
+        new("gated_rms_norm_heads", new GatedRmsNorm(1e-6),
+            n => [X("x", n, 24), X("w", 24), X("gate", n, 24)],
+            () => [X("x", 16 * Rows, 128), X("w", 128), X("gate", 16 * Rows, 128)]),
         new("sigmoid_gate", new SigmoidGate(6), n => [X("x", n, 12), X("queries", n, 24)],
             () => [X("x", Rows, 8 * 256), X("queries", Rows, 16 * 256)])
         {
@@ -101,6 +104,10 @@ public static class OpCases
         {
             FreeColumns = ["x"],
         },
+        new("relu", new Relu(), n => [X("x", n)], () => [X("x", 1500, 1024)])
+        {
+            FreeColumns = ["x"],
+        },
         new("swiglu", new SwiGlu(),
             n => [X("gate", 2, n), X("up", 2, n)],
             () => [X("gate", Rows, Inner), X("up", Rows, Inner)]),
@@ -121,6 +128,15 @@ public static class OpCases
         {
             ProductionOp = new Columns(0, 1152),
             FreeColumns = ["x"],
+        },
+        new("unfold", new Unfold(5, 1), n => [X("x", n, 4 * 5)], () => [X("x", 1, 3000 * 80)])
+        {
+            ProductionOp = new Unfold(80, 1),
+        },
+        new("unfold_stride", new Unfold(3, 2), n => [X("x", 2, (n + 1) * 3)],
+            () => [X("x", 1, 3000 * 1024)])
+        {
+            ProductionOp = new Unfold(1024, 2),
         },
         new("rope", new Rope(6),
             n => [X("x", n, 12), Value.Int("positions", Fill.Below(5, n, 9)), X("cos", 9, 3),

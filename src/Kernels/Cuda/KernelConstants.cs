@@ -14,6 +14,10 @@ internal static partial class KernelConstants
     /// <summary>Elements that a thread casts or fills: 16 bytes of the narrow types.</summary>
     public const int Cast = 8;
 
+    /// <summary>Rows that a product with a weight in fewer bits unpacks it for as it goes; for more
+    /// it is unpacked whole.</summary>
+    public const int FewRows = 8;
+
     /// <summary>Adapters of one input that the LoRA kernels compute together.</summary>
     public const int LoraAdapters = 3;
 

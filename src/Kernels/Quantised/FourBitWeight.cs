@@ -52,7 +52,16 @@ public sealed unsafe class FourBitWeight : QuantisedWeight<FourBitElements>
         (float*)_scaleTable.Data, _offset, _form);
 
     protected override void Unpack(in CudaCall call, in Tensor to) => call.Launch(
-        "unpack_4bit", Grid.Eights(_form.Count), to, _codes, _table, _scales, _scaleCodes,
-        _scaleTable, (double)_offset, BitOperations.Log2((uint)_form.BlockSize),
-        BitOperations.Log2((uint)Math.Max(1, _form.ScaleBlock)), _form.FirstBlock, _form.Count);
+        "unpack_4bit", Grid.Eights(_form.Count), to, _table, _codes, _scales, _scaleCodes,
+        _scaleTable, (double)_offset, BlockShift, ScaleShift, _form.FirstBlock, _form.Count);
+
+    protected override void MultiplyFew(
+        in CudaCall call, CudaMatrix x, CudaMatrix y, double alpha, double beta) => call.Launch(
+        "multiply_4bit", Warps, y.Data, x.Data, x.Rows, Outputs, Inputs, x.Data.Shape.Cols,
+        y.Data.Shape.Cols, (int)y.Data.Type, alpha, beta, _table, _codes, _scales, _scaleCodes,
+        _scaleTable, (double)_offset, BlockShift, ScaleShift, _form.FirstBlock, _form.Count);
+
+    private int BlockShift => BitOperations.Log2((uint)_form.BlockSize);
+
+    private int ScaleShift => BitOperations.Log2((uint)Math.Max(1, _form.ScaleBlock));
 }

@@ -37,6 +37,11 @@ public sealed unsafe class Int8RowsWeight : QuantisedWeight<Int8RowsElements>
 
     protected override void Unpack(in CudaCall call, in Tensor to) => call.Launch(
         "unpack_int8", Grid.Eights(to.Shape.Count), to, _elements, _scales, Inputs, to.Shape.Count);
+
+    protected override void MultiplyFew(
+        in CudaCall call, CudaMatrix x, CudaMatrix y, double alpha, double beta) => call.Launch(
+        "multiply_int8", Warps, y.Data, x.Data, x.Rows, Outputs, Inputs, x.Data.Shape.Cols,
+        y.Data.Shape.Cols, (int)y.Data.Type, alpha, beta, _elements, _scales);
 }
 
 /// <summary>Bytes and scales of rows in host memory.</summary>

@@ -15,14 +15,18 @@ public unsafe interface IPackedElements
 /// A frozen matrix in fewer bits, unpacked whenever it is multiplied by: on the CPU some rows at a
 /// time, which stay in the cache until the product has read them; on a GPU whole, by one kernel
 /// into the step's memory, of which all layers use the same place one after the other, so that the
-/// product is that of a dense matrix (kernels that unpack within the product win below some hundred
-/// rows only; a training step has thousands).
+/// product is that of a dense matrix. For the few rows of an answer's step one kernel unpacks and
+/// multiplies, and reads nothing but the codes.
 /// </summary>
 public abstract unsafe class QuantisedWeight<TElements>(int outputs, int inputs) : Weight
     where TElements : unmanaged, IPackedElements
 {
     // Of rows that are unpacked at a time.
     private const int Elements = 1 << 20;
+
+    // Up to so many times codes are read by products of few rows rather than unpacked into memory,
+    // which costs ten times their bytes.
+    private const int MostTimes = 2;
 
     public override int Outputs => outputs;
 
@@ -60,6 +64,18 @@ public abstract unsafe class QuantisedWeight<TElements>(int outputs, int inputs)
     public override void Multiply(in CudaCall call, CudaMatrix x, CudaMatrix y, double alpha,
         double beta)
     {
+        const int each = KernelConstants.FewRows;
+        if (x.Rows <= MostTimes * each && inputs % KernelConstants.Cast == 0)
+        {
+            for (int row = 0; row < x.Rows; row += each)
+            {
+                int count = Math.Min(each, x.Rows - row);
+                MultiplyFew(call, x.RowsFrom(row, count), y.RowsFrom(row, count), alpha, beta);
+            }
+
+            return;
+        }
+
         ArenaMark mark = call.Mark();
         call.Multiply(x, ((CudaMatrix)Unpacked(call)).T, y, alpha, beta);
         call.Pop(mark);
@@ -75,6 +91,13 @@ public abstract unsafe class QuantisedWeight<TElements>(int outputs, int inputs)
 
     /// <summary>Queues the kernel that unpacks all elements.</summary>
     protected abstract void Unpack(in CudaCall call, in Tensor to);
+
+    /// <summary>Queues the kernel that unpacks and multiplies, for few rows.</summary>
+    protected abstract void MultiplyFew(
+        in CudaCall call, CudaMatrix x, CudaMatrix y, double alpha, double beta);
+
+    /// <summary>A warp for each output.</summary>
+    protected Grid Warps => Grid.Elements(outputs * 32L);
 
     private Tensor Unpacked(in CudaCall call)
     {

@@ -26,10 +26,11 @@ public sealed partial class ChatMlFormat : TemplateFormat
     /// for none.</param>
     /// <param name="thoughts">Which answers carry think blocks.</param>
     /// <param name="place">The model directory, for messages.</param>
+    /// <param name="tools">How functions are written; null where the template has none.</param>
     /// <exception cref="InputException">The tokenizer lacks a token of the format.</exception>
-    public ChatMlFormat(
-        Tokenizer tokenizer, string? defaultSystem, Thoughts thoughts, string place = "tokenizer")
-        : base(tokenizer, TurnEnd, place)
+    public ChatMlFormat(Tokenizer tokenizer, string? defaultSystem, Thoughts thoughts,
+        string place = "tokenizer", ToolStyle? tools = null)
+        : base(tokenizer, TurnEnd, place, tools)
     {
         (DefaultSystem, Thoughts) = (defaultSystem, thoughts);
         _turnStart = tokenizer.Require(TurnStart, place);
@@ -101,7 +102,9 @@ public sealed partial class ChatMlFormat : TemplateFormat
         var system = DefaultSystemText().Match(template);
         return new ChatMlFormat(tokenizer,
             system.Success && thoughts == Thoughts.None ? Unescape(system.Groups[1].Value) : null,
-            thoughts!.Value, place);
+            thoughts!.Value, place,
+            // Those of Qwen2.5 write arguments that are text in another way.
+            thoughts == Thoughts.BehindLastQuestion ? ToolStyle.Of(template) : null);
     }
 
     // Qwen3's template looks for the last question; ones for talk without functions are shorter,
@@ -145,35 +148,25 @@ public sealed partial class ChatMlFormat : TemplateFormat
         var written = new List<ChatTurn>(turns.Count + 1);
         if (DefaultSystem is not null && turns.Count > 0 && turns[0].Role != "system")
             written.Add(new ChatTurn("system", DefaultSystem));
-        int question = Thoughts == Thoughts.BehindLastQuestion
-            ? LastQuestion(turns) : turns.Count - 2;
+        int question = Thoughts != Thoughts.BehindLastQuestion ? turns.Count - 2
+            : ToolStyle.LastQuestion(turns) is >= 0 and var last ? last : turns.Count - 1;
         for (int i = 0; i < turns.Count; i++)
         {
-            if (!Thinks || turns[i].Role is not ("assistant" or "tool")) written.Add(turns[i]);
-            else if (turns[i].Role == "assistant")
+            if (turns[i].Role == "tool")
+            {
+                if (i == 0 || turns[i - 1].Role != "tool")
+                    written.Add(new ChatTurn("user", ToolStyle.Results(turns.Skip(i))));
+            }
+            else if (Thinks && turns[i].Role == "assistant")
                 written.Add(Answer(turns[i], behind: i > question, last: i == turns.Count - 1));
-            else if (i == 0 || turns[i - 1].Role != "tool")
-                written.Add(new ChatTurn("user", Results(turns.Skip(i))));
+            else if (turns[i].Tools is { Count: > 0 } tools)
+                written.Add(turns[i] with { Content = Tools!.System(turns[i].Content, tools) });
+            else written.Add(turns[i]);
         }
         return written;
     }
 
-    // Results that follow each other stand in one turn.
-    private static string Results(IEnumerable<ChatTurn> turns) => string.Join('\n', turns
-        .TakeWhile(turn => turn.Role == "tool")
-        .Select(turn => $"<tool_response>\n{turn.Content}\n</tool_response>"));
-
-    private static int LastQuestion(IReadOnlyList<ChatTurn> turns)
-    {
-        for (int i = turns.Count - 1; i >= 0; i--)
-            if (turns[i].Role == "user"
-                && !(turns[i].Content.StartsWith("<tool_response>", StringComparison.Ordinal)
-                    && turns[i].Content.EndsWith("</tool_response>", StringComparison.Ordinal)))
-                return i;
-        return turns.Count - 1;
-    }
-
-    private static ChatTurn Answer(ChatTurn turn, bool behind, bool last)
+    private ChatTurn Answer(ChatTurn turn, bool behind, bool last)
     {
         const string Open = "<think>", Close = "</think>";
         string content = turn.Content, thought = turn.Thought ?? "";
@@ -187,9 +180,7 @@ public sealed partial class ChatMlFormat : TemplateFormat
                 + Close.Length)..]
                 .TrimStart('\n');
         }
-        string calls = string.Join('\n', (turn.Calls ?? []).Select(call =>
-            $"<tool_call>\n{{\"name\": \"{call.Name}\", \"arguments\": {call.Arguments}}}\n</tool_call>"));
-        if (content.Length > 0 && calls.Length > 0) calls = "\n" + calls;
+        string calls = Called(turn, content);
         if (behind && (last || thought.Length > 0))
             content = $"{Open}\n{thought.Trim('\n')}\n{Close}\n\n{content.TrimStart('\n')}";
         return turn with { Content = content + calls };

@@ -11,6 +11,20 @@ public sealed record ChatTurn(
     /// <summary>Whether an answer is learned; null where nothing was said, which means
     /// yes.</summary>
     public bool? Trained { get; init; }
+
+    /// <summary>
+    /// Functions that answers may call, on a system turn, whose content may be empty then: each as
+    /// JSON as templates write it.
+    /// </summary>
+    public IReadOnlyList<string>? Tools { get; init; }
+
+    /// <summary>Whether it is about functions, which not every format has.</summary>
+    internal bool HasFunctions =>
+        Role == "tool" || Calls is { Count: > 0 } || Tools is { Count: > 0 };
+
+    /// <summary>All texts of it, of which only the content may show pictures.</summary>
+    internal IEnumerable<string> Texts => [Content, .. Tools ?? [],
+        .. (Calls ?? []).SelectMany(call => (string[])[call.Name, call.Arguments])];
 }
 
 /// <summary>

@@ -37,6 +37,7 @@ public sealed class MiniCpmFormat : PromptFormat
     /// <inheritdoc/>
     public override EncodedChat Encode(IReadOnlyList<ChatTurn> turns)
     {
+        MustNotCall(turns);
         var ids = new List<int>(256);
         var answer = new List<bool>(256);
         for (int i = 0; i < turns.Count; i++)
@@ -63,6 +64,7 @@ public sealed class MiniCpmFormat : PromptFormat
     /// <inheritdoc/>
     public override string Prompt(IReadOnlyList<ChatTurn> turns, bool? enableThinking = null)
     {
+        MustNotCall(turns);
         var text = new StringBuilder();
         foreach (var turn in turns)
             text.Append(IsAnswer(turn) ? Answer : Question).Append(turn.Content);

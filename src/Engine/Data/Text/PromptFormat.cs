@@ -51,6 +51,18 @@ public abstract class PromptFormat
     /// <exception cref="InputException">The script fails on it.</exception>
     public abstract EncodedChat EncodeOfficial(IReadOnlyList<ChatTurn> turns);
 
+    /// <summary>What an answer says with the functions that it calls.</summary>
+    public virtual string Said(ChatTurn turn) => turn.Content;
+
+    /// <exception cref="InputException">Functions, which the format does not have.</exception>
+    private protected static void MustNotCall(IEnumerable<ChatTurn> turns)
+    {
+        if (turns.Any(turn => turn.HasFunctions))
+            throw new InputException("has functions (tools, calls or their results), which the "
+                + "model's chat template does not have, or not in a way that is known here: take "
+                + "them out, or write them into the texts of the turns");
+    }
+
     /// <summary>The text that asks for the next answer, as the official chat() has it.</summary>
     /// <param name="turns">The conversation so far.</param>
     /// <param name="enableThinking">False closes the answer's thoughts at once; null says nothing

@@ -11,14 +11,18 @@ public abstract class TemplateFormat : PromptFormat
 {
     private readonly int _assistant;
 
-    private protected TemplateFormat(Tokenizer tokenizer, string end, string place)
+    private protected TemplateFormat(
+        Tokenizer tokenizer, string end, string place, ToolStyle? tools = null)
         : base(tokenizer, place)
     {
-        End = end;
+        (End, Tools) = (end, tools);
         EndId = tokenizer.Require(end, place);
         // Where the word is several tokens the script finds no answer.
         _assistant = tokenizer.IdOf("assistant") ?? -1;
     }
+
+    /// <summary>How functions are written; null where the template has none.</summary>
+    private protected ToolStyle? Tools { get; }
 
     /// <summary>The special token behind each turn.</summary>
     private protected string End { get; }
@@ -42,6 +46,20 @@ public abstract class TemplateFormat : PromptFormat
     /// <summary>The turns as they are written, a default system prompt among them.</summary>
     private protected abstract IReadOnlyList<ChatTurn> Written(IReadOnlyList<ChatTurn> turns);
 
+    /// <inheritdoc/>
+    public override string Said(ChatTurn turn) => turn.Content + Called(turn, turn.Content);
+
+    /// <summary>An answer's calls, as they stand behind its content.</summary>
+    private protected string Called(ChatTurn turn, string content) =>
+        turn.Calls is { Count: > 0 } calls && Tools is { } tools
+            ? tools.Calls(calls, content.Length > 0) : "";
+
+    private IReadOnlyList<ChatTurn> Checked(IReadOnlyList<ChatTurn> turns)
+    {
+        if (Tools is null) MustNotCall(turns);
+        return Written(turns);
+    }
+
     /// <summary>Tokens at the start of a written answer that the format put there itself.</summary>
     private protected virtual int Added(ChatTurn answer) => 0;
 
@@ -49,7 +67,7 @@ public abstract class TemplateFormat : PromptFormat
     public string Render(IReadOnlyList<ChatTurn> turns)
     {
         var text = new StringBuilder(turns.Count > 0 ? Begin : "");
-        foreach (var turn in Written(turns))
+        foreach (var turn in Checked(turns))
             text.Append(Head(turn.Role)).Append(turn.Content).Append(End).Append(Tail);
         return text.ToString();
     }
@@ -65,7 +83,7 @@ public abstract class TemplateFormat : PromptFormat
         var answers = new List<Range>();
         int head = Tokenizer.Encode(Head("assistant")).Length;
         Tokenizer.Encode(Begin, ids);
-        foreach (var turn in Written(turns))
+        foreach (var turn in Checked(turns))
         {
             int from = ids.Count;
             Tokenizer.Encode(Head(turn.Role) + turn.Content, ids);

@@ -18,9 +18,11 @@ public sealed class ThinkingFormat : TemplateFormat
 
     /// <param name="tokenizer">The checkpoint's tokenizer.</param>
     /// <param name="place">The model directory, for messages.</param>
+    /// <param name="tools">How functions are written; null where the template has none.</param>
     /// <exception cref="InputException">The tokenizer lacks a token of the format.</exception>
-    public ThinkingFormat(Tokenizer tokenizer, string place = "tokenizer")
-        : base(tokenizer, TurnEnd, place)
+    public ThinkingFormat(
+        Tokenizer tokenizer, string place = "tokenizer", ToolStyle? tools = null)
+        : base(tokenizer, TurnEnd, place, tools)
     {
         tokenizer.Require(TurnStart, place);
         _noThought = tokenizer.Encode(NoThought).Length;
@@ -45,7 +47,7 @@ public sealed class ThinkingFormat : TemplateFormat
             if (!text.Contains(part, StringComparison.Ordinal))
                 throw new InputException($"{file}: chat_template has no {Messages.Quote(part)}; "
                     + "only the template that came with the model is supported");
-        return new ThinkingFormat(tokenizer, directory);
+        return new ThinkingFormat(tokenizer, directory, ToolStyle.Of(text));
     }
 
     /// <inheritdoc/>
@@ -65,26 +67,33 @@ public sealed class ThinkingFormat : TemplateFormat
 
     private protected override IReadOnlyList<ChatTurn> Written(IReadOnlyList<ChatTurn> turns)
     {
-        int question = -1;
-        for (int i = 0; i < turns.Count; i++)
-        {
-            if (turns[i].Role == "user") question = i;
-            if (turns[i].Role == "tool" || turns[i].Calls is { Count: > 0 })
-                throw new InputException("functions and their results are not supported for this "
-                    + "model's prompts");
-        }
-
+        turns = [.. turns.Select(turn => turn with { Content = PythonText.Strip(turn.Content) })];
+        int question = Tools is null
+            ? turns.ToList().FindLastIndex(turn => turn.Role == "user") : ToolStyle.LastQuestion(turns);
         if (question < 0 && turns.Count > 0)
             throw new InputException("the conversation has no question, without which the model's "
                 + "template fails");
-        return [.. turns.Select((turn, i) => turn.Role == "assistant"
-            ? Answer(turn, behind: i > question)
-            : turn with { Content = PythonText.Strip(turn.Content) })];
+        var written = new List<ChatTurn>(turns.Count);
+        for (int i = 0; i < turns.Count; i++)
+        {
+            if (turns[i].Role == "tool")
+            {
+                if (i == 0 || turns[i - 1].Role != "tool")
+                    written.Add(new ChatTurn("user", ToolStyle.Results(turns.Skip(i))));
+            }
+            else if (turns[i].Role == "assistant")
+                written.Add(Answer(turns[i], behind: i > question));
+            else if (turns[i].Tools is { Count: > 0 } tools)
+                written.Add(turns[i] with { Content = Tools!.System(turns[i].Content, tools) });
+            else written.Add(turns[i]);
+        }
+
+        return written;
     }
 
-    private static ChatTurn Answer(ChatTurn turn, bool behind)
+    private ChatTurn Answer(ChatTurn turn, bool behind)
     {
-        string content = PythonText.Strip(turn.Content), thought = turn.Thought ?? "";
+        string content = turn.Content, thought = turn.Thought ?? "";
         int close = content.IndexOf(Close, StringComparison.Ordinal);
         if (close >= 0 && turn.Thought is null)
         {
@@ -95,6 +104,7 @@ public sealed class ThinkingFormat : TemplateFormat
                 + Close.Length)..].TrimStart('\n');
         }
 
+        content += Called(turn, PythonText.Strip(content));
         return turn with
         {
             Content = behind

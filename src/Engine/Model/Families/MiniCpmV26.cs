@@ -1,3 +1,5 @@
+using MiniCpmNative.Engine.Data;
+
 namespace MiniCpmNative.Engine.Model;
 
 /// <summary>
@@ -6,6 +8,8 @@ namespace MiniCpmNative.Engine.Model;
 internal sealed class MiniCpmV26() : Family("MiniCPM-V-2_6")
 {
     public override GgufNames Gguf => new("qwen2", "qwen2", 3);
+
+    public override VideoRules? Video => FramesAsPictures;
 
     public override bool Is(ModelConfig config) => config.IsVision("2.6");
 

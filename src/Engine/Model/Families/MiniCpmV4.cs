@@ -10,6 +10,8 @@ internal sealed class MiniCpmV4() : Family("MiniCPM-V-4")
 {
     public override GgufNames Gguf => new("llama", "qwen2", 5, Interleaves: true);
 
+    public override VideoRules? Video => FramesAsPictures;
+
     public override bool Is(ModelConfig config) => config.IsVision("4.0");
 
     public override ModelSpec Read(ModelConfig config) => config.Spec(

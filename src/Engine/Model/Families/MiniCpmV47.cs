@@ -9,6 +9,8 @@ namespace MiniCpmNative.Engine.Model;
 internal sealed class MiniCpmV47() : NativeFamily(
     "MiniCPM-V-4_7", "minicpmv4_7", "MiniCPMV4_7ForConditionalGeneration")
 {
+    protected override bool NumbersVideos => false;
+
     public override ModelSpec Read(ModelConfig config)
     {
         ModelSpec spec = base.Read(config);
@@ -26,7 +28,7 @@ internal sealed class MiniCpmV47() : NativeFamily(
         return rows with
         {
             Canvas = new CanvasTokens(
-                (rows.Placeholders.UnknownId, json.Find("video_token_id")?.Int(0) ?? -1),
+                (rows.Placeholders.UnknownId, rows.Placeholders.VideoId ?? -1),
                 Id("image_start_id", tokens.ImageStart), Id("image_end_id", tokens.ImageEnd),
                 Id("slice_start_id", tokens.SliceStart), Id("slice_end_id", tokens.SliceEnd),
                 Id("newline_id", "\n")),

@@ -180,7 +180,10 @@ internal static class NativeConfig
             Named("image_start_token", "<image>"), Named("image_end_token", "</image>"),
             Named("slice_start_token", "<slice>"), Named("slice_end_token", "</slice>"),
             Named("image_token", "<|image_pad|>"), Named("image_id_start_token", "<image_id>"),
-            Named("image_id_end_token", "</image_id>"));
+            Named("image_id_end_token", "</image_id>"))
+        {
+            Video = Named("video_token", "<|video_pad|>"),
+        };
 
         string Named(string key, string otherwise) =>
             extra is { IsObject: true } tokens && tokens.Find(key) is not null

@@ -26,6 +26,16 @@ internal abstract class NativeFamily(string name, string type, string modelClass
 
     public override ChatDefaults Chat => new(MaxPromptTokens: 32768, RepetitionPenalty: 1);
 
+    // Its video processor cuts frames as pictures are cut.
+    public override VideoRules? Video => new(FrameRule.Seconds, 1, 128, 9)
+    {
+        Native = true,
+        Numbered = NumbersVideos,
+    };
+
+    /// <summary>Whether a number stands in front of a video.</summary>
+    protected virtual bool NumbersVideos => true;
+
     public override bool Is(ModelConfig config) => config.Type == type;
 
     public override ModelSpec Read(ModelConfig config)
@@ -65,12 +75,16 @@ internal abstract class NativeFamily(string name, string type, string modelClass
         if (config.Json.Find("image_token_id") is { } id && id.Int() != placeholders.UnknownId)
             throw id.Expected($"{placeholders.UnknownId}, the tokenizer's "
                 + $"{spec.Processor.Tokens.Unknown}");
+        if (placeholders.VideoId is { } known && config.Json.Find("video_token_id") is { } video
+            && video.Int() != known)
+            throw video.Expected($"{known}, the tokenizer's {spec.Processor.Tokens.Video}");
         return new RowFormat(
             ThinkingFormat.Load(spec.Directory, tokenizer), placeholders,
             spec.Processor.UseImageId, spec.Slicing, spec.SliceMode, spec.Processor.Mean,
             spec.Processor.Std, spec.Decoder.VocabSize)
         {
             OverWhite = true,
+            Video = placeholders.VideoId is null ? null : Video,
         };
     }
 
