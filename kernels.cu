@@ -1096,8 +1096,8 @@ extern "C" __global__ void __launch_bounds__(256) gelu_backward(
     store_run(dx, g, i, count, whole, accumulate);
 }
 
-// y = v where x > 0, else 0, or adds it: ReLU of v = x, and its gradient of v = dy. Moves 3 R C S,
-// or 4 when adding.
+// y = v where x > 0, else 0, or adds it: ReLU, where v is x itself and not given, and its gradient
+// of v = dy. Moves 2 R C S, 3 with v, one more when adding.
 extern "C" __global__ void __launch_bounds__(256) relu(
     real* y, const real* x, const real* v, long long count, int accumulate)
 {
@@ -1105,10 +1105,10 @@ extern "C" __global__ void __launch_bounds__(256) relu(
     bool whole = is_whole(i, count, y, x, v);
     float a[VECTOR], g[VECTOR];
     load_run(a, x, i, count, whole);
-    load_run(g, v, i, count, whole);
+    if (v) load_run(g, v, i, count, whole);
 #pragma unroll
     for (int j = 0; j < VECTOR; j++)
-        if (a[j] <= 0) g[j] = 0;
+        g[j] = a[j] <= 0 ? 0 : v ? g[j] : a[j];
     store_run(y, g, i, count, whole, accumulate);
 }
 

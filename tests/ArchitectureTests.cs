@@ -27,7 +27,7 @@ public sealed partial class ArchitectureTests
         ("Data.Audio", ""),
         ("Data.Text", ""),
         ("Report", "Data.Images"),
-        ("Data", "Config Data.Images Data.Text"),
+        ("Data", "Config Data.Audio Data.Images Data.Text"),
         ("Model", "Config Weights Data Data.Images Data.Text"),
         ("Metrics", ""),
         ("Generate", "Config Weights Data Data.Images Data.Text Model Metrics"),

@@ -48,7 +48,6 @@ public sealed class CudaTrafficTests
         new("gelu_backward", "gelu_tanh", v => 3 * S * Count(v), Nothing),
         new("gelu_forward", "gelu_erf", v => 2 * S * Count(v), Nothing),
         new("gelu_backward", "gelu_erf", v => 3 * S * Count(v), Nothing),
-        new("relu", "relu", v => 2 * S * Count(v), Nothing),
         new("swiglu_forward", "swiglu", v => 3 * S * Count(v), Nothing),
         new("swiglu_backward", "swiglu", v => 5 * S * Count(v), Nothing),
         new("add_forward", "add", v => 3 * S * Count(v), Nothing),

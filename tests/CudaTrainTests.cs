@@ -73,7 +73,8 @@ public sealed class CudaTrainTests
     [TestCase(false, true)]
     public void TheReferenceModelIsTheCpus(bool lora, bool bf16)
     {
-        TrainArguments arguments = (lora ? V26.Lora with { LoraDropout = 0.1 } : V26.Full) with
+        TrainArguments arguments = (lora
+            ? V26.Lora with { LoraDropout = 0.1, NeftuneNoiseAlpha = 5 } : V26.Full) with
         {
             Bf16 = bf16,
             GradientCheckpointing = lora,
@@ -185,7 +186,8 @@ public sealed class CudaTrainTests
     [TestCase(true)]
     public void AWarmStepAllocatesNothing(bool lora)
     {
-        TrainArguments arguments = (lora ? V26.Lora with { LoraDropout = 0.1 } : V26.Full) with
+        TrainArguments arguments = (lora
+            ? V26.Lora with { LoraDropout = 0.1, NeftuneNoiseAlpha = 5 } : V26.Full) with
         {
             Bf16 = true,
             Device = DeviceChoice.Cuda,

@@ -20,7 +20,8 @@ public sealed class MemoryTests
     public void AWarmStepAllocatesNothing(string name)
     {
         bool lora = name.StartsWith("lora", StringComparison.Ordinal);
-        TrainArguments arguments = (lora ? V26.Lora with { LoraDropout = 0.1 } : V26.Full) with
+        TrainArguments arguments = (lora
+            ? V26.Lora with { LoraDropout = 0.1, NeftuneNoiseAlpha = 5 } : V26.Full) with
         {
             GradientCheckpointing = name.EndsWith("checkpointed", StringComparison.Ordinal),
             Bf16 = name.Contains("bf16"),

@@ -73,8 +73,11 @@ internal static partial class Plants
             "starts[middle] < k", "weighted_gather") { With = [6] },
         new("columns behind the part keep what was there", "columns_backward",
             "put_row(behind, 0, 1, accumulate,", "put_row(behind, 0, 1, 1,", "columns"),
-        new("the frame behind the last is read", "unfold_forward", "(u32)frame < (u32)frames",
-            "(u32)frame <= (u32)frames", "unfold_stride") { With = [6] },
+        Plant.Fault(Check.OutOfBounds, "the frame behind the last is read", "unfold_forward",
+            "(u32)frame < (u32)frames", "(u32)frame <= (u32)frames", "unfold_stride") with
+        {
+            Size = 16,
+        },
         new("every frame is the middle of a window", "unfold_backward",
             "at >= 0 && at % stride == 0", "at >= 0", "unfold_stride"),
         new("rows of a cache begin at its start", "cache_append", "(u64)slot * cols",

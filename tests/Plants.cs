@@ -69,7 +69,7 @@ internal static partial class Plants
             "x < 0 ? tail : 1 - tail", "tail", "gelu_erf"),
         new("the slope of the cubic is that of a line", "gelu_backward", "3 * GELU_CUBIC",
             "GELU_CUBIC", "gelu_tanh"),
-        new("what is below zero passes", "relu", "if (a[j] <= 0) g[j] = 0;", "", "relu"),
+        new("what is below zero passes", "relu", "a[j] <= 0 ? 0 :", "", "relu"),
         new("one target's flag for the other's", "swiglu_backward", "whole, accumulate_up",
             "whole, !accumulate_up", "swiglu"),
         new("the wrong half of the head", "rope", "load_run(b, x, at + half,", "load_run(b, x, at,",

@@ -37,7 +37,12 @@ public sealed class ResumeTests
         string name, int every, OptimizerKind optim = OptimizerKind.AdamwTorch)
     {
         TrainArguments arguments = (name != "full"
-            ? V26.Lora with { LoraDropout = 0.2, GradientCheckpointing = true }
+            ? V26.Lora with
+            {
+                LoraDropout = 0.2,
+                GradientCheckpointing = true,
+                NeftuneNoiseAlpha = 5,
+            }
             : V26.Full with { Bf16 = true, WarmupSteps = 2 }) with
         {
             DataPath = Runs.Data(_folder, "one", "turns", "words"),

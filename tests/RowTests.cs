@@ -142,7 +142,6 @@ public class RowTests
     [TestCase("{\"objects\":{\"bbox\":[[1,2,3]]},\"conversations\":TALK}", "a bbox is a list of 3")]
     [TestCase("{\"image\":\"https://x.org/a.png\",\"conversations\":TALK}", "address on the network")]
     [TestCase("{\"image\":\"data:image/png;base64,!\",\"conversations\":TALK}", "is not base64")]
-    [TestCase("{\"audios\":[\"a.mp3\"],\"conversations\":TALK}", "key \"audios\" is not used here")]
     [TestCase("{\"conversations\":[{\"role\":\"user\",\"content\":\"<audio>What?\"},"
         + "{\"role\":\"assistant\",\"content\":\"x\"}]}", "turn 1: has the tag <audio>")]
     [TestCase("{\"rejected\":\"no\",\"conversations\":TALK}", "key \"rejected\" is not used here")]

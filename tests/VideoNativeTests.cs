@@ -108,6 +108,46 @@ public sealed class VideoNativeTests
             + "<image_id>1</image_id><image><|video_pad|></image>Same?"));
     }
 
+    // What the checkpoint's own file says goes before the class's numbers.
+    [Test]
+    public void TheVideoProcessorsFileIsRead()
+    {
+        string folder = Directory.CreateTempSubdirectory("cpmx-test-").FullName;
+        try
+        {
+            foreach (string file in Directory.GetFiles(s_case.Model).Where(f => !f.EndsWith("tensors")))
+                File.Copy(file, Path.Combine(folder, Path.GetFileName(file)));
+            Assert.That(s_format.Video!.MaxFrames, Is.EqualTo(128));
+            VideoRules rules = With(("max_num_frames", 7), ("max_slice_nums", 3),
+                ("scale_resolution", 224)).Video!;
+            Assert.That((rules.MaxFrames, rules.MaxSlices, rules.Refusal), Is.EqualTo((7, 3, (string?)null)));
+            Assert.That(With(("scale_resolution", 224)).SlicingOfFrames(2),
+                Is.EqualTo(s_format.Slicing with { MaxSliceNums = 2, ScaleResolution = 224 }));
+            Assert.That(With(("slice_mode", false)).Video!.MaxSlices, Is.EqualTo(1));
+            var stacked = With(("stack_frames", 3));
+            Row row = RowFile.Parse("rows.json", Encoding.UTF8.GetBytes("""
+                [{"video":["a.png"],"conversations":[
+                 {"role":"user","content":"What?"},{"role":"assistant","content":"This."}]}]
+                """)).Rows.Single();
+            Assert.That(() => VideoFrames.Choose(row, stacked.Video, VideoDecoder.Default),
+                Throws.TypeOf<BadRowException>().With.Message.Contains("stack_frames 3"));
+        }
+        finally
+        {
+            Directory.Delete(folder, recursive: true);
+        }
+
+        RowFormat With(params (string Key, JsonNode Value)[] changes)
+        {
+            string path = Path.Combine(folder, "processor_config.json");
+            JsonNode json = JsonNode.Parse(
+                File.ReadAllBytes(Path.Combine(s_case.Model, "processor_config.json")))!;
+            foreach (var (key, value) in changes) json["video_processor"]![key] = value;
+            File.WriteAllText(path, json.ToJsonString());
+            return ModelSpec.Read(folder).Rows();
+        }
+    }
+
     private static int[] Prompt(
         RowFormat format, string text, PictureSize[] pictures, PictureSize[][] videos)
     {

@@ -15,7 +15,8 @@ namespace MiniCpmNative.Kernels;
 ///             keeps their mean, others by 0
 ///
 /// where element = row * DrawnCols + col in the masked matrix, below 2^35. A NaN stays a NaN when
-/// dropped, as PyTorch has it.
+/// dropped, as PyTorch has it. Noise takes a whole word for each element, see
+/// <see cref="Uniform"/>.
 /// </summary>
 public static unsafe class Philox
 {
@@ -79,14 +80,53 @@ public static unsafe class Philox
             MaskBlocks(random, (uint)layer, (ushort)threshold, (uint)((first + i) >> 3), keep + i);
     }
 
+    /// <summary>
+    /// Noise of a row, uniform in [-size, size): to[i] = ((word >> 8) * 2^-23 - 1) * size, with word
+    /// i % 4 of counter (row * (cols rounded up to 32) / 4 + i / 4, 2^32 - 1, step low, step high);
+    /// no layer has that number.
+    /// </summary>
+    public static void Uniform(Randomness random, long row, float size, Span<float> to)
+    {
+        const float Unit = 1f / (1 << 23);
+        Span<float> words = stackalloc float[4 * Blocks];
+        uint block = (uint)(row * ((to.Length + words.Length - 1) / words.Length * Blocks));
+        for (int i = 0; i < to.Length; i += words.Length, block += Blocks)
+        {
+            Words(random, uint.MaxValue, block, out var x0, out var x1, out var x2, out var x3);
+            for (int lane = 0; lane < Blocks; lane++)
+            {
+                words[4 * lane] = Number(x0[lane]);
+                words[(4 * lane) + 1] = Number(x1[lane]);
+                words[(4 * lane) + 2] = Number(x2[lane]);
+                words[(4 * lane) + 3] = Number(x3[lane]);
+            }
+
+            words[..Math.Min(words.Length, to.Length - i)].CopyTo(to[i..]);
+        }
+
+        float Number(uint word) => (((word >> 8) * Unit) - 1) * size;
+    }
+
     // Eight counters side by side. Half h of word j of a block becomes byte 2 j + h of its eight.
     private static void MaskBlocks(
         Randomness random, uint layer, ushort threshold, uint block, byte* keep)
     {
-        Vector256<uint> x0 = Vector256.Create(block) + Vector256<uint>.Indices;
-        Vector256<uint> x1 = Vector256.Create(layer);
-        Vector256<uint> x2 = Vector256.Create((uint)random.Step);
-        Vector256<uint> x3 = Vector256.Create((uint)(random.Step >> 32));
+        Words(random, layer, block, out var x0, out var x1, out var x2, out var x3);
+        Vector256<ushort> limit = Vector256.Create(threshold);
+        Vector256<uint> low = Kept(x0, limit) | (Kept(x1, limit) << 16);
+        Vector256<uint> high = Kept(x2, limit) | (Kept(x3, limit) << 16);
+        (Vector256.WidenLower(low) | (Vector256.WidenLower(high) << 32)).Store((ulong*)keep);
+        (Vector256.WidenUpper(low) | (Vector256.WidenUpper(high) << 32)).Store((ulong*)keep + 4);
+    }
+
+    // The words of eight counters in a row.
+    private static void Words(Randomness random, uint layer, uint block, out Vector256<uint> x0,
+        out Vector256<uint> x1, out Vector256<uint> x2, out Vector256<uint> x3)
+    {
+        x0 = Vector256.Create(block) + Vector256<uint>.Indices;
+        x1 = Vector256.Create(layer);
+        x2 = Vector256.Create((uint)random.Step);
+        x3 = Vector256.Create((uint)(random.Step >> 32));
         uint k0 = (uint)random.Seed, k1 = (uint)(random.Seed >> 32);
         for (int round = 0; round < Rounds; round++)
         {
@@ -98,12 +138,6 @@ public static unsafe class Philox
             k0 += WeylA;
             k1 += WeylB;
         }
-
-        Vector256<ushort> limit = Vector256.Create(threshold);
-        Vector256<uint> low = Kept(x0, limit) | (Kept(x1, limit) << 16);
-        Vector256<uint> high = Kept(x2, limit) | (Kept(x3, limit) << 16);
-        (Vector256.WidenLower(low) | (Vector256.WidenLower(high) << 32)).Store((ulong*)keep);
-        (Vector256.WidenUpper(low) | (Vector256.WidenUpper(high) << 32)).Store((ulong*)keep + 4);
     }
 
     // 1 or 0 for the low half of a word, in byte 0, and for the high one, in byte 1.

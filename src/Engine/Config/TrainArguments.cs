@@ -296,7 +296,11 @@ public sealed partial record TrainArguments
     [Key("Optimisation", "gradients are scaled down to this global norm; 0 is off", Max = 1e30)]
     public double MaxGradNorm { get; init; } = 1;
 
-    [Key("Optimisation", "seed of adapters, dropout and order", Max = uint.MaxValue)]
+    [Key("Optimisation", "noise on embedded tokens in training (NEFTune): uniform, up to this / "
+        + "sqrt(tokens of the row * hidden size)", Max = 1e6)]
+    public double? NeftuneNoiseAlpha { get; init; }
+
+    [Key("Optimisation", "seed of adapters, dropout, noise and order", Max = uint.MaxValue)]
     public long Seed { get; init; } = 42;
 
     [Key("Optimisation", "seed of the order of the rows; seed when not given", Max = uint.MaxValue)]

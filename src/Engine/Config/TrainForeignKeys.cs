@@ -44,8 +44,6 @@ internal static class TrainForeignKeys
                 ([], "is not supported: train_sampling_strategy is random or sequential"),
             ["ignore_data_skip"] = ([], "is not supported: a resumed run goes on at its row"),
             ["label_smoothing_factor"] = (["0"], "is not supported"),
-            ["neftune_noise_alpha"] =
-                (["0"], "is not supported: no noise is added to embeddings; leave it out"),
             ["no_cuda"] = ([], "is spelt device=cpu here"),
             ["optim_args"] = ([], "is not supported: adam_beta1, adam_beta2 (of lion too) and adam_epsilon are keys"),
             ["optim_target_modules"] = ([], "is not supported"),

@@ -72,7 +72,7 @@ public static class DataCheck
         Sample sample = rows.Sample(index);
         output.WriteLine(
             $"  row {rows[index].Number} as the model sees it, supervised text in [[ ]]:");
-        int unknown = rows.Format.Placeholders.UnknownId;
+        PlaceholderScheme places = rows.Format.Placeholders;
         var text = new System.Text.StringBuilder();
         var run = new List<int>();
         bool supervised = false, heard = false;
@@ -81,7 +81,8 @@ public static class DataCheck
         {
             // labels[t] is what follows token t: token t itself is supervised if label t - 1 is.
             bool answer = t > 0 && sample.Labels[t - 1] == sample.InputIds[t];
-            bool fold = sample.InputIds[t] == unknown;
+            bool fold = sample.InputIds[t] == places.UnknownId
+                || sample.InputIds[t] == places.VideoId;
             if (answer != supervised || fold != (folded > 0)) Flush();
             (supervised, heard) = (answer, sample.SoundBounds.Any(b => t >= b.Start && t < b.End));
             if (fold) folded++;

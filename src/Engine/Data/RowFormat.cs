@@ -76,7 +76,11 @@ public sealed record RowFormat(
     /// The slicing of frames: all of them are enlarged where they are small.
     /// </summary>
     public SlicingSpec SlicingOfFrames(int maxSliceNums) =>
-        SlicingUpTo(maxSliceNums) with { Small = SmallPictures.Always };
+        SlicingUpTo(maxSliceNums) with
+        {
+            Small = SmallPictures.Always,
+            ScaleResolution = Video?.ScaleResolution ?? Slicing.ScaleResolution,
+        };
 
     /// <summary>
     /// The places of a row's tokens with these pictures; null where they are counted.

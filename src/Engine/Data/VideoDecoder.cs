@@ -51,14 +51,19 @@ public sealed class VideoDecoder(
     {
         string path = Path.Combine(
             cache, Convert.ToHexStringLower(SHA256.HashData(content).AsSpan(0, 12)) + ".video");
-        if (File.Exists(path)) return path;
+        if (!File.Exists(path)) Keep(path, content);
+        return path;
+    }
+
+    private void Keep(string path, byte[] content)
+    {
         try
         {
             Directory.CreateDirectory(cache);
-            string temporary = $"{path}.{Environment.ProcessId}.{Environment.CurrentManagedThreadId}";
+            string temporary =
+                $"{path}.{Environment.ProcessId}.{Environment.CurrentManagedThreadId}.tmp";
             File.WriteAllBytes(temporary, content);
             File.Move(temporary, path, overwrite: true);
-            return path;
         }
         catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
         {
@@ -87,9 +92,18 @@ public sealed class VideoDecoder(
 
     private (int Frames, double Rate) Probe(string path)
     {
-        // Counted by decoding: what headers say is often another number.
+        // Counted by decoding, as what headers say is often another number; once, as that takes long.
+        string known = Folder(path, []) + ".json";
+        if (File.Exists(known)) return Read(File.ReadAllText(known), path);
         string said = Run(ffprobe, path, "-v", "error", "-select_streams", "v:0", "-count_frames",
             "-show_entries", "stream=nb_read_frames,avg_frame_rate", "-of", "json", path);
+        var found = Read(said, path);
+        Keep(known, Encoding.UTF8.GetBytes(said));
+        return found;
+    }
+
+    private static (int Frames, double Rate) Read(string said, string path)
+    {
         try
         {
             using var json = JsonDocument.Parse(said);

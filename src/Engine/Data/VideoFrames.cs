@@ -23,6 +23,7 @@ internal static partial class VideoFrames
         if (rules is null)
             throw row.Bad("has a video, and the model takes none: show some of its frames as "
                 + "pictures, \"image\": [...]");
+        if (rules.Refusal is { } refusal) throw row.Bad(refusal);
         var pictures = row.Pictures.ToList();
         var videos = new List<RowVideo>();
         foreach (RowVideo video in row.Videos)

@@ -38,6 +38,12 @@ public sealed record VideoRules(FrameRule Rule, double Fps, int MaxFrames, int M
     /// </summary>
     public bool Native { get; init; }
 
+    /// <summary>The resolution of frames, where it is not that of pictures.</summary>
+    public int? ScaleResolution { get; init; }
+
+    /// <summary>Why the model's videos cannot be shown, if they cannot.</summary>
+    public string? Refusal { get; init; }
+
     /// <summary>Whether a video carries a number, where pictures do.</summary>
     public bool Numbered { get; init; }
 

@@ -91,35 +91,33 @@ public sealed class SelfTest : IDisposable
                     exact.Gradient(i));
     }
 
-    // Weights of 4 and 8 bits against a dense one of their numbers, for so few rows that they are
-    // multiplied as they are unpacked, and for more.
+    // Weights of 4 and 8 bits against a dense one of their numbers: few rows, and many.
     private unsafe void QuantisedWeights()
     {
-        const int Outputs = 40, Inputs = 72, Count = Outputs * Inputs;
-        float[] values = [.. Fill.Normal(2, Count).Select(v => (float)v)];
+        const int Few = 5, Many = 20, Outputs = 40, Inputs = 72;
+        float[] values = [.. Fill.Normal(2, Outputs * Inputs).Select(v => (float)v)];
         FourBitCodes codes;
         fixed (float* from = values)
             codes = FourBitCodes.Of(new(Outputs, Inputs, 64, 256), FourBitKind.Nf4, DType.F32, from);
         codes.Unpack(0, values);
         Run(new FourBitWeight(_device, codes));
-        byte[] bytes = [.. Fill.Below(3, Count, 255).Select(v => (byte)(v - 127))];
-        float[] scales = [.. Enumerable.Range(1, Outputs * 3).Select(r => 0.01f * r)];
+        byte[] bytes = [.. Fill.Below(3, Outputs * Inputs, 255).Select(v => (byte)(sbyte)(v - 127))];
+        float[] scales = [.. Enumerable.Range(1, Outputs).Select(r => 0.1f * r)];
         values = [.. bytes.Select((e, i) => (sbyte)e * scales[i / Inputs] / 127)];
-        Run(new Int8RowsWeight(_device, Inputs, bytes, scales.AsSpan(0, Outputs)));
-        var form = new GroupedForm(Outputs, Inputs, Bits: 8, GroupSize: 24, IsOrdered: false);
-        values = [.. bytes.Select((e, i) => (e - 100) * scales[i / 24])];
+        Run(new Int8RowsWeight(_device, Inputs, bytes, scales));
+        var form = new GroupedForm(Outputs, Inputs, Bits: 8, GroupSize: Inputs, IsOrdered: false);
+        values = [.. bytes.Select((e, i) => (e - (i / Inputs)) * scales[i / Inputs])];
         Run(new GroupedWeight(_device, new GroupedCodes(form, bytes, scales,
-            [.. Enumerable.Repeat((byte)100, scales.Length)], null)));
+            [.. Enumerable.Range(0, Outputs).Select(r => (byte)r)], null)));
 
         void Run(Weight weight)
         {
             Value w = Value.Float(
                 "w", [Outputs, Inputs], Array.ConvertAll(values, v => (double)v));
-            foreach (int rows in (int[])[3, 40])
+            foreach (int rows in (int[])[Few, Many])
             {
                 Value x = Value.Float("x", [rows, Inputs], Fill.Normal(1, rows * Inputs));
-                this.Run(
-                    new Linear(Weight: weight), [x, Value.Absent("w")], new Linear(), [x, w]);
+                this.Run(new Linear(Weight: weight), [x, Value.Absent("w")], new Linear(), [x, w]);
             }
         }
     }

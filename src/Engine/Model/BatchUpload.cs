@@ -32,6 +32,7 @@ public sealed class BatchUpload(Device device, int number = 0)
     private const int TensorsOfAPart = 10;
 
     private readonly InputMemory _input = device.NewInput();
+    private float[] _row = [];
 
     /// <summary>Which of the batches that are on the device together it brings.</summary>
     public int Number => number;
@@ -94,6 +95,30 @@ public sealed class BatchUpload(Device device, int number = 0)
         if (spec.Type == DType.F64) new Span<double>((void*)host, count).Fill(value);
         else new Span<float>((void*)host, count).Fill(value);
         return tensor;
+    }
+
+    /// <summary>
+    /// Noise of x[tokens, width], uniform in +-size / sqrt(tokens of its sequence * width); drawn
+    /// here, so that each device has the same.
+    /// </summary>
+    public unsafe Tensor Noise(ReadOnlySpan<int> starts, int width, double size)
+    {
+        var spec = new Spec(device.Activations, new Shape(starts[^1], width));
+        Tensor noise = _input.Push(spec, "embedding noise", out nint host);
+        if (_row.Length != width) _row = new float[width];
+        for (int i = 1; i < starts.Length; i++)
+        {
+            var largest = (float)(size / Math.Sqrt((double)(starts[i] - starts[i - 1]) * width));
+            for (int t = starts[i - 1]; t < starts[i]; t++)
+            {
+                Philox.Uniform(Random, t, largest, _row);
+                fixed (float* from = _row)
+                    FloatBits.Narrow(
+                        from, (void*)(host + (nint)(spec.Bytes / starts[^1] * t)), spec.Type, width);
+            }
+        }
+
+        return noise;
     }
 
     /// <summary>Patches of so many numbers each, rounded to the activations' type.</summary>

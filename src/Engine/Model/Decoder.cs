@@ -14,6 +14,7 @@ namespace MiniCpmNative.Engine.Model;
 /// </summary>
 public sealed class Decoder : IBatchInput
 {
+    private readonly Add _sum = new();
     private readonly Scale? _outputScale;
     private readonly DecoderSpec _spec;
     private readonly PerBatch<DecoderContext> _contexts = new();
@@ -52,7 +53,18 @@ public sealed class Decoder : IBatchInput
     }
 
     /// <summary>ids I32[tokens] -> [tokens, width].</summary>
-    public Tensor Embed(Graph graph, Tensor ids) => _embedding.Run(graph, ids);
+    public Tensor Embed(Graph graph, Tensor ids)
+    {
+        Tensor x = _embedding.Run(graph, ids);
+        return _context.Noise.Exists ? graph.Run(_sum, x, _context.Noise) : x;
+    }
+
+    /// <summary>
+    /// Of the batches loaded from now on, NEFTune's alpha (Jain et al. 2023): noise on the embedded
+    /// tokens, uniform in +-alpha / sqrt(tokens of the row * width). As in the Hugging Face Trainer
+    /// it comes before what scales embeddings, and before pictures take their places.
+    /// </summary>
+    public double NoiseAlpha { get; set; }
 
     /// <summary>x[tokens, width] -> h[tokens, width] after the final norm, of the batch.</summary>
     public Tensor Forward(Graph graph, Tensor x, ITensorProbe? probe) =>
@@ -121,6 +133,7 @@ public sealed class Decoder : IBatchInput
     public void Continue(KeyValueCache? cache) => _cache = cache;
 
     public long Count(Batch batch) => _embedding.Count(batch)
+        + (NoiseAlpha > 0 ? (long)batch.Tokens.Count * _spec.HiddenSize : 0)
         + ((_spec.Delta is null ? 1L : 3) * batch.Positions.Count)
         + batch.SequenceStarts.Count + (_canvas?.Count(batch) ?? 0)
         + BatchUpload.TileNumbers(
@@ -133,6 +146,8 @@ public sealed class Decoder : IBatchInput
         (_context.Cache, _context.Random) = (_cache, upload.Random);
         ReadOnlySpan<int> starts = batch.SequenceStarts.Span;
         _context.Starts = upload.Ints(starts, "sequence starts");
+        _context.Noise = NoiseAlpha > 0
+            ? upload.Noise(starts, _spec.HiddenSize, NoiseAlpha * _spec.EmbeddingScale) : Tensor.None;
         _context.Tiles = _context.Cache is null
             ? upload.Tiles(starts, starts, causal: true) : default;
         if (_spec.Delta is not null) LoadPairs(batch.Tokens.Count, upload);
@@ -172,6 +187,9 @@ public sealed class DecoderContext
 
     /// <summary>Key of the batch's random numbers.</summary>
     public Randomness Random { get; set; }
+
+    /// <summary>[tokens, width]: what is added to the embedded tokens; mostly none.</summary>
+    public Tensor Noise { get; set; }
 
     /// <summary>I32[tokens]: the row of the rotary tables that turns each token.</summary>
     public Tensor Positions { get; set; }

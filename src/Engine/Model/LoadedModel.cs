@@ -112,13 +112,23 @@ public sealed class LoadedModel : IDisposable
     /// <param name="random">Key of the first one's random numbers; those that follow count up its
     /// step.</param>
     /// <param name="losses">Takes them.</param>
-    public void Losses(ReadOnlySpan<Batch> batches, Randomness random, Span<Tensor> losses)
+    /// <param name="noiseAlpha">See <see cref="Decoder.NoiseAlpha"/>.</param>
+    public void Losses(ReadOnlySpan<Batch> batches, Randomness random, Span<Tensor> losses,
+        double noiseAlpha = 0)
     {
-        for (int i = batches.Length - 1; i >= 0; i--)
+        Model.NoiseAlpha = noiseAlpha;
+        try
         {
-            Device.Random = random with { Step = random.Step + (ulong)i };
-            Model.Load(batches[i], Upload(i));
-            losses[i] = Model.Embedded(Graph);
+            for (int i = batches.Length - 1; i >= 0; i--)
+            {
+                Device.Random = random with { Step = random.Step + (ulong)i };
+                Model.Load(batches[i], Upload(i));
+                losses[i] = Model.Embedded(Graph);
+            }
+        }
+        finally
+        {
+            Model.NoiseAlpha = 0;
         }
 
         Model.Losses(Graph, losses);

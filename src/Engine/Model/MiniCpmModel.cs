@@ -48,6 +48,13 @@ public sealed class MiniCpmModel(
 
     public IVisionTower Vision => vision;
 
+    /// <inheritdoc cref="Decoder.NoiseAlpha"/>
+    public double NoiseAlpha
+    {
+        get => decoder.NoiseAlpha;
+        set => decoder.NoiseAlpha = value;
+    }
+
     /// <summary>
     /// Brings a batch over, see <see cref="IBatchInput.Load"/>: whole rows, or the next tokens of
     /// those in the cache, with positions that go on.

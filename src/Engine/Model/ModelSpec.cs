@@ -77,9 +77,9 @@ public sealed record ModelSpec(
     /// <summary>The same where an adapter may have parts of the encoder, trained whole.</summary>
     /// <inheritdoc cref="Hearing(bool)"/>
     public ModelSpec Hearing(bool wanted, string? adapter) => Hearing(wanted
-        || (adapter is not null && AdapterConfig.Read(
-            Path.Combine(adapter, AdapterConfig.FileName)).ModulesToSave
-            .Any(name => name is "apm" or "audio_projection_layer")));
+        || (adapter is not null && Path.Combine(adapter, AdapterConfig.FileName) is var file
+            && File.Exists(file) && AdapterConfig.Read(file).ModulesToSave
+                .Any(name => name is "apm" or "audio_projection_layer")));
 
     /// <summary>The model with its decoder's layers replicated, and its weights too.</summary>
     /// <param name="ranges">Which layers run; null as they are.</param>

@@ -76,7 +76,7 @@ public sealed class Trainer
 
     /// <summary>
     /// Queues one optimizer step over the batches, which may change once this returns; results are
-    /// taken after each. step counts from 0; the masks of dropout follow from it.
+    /// taken after each. step counts from 0; the masks of dropout, and noise, follow from it.
     /// </summary>
     public void Queue(int step, ReadOnlySpan<Batch> batches, double learningRate)
     {
@@ -142,7 +142,7 @@ public sealed class Trainer
     private void Backward(ReadOnlySpan<Batch> batches, Randomness random, int first)
     {
         Span<Tensor> losses = _passes.AsSpan(0, batches.Length);
-        _model.Losses(batches, random, losses);
+        _model.Losses(batches, random, losses, _arguments.NeftuneNoiseAlpha ?? 0);
         bool learns = false;
         for (int i = 0; i < losses.Length; i++)
         {

@@ -137,6 +137,7 @@ public static class OpCases
             () => [X("x", 1, 3000 * 1024)])
         {
             ProductionOp = new Unfold(1024, 2),
+            Sizes = [0, 1, 2, 7, 300],
         },
         new("rope", new Rope(6),
             n => [X("x", n, 12), Value.Int("positions", Fill.Below(5, n, 9)), X("cos", 9, 3),

@@ -34,7 +34,7 @@ public sealed record Relu() : Op("relu")
     {
         Tensor x = call.In(0);
         call.Launch("relu", Grid.Vectors(x.Shape.Count, call.Real),
-            call.Output, x, x, x.Shape.Count, false);
+            call.Output, x, Tensor.None, x.Shape.Count, false);
     }
 
     public override void CudaBackward(in CudaCall call)

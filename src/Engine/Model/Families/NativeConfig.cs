@@ -29,6 +29,31 @@ internal static class NativeConfig
             ? (Name, Key) : ("preprocessor_config.json", null);
     }
 
+    /// <summary>How videos are shown, by the video processor's file where the model has one.</summary>
+    public static VideoRules Video(string directory, VideoRules rules)
+    {
+        if ((Read("processor_config.json")?.Find("video_processor")
+            ?? Read("video_preprocessor_config.json")) is not { } json) return rules;
+        int stacked = ModelConfig.Size(json, "stack_frames", 1 << 8, 1);
+        return rules with
+        {
+            MaxFrames = ModelConfig.Size(json, "max_num_frames", 1 << 16, rules.MaxFrames),
+            MaxSlices = json.Find("slice_mode")?.Bool() == false ? 1
+                : ModelConfig.Size(json, "max_slice_nums", 1 << 12, rules.MaxSlices),
+            ScaleResolution = json.Find("scale_resolution") is null ? null
+                : ModelConfig.Size(json, "scale_resolution", ModelConfig.MaxSide, 448),
+            Refusal = stacked == 1 ? null : $"has a video, and the model's video processor has "
+                + $"stack_frames {stacked}, frames put together into one picture, which is not "
+                + "supported: set it to 1",
+        };
+
+        JsonValue? Read(string name)
+        {
+            string path = Path.Combine(directory, name);
+            return File.Exists(path) ? JsonInput.ReadObject(path) : null;
+        }
+    }
+
     /// <summary>Whether the vision tower merges patches: downsample_mode, 16x or 4x.</summary>
     public static bool Merges(JsonValue json, NativeDefaults defaults)
     {

@@ -84,7 +84,8 @@ internal abstract class NativeFamily(string name, string type, string modelClass
             spec.Processor.Std, spec.Decoder.VocabSize)
         {
             OverWhite = true,
-            Video = placeholders.VideoId is null ? null : Video,
+            Video = placeholders.VideoId is null || Video is not { } rules
+                ? null : NativeConfig.Video(spec.Directory, rules),
         };
     }
 
