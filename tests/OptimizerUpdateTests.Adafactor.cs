@@ -59,6 +59,26 @@ public sealed partial class OptimizerUpdateTests
         }
     }
 
+    /// <summary>Without a gradient a row and a column stay as they are, in the first step
+    /// too.</summary>
+    [Test]
+    public void WhatHasNoGradientStays([Values] bool cuda)
+    {
+        using var cpu = new CpuDevice(2, StepBytes);
+        Device device = cuda ? Cuda(DType.F32) : cpu;
+        Tensor New(params int[] shape) => device.Allocate(new(DType.F32, new(shape)), "t");
+        Tensor p = New(3, 4), g = New(3, 4), m = New(3), v = New(4);
+        float[] gradient = [1, 2, 0, 3, 0, 0, 0, 0, 2, 1, 0, 1];
+        foreach (Tensor zero in (Tensor[])[p, m, v])
+            device.WriteFloats(zero, new float[zero.Shape.Count]);
+        device.WriteFloats(g, gradient);
+        device.Update(new UpdateStep(0.1, 0, 0, 0, 0, 1, 0, UpdateRule.Adafactor),
+            new(p, Tensor.None, g, m, v), Tensor.None);
+        float[] got = device.ReadFloats(p);
+        for (int i = 0; i < got.Length; i++)
+            Assert.That(got[i], gradient[i] == 0 ? Is.Zero : Is.Negative, $"[{i}]");
+    }
+
     /// <summary>Many rows and columns, and several matrices, against the formula in
     /// double.</summary>
     [TestCase(1, 517, 300, false)]

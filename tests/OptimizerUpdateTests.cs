@@ -103,12 +103,14 @@ public sealed partial class OptimizerUpdateTests
         // The table ascends: 127 is 0, 255 is 1, and there is no -1.
         Assert.That(Bytes(device, range.M), Is.EqualTo((byte[])[255, 126, 127, 127, 0]));
 
-        // Of nothing at all the codes are those of 0, whatever they were.
+        // Of nothing at all the codes are those of 0, whatever they were, and no value moves.
+        float[] before = device.ReadFloats(range.Weights);
         device.WriteFloats(range.Gradient, new float[5]);
         device.WriteFloats(range.MScales, [0]);
         device.Update(
             new UpdateStep(0.1, 0.9, 0.9, 0, 0, 1, 0, UpdateRule.Lion), range, norm);
         Assert.That(Bytes(device, range.M), Is.All.EqualTo(127));
+        Assert.That(device.ReadFloats(range.Weights), Is.EqualTo(before));
     }
 
     private static IEnumerable<ReferenceCase> Quantisations =>

@@ -17,8 +17,10 @@ namespace MiniCpmNative.Tests;
 [TestFixture]
 public sealed unsafe class QuantisedWeightTests
 {
-    // Columns that blocks cross, an odd number of elements, and whole blocks.
-    private static readonly (int Outputs, int Inputs)[] s_sizes = [(9, 20), (13, 21), (40, 64)];
+    // Columns that blocks cross, an odd number of elements, whole blocks, and several rows in eight
+    // elements.
+    private static readonly (int Outputs, int Inputs)[] s_sizes =
+        [(9, 20), (13, 21), (40, 64), (7, 3)];
 
     // Rows that weights are unpacked for.
     private const int Many = 17;

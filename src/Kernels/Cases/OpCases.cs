@@ -34,6 +34,9 @@ public static class OpCases
         {
             Sizes = s_longRows,
         },
+        new("gated_rms_norm_heads", new GatedRmsNorm(1e-6),
+            n => [X("x", n, 24), X("w", 24), X("gate", n, 24)],
+            () => [X("x", 16 * Rows, 128), X("w", 128), X("gate", 16 * Rows, 128)]),
         new("sigmoid_gate", new SigmoidGate(6), n => [X("x", n, 12), X("queries", n, 24)],
             () => [X("x", Rows, 8 * 256), X("queries", Rows, 16 * 256)])
         {
