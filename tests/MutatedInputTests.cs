@@ -40,6 +40,23 @@ public sealed class MutatedInputTests
     public void Rows(string files, bool json) =>
         Try(files, json, Path.GetExtension(files), file => RowFile.Read(file));
 
+    // A footer whose numbers, lists and structures have no end.
+    [TestCase(0x15, 0xFF)]
+    [TestCase(0x19, 0xF1)]
+    [TestCase(0x1C, 0x1C)]
+    [CancelAfter(20_000)]
+    public void FootersWithoutEndAreRefused(int first, int then)
+    {
+        byte[] file = File.ReadAllBytes(
+            Path.Combine(ReferenceFile.Root, "formats", "data", "messages.parquet"));
+        int footer = BitConverter.ToInt32(file, file.Length - 8);
+        Assert.That(ParquetFooter.IsWhole(file), Is.True);
+        file.AsSpan(file.Length - 8 - footer, footer).Fill((byte)then);
+        file[file.Length - 8 - footer] = (byte)first;
+        Assert.That(() => RowFile.Parse("rows.parquet", file),
+            Throws.TypeOf<InputException>().With.Message.Contains("damaged"));
+    }
+
     [Test]
     public void DataSetsOfLlamaFactory()
     {

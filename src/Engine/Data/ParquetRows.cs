@@ -22,6 +22,7 @@ internal static class ParquetRows
     {
         if (!bytes.Span.EndsWith("PAR1"u8))
             throw new InputException($"{path}: is a Parquet file without its end; copy it again");
+        if (!ParquetFooter.IsWhole(bytes.Span)) throw Damaged(path, null);
         var row = new ArrayBufferWriter<byte>();
         // What the default escapes, as all but ASCII, the reader behind would have to undo.
         using var json = new Utf8JsonWriter(row, new JsonWriterOptions
@@ -86,10 +87,13 @@ internal static class ParquetRows
         }
         catch (Exception failure)
         {
-            throw new InputException($"{path}: cannot be read as Parquet: it is damaged, or of a "
-                + "kind that is not read here; write it anew, or as .jsonl", failure);
+            throw Damaged(path, failure);
         }
     }
+
+    private static InputException Damaged(string path, Exception? failure) => new(
+        $"{path}: cannot be read as Parquet: it is damaged, or of a kind that is not read here; write "
+        + "it anew, or as .jsonl", failure);
 
     private static bool Write(Utf8JsonWriter json, object? value, int depth)
     {
