@@ -4468,7 +4468,7 @@ extern "C" __global__ void __launch_bounds__(256) unpack_grouped(
 }
 
 // Reads count * bits / 8 bytes, zeros, scales, and x from the cache; 2 FLOP each and row.
-extern "C" __global__ void __launch_bounds__(256) multiply_grouped(
+extern "C" __global__ void __launch_bounds__(256, 4) multiply_grouped(
     void* y, const real* x, int rows, int outputs, int cols, int x_stride, int y_stride,
     int y_type, float alpha, float beta, const unsigned char* codes, const float* scales,
     const unsigned char* zeros, const int* group_of, int bits, int size, int groups)
