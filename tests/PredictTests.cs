@@ -1,4 +1,5 @@
 using System.Text.Json;
+using System.Text.Json.Nodes;
 using MiniCpmNative.Cli;
 using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Config;
@@ -165,10 +166,25 @@ public sealed class PredictTests
     [Test]
     public void TheExamplesAdapterAnswersInItsNewLanguage()
     {
-        string examples = Path.Combine(ArchitectureTests.Root, "examples");
+        string examples = Path.Combine(ArchitectureTests.Root, "examples"),
+            rows = Path.Combine(_folder, "test.json");
+        // One picture stands in its row.
+        JsonArray test = JsonNode.Parse(File.ReadAllText(Path.Combine(examples, "test.json")))!
+            .AsArray();
+        foreach (JsonNode? row in test)
+        {
+            if (row!["image"] is JsonObject several)
+                foreach (string tag in several.Select(picture => picture.Key).ToArray())
+                    several[tag] = Path.Combine(examples, several[tag]!.GetValue<string>());
+            else row["image"] = Path.Combine(examples, row["image"]!.GetValue<string>());
+        }
+
+        test[0]!["image"] = "data:image/png;base64," + Convert.ToBase64String(
+            File.ReadAllBytes(test[0]!["image"]!.GetValue<string>()));
+        File.WriteAllText(rows, test.ToJsonString());
         TrainArguments arguments = TrainReader.Read(
             [Path.Combine(examples, "lora.json"), "--device", "cpu", "--output_dir",
-                Path.Combine(_folder, "lora"), "--num_train_epochs", "4", "--eval_generate", "10",
+                Path.Combine(_folder, "lora"), "--eval_data_path", rows, "--num_train_epochs", "4", "--eval_generate", "10",
                 "--save_strategy", "no", "--metrics", "exact_match", "--max_new_tokens", "16"],
             _folder);
         string said = Runs.Train(arguments);

@@ -149,7 +149,11 @@ public sealed class ServeTests
     [TestCase("""
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url":
         {"url": "http://example.com/a.png"}}]}]}
-        """, "pictures are not fetched")]
+        """, "nothing is fetched")]
+    [TestCase("""
+        {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio":
+        {"data": "AAAA", "format": "wav"}}]}]}
+        """, "sound 1: the model does not hear as it is run")]
     [TestCase("""
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url":
         {"url": "data:image/png;base64,AAAA"}}]}]}

@@ -119,6 +119,9 @@ public sealed class SoundTests
         AssertSays(Wav(1, 16, 0, 16000, data), "a.wav: has 0 channels at 16000 Hz");
         AssertSays(Wav(1, 16, 1, 10, data), "a.wav: has 1 channels at 10 Hz");
         AssertSays(Wav(3, 32, 1, 16000, Bytes(float.NaN, 3, 32)), "a.wav: sample 0 is not finite");
+        AssertSays(Wav(1, 8, 1, 1000, new byte[1_801_000]), "a.wav: is longer than 1,800 s");
+        AssertSays(Wav(1, 8, 1, 48000, new byte[(1 << 25) + 1]),
+            "a.wav: has 33,554,433 samples a channel, at most 33,554,432 are read: cut it");
         AssertSays([1, 2, 3], "a.wav: is no sound file that is known, expected WAV, FLAC, MP3");
         foreach (int length in Enumerable.Range(0, file.Length))
             Assert.That(() => SoundReader.Read(file[..length], "a.wav"),

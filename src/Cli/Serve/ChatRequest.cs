@@ -9,7 +9,7 @@ internal sealed record ChatRequest
 {
     private const string Place = "the request";
 
-    private const int MostTurns = 1000, MostPictures = 64, MostStops = 16;
+    private const int MostTurns = 1000, MostPictures = 64, MostSounds = 16, MostStops = 16;
 
     // Passed over: about the sender alone.
     private static readonly string[] s_harmless =
@@ -24,6 +24,9 @@ internal sealed record ChatRequest
 
     /// <summary>The content of the pictures that parts point to.</summary>
     public required IReadOnlyList<byte[]> Pictures { get; init; }
+
+    /// <summary>The content of the sounds, whose parts are in their order.</summary>
+    public required IReadOnlyList<byte[]> Sounds { get; init; }
 
     /// <summary>In place of the format's system prompt.</summary>
     public string? System { get; init; }
@@ -54,13 +57,14 @@ internal sealed record ChatRequest
     {
         JsonValue json = JsonInput.Parse(Place, body);
         if (!json.IsObject) throw json.Expected("an object");
-        var pictures = new List<byte[]>();
-        (string? system, List<PromptTurn> turns) = Messages(json["messages"], pictures);
+        List<byte[]> pictures = [], sounds = [];
+        (string? system, List<PromptTurn> turns) = Messages(json["messages"], pictures, sounds);
         var request = new ChatRequest
         {
             Model = json.Find("model")?.Text() ?? "",
             Turns = turns,
             Pictures = pictures,
+            Sounds = sounds,
             System = system,
             Settings = settings,
         };
@@ -146,7 +150,7 @@ internal sealed record ChatRequest
     }
 
     private static (string? System, List<PromptTurn> Turns) Messages(
-        JsonValue messages, List<byte[]> pictures)
+        JsonValue messages, List<byte[]> pictures, List<byte[]> sounds)
     {
         string? system = null;
         var turns = new List<PromptTurn>();
@@ -161,7 +165,7 @@ internal sealed record ChatRequest
                     "user and assistant in turn, behind one system turn at most");
             if (isSystem && (turns.Count > 0 || system is not null))
                 throw message["role"].Error("is a system turn, expected one, in front");
-            PromptPart[] parts = Parts(message["content"], role, pictures);
+            PromptPart[] parts = Parts(message["content"], role, pictures, sounds);
             if (isSystem) system = string.Join('\n', parts.Select(part => part.Text));
             else turns.Add(new PromptTurn(role, parts));
         }
@@ -170,7 +174,8 @@ internal sealed record ChatRequest
             : throw messages.Error("ends without a question of the user");
     }
 
-    private static PromptPart[] Parts(JsonValue content, string role, List<byte[]> pictures)
+    private static PromptPart[] Parts(
+        JsonValue content, string role, List<byte[]> pictures, List<byte[]> sounds)
     {
         if (content.IsText) return [content.Text()];
         var parts = new List<PromptPart>();
@@ -187,11 +192,20 @@ internal sealed record ChatRequest
                             + $"{MostPictures} are shown");
                     JsonValue url = part["image_url"];
                     parts.Add(pictures.Count);
-                    pictures.Add(Picture(url.IsText ? url : url["url"]));
+                    pictures.Add(Content(url.IsText ? url : url["url"]));
+                    break;
+                case "input_audio" or "audio_url" when role == "user":
+                    if (sounds.Count == MostSounds)
+                        throw part.Error($"is sound {MostSounds + 1}, at most {MostSounds} are heard");
+                    JsonValue sound = part[part["type"].Text()];
+                    parts.Add(new PromptPart(null, -1, sounds.Count));
+                    sounds.Add(sound.IsText ? Content(sound)
+                        : sound.Find("data") is { } data ? Decoded(data, data.Text())
+                        : Content(sound["url"]));
                     break;
                 default:
                     throw part["type"].Expected(
-                        "text, or image_url in a turn of the user");
+                        "text, or image_url or input_audio in a turn of the user");
             }
         }
 
@@ -199,16 +213,21 @@ internal sealed record ChatRequest
     }
 
     // Only what comes with the request: nothing is fetched.
-    private static byte[] Picture(JsonValue url)
+    private static byte[] Content(JsonValue url)
     {
         string text = url.Text();
         int comma = text.IndexOf(',');
         if (!text.StartsWith("data:", StringComparison.OrdinalIgnoreCase) || comma < 0
             || !text.AsSpan(0, comma).EndsWith(";base64", StringComparison.OrdinalIgnoreCase))
             throw url.Error(
-                "is no data: URL in base64 (data:image/png;base64,...): pictures are not fetched");
-        var bytes = new byte[(text.Length - comma) / 4 * 3 + 3];
-        return Convert.TryFromBase64Chars(text.AsSpan(comma + 1), bytes, out int length)
-            ? bytes[..length] : throw url.Error("has a data: URL that is not base64");
+                "is no data: URL in base64 (data:image/png;base64,...): nothing is fetched");
+        return Decoded(url, text.AsSpan(comma + 1));
+    }
+
+    private static byte[] Decoded(JsonValue value, ReadOnlySpan<char> base64)
+    {
+        var bytes = new byte[(base64.Length / 4 * 3) + 3];
+        return Convert.TryFromBase64Chars(base64, bytes, out int length)
+            ? bytes[..length] : throw value.Error("is not base64");
     }
 }

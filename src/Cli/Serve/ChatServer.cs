@@ -222,7 +222,8 @@ internal sealed class ChatServer : IAsyncDisposable
                 [.. request.Pictures.Select((picture, i) =>
                     _maker.Open(picture, $"picture {i + 1}"))],
                 request.System, request.Thinks,
-                request.Seed ?? (ulong)Random.Shared.NextInt64());
+                request.Seed ?? (ulong)Random.Shared.NextInt64(),
+                [.. request.Sounds.Select((sound, i) => _maker.Hear(sound, $"sound {i + 1}"))]);
             int most = Math.Min(
                 request.MaxTokens ?? int.MaxValue, request.Settings.MaxNewTokens);
             return new AnswerJob(input, request, adapted, most, gone);

@@ -1,4 +1,3 @@
-using System.Text;
 using System.Text.Json;
 using MiniCpmNative.Engine.Data.Text;
 using static MiniCpmNative.Engine.Data.RowValues;
@@ -34,11 +33,6 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
     private static readonly string[] s_otherTurnMeanings =
         ["function_call", "reasoning_content", "images", "image"];
 
-    // Where transformers has what a part shows.
-    private static readonly string[] s_shownParts = ["image", "video", "url", "path", "base64"];
-
-    private static readonly string[] s_soundParts = ["audio", "url", "path", "base64"];
-
     private readonly string[] _media = [.. s_otherKeys.Where(key => !columns.Uses(key))];
     private readonly string[] _likely = [.. s_likelyPictures.Where(key => !columns.Uses(key))];
     private readonly string[] _meanings = [.. s_otherMeanings.Where(key => !columns.Uses(key))];
@@ -64,7 +58,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
             ? RowPictures.Official(row.Member("image")) : (PictureNames.None, []);
         var turns = new List<ChatTurn>();
         RowPicture[] sounds = RowPictures.Sounds(row);
-        var shown = new Media([], [], []);
+        var shown = new RowParts();
         if (System(row) is { Length: > 0 } system) turns.Add(new ChatTurn("system", system));
         string[] references = References(row.Member("references"));
         if (columns.Turns is not null) AddTurns(row, turns, shown, ref turn);
@@ -171,7 +165,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
     }
 
     private void AddTurns(
-        JsonElement row, List<ChatTurn> turns, Media shown, ref int? turn)
+        JsonElement row, List<ChatTurn> turns, RowParts shown, ref int? turn)
     {
         string key = columns.Turns!;
         var list = Unfolded(row.Member(key));
@@ -208,7 +202,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
                 ? "; where the rows stand under a key, write their list alone" : "");
     }
 
-    private void AddTurn(JsonElement item, List<ChatTurn> turns, Media shown,
+    private void AddTurn(JsonElement item, List<ChatTurn> turns, RowParts shown,
         RowTools functions, bool first)
     {
         string said = TextOf(item, columns.Role);
@@ -269,7 +263,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         turns.Add(new ChatTurn("assistant", Of("assistant", "gpt")));
     }
 
-    private string Contents(JsonElement content, Media shown)
+    private string Contents(JsonElement content, RowParts shown)
     {
         if (content.Text() is { } text) return text;
         if (content.ValueKind == JsonValueKind.Undefined)
@@ -277,71 +271,8 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         if (columns.IsOfficial || content.ValueKind != JsonValueKind.Array)
             throw new FormatException(
                 $"\"{columns.Content}\" is {Kind(content)}, expected text");
-        // Parts stand behind each other without anything between, as ms-swift has them.
-        var joined = new StringBuilder();
-        foreach (var part in content.EnumerateArray())
-        {
-            string? type = part.Member("type").Text();
-            switch (type)
-            {
-                case "text":
-                    joined.Append(TextOf(part, "text"));
-                    break;
-                case "image_url" or "image":
-                    var value = Shown(part, type);
-                    // A part without its picture shows the next of the row's.
-                    if (!value.IsNull()) shown.Pictures.Add(RowPictures.One(value));
-                    joined.Append("<image>");
-                    break;
-                case "audio_url" or "audio" or "input_audio":
-                    if (Sound(part, type) is { } sound) shown.Sounds.Add(sound);
-                    joined.Append(SoundText.Tag);
-                    break;
-                case "video_url" or "video":
-                    var video = Shown(part, type);
-                    if (!video.IsNull())
-                        shown.Videos.Add(RowVideo.Of(video, part.Member("fps")));
-                    joined.Append("<video>");
-                    break;
-                default:
-                    throw new FormatException("has a part of type "
-                        + (type is null ? Kind(part.Member("type")) : Messages.Quote(type))
-                        + ", expected \"text\", \"image_url\", \"video_url\" or \"audio_url\"");
-            }
-        }
-
-        return joined.ToString();
+        return shown.Text(content);
     }
-
-    // A part without its sound is heard with the next of the row's. OpenAI's has base64 in "data".
-    private static RowPicture? Sound(JsonElement part, string type)
-    {
-        var value = part.Member(type);
-        foreach (string key in s_soundParts)
-            if (value.IsNull()) value = part.Member(key);
-        if (value.ValueKind == JsonValueKind.Object)
-        {
-            if (value.TryGetProperty("data", out var data) && data.Text() is { } base64)
-                return RowPictures.Embedded(RowPictures.Decoded(base64, "sound"), SoundText.Tag);
-            if (value.TryGetProperty("url", out var url)) value = url;
-        }
-
-        return value.IsNull() ? null : RowPictures.One(value, SoundText.Tag);
-    }
-
-    // What a part shows.
-    private static JsonElement Shown(JsonElement part, string type)
-    {
-        var value = part.Member(type);
-        foreach (string key in s_shownParts)
-            if (value.IsNull()) value = part.Member(key);
-        return value.ValueKind == JsonValueKind.Object && value.TryGetProperty("url", out var url)
-            ? url : value;
-    }
-
-    // What the parts of turns show.
-    private sealed record Media(
-        List<RowPicture> Pictures, List<RowVideo> Videos, List<RowPicture> Sounds);
 
     private void AddQuestion(JsonElement row, List<ChatTurn> turns, ref string[] references)
     {

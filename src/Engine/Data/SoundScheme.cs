@@ -42,6 +42,10 @@ public sealed class SoundScheme
     /// <exception cref="InputException">It cannot be read.</exception>
     public static float[] Read(string path) => SoundReader.Read(path);
 
+    /// <summary>The same of a file's content; name stands in messages.</summary>
+    /// <inheritdoc cref="Read(string)"/>
+    public static float[] Read(byte[] content, string name) => SoundReader.Read(content, name);
+
     /// <summary>A text that holds one would be read as a sound.</summary>
     public static IReadOnlyList<string> Markers { get; } = [Start, End];
 

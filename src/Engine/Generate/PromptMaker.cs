@@ -51,14 +51,21 @@ public sealed class PromptMaker
 
     /// <summary>The samples of a sound.</summary>
     /// <exception cref="InputException">It cannot be heard.</exception>
-    public float[] Hear(string path)
+    public float[] Hear(string path) => Hear(path, () => SoundScheme.Read(path));
+
+    /// <summary>The same of a file's content; name stands in messages.</summary>
+    /// <inheritdoc cref="Hear(string)"/>
+    public float[] Hear(byte[] content, string name) =>
+        Hear(name, () => SoundScheme.Read(content, name));
+
+    private float[] Hear(string name, Func<float[]> read)
     {
         if (_format.Sounds is null)
-            throw new InputException($"{path}: the model does not hear as it is run: "
+            throw new InputException($"{name}: the model does not hear as it is run: "
                 + "--init_audio true runs a model's audio encoder, if it has one");
-        float[] samples = SoundScheme.Read(path);
+        float[] samples = read();
         return _format.Sounds.Tokens(samples.Length) > 0 ? samples
-            : throw new InputException($"{path}: is too short to be heard");
+            : throw new InputException($"{name}: is too short to be heard");
     }
 
     /// <param name="turns">The conversation; pictures and sounds are indices.</param>

@@ -64,7 +64,8 @@ internal sealed class LogLines : ILogFile
         {
             json.WriteStartArray("pictures");
             foreach (RowPicture picture in answer.Row.Pictures)
-                json.WriteStringValue(answer.Row.Locate(picture));
+                json.WriteStringValue(
+                    picture.Bytes is null ? answer.Row.Locate(picture) : picture.Path);
             json.WriteEndArray();
         }
 

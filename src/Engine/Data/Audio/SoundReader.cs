@@ -13,7 +13,9 @@ public static class SoundReader
     /// <summary>Samples a second.</summary>
     public const int Rate = 16000;
 
-    private const long MostBytes = 1L << 30;
+    // Of a file, and of what it holds: a hostile one must not fill the memory.
+    private const long MostBytes = 1L << 27;
+    private const int MostSeconds = 1800;
 
     /// <summary>The samples of a file.</summary>
     /// <exception cref="InputException">It cannot be read.</exception>
@@ -23,26 +25,21 @@ public static class SoundReader
     /// <inheritdoc cref="Read(string)"/>
     public static float[] Read(byte[] content, string name, string ffmpeg = "ffmpeg")
     {
-        float[] samples;
-        if (WavFile.Is(content))
-        {
-            var (values, rate) = WavFile.Read(content, name);
-            samples = Resampling.Run(values, rate, Rate);
-        }
-        else
-        {
-            samples = Decode(content, name, ffmpeg);
-        }
-
-        return samples.Length > 0 ? samples : throw new InputException($"{name}: holds no sound");
+        var (samples, rate) = WavFile.Is(content)
+            ? WavFile.Read(content, name) : (Decode(content, name, ffmpeg), Rate);
+        return samples.Length == 0 ? throw new InputException($"{name}: holds no sound")
+            : samples.Length <= (long)MostSeconds * rate ? Resampling.Run(samples, rate, Rate)
+            : throw new InputException($"{name}: is longer than {Messages.Number(MostSeconds)} s, "
+                + "the most that is read: cut it");
     }
 
     private static float[] Decode(byte[] content, string name, string ffmpeg)
     {
         string kind = Kind(content) ?? throw new InputException(
             $"{name}: is no sound file that is known, expected WAV, FLAC, MP3, Ogg or M4A");
-        var start = new ProcessStartInfo(ffmpeg, ["-v", "error", "-i", "pipe:0", "-f", "f32le",
-            "-ac", "1", "-ar", $"{Rate}", "pipe:1"])
+        var start = new ProcessStartInfo(ffmpeg, ["-v", "error", "-protocol_whitelist",
+            "pipe", "-i", "pipe:0", "-t", $"{MostSeconds + 1}", "-f", "f32le", "-ac", "1", "-ar",
+            $"{Rate}", "pipe:1"])
         {
             RedirectStandardInput = true,
             RedirectStandardOutput = true,

@@ -8,7 +8,10 @@ namespace MiniCpmNative.Engine.Data.Audio;
 /// </summary>
 internal static class WavFile
 {
-    private const int Pcm = 1, Float = 3, Extensible = 0xFFFE, LeastRate = 1000, MostRate = 768000;
+    private const int Pcm = 1, Float = 3, Extensible = 0xFFFE, LeastRate = 1000, MostRate = 192000;
+
+    // 128 MiB as floats; 11 minutes at 48 kHz.
+    private const int MostFrames = 1 << 25;
 
     /// <summary>Whether a file begins as one does.</summary>
     public static bool Is(ReadOnlySpan<byte> file) =>
@@ -64,6 +67,9 @@ internal static class WavFile
             throw new InputException($"{name}: has {channels} channels at {rate} Hz, expected at "
                 + $"least one, at {LeastRate} to {MostRate} Hz");
         int size = bits / 8, frame = size * channels, frames = data.Length / frame;
+        if (frames > MostFrames)
+            throw new InputException($"{name}: has {Messages.Number(frames)} samples a channel, at "
+                + $"most {Messages.Number(MostFrames)} are read: cut it, or convert it to 16 kHz");
         var samples = new float[frames];
         for (int i = 0; i < frames; i++)
         {
