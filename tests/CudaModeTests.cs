@@ -53,10 +53,12 @@ public sealed class CudaModeTests(string mode)
         if (isOrder) SameBitsInEveryOrder(device, c);
         // One order's results are compared with what is right, the others' with that order's.
         if (isOrder && mode != FirstOrder) return;
-        if (OpReferences.Has(c)) CudaOpTests.CompareReference(device, c, storage);
+        // Its approximations are wrong by two units of the last place more than a GPU's.
+        bool coarse = mode == "harsh";
+        if (OpReferences.Has(c)) CudaOpTests.CompareReference(device, c, storage, coarse);
         foreach (int n in c.Sizes)
             CudaOpTests.Compare(
-                device, c, storage, c.Op, c.Inputs(n), null, $"{c.Name} n={n}, {mode}");
+                device, c, storage, c.Op, c.Inputs(n), null, $"{c.Name} n={n}, {mode}", coarse);
     }
 
     // Warps and blocks come in another order with every seed; results may not depend on it.
