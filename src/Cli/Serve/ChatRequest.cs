@@ -181,7 +181,8 @@ internal sealed record ChatRequest
         var parts = new List<PromptPart>();
         foreach (JsonValue part in content.Items())
         {
-            switch (part["type"].Text())
+            string type = part["type"].Text();
+            switch (type)
             {
                 case "text":
                     parts.Add(part["text"].Text());
@@ -197,7 +198,7 @@ internal sealed record ChatRequest
                 case "input_audio" or "audio_url" when role == "user":
                     if (sounds.Count == MostSounds)
                         throw part.Error($"is sound {MostSounds + 1}, at most {MostSounds} are heard");
-                    JsonValue sound = part[part["type"].Text()];
+                    JsonValue sound = part[type];
                     parts.Add(new PromptPart(null, -1, sounds.Count));
                     sounds.Add(sound.IsText ? Content(sound)
                         : sound.Find("data") is { } data ? Decoded(data, data.Text())

@@ -178,13 +178,7 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
             json.WriteEndObject();
         }
 
-        if (sounds.Length > 0)
-        {
-            json.WriteStartArray("audio");
-            foreach (string sound in sounds) json.WriteStringValue(sound);
-            json.WriteEndArray();
-        }
-
+        if (sounds.Length > 0) Texts(json, "audio", sounds);
         if (turns[0].Tools is { } tools)
         {
             json.WriteStartArray("tools");
@@ -232,7 +226,6 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
     private static void Write(
         Utf8JsonWriter json, IReadOnlyList<RowVideo> videos, ChatTurn[] turns)
     {
-        const string Tag = "<video>";
         json.WriteStartArray("videos");
         foreach (RowVideo video in videos)
         {
@@ -258,13 +251,9 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
 
         json.WriteEndArray();
         // Without tags they stand behind the pictures in front, which get tags.
-        if (turns.Any(turn => turn.Role == "user" && turn.Content.Contains(Tag, StringComparison.Ordinal)))
-            return;
-        int first = turns[0].Role == "system" ? 1 : 0;
-        turns[first] = turns[first] with
-        {
-            Content = string.Concat(Enumerable.Repeat(Tag + "\n", videos.Count)) + turns[first].Content,
-        };
+        if (turns.Any(turn => turn.Role == "user"
+            && turn.Content.Contains(RowVideo.Tag, StringComparison.Ordinal))) return;
+        RowText.TagFirst(turns, Enumerable.Repeat(RowVideo.Tag, videos.Count));
     }
 
     private static void Tag(ChatTurn[] turns, int pictures)
@@ -278,13 +267,7 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
             turns[i] = turns[i] with { Content = string.Concat(parts) };
         }
 
-        if (next > 0) return;
-        int first = turns[0].Role == "system" ? 1 : 0;
-        turns[first] = turns[first] with
-        {
-            Content = string.Concat(Enumerable.Range(0, pictures).Select(k => Name(k) + "\n"))
-                + turns[first].Content,
-        };
+        if (next == 0) RowText.TagFirst(turns, Enumerable.Range(0, pictures).Select(Name));
     }
 
     private static string Name(int picture) => $"<image_{picture:00}>";

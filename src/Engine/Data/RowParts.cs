@@ -37,7 +37,7 @@ internal sealed class RowParts
                     joined.Append(TextOf(part, "text"));
                     break;
                 case "image_url" or "image":
-                    var value = Shown(part, type);
+                    var value = Shown(part, type, s_shownParts);
                     // A part without its picture shows the next of the row's.
                     if (!value.IsNull()) Pictures.Add(RowPictures.One(value));
                     joined.Append("<image>");
@@ -47,10 +47,10 @@ internal sealed class RowParts
                     joined.Append(SoundText.Tag);
                     break;
                 case "video_url" or "video":
-                    var video = Shown(part, type);
+                    var video = Shown(part, type, s_shownParts);
                     if (!video.IsNull())
                         Videos.Add(RowVideo.Of(video, part.Member("fps")));
-                    joined.Append("<video>");
+                    joined.Append(RowVideo.Tag);
                     break;
                 default:
                     throw new FormatException("has a part of type "
@@ -65,26 +65,26 @@ internal sealed class RowParts
     // A part without its sound is heard with the next of the row's. OpenAI's has base64 in "data".
     private static RowPicture? Sound(JsonElement part, string type)
     {
-        var value = part.Member(type);
-        foreach (string key in s_soundParts)
-            if (value.IsNull()) value = part.Member(key);
-        if (value.ValueKind == JsonValueKind.Object)
-        {
-            if (value.TryGetProperty("data", out var data) && data.Text() is { } base64)
-                return RowPictures.Embedded(RowPictures.Decoded(base64, "sound"), SoundText.Tag);
-            if (value.TryGetProperty("url", out var url)) value = url;
-        }
-
+        if (Value(part, type, s_soundParts) is { ValueKind: JsonValueKind.Object } stored
+            && stored.Member("data").Text() is { } base64)
+            return RowPictures.Embedded(RowPictures.Decoded(base64, "sound"), SoundText.Tag);
+        var value = Shown(part, type, s_soundParts);
         return value.IsNull() ? null : RowPictures.One(value, SoundText.Tag);
     }
 
-    // What a part shows.
-    private static JsonElement Shown(JsonElement part, string type)
+    // What a part shows, under its type or another of the keys.
+    private static JsonElement Shown(JsonElement part, string type, string[] keys)
     {
-        var value = part.Member(type);
-        foreach (string key in s_shownParts)
-            if (value.IsNull()) value = part.Member(key);
+        var value = Value(part, type, keys);
         return value.ValueKind == JsonValueKind.Object && value.TryGetProperty("url", out var url)
             ? url : value;
+    }
+
+    private static JsonElement Value(JsonElement part, string type, string[] keys)
+    {
+        var value = part.Member(type);
+        foreach (string key in keys)
+            if (value.IsNull()) value = part.Member(key);
+        return value;
     }
 }

@@ -50,7 +50,7 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
             if (!row.Member(key).SaysNothing())
                 throw key is "images" or "picture" or "pictures" ? NotHere(key) : new FormatException(
                     $"key \"{key}\" is not used here: the columns that the file was given name "
-                        + "another, or none, for " + (key is "video" or "videos" ? "videos" : "sounds"));
+                        + "another, or none, for videos");
         MustNotHave(row, _meanings);
         string[]? tools = null;
         foreach (string key in columns.Tools) tools ??= RowTools.Of(row, key);

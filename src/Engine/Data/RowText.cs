@@ -12,7 +12,7 @@ namespace MiniCpmNative.Engine.Data;
 /// </summary>
 internal static partial class RowText
 {
-    private const string VideoTag = "<video>";
+    private const string VideoTag = RowVideo.Tag;
 
     // Item is a picture of the row, or a video of it.
     private readonly record struct Place(
@@ -143,18 +143,30 @@ internal static partial class RowText
                     // Where there is none, it is a word like others.
                     if (video && row.Videos.Count == 0) continue;
                     throw row.Bad((video ? "a video tag" : "an image tag") + " stands in "
-                        + row.Turns[turn].Role switch
-                        {
-                            "assistant" => "an answer",
-                            "tool" => "a function's result",
-                            _ => "the system text",
-                        }
-                        + $"; {(video ? "videos" : "pictures")} are shown in user turns", turn + 1);
+                        + Called(row.Turns[turn]) + $"; {(video ? "videos" : "pictures")} are shown in user turns", turn + 1);
                 }
 
                 tags.Add(new Place(turn, match.Index, match.Length, -1));
             }
         return tags;
+    }
+
+    /// <summary>What a turn is that shows nothing, in messages.</summary>
+    public static string Called(ChatTurn turn) => turn.Role switch
+    {
+        "assistant" => "an answer",
+        "tool" => "a function's result",
+        _ => "the system text",
+    };
+
+    /// <summary>Puts tags in front of the first question, a line each.</summary>
+    public static void TagFirst(ChatTurn[] turns, IEnumerable<string> tags)
+    {
+        int first = turns[0].Role == "system" ? 1 : 0;
+        turns[first] = turns[first] with
+        {
+            Content = string.Concat(tags.Select(tag => tag + "\n")) + turns[first].Content,
+        };
     }
 
     private static string Content(Row row, Place tag) =>

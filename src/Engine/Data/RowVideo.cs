@@ -10,6 +10,9 @@ namespace MiniCpmNative.Engine.Data;
 /// </summary>
 public sealed record RowVideo
 {
+    /// <summary>Says in a text where it stands.</summary>
+    public const string Tag = "<video>";
+
     private const int MostId = 10_000_000;
 
     private static readonly string[] s_files =

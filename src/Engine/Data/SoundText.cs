@@ -22,20 +22,14 @@ internal static partial class SoundText
         {
             int here = Tags().Count(turns[i].Content);
             if (here > 0 && turns[i].Role != "user")
-                throw row.Bad($"the tag {Tag} stands in "
-                    + (turns[i].Role == "assistant" ? "an answer" : "the system text")
-                    + "; sounds are heard in user turns", i + 1);
+                throw row.Bad($"the tag {Tag} stands in {RowText.Called(turns[i])}; "
+                    + "sounds are heard in user turns", i + 1);
             tags += here;
         }
 
         if (tags == 0)
         {
-            int first = turns[0].Role == "system" ? 1 : 0;
-            turns[first] = turns[first] with
-            {
-                Content = string.Concat(Enumerable.Repeat(Tag + "\n", row.Sounds.Count))
-                    + turns[first].Content,
-            };
+            RowText.TagFirst(turns, Enumerable.Repeat(Tag, row.Sounds.Count));
             return row with { Turns = turns };
         }
 

@@ -1,5 +1,3 @@
-using System.ComponentModel;
-using System.Diagnostics;
 using System.Globalization;
 using System.Security.Cryptography;
 using System.Text;
@@ -178,28 +176,10 @@ public sealed class VideoDecoder(
 
     private static string Run(string program, string path, params string[] arguments)
     {
-        var start = new ProcessStartInfo(program, arguments)
-        {
-            RedirectStandardInput = true,
-            RedirectStandardOutput = true,
-            RedirectStandardError = true,
-        };
-        try
-        {
-            using Process process = Process.Start(start)!;
-            process.StandardInput.Close();
-            Task<string> failure = process.StandardError.ReadToEndAsync();
-            string said = process.StandardOutput.ReadToEnd();
-            process.WaitForExit();
-            return process.ExitCode == 0 ? said : throw new InputException(
-                $"{path}: {Path.GetFileName(program)} cannot decode it: "
-                + Messages.OneLine(failure.Result.Trim()));
-        }
-        catch (Win32Exception)
-        {
-            throw new InputException($"{path}: video files are decoded by ffmpeg and ffprobe, and "
-                + $"there is no {Path.GetFileName(program)} on this machine: install them, or write "
-                + "the frames to a folder and name that");
-        }
+        string name = Path.GetFileName(program);
+        MemoryStream said = OutsideProgram.Run(program, name, arguments, [], path,
+            "video files are decoded by ffmpeg and ffprobe, and there is no "
+            + $"{name} on this machine: install them, or write the frames to a folder and name that");
+        return Encoding.UTF8.GetString(said.GetBuffer().AsSpan(0, (int)said.Length));
     }
 }

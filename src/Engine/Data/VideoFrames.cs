@@ -79,7 +79,7 @@ internal static partial class VideoFrames
             try
             {
                 (chosen, string[] paths) = decoder.Decode(file, rules.Choose);
-                frames = [.. paths.Select(path => new RowPicture("<video>", path))];
+                frames = [.. paths.Select(path => new RowPicture(RowVideo.Tag, path))];
             }
             catch (InputException failure)
             {
@@ -106,7 +106,7 @@ internal static partial class VideoFrames
                 + "pictures in the order of their names");
         return [.. files.OrderBy(ByNumber, StringComparer.Ordinal)
             .ThenBy(file => file, StringComparer.Ordinal)
-            .Select(file => new RowPicture("<video>", file))];
+            .Select(file => new RowPicture(RowVideo.Tag, file))];
     }
 
     // frame2 before frame10.

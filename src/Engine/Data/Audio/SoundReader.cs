@@ -1,5 +1,3 @@
-using System.ComponentModel;
-using System.Diagnostics;
 using System.Runtime.InteropServices;
 
 namespace MiniCpmNative.Engine.Data.Audio;
@@ -37,47 +35,13 @@ public static class SoundReader
     {
         string kind = Kind(content) ?? throw new InputException(
             $"{name}: is no sound file that is known, expected WAV, FLAC, MP3, Ogg or M4A");
-        var start = new ProcessStartInfo(ffmpeg, ["-v", "error", "-protocol_whitelist",
-            "pipe", "-i", "pipe:0", "-t", $"{MostSeconds + 1}", "-f", "f32le", "-ac", "1", "-ar",
-            $"{Rate}", "pipe:1"])
-        {
-            RedirectStandardInput = true,
-            RedirectStandardOutput = true,
-            RedirectStandardError = true,
-        };
-        try
-        {
-            using Process process = Process.Start(start)!;
-            Task<string> said = process.StandardError.ReadToEndAsync();
-            Task feeds = Task.Run(() => Feed(process, content));
-            var output = new MemoryStream();
-            process.StandardOutput.BaseStream.CopyTo(output);
-            process.WaitForExit();
-            feeds.Wait();
-            if (process.ExitCode != 0)
-                throw new InputException($"{name}: ffmpeg cannot decode it: "
-                    + Messages.OneLine(said.Result.Trim()));
-            ReadOnlySpan<byte> bytes = output.GetBuffer().AsSpan(0, (int)output.Length & ~3);
-            return MemoryMarshal.Cast<byte, float>(bytes).ToArray();
-        }
-        catch (Win32Exception)
-        {
-            throw new InputException($"{name}: is {kind}, which is read by ffmpeg, and there is "
-                + "none on this machine: install it, or convert the file to WAV");
-        }
-    }
-
-    // It may end before it has read all, with a message.
-    private static void Feed(Process process, byte[] content)
-    {
-        try
-        {
-            process.StandardInput.BaseStream.Write(content);
-            process.StandardInput.Close();
-        }
-        catch (IOException)
-        {
-        }
+        string[] arguments = ["-v", "error", "-protocol_whitelist", "pipe", "-i", "pipe:0", "-t",
+            $"{MostSeconds + 1}", "-f", "f32le", "-ac", "1", "-ar", $"{Rate}", "pipe:1"];
+        MemoryStream output = OutsideProgram.Run(ffmpeg, "ffmpeg", arguments, content, name,
+            $"is {kind}, which is read by ffmpeg, and there is none on this machine: install it, or "
+            + "convert the file to WAV");
+        ReadOnlySpan<byte> bytes = output.GetBuffer().AsSpan(0, (int)output.Length & ~3);
+        return MemoryMarshal.Cast<byte, float>(bytes).ToArray();
     }
 
     private static string? Kind(ReadOnlySpan<byte> file) =>
