@@ -28,6 +28,7 @@ public sealed class MemoryPlan
         (Parts, Recomputation, Streamed, Kept, Together, _choice) =
             (dry.Parts(most.Bytes), dry.Recomputation, dry.StreamedBytes, dry.HostBytes,
                 dry.Together, dry.Arguments);
+        Unpacked = dry.KeepsUnpacked ? dry.UnpackedBytes : 0;
         (Rows, Size, Fullest, Trains) =
             (most.Planned.Rows, most.Planned.Size, most.Fullest, most.Planned.Trains);
     }
@@ -41,6 +42,10 @@ public sealed class MemoryPlan
 
     /// <summary>Bytes of other tensors there, which kernels reach over the bus.</summary>
     public long Kept { get; }
+
+    /// <summary>Bytes of what a layer's weights are unpacked to, where a layer that is computed
+    /// again keeps that for its gradients; else 0.</summary>
+    public long Unpacked { get; }
 
     /// <summary>Micro-batches that go through the layers together.</summary>
     public int Together { get; }
@@ -149,7 +154,9 @@ public sealed class MemoryPlan
     public void Apply(TunedModel model)
     {
         model.Recomputation.Amount = Recomputation.Amount;
-        if (model.Device is CudaDevice device) device.StepBytes = Parts.Activations;
+        if (model.Device is not CudaDevice device) return;
+        device.StepBytes = Parts.Activations;
+        device.KeepsUnpacked = Unpacked > 0;
     }
 
     private sealed record Need(PlannedBatches.Planned Planned, long Bytes, string Fullest);
@@ -165,6 +172,7 @@ public sealed class MemoryPlan
         long? allowed)
     {
         Recomputation recomputation = dry.Recomputation;
+        dry.KeepsUnpacked = false;
         Need[] needs = All(dry, batches);
         bool isFree = arguments.Recomputes == Recompute.Auto && recomputation.Most > 0;
         if (isFree && !Fits(dry, needs, allowed))
@@ -182,7 +190,21 @@ public sealed class MemoryPlan
                 + $"{RunPlaces.Gib(dry.Parts(needs[0].Bytes).Total)}, most "
                 + $"of it in {needs[0].Planned.Rows}, and may take {RunPlaces.Gib(allowed!.Value)}; "
                 + Advice(arguments));
-        return new MemoryPlan(dry, needs[0]);
+        return new MemoryPlan(dry, KeepUnpacked(dry, batches, allowed) ?? needs[0]);
+    }
+
+    // Weights that are unpacked once for a layer's second forward and its gradients, where that
+    // fits too. Without a limit a plan says the least.
+    private static Need? KeepUnpacked(
+        DryRun dry, IReadOnlyList<PlannedBatches.Planned> batches, long? allowed)
+    {
+        if (allowed is null || dry.Recomputation.Amount == 0) return null;
+        dry.KeepsUnpacked = true;
+        dry.Train(batches.First(b => b.Trains).Batches);
+        Need[] needs = dry.UnpackedBytes > 0 ? All(dry, batches) : [];
+        if (needs.Length > 0 && Fits(dry, needs, allowed)) return needs[0];
+        dry.KeepsUnpacked = false;
+        return null;
     }
 
     /// <summary>Settings that are still open and take less.</summary>
@@ -217,7 +239,12 @@ public sealed class MemoryPlan
         + $"{RunPlaces.Gib(Parts.Trained)}, gradients {RunPlaces.Gib(Parts.Gradients)}, moments "
         + $"{RunPlaces.Gib(Parts.Moments)}, activations {RunPlaces.Gib(Parts.Activations)}, "
         + $"workspace {RunPlaces.Gib(Parts.Workspace)}), the most in {Rows}; {Recomputation}"
+        + UnpackedOnce
         + (InHost is { } line ? $"; {line}" : "");
+
+    /// <summary>What there is to say of <see cref="Unpacked"/>.</summary>
+    public string UnpackedOnce => Unpacked == 0 ? ""
+        : $", its weights unpacked once for that and its gradients ({RunPlaces.Gib(Unpacked)})";
 
     /// <summary>What lies in the machine's memory, in words; null where nothing does.</summary>
     public string? InHost
