@@ -150,6 +150,32 @@ public sealed class MemoryPlan
         OffloadParam = _choice.OffloadParam == true,
     };
 
+    /// <summary>Refuses what does not fit into the machine's memory.</summary>
+    /// <param name="free">Bytes of it that are free.</param>
+    /// <param name="arguments">The run's configuration.</param>
+    /// <exception cref="RunException">Says what is needed, and what takes less.</exception>
+    public void MustFitBeside(long free, TrainArguments arguments)
+    {
+        if (Streamed + Kept <= free) return;
+        var open = new List<string> { "an end of other programs" };
+        void Add(bool isOpen, string setting)
+        {
+            if (isOpen) open.Add(setting);
+        }
+
+        Add(arguments.MemoryLimit is not null, "a larger memory_limit");
+        Add(arguments.StreamWeights == true, "stream_weights=false");
+        Add(arguments.OffloadParam == true, "offload_param=false");
+        Add(arguments.OffloadOptimizer == true, "offload_optimizer=false");
+        Add(Streamed > 0 && arguments.UseLora && !arguments.Quantises, "q_lora=true");
+        Add(TunedModel.OptimizerOf(_choice) is { Paged: true, Moments: DType.F32 },
+            "optim=adamw_8bit");
+        Add(!arguments.UseLora, "use_lora=true");
+        throw new RunException("out of memory: the run needs "
+            + $"{RunPlaces.Gib(Streamed + Kept)} of the machine's memory, {RunPlaces.Gib(free)} are "
+            + $"free; {InHost}; open are {string.Join(", ", open)}");
+    }
+
     /// <summary>Lets a model that has not run yet take what was planned.</summary>
     public void Apply(TunedModel model)
     {
