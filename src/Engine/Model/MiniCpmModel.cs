@@ -100,6 +100,8 @@ public sealed class MiniCpmModel(
     {
         // Before anything runs: whether it fits.
         _ = cache.Count(batch);
+        // Of a call that threw.
+        _parts.Clear();
         Arena step = graph.Device.Step;
         ArenaMark mark = step.Mark();
         for (int view = 0; view < batch.Grids.Count / 2;)
