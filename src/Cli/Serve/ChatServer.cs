@@ -191,7 +191,9 @@ internal sealed class ChatServer : IAsyncDisposable
 
         string name = job.Adapted || _model.Adapter is null ? _name : _name + Base;
         string how = await (job.Request.Streams ? Stream(context, job, name) : Whole(context, job, name));
+        int videos = job.Request.Media.Videos.Count;
         _say(FormattableString.Invariant($"{name}: {job.Request.Media.Pictures.Count} pictures, ")
+            + (videos > 0 ? FormattableString.Invariant($"{videos} videos, ") : "")
             + FormattableString.Invariant($"{job.Input.Tokens:N0} + {job.Tokens:N0} tokens, ")
             + FormattableString.Invariant(
                 $"{(Environment.TickCount64 - began) / 1e3:0.0} s{how}"));
