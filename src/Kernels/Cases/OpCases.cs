@@ -287,7 +287,7 @@ public static partial class OpCases
             ])
         {
             ProductionOp = new Linears([new(3584, 0), new(512, 1), new(512, 2)], 2, 0, 128, 2),
-            Sizes = [0, 1, 7, 65, 600],
+            Sizes = [0, 1, 7, 65],
         },
         new("linears_dropout", new Linears([new(9, 3), new(7, 4)], 2, 0.3),
             n =>
