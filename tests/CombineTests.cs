@@ -89,6 +89,8 @@ public sealed class CombineTests
     [TestCase("first second --weights 1", 2, "--weights has 1 numbers, expected 2, one for each")]
     [TestCase("first --weights a", 2, "--weights has \"a\", expected numbers as 0.7,0.3")]
     [TestCase("first --kind ties", 2, "--kind is \"ties\", expected cat, svd or linear")]
+    [TestCase("first second --kind dare_linear", 2,
+        "--kind is \"dare_linear\", expected cat, svd or linear")]
     [TestCase("first --kind 1", 2, "--kind is \"1\", expected cat, svd or linear")]
     [TestCase("first --rank 4", 2, "--rank is svd's")]
     [TestCase("first second first second first second first second first second first second"

@@ -24,6 +24,8 @@ internal sealed unsafe class StubCuda
         Driver = counting.Driver;
         Driver.MemAlloc = &Allocate;
         Driver.MemFree = &Free;
+        Driver.MemHostAlloc = &HostAllocate;
+        Driver.MemFreeHost = &HostFree;
         Driver.MemcpyHtoDAsync = &Upload;
         Driver.MemcpyDtoHAsync = &Download;
         Driver.MemcpyDtoDAsync = &Copy;
@@ -110,6 +112,20 @@ internal sealed unsafe class StubCuda
     private static int Free(ulong address)
     {
         NativeMemory.AlignedFree((void*)address);
+        return 0;
+    }
+
+    [UnmanagedCallersOnly]
+    private static int HostAllocate(void** pointer, nuint bytes, uint flags)
+    {
+        *pointer = NativeMemory.AllocZeroed(bytes);
+        return 0;
+    }
+
+    [UnmanagedCallersOnly]
+    private static int HostFree(void* pointer)
+    {
+        NativeMemory.Free(pointer);
         return 0;
     }
 

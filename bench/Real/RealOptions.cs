@@ -9,8 +9,9 @@ internal sealed class RealOptions
         bench real [--name value ...]: training steps of a full-size model with random weights, the
         time of one step by kernel, and with --peer the same by PyTorch, on the same machine.
 
-          --cases NAME,...    qkv qkv-ckpt all all-b4-ckpt long pictures small qkv-8k qlora qlora-8k
-                              acc4 acc4-streamed streamed qlora-streamed official full full-offload
+          --cases NAME,...    qkv qkv-ckpt all all-b4-ckpt long pictures small qkv-8k qlora qlora-7g
+                              qlora-8k acc4 acc4-streamed streamed qlora-streamed official full
+                              full-offload
                               (all of them; the last two need 120 GB of the machine's memory)
           --profile NAME,...  cases whose step is shown by kernel: all, none, names (qkv,all)
           --steps N           timed steps of each case, after 3 others (10)

@@ -7,7 +7,7 @@ namespace MiniCpmNative.Autograd;
 /// free lists of exact sizes over the far end of the step arena; a step needs few sizes, and the
 /// end of the step throws the lists away, so that changing batch shapes cannot fragment it.
 /// </summary>
-internal sealed class GradientPool(Device device)
+internal sealed class GradientPool(Device device) : ITensorPool
 {
     private const long Alignment = 256;
 
@@ -17,8 +17,6 @@ internal sealed class GradientPool(Device device)
     /// <summary>Most bytes ever in use.</summary>
     public long Peak => device.Step.FarPeak;
 
-    /// <summary>A buffer of undefined content.</summary>
-    /// <exception cref="DeviceMemoryException">The step's memory is full.</exception>
     public Tensor Take(Spec spec)
     {
         long bytes = Rounded(spec);

@@ -99,6 +99,7 @@ public sealed partial class Graph
         int bottom = _nodeCount;
         IBlock block = node.Block!;
         block.Acquire(backward: true);
+        Device.BeginAgain(_pool);
         try
         {
             _again = true;
@@ -113,6 +114,7 @@ public sealed partial class Graph
         finally
         {
             _again = false;
+            Device.EndAgain();
             block.Release();
         }
 

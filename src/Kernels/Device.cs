@@ -93,6 +93,19 @@ public abstract class Device : IDisposable
     /// <param name="hasContent">False where tensors have none, for a plan.</param>
     public virtual StreamedBlock? BeginStreamed(int sequence, bool hasContent = true) => null;
 
+    /// <summary>
+    /// A block runs again, and backward through it follows: what its frozen weights are unpacked to
+    /// may be kept for that, in memory of this pool.
+    /// </summary>
+    public virtual void BeginAgain(ITensorPool pool)
+    {
+    }
+
+    /// <summary>Its gradients are there; also when it threw.</summary>
+    public virtual void EndAgain()
+    {
+    }
+
     public abstract void Forward(Op op, in OpCall call);
 
     public abstract void Backward(Op op, in OpCall call);

@@ -11,6 +11,9 @@ public sealed record OpenDevice(Device Device, string Name, IDisposable? Owner =
     /// <summary>Bytes of its memory that are free, or null where the machine's is used.</summary>
     public long? FreeBytes { get; init; }
 
+    /// <summary>Bytes of the machine's memory that are free beside a GPU's.</summary>
+    public long MachineBytes { get; init; } = long.MaxValue;
+
     /// <summary>The card of a GPU, else null.</summary>
     public CardFigures? Card => (Device as CudaDevice)?.Card;
 
@@ -94,6 +97,9 @@ public sealed record DeviceSource
     /// <summary>Keeps source lines in compiled kernels.</summary>
     public bool LineInfo { get; init; }
 
+    /// <summary>Bytes of the machine's memory that are free.</summary>
+    public Func<long> MachineBytes { get; init; } = MachineMemory.Free;
+
     /// <param name="arguments">Say device, threads and type.</param>
     /// <param name="say">Takes a line on what was chosen and why, where that is not plain.</param>
     /// <exception cref="InputException">CUDA is asked for and cannot be used.</exception>
@@ -159,6 +165,7 @@ public sealed record DeviceSource
                 context)
             {
                 FreeBytes = free,
+                MachineBytes = MachineBytes(),
             };
         }
         catch

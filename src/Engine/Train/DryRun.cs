@@ -74,6 +74,16 @@ public sealed class DryRun : IDisposable
 
     public TrainArguments Arguments { get; }
 
+    /// <inheritdoc cref="CudaDevice.KeepsUnpacked"/>
+    public bool KeepsUnpacked
+    {
+        get => _device.KeepsUnpacked;
+        set => _device.KeepsUnpacked = value;
+    }
+
+    /// <inheritdoc cref="CudaDevice.UnpackedBytes"/>
+    public long UnpackedBytes => _device.UnpackedBytes;
+
     /// <summary>Bytes of the machine's memory that kernels reach.</summary>
     public long HostBytes => _device.HostBytes;
 

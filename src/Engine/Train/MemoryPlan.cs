@@ -28,6 +28,7 @@ public sealed class MemoryPlan
         (Parts, Recomputation, Streamed, Kept, Together, _choice) =
             (dry.Parts(most.Bytes), dry.Recomputation, dry.StreamedBytes, dry.HostBytes,
                 dry.Together, dry.Arguments);
+        Unpacked = dry.KeepsUnpacked ? dry.UnpackedBytes : 0;
         (Rows, Size, Fullest, Trains) =
             (most.Planned.Rows, most.Planned.Size, most.Fullest, most.Planned.Trains);
     }
@@ -41,6 +42,10 @@ public sealed class MemoryPlan
 
     /// <summary>Bytes of other tensors there, which kernels reach over the bus.</summary>
     public long Kept { get; }
+
+    /// <summary>Bytes of what a layer's weights are unpacked to, where a layer that is computed
+    /// again keeps that for its gradients; else 0.</summary>
+    public long Unpacked { get; }
 
     /// <summary>Micro-batches that go through the layers together.</summary>
     public int Together { get; }
@@ -145,11 +150,39 @@ public sealed class MemoryPlan
         OffloadParam = _choice.OffloadParam == true,
     };
 
+    /// <summary>Refuses what does not fit into the machine's memory.</summary>
+    /// <param name="free">Bytes of it that are free.</param>
+    /// <param name="arguments">The run's configuration.</param>
+    /// <exception cref="RunException">Says what is needed, and what takes less.</exception>
+    public void MustFitBeside(long free, TrainArguments arguments)
+    {
+        if (Streamed + Kept <= free) return;
+        var open = new List<string> { "an end of other programs" };
+        void Add(bool isOpen, string setting)
+        {
+            if (isOpen) open.Add(setting);
+        }
+
+        Add(arguments.MemoryLimit is not null, "a larger memory_limit");
+        Add(arguments.StreamWeights == true, "stream_weights=false");
+        Add(arguments.OffloadParam == true, "offload_param=false");
+        Add(arguments.OffloadOptimizer == true, "offload_optimizer=false");
+        Add(Streamed > 0 && arguments.UseLora && !arguments.Quantises, "q_lora=true");
+        Add(TunedModel.OptimizerOf(_choice) is { Paged: true, Moments: DType.F32 },
+            "optim=adamw_8bit");
+        Add(!arguments.UseLora, "use_lora=true");
+        throw new RunException("out of memory: the run needs "
+            + $"{RunPlaces.Gib(Streamed + Kept)} of the machine's memory, {RunPlaces.Gib(free)} are "
+            + $"free; {InHost}; open are {string.Join(", ", open)}");
+    }
+
     /// <summary>Lets a model that has not run yet take what was planned.</summary>
     public void Apply(TunedModel model)
     {
         model.Recomputation.Amount = Recomputation.Amount;
-        if (model.Device is CudaDevice device) device.StepBytes = Parts.Activations;
+        if (model.Device is not CudaDevice device) return;
+        device.StepBytes = Parts.Activations;
+        device.KeepsUnpacked = Unpacked > 0;
     }
 
     private sealed record Need(PlannedBatches.Planned Planned, long Bytes, string Fullest);
@@ -165,6 +198,7 @@ public sealed class MemoryPlan
         long? allowed)
     {
         Recomputation recomputation = dry.Recomputation;
+        dry.KeepsUnpacked = false;
         Need[] needs = All(dry, batches);
         bool isFree = arguments.Recomputes == Recompute.Auto && recomputation.Most > 0;
         if (isFree && !Fits(dry, needs, allowed))
@@ -182,7 +216,21 @@ public sealed class MemoryPlan
                 + $"{RunPlaces.Gib(dry.Parts(needs[0].Bytes).Total)}, most "
                 + $"of it in {needs[0].Planned.Rows}, and may take {RunPlaces.Gib(allowed!.Value)}; "
                 + Advice(arguments));
-        return new MemoryPlan(dry, needs[0]);
+        return new MemoryPlan(dry, KeepUnpacked(dry, batches, allowed) ?? needs[0]);
+    }
+
+    // Weights that are unpacked once for a layer's second forward and its gradients, where that
+    // fits too. Without a limit a plan says the least.
+    private static Need? KeepUnpacked(
+        DryRun dry, IReadOnlyList<PlannedBatches.Planned> batches, long? allowed)
+    {
+        if (allowed is null || dry.Recomputation.Amount == 0) return null;
+        dry.KeepsUnpacked = true;
+        dry.Train(batches.First(b => b.Trains).Batches);
+        Need[] needs = dry.UnpackedBytes > 0 ? All(dry, batches) : [];
+        if (needs.Length > 0 && Fits(dry, needs, allowed)) return needs[0];
+        dry.KeepsUnpacked = false;
+        return null;
     }
 
     /// <summary>Settings that are still open and take less.</summary>
@@ -217,7 +265,12 @@ public sealed class MemoryPlan
         + $"{RunPlaces.Gib(Parts.Trained)}, gradients {RunPlaces.Gib(Parts.Gradients)}, moments "
         + $"{RunPlaces.Gib(Parts.Moments)}, activations {RunPlaces.Gib(Parts.Activations)}, "
         + $"workspace {RunPlaces.Gib(Parts.Workspace)}), the most in {Rows}; {Recomputation}"
+        + UnpackedOnce
         + (InHost is { } line ? $"; {line}" : "");
+
+    /// <summary>What there is to say of <see cref="Unpacked"/>.</summary>
+    public string UnpackedOnce => Unpacked == 0 ? ""
+        : $", its weights unpacked once for that and its gradients ({RunPlaces.Gib(Unpacked)})";
 
     /// <summary>What lies in the machine's memory, in words; null where nothing does.</summary>
     public string? InHost

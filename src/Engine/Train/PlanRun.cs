@@ -117,7 +117,7 @@ public static class PlanRun
             + $"{Messages.Number(size.Labels)} supervised, {size.Views} views of "
             + $"{Messages.Number(size.Patches)} patches, "
             + $"{(plan.Trains ? "in training" : "in evaluation")}, at {plan.Fullest}");
-        output.WriteLine($"{plan.Recomputation}");
+        output.WriteLine($"{plan.Recomputation}{plan.UnpackedOnce}");
         if (plan.InHost is { } line) output.WriteLine(line);
         string room = $"{card.Figures.Name}, of whose {RunPlaces.Gib(card.Figures.Memory)} the run "
             + $"may take {RunPlaces.Gib(allowed)}";

@@ -78,9 +78,11 @@ public sealed partial class TrainRun
     {
         if (_device.Card is not { } card) return;
         // Where weights lie is settled once they are loaded.
+        bool isFirst = _memory is null;
         TrainArguments arguments = _memory?.Of(_arguments) ?? _arguments;
         _memory = MemoryPlan.Make(arguments, _planned, card, _rows, _evaluationRows, _plan,
             _device.Allowed(_arguments.MemoryLimit));
+        if (isFirst) _memory.MustFitBeside(_device.MachineBytes, arguments);
     }
 
     /// <summary>Trains as configured, from the beginning or a checkpoint.</summary>

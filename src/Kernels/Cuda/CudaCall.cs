@@ -65,6 +65,10 @@ public readonly ref struct CudaCall(CudaDevice device, Op op, OpCall call)
     public Tensor Scratch(DType type, params ReadOnlySpan<int> sizes) =>
         device.Step.Push(new Spec(type, new Shape(sizes)), op.Name);
 
+    /// <inheritdoc cref="CudaDevice.Unpacked"/>
+    public Tensor Unpacked(Weight weight, out bool isThere) => device.Unpacked(
+        weight, new Spec(Real, new Shape(weight.Outputs, weight.Inputs)), op.Name, out isThere);
+
     /// <summary>Where scratch begins that is given back before the operation returns, once what
     /// reads it is queued.</summary>
     public ArenaMark Mark() => device.Step.Mark();

@@ -101,8 +101,8 @@ public abstract unsafe class QuantisedWeight<TElements>(int outputs, int inputs)
 
     private Tensor Unpacked(in CudaCall call)
     {
-        Tensor w = call.Scratch(call.Real, outputs, inputs);
-        Unpack(call, w);
+        Tensor w = call.Unpacked(this, out bool isThere);
+        if (!isThere) Unpack(call, w);
         return w;
     }
 
