@@ -33,7 +33,7 @@ public sealed class AskedMemoryTests
     [TestCase(false, 4)]
     public void AChatTakesWeightsAndCacheAndFivePercent(bool adapted, int sequences)
     {
-        using var real = new Counted(_folder, adapted);
+        using CountedModel real = V26Counted(_folder, adapted);
         long weights = real.Held;
         var generator = new Generator(real.Model, real.Counter);
         generator.Reserve(sequences, Tokens + Answer);
@@ -52,7 +52,7 @@ public sealed class AskedMemoryTests
     [Test]
     public void StepsTakeWhatTheLargestOfThemNeeds()
     {
-        using var real = new Counted(_folder, adapted: false);
+        using CountedModel real = V26Counted(_folder, adapted: false);
         var generator = new Generator(real.Model, real.Counter);
         generator.Reserve(3, 600);
         long none = real.Held;
@@ -79,7 +79,7 @@ public sealed class AskedMemoryTests
     [TestCase(true, 1, 30)]
     public void AStepReadsItsWeightsOnce(bool adapted, int sequences, int launchesOfALayer)
     {
-        using var real = new Counted(_folder, adapted);
+        using CountedModel real = V26Counted(_folder, adapted);
         var generator = new Generator(real.Model, real.Counter);
         var watch = new Steps();
         int told = 0;
@@ -126,49 +126,15 @@ public sealed class AskedMemoryTests
     }
 
     // V-2_6, with adapters on all layers of its decoder or without.
-    private sealed class Counted : IDisposable
+    private static CountedModel V26Counted(string folder, bool adapted)
     {
-        private readonly CudaContext _context;
-
-        public Counted(string folder, bool adapted)
+        TrainArguments arguments = RealModel.Lora with
         {
-            TrainArguments arguments = RealModel.Lora with
-            {
-                LoraTargetModules = new TargetModules(
-                    @"llm\..*layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj"),
-            };
-            PlannedModel planned = RealModel.Planned(folder, arguments);
-            _context = CountingCuda.Context(RealModel.Card);
-            Device = CountingCuda.Device(_context, DType.BF16, RealModel.Card.Hopper);
-            var values = new ParameterRanges(
-                Device, adapted ? planned.Parts.Tensors : [], learns: false);
-            Trained = values.Bytes;
-            var options = new LoadOptions
-            {
-                Trainables = values,
-                Adapters = adapted ? planned.Parts.Adapters : Adapters.None,
-            };
-            Model = LoadedModel.Plan(
-                new OpenDevice(Device, "counted", _context), planned.Spec, planned.StoredAs,
-                options);
-            Counter = new StepCounter(Device, planned.Spec, planned.StoredAs, options);
-        }
-
-        public CudaDevice Device { get; }
-
-        public LoadedModel Model { get; }
-
-        public StepCounter Counter { get; }
-
-        public long Trained { get; }
-
-        public long Held => _context.HeldBytes;
-
-        public void Dispose()
-        {
-            Counter.Dispose();
-            Model.Dispose();
-        }
+            LoraTargetModules = new TargetModules(
+                @"llm\..*layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj"),
+        };
+        PlannedModel planned = RealModel.Planned(folder, arguments);
+        return new CountedModel(planned.Spec, adapted ? planned.Parts : null);
     }
 
     // What the last step queued.

@@ -207,7 +207,7 @@ public sealed class GenerateTests
         PromptPicture shown = maker.Open(
             Path.Combine(ReferenceFile.Root, "v26", "data", "images", "p0.png"));
         int start = Make(10).Pictures[0].Start, each = Make(11).Pictures[0].Start - start;
-        GenerationInput input = Make(10 + ((Generator.Piece - 2 - start) / each));
+        GenerationInput input = Make(10 + ((Generator.Piece - 1 - start) / each));
         Assert.That(Generator.Piece, Is.InRange(
             input.Pictures[0].Start + 1, input.Pictures[0].End - 1));
         Assert.That(Generator.End(input, 0), Is.EqualTo(input.Pictures[0].Start));
@@ -217,8 +217,14 @@ public sealed class GenerateTests
         foreach (int beams in (int[])[1, 2])
         {
             var settings = new GenerationSettings { MaxNewTokens = 6, NumBeams = beams };
-            Assert.That(generator.Run([input], settings)[0].Ids, Is.EqualTo(
-                generator.Run([input with { AppendPart = null }], settings)[0].Ids));
+            model.Model.Model.MostTokens = Generator.Piece;
+            int[] pieces = generator.Run([input], settings)[0].Ids;
+            // Brought at once, it runs in pieces that end inside of pictures.
+            int[] cut = generator.Run([input with { AppendPart = null }], settings)[0].Ids;
+            model.Model.Model.MostTokens = int.MaxValue;
+            int[] whole = generator.Run([input with { AppendPart = null }], settings)[0].Ids;
+            Assert.That(pieces, Is.EqualTo(whole));
+            Assert.That(cut, Is.EqualTo(whole));
         }
 
         GenerationInput Make(int words) => maker.Make(

@@ -94,7 +94,7 @@ public sealed class VideoRuleTests
     [Test]
     public void NativeMembersTakeFramesAsTheirProcessor()
     {
-        int compared = 0;
+        int compared = 0, stacked = 0;
         VideoRules rules = Rules("MiniCPM-V-4_7");
         foreach (JsonElement video in NativeCase.Of("v47").Json("video.json").GetProperty("choices")
             .EnumerateArray())
@@ -102,14 +102,27 @@ public sealed class VideoRuleTests
             VideoRules its = rules with
             {
                 MaxFrames = video.GetProperty("max_num_frames").GetInt32(),
+                Stacked = video.GetProperty("stack_frames").GetInt32(),
             };
-            Assert.That(its.Choose(video.GetProperty("frames").GetInt32(),
-                video.GetProperty("fps").GetDouble()).Frames,
+            ChosenFrames chosen = its.Choose(video.GetProperty("frames").GetInt32(),
+                video.GetProperty("fps").GetDouble());
+            // There the frames of each second stand in front, then all that lie between them; a
+            // second of the video without any between is its last.
+            var first = new List<int>();
+            var between = new List<int>();
+            int[] shown = chosen.Shown ?? [.. chosen.Frames.Select(_ => 1)];
+            for (int picture = 0, at = 0; picture < shown.Length; at += shown[picture++])
+                (its.Stacked == 1 || picture % 2 == 0 ? first : between).AddRange(
+                    chosen.Frames[at..(at + shown[picture])]);
+            Assert.That(first.Concat(between),
                 Is.EqualTo(ReferenceText.Ints(video.GetProperty("indices"))), $"{video}");
+            Assert.That(shown.Sum(), Is.EqualTo(chosen.Frames.Length));
+            Assert.That(shown.Max(), Is.LessThanOrEqualTo(Math.Max(1, its.Stacked - 1)));
             compared++;
+            if (its.Stacked > 1) stacked++;
         }
 
-        Assert.That(compared, Is.GreaterThan(10));
+        Assert.That((compared, stacked), Is.EqualTo((100, 60)));
         Assert.That(rules.MaxFrames, Is.EqualTo(128));
     }
 
@@ -149,6 +162,10 @@ public sealed class VideoRuleTests
             Is.EqualTo((2.0, 7, 3, 5, 5)));
         Assert.That(() => Rules("MiniCPM-V-2_6").Of(run), Throws.TypeOf<InputException>()
             .With.Message.StartsWith("video_packing: the model does not join frames"));
+        run = new TrainArguments { VideoStackFrames = 3 };
+        Assert.That(Rules("MiniCPM-V-4_6").Of(run).Stacked, Is.EqualTo(3));
+        Assert.That(() => Rules("MiniCPM-V-4_5").Of(run), Throws.TypeOf<InputException>()
+            .With.Message.StartsWith("video_stack_frames: the model does not show several"));
     }
 
     [Test]

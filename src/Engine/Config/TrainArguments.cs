@@ -9,6 +9,9 @@ namespace MiniCpmNative.Engine.Config;
 /// </summary>
 public sealed partial record TrainArguments
 {
+    /// <summary>Most frames of a second that are shown (video_stack_frames).</summary>
+    public const int MostStacked = 60;
+
     [Key("Model", "folder of the model in Hugging Face's layout", Path = true, SameBits = true)]
     public string? ModelNameOrPath { get; init; }
 
@@ -36,6 +39,11 @@ public sealed partial record TrainArguments
     [Key("Model", "frames that become one picture's features together, of models that join frames; "
         + "by the video's length when not given", Min = 1, Max = 6)]
     public int? VideoPacking { get; init; }
+
+    [Key("Model", "frames of a second of video: the first is a picture, those up to the next are one "
+        + "more, of models that show them so; the model's own number when not given", Min = 1,
+        Max = MostStacked)]
+    public int? VideoStackFrames { get; init; }
 
     [Key("Model", "weights and what is saved are bfloat16")]
     public bool Bf16 { get; init; }

@@ -78,9 +78,35 @@ public sealed class Batch
     /// <summary>Features of all pictures.</summary>
     public int Features { get; private set; }
 
+    // Of the batch that this one is a part of.
+    private int _longestView, _longestClip;
+
+    /// <summary>Patches of the largest view; of a part, that of the whole batch.</summary>
+    public int LongestView
+    {
+        get
+        {
+            int longest = _longestView;
+            for (int i = 1; i < PictureStarts.Count; i++)
+                longest = Math.Max(longest, PictureStarts[i] - PictureStarts[i - 1]);
+            return longest;
+        }
+    }
+
+    /// <summary>Frames of the longest clip; of a part, that of the whole batch.</summary>
+    public int LongestClip
+    {
+        get
+        {
+            int longest = _longestClip;
+            for (int i = 0; i < Clips; i++) longest = Math.Max(longest, ClipFrames(i));
+            return longest;
+        }
+    }
+
     public void Clear()
     {
-        Samples = Features = 0;
+        Samples = Features = _longestView = _longestClip = 0;
         foreach (var buffer
             in (ReadOnlySpan<Growing<int>>)[Tokens, Positions, SequenceStarts, LabelRows,
             Targets, Grids, PictureStarts, ImageBounds, Slots, SlotFeatures, SoundSlots,
@@ -151,6 +177,71 @@ public sealed class Batch
     {
         int bands = _mel.Count / _clipStarts[Clips];
         return _mel.Span.Slice(_clipStarts[clip] * bands, ClipFrames(clip) * bands);
+    }
+
+    /// <summary>
+    /// Becomes a part of a batch: its views from a number on, as many as have so few patches
+    /// together, but at least one, and never a part of those that become features together.
+    /// </summary>
+    /// <returns>The first view that is left.</returns>
+    public int TakeViews(Batch whole, int first, int mostPatches)
+    {
+        Clear();
+        ReadOnlySpan<int> starts = whole.PictureStarts.Span;
+        int views = whole.Grids.Count / 2, end = first;
+        do
+        {
+            int next = end + 1;
+            while (next < Math.Min(views, whole.Times.Count) && whole.Times[next].Joined) next++;
+            if (end > first && starts[next] - starts[first] > mostPatches) break;
+            end = next;
+        }
+        while (end < views);
+        _longestView = whole.LongestView;
+        Grids.Add(whole.Grids.Span[(2 * first)..(2 * end)]);
+        for (int i = first; i < end; i++) PictureStarts.Add(starts[i + 1] - starts[first]);
+        int length = whole.Patches.Count / starts[views];
+        Patches.Add(whole.Patches.Span[(starts[first] * length)..(starts[end] * length)]);
+        for (int i = first; i < Math.Min(end, whole.Times.Count); i++) Times.Add(whole.Times[i]);
+        return end;
+    }
+
+    /// <summary>
+    /// Becomes a part of a batch: so many of its tokens from one on, with their places of features,
+    /// of which pictures' are counted over the whole batch.
+    /// </summary>
+    public void TakeTokens(Batch whole, int first, int count)
+    {
+        Clear();
+        int end = first + count;
+        Tokens.Add(whole.Tokens.Span[first..end]);
+        Positions.Add(whole.Positions.Span[first..end]);
+        if (whole.Places.Count > 0) Places.Add(whole.Places.Span[first..end]);
+        SequenceStarts.Clear();
+        foreach (int start in whole.SequenceStarts.Span)
+            SequenceStarts.Add(Math.Clamp(start - first, 0, count));
+        AddWithin(LabelRows, whole.LabelRows);
+        AddWithin(SoundSlots, whole.SoundSlots);
+        AddWithin(Slots, whole.Slots);
+        for (int i = 0; i < whole.Slots.Count; i++)
+            if (whole.Slots[i] >= first && whole.Slots[i] < end)
+                SlotFeatures.Add(whole.SlotFeatures[i]);
+
+        void AddWithin(Growing<int> to, Growing<int> tokens)
+        {
+            foreach (int token in tokens.Span)
+                if (token >= first && token < end) to.Add(token - first);
+        }
+    }
+
+    /// <summary>Becomes a part of a batch: one of its clips.</summary>
+    public void TakeClip(Batch whole, int clip)
+    {
+        Clear();
+        _longestClip = whole.LongestClip;
+        ReadOnlySpan<float> bands = whole.Clip(clip);
+        int frames = whole.ClipFrames(clip);
+        bands.CopyTo(AddClip(frames, bands.Length / frames));
     }
 
     /// <summary>

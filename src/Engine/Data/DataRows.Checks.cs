@@ -137,9 +137,9 @@ public sealed partial class DataRows
     // A damaged picture takes every row with it that names it.
     private void Found(Row first, int index, string reason)
     {
-        string path = first.Pictures[index].Path;
+        string name = first.Pictures[index].Name;
         for (int i = 0; i < _rows.Count; i++)
-            if (_rows[i].Pictures.Any(picture => picture.Path == path)
+            if (_rows[i].Pictures.Any(picture => picture.Name == name)
                 && _rows[i].File == first.File)
                 LeaveOut(i, _rows[i].Bad(reason).Row);
     }
@@ -167,14 +167,14 @@ public sealed partial class DataRows
     {
         var damaged = new ConcurrentDictionary<(string File, string Path), string>();
         PictureCheck pictures = Pictures(
-            checks, (row, index, reason) => damaged[(row.File, row.Pictures[index].Path)] = reason);
+            checks, (row, index, reason) => damaged[(row.File, row.Pictures[index].Name)] = reason);
         InParallel(pictures.Count, _ => pictures.Next());
         if (damaged.IsEmpty) return;
         for (int i = 0; i < checks.Length; i++)
         {
             if (checks[i].Bad is not null) continue;
             foreach (RowPicture picture in _rows[i].Pictures)
-                if (damaged.TryGetValue((_rows[i].File, picture.Path), out string? reason))
+                if (damaged.TryGetValue((_rows[i].File, picture.Name), out string? reason))
                     checks[i] = new RowCheck { Bad = _rows[i].Bad(reason).Row };
         }
     }

@@ -89,8 +89,8 @@ public sealed partial class DataRows : IRowLoader
 
     /// <summary>The files of all pictures.</summary>
     public IEnumerable<string> PictureFiles =>
-        _rows.SelectMany(row => row.Pictures.Where(picture => picture.Bytes is null)
-            .Select(row.Locate));
+        _rows.SelectMany(row => row.Pictures.SelectMany(picture => picture.Each)
+            .Where(file => file.Bytes is null).Select(row.Locate));
 
     /// <summary>What the usable rows are like; known when they were opened.</summary>
     public RowCounts? Counts { get; private set; }
@@ -275,6 +275,13 @@ public sealed partial class DataRows : IRowLoader
     internal static Picture Decode(Row row, int index, bool overWhite = false)
     {
         RowPicture named = row.Pictures[index];
+        return named.Beside.Count == 0 ? Decode(row, named, overWhite)
+            : FrameMosaic.Join(row, [.. named.Each.Select(frame => Probe(row, frame).Size)],
+                i => Decode(row, i == 0 ? named : named.Beside[i - 1], overWhite));
+    }
+
+    private static Picture Decode(Row row, RowPicture named, bool overWhite)
+    {
         string path = named.Bytes is null ? row.Locate(named) : named.Path;
         try
         {
@@ -343,9 +350,19 @@ public sealed partial class DataRows : IRowLoader
 
     internal static PictureInfo Probe(Row row, int index)
     {
+        RowPicture named = row.Pictures[index];
+        PictureInfo first = Probe(row, named);
+        return named.Beside.Count == 0 ? first : first with
+        {
+            Size = FrameMosaic.Of(row, [.. named.Each.Select(frame => Probe(row, frame).Size)]).Size,
+            Orientation = 1,
+        };
+    }
+
+    private static PictureInfo Probe(Row row, RowPicture named)
+    {
         try
         {
-            RowPicture named = row.Pictures[index];
             return named.Bytes is { } bytes ? PictureDecoder.Probe(bytes, named.Path)
                 : PictureDecoder.Probe(row.Locate(named));
         }

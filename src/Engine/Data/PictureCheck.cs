@@ -32,7 +32,7 @@ public sealed class PictureCheck
         {
             int before = _pictures.Count;
             for (int i = 0; i < row.Pictures.Count; i++)
-                if (seen.Add((row.File, row.Pictures[i].Path))) _pictures.Add((row, i));
+                if (seen.Add((row.File, row.Pictures[i].Name))) _pictures.Add((row, i));
             if (_pictures.Count > before) Pixels += pixels;
         }
     }

@@ -38,6 +38,16 @@ public sealed record RowPicture(string Tag, string Path)
     /// it and of each that follows; null for all other pictures.
     /// </summary>
     public IReadOnlyList<int>? Times { get; init; }
+
+    /// <summary>Frames that are one picture with it, behind it (<see cref="FrameMosaic"/>).
+    /// </summary>
+    public IReadOnlyList<RowPicture> Beside { get; init; } = [];
+
+    /// <summary>It and those beside it: each is a file, or content of its own.</summary>
+    public IEnumerable<RowPicture> Each => Beside.Prepend(this);
+
+    /// <summary>What tells it from others.</summary>
+    public string Name => Beside.Count == 0 ? Path : string.Join(" + ", Each.Select(one => one.Path));
 }
 
 /// <summary>

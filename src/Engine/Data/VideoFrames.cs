@@ -23,7 +23,6 @@ internal static partial class VideoFrames
         if (rules is null)
             throw row.Bad("has a video, and the model takes none: show some of its frames as "
                 + "pictures, \"image\": [...]");
-        if (rules.Refusal is { } refusal) throw row.Bad(refusal);
         var pictures = row.Pictures.ToList();
         var videos = new List<RowVideo>();
         foreach (RowVideo video in row.Videos)
@@ -93,7 +92,20 @@ internal static partial class VideoFrames
                 {
                     Times = ids[at..Math.Min(at + chosen.Packing, frames.Count)],
                 };
-        return frames;
+        return chosen.Shown is { } shown ? Together(frames, shown) : frames;
+    }
+
+    private static List<RowPicture> Together(List<RowPicture> frames, int[] shown)
+    {
+        var pictures = new List<RowPicture>();
+        int at = 0;
+        foreach (int count in shown)
+        {
+            pictures.Add(frames[at] with { Beside = frames[(at + 1)..(at + count)] });
+            at += count;
+        }
+
+        return pictures;
     }
 
     private static RowPicture[] InFolder(Row row, string named, string path)

@@ -25,6 +25,9 @@ public enum FrameRule
 /// <param name="MaxSlices">Most tiles of a frame (video_max_slice_nums).</param>
 public sealed record VideoRules(FrameRule Rule, double Fps, int MaxFrames, int MaxSlices)
 {
+    /// <summary>Most frames of a second that are shown.</summary>
+    public const int MostStacked = TrainArguments.MostStacked;
+
     /// <summary>Most frames that are joined; 1 where none are.</summary>
     public int MaxPacking { get; init; } = 1;
 
@@ -41,24 +44,35 @@ public sealed record VideoRules(FrameRule Rule, double Fps, int MaxFrames, int M
     /// <summary>The resolution of frames, where it is not that of pictures.</summary>
     public int? ScaleResolution { get; init; }
 
-    /// <summary>Why the model's videos cannot be shown, if they cannot.</summary>
-    public string? Refusal { get; init; }
+    /// <summary>
+    /// Frames of each second: the first is a picture, those between it and the next are one more
+    /// (<see cref="FrameMosaic"/>; video_stack_frames).
+    /// </summary>
+    public int Stacked { get; init; } = 1;
 
     /// <summary>Whether a video carries a number, where pictures do.</summary>
     public bool Numbered { get; init; }
 
     /// <summary>The rules of a run.</summary>
-    /// <exception cref="InputException">The model's frames are not joined.</exception>
-    public VideoRules Of(TrainArguments run) => run.VideoPacking is not null && Rule != FrameRule.Packed
-        ? throw new InputException("video_packing: the model does not join frames: leave it out")
-        : this with
+    /// <exception cref="InputException">The model's frames are not joined in that way.</exception>
+    public VideoRules Of(TrainArguments run)
+    {
+        if (run.VideoPacking is not null && Rule != FrameRule.Packed)
+            throw new InputException(
+                "video_packing: the model does not join frames: leave it out");
+        if (run.VideoStackFrames is not null && Rule != FrameRule.Seconds)
+            throw new InputException("video_stack_frames: the model does not show several frames "
+                + "as one picture: leave it out");
+        return this with
         {
             Fps = run.VideoFps ?? Fps,
             MaxFrames = run.VideoMaxFrames ?? MaxFrames,
             MaxSlices = run.VideoMaxSliceNums ?? MaxSlices,
             MaxPacking = Math.Max(MaxPacking, run.VideoPacking ?? 0),
             Packing = run.VideoPacking,
+            Stacked = run.VideoStackFrames ?? Stacked,
         };
+    }
 
     /// <summary>The frames that are taken of a video.</summary>
     /// <param name="total">Frames that it has.</param>
@@ -78,7 +92,7 @@ public sealed record VideoRules(FrameRule Rule, double Fps, int MaxFrames, int M
         {
             FrameRule.Steps => new(Steps(total, of)),
             FrameRule.Packed => Packed(total, of),
-            _ => new(Seconds(total, of)),
+            _ => Between(Seconds(total, of), total, of),
         };
     }
 
@@ -134,13 +148,42 @@ public sealed record VideoRules(FrameRule Rule, double Fps, int MaxFrames, int M
         if (duration * Fps <= MaxFrames)
             return [.. Enumerable.Range(0, (int)Math.Ceiling(duration * Fps))
                 .Select(i => Math.Min((int)(i * rate / Fps), total - 1))];
-        int marks = (int)(duration / 0.1);
-        int[] frames = [.. Enumerable.Range(0, marks)
-            .Select(i => Math.Min((int)(i / 10.0 * rate), total - 1))];
-        if (marks <= MaxFrames) return frames;
-        double step = MaxFrames > 1 ? (marks - 1) / (double)(MaxFrames - 1) : 0;
-        return [.. Enumerable.Range(0, MaxFrames).Select(i =>
-            frames[i > 0 && i == MaxFrames - 1 ? marks - 1 : (int)(i * step)])];
+        return Thinned([.. Enumerable.Range(0, (int)(duration / 0.1))
+            .Select(i => Math.Min((int)(i / 10.0 * rate), total - 1))], MaxFrames);
+    }
+
+    // Behind each of the frames those up to the next second, as one picture.
+    private ChosenFrames Between(int[] frames, int total, double rate)
+    {
+        if (Stacked == 1) return new(frames);
+        double duration = total / rate * Fps;
+        int[] between = Thinned([.. Enumerable.Range(0, (int)Math.Ceiling(duration))
+            .SelectMany(i => Enumerable.Range(1, Stacked - 1)
+                .Select(j => i + (j / (double)Stacked)))
+            .Where(time => time < duration)
+            .Select(time => Math.Min((int)(time * rate / Fps), total - 1))],
+            (int)Math.Min(int.MaxValue, (long)MaxFrames * (Stacked - 1)));
+        var all = new List<int>();
+        var shown = new List<int>();
+        for (int i = 0; i < frames.Length; i++)
+        {
+            int[] group = [.. between.Skip(i * (Stacked - 1)).Take(Stacked - 1)];
+            all.Add(frames[i]);
+            shown.Add(1);
+            if (group.Length == 0) continue;
+            all.AddRange(group);
+            shown.Add(group.Length);
+        }
+
+        return new([.. all]) { Shown = [.. shown] };
+    }
+
+    private static int[] Thinned(int[] frames, int most)
+    {
+        if (frames.Length <= most) return frames;
+        double step = most > 1 ? (frames.Length - 1) / (double)(most - 1) : 0;
+        return [.. Enumerable.Range(0, most)
+            .Select(i => frames[i > 0 && i == most - 1 ? ^1 : (int)(i * step)])];
     }
 
     // The middles of so many equal parts.
@@ -154,4 +197,8 @@ public sealed record VideoRules(FrameRule Rule, double Fps, int MaxFrames, int M
 /// <summary>Frames of a video, by number from 0.</summary>
 /// <param name="Ids">The temporal id of each, where frames are joined.</param>
 /// <param name="Packing">How many are joined.</param>
-public sealed record ChosenFrames(int[] Frames, int[]? Ids = null, int Packing = 1);
+public sealed record ChosenFrames(int[] Frames, int[]? Ids = null, int Packing = 1)
+{
+    /// <summary>How many of the frames each picture shows; null where all show one.</summary>
+    public int[]? Shown { get; init; }
+}

@@ -41,8 +41,8 @@ public sealed record GeneratedTokens(int[] Ids, bool Stopped, double? Score = nu
 /// <param name="counter">Sees to its memory, where that is not settled otherwise.</param>
 public sealed class Generator(LoadedModel model, StepCounter? counter = null)
 {
-    /// <summary>Most tokens that run at once, but for those of one picture.</summary>
-    public const int Piece = 1024;
+    /// <summary>Most tokens that are brought at once, but for those of one picture.</summary>
+    public const int Piece = MiniCpmModel.Piece;
 
     private readonly CachedModel _cached = new(model, counter);
     private object? _conversation;

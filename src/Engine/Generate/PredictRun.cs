@@ -153,6 +153,7 @@ public sealed class PredictRun
         string all = string.Join('\n', side, rows.Digest, settings,
             string.Join(' ', settings.StopIds), _arguments.MaxSliceNums, _arguments.VideoFps,
             _arguments.VideoMaxFrames, _arguments.VideoMaxSliceNums, _arguments.VideoPacking,
+            _arguments.VideoStackFrames,
             _arguments.ApplyExifOrientation, _arguments.Bf16, _arguments.Fp16,
             Quantisation.Of(_arguments), string.Join('\n',
                 new[] { side.Model, side.Adapter }.OfType<string>()

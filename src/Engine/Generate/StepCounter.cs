@@ -42,8 +42,8 @@ public sealed class StepCounter : IDisposable
     public void Reserve(Batch batch, KeyValueCache cache)
     {
         int sequences = cache.Lengths.Length;
-        if (!_known.Add((batch.Tokens.Count, batch.LabelRows.Count, batch.PictureStarts[^1],
-            sequences, cache.Room))) return;
+        if (!_known.Add((batch.Tokens.Count, batch.LabelRows.Count, Shown(batch), sequences,
+            cache.Room))) return;
         if (_cache?.Lengths.Length != sequences || _cache.Room != cache.Room)
             _cache = new KeyValueCache(_counted, _model.Spec.Decoder, sequences, cache.Room);
         _cache.Clear();
@@ -57,4 +57,14 @@ public sealed class StepCounter : IDisposable
     public void ReserveMoves(KeyValueCache cache) => _device.ReserveStep(cache.MoveBytes);
 
     public void Dispose() => _model.Dispose();
+
+    // The sizes of pictures and sounds, and which frames go together.
+    private static int Shown(Batch batch)
+    {
+        var sizes = new HashCode();
+        foreach (int size in batch.Grids.Span) sizes.Add(size);
+        foreach (ViewTime time in batch.Times.Span) sizes.Add(time.Joined);
+        for (int clip = 0; clip < batch.Clips; clip++) sizes.Add(batch.ClipFrames(clip));
+        return sizes.ToHashCode();
+    }
 }

@@ -98,7 +98,7 @@ public sealed class AudioEncoder : IBatchInput
 
     public long Count(Batch batch)
     {
-        int clips = batch.Clips, longest = Halved(Longest(batch));
+        int clips = batch.Clips, longest = Halved(batch.LongestClip);
         long rows = 0, keys = 0, chunks = 0;
         for (int i = 0; i < clips; i++)
         {
@@ -108,14 +108,14 @@ public sealed class AudioEncoder : IBatchInput
                 keys += Math.Min(first + chunk, seen);
         }
 
-        return ((long)clips * Longest(batch) * _spec.Bands) + (5 * rows) + keys
+        return ((long)clips * batch.LongestClip * _spec.Bands) + (5 * rows) + keys
             + (2 * (chunks + 1)) + BatchUpload.TileNumbers(rows, keys, (int)chunks)
             + (Tensors * InputMemory.Alignment / sizeof(int)) + 1;
     }
 
     public void Load(Batch batch, BatchUpload upload)
     {
-        int clips = batch.Clips, frames = Longest(batch), longest = Halved(frames);
+        int clips = batch.Clips, frames = batch.LongestClip, longest = Halved(frames);
         Growing<int> ints = upload.Scratch;
         _padded.Clear();
         for (int i = 0; i < clips; i++)
@@ -195,13 +195,6 @@ public sealed class AudioEncoder : IBatchInput
         _poolStarts = upload.Ints(_starts.Span, "pooled starts");
         _poolOthers = upload.Ints(_others.Span, "other pooled frames");
         _shares = upload.Constant(1f / _spec.PoolStep, _others.Count, "pooled shares");
-    }
-
-    private static int Longest(Batch batch)
-    {
-        int longest = 0;
-        for (int i = 0; i < batch.Clips; i++) longest = Math.Max(longest, batch.ClipFrames(i));
-        return longest;
     }
 
     // Rows of a clip that are computed: those that its own see.

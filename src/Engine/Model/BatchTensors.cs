@@ -45,11 +45,11 @@ public sealed class BatchTensors : IBatchInput
         LabelRows = upload.Ints(batch.LabelRows.Span, "label rows");
         Targets = upload.Ints(batch.Targets.Span, "targets");
         Slots = upload.Ints(batch.Slots.Span, "slots");
-        SoundSlots = batch.Clips > 0
+        SoundSlots = batch.SoundSlots.Count > 0
             ? upload.Ints(batch.SoundSlots.Span, "sound slots") : Tensor.None;
-        PictureStarts = FeatureIds = Tensor.None;
-        if (Pictures == 0) return;
-        PictureStarts = upload.Ints(batch.PictureStarts.Span, "picture starts");
+        FeatureIds = Tensor.None;
+        PictureStarts = Pictures > 0
+            ? upload.Ints(batch.PictureStarts.Span, "picture starts") : Tensor.None;
         bool allInOrder = batch.SlotFeatures.Count == batch.Features;
         for (int i = 0; i < batch.SlotFeatures.Count && allInOrder; i++)
             allInOrder = batch.SlotFeatures[i] == i;

@@ -93,7 +93,8 @@ public sealed class LoadedModel : IDisposable
     /// </summary>
     public Tensor Hidden(Batch batch, ITensorProbe? probe = null, KeyValueCache? cache = null)
     {
-        Model.Load(batch, Upload(0), cache);
+        if (cache is not null) return Model.Hidden(Graph, batch, Upload(0), cache);
+        Model.Load(batch, Upload(0));
         return Model.Hidden(Graph, probe);
     }
 

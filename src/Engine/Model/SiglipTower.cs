@@ -71,7 +71,7 @@ public sealed class SiglipTower : IVisionTower
 
     public long Count(Batch batch)
     {
-        int pictures = batch.Grids.Count / 2, longest = Longest(batch);
+        int pictures = batch.Grids.Count / 2, longest = batch.LongestView;
         long rows = 0;
         for (int i = 0; i < pictures; i++) rows += Rows(batch, i, longest);
         return (rows * (_spec.PatchLength + 1)) + pictures + 1 + batch.PictureStarts[pictures]
@@ -80,7 +80,7 @@ public sealed class SiglipTower : IVisionTower
 
     public void Load(Batch batch, BatchUpload upload)
     {
-        int pictures = batch.Grids.Count / 2, longest = Longest(batch);
+        int pictures = batch.Grids.Count / 2, longest = batch.LongestView;
         Growing<int> ints = upload.Scratch;
         ints.Clear();
         ints.Add(0);
@@ -122,15 +122,6 @@ public sealed class SiglipTower : IVisionTower
 
     private int Rows(Batch batch, int picture, int longest) => _spec.Layout.Rows(
         batch.PictureStarts[picture + 1] - batch.PictureStarts[picture], longest);
-
-    private static int Longest(Batch batch)
-    {
-        int longest = 0;
-        ReadOnlySpan<int> starts = batch.PictureStarts.Span;
-        for (int i = 1; i < starts.Length; i++)
-            longest = Math.Max(longest, starts[i] - starts[i - 1]);
-        return longest;
-    }
 }
 
 /// <summary>What the layers of a vision tower need to know of the pictures.</summary>

@@ -63,7 +63,7 @@ internal sealed class LogLines : ILogFile
         if (answer.Row.Pictures.Count > 0)
         {
             json.WriteStartArray("pictures");
-            foreach (RowPicture picture in answer.Row.Pictures)
+            foreach (RowPicture picture in answer.Row.Pictures.SelectMany(one => one.Each))
                 json.WriteStringValue(
                     picture.Bytes is null ? answer.Row.Locate(picture) : picture.Path);
             json.WriteEndArray();

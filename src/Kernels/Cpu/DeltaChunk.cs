@@ -242,10 +242,15 @@ internal unsafe struct DeltaChunk<TLanes, TVector, T>
     // to = x * scale / |x|, zeros where there is no row; returns 1 / |x|.
     private readonly T Unit(T* x, T* to, int dim, T* row, T scale)
     {
-        new Span<T>(to, KeyCols).Clear();
+        int c = row is null ? 0 : dim;
+        new Span<T>(to + c, KeyCols - c).Clear();
         if (row is null) return T.Zero;
         T length = T.One / T.Sqrt(Cpu.Sum.SquaredDistances(x, T.Zero, dim) + s_epsilon);
-        for (int c = 0; c < dim; c++) to[c] = x[c] * length * scale;
+        TVector first = TLanes.Broadcast(length), second = TLanes.Broadcast(scale);
+        for (c = 0; c + TLanes.Count <= dim; c += TLanes.Count)
+            TLanes.Store(
+                to + c, TLanes.Multiply(TLanes.Multiply(TLanes.Load(x + c), first), second));
+        for (; c < dim; c++) to[c] = x[c] * length * scale;
         return length;
     }
 }

@@ -34,7 +34,6 @@ internal static class NativeConfig
     {
         if ((Read("processor_config.json")?.Find("video_processor")
             ?? Read("video_preprocessor_config.json")) is not { } json) return rules;
-        int stacked = ModelConfig.Size(json, "stack_frames", 1 << 8, 1);
         return rules with
         {
             MaxFrames = ModelConfig.Size(json, "max_num_frames", 1 << 16, rules.MaxFrames),
@@ -42,9 +41,7 @@ internal static class NativeConfig
                 : ModelConfig.Size(json, "max_slice_nums", 1 << 12, rules.MaxSlices),
             ScaleResolution = json.Find("scale_resolution") is null ? null
                 : ModelConfig.Size(json, "scale_resolution", ModelConfig.MaxSide, 448),
-            Refusal = stacked == 1 ? null : $"has a video, and the model's video processor has "
-                + $"stack_frames {stacked}, frames put together into one picture, which is not "
-                + "supported: set it to 1",
+            Stacked = ModelConfig.Size(json, "stack_frames", VideoRules.MostStacked, 1),
         };
 
         JsonValue? Read(string name)
