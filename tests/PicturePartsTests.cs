@@ -8,8 +8,8 @@ using NUnit.Framework;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// Over a cache the pictures of a prompt run a few at a time, its sounds clip by clip: with the bits
-/// of all at once.
+/// Over a cache the pictures of a prompt run a few at a time, its sounds clip by clip: with the
+/// bits of all at once.
 /// </summary>
 [TestFixture]
 public sealed class PicturePartsTests

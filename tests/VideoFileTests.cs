@@ -82,6 +82,17 @@ public sealed class VideoFileTests
         Assert.That(Directory.GetDirectories(Cache), Has.Length.EqualTo(3));
     }
 
+    // Of content that somebody sent.
+    [Test, Platform("Unix")]
+    public void AProgramThatTakesTooLongIsEnded()
+    {
+        var decoder = new VideoDecoder(
+            Cache, Decode(), Script("ffprobe", "exec sleep 60\n")).In(_folder, mostSeconds: 1);
+        Assert.That(() => decoder.Decode(Video, s_rules.Choose),
+            Throws.TypeOf<InputException>().With.Message.EndsWith(
+                "a film.mp4: ffprobe needs more than 1 s for it: shorten it"));
+    }
+
     [Test, Platform("Unix")]
     public void AFrameMayBeTakenTwice()
     {

@@ -28,8 +28,8 @@ internal static class OutsideProgram
         {
             using Process process = Process.Start(start)!;
             bool late = false;
-            using var clock = mostSeconds is { } seconds ? new Timer(_ => { late = true; process.Kill(); },
-                null, TimeSpan.FromSeconds(seconds), Timeout.InfiniteTimeSpan) : null;
+            using var clock = mostSeconds is { } seconds ? new Timer(
+                _ => late = Kill(process), null, seconds * 1000, Timeout.Infinite) : null;
             Task<string> said = process.StandardError.ReadToEndAsync();
             Task feeds = Task.Run(() => Feed(process, input));
             var output = new MemoryStream();
@@ -38,13 +38,27 @@ internal static class OutsideProgram
             feeds.Wait();
             if (late)
                 throw new InputException(
-                    $"{file}: {name} needs more than {mostSeconds} seconds for it: shorten it");
+                    $"{file}: {name} needs more than {mostSeconds} s for it: shorten it");
             return process.ExitCode == 0 ? output : throw new InputException(
                 $"{file}: {name} cannot decode it: {Messages.OneLine(said.Result.Trim())}");
         }
         catch (Win32Exception)
         {
             throw new InputException($"{file}: {missing}");
+        }
+    }
+
+    // False where it has just ended by itself.
+    private static bool Kill(Process process)
+    {
+        try
+        {
+            process.Kill();
+            return true;
+        }
+        catch (InvalidOperationException)
+        {
+            return false;
         }
     }
 

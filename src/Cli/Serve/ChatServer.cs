@@ -225,8 +225,10 @@ internal sealed class ChatServer : IAsyncDisposable
                     _maker.Open(picture, $"picture {i + 1}"))],
                 request.System, request.Thinks,
                 request.Seed ?? (ulong)Random.Shared.NextInt64(),
-                [.. request.Media.Sounds.Select((sound, i) => _maker.Hear(sound, $"sound {i + 1}"))],
-                [.. request.Media.Videos.Select((video, i) => _maker.Watch(video, $"video {i + 1}"))]);
+                [.. request.Media.Sounds.Select((sound, i) =>
+                    _maker.Hear(sound, $"sound {i + 1}"))],
+                [.. request.Media.Videos.Select((video, i) =>
+                    _maker.Watch(video, $"video {i + 1}"))]);
             int most = Math.Min(
                 request.MaxTokens ?? int.MaxValue, request.Settings.MaxNewTokens);
             return new AnswerJob(input, request, adapted, most, gone);

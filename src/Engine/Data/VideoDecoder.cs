@@ -109,8 +109,8 @@ public sealed class VideoDecoder(
         // Counted by decoding, as what headers say is often another number; once, as that takes long.
         string known = Folder(path, []) + ".json";
         if (File.Exists(known)) return Read(File.ReadAllText(known), path);
-        string said = Run(ffprobe, path, [.. Guards, "-v", "error", "-select_streams", "v:0", "-count_frames",
-            "-show_entries", "stream=nb_read_frames,avg_frame_rate", "-of", "json",
+        string said = Run(ffprobe, path, [.. Guards, "-v", "error", "-select_streams", "v:0",
+            "-count_frames", "-show_entries", "stream=nb_read_frames,avg_frame_rate", "-of", "json",
             Path.GetFullPath(path)]);
         var found = Read(said, path);
         Keep(known, Encoding.UTF8.GetBytes(said));
@@ -165,8 +165,8 @@ public sealed class VideoDecoder(
             {
                 string wanted = string.Join('+', some.Select(frame => $"eq(n\\,{frame})"));
                 // One output frame for each that is selected, whatever its time was.
-                Run(ffmpeg, path, [.. Guards, "-v", "error", "-nostdin", "-i", Path.GetFullPath(path), "-map",
-                    "0:v:0", "-vf", $"select={wanted},setpts=N/(25*TB)", "-r", "25", "-pix_fmt", "rgb24",
+                Run(ffmpeg, path, [.. Guards, "-v", "error", "-nostdin", "-i",
+                    Path.GetFullPath(path), "-map", "0:v:0", "-vf", $"select={wanted},setpts=N/(25*TB)", "-r", "25", "-pix_fmt", "rgb24",
                     "-start_number", $"{first}", "-f", "image2", Path.Combine(temporary, "%06d.png")]);
                 first += some.Length;
             }

@@ -91,8 +91,8 @@ public sealed class MiniCpmModel(
         decoder.Forward(graph, Embedded(graph, probe), probe);
 
     /// <summary>
-    /// Brings over the next tokens of the rows in a cache, with positions that go on, and runs them:
-    /// h[tokens, width], of those before the first that is labelled perhaps not. Nothing is trained
+    /// Brings over the next tokens of the rows in a cache, with positions that go on, and runs
+    /// them: h[tokens, width], of those before the first that is labelled perhaps not. Nothing is trained
     /// over a cache, so little memory will do: pictures run a few at a time, sounds clip by clip,
     /// tokens piece by piece.
     /// </summary>
