@@ -166,8 +166,10 @@ public sealed class VideoDecoder(
                 string wanted = string.Join('+', some.Select(frame => $"eq(n\\,{frame})"));
                 // One output frame for each that is selected, whatever its time was.
                 Run(ffmpeg, path, [.. Guards, "-v", "error", "-nostdin", "-i",
-                    Path.GetFullPath(path), "-map", "0:v:0", "-vf", $"select={wanted},setpts=N/(25*TB)", "-r", "25", "-pix_fmt", "rgb24",
-                    "-start_number", $"{first}", "-f", "image2", Path.Combine(temporary, "%06d.png")]);
+                    Path.GetFullPath(path), "-map", "0:v:0", "-vf",
+                    $"select={wanted},setpts=N/(25*TB)", "-r", "25", "-pix_fmt", "rgb24",
+                    "-start_number", $"{first}", "-f", "image2",
+                    Path.Combine(temporary, "%06d.png")]);
                 first += some.Length;
             }
 
