@@ -9,7 +9,7 @@ namespace MiniCpmNative.Tests;
 /// The rule of <see cref="CudaOpTests"/> where hardware and compilers may do otherwise: the PTX of
 /// another compiler, other orders of warps, blocks and streams, and the worst of what the
 /// instruction set allows (copies that arrive at once, approximate functions 2 units off, sums of
-/// mma the other way round).
+/// mma the other way round), in 16 bits with what NVRTC 13 makes for compute capability 12.0.
 /// </summary>
 [TestFixtureSource(nameof(Modes))]
 public sealed class CudaModeTests(string mode)
@@ -31,6 +31,8 @@ public sealed class CudaModeTests(string mode)
     {
         if (CudaUnderTest.IsReal) Assert.Ignore("the modes are those of the emulated GPU");
         if (mode == "clang" && !CudaTools.HasClang) Assert.Ignore("clang is not installed");
+        if (mode == "harsh" && !CommittedPtx.Blackwell.IsCurrent())
+            Assert.Ignore("the committed PTX is not of kernels.cu as it is");
         if (_cuda is not { Emulator.Fault: null })
         {
             _cuda?.Dispose();
@@ -78,6 +80,7 @@ public sealed class CudaModeTests(string mode)
             EarlyAsyncCopies = true,
             ApproximateUlps = 2,
             ReverseMma = true,
+            Architecture = 120,
         },
         _ => new() { Seed = mode[^1] - '0' },
     };

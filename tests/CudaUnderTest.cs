@@ -76,10 +76,13 @@ internal sealed class CudaUnderTest : IDisposable
         return _devices[activations] = new(Context, activations, StepBytes, Kernels(activations));
     }
 
-    // NVRTC 11.8 leaves the kernels of an emulated Hopper GPU to HopperPtx.
+    // NVRTC 11.8 leaves the kernels of an emulated Hopper GPU to HopperPtx, and in 16 bits those of
+    // a Blackwell one to what NVRTC 13 makes for it.
     private CudaKernels Kernels(DType activations)
     {
         if (Emulator is null) return CudaKernels.Load(Context, _compiler, activations);
+        if (Context.Architecture == 120 && activations == DType.BF16)
+            return new(CommittedPtx.Blackwell.Load(Context));
         var all = CudaModule.Load(Context, _compiler, _source, "kernels.cu",
             new(activations, Context.Architecture, LineInfo: true));
         return activations == DType.F32 || Context.Architecture != 90

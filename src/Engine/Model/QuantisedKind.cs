@@ -22,7 +22,21 @@ public sealed record Quantisation(
     public bool Takes(ParameterTable table, LinearModule linear) => linear.Name != table.Head
         && (Skipped is null
             ? table.Find(linear.Name + ".weight")?.Part == ModelPart.Decoder
-            : !Skipped.Any(name => $".{linear.Name}.".Contains($".{name}.", StringComparison.Ordinal)));
+            : !Skipped.Any(name => IsIn(linear.Name, name)));
+
+    /// <summary>What is left out is there.</summary>
+    /// <exception cref="InputException">A name is no module of the model.</exception>
+    public void MustName(ParameterTable table)
+    {
+        foreach (string name in Skipped ?? [])
+            if (!table.Modules.Any(module => IsIn(module, name)))
+                throw new InputException($"llm_int8_skip_modules {Messages.Quote(name)} is no module "
+                    + "of the model" + TrainKeys.Guess(
+                        name, table.Modules.SelectMany(m => m.Split('.')).Distinct()));
+    }
+
+    private static bool IsIn(string module, string name) =>
+        $".{module}.".Contains($".{name}.", StringComparison.Ordinal);
 
     public FourBitForm Form(int outputs, int inputs) =>
         new(outputs, inputs, ScaleBlock: Nested ? 256 : 0);
@@ -43,10 +57,16 @@ public sealed class QuantisedKind(
     ParameterTable table, DType storage, Quantisation? quantisation, Checkpoint? checkpoint)
     : IWeightKind
 {
-    private readonly HashSet<string> _linears = [.. table.Linears
-        .Where(l => quantisation?.Takes(table, l) == true).Select(l => l.Name + ".weight")];
+    private readonly HashSet<string> _linears = Linears(table, quantisation);
 
     private (string? Name, FourBitCodes Codes) _last;
+
+    private static HashSet<string> Linears(ParameterTable table, Quantisation? quantisation)
+    {
+        quantisation?.MustName(table);
+        return [.. table.Linears
+            .Where(l => quantisation?.Takes(table, l) == true).Select(l => l.Name + ".weight")];
+    }
 
     public bool Takes(string weight) =>
         checkpoint?.Find(weight) is PackedTensor || _linears.Contains(weight);
