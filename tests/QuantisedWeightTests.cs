@@ -71,7 +71,7 @@ public sealed unsafe class QuantisedWeightTests
     }
 
     // Each as a sum in double of the numbers that a dense weight would have; columns that end in a
-    // warp's stretch, and those that go through it more than once; rows of no alignment.
+    // warp's stretch, and those that go through it more than once; rows off alignment.
     [TestCase(DType.F32)]
     [TestCase(DType.BF16)]
     public void FewRowsAreMultipliedAsTheyAreUnpacked(DType type)
@@ -79,12 +79,13 @@ public sealed unsafe class QuantisedWeightTests
         using var cuda = new CudaUnderTest();
         foreach (string kind in s_kinds)
             foreach (var (outputs, inputs, rows) in ((int, int, int)[])
-                [(9, 24, 2), (13, 264, KernelConstants.FewRows + 3), (3, 1024, 1)])
-                FewRows(cuda, kind, type, outputs, inputs, rows);
+                [(16, 24, 2), (13, 264, KernelConstants.FewRows + 3), (3, 1024, 1)])
+                FewRows(cuda, kind, type, outputs, inputs, rows, shifted: rows == 2 ? 0 : -1);
     }
 
     internal static void FewRows(
-        CudaUnderTest cuda, string kind, DType type, int outputs, int inputs, int rows)
+        CudaUnderTest cuda, string kind, DType type, int outputs, int inputs, int rows,
+        int shifted = -1)
     {
         cuda.ForgetSteps();
         CudaDevice device = cuda.Device(type);
@@ -92,7 +93,7 @@ public sealed unsafe class QuantisedWeightTests
         Value[] inputsOf = Of("linear", inputs, outputs, rows);
         // The first row asks for one weight, so that its own rounding shows.
         for (int k = 0; k < inputs; k++) inputsOf[0].Data[k] = k == inputs - 3 ? 3 : 0;
-        using var run = new OpRun(device, new Linear(Weight: weight), inputsOf);
+        using var run = new OpRun(device, new Linear(Weight: weight), inputsOf, shifted);
         bool counts = cuda.Emulator is not null;
         if (counts) cuda.Emulator!.ClearLaunches();
         run.Forward();
@@ -120,6 +121,23 @@ public sealed unsafe class QuantisedWeightTests
                 Assert.That(y[i], Is.EqualTo(sum).Within((size * inputs * Math.ScaleB(1, -24))
                     + (Math.Abs(sum) * Math.ScaleB(1, type == DType.BF16 ? -8 : -24))), what);
         }
+
+        if (outputs % 8 != 0 || kind == "nf4_not_finite") return;
+        // As columns of wider rows, where q, k and v lie before their heads are turned: by nothing.
+        Value none = Value.Absent("b");
+        using var alone = new OpRun(
+            device, new Linear(Weight: weight), [inputsOf[0], inputsOf[1], none]);
+        LinearPart[] twice = [new(outputs, 0, weight), new(outputs, 1, weight)];
+        using var wider = new OpRun(device, new Linears(twice, 1, 0, 8, 1),
+        [
+            inputsOf[0], inputsOf[1], none, none, none, inputsOf[1], none, none, none,
+            Value.Int("positions", new int[rows]), Value.Float("cos", [1, 4], [1, 1, 1, 1]),
+            Value.Float("sin", [1, 4], [0, 0, 0, 0]),
+        ]);
+        alone.Forward();
+        wider.Forward();
+        Assert.That(wider.Output, Is.EqualTo((double[])[.. alone.Output, .. alone.Output]),
+            $"{kind} {type} as columns");
     }
 
     // More rows than are unpacked at a time: the same sums in the forward, in pieces in the
