@@ -68,6 +68,7 @@ public sealed class CudaLoraTests
     [TestCase(3, 130, 200, 64, 0.5)]
     [TestCase(3, 31, 144, 6, 0.05)]
     [TestCase(3, 1, 33, 8, 0.05)]
+    [TestCase(3, 600, 33, 3, 0.5)]
     public void AdaptersOfOneInputAgree(int adapters, int rows, int cols, int rank, double dropout)
     {
         OpCase c = OpCases.All.Single(each => each.Name == "linears_dropout");

@@ -237,6 +237,7 @@ public sealed class CudaOpTests
         }
 
         Agree(beside, run.Output, plain.Output, exact.Output, $"{what} {type} output");
+        RoundedCrossEntropy.LabelsAgree(run, op, inputs, type, $"{what} {type}");
         if (run.State is { } state)
             Agree(beside, state, plain.State!, exact.State!, $"{what} {type} state");
         for (int i = 0; i < inputs.Length; i++)

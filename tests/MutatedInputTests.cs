@@ -50,11 +50,37 @@ public sealed class MutatedInputTests
         byte[] file = File.ReadAllBytes(
             Path.Combine(ReferenceFile.Root, "formats", "data", "messages.parquet"));
         int footer = BitConverter.ToInt32(file, file.Length - 8);
-        Assert.That(ParquetFooter.IsWhole(file), Is.True);
+        Assert.That(ParquetStructure.IsSound(file), Is.True);
         file.AsSpan(file.Length - 8 - footer, footer).Fill((byte)then);
         file[file.Length - 8 - footer] = (byte)first;
         Assert.That(() => RowFile.Parse("rows.parquet", file),
             Throws.TypeOf<InputException>().With.Message.Contains("damaged"));
+    }
+
+    // Numbers, types and lengths among them; the largest file takes what its columns hold.
+    [TestCase(0x00)]
+    [TestCase(0x7F)]
+    [TestCase(0xFF)]
+    [CancelAfter(20_000)]
+    public void AnyByteOfAParquetFileMayBeWrong(int wrong)
+    {
+        byte[] good = File.ReadAllBytes(
+            Path.Combine(ReferenceFile.Root, "formats", "data", "messages.parquet"));
+        for (int i = 0; i < good.Length; i++)
+        {
+            byte[] file = [.. good];
+            file[i] = (byte)wrong;
+            long before = GC.GetAllocatedBytesForCurrentThread();
+            try
+            {
+                RowFile.Parse("rows.parquet", file);
+            }
+            catch (InputException)
+            {
+            }
+
+            Assert.That(GC.GetAllocatedBytesForCurrentThread() - before, Is.LessThan(1 << 26), $"{i}");
+        }
     }
 
     [Test]

@@ -119,6 +119,8 @@ public sealed class OpTests
                 run.Forward();
                 run.Want(_ => true);
                 run.Backward(dy);
+                RoundedCrossEntropy.LabelsAgree(run, c.Op, c.Inputs(n),
+                    run == a ? DType.F32 : DType.F64, $"{c.Name} n={n}");
             }
 
             AreClose(a.Output, b.Output, 1e-5 * Largest(b.Output), $"{c.Name} n={n}");

@@ -1,16 +1,44 @@
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Ops;
+using NUnit.Framework;
 
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// Gradients of cross-entropy with the roundings of a GPU's products, which the plain path does not
-/// make; G = softmax - one at the target.
+/// Cross-entropy in double by its formula: losses and hits, label by label, and gradients with the
+/// roundings of a GPU's products, which the plain path does not make; G = softmax - one at the
+/// target.
 /// </summary>
 internal static class RoundedCrossEntropy
 {
     // Below this the order of a sum of floats makes no difference that the rule could see.
     private const int LargeVocabulary = 100_000;
+
+    /// <summary>
+    /// Every label's loss, and whether its target is the first of the largest logits. A loss is the
+    /// difference of two sums of products: it may err by their terms' rounding, which has nothing
+    /// to do with its own size, nor with that of the largest loss.
+    /// </summary>
+    public static void LabelsAgree(OpRun run, Op op, Value[] inputs, DType type, string what)
+    {
+        if (op is not CrossEntropy loss) return;
+        double[] losses = run.Saved(0), hits = run.Saved(1);
+        for (int i = 0; i < losses.Length; i++)
+        {
+            double[] logits = Logits(inputs, i, loss.Scale, x => x),
+                sizes = Logits(inputs, i, loss.Scale, Math.Abs);
+            double max = logits.Max(), own = logits[(int)inputs[3].Data[i]];
+            int terms = inputs[1].Shape[1] + (inputs.Length > 4 ? inputs[5].Shape[1] : 0);
+            double rounding = type == DType.F64 ? 1e-15 : 1.0 / (1 << 24);
+            Assert.That(losses[i],
+                Is.EqualTo(Math.Log(logits.Sum(x => Math.Exp(x - max))) + max - own)
+                    .Within(2 * (terms + 8) * rounding * (1 + sizes.Max())),
+                $"{what} loss[{i}]");
+            Assert.That(hits[i],
+                Is.EqualTo(Array.IndexOf(logits, max) == (int)inputs[3].Data[i] ? 1 : 0),
+                $"{what} hit[{i}]");
+        }
+    }
 
     /// <summary>The gradient of an input; null where the plain path rounds as a GPU does.</summary>
     public static double[]? Gradient(
@@ -72,18 +100,26 @@ internal static class RoundedCrossEntropy
 
     private static double[] LogitGradient(Value[] inputs, int i, double scale)
     {
-        var g = new double[inputs[1].Shape[0]];
-        for (int of = 0; of < inputs.Length; of += 4)
-        {
-            ReadOnlySpan<double> x = Row(inputs, i, of);
-            double[] w = inputs[of + 1].Data;
-            for (int at = 0; at < w.Length; at++)
-                g[at / x.Length] += (of == 0 ? 1 : scale) * x[at % x.Length] * w[at];
-        }
-
+        double[] g = Logits(inputs, i, scale, x => x);
         double max = g.Max(), sum = g.Sum(logit => Math.Exp(logit - max));
         for (int v = 0; v < g.Length; v++)
             g[v] = (Math.Exp(g[v] - max) / sum) - (v == (int)inputs[3].Data[i] ? 1 : 0);
         return g;
+    }
+
+    // The sum of what becomes of each term.
+    private static double[] Logits(Value[] inputs, int i, double scale, Func<double, double> of)
+    {
+        var logits = new double[inputs[1].Shape[0]];
+        for (int from = 0; from < inputs.Length; from += 4)
+        {
+            ReadOnlySpan<double> x = Row(inputs, i, from);
+            double[] w = inputs[from + 1].Data;
+            for (int at = 0; at < w.Length; at++)
+                logits[at / x.Length] +=
+                    of((from == 0 ? 1 : scale) * x[at % x.Length] * w[at]);
+        }
+
+        return logits;
     }
 }

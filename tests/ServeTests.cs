@@ -173,7 +173,15 @@ public sealed class ServeTests
     public async Task DamagedRequestsAreRefused()
     {
         JsonObject body = Question("Name a colour.", 3);
-        body["messages"]![0]!["content"] = new JsonArray(Picture("p0.png"), Part("What?"));
+        body["messages"]![0]!["content"] = new JsonArray(Picture("p0.png"), new JsonObject
+        {
+            ["type"] = "video_url",
+            ["video_url"] = new JsonObject
+            {
+                ["url"] = new JsonArray("data:image/png;base64,AAAA", "data:image/png;base64,BBBB"),
+                ["fps"] = 2,
+            },
+        }, Part("What?"));
         body["stop"] = new JsonArray("x", "yy");
         body["stream_options"] = new JsonObject { ["include_usage"] = true };
         string text = body.ToJsonString();

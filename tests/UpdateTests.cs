@@ -230,6 +230,35 @@ public sealed class UpdateTests
         }
     }
 
+    // More parts than the block that adds them has threads.
+    [TestCase(false)]
+    [TestCase(true)]
+    public void ManyRangesHaveOneNorm(bool cuda)
+    {
+        using var cpu = new CpuDevice(2, StepBytes);
+        Device device = cuda ? Cuda(DType.F32) : cpu;
+        Tensor norm = device.Allocate(GradientNorm.Spec, "norm");
+        var ranges = new Tensor[600];
+        double squares = 0;
+        for (int i = 0; i < ranges.Length; i++)
+        {
+            ranges[i] = device.Allocate(new(DType.F32, new Shape(3)), "g");
+            double[] values = Fill.Normal(i, 3);
+            if (i % 200 == 199) values[1] = double.NaN;
+            else squares += values.Sum(x => x * x);
+            Write(device, ranges[i], values);
+        }
+
+        double[] statistics = new double[3];
+        device.GradientNorm(ranges, 0, norm, Tensor.None);
+        device.Read<double>(norm, statistics);
+        Assert.That(statistics[2], Is.EqualTo(3));
+        device.GradientNorm(
+            [.. ranges.Where((_, i) => i % 200 != 199)], 0, norm, Tensor.None);
+        device.Read<double>(norm, statistics);
+        Assert.That(statistics[0], Is.EqualTo(Math.Sqrt(squares)).Within(1e-9 * squares));
+    }
+
     [Test]
     public void TheNormIsTheSameOnAnyNumberOfThreadsAndAWarmStepAllocatesNothing()
     {

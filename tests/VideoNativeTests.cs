@@ -28,21 +28,7 @@ public sealed class VideoNativeTests
         try
         {
             var file = ReferenceFile.OpenAt(s_case.At("video"));
-            int[] shape = file.Shape("video.frames.0");
-            double[] values = file.Doubles("video.frames.0");
-            (int height, int width) = (shape[1], shape[2]);
-            int stride = ((3 * width) + 3) & ~3;
-            for (int n = 0; n < shape[0]; n++)
-            {
-                var pixels = new byte[stride * height];
-                for (int y = 0; y < height; y++)
-                    for (int x = 0; x < width; x++)
-                        for (int c = 0; c < 3; c++)
-                            pixels[((height - 1 - y) * stride) + (3 * x) + 2 - c] = (byte)values[
-                                (((((n * height) + y) * width) + x) * 3) + c];
-                VideoRowTests.Bmp(Path.Combine(folder, $"{n}.bmp"), width, height, pixels);
-            }
-
+            WriteFrames(file, folder);
             string data = Path.Combine(folder, "rows.json");
             File.WriteAllText(data, """
                 [{"video": ["0.bmp", "1.bmp", "2.bmp"], "conversations": [
@@ -71,6 +57,25 @@ public sealed class VideoNativeTests
         finally
         {
             Directory.Delete(folder, recursive: true);
+        }
+    }
+
+    /// <summary>The frames of the reference's video, as 0.bmp and so on.</summary>
+    internal static void WriteFrames(ReferenceFile file, string folder)
+    {
+        int[] shape = file.Shape("video.frames.0");
+        double[] values = file.Doubles("video.frames.0");
+        (int height, int width) = (shape[1], shape[2]);
+        int stride = ((3 * width) + 3) & ~3;
+        for (int n = 0; n < shape[0]; n++)
+        {
+            var pixels = new byte[stride * height];
+            for (int y = 0; y < height; y++)
+                for (int x = 0; x < width; x++)
+                    for (int c = 0; c < 3; c++)
+                        pixels[((height - 1 - y) * stride) + (3 * x) + 2 - c] = (byte)values[
+                            (((((n * height) + y) * width) + x) * 3) + c];
+            VideoRowTests.Bmp(Path.Combine(folder, $"{n}.bmp"), width, height, pixels);
         }
     }
 

@@ -10,14 +10,15 @@ namespace MiniCpmNative.Cli;
 internal sealed class ChatCommand : IDisposable
 {
     private const string Usage = """
-        usage: cpmx chat MODEL [--adapter DIR] [--image FILE ...] [--audio FILE ...]
-                         [--system TEXT] [--think] [--name value ...]
+        usage: cpmx chat MODEL [--adapter DIR] [--image FILE ...] [--video FILE|FOLDER ...]
+                         [--audio FILE ...] [--system TEXT] [--think] [--name value ...]
 
         Asks a model, with an adapter that cpmx or PEFT wrote, in a conversation. Without a terminal
         each line that comes in is a question, and only answers go out. Ctrl-C stops an answer.
 
           --adapter DIR   folder with adapter_config.json and adapter_model.safetensors
           --image FILE    shown with the first question; may be given several times
+          --video PATH    a video: a file (ffmpeg decodes it) or a folder of frames; several too
           --audio FILE    heard with the first question (MiniCPM-o); several times too
           --system TEXT   system prompt
           --think         let the model think first, if it can; thoughts are folded
@@ -25,6 +26,7 @@ internal sealed class ChatCommand : IDisposable
 
     private const string Commands = """
         /image FILE    show a picture with the next question
+        /video PATH    show a video, a file or a folder of frames, with the next question
         /audio FILE    let the next question hear a sound (with --audio, or --init_audio true)
         /reset         begin anew
         /base          the last question again, without the adapter
@@ -65,7 +67,8 @@ internal sealed class ChatCommand : IDisposable
             return 0;
         }
 
-        var own = new OwnOptions(args, ["--adapter", "--image", "--audio", "--system"], ["--think"]);
+        var own = new OwnOptions(
+            args, ["--adapter", "--image", "--video", "--audio", "--system"], ["--think"]);
         if (own.Rest.Length == 0 || own.Rest[0].StartsWith('-'))
             throw new InputException("chat: the folder of a model is missing: cpmx chat MODEL");
         var (model, maker, settings) = Open(own, runners, error);
@@ -76,6 +79,7 @@ internal sealed class ChatCommand : IDisposable
             Thinks = own.Has("--think"),
         };
         foreach (string picture in own.All("--image")) session.Show(picture);
+        foreach (string video in own.All("--video")) session.Watch(video);
         foreach (string sound in own.All("--audio")) session.Hear(sound);
         if (terminal)
             output.WriteLine($"{model.Model.Spec.Family} on {model.Model.DeviceName}"
@@ -106,7 +110,7 @@ internal sealed class ChatCommand : IDisposable
         {
             return (model,
                 new PromptMaker(model.Model.Spec, model.Rows, given.Contains("max_slice_nums")
-                    ? arguments.MaxSliceNums : model.TrainedSlices),
+                    ? arguments.MaxSliceNums : model.TrainedSlices, model.Videos(arguments)),
                 GenerationSettings.Of(
                     arguments, model.Model.Spec, model.Rows.Prompts.StopIds, chats: true));
         }
@@ -160,6 +164,12 @@ internal sealed class ChatCommand : IDisposable
                     _output.WriteLine($"{rest}: {Messages.Number(picture.Plan.Views)} view(s), "
                         + "shown with the next question");
                 break;
+            case "/video":
+                IReadOnlyList<PromptPicture> frames = _session.Watch(rest);
+                if (_terminal)
+                    _output.WriteLine($"{rest}: {Messages.Number(Frames(frames))} frame(s), "
+                        + "shown with the next question");
+                break;
             case "/audio":
                 double seconds = _session.Hear(rest);
                 if (_terminal)
@@ -195,6 +205,9 @@ internal sealed class ChatCommand : IDisposable
 
         return true;
     }
+
+    private static int Frames(IReadOnlyList<PromptPicture> shown) =>
+        shown.Sum(frame => 1 + frame.Joined.Count);
 
     private void Say(Func<Action<string>, Func<bool>, ChatAnswer> ask)
     {

@@ -13,9 +13,10 @@ internal static class OutsideProgram
     /// <param name="input">What it reads.</param>
     /// <param name="file">What is decoded, in messages.</param>
     /// <param name="missing">What is said of the file where there is no such program.</param>
+    /// <param name="mostSeconds">How long it may take; null as long as it likes.</param>
     /// <exception cref="InputException">It is not there, or ended with a message.</exception>
     public static MemoryStream Run(string program, string name, IEnumerable<string> arguments,
-        byte[] input, string file, string missing)
+        byte[] input, string file, string missing, int? mostSeconds = null)
     {
         var start = new ProcessStartInfo(program, arguments)
         {
@@ -26,12 +27,18 @@ internal static class OutsideProgram
         try
         {
             using Process process = Process.Start(start)!;
+            bool late = false;
+            using var clock = mostSeconds is { } seconds ? new Timer(_ => { late = true; process.Kill(); },
+                null, TimeSpan.FromSeconds(seconds), Timeout.InfiniteTimeSpan) : null;
             Task<string> said = process.StandardError.ReadToEndAsync();
             Task feeds = Task.Run(() => Feed(process, input));
             var output = new MemoryStream();
             process.StandardOutput.BaseStream.CopyTo(output);
             process.WaitForExit();
             feeds.Wait();
+            if (late)
+                throw new InputException(
+                    $"{file}: {name} needs more than {mostSeconds} seconds for it: shorten it");
             return process.ExitCode == 0 ? output : throw new InputException(
                 $"{file}: {name} cannot decode it: {Messages.OneLine(said.Result.Trim())}");
         }

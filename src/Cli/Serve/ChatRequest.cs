@@ -9,7 +9,7 @@ internal sealed record ChatRequest
 {
     private const string Place = "the request";
 
-    private const int MostTurns = 1000, MostPictures = 64, MostSounds = 16, MostStops = 16;
+    private const int MostTurns = 1000, MostStops = 16;
 
     // Passed over: about the sender alone.
     private static readonly string[] s_harmless =
@@ -22,11 +22,8 @@ internal sealed record ChatRequest
 
     public required IReadOnlyList<PromptTurn> Turns { get; init; }
 
-    /// <summary>The content of the pictures that parts point to.</summary>
-    public required IReadOnlyList<byte[]> Pictures { get; init; }
-
-    /// <summary>The content of the sounds, whose parts are in their order.</summary>
-    public required IReadOnlyList<byte[]> Sounds { get; init; }
+    /// <summary>What the turns show, and let hear.</summary>
+    public required RequestMedia Media { get; init; }
 
     /// <summary>In place of the format's system prompt.</summary>
     public string? System { get; init; }
@@ -57,14 +54,13 @@ internal sealed record ChatRequest
     {
         JsonValue json = JsonInput.Parse(Place, body);
         if (!json.IsObject) throw json.Expected("an object");
-        List<byte[]> pictures = [], sounds = [];
-        (string? system, List<PromptTurn> turns) = Messages(json["messages"], pictures, sounds);
+        var media = new RequestMedia();
+        (string? system, List<PromptTurn> turns) = Messages(json["messages"], media);
         var request = new ChatRequest
         {
             Model = json.Find("model")?.Text() ?? "",
             Turns = turns,
-            Pictures = pictures,
-            Sounds = sounds,
+            Media = media,
             System = system,
             Settings = settings,
         };
@@ -150,7 +146,7 @@ internal sealed record ChatRequest
     }
 
     private static (string? System, List<PromptTurn> Turns) Messages(
-        JsonValue messages, List<byte[]> pictures, List<byte[]> sounds)
+        JsonValue messages, RequestMedia media)
     {
         string? system = null;
         var turns = new List<PromptTurn>();
@@ -165,7 +161,7 @@ internal sealed record ChatRequest
                     "user and assistant in turn, behind one system turn at most");
             if (isSystem && (turns.Count > 0 || system is not null))
                 throw message["role"].Error("is a system turn, expected one, in front");
-            PromptPart[] parts = Parts(message["content"], role, pictures, sounds);
+            PromptPart[] parts = Parts(message["content"], role, media);
             if (isSystem) system = string.Join('\n', parts.Select(part => part.Text));
             else turns.Add(new PromptTurn(role, parts));
         }
@@ -174,61 +170,13 @@ internal sealed record ChatRequest
             : throw messages.Error("ends without a question of the user");
     }
 
-    private static PromptPart[] Parts(
-        JsonValue content, string role, List<byte[]> pictures, List<byte[]> sounds)
+    private static PromptPart[] Parts(JsonValue content, string role, RequestMedia media)
     {
         if (content.IsText) return [content.Text()];
-        var parts = new List<PromptPart>();
-        foreach (JsonValue part in content.Items())
-        {
-            string type = part["type"].Text();
-            switch (type)
-            {
-                case "text":
-                    parts.Add(part["text"].Text());
-                    break;
-                case "image_url" when role == "user":
-                    if (pictures.Count == MostPictures)
-                        throw part.Error($"is picture {MostPictures + 1}, at most "
-                            + $"{MostPictures} are shown");
-                    JsonValue url = part["image_url"];
-                    parts.Add(pictures.Count);
-                    pictures.Add(Content(url.IsText ? url : url["url"]));
-                    break;
-                case "input_audio" or "audio_url" when role == "user":
-                    if (sounds.Count == MostSounds)
-                        throw part.Error($"is sound {MostSounds + 1}, at most {MostSounds} are heard");
-                    JsonValue sound = part[type];
-                    parts.Add(new PromptPart(null, -1, sounds.Count));
-                    sounds.Add(sound.IsText ? Content(sound)
-                        : sound.Find("data") is { } data ? Decoded(data, data.Text())
-                        : Content(sound["url"]));
-                    break;
-                default:
-                    throw part["type"].Expected(
-                        "text, or image_url or input_audio in a turn of the user");
-            }
-        }
-
-        return parts.Count > 0 ? [.. parts] : throw content.Error("is empty");
-    }
-
-    // Only what comes with the request: nothing is fetched.
-    private static byte[] Content(JsonValue url)
-    {
-        string text = url.Text();
-        int comma = text.IndexOf(',');
-        if (!text.StartsWith("data:", StringComparison.OrdinalIgnoreCase) || comma < 0
-            || !text.AsSpan(0, comma).EndsWith(";base64", StringComparison.OrdinalIgnoreCase))
-            throw url.Error(
-                "is no data: URL in base64 (data:image/png;base64,...): nothing is fetched");
-        return Decoded(url, text.AsSpan(comma + 1));
-    }
-
-    private static byte[] Decoded(JsonValue value, ReadOnlySpan<char> base64)
-    {
-        var bytes = new byte[(base64.Length / 4 * 3) + 3];
-        return Convert.TryFromBase64Chars(base64, bytes, out int length)
-            ? bytes[..length] : throw value.Error("is not base64");
+        PromptPart[] parts = [.. content.Items().Select(part => part["type"].Text() == "text"
+            ? part["text"].Text()
+            : (role == "user" ? media.Take(part) : null) ?? throw part["type"].Expected(
+                "text, or image_url, video_url or input_audio in a turn of the user"))];
+        return parts.Length > 0 ? parts : throw content.Error("is empty");
     }
 }

@@ -191,7 +191,7 @@ internal sealed class ChatServer : IAsyncDisposable
 
         string name = job.Adapted || _model.Adapter is null ? _name : _name + Base;
         string how = await (job.Request.Streams ? Stream(context, job, name) : Whole(context, job, name));
-        _say(FormattableString.Invariant($"{name}: {job.Request.Pictures.Count} pictures, ")
+        _say(FormattableString.Invariant($"{name}: {job.Request.Media.Pictures.Count} pictures, ")
             + FormattableString.Invariant($"{job.Input.Tokens:N0} + {job.Tokens:N0} tokens, ")
             + FormattableString.Invariant(
                 $"{(Environment.TickCount64 - began) / 1e3:0.0} s{how}"));
@@ -219,11 +219,12 @@ internal sealed class ChatServer : IAsyncDisposable
             bool adapted = IsAdapted(request.Model);
             GenerationInput input = _maker.Make(
                 request.Turns,
-                [.. request.Pictures.Select((picture, i) =>
+                [.. request.Media.Pictures.Select((picture, i) =>
                     _maker.Open(picture, $"picture {i + 1}"))],
                 request.System, request.Thinks,
                 request.Seed ?? (ulong)Random.Shared.NextInt64(),
-                [.. request.Sounds.Select((sound, i) => _maker.Hear(sound, $"sound {i + 1}"))]);
+                [.. request.Media.Sounds.Select((sound, i) => _maker.Hear(sound, $"sound {i + 1}"))],
+                [.. request.Media.Videos.Select((video, i) => _maker.Watch(video, $"video {i + 1}"))]);
             int most = Math.Min(
                 request.MaxTokens ?? int.MaxValue, request.Settings.MaxNewTokens);
             return new AnswerJob(input, request, adapted, most, gone);

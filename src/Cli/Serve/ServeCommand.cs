@@ -18,9 +18,9 @@ internal static class ServeCommand
                           [--name value ...]
 
         Serves a model, with an adapter that cpmx or PEFT wrote, to this machine: OpenAI's
-        /v1/models and /v1/chat/completions (streamed or not, pictures as data: URLs), and a page at
-        / that asks it, beside the model without the adapter. Ctrl-C or SIGTERM end it when what
-        runs is answered, a second one at once.
+        /v1/models and /v1/chat/completions (streamed or not, pictures and videos as data: URLs), and
+        a page at / that asks it, beside the model without the adapter. Ctrl-C or SIGTERM end it when
+        what runs is answered, a second one at once.
 
           --adapter DIR    folder with adapter_config.json and adapter_model.safetensors
           --name NAME      the model's name in requests; its folder's (NAME:base: without adapter)
@@ -29,7 +29,7 @@ internal static class ServeCommand
           --api_key KEY    what requests must carry, "Authorization: Bearer KEY"; else $CPMX_API_KEY
           --batch N        answers at once (8)
           --max_waiting N  requests that may wait (64); more are answered with status 429
-          --max_body SIZE  of a request, with its pictures (32MiB)
+          --max_body SIZE  of a request, with its pictures and videos (32MiB)
         """;
 
     public static int Run(

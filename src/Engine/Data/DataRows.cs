@@ -327,7 +327,7 @@ public sealed partial class DataRows : IRowLoader
         return plans;
     }
 
-    private static void MustBeCutAlike(Row row, int first, SlicePlan[] plans)
+    internal static void MustBeCutAlike(Row row, int first, SlicePlan[] plans)
     {
         int count = row.Pictures[first].Times?.Count ?? 1;
         SlicePlan plan = plans[first];

@@ -22,7 +22,7 @@ internal static class ParquetRows
     {
         if (!bytes.Span.EndsWith("PAR1"u8))
             throw new InputException($"{path}: is a Parquet file without its end; copy it again");
-        if (!ParquetFooter.IsWhole(bytes.Span)) throw Damaged(path, null);
+        if (!ParquetStructure.IsSound(bytes.Span)) throw Damaged(path, null);
         var row = new ArrayBufferWriter<byte>();
         // What the default escapes, as all but ASCII, the reader behind would have to undo.
         using var json = new Utf8JsonWriter(row, new JsonWriterOptions
@@ -73,10 +73,8 @@ internal static class ParquetRows
             .GetAwaiter().GetResult().Data;
     }
 
-    private static MemoryStream Stream(ReadOnlyMemory<byte> bytes) =>
-        MemoryMarshal.TryGetArray(bytes, out var array)
-            ? new MemoryStream(array.Array!, array.Offset, array.Count, writable: false)
-            : new MemoryStream(bytes.ToArray(), writable: false);
+    private static WithAnEnd Stream(ReadOnlyMemory<byte> bytes) =>
+        new(MemoryMarshal.TryGetArray(bytes, out var array) ? array : bytes.ToArray());
 
     // The library fails on damaged files in any way there is.
     private static T Guard<T>(string path, Func<T> read)
@@ -139,5 +137,13 @@ internal static class ParquetRows
                 json.WriteNullValue();
                 return true;
         }
+    }
+
+    // To the library the byte behind the last is one more of a number, for ever.
+    private sealed class WithAnEnd(ArraySegment<byte> bytes)
+        : MemoryStream(bytes.Array!, bytes.Offset, bytes.Count, writable: false)
+    {
+        public override int ReadByte() =>
+            base.ReadByte() is >= 0 and var next ? next : throw new EndOfStreamException();
     }
 }

@@ -37,9 +37,9 @@ public sealed record Prompt(int[] InputIds, ImageBound[] Bounds, int[] Pictures)
     public ImageBound[] SoundBounds { get; init; } = [];
 }
 
-/// <summary>A part of what is said to the model: text, or the picture or the sound of that
-/// index.</summary>
-public readonly record struct PromptPart(string? Text, int Picture, int Sound = -1)
+/// <summary>A part of what is said to the model: text, or the picture, the sound or the video of
+/// that index.</summary>
+public readonly record struct PromptPart(string? Text, int Picture, int Sound = -1, int Video = -1)
 {
     public static implicit operator PromptPart(string text) => new(text, -1);
 

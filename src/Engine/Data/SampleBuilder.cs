@@ -79,12 +79,15 @@ public sealed class SampleBuilder
     /// <param name="system">A system prompt in place of the format's.</param>
     /// <param name="enableThinking">Qwen3: false closes the thoughts of the answer at once.</param>
     /// <param name="sounds">Samples of each sound.</param>
+    /// <param name="videos">What each video shows, as indices into plans.</param>
     public Prompt BuildPrompt(
         IReadOnlyList<PromptTurn> turns, IReadOnlyList<SlicePlan> plans, string? system = null,
-        bool enableThinking = false, IReadOnlyList<int>? sounds = null)
+        bool enableThinking = false, IReadOnlyList<int>? sounds = null,
+        IReadOnlyList<int[]>? videos = null)
     {
         var pictures = new List<int>();
-        int features = 0;
+        int features = 0, stills = 0, watched = 0;
+        bool numbered = Numbers(turns.Any(turn => turn.Parts.Any(part => part.Video >= 0)));
         var chat = new List<ChatTurn>();
         if (system is not null) chat.Add(new ChatTurn("system", system));
         foreach (var turn in turns)
@@ -99,7 +102,16 @@ public sealed class SampleBuilder
                     continue;
                 }
 
-                parts.Add(part.Text ?? PictureText(plans[part.Picture], pictures.Count));
+                if (part.Video >= 0)
+                {
+                    int[] frames = videos![part.Video];
+                    parts.Add(VideoText([.. frames.Select(frame => plans[frame])], watched++));
+                    pictures.AddRange(frames);
+                    continue;
+                }
+
+                parts.Add(part.Text ?? _placeholders.Text(
+                    plans[part.Picture], numbered ? stills++ : null));
                 if (part.Text is null) pictures.Add(part.Picture);
             }
             chat.Add(new ChatTurn(turn.Role, string.Join('\n', parts)));
@@ -127,14 +139,15 @@ public sealed class SampleBuilder
         var (turns, pictures) = RowText.Compose(SoundText.Tagged(row), (picture, number) =>
             row.VideoAt(picture) is { } video
                 ? VideoText([.. video.Shown(row).Select(frame => plans[frame])], number)
-                : _placeholders.Text(plans[picture], NumbersOf(row) ? number : null),
+                : _placeholders.Text(
+                    plans[picture], Numbers(row.Videos.Count > 0) ? number : null),
             _format.Markers);
         return (SoundText.Filled(row, turns, k => _format.Sounds!.Text(sounds[k])), pictures);
     }
 
-    // In a row with a video the older processors are asked for no numbers.
-    private bool NumbersOf(Row row) =>
-        _format.Numbered && (row.Videos.Count == 0 || _format.Video is { Native: true });
+    // Beside a video the older processors are asked for no numbers.
+    private bool Numbers(bool besideVideo) =>
+        _format.Numbered && (!besideVideo || _format.Video is { Native: true });
 
     private string VideoText(SlicePlan[] frames, int number)
     {
@@ -143,9 +156,6 @@ public sealed class SampleBuilder
         return string.Join(native ? "" : "\n", frames.Select((frame, i) =>
             _placeholders.Text(frame, numbered && i == 0 ? number : null, isFrame: true)));
     }
-
-    private string PictureText(SlicePlan plan, int number) =>
-        _placeholders.Text(plan, _format.Numbered ? number : null);
 
     private Sample BuildStrict(
         Row row, IReadOnlyList<SlicePlan> plans, IReadOnlyList<int> sounds)

@@ -44,6 +44,22 @@ public sealed class VideoDecoder(
             Name(folder, Array.BinarySearch(frames, frame) + 1))]);
     }
 
+    // Of what somebody sent: containers alone, as playlists name other files.
+    private static readonly string[] s_containers =
+    [
+        "-protocol_whitelist", "file", "-format_whitelist",
+        "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv,asf,ogg,gif,webp_pipe",
+    ];
+
+    /// <summary>The same for content that somebody sent: files lie in that folder, and no program
+    /// may take longer.</summary>
+    internal VideoDecoder In(string folder, int mostSeconds) =>
+        new(folder, ffmpeg, ffprobe) { MostSeconds = mostSeconds };
+
+    private int? MostSeconds { get; init; }
+
+    private string[] Guards => MostSeconds is null ? [] : s_containers;
+
     /// <summary>The path of a file with that content.</summary>
     public string Store(byte[] content)
     {
@@ -93,9 +109,9 @@ public sealed class VideoDecoder(
         // Counted by decoding, as what headers say is often another number; once, as that takes long.
         string known = Folder(path, []) + ".json";
         if (File.Exists(known)) return Read(File.ReadAllText(known), path);
-        string said = Run(ffprobe, path, "-v", "error", "-select_streams", "v:0", "-count_frames",
+        string said = Run(ffprobe, path, [.. Guards, "-v", "error", "-select_streams", "v:0", "-count_frames",
             "-show_entries", "stream=nb_read_frames,avg_frame_rate", "-of", "json",
-            Path.GetFullPath(path));
+            Path.GetFullPath(path)]);
         var found = Read(said, path);
         Keep(known, Encoding.UTF8.GetBytes(said));
         return found;
@@ -149,9 +165,9 @@ public sealed class VideoDecoder(
             {
                 string wanted = string.Join('+', some.Select(frame => $"eq(n\\,{frame})"));
                 // One output frame for each that is selected, whatever its time was.
-                Run(ffmpeg, path, "-v", "error", "-nostdin", "-i", Path.GetFullPath(path), "-map",
+                Run(ffmpeg, path, [.. Guards, "-v", "error", "-nostdin", "-i", Path.GetFullPath(path), "-map",
                     "0:v:0", "-vf", $"select={wanted},setpts=N/(25*TB)", "-r", "25", "-pix_fmt", "rgb24",
-                    "-start_number", $"{first}", "-f", "image2", Path.Combine(temporary, "%06d.png"));
+                    "-start_number", $"{first}", "-f", "image2", Path.Combine(temporary, "%06d.png")]);
                 first += some.Length;
             }
 
@@ -174,12 +190,13 @@ public sealed class VideoDecoder(
         }
     }
 
-    private static string Run(string program, string path, params string[] arguments)
+    private string Run(string program, string path, string[] arguments)
     {
         string name = Path.GetFileName(program);
         MemoryStream said = OutsideProgram.Run(program, name, arguments, [], path,
             "video files are decoded by ffmpeg and ffprobe, and there is no "
-            + $"{name} on this machine: install them, or write the frames to a folder and name that");
+            + $"{name} on this machine: install them, or write the frames to a folder and name that",
+            MostSeconds);
         return Encoding.UTF8.GetString(said.GetBuffer().AsSpan(0, (int)said.Length));
     }
 }

@@ -48,8 +48,22 @@ public sealed class AskedModel : IDisposable
     /// max_slice_nums that the adapter was trained with, where its run says so; an adapter's own
     /// files have no place for it.
     /// </summary>
-    public int? TrainedSlices => Adapter is { } folder
-        ? TrainWriter.Beside(folder)?.Find("max_slice_nums")?.Int(1, 1000) : null;
+    public int? TrainedSlices => Trained("max_slice_nums")?.Int(1, 1000);
+
+    /// <summary>How videos are shown: what is not said, as the adapter was trained.</summary>
+    /// <exception cref="InputException">The model's frames are not joined in that way.</exception>
+    public VideoRules? Videos(TrainArguments said) => Rows.Video?.Of(said with
+    {
+        VideoFps = said.VideoFps ?? Trained("video_fps")?.Number(),
+        VideoMaxFrames = said.VideoMaxFrames ?? Trained("video_max_frames")?.Int(1),
+        VideoMaxSliceNums = said.VideoMaxSliceNums ?? Trained("video_max_slice_nums")?.Int(1),
+        VideoPacking = said.VideoPacking ?? Trained("video_packing")?.Int(1),
+        VideoStackFrames = said.VideoStackFrames ?? Trained("video_stack_frames")?.Int(1),
+    });
+
+    private JsonValue? Trained(string key) => Adapter is { } folder
+        && TrainWriter.Beside(folder)?.Find(key) is { } value
+        && value.Element.ValueKind != System.Text.Json.JsonValueKind.Null ? value : null;
 
     /// <summary>Whether the adapter is at work; without one it never is.</summary>
     public bool IsAdapted

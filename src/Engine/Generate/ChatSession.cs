@@ -26,6 +26,7 @@ public sealed class ChatSession
     private readonly List<PromptTurn> _turns = [];
     private readonly List<PromptPicture> _pictures = [];
     private readonly List<float[]> _sounds = [];
+    private readonly List<IReadOnlyList<PromptPicture>> _videos = [];
     private readonly List<PromptPart> _pending = [];
     private object _conversation = new();
 
@@ -71,12 +72,27 @@ public sealed class ChatSession
         return samples.Length / (double)SoundScheme.Rate;
     }
 
+    /// <summary>Shows a video with the next question: a file, or a folder of frames; what is
+    /// shown of it.</summary>
+    /// <exception cref="InputException">It is missing or no video, or the model takes none.
+    /// </exception>
+    public IReadOnlyList<PromptPicture> Watch(string path)
+    {
+        if (path.Length == 0)
+            throw new InputException("which video? The name of a file or a folder is missing");
+        IReadOnlyList<PromptPicture> frames = _maker.Watch(path);
+        _pending.Add(new PromptPart(null, -1, Video: _videos.Count));
+        _videos.Add(frames);
+        return frames;
+    }
+
     /// <summary>Forgets the conversation; the system prompt stays.</summary>
     public void Reset()
     {
         _turns.Clear();
         _pictures.Clear();
         _sounds.Clear();
+        _videos.Clear();
         _pending.Clear();
         _conversation = new();
     }
@@ -120,7 +136,7 @@ public sealed class ChatSession
         IReadOnlyList<PromptTurn> turns, Action<string> tell, Func<bool> goesOn)
     {
         GenerationInput input = _maker.Make(
-            turns, _pictures, System, Thinks, (ulong)turns.Count, _sounds);
+            turns, _pictures, System, Thinks, (ulong)turns.Count, _sounds, _videos);
         var text = new TextStream(_model.Rows.Tokenizer);
         long start = Stopwatch.GetTimestamp();
         double first = 0;

@@ -5,7 +5,18 @@ using MiniCpmNative.Engine.Model;
 namespace MiniCpmNative.Engine.Generate;
 
 /// <summary>A picture that is shown to a model, as it is cut; decoded when it is needed.</summary>
-public sealed record PromptPicture(string Name, Func<Picture> Decode, SlicePlan Plan);
+public sealed record PromptPicture(string Name, Func<Picture> Decode, SlicePlan Plan)
+{
+    /// <summary>Whether it is of a video.</summary>
+    public bool IsFrame { get; init; }
+
+    /// <summary>Of frames that become features together: the temporal id of each, it and those
+    /// that follow; null for all other pictures.</summary>
+    public IReadOnlyList<int>? Times { get; init; }
+
+    /// <summary>The frames that follow.</summary>
+    public IReadOnlyList<PromptPicture> Joined { get; init; } = [];
+}
 
 /// <summary>
 /// Makes prompts of conversations with pictures, as the official chat() does; a conversation that
@@ -13,22 +24,30 @@ public sealed record PromptPicture(string Name, Func<Picture> Decode, SlicePlan 
 /// </summary>
 public sealed class PromptMaker
 {
+    private readonly string _model;
     private readonly RowFormat _format;
     private readonly SampleBuilder _builder;
     private readonly SlicingSpec _slicing;
-    private readonly PatchStrips _strips;
+    private readonly VideoRules? _videos;
+    private readonly PatchStrips _strips, _frameStrips;
 
     /// <param name="spec">The model.</param>
     /// <param name="format">Its rows.</param>
     /// <param name="maxSliceNums">Most tiles of a picture; null takes the model's number.</param>
-    public PromptMaker(ModelSpec spec, RowFormat format, int? maxSliceNums = null)
+    /// <param name="videos">How videos are shown; null takes the model's rules.</param>
+    public PromptMaker(ModelSpec spec, RowFormat format, int? maxSliceNums = null,
+        VideoRules? videos = null)
     {
-        _format = format;
+        (_model, _format, _videos) = (spec.Family.Name, format, videos ?? format.Video);
         _slicing = format.SlicingUpTo(maxSliceNums ?? format.Slicing.MaxSliceNums);
         _strips = format.NewStrips();
+        _frameStrips = format.NewStrips(ofFrames: true);
         MaxTokens = Math.Min(spec.Family.Chat.MaxPromptTokens, spec.Decoder.MaxPositions);
         _builder = new SampleBuilder(format, MaxTokens);
     }
+
+    /// <summary>Decodes files of videos.</summary>
+    public VideoDecoder Decoder { get; init; } = VideoDecoder.Default;
 
     /// <summary>Most tokens of a prompt.</summary>
     public int MaxTokens { get; }
@@ -58,6 +77,21 @@ public sealed class PromptMaker
     public float[] Hear(byte[] content, string name) =>
         Hear(name, () => SoundScheme.Read(content, name));
 
+    /// <summary>What is shown of a video: of a file, or of a folder of frames.</summary>
+    /// <exception cref="InputException">It cannot be shown.</exception>
+    public IReadOnlyList<PromptPicture> Watch(string path) =>
+        File.Exists(path) || Directory.Exists(path)
+            ? Videos.Open(new RowVideo { Path = path }, path)
+            : throw new InputException($"{path}: there is no such file or folder");
+
+    /// <summary>The same of a video that came with its frames, or its content; name stands in
+    /// messages.</summary>
+    /// <inheritdoc cref="Watch(string)"/>
+    public IReadOnlyList<PromptPicture> Watch(RowVideo video, string name) =>
+        Videos.Open(video, name);
+
+    private PromptVideos Videos => new(_model, _format, _videos, Decoder);
+
     private float[] Hear(string name, Func<float[]> read)
     {
         if (_format.Sounds is null)
@@ -74,21 +108,32 @@ public sealed class PromptMaker
     /// <param name="enableThinking">Leaves the answer's thoughts open.</param>
     /// <param name="number">See <see cref="GenerationInput"/>.</param>
     /// <param name="sounds">Samples of sounds, whose parts are in their order.</param>
+    /// <param name="videos">What is shown of videos; parts are indices.</param>
     /// <exception cref="InputException">The conversation cannot be asked.</exception>
     public GenerationInput Make(
         IReadOnlyList<PromptTurn> turns, IReadOnlyList<PromptPicture> pictures,
         string? system = null, bool enableThinking = false, ulong number = 0,
-        IReadOnlyList<float[]>? sounds = null)
+        IReadOnlyList<float[]>? sounds = null,
+        IReadOnlyList<IReadOnlyList<PromptPicture>>? videos = null)
     {
         int[] lengths = [.. (sounds ?? []).Select(samples => samples.Length)];
+        var shownOf = new List<int[]>();
+        foreach (IReadOnlyList<PromptPicture> video in videos ?? [])
+        {
+            shownOf.Add([.. Enumerable.Range(pictures.Count, video.Count)]);
+            pictures = [.. pictures, .. video];
+        }
+
         Prompt prompt = _builder.BuildPrompt(
-            turns, [.. pictures.Select(picture => picture.Plan)], system, enableThinking, lengths);
+            turns, [.. pictures.Select(picture => picture.Plan)], system, enableThinking, lengths,
+            shownOf);
         int tokens = prompt.InputIds.Length, largest = prompt.InputIds.Max();
         if (tokens > MaxTokens)
             throw new InputException(
                 $"the conversation has {Messages.Number(tokens)} tokens, the model is asked with "
                 + $"{Messages.Number(MaxTokens)} at most: begin anew, say less, or show fewer or "
-                + "smaller pictures");
+                + "smaller pictures" + (shownOf.Count > 0 ? " (video_max_frames, "
+                + "video_max_slice_nums)" : ""));
         if (largest >= _format.Vocabulary)
             throw new InputException(
                 $"the tokenizer gives the token id {largest}, the model has "
@@ -119,9 +164,7 @@ public sealed class PromptMaker
             {
                 if (places[i].Start < from || places[i].End > to) continue;
                 PromptPicture shown = pictures[prompt.Pictures[i]];
-                using Picture picture = shown.Decode();
-                if (!batch.TryAddPicture(_strips, picture, shown.Plan,
-                    _format.Placeholders.Features(shown.Plan)))
+                if (!TryAdd(batch, shown, _format.Placeholders.Features(shown.Plan)))
                     throw new InputException($"{shown.Name}: has too many patches");
             }
 
@@ -129,6 +172,20 @@ public sealed class PromptMaker
                 _format.Sounds!.Add(
                     batch, prompt.SoundBounds, lengths, from, to, sound => sounds![sound]);
         }
+    }
+
+    private bool TryAdd(Batch batch, PromptPicture shown, int features)
+    {
+        if (shown.Times is { } times)
+        {
+            PromptPicture[] frames = [shown, .. shown.Joined];
+            return batch.TryAddFrames(_frameStrips, frame => frames[frame].Decode(),
+                [.. frames.Select(frame => frame.Plan)], times, features);
+        }
+
+        using Picture picture = shown.Decode();
+        return batch.TryAddPicture(
+            shown.IsFrame ? _frameStrips : _strips, picture, shown.Plan, features);
     }
 
     private PromptPicture Cut(string name, Func<Picture> decode, PictureSize size) => new(

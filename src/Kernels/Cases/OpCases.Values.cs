@@ -113,14 +113,15 @@ public static partial class OpCases
         ];
     }
 
-    // Nearly every row chooses the first expert, none the last.
-    private static Value[] Mixture(int rows, int width, int experts, int inner, int chosen)
+    // Nearly every row chooses the first expert, none the idle one.
+    private static Value[] Mixture(
+        int rows, int width, int experts, int idle, int inner, int chosen)
     {
         Value logits = X("logits", rows, experts);
         for (int i = 0; i < logits.Data.Length; i += experts)
         {
             logits.Data[i] += chosen;
-            logits.Data[i + experts - 1] -= 64;
+            logits.Data[i + idle] -= 64;
         }
 
         return
@@ -139,4 +140,36 @@ public static partial class OpCases
         Value.Int("rows", Fill.Distinct(3, labels, tokens, rising: true)),
         Value.Int("targets", Fill.Below(4, labels, vocabulary)),
     ];
+
+    // Every logit is there twice, so that the largest are equal. Two labels of three are one of
+    // these, the first or the second; where the second label stands no logit is above zero.
+    private static Value[] Chosen(Value[] head, double scale = 1)
+    {
+        Value h = head[0], rows = head[2], targets = head[3];
+        int vocabulary = head[1].Shape[0], half = vocabulary / 2;
+        for (int i = 1; i < head.Length; i += 4)
+            Array.Copy(head[i].Data, 0, head[i].Data, half * head[i].Shape[1],
+                half * head[i].Shape[1]);
+        for (int v = 0; v < vocabulary; v++)
+            head[1].Data[v * h.Shape[1]] = Math.Abs(head[1].Data[v * h.Shape[1]]);
+        for (int label = 0; label < rows.Data.Length; label++)
+        {
+            int row = (int)rows.Data[label];
+            if (label == 1)
+                for (int i = 0; i < head.Length; i += 4)
+                    for (int c = 0; c < head[i].Shape[1]; c++)
+                        head[i].Data[(row * head[i].Shape[1]) + c] = i + c == 0 ? -4 : 0;
+            if (label % 3 == 2) continue;
+            double[] logits = [.. Enumerable.Range(0, vocabulary).Select(v => Product(head, row, v)
+                + (head.Length > 4 ? scale * Product(head[4..], row, v) : 0))];
+            int first = Array.IndexOf(logits, logits.Max());
+            targets.Data[label] = label % 3 == 0 ? first : Array.LastIndexOf(logits, logits[first]);
+        }
+
+        return head;
+    }
+
+    private static double Product(Value[] x, int row, int of) =>
+        Enumerable.Range(0, x[0].Shape[1]).Sum(c =>
+            x[0].Data[(row * x[0].Shape[1]) + c] * x[1].Data[(of * x[0].Shape[1]) + c]);
 }

@@ -78,8 +78,8 @@ public static partial class OpCases
             SelfTestSizes = [15, 130],
             FreeColumns = ["cu_seqlens"],
         },
-        new("delta_rule_128", new DeltaRule(1, 2, 128, 128),
-            n => Delta([n / 4, n - (n / 4)], 1, 2, 128, 128),
+        new("delta_rule_128", new DeltaRule(2, 2, 128, 128),
+            n => Delta([n / 4, n - (n / 4)], 2, 2, 128, 128),
             () => Delta([1024, 1024], 16, 32, 128, 128))
         {
             ProductionOp = new DeltaRule(16, 32, 128, 128),
@@ -334,15 +334,15 @@ public static partial class OpCases
             Sizes = [0, 1, 7, 600],
             SelfTestSizes = [600],
         },
-        new("experts", new Experts(2), n => Mixture(n, 7, 35, 3, 2),
-            () => Mixture(256, 2048, 32, 512, 8))
+        new("experts", new Experts(2), n => Mixture(n, 7, 35, 17, 3, 2),
+            () => Mixture(256, 2048, 32, 31, 512, 8))
         {
             ProductionOp = new Experts(8),
             Sizes = [0, 1, 7, 130],
             SelfTestSizes = [15, 130],
         },
-        new("experts_whole", new Experts(3), n => Mixture(n, 24, 4, 16, 3),
-            () => Mixture(256, 2048, 32, 512, 8))
+        new("experts_whole", new Experts(3), n => Mixture(n, 24, 4, 3, 16, 3),
+            () => Mixture(256, 2048, 32, 31, 512, 8))
         {
             ProductionOp = new Experts(8),
             Sizes = [0, 1, 7, 130],
@@ -354,14 +354,14 @@ public static partial class OpCases
             Sizes = s_longRows,
         },
         new("cross_entropy", new CrossEntropy(),
-            n => Head(n, 5, n / 2, Math.Min(n + 2, 300)),
+            n => Chosen(Head(n, 5, n / 2, Math.Min(n + 2, 300))),
             () => Head(Rows, 1024, Rows, 32000))
         {
             FreeColumns = ["rows", "targets"],
         },
         new("cross_entropy_adapted", new CrossEntropy(2),
-            n => [.. Head(n, 5, n / 2, Math.Min(n + 2, 300)), X("u", n, 3),
-                X("bb", Math.Min(n + 2, 300), 3)],
+            n => Chosen([.. Head(n, 5, n / 2, Math.Min(n + 2, 300)), X("u", n, 3),
+                X("bb", Math.Min(n + 2, 300), 3)], scale: 2),
             () => [.. Head(Rows, 1024, Rows, 32000), X("u", Rows, 16), X("bb", 32000, 16)])
         {
             FreeColumns = ["rows", "targets", "u"],

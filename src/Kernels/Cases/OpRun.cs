@@ -13,6 +13,9 @@ namespace MiniCpmNative.Kernels.Cases;
 /// or a part of another may.</remarks>
 public sealed unsafe class OpRun : IDisposable
 {
+    // What stands for NaN among integers: an index of nothing.
+    private const int NoIndex = int.MaxValue;
+
     private readonly Device _device;
     private readonly Op _op;
     private readonly Value[] _values;
@@ -162,7 +165,8 @@ public sealed unsafe class OpRun : IDisposable
             throw new ArgumentException($"{data.Length} numbers for {tensor.Spec}");
         if (tensor.Type is DType.F64) _device.Write<double>(tensor, data);
         else if (tensor.Type is DType.I32)
-            _device.Write<int>(tensor, Array.ConvertAll(data, v => (int)v));
+            _device.Write<int>(
+                tensor, Array.ConvertAll(data, v => double.IsNaN(v) ? NoIndex : (int)v));
         else
             _device.WriteFloats(tensor, Array.ConvertAll(data, v => (float)v));
     }
