@@ -43,7 +43,8 @@ internal sealed partial record CommittedPtx(string Name, string Source, ModuleOp
     }
 
     /// <summary>Whether it is of the source as it is.</summary>
-    public bool IsCurrent() => Read().StartsWith($"// of {Hash()}, by NVRTC ", StringComparison.Ordinal);
+    public bool IsCurrent() =>
+        Read().StartsWith($"// of {Hash()}, by NVRTC ", StringComparison.Ordinal);
 
     /// <summary>The file: the lines told of above, then PTX.</summary>
     public string Read()
@@ -91,8 +92,9 @@ internal sealed partial record CommittedPtx(string Name, string Source, ModuleOp
         try
         {
             System.IO.File.WriteAllBytes(file, ptx[..^1]);
-            var start = new ProcessStartInfo(ptxas, 
-                [$"-arch=sm_{Options.Architecture}{(Options.Specific ? "a" : "")}", "-v", file, "-o", file])
+            string architecture = $"sm_{Options.Architecture}{(Options.Specific ? "a" : "")}";
+            var start = new ProcessStartInfo(
+                ptxas, [$"-arch={architecture}", "-v", file, "-o", file])
             {
                 RedirectStandardError = true,
             };
@@ -125,7 +127,8 @@ internal static class HopperPtx
     /// goes through clang.</summary>
     public static CudaModule Load(CudaContext context, DeviceCompiler compiler, string? source)
     {
-        if (compiler == DeviceCompiler.Nvrtc && source is null) return CommittedPtx.Hopper.Load(context);
+        if (compiler == DeviceCompiler.Nvrtc && source is null)
+            return CommittedPtx.Hopper.Load(context);
         if (ClangNvrtc.HopperClang is null)
             Assert.Ignore("clang 19 is not installed: tests/install-cuda-tools.sh installs it");
         byte[] ptx = new ModuleCompiler(ClangNvrtc.Table(), cache: null).Compile(

@@ -42,7 +42,8 @@ public sealed class MachineMemoryTests
     [TestCase("stream", "stream_weights=false, q_lora=true")]
     [TestCase("optimizer", "offload_optimizer=false, optim=adamw_8bit")]
     [TestCase("paged", "an end of other programs, optim=adamw_8bit")]
-    [TestCase("param", "offload_param=false, offload_optimizer=false, optim=adamw_8bit, use_lora=true")]
+    [TestCase("param",
+        "offload_param=false, offload_optimizer=false, optim=adamw_8bit, use_lora=true")]
     public void TooLittleIsSaidBeforeAnythingIsLoaded(string name, string open)
     {
         TrainArguments arguments = name switch
@@ -73,7 +74,8 @@ public sealed class MachineMemoryTests
             () => Runs.Train(arguments, devices: Machine(1 << 10)))!;
         TestContext.Out.WriteLine(failure.Message);
         Assert.That(failure.Message, Does.StartWith("out of memory: the run needs ")
-            .And.Contains(" MiB of the machine's memory, 0.0 MiB are free; in the machine's memory: ")
+            .And.Contains(
+                " MiB of the machine's memory, 0.0 MiB are free; in the machine's memory: ")
             .And.Contains("; open are an end of other programs, ")
             .And.EndsWith(open).And.Not.Contain("\n"));
         Assert.That(Directory.Exists(arguments.OutputDir), Is.False);
@@ -85,8 +87,8 @@ public sealed class MachineMemoryTests
     /// <summary>A run that keeps nothing there asks for nothing.</summary>
     [Test]
     public void WhatLiesOnTheGpuNeedsNone() => Assert.That(
-        () => Runs.Train(_arguments, devices: new StubCuda().Devices with { MachineBytes = () => 0 }),
-        Throws.Nothing);
+        () => Runs.Train(_arguments,
+            devices: new StubCuda().Devices with { MachineBytes = () => 0 }), Throws.Nothing);
 
     [Test]
     public void WhatIsFreeIsLessThanThereIs() => Assert.That(MachineMemory.Free(),

@@ -204,9 +204,10 @@ public sealed unsafe class QuantisedModelTests
             ModulesToSave = ["vpm"],
         }),
             Throws.TypeOf<InputException>().With.Message.Contains("modules_to_save"));
-        Assert.That(() => BaseModel.Open(s_qlora with { LlmInt8SkipModules = ["lm_head", "resampled"] }),
-            Throws.TypeOf<InputException>().With.Message.EqualTo("llm_int8_skip_modules \"resampled\" "
-                + "is no module of the model (did you mean \"resampler\"?)"));
+        Assert.That(
+            () => BaseModel.Open(s_qlora with { LlmInt8SkipModules = ["lm_head", "resampled"] }),
+            Throws.TypeOf<InputException>().With.Message.EqualTo("llm_int8_skip_modules "
+                + "\"resampled\" is no module of the model (did you mean \"resampler\"?)"));
         // Modules that are not quantised can be.
         using var model = BaseModel.Open(V26.Lora with
         {

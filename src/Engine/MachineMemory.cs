@@ -21,7 +21,7 @@ internal static class MachineMemory
         {
             string? line = File.ReadLines("/proc/meminfo")
                 .FirstOrDefault(l => l.StartsWith(name, StringComparison.Ordinal));
-            return line is not null && long.TryParse(line[name.Length..].Replace("kB", ""), out long kib)
+            return long.TryParse(line?[name.Length..].Replace("kB", ""), out long kib)
                 ? kib << 10 : null;
         }
         catch (Exception unknown) when (unknown is IOException or UnauthorizedAccessException)

@@ -186,7 +186,8 @@ public sealed unsafe partial class CudaDevice : Device
         return weight;
     }
 
-    public override void BeginAgain(ITensorPool pool) => _unpacked.Begin(KeepsUnpacked ? pool : null);
+    public override void BeginAgain(ITensorPool pool) =>
+        _unpacked.Begin(KeepsUnpacked ? pool : null);
 
     public override void EndAgain() => _unpacked.End();
 
