@@ -14,8 +14,8 @@ internal static partial class Plants
         Experts("the first warp's terms are not counted", "sort_by_expert", "if (w < warp) at +=",
             "if (w < warp - 1) at +=") with
         {
-            Kernel = "experts_backward", Size = 70, By = Finder.Emulator,
-            Check = Check.GlobalRace,
+            Kernel = "expert_product", Size = 70, By = Finder.Emulator,
+            Check = Check.ForeignPointer,
         },
         Plant.Fault(Check.SharedRaceWithinWarp, "counts are overwritten before they are read",
             "sort_by_expert", "__syncthreads(); // the counts before are read", "",
