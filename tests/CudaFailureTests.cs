@@ -29,17 +29,9 @@ public sealed class CudaFailureTests
     public void MakeFolder()
     {
         _folder = Directory.CreateTempSubdirectory("cpmx-test-").FullName;
-        string data = Path.Combine(_folder, "text.json");
-        File.WriteAllText(data, """
-            [{"conversations": [{"role": "user", "content": "Count."},
-              {"role": "assistant", "content": "1 2"}]}]
-            """);
-        _arguments = V26.Lora with
+        _arguments = Runs.OneRow(_folder) with
         {
-            OfficialCompat = false,
             Device = DeviceChoice.Cuda,
-            DataPath = data,
-            OutputDir = Path.Combine(_folder, "out"),
             MaxSteps = 4,
             SaveSteps = new Interval(2),
             LoggingSteps = new Interval(1),

@@ -20,17 +20,9 @@ public sealed class MachineMemoryTests
     public void WriteRows()
     {
         _folder = Directory.CreateTempSubdirectory("cpmx-test-").FullName;
-        string data = Path.Combine(_folder, "text.json");
-        File.WriteAllText(data, """
-            [{"conversations": [{"role": "user", "content": "Count."},
-              {"role": "assistant", "content": "1 2"}]}]
-            """);
-        _arguments = V26.Lora with
+        _arguments = Runs.OneRow(_folder) with
         {
-            OfficialCompat = false,
             Device = DeviceChoice.Cuda,
-            DataPath = data,
-            OutputDir = Path.Combine(_folder, "out"),
             MaxSteps = 1,
         };
     }

@@ -71,16 +71,8 @@ public sealed class PowerLossTests
 
     private Recording Record(bool overwrites)
     {
-        string data = Path.Combine(_folder, "text.json");
-        File.WriteAllText(data, """
-            [{"conversations": [{"role": "user", "content": "Count."},
-              {"role": "assistant", "content": "1 2"}]}]
-            """);
-        _arguments = V26.Lora with
+        _arguments = Runs.OneRow(_folder) with
         {
-            OfficialCompat = false,
-            DataPath = data,
-            OutputDir = Path.Combine(_folder, "out"),
             MaxSteps = 3,
             SaveSteps = new Interval(1),
             SaveTotalLimit = 1,

@@ -10,6 +10,23 @@ namespace MiniCpmNative.Tests;
 /// <summary>Whole training runs on rows of the reference, in this process.</summary>
 internal static class Runs
 {
+    /// <summary>LoRA on a row of text alone, which is written into the folder, as the results
+    /// are.</summary>
+    public static TrainArguments OneRow(string folder)
+    {
+        string data = Path.Combine(folder, "text.json");
+        File.WriteAllText(data, """
+            [{"conversations": [{"role": "user", "content": "Count."},
+              {"role": "assistant", "content": "1 2"}]}]
+            """);
+        return V26.Lora with
+        {
+            OfficialCompat = false,
+            DataPath = data,
+            OutputDir = Path.Combine(folder, "out"),
+        };
+    }
+
     /// <summary>
     /// A data file with these reference rows in this order; it finds their pictures.
     /// </summary>

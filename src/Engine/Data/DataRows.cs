@@ -275,9 +275,10 @@ public sealed partial class DataRows : IRowLoader
     internal static Picture Decode(Row row, int index, bool overWhite = false)
     {
         RowPicture named = row.Pictures[index];
-        return named.Beside.Count == 0 ? Decode(row, named, overWhite)
-            : FrameMosaic.Join(row, [.. named.Each.Select(frame => Probe(row, frame).Size)],
-                i => Decode(row, i == 0 ? named : named.Beside[i - 1], overWhite));
+        if (named.Beside.Count == 0) return Decode(row, named, overWhite);
+        RowPicture[] frames = [.. named.Each];
+        return FrameMosaic.Join(row, [.. frames.Select(frame => Probe(row, frame).Size)],
+            i => Decode(row, frames[i], overWhite));
     }
 
     private static Picture Decode(Row row, RowPicture named, bool overWhite)
@@ -318,8 +319,7 @@ public sealed partial class DataRows : IRowLoader
             PictureSize size = pictures[i].Size;
             if (Turn(pictures[i]) >= 5) size = new(size.Height, size.Width);
             plans[i] = i < row.Stills ? Plan(row, i, size, Turn(pictures[i]))
-                : Slicer.Plan(size, _frameSlicing.MaxSliceNums, _frameSlicing.ScaleResolution,
-                    _frameSlicing.Multiple);
+                : _frameSlicing.Plan(size);
         }
 
         foreach (RowVideo video in row.Videos)
@@ -354,7 +354,8 @@ public sealed partial class DataRows : IRowLoader
         PictureInfo first = Probe(row, named);
         return named.Beside.Count == 0 ? first : first with
         {
-            Size = FrameMosaic.Of(row, [.. named.Each.Select(frame => Probe(row, frame).Size)]).Size,
+            Size = FrameMosaic.Of(
+                row, [first.Size, .. named.Beside.Select(frame => Probe(row, frame).Size)]).Size,
             Orientation = 1,
         };
     }

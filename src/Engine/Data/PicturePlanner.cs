@@ -21,14 +21,17 @@ public enum SmallPictures
 /// <summary>How pictures are cut under a <see cref="SlicingSpec"/>.</summary>
 public static class PicturePlanner
 {
+    /// <summary>The plan by size alone, as frames of videos are cut.</summary>
+    public static SlicePlan Plan(this SlicingSpec slicing, PictureSize size) => Slicer.Plan(
+        size, slicing.MaxSliceNums, slicing.ScaleResolution, slicing.Multiple);
+
     /// <summary>The plan of a picture.</summary>
     /// <param name="slicing">The rules.</param>
     /// <param name="size">The picture's.</param>
     /// <param name="decode">Its pixels, which are looked at only where they decide.</param>
     public static SlicePlan Plan(this SlicingSpec slicing, PictureSize size, Func<Picture> decode)
     {
-        SlicePlan plan = Slicer.Plan(
-            size, slicing.MaxSliceNums, slicing.ScaleResolution, slicing.Multiple);
+        SlicePlan plan = slicing.Plan(size);
         if (slicing.Small == SmallPictures.Always
             || (slicing.Small == SmallPictures.Never && plan.Sliced)) return plan;
         if (slicing.Small == SmallPictures.Never)

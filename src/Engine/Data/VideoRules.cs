@@ -25,9 +25,6 @@ public enum FrameRule
 /// <param name="MaxSlices">Most tiles of a frame (video_max_slice_nums).</param>
 public sealed record VideoRules(FrameRule Rule, double Fps, int MaxFrames, int MaxSlices)
 {
-    /// <summary>Most frames of a second that are shown.</summary>
-    public const int MostStacked = TrainArguments.MostStacked;
-
     /// <summary>Most frames that are joined; 1 where none are.</summary>
     public int MaxPacking { get; init; } = 1;
 

@@ -41,9 +41,8 @@ internal sealed class PromptVideos(
     }
 
     private List<PromptPicture> Shown(
-        RowVideo video, string name, VideoDecoder decodes, string? fleeting = null)
-    {
-        return Named(name, () =>
+        RowVideo video, string name, VideoDecoder decodes, string? fleeting = null) =>
+        Named(name, () =>
         {
             // As a row that is beside what is asked.
             Row row = VideoFrames.Choose(
@@ -51,7 +50,6 @@ internal sealed class PromptVideos(
                 rules, decodes);
             return Cut(fleeting is null ? row : Held(row, name), name);
         }, fleeting);
-    }
 
     // Without a row in messages, and without a folder that nobody knows.
     private static T Named<T>(string name, Func<T> make, string? fleeting = null)
@@ -94,9 +92,8 @@ internal sealed class PromptVideos(
     private List<PromptPicture> Cut(Row row, string name)
     {
         SlicingSpec slicing = format.SlicingOfFrames(rules!.MaxSlices);
-        SlicePlan[] plans = [.. row.Pictures.Select((_, i) => Slicer.Plan(
-            DataRows.Probe(row, i).Size, slicing.MaxSliceNums, slicing.ScaleResolution,
-            slicing.Multiple))];
+        SlicePlan[] plans = [.. row.Pictures.Select(
+            (_, i) => slicing.Plan(DataRows.Probe(row, i).Size))];
         var shown = new List<PromptPicture>();
         foreach (int first in row.Videos[0].Shown(row))
         {

@@ -1,4 +1,5 @@
 using System.Collections.Immutable;
+using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
 
 namespace MiniCpmNative.Engine.Model;
@@ -41,7 +42,7 @@ internal static class NativeConfig
                 : ModelConfig.Size(json, "max_slice_nums", 1 << 12, rules.MaxSlices),
             ScaleResolution = json.Find("scale_resolution") is null ? null
                 : ModelConfig.Size(json, "scale_resolution", ModelConfig.MaxSide, 448),
-            Stacked = ModelConfig.Size(json, "stack_frames", VideoRules.MostStacked, 1),
+            Stacked = ModelConfig.Size(json, "stack_frames", TrainArguments.MostStacked, 1),
         };
 
         JsonValue? Read(string name)
