@@ -40,7 +40,7 @@ public sealed class MachineMemoryTests
     {
         TrainArguments arguments = name switch
         {
-            "stream" => _arguments with { StreamWeights = true },
+            "stream" => _arguments with { StreamWeights = StreamedWeights.True },
             "optimizer" => _arguments with { OffloadOptimizer = true },
             "paged" => _arguments with { Optim = OptimizerKind.PagedAdamw32bit },
             _ => V26.Full with

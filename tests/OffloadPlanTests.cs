@@ -52,7 +52,7 @@ public sealed class OffloadPlanTests
             OffloadParam = true,
         }, views: 10, out long host);
         MemoryParts streamed = Count(
-            s_official with { OffloadOptimizer = true, StreamWeights = true }, views: 10, out _);
+            s_official with { OffloadOptimizer = true, StreamWeights = StreamedWeights.True }, views: 10, out _);
         Assert.That(all.Total / Gib, Is.LessThan(8));
         // The embeddings' values and gradients are what makes the difference, and the tower's.
         Assert.That(streamed.Total - all.Total, Is.GreaterThan(6 * Embedding));
@@ -94,15 +94,17 @@ public sealed class OffloadPlanTests
     /// <summary>
     /// With nothing said but a limit: what costs the least of the bus first, everything last.
     /// </summary>
-    [TestCase("official", 40, false, false, false)]
-    [TestCase("official", 24, true, false, false)]
-    [TestCase("official", 16, true, true, false)]
-    [TestCase("official", 8, true, true, true)]
-    [TestCase("lora", 8, false, true, false)]
-    [TestCase("full", 70, true, false, false)]
-    [TestCase("full", 24, true, true, true)]
+    [TestCase("official", 40, false, StreamedWeights.False, false)]
+    [TestCase("official", 24, true, StreamedWeights.False, false)]
+    [TestCase("official", 16, true, StreamedWeights.True, false)]
+    [TestCase("official", 8, true, StreamedWeights.True, true)]
+    [TestCase("lora", 17, false, StreamedWeights.False, false)]
+    [TestCase("lora", 15, false, StreamedWeights.Embeddings, false)]
+    [TestCase("lora", 8, false, StreamedWeights.True, false)]
+    [TestCase("full", 70, true, StreamedWeights.False, false)]
+    [TestCase("full", 24, true, StreamedWeights.True, true)]
     public void ALimitPicksWhatLiesInTheMachine(
-        string name, int gib, bool optimizer, bool streams, bool param)
+        string name, int gib, bool optimizer, StreamedWeights streams, bool param)
     {
         TrainArguments arguments = name switch
         {
@@ -118,12 +120,13 @@ public sealed class OffloadPlanTests
         TrainArguments picked = plan.Of(arguments);
         TestContext.Out.WriteLine(plan);
         Assert.That((picked.OffloadOptimizer, picked.StreamWeights, picked.OffloadParam),
-            Is.EqualTo(((bool?)optimizer, (bool?)streams, (bool?)param)));
+            Is.EqualTo(((bool?)optimizer, (StreamedWeights?)streams, (bool?)param)));
         Assert.That(plan.Parts.Total, Is.LessThanOrEqualTo((long)gib << 30));
         string said = plan.ToString();
         Assert.That(said.Contains("offload_optimizer"), Is.EqualTo(optimizer));
         Assert.That(said.Contains("offload_param"), Is.EqualTo(param));
-        Assert.That(said.Contains("stream_weights"), Is.EqualTo(streams && name != "full"));
+        Assert.That(said.Contains("stream_weights"),
+            Is.EqualTo(streams != StreamedWeights.False && name != "full"));
     }
 
     /// <summary>
@@ -136,7 +139,7 @@ public sealed class OffloadPlanTests
         TrainArguments arguments = V47Experts.Lora with
         {
             Bf16 = true,
-            StreamWeights = true,
+            StreamWeights = StreamedWeights.True,
         };
         ModelSpec spec = V47Experts.Large(_folder);
         TunedParts parts = TunedParts.Choose(

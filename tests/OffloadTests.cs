@@ -118,7 +118,7 @@ public sealed class OffloadTests
             MaxSteps = 2,
             OffloadOptimizer = offloadsFirst,
             OffloadParam = offloadsFirst,
-            StreamWeights = offloadsFirst,
+            StreamWeights = offloadsFirst ? StreamedWeights.True : StreamedWeights.False,
         };
         using var cuda = new CudaSource();
         Runs.Train(arguments, devices: cuda.Source);
@@ -130,7 +130,7 @@ public sealed class OffloadTests
             ResumeFromCheckpoint = new ResumePoint(null),
             OffloadOptimizer = !offloadsFirst,
             OffloadParam = !offloadsFirst,
-            StreamWeights = !offloadsFirst,
+            StreamWeights = offloadsFirst ? StreamedWeights.False : StreamedWeights.True,
         }, devices: cuda.Source);
         Assert.That(File.ReadAllBytes(weights), Is.EqualTo(whole));
         Assert.That(said.Contains("in the machine's memory"), Is.EqualTo(!offloadsFirst));

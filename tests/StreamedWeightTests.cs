@@ -40,7 +40,8 @@ public sealed class StreamedWeightTests
     {
         var said = new List<string>();
         DeviceSource.Default.Open(
-            s_lora with { Device = DeviceChoice.Cpu, StreamWeights = true }, said.Add).Dispose();
+            s_lora with { Device = DeviceChoice.Cpu, StreamWeights = StreamedWeights.Embeddings },
+            said.Add).Dispose();
         Assert.That(said, Is.EqualTo(
             ["stream_weights: on the CPU weights are in the machine's memory anyway"]));
     }
@@ -60,7 +61,7 @@ public sealed class StreamedWeightTests
             QLora = name == "nf4",
             LlmInt8SkipModules = name == "nf4" ? ["resampler", "lm_head"] : null,
         };
-        TrainArguments streams = arguments with { StreamWeights = true };
+        TrainArguments streams = arguments with { StreamWeights = StreamedWeights.True };
         using var gpu = new CudaUnderTest();
         Steps resident = Run(gpu, arguments, count, together: 1, picture);
         Steps streamed = Run(gpu, streams, count, together: 2, picture);
@@ -72,7 +73,18 @@ public sealed class StreamedWeightTests
         Assert.That((resident.Bytes, resident.Copied), Is.EqualTo((0L, 0L)));
         // A pass finds two layers there: three come in forward, three in backward. The first step
         // finds the last two, as an evaluation leaves them, and brings those before and the first.
-        if (picture) return;
+        if (picture)
+        {
+            Steps beside = Run(gpu, arguments with { StreamWeights = StreamedWeights.Embeddings },
+                count, together: 1, picture);
+            Assert.That(beside.Losses, Is.EqualTo(resident.Losses));
+            Assert.That(beside.Values, Is.EqualTo(resident.Values));
+            Assert.That((beside.Bytes, beside.Host, resident.Host),
+                Is.EqualTo((0L, streamed.Host, 0L)));
+            Assert.That(beside.Host, Is.Positive);
+            return;
+        }
+
         long layer = streamed.Decoder / Layers;
         Assert.That(streamed.Copied, Is.EqualTo(layer * ((6 * count) + 2 + 3 + 2)));
     }
@@ -81,7 +93,11 @@ public sealed class StreamedWeightTests
     [Test]
     public void NoOrderOfWorkChangesABit()
     {
-        TrainArguments streams = s_lora with { ModelNameOrPath = MadeModel.OfLayers(_folder, 3), StreamWeights = true };
+        TrainArguments streams = s_lora with
+        {
+            ModelNameOrPath = MadeModel.OfLayers(_folder, 3),
+            StreamWeights = StreamedWeights.True,
+        };
         var found = new List<Steps>();
         foreach (int seed in (int[])[0, 7])
         {
@@ -147,7 +163,7 @@ public sealed class StreamedWeightTests
         {
             QLora = quantised,
             LlmInt8SkipModules = quantised ? ["resampler", "lm_head"] : null,
-            StreamWeights = true,
+            StreamWeights = StreamedWeights.True,
         };
         using DryRun dry = RealModel.Dry(_folder, arguments);
         MemoryParts parts = dry.Parts(dry.Train(RealModel.Row(2048)));
@@ -172,7 +188,7 @@ public sealed class StreamedWeightTests
     public void AsManyMicroBatchesGoTogetherAsFit()
     {
         const long Boundary = 28L * 2048 * 3584 * 2;
-        TrainArguments arguments = RealModel.Lora with { StreamWeights = true };
+        TrainArguments arguments = RealModel.Lora with { StreamWeights = StreamedWeights.True };
         PlannedModel model = RealModel.Planned(_folder, arguments);
         Batch row = RealModel.Row(2048);
         long one, four, copiedByOne, copiedByFour;
@@ -200,7 +216,7 @@ public sealed class StreamedWeightTests
     }
 
     private sealed record Steps(List<double> Losses, List<double> Norms, float[] Values,
-        long Bytes, long Decoder, long Copied);
+        long Bytes, long Decoder, long Copied, long Host);
 
     private static Steps Run(CudaUnderTest gpu, TrainArguments arguments, int steps, int together,
         bool picture)
@@ -222,7 +238,7 @@ public sealed class StreamedWeightTests
         return new(losses, norms, [.. model.ParameterRanges.List
             .SelectMany(t => device.ReadFloats(model.ParameterRanges.Value(t.Name)))],
             device.StreamedBytes, device.StreamedBytesOf((int)ModelPart.Decoder),
-            device.StreamedSoFar);
+            device.StreamedSoFar, device.HostBytes);
     }
 
     internal static double Evaluated(TunedModel model, Batch batch)

@@ -9,8 +9,9 @@ using NUnit.Framework;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// Weights of 4 bits where layers run again in backward: unpacked once for the second forward and
-/// the gradients where memory allows, with the same bits, and what that saves.
+/// Weights of 4 bits that are unpacked once where memory allows, with the same bits, and what that
+/// saves: for the second forward and the gradients of a layer that runs again in backward, or for
+/// the whole run.
 /// </summary>
 [TestFixture]
 public sealed class UnpackedOnceTests
@@ -20,6 +21,9 @@ public sealed class UnpackedOnceTests
     // Of a layer, down's not, whose product no second forward needs.
     private const long Again = Width * ((2 * Width) + (2 * Keys) + (2 * Inner));
     private const long Down = Width * Inner;
+
+    // Bytes that an H100 was measured to copy in a second, read and written.
+    private const double Rate = 3.02e12;
 
     private static readonly TrainArguments s_real = RealModel.Lora with
     {
@@ -53,7 +57,7 @@ public sealed class UnpackedOnceTests
             LoraDropout = 0.1,
             InitLoraWeights = new("false"),
             GradientCheckpointing = true,
-            StreamWeights = streams,
+            StreamWeights = streams ? StreamedWeights.True : StreamedWeights.False,
         };
         using var gpu = new CudaUnderTest();
         using var model = TunedModel.Open(arguments, gpu.Devices);
@@ -71,6 +75,23 @@ public sealed class UnpackedOnceTests
             if (gpu.Emulator is { } emulator)
                 Assert.That(emulator.Launches.Count(l => l.Kernel == "unpack_4bit"),
                     Is.EqualTo((2 * (7 + 6)) + (keeps ? 2 : 7 + 4)));
+        }
+
+        // The first step fills the room, of all or of nearly half of them, from the last layer on.
+        long each = device.UnpackedWanted / 2;
+        foreach (var (room, first, later) in ((long, int, int)[])[
+            (2 * each, (2 * 7) + (2 * 7), 0), (each, (2 * 7) + 7 + 6 + 1, 7 + 6 + 1)])
+        {
+            device.HoldUnpacked(room);
+            foreach (int launches in (int[])[first, later])
+            {
+                gpu.Emulator?.ClearLaunches();
+                StepResult result = trainer.Step(3, [batch], learningRate: 0);
+                found.Add((result.Loss, V26.AllGradients(model)));
+                if (gpu.Emulator is { } emulator)
+                    Assert.That(emulator.Launches.Count(l => l.Kernel == "unpack_4bit"),
+                        Is.EqualTo(launches), $"{room} bytes");
+            }
         }
 
         foreach (var (loss, gradients) in found)
@@ -103,6 +124,46 @@ public sealed class UnpackedOnceTests
     }
 
     /// <summary>
+    /// A memory_limit says what a run may take, so that what it leaves holds unpacked weights: all
+    /// of them above 20 GiB. Counted as below, each of two unpackings a step that a held number
+    /// needs no more saves its bytes.
+    /// </summary>
+    [TestCase(0, 24, 0, 0.912)]
+    [TestCase(8, 24, 0.05, 0.916)]
+    [TestCase(10, 24, 0.2, 0.931)]
+    [TestCase(21, 24, 1, 0.999)]
+    [TestCase(21, 16, 0.6, 0.96)]
+    public void WhatALimitLeavesHoldsThemUnpacked(int limit, int free, double share, double least)
+    {
+        TrainArguments arguments = s_real with
+        {
+            MemoryLimit = limit == 0 ? null : MemoryLimit.Parse($"{limit}GiB"),
+        };
+        using DryRun dry = RealModel.Dry(_folder, arguments);
+        PlannedBatches.Planned[] rows = [new([RealModel.Row(2048)], true, default, "the row")];
+        long allowed = (long)(limit == 0 ? free : Math.Min(limit, free)) << 30;
+        MemoryPlan plan = MemoryPlan.Make(arguments, dry, rows, allowed);
+        TestContext.Out.WriteLine(plan);
+        const long All = 2 * Layers * (Again + Down);
+        Assert.That(plan.Parts.Total, Is.LessThanOrEqualTo(allowed));
+        Assert.That(plan.Held, Is.InRange(share * All, Math.Min(1, share + 0.15) * All));
+        Assert.That(plan.Unpacked, share < 1 ? Is.EqualTo(2 * Again) : Is.Zero);
+        Assert.That($"{plan}".Contains("stay unpacked"), Is.EqualTo(share > 0));
+        // Two more at most, as less room is needed for the others' layers then.
+        if (share < 1 && limit > 0)
+            Assert.That(allowed - plan.Parts.Total, Is.LessThan(2 * (Again + Down)));
+
+        double four = Seconds(dry), held = plan.Held / (double)All;
+        using DryRun dense = RealModel.Dry(
+            _folder, s_real with { QLora = false, LlmInt8SkipModules = null });
+        double times = 2 * (1 - held) * (Again + Down);
+        double other = Seconds(dense);
+        Assert.That(four - other,
+            Is.EqualTo(Layers * times * (2 + (4.127 / 8)) / Rate).Within(0.0005));
+        Assert.That(other / four, Is.InRange(least, least + 0.035));
+    }
+
+    /// <summary>
     /// What the weights cost beside dense ones, counted at an H100's measured rates: each time that
     /// they are unpacked their codes are read and two bytes written.
     /// </summary>
@@ -111,7 +172,6 @@ public sealed class UnpackedOnceTests
     [TestCase(8192, true, 0.975)]
     public void TheTimeIsThatOfUnpacking(int tokens, bool keeps, double least)
     {
-        const double Rate = 3.02e12;
         double dense = Seconds(s_real with { QLora = false, LlmInt8SkipModules = null }, false);
         double four = Seconds(s_real, keeps);
         double times = (2 * (Again + Down)) + (keeps ? 0 : Again);
@@ -123,12 +183,20 @@ public sealed class UnpackedOnceTests
         {
             using DryRun dry = RealModel.Dry(_folder, arguments);
             dry.KeepsUnpacked = unpacksOnce;
-            var work = new StepWork(Rate, 785e12);
-            Batch batch = RealModel.Row(tokens);
-            work.Begin(batch);
-            dry.Watch = work;
-            dry.Train(batch);
-            return work.Seconds;
+            return UnpackedOnceTests.Seconds(dry, tokens);
         }
+    }
+
+    // Of a step after the first.
+    private static double Seconds(DryRun dry, int tokens = 2048)
+    {
+        Batch batch = RealModel.Row(tokens);
+        dry.Train(batch);
+        var work = new StepWork(Rate, 785e12);
+        work.Begin(batch);
+        dry.Watch = work;
+        dry.Train(batch);
+        dry.Watch = null;
+        return work.Seconds;
     }
 }

@@ -132,7 +132,7 @@ internal sealed class RealBench
         // As the case has it, wherever it fits.
         arguments = arguments with
         {
-            StreamWeights = arguments.Streams,
+            StreamWeights = arguments.StreamWeights ?? StreamedWeights.False,
             OffloadOptimizer = arguments.OffloadOptimizer == true,
             OffloadParam = arguments.OffloadParam == true,
         };

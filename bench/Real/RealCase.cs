@@ -31,11 +31,11 @@ internal sealed record RealCase(
     public static RealCase[] Table { get; } =
     [
         new("qkv", "r64 on q, k, v", false, false, 64, 1, false, 2048, false,
-            ["base qkv", "lean qkv", "compiled qkv"]),
+            ["base qkv", "lean qkv", "compiled qkv"]) { Over = LookUps, MostGib = 22 },
         new("qkv-ckpt", "r64 on q, k, v, gradient_checkpointing", false, false, 64, 1, true, 2048,
-            false, ["base qkv-ckpt"]),
+            false, ["base qkv-ckpt"]) { Over = LookUps, MostGib = 16.2 },
         new("all", "r64 on all seven", false, true, 64, 1, false, 2048, false,
-            ["base all", "lean all", "compiled all"]),
+            ["base all", "lean all", "compiled all"]) { Over = LookUps, MostGib = 24 },
         new("all-b4-ckpt", "r64 on all seven, batch 4, gradient_checkpointing", false, true, 64, 4,
             true, 2048, false, ["base all-b4-ckpt", "lean all-b4-ckpt"]),
         new("long", "r64 on q, k, v, one row of 16,384 tokens, gradient_checkpointing", false,
@@ -46,17 +46,21 @@ internal sealed record RealCase(
             ["base small", "lean small"]),
         Long("qkv-8k", ""),
         New("qlora", "r64 on q, k, v, NF4 with the vision tower's, gradient_checkpointing",
-            "qkv-ckpt", 0.93, 0, Nf4),
-        New("qlora-7g", "the same, memory_limit 7GiB", "qkv-ckpt", 0, 7,
-            a => Nf4(a) with { MemoryLimit = MemoryLimit.Parse("7GiB") }),
+            "qkv-ckpt", 0, 0, Nf4),
+        New("qlora-7g", "the same, memory_limit 7GiB, embeddings in the machine", "qkv-ckpt", 0, 7,
+            a => LookUps(Nf4(a)) with { MemoryLimit = MemoryLimit.Parse("7GiB") }),
+        New("qlora-10g", "the same, memory_limit 10GiB", "qkv-ckpt", 0.93, 10,
+            a => Nf4(a) with { MemoryLimit = MemoryLimit.Parse("10GiB") }),
+        New("qlora-20g", "the same, memory_limit 20GiB", "qkv-ckpt", 0.98, 20,
+            a => Nf4(a) with { MemoryLimit = MemoryLimit.Parse("20GiB") }),
         Long("qlora-8k", ", NF4", "qkv-8k") with { Over = Nf4, Goal = 0.97 },
         New("acc4", "4 micro-batches a step, gradient_checkpointing", "", 0, 0, a => a, 4),
         New("acc4-streamed", "the same, frozen layers streamed", "acc4", 0.85, 6,
-            a => a with { StreamWeights = true }, 4),
+            a => a with { StreamWeights = StreamedWeights.True }, 4),
         New("streamed", "frozen layers streamed, one micro-batch a step", "qkv-ckpt", 0, 5,
-            a => a with { StreamWeights = true }),
+            a => a with { StreamWeights = StreamedWeights.True }),
         New("qlora-streamed", "NF4, frozen layers streamed", "qlora", 0, 4,
-            a => Nf4(a) with { StreamWeights = true }),
+            a => Nf4(a) with { StreamWeights = StreamedWeights.True }),
         New("official", "and embed_tokens, resampler, vpm trained, pictures, everything offloaded", "",
             0, 8, a => a with
             {
@@ -83,6 +87,12 @@ internal sealed record RealCase(
     private static RealCase Long(string name, string what, params string[] against) =>
         new(name, "r64 on q, k, v, one row of 8,192 tokens, gradient_checkpointing" + what, false,
             false, 64, 1, true, 8192, false, against);
+
+    // Embeddings in the machine's memory.
+    private static TrainArguments LookUps(TrainArguments a) => a with
+    {
+        StreamWeights = StreamedWeights.Embeddings,
+    };
 
     private static TrainArguments Nf4(TrainArguments a) => a with
     {

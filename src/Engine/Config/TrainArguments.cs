@@ -59,9 +59,9 @@ public sealed partial record TrainArguments
     public MemoryLimit? MemoryLimit { get; init; }
 
     [Key("Model", "frozen layers stay in the machine's memory and pass through two buffers of the "
-        + "GPU while it computes: true, false; when not given, where the run does not fit otherwise",
-        SameBits = true)]
-    public bool? StreamWeights { get; init; }
+        + "GPU while it computes: true, false, or embeddings for these alone; when not given, where "
+        + "the run does not fit otherwise", SameBits = true)]
+    public StreamedWeights? StreamWeights { get; init; }
 
     [Key("Model", "what the optimizer alone reads, moments and masters of 16-bit weights, lies in the "
         + "machine's memory: true, false; when not given, where the run does not fit otherwise",

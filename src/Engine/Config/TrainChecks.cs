@@ -42,7 +42,10 @@ public sealed partial record TrainArguments
     public Recompute Recomputes => GradientCheckpointing || Streams ? Recompute.Block : Recompute;
 
     /// <summary>Whether frozen layers lie in host memory, trained ones or not.</summary>
-    public bool Streams => StreamWeights == true || OffloadParam == true;
+    public bool Streams => StreamWeights == StreamedWeights.True || OffloadParam == true;
+
+    /// <summary>Whether frozen embeddings that are no head lie there.</summary>
+    public bool EmbeddingsInHost => Streams || StreamWeights == StreamedWeights.Embeddings;
 
     /// <summary>The folder of the TensorBoard files.</summary>
     public string LogFolder => LoggingDir ?? Path.Combine(OutputDir, "runs");
@@ -85,11 +88,12 @@ internal static class TrainChecks
             $"gradient_checkpointing recomputes every layer, recompute={TrainKeys.SnakeCase(a.Recompute.ToString())}"
             + " less: leave one of them out");
         Refuse(a.Streams && a.Recompute is not (Recompute.Auto or Recompute.Block),
-            (a.StreamWeights == true ? "stream_weights" : "offload_param")
+            (a.StreamWeights == StreamedWeights.True ? "stream_weights" : "offload_param")
             + " recomputes every layer when its weights come back, "
             + $"recompute={TrainKeys.SnakeCase(a.Recompute.ToString())} less: leave one of them out");
-        Refuse(a.OffloadParam == true && a.StreamWeights == false,
-            "offload_param streams frozen layers too: leave stream_weights=false out");
+        Refuse(a.OffloadParam == true && a.StreamWeights is { } less and not StreamedWeights.True,
+            "offload_param streams frozen layers too: leave stream_weights="
+            + $"{TrainKeys.SnakeCase($"{a.StreamWeights}")} out");
         Refuse(a.UseLora && a.TuneLlm, "use_lora and tune_llm are both true: set tune_llm to false "
             + "(the language model then learns through its adapters)");
         Refuse(a.TuneAudio && !a.InitAudio, "tune_audio needs init_audio, which runs the encoder");

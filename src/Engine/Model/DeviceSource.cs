@@ -122,9 +122,11 @@ public sealed record DeviceSource
             }
         }
 
-        if (arguments.Streams || arguments.OffloadOptimizer == true)
-            say?.Invoke((arguments.StreamWeights == true ? "stream_weights"
-                : arguments.OffloadParam == true ? "offload_param" : "offload_optimizer") + ": on the CPU weights are in the machine's memory anyway");
+        if (arguments.EmbeddingsInHost || arguments.OffloadOptimizer == true)
+            say?.Invoke((arguments.StreamWeights is not null and not StreamedWeights.False
+                ? "stream_weights"
+                : arguments.OffloadParam == true ? "offload_param" : "offload_optimizer")
+                + ": on the CPU weights are in the machine's memory anyway");
         var device = new CpuDevice(arguments.Threads);
         return new OpenDevice(device, $"CPU, {Environment.ProcessorCount} processors");
     }

@@ -23,4 +23,7 @@ public sealed record LoadOptions
 
     /// <summary>Whether frozen tensors of blocks lie in host memory.</summary>
     public bool Streams { get; init; }
+
+    /// <summary>Frozen tables that are looked up stay there.</summary>
+    public bool EmbeddingsInHost { get; init; }
 }

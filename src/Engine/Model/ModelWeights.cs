@@ -50,7 +50,7 @@ public abstract class ModelTensors(Graph graph, LoadOptions options) : ITensorSo
 
     // Row-major also when frozen.
     public Tensor Table(string name, bool isLookedUp) => _trainables.Contains(name)
-        ? Parameter(name, 0, ShapeOf(name)[0]) : FrozenTable(name, isLookedUp && options.Streams);
+        ? Parameter(name, 0, ShapeOf(name)[0]) : FrozenTable(name, isLookedUp && options.EmbeddingsInHost);
 
     public Tensor Original(string name)
     {

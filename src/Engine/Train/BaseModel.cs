@@ -56,7 +56,7 @@ public sealed class BaseModel : IDisposable
     /// <summary>
     /// Bytes of weights, gradients and optimizer state on the device, activations not counted.
     /// </summary>
-    public long DeviceBytes => Bytes(streams: false, Optimizer.Paged, offloads: false);
+    public long DeviceBytes => Bytes(new TrainArguments());
 
     /// <summary>
     /// Whether the weights on the disk are no longer those that were loaded: frozen ones cannot be
@@ -156,9 +156,13 @@ public sealed class BaseModel : IDisposable
     /// <exception cref="RunException">Says what is needed, free, and takes less.</exception>
     public void MustFitOn(OpenDevice device, TrainArguments arguments, bool isOpen)
     {
-        bool offloads = arguments.OffloadParam ?? (isOpen && arguments.StreamWeights != false);
-        long needed = Bytes(offloads || (arguments.StreamWeights ?? isOpen),
-            Optimizer.Paged || (arguments.OffloadOptimizer ?? isOpen), offloads);
+        long needed = Bytes(!isOpen ? arguments : arguments with
+        {
+            StreamWeights = arguments.StreamWeights ?? StreamedWeights.True,
+            OffloadOptimizer = arguments.OffloadOptimizer ?? true,
+            OffloadParam = arguments.OffloadParam
+                ?? arguments.StreamWeights is null or StreamedWeights.True,
+        });
         if (device.FreeBytes is not { } free || needed <= free) return;
         throw new RunException(
             $"out of memory: weights, gradients and optimizer state take {RunPlaces.Gib(needed)}, "
@@ -252,13 +256,16 @@ public sealed class BaseModel : IDisposable
     private long StateBytes(TunedTensor tensor) =>
         tensor.StatesOf(Optimizer).Sum(state => state.Spec.Bytes);
 
-    private long Bytes(bool streams, bool paged, bool offloads)
+    private long Bytes(TrainArguments arguments)
     {
+        bool paged = Optimizer.Paged || arguments.OffloadOptimizer == true;
+        bool offloads = arguments.OffloadParam == true;
         var trained = Parts.Tensors.Select(t => t.Name).ToHashSet(StringComparer.Ordinal);
         ParameterTable table = Spec.Parameters;
         long frozen = Weights.Tensors.Where(t => !trained.Contains(t.Name)
             && !table.IsUntouched(t.Name)
-            && !(streams && (table.IsInBlock(t.Name) || table.IsLookedUp(t.Name)))).Sum(Kind.Bytes);
+            && !(arguments.Streams && table.IsInBlock(t.Name))
+            && !(arguments.EmbeddingsInHost && table.IsLookedUp(t.Name))).Sum(Kind.Bytes);
         const int gradient = 4;
         return frozen + Parts.Tensors.Sum(t =>
             (paged ? 0 : StateBytes(t) + (t.Shape.Count * MasterBytes(t)))

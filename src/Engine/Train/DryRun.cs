@@ -61,6 +61,7 @@ public sealed class DryRun : IDisposable
                 Recomputation = Recomputation,
                 Kind = model.Kind,
                 Streams = arguments.Streams,
+                EmbeddingsInHost = arguments.EmbeddingsInHost,
             });
         long weights = _context.HeldBytes - before;
         _trainer = new Trainer(arguments, _model, trainables) { Together = together };
@@ -83,6 +84,18 @@ public sealed class DryRun : IDisposable
 
     /// <inheritdoc cref="CudaDevice.UnpackedBytes"/>
     public long UnpackedBytes => _device.UnpackedBytes;
+
+    /// <inheritdoc cref="CudaDevice.UnpackedRoom"/>
+    public long UnpackedRoom => _device.UnpackedRoom;
+
+    /// <inheritdoc cref="CudaDevice.UnpackedHeld"/>
+    public long UnpackedHeld => _device.UnpackedHeld;
+
+    /// <inheritdoc cref="CudaDevice.UnpackedWanted"/>
+    public long UnpackedWanted => _device.UnpackedWanted;
+
+    /// <inheritdoc cref="CudaDevice.HoldUnpacked"/>
+    public void HoldUnpacked(long bytes) => _device.HoldUnpacked(bytes);
 
     /// <summary>Bytes of the machine's memory that kernels reach.</summary>
     public long HostBytes => _device.HostBytes;
@@ -132,9 +145,13 @@ public sealed class DryRun : IDisposable
     /// far.</summary>
     public MemoryParts Parts(long stepBytes)
     {
-        MemoryParts parts = _fixed with { Activations = stepBytes };
-        long held = _context.HeldBytes - _device.Step.Reserved;
-        return parts with { Workspace = held - _fixed.Total };
+        long held = _context.HeldBytes - _device.Step.Reserved, unpacked = _device.UnpackedRoom;
+        return _fixed with
+        {
+            Weights = _fixed.Weights + unpacked,
+            Activations = stepBytes,
+            Workspace = held - _fixed.Total - unpacked,
+        };
     }
 
     public void Dispose() => _model.Dispose();

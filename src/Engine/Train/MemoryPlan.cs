@@ -1,6 +1,7 @@
 using MiniCpmNative.Engine.Config;
 using MiniCpmNative.Engine.Data;
 using MiniCpmNative.Engine.Model;
+using MiniCpmNative.Engine.Weights;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Cuda;
 using MiniCpmNative.Kernels.Updates;
@@ -29,6 +30,7 @@ public sealed class MemoryPlan
             (dry.Parts(most.Bytes), dry.Recomputation, dry.StreamedBytes, dry.HostBytes,
                 dry.Together, dry.Arguments);
         Unpacked = dry.KeepsUnpacked ? dry.UnpackedBytes : 0;
+        Held = dry.UnpackedRoom;
         (Rows, Size, Fullest, Trains) =
             (most.Planned.Rows, most.Planned.Size, most.Fullest, most.Planned.Trains);
     }
@@ -46,6 +48,10 @@ public sealed class MemoryPlan
     /// <summary>Bytes of what a layer's weights are unpacked to, where a layer that is computed
     /// again keeps that for its gradients; else 0.</summary>
     public long Unpacked { get; }
+
+    /// <summary>Bytes of what weights are unpacked to once for the whole run, among those of
+    /// weights.</summary>
+    public long Held { get; }
 
     /// <summary>Micro-batches that go through the layers together.</summary>
     public int Together { get; }
@@ -88,13 +94,18 @@ public sealed class MemoryPlan
 
     /// <summary>
     /// The run with as little in the machine's memory as fits, of what the configuration leaves
-    /// open; where layers are streamed, with as many micro-batches together as fit.
+    /// open; where layers are streamed, with as many micro-batches together as fit. Rows of
+    /// embeddings take the bus less time than the GPU takes to compute or unpack anything again, so
+    /// that these go there before.
     /// </summary>
     internal static Candidate Choose(
         TrainArguments arguments, PlannedModel model, CardFigures card, DataRows rows,
         DataRows? evaluation, StepPlan plan, long? allowed)
     {
-        TrainArguments[] choices = [.. Choices(arguments)];
+        ParameterTable table = model.Spec.Parameters;
+        bool hasLookups = table.All.Any(p => table.IsLookedUp(p.Name)
+            && model.Parts.Tensors.All(t => t.Name != p.Name));
+        TrainArguments[] choices = [.. Choices(arguments, hasLookups)];
         if (allowed is null) choices = choices[..1];
         for (int i = 0; ; i++)
         {
@@ -104,40 +115,59 @@ public sealed class MemoryPlan
             {
                 var run = new Candidate(choice, new DryRun(choice, model, card, together),
                     PlannedBatches.Of(choice, rows, evaluation, plan, together));
-                if (FitsAtLeast(run, allowed) || (together == 1 && i == choices.Length - 1))
-                    return run;
+                bool isLast = together == 1 && i == choices.Length - 1;
+                bool isBeforeEmbeddings = !isLast && !choice.EmbeddingsInHost
+                    && choices[i + 1].StreamWeights == StreamedWeights.Embeddings;
+                if (FitsAtLeast(run, allowed, recomputes: !isBeforeEmbeddings) || isLast) return run;
                 run.Dispose();
             }
         }
     }
 
     // In the order of what they bring over the bus for the bytes that they save.
-    private static IEnumerable<TrainArguments> Choices(TrainArguments a)
+    private static IEnumerable<TrainArguments> Choices(TrainArguments a, bool hasLookups)
     {
         bool isFree = a.Recompute is Recompute.Auto or Recompute.Block;
+        const StreamedWeights none = StreamedWeights.False, lookups = StreamedWeights.Embeddings,
+            layers = StreamedWeights.True;
+        bool mayLookups = hasLookups && a.StreamWeights is null;
         bool[] Open(bool? key, bool mayBe = true) =>
             key is { } given ? (bool[])[given] : mayBe ? (bool[])[false, true] : [false];
-        foreach (bool param in Open(a.OffloadParam, isFree && a.StreamWeights != false))
-            foreach (bool streams in Open(param ? true : a.StreamWeights, isFree))
+        IEnumerable<StreamedWeights> Streamed(bool param) =>
+            param ? [layers] : a.StreamWeights is { } given ? [given]
+            : ((StreamedWeights[])[none, lookups, layers]).Where(
+                streams => streams == none || (streams == lookups ? mayLookups : isFree));
+        foreach (bool param in Open(
+            a.OffloadParam, isFree && a.StreamWeights is null or layers))
+            foreach (StreamedWeights streams in Streamed(param))
                 foreach (bool optimizer in Open(a.OffloadOptimizer))
-                    // Trained layers go where their moments are already, unless they are told to.
-                    if (!param || optimizer || a.OffloadOptimizer == false || a.OffloadParam == true)
-                        yield return a with
-                        {
-                            OffloadParam = param,
-                            StreamWeights = streams,
-                            OffloadOptimizer = optimizer,
-                        };
+                {
+                    // Embeddings go before moments; trained layers where their moments are already,
+                    // unless they are told to.
+                    if (streams == none && optimizer && mayLookups && a.OffloadOptimizer is null)
+                        continue;
+                    if (param && !optimizer && a.OffloadOptimizer != false && a.OffloadParam != true)
+                        continue;
+                    yield return a with
+                    {
+                        OffloadParam = param,
+                        StreamWeights = streams,
+                        OffloadOptimizer = optimizer,
+                    };
+                }
     }
 
-    // With everything computed again that may be.
-    private static bool FitsAtLeast(Candidate run, long? allowed)
+    // With the least that it may take, or without doing anything twice that it need not.
+    private static bool FitsAtLeast(Candidate run, long? allowed, bool recomputes)
     {
         if (allowed is null) return true;
         Recomputation recomputation = run.Dry.Recomputation;
         int before = recomputation.Amount;
-        if (run.Arguments.Recomputes == Recompute.Auto) recomputation.Amount = recomputation.Most;
+        if (recomputes && run.Arguments.Recomputes == Recompute.Auto)
+            recomputation.Amount = recomputation.Most;
+        run.Dry.KeepsUnpacked = !recomputes;
         bool fits = Fits(run.Dry, All(run.Dry, run.Batches), allowed);
+        run.Dry.KeepsUnpacked = false;
         recomputation.Amount = before;
         return fits;
     }
@@ -145,7 +175,7 @@ public sealed class MemoryPlan
     /// <summary>The configuration with what was planned.</summary>
     public TrainArguments Of(TrainArguments arguments) => arguments with
     {
-        StreamWeights = _choice.StreamWeights == true,
+        StreamWeights = _choice.StreamWeights ?? StreamedWeights.False,
         OffloadOptimizer = _choice.OffloadOptimizer == true,
         OffloadParam = _choice.OffloadParam == true,
     };
@@ -164,7 +194,9 @@ public sealed class MemoryPlan
         }
 
         Add(arguments.MemoryLimit is not null, "a larger memory_limit");
-        Add(arguments.StreamWeights == true, "stream_weights=false");
+        Add(_choice.StreamWeights == StreamedWeights.Embeddings
+            || (arguments.StreamWeights is not null and not StreamedWeights.False),
+            "stream_weights=false");
         Add(arguments.OffloadParam == true, "offload_param=false");
         Add(arguments.OffloadOptimizer == true, "offload_optimizer=false");
         Add(Streamed > 0 && arguments.UseLora && !arguments.Quantises, "q_lora=true");
@@ -183,6 +215,7 @@ public sealed class MemoryPlan
         if (model.Device is not CudaDevice device) return;
         device.StepBytes = Parts.Activations;
         device.KeepsUnpacked = Unpacked > 0;
+        device.HoldUnpacked(Held);
     }
 
     private sealed record Need(PlannedBatches.Planned Planned, long Bytes, string Fullest);
@@ -199,6 +232,7 @@ public sealed class MemoryPlan
     {
         Recomputation recomputation = dry.Recomputation;
         dry.KeepsUnpacked = false;
+        dry.HoldUnpacked(0);
         Need[] needs = All(dry, batches);
         bool isFree = arguments.Recomputes == Recompute.Auto && recomputation.Most > 0;
         if (isFree && !Fits(dry, needs, allowed))
@@ -216,7 +250,26 @@ public sealed class MemoryPlan
                 + $"{RunPlaces.Gib(dry.Parts(needs[0].Bytes).Total)}, most "
                 + $"of it in {needs[0].Planned.Rows}, and may take {RunPlaces.Gib(allowed!.Value)}; "
                 + Advice(arguments));
-        return new MemoryPlan(dry, KeepUnpacked(dry, batches, allowed) ?? needs[0]);
+        Need most = KeepUnpacked(dry, batches, allowed) ?? needs[0];
+        // A run takes no more than it needs, unless it was told what it may take.
+        if (arguments.MemoryLimit is not null && !arguments.Streams && allowed is { } bytes)
+            most = HoldUnpacked(dry, batches, most, bytes);
+        return new MemoryPlan(dry, most);
+    }
+
+    // Weights that are unpacked once for the whole run, in the memory that is left.
+    private static Need HoldUnpacked(
+        DryRun dry, IReadOnlyList<PlannedBatches.Planned> batches, Need most, long allowed)
+    {
+        long left = allowed - dry.Parts(most.Bytes).Total, wanted = dry.UnpackedWanted;
+        if (left <= 0 || wanted == 0) return most;
+        dry.HoldUnpacked(Math.Min(left, wanted));
+        if (left >= wanted) dry.KeepsUnpacked = false;
+        Need[] needs = All(dry, batches);
+        // Those that found no room leave some.
+        long held = dry.UnpackedHeld;
+        dry.HoldUnpacked(held);
+        return held == 0 ? most : needs[0];
     }
 
     // Weights that are unpacked once for a layer's second forward and its gradients, where that
@@ -243,7 +296,7 @@ public sealed class MemoryPlan
         }
 
         Add(a.Recomputes is not (Recompute.Auto or Recompute.Block), "gradient_checkpointing=true");
-        Add(a.StreamWeights == false, "stream_weights=true");
+        Add(a.StreamWeights is not null and not StreamedWeights.True, "stream_weights=true");
         Add(a.OffloadOptimizer == false, "offload_optimizer=true");
         Add(a.OffloadParam == false, "offload_param=true");
         Add(a.PerDeviceTrainBatchSize > 1,
@@ -268,9 +321,11 @@ public sealed class MemoryPlan
         + UnpackedOnce
         + (InHost is { } line ? $"; {line}" : "");
 
-    /// <summary>What there is to say of <see cref="Unpacked"/>.</summary>
-    public string UnpackedOnce => Unpacked == 0 ? ""
-        : $", its weights unpacked once for that and its gradients ({RunPlaces.Gib(Unpacked)})";
+    /// <summary>What there is to say of <see cref="Unpacked"/> and <see cref="Held"/>.</summary>
+    public string UnpackedOnce =>
+        (Unpacked == 0 ? ""
+            : $", its weights unpacked once for that and its gradients ({RunPlaces.Gib(Unpacked)})")
+        + (Held == 0 ? "" : $"; {RunPlaces.Gib(Held)} of weights stay unpacked");
 
     /// <summary>What lies in the machine's memory, in words; null where nothing does.</summary>
     public string? InHost
@@ -287,9 +342,12 @@ public sealed class MemoryPlan
                 parts.Add($"{RunPlaces.Gib(Kept)} of " + (_choice.OffloadParam == true
                     ? "trained layers, gradients, moments and embeddings (offload_param"
                         + (_choice.OffloadOptimizer == true ? ", offload_optimizer)" : ")")
-                    : !TunedModel.OptimizerOf(_choice).Paged ? "embeddings"
+                    : !TunedModel.OptimizerOf(_choice).Paged
+                        ? "embeddings, whose rows are read over the bus (stream_weights"
+                            + (_choice.Streams ? ")" : "=embeddings)")
                     : "moments and masters (" + (_choice.OffloadOptimizer == true
-                        ? "offload_optimizer)" : "optim)") + (_choice.Streams ? " and embeddings" : "")));
+                        ? "offload_optimizer)" : "optim)")
+                        + (_choice.EmbeddingsInHost ? " and embeddings (stream_weights)" : "")));
             return "in the machine's memory: " + string.Join("; ", parts);
         }
     }

@@ -177,7 +177,9 @@ public static class PlanRun
         }
 
         foreach (var (name, other) in ((string, TrainArguments)[])[
-            ("stream_weights=true", arguments with { StreamWeights = true }),
+            ("stream_weights=embeddings",
+                arguments with { StreamWeights = StreamedWeights.Embeddings }),
+            ("stream_weights=true", arguments with { StreamWeights = StreamedWeights.True }),
             ("offload_optimizer=true", arguments with { OffloadOptimizer = true }),
             ("offload_optimizer=true offload_param=true",
                 arguments with { OffloadOptimizer = true, OffloadParam = true })])

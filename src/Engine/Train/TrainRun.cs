@@ -48,7 +48,7 @@ public sealed partial class TrainRun
         PlanMemory();
         TrainArguments planned = _memory?.Of(arguments) ?? arguments with
         {
-            StreamWeights = false,
+            StreamWeights = StreamedWeights.False,
             OffloadOptimizer = false,
             OffloadParam = false,
         };

@@ -140,6 +140,7 @@ public sealed class TunedModel : IDisposable
                 Split = split,
                 Norms = norms,
                 Streams = arguments.Streams,
+                EmbeddingsInHost = arguments.EmbeddingsInHost,
             });
         var model = new TunedModel(source, loaded, owns, trainables, recomputation, split);
         foreach (TunedTensor tensor in trainables.List)

@@ -23,7 +23,6 @@ public sealed unsafe partial class CudaDevice : Device
     private DeviceSlab? _step;
     private readonly List<IDisposable> _owned = [];
     private readonly (Tensor From, GradientTarget To)[] _casts = new (Tensor, GradientTarget)[16];
-    private readonly UnpackedWeights _unpacked = new();
     private int _castCount;
     private nint _shared;
     private long _sharedLeft;
@@ -91,15 +90,6 @@ public sealed unsafe partial class CudaDevice : Device
 
     /// <summary>Sees what is queued from now on; null, as at first, for nobody.</summary>
     public ILaunchWatch? Watch { get; set; }
-
-    /// <summary>
-    /// Whether a layer that runs again in backward unpacks its weights once for both: less time,
-    /// and the memory of what a layer's weights are unpacked to.
-    /// </summary>
-    public bool KeepsUnpacked { get; set; }
-
-    /// <summary>Most bytes that a layer kept so.</summary>
-    public long UnpackedBytes => _unpacked.Most;
 
     public override Arena Step { get; }
 
@@ -185,11 +175,6 @@ public sealed unsafe partial class CudaDevice : Device
         Stream.Synchronise();
         return weight;
     }
-
-    public override void BeginAgain(ITensorPool pool) =>
-        _unpacked.Begin(KeepsUnpacked ? pool : null);
-
-    public override void EndAgain() => _unpacked.End();
 
     public override void Forward(Op op, in OpCall call)
     {
@@ -309,6 +294,7 @@ public sealed unsafe partial class CudaDevice : Device
         _gemm.Dispose();
         foreach (DeviceSlab slab in _slabs) slab.Dispose();
         _slabs.Clear();
+        _unpacked.Dispose();
         _step?.Dispose();
         Kernels.Dispose();
         Stream.Dispose();
@@ -325,11 +311,6 @@ public sealed unsafe partial class CudaDevice : Device
         packed.Launch(Stream, grid.Blocks, grid.Threads, grid.SharedBytes);
         Watch?.End();
     }
-
-    /// <summary>Room for what a weight is unpacked to, and whether it is there already; it lives
-    /// at least until the scratch of the running operation ends.</summary>
-    internal Tensor Unpacked(Weight weight, Spec spec, string name, out bool isThere) =>
-        _unpacked.Of(weight, spec, out isThere) ?? Step.Push(spec, name);
 
     /// <summary>c = alpha a b + beta c.</summary>
     internal void Multiply(CudaMatrix a, CudaMatrix b, CudaMatrix c, double alpha, double beta)
