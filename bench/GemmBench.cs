@@ -62,7 +62,8 @@ internal static unsafe class GemmBench
         Console.WriteLine(
             $"{Gemm.Best}, OpenBLAS{(blas is null ? " not found" : "")}; medians, GFLOP/s");
         Console.WriteLine(
-            $"{"product",-34} {"m",6} {"n",6} {"k",6} {"threads",7} {"ours",8} {"blas",8} {"ratio",6}");
+            $"{"product",-34} {"m",6} {"n",6} {"k",6} {"threads",7} {"ours",8} {"blas",8} "
+                + $"{"ratio",6}");
         foreach (var product in s_products)
         {
             if (wanted.Length > 0 && !wanted.Any(product.Title.Contains)) continue;

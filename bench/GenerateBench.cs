@@ -56,8 +56,8 @@ internal sealed class GenerateBench
         }
 
         ModelSizes sizes = tiny ? ModelSizes.Tiny : ModelSizes.Full;
-        string folder = real ? Path.GetFullPath(Path.Combine(
-            Option(args, "--folder") ?? "bench-real", tiny ? "generate-tiny" : "generate")) : args[0];
+        string folder = !real ? args[0] : Path.GetFullPath(Path.Combine(
+            Option(args, "--folder") ?? "bench-real", tiny ? "generate-tiny" : "generate"));
         if (real && !File.Exists(Path.Combine(folder, "config.json")))
             sizes.Write(Path.Combine(AppContext.BaseDirectory, "base"), folder);
         string device = Option(args, "--device") ?? (real ? "cuda" : "auto");
@@ -121,8 +121,8 @@ internal sealed class GenerateBench
         Console.WriteLine($"16 at once are {_ours["generate-16"] / _ours["generate-1"]:0.0} times "
             + $"one; memory in use {model.Model.Device.MemoryInUse / (double)(1 << 30):0.00} GiB");
         double copy = CopyRate(model.Model.Device, emulated is not null);
-        Console.WriteLine($"copies at {copy / 1e9:0.0} GB/s, read and written: one answer reads its "
-            + $"weights at {100 * bytes * _ours["generate-1"] / copy:0} % of that");
+        Console.WriteLine($"copies at {copy / 1e9:0.0} GB/s, read and written: one answer reads "
+            + $"its weights at {100 * bytes * _ours["generate-1"] / copy:0} % of that");
     }
 
     private void Compare(string python, ModelSizes sizes)
@@ -180,10 +180,11 @@ internal sealed class GenerateBench
             ModelSpec spec = ModelSizes.Full.Describe(
                 Path.Combine(AppContext.BaseDirectory, "base"), folder);
             double weights = ReadBytes(spec);
-            Console.WriteLine($"untimed: counted at {terabytes:0.00} TB/s and {teraflops:0} TFLOP/s;"
-                + $" reading {weights / 1e9:0.00} GB of weights once takes "
+            Console.WriteLine($"untimed: counted at {terabytes:0.00} TB/s and {teraflops:0} "
+                + $"TFLOP/s; reading {weights / 1e9:0.00} GB of weights once takes "
                 + $"{weights / terabytes / 1e9:0.00} ms");
-            Console.WriteLine($"{"bits",4} {"batch",5} {"tokens",6} {"launches",8} {"products GB",11} "
+            Console.WriteLine($"{"bits",4} {"batch",5} {"tokens",6} {"launches",8} "
+                + $"{"products GB",11} "
                 + $"{"other MB",9} {"cache MB",9} {"least ms",9} {"tokens/s",9}");
             foreach (bool in4Bits in (bool[])[false, true])
                 foreach (int batch in (int[])[1, 8, 16])
@@ -223,7 +224,8 @@ internal sealed class GenerateBench
         device.Watch = work;
         model.Model.LabelLogits(model.Graph, model.Hidden(step, cache: cache));
         model.Graph.EndStep();
-        Console.WriteLine($"{(in4Bits ? 4 : 16),4} {batch,5} {tokens,6} {work.Launches,8} {work.Products / 1e9,11:0.000} "
+        Console.WriteLine($"{(in4Bits ? 4 : 16),4} {batch,5} {tokens,6} {work.Launches,8} "
+            + $"{work.Products / 1e9,11:0.000} "
             + $"{work.Rest / 1e6,9:0.0} {cache.TotalBytes / 1e6,9:0.0} {1e3 * work.Seconds,9:0.00} "
             + $"{batch / work.Seconds,9:0}");
     }

@@ -99,7 +99,8 @@ public static class PictureBench
 
             allocated = GC.GetAllocatedBytesForCurrentThread() - allocated;
             Console.WriteLine($"{Path.GetFileName(file)}: least processor time "
-                + $"{all.TotalMilliseconds:f2} ms: decode {decoding.TotalMilliseconds:f2} ms, slice, resize, normalise "
+                + $"{all.TotalMilliseconds:f2} ms: decode {decoding.TotalMilliseconds:f2} ms, "
+                + "slice, resize, normalise "
                 + $"{cutting.TotalMilliseconds:f2} ms; {allocated / n / 1024} KiB allocated");
         }
     }

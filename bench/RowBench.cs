@@ -47,7 +47,8 @@ public static class RowBench
                 double took = (Environment.CpuUsage.TotalTime - begun).TotalSeconds;
                 if (set.Rows.Count != rows)
                     throw new InvalidOperationException(
-                        $"{files[i].Name}: {set.Rows.Count} rows; {set.Bad.FirstOrDefault()?.Reason}");
+                        $"{files[i].Name}: {set.Rows.Count} rows; "
+                            + $"{set.Bad.FirstOrDefault()?.Reason}");
                 if (round >= 0) seconds[i][round] = took;
             }
         }
@@ -70,7 +71,8 @@ public static class RowBench
         var random = new Random(1);
         string Words(int count) => string.Join(
             ' ', Enumerable.Range(0, count).Select(_ => $"word{random.Next(10_000)}"));
-        Talk[] talks = [.. Enumerable.Range(0, rows).Select(i => new Talk($"{i}", $"pictures/{i}.jpg",
+        Talk[] talks =
+            [.. Enumerable.Range(0, rows).Select(i => new Talk($"{i}", $"pictures/{i}.jpg",
             [Words(12), Words(40), Words(12), Words(40)]))];
 
         (string, string) File(string name, string ending, Action<Stream> write)
@@ -83,7 +85,8 @@ public static class RowBench
 
         (string, string) List(string name, Func<Talk, object> row) =>
             File(name, ".json", stream => JsonSerializer.Serialize(stream, talks.Select(row)));
-        (string, string) Lines(string name, Func<Talk, object> row) => File(name, ".jsonl", stream =>
+        (string, string) Lines(string name, Func<Talk, object> row) =>
+            File(name, ".jsonl", stream =>
         {
             foreach (Talk talk in talks)
             {

@@ -196,7 +196,8 @@ internal sealed class ColdKernels
             }
 
             _output = New(outputs.Output);
-            _saved = [.. Enumerable.Range(0, outputs.SavedCount).Select(i => New(outputs.Saved(i)))];
+            _saved = [.. Enumerable.Range(0, outputs.SavedCount)
+                .Select(i => New(outputs.Saved(i)))];
             _outputGradient = New(outputs.Output);
             DeviceNoise.Fill(device, _outputGradient);
             _targets =

@@ -29,7 +29,8 @@ internal sealed record Peaks(double BytesPerSecond, double FlopsPerSecond)
         device.Step.Pop(mark);
         var peaks = new Peaks(2 * from.Spec.Bytes / copy, 2.0 * side * side * side / product);
         Console.WriteLine($"{device.Context.Name}, measured: product of {side}^3 "
-            + $"{peaks.FlopsPerSecond / 1e12:f0} TFLOP/s, copy {peaks.BytesPerSecond / 1e12:f2} TB/s");
+            + $"{peaks.FlopsPerSecond / 1e12:f0} TFLOP/s, copy {peaks.BytesPerSecond / 1e12:f2} "
+            + "TB/s");
         return peaks;
     }
 

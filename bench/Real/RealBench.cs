@@ -73,7 +73,8 @@ internal sealed class RealBench
             if (HasTime(each.Name)) TryRun(each);
         var peers = new Peers(_options, HasTime).Run();
         Console.WriteLine();
-        Console.WriteLine($"{"case",-14} {"tok/s",9} {"best",9} {"step ms",9} {"GiB",7}  ours / peer");
+        Console.WriteLine($"{"case",-14} {"tok/s",9} {"best",9} {"step ms",9} {"GiB",7}  ours / "
+            + "peer");
         foreach (RealCase each in _options.Cases)
         {
             if (!_ours.TryGetValue(each.Name, out Measured? own)) continue;
@@ -136,7 +137,8 @@ internal sealed class RealBench
             OffloadOptimizer = arguments.OffloadOptimizer == true,
             OffloadParam = arguments.OffloadParam == true,
         };
-        if (!each.Checkpointing && !arguments.Streams) arguments = arguments with { Recompute = _options.Recompute };
+        if (!each.Checkpointing && !arguments.Streams)
+            arguments = arguments with { Recompute = _options.Recompute };
         Console.WriteLine();
         Console.WriteLine($"== {each.Name}: {each.What}");
         total.Restart();

@@ -61,8 +61,8 @@ internal sealed record RealCase(
             a => a with { StreamWeights = StreamedWeights.True }),
         New("qlora-streamed", "NF4, frozen layers streamed", "qlora", 0, 4,
             a => Nf4(a) with { StreamWeights = StreamedWeights.True }),
-        New("official", "and embed_tokens, resampler, vpm trained, pictures, everything offloaded", "",
-            0, 8, a => a with
+        New("official", "and embed_tokens, resampler, vpm trained, pictures, everything offloaded",
+            "", 0, 8, a => a with
             {
                 ModulesToSave = ["embed_tokens", "resampler", "vpm"],
                 OffloadOptimizer = true,

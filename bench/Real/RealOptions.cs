@@ -72,11 +72,16 @@ internal sealed class RealOptions
             .. Chosen("cases", "all", [.. RealCase.Table.Select(c => c.Name)]).Select(name =>
             {
                 RealCase one = RealCase.Table.Single(c => c.Name == name);
-                return one with { Tokens = one.Tokens / 2048 * tokens, Rank = IsTiny ? 4 : one.Rank };
+                return one with
+                {
+                    Tokens = one.Tokens / 2048 * tokens,
+                    Rank = IsTiny ? 4 : one.Rank,
+                };
             }),
         ];
         Profiled = Chosen("profile", "qkv,all", [.. RealCase.Table.Select(c => c.Name)]);
-        Peers = Peer is null ? [] : Chosen("peers", "all", ["base", "lean", "compiled", "attention"]);
+        Peers = Peer is null ? []
+            : Chosen("peers", "all", ["base", "lean", "compiled", "attention"]);
     }
 
     public bool IsTiny { get; }
@@ -106,7 +111,8 @@ internal sealed class RealOptions
 
     public string Folder => Path.GetFullPath(_given.GetValueOrDefault("folder", "bench-real"));
 
-    public string Base => _given.GetValueOrDefault("base", Path.Combine(AppContext.BaseDirectory, "base"));
+    public string Base =>
+        _given.GetValueOrDefault("base", Path.Combine(AppContext.BaseDirectory, "base"));
 
     private string[] Chosen(string name, string otherwise, string[] all)
     {

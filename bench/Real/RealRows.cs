@@ -45,7 +45,8 @@ internal static class RealRows
             },
         }).ToArray();
         if (picture.Length == 0) foreach (var row in rows) row.Remove("image");
-        string file = Path.Combine(folder, $"rows-{tokens}{(picture.Length > 0 ? "-pictures" : "")}.json");
+        string file =
+            Path.Combine(folder, $"rows-{tokens}{(picture.Length > 0 ? "-pictures" : "")}.json");
         File.WriteAllText(file, JsonSerializer.Serialize(rows));
         return file;
     }

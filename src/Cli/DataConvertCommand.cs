@@ -38,8 +38,8 @@ internal static class DataConvertCommand
             null => false,
             var given when given == plain => false,
             var given when given == other => true,
-            var given => throw new InputException($"data convert: --{name} is {Messages.Quote(given)}, "
-                + $"expected {plain} or {other}"),
+            var given => throw new InputException($"data convert: --{name} is "
+                + $"{Messages.Quote(given)}, expected {plain} or {other}"),
         };
     }
 }

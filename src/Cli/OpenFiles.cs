@@ -16,7 +16,8 @@ internal static partial class OpenFiles
         bool isMac = OperatingSystem.IsMacOS();
         if (!isMac && !OperatingSystem.IsLinux()) return null;
         return GetLimit(isMac ? 8 : 7, out Limit files) == 0 && files.Soft < Fewest
-            ? $"cpmx: only {files.Soft} files may be open at a time (ulimit -n), {Fewest} are needed"
+            ? $"cpmx: only {files.Soft} files may be open at a time (ulimit -n), {Fewest} are "
+                + "needed"
             : null;
     }
 

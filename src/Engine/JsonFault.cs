@@ -26,9 +26,11 @@ internal static class JsonFault
         at = (int)Math.Min(json.Length, at + (failure.BytePositionInLine ?? 0));
         var rest = json[at..].TrimStart(" \t\r\n"u8);
         var before = json[..at].TrimEnd(" \t\r\n"u8);
-        if (rest.IsEmpty) return before.IsEmpty ? "it is empty" : "it ends in the middle of a value";
+        if (rest.IsEmpty) return before.IsEmpty ? "it is empty" : "it ends in the middle of a "
+            + "value";
         char next = (char)rest[0];
-        if (next is ']' or '}' && before.EndsWith(","u8)) return $"a comma stands in front of {next}";
+        if (next is ']' or '}' && before.EndsWith(","u8)) return "a comma stands in front of "
+            + $"{next}";
         return next switch
         {
             '\'' => "texts stand between double quotes, not single ones",

@@ -95,7 +95,8 @@ internal static class PythonText
         int before = at - 1, after = at + 1;
         while (before >= 0 && IsIgnored(text[before])) before--;
         while (after < text.Length && IsIgnored(text[after])) after++;
-        return before >= 0 && IsCased(text, before) && !(after < text.Length && IsCased(text, after));
+        return before >= 0 && IsCased(text, before)
+            && !(after < text.Length && IsCased(text, after));
 
         static bool IsIgnored(char c) => c is '\'' or '.' or ':' or '·' or '’' or '^' or '`'
             || char.GetUnicodeCategory(c) is UnicodeCategory.NonSpacingMark

@@ -125,8 +125,8 @@ public sealed class Arena(Func<(nint Start, long Capacity)> reserve)
         var largest = _slots.Take(_count).OrderByDescending(s => s.Bytes).Take(5)
             .Select(s => $"{s.Name} {s.Spec} {s.Bytes / 1048576.0:F1} MiB");
         return new($"out of memory: {name} {spec} needs {bytes / 1048576.0:F1} MiB, "
-            + $"{(Capacity - _far - _top) / 1048576.0:F1} of {Capacity / 1048576.0:F1} MiB are free; "
-            + $"largest: {string.Join(", ", largest)}");
+            + $"{(Capacity - _far - _top) / 1048576.0:F1} of {Capacity / 1048576.0:F1} MiB are "
+            + $"free; largest: {string.Join(", ", largest)}");
     }
 
     private readonly record struct Slot(long Offset, long Bytes, int Serial, string Name,

@@ -81,9 +81,9 @@ public static unsafe class Philox
     }
 
     /// <summary>
-    /// Noise of a row, uniform in [-size, size): to[i] = ((word >> 8) * 2^-23 - 1) * size, with word
-    /// i % 4 of counter (row * (cols rounded up to 32) / 4 + i / 4, 2^32 - 1, step low, step high);
-    /// no layer has that number.
+    /// Noise of a row, uniform in [-size, size): to[i] = ((word >> 8) * 2^-23 - 1) * size, with
+    /// word i % 4 of counter (row * (cols rounded up to 32) / 4 + i / 4, 2^32 - 1, step low, step
+    /// high); no layer has that number.
     /// </summary>
     public static void Uniform(Randomness random, long row, float size, Span<float> to)
     {

@@ -26,7 +26,8 @@ public sealed record AdapterConfig
     private static readonly HashSet<string> s_read =
     [
         "peft_type", "r", "lora_alpha", "lora_dropout", "bias", "target_modules",
-        "layers_to_transform", "layers_pattern", "layer_replication", "modules_to_save", "init_lora_weights",
+        "layers_to_transform", "layers_pattern", "layer_replication", "modules_to_save",
+        "init_lora_weights",
         "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "exclude_modules", "lora_bias",
         "trainable_token_indices", "target_parameters",
     ];
@@ -242,7 +243,8 @@ public sealed record AdapterConfig
                     ?? throw ranges.Error($"is no list of {LayerRanges.Form}")
                 : null,
             Tokens = json.Find("trainable_token_indices") is { } tokens && !IsNeutral(tokens)
-                ? TokenIndices.Of(tokens.Element) ?? throw tokens.Error($"is no {TokenIndices.Form}")
+                ? TokenIndices.Of(tokens.Element)
+                    ?? throw tokens.Error($"is no {TokenIndices.Form}")
                 : null,
             TargetParameters = parameters,
             ModulesToSave = Names(json, "modules_to_save"),

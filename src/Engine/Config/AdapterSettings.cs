@@ -19,7 +19,8 @@ public static class AdapterSettings
         AdapterConfig its = AdapterConfig.Read(file);
         if (!isGiven("lora_dropout") && its.Dropout >= 1)
             throw new InputException(
-                $"{file}: key \"lora_dropout\" is 1, which drops everything: give lora_dropout below 1");
+                $"{file}: key \"lora_dropout\" is 1, which drops everything: give lora_dropout "
+                    + "below 1");
         // A regular expression names its layers itself.
         bool layers = isGiven("lora_layers_to_transform")
             || (isGiven("lora_target_modules") && arguments.LoraTargetModules.Pattern is not null);

@@ -134,7 +134,8 @@ internal static class DeepSpeedFile
             place = Path.GetFileName(path);
             if (!File.Exists(path) && s_official.Contains(place))
             {
-                notice($"deepspeed is not used: {place} is not there, so its scheduler and optimizer "
+                notice($"deepspeed is not used: {place} is not there, so its scheduler and "
+                    + "optimizer "
                     + "are not taken over (lr_scheduler_type=warmup_lr and weight_decay_scope=all "
                     + "do as they would)");
                 return;

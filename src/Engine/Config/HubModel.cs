@@ -19,8 +19,8 @@ internal static partial class HubModel
         if (Directory.Exists(Path.GetDirectoryName(path))) return path;
         string model = Path.Combine(Cache(), "models--" + given.Replace("/", "--"));
         if (Snapshot(model) is not { } folder)
-            throw new InputException($"model_name_or_path {Messages.Quote(given)} is no folder, and "
-                + $"as a name of the Hugging Face hub not in its cache {Cache()}: download it "
+            throw new InputException($"model_name_or_path {Messages.Quote(given)} is no folder, "
+                + $"and as a name of the Hugging Face hub not in its cache {Cache()}: download it "
                 + $"(hf download {given} --local-dir FOLDER) and name the folder");
         notice?.Invoke($"model_name_or_path {given}: found in the Hugging Face cache, {folder}");
         return folder;
@@ -30,7 +30,8 @@ internal static partial class HubModel
     {
         if (Variable("HF_HUB_CACHE") is { } cache) return cache;
         string home = Variable("HF_HOME") ?? Path.Combine(Variable("XDG_CACHE_HOME")
-            ?? Path.Combine(Environment.GetFolderPath(Environment.SpecialFolder.UserProfile), ".cache"),
+            ?? Path.Combine(Environment.GetFolderPath(Environment.SpecialFolder.UserProfile),
+                ".cache"),
             "huggingface");
         return Path.Combine(home, "hub");
 
@@ -41,7 +42,8 @@ internal static partial class HubModel
     // What "main" leads to, else the newest one.
     private static string? Snapshot(string model)
     {
-        string snapshots = Path.Combine(model, "snapshots"), main = Path.Combine(model, "refs", "main");
+        string snapshots = Path.Combine(model, "snapshots"),
+            main = Path.Combine(model, "refs", "main");
         try
         {
             if (File.Exists(main)

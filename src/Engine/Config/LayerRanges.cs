@@ -27,7 +27,8 @@ public sealed class LayerRanges
         foreach (JsonElement range in json.EnumerateArray())
         {
             if (range.ValueKind != JsonValueKind.Array || range.GetArrayLength() != 2
-                || range[0].ValueKind != JsonValueKind.Number || !range[0].TryGetInt32(out int begin)
+                || range[0].ValueKind != JsonValueKind.Number
+                || !range[0].TryGetInt32(out int begin)
                 || range[1].ValueKind != JsonValueKind.Number || !range[1].TryGetInt32(out int end)
                 || begin < 0 || end <= begin || end > 1 << 16)
                 return null;

@@ -189,7 +189,8 @@ internal static class OtherToolsKeys
     private static readonly Dictionary<string, string> s_advice = Table
         .Split((char[])['\n', '\r'], StringSplitOptions.RemoveEmptyEntries)
         .Select(line => line.Split(' ', 2))
-        .ToDictionary(parts => parts[0], parts => parts[1].StartsWith(": ", StringComparison.Ordinal)
+        .ToDictionary(parts => parts[0], parts =>
+            parts[1].StartsWith(": ", StringComparison.Ordinal)
             ? $"is not used here: {parts[1][2..]}" : $"is not used here: set {parts[1]}");
 
     /// <summary>What to do about another tool's key; null for a key of none.</summary>

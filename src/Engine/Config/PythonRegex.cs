@@ -106,5 +106,6 @@ public static class PythonRegex
     }
 
     private static InputException Foreign(string pattern, string part) => new(
-        $"{Messages.Quote(pattern)} contains {Messages.Quote(part)}, which Python's regular expressions do not have");
+        $"{Messages.Quote(pattern)} contains {Messages.Quote(part)}, which Python's regular "
+            + "expressions do not have");
 }

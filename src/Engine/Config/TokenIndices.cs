@@ -15,7 +15,8 @@ public sealed class TokenIndices
 
     private readonly bool _isList;
 
-    private TokenIndices(bool isList, IReadOnlyList<(string Module, IReadOnlyList<int> Ids)> list) =>
+    private TokenIndices(bool isList,
+        IReadOnlyList<(string Module, IReadOnlyList<int> Ids)> list) =>
         (_isList, List) = (isList, list);
 
     /// <summary>Modules, by the end of their name, and their tokens.</summary>

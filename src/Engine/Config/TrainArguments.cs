@@ -28,8 +28,8 @@ public sealed partial record TrainArguments
         + "given", Max = 1000, Open = true)]
     public double? VideoFps { get; init; }
 
-    [Key("Model", "most frames of a video, where frames are joined, groups of them; the model's own "
-        + "number when not given", Min = 1, Max = 1 << 16)]
+    [Key("Model", "most frames of a video, where frames are joined, groups of them; the model's "
+        + "own number when not given", Min = 1, Max = 1 << 16)]
     public int? VideoMaxFrames { get; init; }
 
     [Key("Model", "most tiles that one frame is sliced into; the model's own number when not given",
@@ -40,8 +40,8 @@ public sealed partial record TrainArguments
         + "by the video's length when not given", Min = 1, Max = 6)]
     public int? VideoPacking { get; init; }
 
-    [Key("Model", "frames of a second of video: the first is a picture, those up to the next are one "
-        + "more, of models that show them so; the model's own number when not given", Min = 1,
+    [Key("Model", "frames of a second of video: the first is a picture, those up to the next are "
+        + "one more, of models that show them so; the model's own number when not given", Min = 1,
         Max = MostStacked)]
     public int? VideoStackFrames { get; init; }
 
@@ -54,17 +54,17 @@ public sealed partial record TrainArguments
     [Key("Model", "auto, cpu or cuda; auto takes CUDA when it is there", SameBits = true)]
     public DeviceChoice Device { get; init; }
 
-    [Key("Model", "most GPU memory that the run takes: 24GiB, 24GB, or below 1 a share of the card; "
-        + "what is free when not given", SameBits = true)]
+    [Key("Model", "most GPU memory that the run takes: 24GiB, 24GB, or below 1 a share of the "
+        + "card; what is free when not given", SameBits = true)]
     public MemoryLimit? MemoryLimit { get; init; }
 
     [Key("Model", "frozen layers stay in the machine's memory and pass through two buffers of the "
-        + "GPU while it computes: true, false, or embeddings for these alone; when not given, where "
-        + "the run does not fit otherwise", SameBits = true)]
+        + "GPU while it computes: true, false, or embeddings for these alone; when not given, "
+        + "where the run does not fit otherwise", SameBits = true)]
     public StreamedWeights? StreamWeights { get; init; }
 
-    [Key("Model", "what the optimizer alone reads, moments and masters of 16-bit weights, lies in the "
-        + "machine's memory: true, false; when not given, where the run does not fit otherwise",
+    [Key("Model", "what the optimizer alone reads, moments and masters of 16-bit weights, lies in "
+        + "the machine's memory: true, false; when not given, where the run does not fit otherwise",
         SameBits = true)]
     public bool? OffloadOptimizer { get; init; }
 
@@ -80,20 +80,23 @@ public sealed partial record TrainArguments
         SameBits = true)]
     public int? Threads { get; init; }
 
-    [Key("Data", "training rows: files, folders, patterns with *, dataset_info.json#NAME", Path = true,
+    [Key("Data", "training rows: files, folders, patterns with *, dataset_info.json#NAME",
+        Path = true,
         SameBits = true)]
     public DataSources? DataPath { get; init; }
 
     [Key("Data", "evaluation rows, as data_path", Path = true, SameBits = true)]
     public DataSources? EvalDataPath { get; init; }
 
-    [Key("Data", "rows of data_path kept for evaluation, drawn by data_seed; below 1 a share of all")]
+    [Key("Data", "rows of data_path kept for evaluation, drawn by data_seed; below 1 a share of "
+        + "all")]
     public double EvalSplit { get; init; }
 
     [Key("Data", "answers of a row that are learned: all, or last, those behind the last question")]
     public TrainOn TrainOn { get; init; }
 
-    [Key("Data", "boxes of \"objects\": text, [(x1,y1),(x2,y2)], or tokens, <box>x1 y1 x2 y2</box>")]
+    [Key("Data", "boxes of \"objects\": text, [(x1,y1),(x2,y2)], or tokens, <box>x1 y1 x2 "
+        + "y2</box>")]
     public BoxFormat BoxFormat { get; init; }
 
     [Key("Data", "error refuses a file with bad rows, skip lists and leaves them out",
@@ -149,8 +152,8 @@ public sealed partial record TrainArguments
         Name = "bnb_4bit_use_double_quant")]
     public bool? Bnb4bitUseDoubleQuant { get; init; }
 
-    [Key("Trained parts", "modules that q_lora does not quantise: list of names; when not given all "
-        + "but the decoder, [lm_head, resampler] takes the vision tower too")]
+    [Key("Trained parts", "modules that q_lora does not quantise: list of names; when not given "
+        + "all but the decoder, [lm_head, resampler] takes the vision tower too")]
     public IReadOnlyList<string>? LlmInt8SkipModules { get; init; }
 
     [Key("Trained parts", "type that products with 4-bit weights are computed in: that of bf16 and "
@@ -172,8 +175,8 @@ public sealed partial record TrainArguments
     [Key("Trained parts", "rows of the adapted weights have trained magnitudes (DoRA)")]
     public bool UseDora { get; init; }
 
-    [Key("Trained parts", "ranks of single modules: object of regular expressions for a name or its "
-        + "end, the first that matches counts", Min = 1, Max = 65536)]
+    [Key("Trained parts", "ranks of single modules: object of regular expressions for a name or "
+        + "its end, the first that matches counts", Min = 1, Max = 65536)]
     public NumbersByName? RankPattern { get; init; }
 
     [Key("Trained parts", "lora_alpha of single modules, as rank_pattern", Open = true)]
@@ -191,12 +194,12 @@ public sealed partial record TrainArguments
         + "lora_B (PEFT's lora_bias)")]
     public LoraBias LoraBias { get; init; }
 
-    [Key("Trained parts", "tokens whose rows of the embedding are trained beside the adapters: list of "
-        + "ids, or object of modules (embed_tokens, lm_head) with such lists")]
+    [Key("Trained parts", "tokens whose rows of the embedding are trained beside the adapters: "
+        + "list of ids, or object of modules (embed_tokens, lm_head) with such lists")]
     public TokenIndices? TrainableTokenIndices { get; init; }
 
-    [Key("Trained parts", "experts' matrices with adapters (PEFT's target_parameters): list of name "
-        + "endings, mlp.experts.gate_up_proj, mlp.experts.down_proj")]
+    [Key("Trained parts", "experts' matrices with adapters (PEFT's target_parameters): list of "
+        + "name endings, mlp.experts.gate_up_proj, mlp.experts.down_proj")]
     public IReadOnlyList<string>? TargetParameters { get; init; }
 
     [Key("Trained parts", "only these layers get adapters: number or list")]
@@ -206,12 +209,12 @@ public sealed partial record TrainArguments
         + "anything when not given")]
     public IReadOnlyList<string>? LoraLayersPattern { get; init; }
 
-    [Key("Trained parts", "ranges of the decoder's layers that run one after the other, each copy with "
-        + "adapters of its own: [[0, 3], [2, 4]]")]
+    [Key("Trained parts", "ranges of the decoder's layers that run one after the other, each copy "
+        + "with adapters of its own: [[0, 3], [2, 4]]")]
     public LayerRanges? LoraLayerReplication { get; init; }
 
-    [Key("Trained parts", "how adapters start: true (B is zero), gaussian (the same with another A), "
-        + "false (B is not zero), pissa, pissa_niter_N, olora (as a part of their weights)")]
+    [Key("Trained parts", "how adapters start: true (B is zero), gaussian (the same with another "
+        + "A), false (B is not zero), pissa, pissa_niter_N, olora (as a part of their weights)")]
     public LoraStart InitLoraWeights { get; init; } = new("true");
 
     [Key("Trained parts", "adapter folder to start from: its rank, alpha, targets and biases stay; "
@@ -221,12 +224,13 @@ public sealed partial record TrainArguments
     [Key("Trained parts", "modules trained whole beside the adapters: list of names")]
     public IReadOnlyList<string>? ModulesToSave { get; init; }
 
-    [Key("Trained parts", "recompute each layer in the backward pass to save memory: recompute=block",
+    [Key("Trained parts", "recompute each layer in the backward pass to save memory: "
+        + "recompute=block",
         SameBits = true)]
     public bool GradientCheckpointing { get; init; }
 
-    [Key("Trained parts", "what is recomputed: nothing, norms, mlp (and norms), block, or auto: on a "
-        + "GPU as little as fits into its memory", SameBits = true)]
+    [Key("Trained parts", "what is recomputed: nothing, norms, mlp (and norms), block, or auto: on "
+        + "a GPU as little as fits into its memory", SameBits = true)]
     public Recompute Recompute { get; init; }
 
     [Key("Optimisation", "passes over the data", Open = true, Max = 1e6, SameBits = true)]
@@ -252,9 +256,10 @@ public sealed partial record TrainArguments
     [Key("Optimisation", "peak learning rate", Max = 1e6)]
     public double LearningRate { get; init; } = 5e-5;
 
-    [Key("Optimisation", "peak learning rates of single tensors: object of vision, joiner, decoder, "
-        + "audio, embeddings (the head too) or regular expressions for a part of the name; the first that "
-        + "matches counts", Max = 1e6)]
+    [Key("Optimisation", "peak learning rates of single tensors: object of vision, joiner, "
+        + "decoder, "
+        + "audio, embeddings (the head too) or regular expressions for a part of the name; the "
+        + "first that matches counts", Max = 1e6)]
     public NumbersByName? LearningRates { get; init; }
 
     [Key("Optimisation", "B of adapters, and trained vectors, learn so many times faster (LoRA+)",
@@ -277,8 +282,8 @@ public sealed partial record TrainArguments
     public double WarmupRatio { get; init; }
 
     [Key("Optimisation", "adamw_torch (adamw_torch_fused), adamw_bf16 (moments in bfloat16), "
-        + "adamw_8bit (adamw_bnb_8bit), paged_adamw_8bit, paged_adamw_32bit (paged_adamw): paged ones "
-        + "lie in the machine's memory; lion_32bit (lion), lion_8bit, paged_lion_32bit, "
+        + "adamw_8bit (adamw_bnb_8bit), paged_adamw_8bit, paged_adamw_32bit (paged_adamw): paged "
+        + "ones lie in the machine's memory; lion_32bit (lion), lion_8bit, paged_lion_32bit, "
         + "paged_lion_8bit; sgd; adafactor")]
     public OptimizerKind Optim { get; init; }
 
@@ -403,7 +408,8 @@ public sealed partial record TrainArguments
     [Key("Output", "checkpoint folder, or true for the newest one in output_dir", Path = true)]
     public ResumePoint? ResumeFromCheckpoint { get; init; }
 
-    [Key("Output", "settings that a resumed run may have otherwise than the checkpoint's run, which "
+    [Key("Output", "settings that a resumed run may have otherwise than the checkpoint's run, "
+        + "which "
         + "ends \"bit for bit\": list of keys; model_name_or_path and data_path allow other ones")]
     public IReadOnlyList<string>? AllowChanges { get; init; }
 

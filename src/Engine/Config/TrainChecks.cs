@@ -85,12 +85,14 @@ internal static class TrainChecks
         Refuse(a.DataPath is null, "data_path is missing: the file with the training rows");
         Refuse(a.Bf16 && a.Fp16, "bf16 and fp16 are both true, at most one can be");
         Refuse(a.GradientCheckpointing && a.Recompute is not (Recompute.Auto or Recompute.Block),
-            $"gradient_checkpointing recomputes every layer, recompute={TrainKeys.SnakeCase(a.Recompute.ToString())}"
+            "gradient_checkpointing recomputes every layer, "
+                + $"recompute={TrainKeys.SnakeCase(a.Recompute.ToString())}"
             + " less: leave one of them out");
         Refuse(a.Streams && a.Recompute is not (Recompute.Auto or Recompute.Block),
             (a.StreamWeights == StreamedWeights.True ? "stream_weights" : "offload_param")
             + " recomputes every layer when its weights come back, "
-            + $"recompute={TrainKeys.SnakeCase(a.Recompute.ToString())} less: leave one of them out");
+            + $"recompute={TrainKeys.SnakeCase(a.Recompute.ToString())} less: leave one of them "
+            + "out");
         Refuse(a.OffloadParam == true && a.StreamWeights is { } less and not StreamedWeights.True,
             "offload_param streams frozen layers too: leave stream_weights="
             + $"{TrainKeys.SnakeCase($"{a.StreamWeights}")} out");
@@ -98,16 +100,18 @@ internal static class TrainChecks
             + "(the language model then learns through its adapters)");
         Refuse(a.TuneAudio && !a.InitAudio, "tune_audio needs init_audio, which runs the encoder");
         Refuse(!a.UseLora && a.ModulesToSave is { Count: > 0 },
-            "modules_to_save needs use_lora; without it tune_vision and tune_llm say what is trained");
+            "modules_to_save needs use_lora; without it tune_vision and tune_llm say what is "
+                + "trained");
         Refuse(!a.UseLora && a.LoraLayerReplication is not null,
             "lora_layer_replication needs use_lora");
         Refuse(!a.UseLora && a.LoraWeightPath is not null, "lora_weight_path needs use_lora");
         Refuse(!a.UseLora && a.TrainableTokenIndices is not null,
             "trainable_token_indices needs use_lora");
-        Refuse(!a.UseLora && a.TargetParameters is { Count: > 0 }, "target_parameters needs use_lora");
+        Refuse(!a.UseLora && a.TargetParameters is { Count: > 0 }, "target_parameters needs "
+            + "use_lora");
         Refuse(a.TargetParameters is { Count: > 0 } && a.LoraDropout > 0,
-            "target_parameters needs lora_dropout=0: adapters of experts' matrices drop nothing, and "
-            + "PEFT does not load them otherwise");
+            "target_parameters needs lora_dropout=0: adapters of experts' matrices drop nothing, "
+            + "and PEFT does not load them otherwise");
         Refuse(a.LoraBias == LoraBias.True && a.UseDora,
             "lora_bias=true and use_dora do not go together: PEFT has no such adapter");
         string start = a.InitLoraWeights.Text;
@@ -124,18 +128,21 @@ internal static class TrainChecks
         var computes = a.Bf16 ? ComputeType.Bfloat16 : a.Fp16 ? ComputeType.Float16
             : ComputeType.Float32;
         Refuse(a.Bnb4bitComputeDtype is { } type && type != computes,
-            $"bnb_4bit_compute_dtype is not {TrainKeys.SnakeCase(computes.ToString())}, the type of "
-            + "the run: set bf16 or fp16, or leave it out");
+            $"bnb_4bit_compute_dtype is not {TrainKeys.SnakeCase(computes.ToString())}, the type "
+            + "of the run: set bf16 or fp16, or leave it out");
         Refuse(a.LoraLayersToTransform is not null && a.LoraTargetModules.Pattern is not null,
             "lora_layers_to_transform needs lora_target_modules as a list of names "
             + "(a regular expression names its layers itself)");
         Refuse(a.Evaluates && a.EvaluationData is null,
             "evaluation needs eval_data_path or eval_split (or set eval_strategy to no)");
         Refuse(a.BestBy is { } by && !a.BestNames.Contains(by),
-            $"metric_for_best_model is {Messages.Quote(a.MetricForBestModel ?? "")}, expected one of "
+            $"metric_for_best_model is {Messages.Quote(a.MetricForBestModel ?? "")}, expected one "
+                + "of "
             + string.Join(", ", a.BestNames));
-        Refuse(a.LoadBestModelAtEnd && (a.EvalStrategy == When.No || a.EvalStrategy != a.SaveStrategy),
-            "load_best_model_at_end needs eval_strategy and save_strategy to be the same, steps or epoch");
+        Refuse(a.LoadBestModelAtEnd
+            && (a.EvalStrategy == When.No || a.EvalStrategy != a.SaveStrategy),
+            "load_best_model_at_end needs eval_strategy and save_strategy to be the same, steps or "
+                + "epoch");
         Refuse(a.LoadBestModelAtEnd && a.EvalStrategy == When.Steps
             && a.SaveSteps.Value >= 1 && (a.EvalSteps ?? a.LoggingSteps).Value >= 1
             && a.SaveSteps.Value % (a.EvalSteps ?? a.LoggingSteps).Value != 0,
@@ -164,15 +171,19 @@ internal static class TrainChecks
         Refuse(a.OverwriteOutputDir && a.ResumeFromCheckpoint is not null,
             "overwrite_output_dir and resume_from_checkpoint contradict each other");
         Refuse(a.WarmupSteps >= 1 && a.WarmupSteps != Math.Floor(a.WarmupSteps),
-            $"warmup_steps is {a.WarmupSteps}, expected a whole number, or a share of all steps below 1");
+            $"warmup_steps is {a.WarmupSteps}, expected a whole number, or a share of all steps "
+                + "below 1");
         Refuse((float)a.AdamEpsilon < SmallestNormal,
             FormattableString.Invariant($"adam_epsilon is {a.AdamEpsilon}, which is 0 in 32 bits: ")
-            + "where a gradient is 0, as in every new adapter, its step would be 0 / 0; Adam's usual value is 1e-8");
+            + "where a gradient is 0, as in every new adapter, its step would be 0 / 0; Adam's "
+            + "usual value is 1e-8");
         Refuse(a.UseLora && (float)(a.LoraAlpha / a.LoraR) < SmallestNormal,
             FormattableString.Invariant($"lora_alpha is {a.LoraAlpha}, with which adapters are ")
-            + "multiplied by 0 in 32 bits and learn nothing; usual values are lora_r and twice of it");
+            + "multiplied by 0 in 32 bits and learn nothing; usual values are lora_r and twice of "
+            + "it");
         foreach (string key in a.AllowChanges ?? [])
-            Refuse(!TrainKeys.Train.Any(known => known.Name == key), $"allow_changes: there is no key "
+            Refuse(!TrainKeys.Train.Any(known => known.Name == key), "allow_changes: there is no "
+                + "key "
                 + Messages.Quote(key) + TrainKeys.Guess(key, TrainKeys.Train.Select(k => k.Name)));
         Refuse(a.AllowChanges is { Count: > 0 } && a.ResumeFromCheckpoint is null,
             "allow_changes needs resume_from_checkpoint: a new run has nothing to differ from");
@@ -199,7 +210,8 @@ internal static class TrainChecks
         Need(options.MinLr is not null, "min_lr", lowest);
         Need(options.MinLrRate is not null, "min_lr_rate", lowest);
         if (lowest && options.MinLr is null == options.MinLrRate is null)
-            problems.Add("lr_scheduler_kwargs: cosine_with_min_lr wants one of min_lr and min_lr_rate");
+            problems.Add("lr_scheduler_kwargs: cosine_with_min_lr wants one of min_lr and "
+                + "min_lr_rate");
         if (options.MinLr > a.LearningRate)
             problems.Add($"lr_scheduler_kwargs: min_lr {options.MinLr} must not be above "
                 + $"learning_rate {a.LearningRate}");

@@ -87,8 +87,9 @@ public enum OptimizerKind
 /// </summary>
 public enum Recompute { Auto, Nothing, Norms, Mlp, Block }
 
-/// <summary>Which frozen weights lie in the machine's memory: none, the embeddings that are no head,
-/// whose rows are read over the bus, or the layers too, which pass through two buffers.</summary>
+/// <summary>Which frozen weights lie in the machine's memory: none, the embeddings that are no
+/// head, whose rows are read over the bus, or the layers too, which pass through two
+/// buffers.</summary>
 public enum StreamedWeights { False, Embeddings, True }
 
 /// <summary>The table of 4-bit values.</summary>

@@ -45,7 +45,8 @@ internal static class TrainForeignKeys
             ["ignore_data_skip"] = ([], "is not supported: a resumed run goes on at its row"),
             ["label_smoothing_factor"] = (["0"], "is not supported"),
             ["no_cuda"] = ([], "is spelt device=cpu here"),
-            ["optim_args"] = ([], "is not supported: adam_beta1, adam_beta2 (of lion too) and adam_epsilon are keys"),
+            ["optim_args"] = ([], "is not supported: adam_beta1, adam_beta2 (of lion too) and "
+                + "adam_epsilon are keys"),
             ["optim_target_modules"] = ([], "is not supported"),
             ["parallelism_config"] = ([], "is not supported"),
             ["past_index"] = (["-1"], "is not supported"),

@@ -81,8 +81,8 @@ internal static partial class TrainKeys
     /// <summary>What counts where a model is asked and nothing is trained.</summary>
     public static IReadOnlyList<TrainKey> Asking { get; } = [.. Train.Where(key =>
         key.Rule.Group == "Generation" || key.Name is "max_slice_nums" or "bf16" or "fp16"
-            or "device" or "threads" or "seed" or "q_lora" or "load_in_4bit" or "bnb_4bit_quant_type"
-            or "bnb_4bit_use_double_quant" or "llm_int8_skip_modules"
+            or "device" or "threads" or "seed" or "q_lora" or "load_in_4bit"
+            or "bnb_4bit_quant_type" or "bnb_4bit_use_double_quant" or "llm_int8_skip_modules"
             or "init_audio" || key.Name.StartsWith("video_", StringComparison.Ordinal))];
 
     public static IReadOnlyList<TrainKey> Schedule { get; } = Of(typeof(ScheduleOptions));

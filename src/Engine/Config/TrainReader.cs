@@ -85,7 +85,8 @@ public sealed class TrainReader
         var found = new Dictionary<string, Given>();
         var problems = new List<string>();
         string folder = Path.GetDirectoryName(path) ?? path;
-        var root = YamlInput.Accepts(path) ? YamlInput.ReadObject(path) : JsonInput.ReadObject(path);
+        var root = YamlInput.Accepts(path) ? YamlInput.ReadObject(path)
+            : JsonInput.ReadObject(path);
         foreach (var (key, value) in root.Members())
             Take(found, key, new Given(value.Element, null, folder), problems);
         Merge(found, problems, Path.GetFileName(path) + ": ");
@@ -180,8 +181,8 @@ public sealed class TrainReader
         }
 
         if (converted is bool or double or int && !converted.Equals(own.Value))
-            throw new InputException($"{place} is {given.Plain()}, {name} is {own.Plain()}: leave one "
-                + "of them out");
+            throw new InputException($"{place} is {given.Plain()}, {name} is {own.Plain()}: leave "
+                + "one of them out");
         return false;
     }
 

@@ -217,7 +217,8 @@ internal static class TrainValues
     {
         string text = given.Json is null ? string.Join(',', given.Words!) : "";
         return TokenIndices.Of(given.Json
-                ?? Parsed(key, given, text.StartsWith('[') || text.StartsWith('{') ? text : $"[{text}]"))
+                ?? Parsed(key, given, text.StartsWith('[') || text.StartsWith('{') ? text
+                    : $"[{text}]"))
             ?? throw Wrong(key, given, TokenIndices.Form);
     }
 

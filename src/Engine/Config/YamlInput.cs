@@ -31,7 +31,8 @@ internal static class YamlInput
             throw new InputException($"{path}: is not valid YAML at line {failure.Start.Line}, "
                 + $"column {failure.Start.Column}"
                 + (failure.Message.Contains("uplicate", StringComparison.Ordinal)
-                    ? " (a key is there twice)" : " (see its indentation, colons and quotes)"), failure);
+                    ? " (a key is there twice)" : " (see its indentation, colons and "
+                        + "quotes)"), failure);
         }
         catch (Exception failure)
         {

@@ -39,7 +39,8 @@ internal static class CsvRows
         {
             int first = line;
             if (!Record(ref rest, separator, cells, ref line))
-                throw new InputException($"{path}: line {first}: a quote is opened and never closed");
+                throw new InputException($"{path}: line {first}: a quote is opened and never "
+                    + "closed");
             // A blank line is no row, but for a table of one column, where it is an empty cell.
             if (cells is [{ Length: 0 }] && names is not { Length: 1 }) continue;
             if (names is null)

@@ -16,7 +16,8 @@ public static class DataCheck
         DataRows training = DataRows.Read(arguments.TrainingData, arguments, format);
         bool good = Run(training, arguments, format, output);
         return arguments.EvaluationData is not { } evaluation ? good : good
-            & Run(DataRows.Read(evaluation, arguments, format, training), arguments, format, output);
+            & Run(DataRows.Read(evaluation, arguments, format, training), arguments, format,
+                output);
     }
 
     private static bool Run(DataRows rows, TrainArguments arguments, RowFormat format,

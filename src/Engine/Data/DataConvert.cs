@@ -87,7 +87,8 @@ public sealed record DataConvert(DataSources From, string Out, BoxFormat Boxes, 
         void Tell(int rows, string what)
         {
             if (rows > 0)
-                output.WriteLine($"  {rows:N0} rows {what}: cpmx reads that, the official script not");
+                output.WriteLine($"  {rows:N0} rows {what}: cpmx reads that, the official script "
+                    + "not");
         }
     }
 

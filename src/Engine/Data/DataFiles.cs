@@ -53,7 +53,8 @@ internal static class DataFiles
     {
         int hash = path.LastIndexOf('#');
         if (hash > 0 && path[(hash + 1)..].All(char.IsAsciiDigit) && File.Exists(path[..hash]))
-            return ": of ms-swift's #N, N rows of a file, make a smaller file (head -n of a .jsonl)";
+            return ": of ms-swift's #N, N rows of a file, make a smaller file (head -n of a "
+                + ".jsonl)";
         if (path.Contains(',') && path.Split(',').All(File.Exists))
             return ": several files stand one behind the other, or as a list, without commas";
         return Path.HasExtension(path) || Directory.Exists(Path.GetDirectoryName(path)) ? null

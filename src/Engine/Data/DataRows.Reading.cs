@@ -56,12 +56,13 @@ public sealed partial class DataRows
     /// </summary>
     private static void Keep(RowShare share, List<Row> rows, List<BadRow> bad, string path)
     {
-        int[] places = [.. rows.Select(row => row.Place).Concat(bad.Select(row => row.Place)).Order()];
+        int[] places =
+            [.. rows.Select(row => row.Place).Concat(bad.Select(row => row.Place)).Order()];
         int kept = share.Kept < 1
             ? (int)Math.Ceiling(share.Kept * places.Length) : (int)share.Kept;
         if (kept >= places.Length)
-            throw new InputException($"{path}: eval_split keeps {kept:N0} of {places.Length:N0} rows: "
-                + "none is left to train on");
+            throw new InputException($"{path}: eval_split keeps {kept:N0} of {places.Length:N0} "
+                + "rows: none is left to train on");
         var order = new Sampler(places.Length, places.Length, shuffle: true, (ulong)share.Seed);
         var evaluated = new HashSet<int>();
         foreach (int row in order.Batch(0, 0)[..kept]) evaluated.Add(places[row]);

@@ -3,7 +3,8 @@ using MiniCpmNative.Engine.Data.Audio;
 
 namespace MiniCpmNative.Engine.Data;
 
-/// <summary>Sounds of rows: read anew whenever a row is made, their lengths known from then on.</summary>
+/// <summary>Sounds of rows: read anew whenever a row is made, their lengths known from then
+/// on.</summary>
 public sealed partial class DataRows
 {
     private readonly ConcurrentDictionary<(int Row, int Sound), int> _lengths = [];
@@ -21,8 +22,8 @@ public sealed partial class DataRows
             lengths[i] = _lengths.GetOrAdd((row.Place, i), key => Samples(row, key.Sound).Length);
             if (scheme.Tokens(lengths[i]) == 0)
                 throw row.Bad($"sound {Messages.Quote(row.Sounds[i].Path)} has "
-                    + $"{Messages.Number(lengths[i])} samples at {SoundReader.Rate:N0} Hz, which is "
-                    + "too short to be heard");
+                    + $"{Messages.Number(lengths[i])} samples at {SoundReader.Rate:N0} Hz, which "
+                    + "is too short to be heard");
         }
 
         return lengths;

@@ -23,13 +23,13 @@ internal readonly record struct FrameMosaic(PictureSize Frame, int Columns, int 
         PictureSize frame = frames[0];
         foreach (PictureSize other in frames)
             if (other != frame)
-                throw row.Bad($"has frames of {frame.Width} x {frame.Height} and of {other.Width} x "
-                    + $"{other.Height}, which are to be one picture: give them one size, or set "
+                throw row.Bad($"has frames of {frame.Width} x {frame.Height} and of {other.Width} "
+                    + $"x {other.Height}, which are to be one picture: give them one size, or set "
                     + "video_stack_frames to 1");
         if ((long)frames.Length * (frame.Width + Bar) * (frame.Height + Bar)
             > PictureDecoder.MaxPixels)
-            throw row.Bad($"has {frames.Length} frames of {frame.Width} x {frame.Height}, which are "
-                + "to be one picture: more pixels than are read; scale them down, or set "
+            throw row.Bad($"has {frames.Length} frames of {frame.Width} x {frame.Height}, which "
+                + "are to be one picture: more pixels than are read; scale them down, or set "
                 + "video_stack_frames to 1");
         var beside = new FrameMosaic(frame, frames.Length, 1);
         var below = new FrameMosaic(frame, 1, frames.Length);

@@ -36,11 +36,14 @@ public sealed partial record Grounding(
         string type = objects.Member("bbox_type").Text() ?? "real";
         return new Grounding(
             [.. objects.Member("ref").Items().Select(name => name.Text()
-                ?? throw new FormatException($"\"objects\": a ref is {Kind(name)}, expected text"))],
+                ?? throw new FormatException($"\"objects\": a ref is {Kind(name)}, expected "
+                    + "text"))],
             [.. objects.Member("bbox").Items().Select(Box)],
-            [.. objects.Member("image_id").Items().Select(id => id.IsInt(out int picture) && picture >= 0
+            [.. objects.Member("image_id").Items().Select(
+                id => id.IsInt(out int picture) && picture >= 0
                 ? picture : throw new FormatException(
-                    $"\"objects\": an image_id is {Kind(id)}, expected a picture's number from 0"))],
+                    $"\"objects\": an image_id is {Kind(id)}, expected a picture's number from "
+                        + "0"))],
             type switch
             {
                 "real" => null,
@@ -77,12 +80,14 @@ public sealed partial record Grounding(
                     : throw row.Bad($"has more <bbox> tags than boxes ({Boxes.Count})", i + 1)
                 : name < Names.Count
                     ? format == BoxFormat.Tokens ? $"<ref>{Names[name++]}</ref>" : Names[name++]
-                    : throw row.Bad($"has more <ref-object> tags than refs ({Names.Count})", i + 1)),
+                    : throw row.Bad("has more <ref-object> tags than refs "
+                        + $"({Names.Count})", i + 1)),
         }).ToArray();
         if (box < Boxes.Count)
             throw row.Bad($"has {Boxes.Count} boxes, but only {box} <bbox> tags to show them");
         if (name < Names.Count)
-            throw row.Bad($"has {Names.Count} refs, but only {name} <ref-object> tags to show them");
+            throw row.Bad($"has {Names.Count} refs, but only {name} <ref-object> tags to show "
+                + "them");
         return row with { Turns = turns, Objects = null };
     }
 
@@ -93,8 +98,8 @@ public sealed partial record Grounding(
         if (row.Pictures.Count > 0)
         {
             if (picture >= row.Pictures.Count)
-                throw row.Bad($"box {index + 1} is in picture {picture}, counted from 0; the row has "
-                    + $"{row.Pictures.Count}");
+                throw row.Bad($"box {index + 1} is in picture {picture}, counted from 0; the row "
+                    + $"has {row.Pictures.Count}");
             PictureSize of = Range is { } range ? new(range, range) : size(picture);
             (width, height) = (of.Width, of.Height);
         }

@@ -22,8 +22,8 @@ internal static partial class OfficialText
             throw row.Bad("\"image\" is a list, which the official script cannot read; use "
                 + "{\"<image_00>\": path, ...} or leave official_compat out");
         if (row.Turns.Any(turn => turn.HasFunctions))
-            throw row.Bad("has functions (tools, calls or their results), which the official script "
-                + "does not know; leave official_compat out");
+            throw row.Bad("has functions (tools, calls or their results), which the official "
+                + "script does not know; leave official_compat out");
         if (row.Turns[0].Role == "system")
             throw row.Bad("has a system text, which the official script refuses; it works without "
                 + "official_compat");

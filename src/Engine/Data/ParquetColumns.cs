@@ -33,7 +33,8 @@ internal sealed class ParquetColumns : IDisposable
                 foreach (Leaf leaf in field.Leaves)
                 {
                     columns._leaves.Add(leaf);
-                    leaf.Take(reader.ReadRawColumnDataBaseAsync(leaf.Column).GetAwaiter().GetResult());
+                    leaf.Take(reader.ReadRawColumnDataBaseAsync(leaf.Column)
+                        .GetAwaiter().GetResult());
                 }
 
             // One of them knows where its values end.

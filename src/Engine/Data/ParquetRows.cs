@@ -90,8 +90,8 @@ internal static class ParquetRows
     }
 
     private static InputException Damaged(string path, Exception? failure) => new(
-        $"{path}: cannot be read as Parquet: it is damaged, or of a kind that is not read here; write "
-        + "it anew, or as .jsonl", failure);
+        $"{path}: cannot be read as Parquet: it is damaged, or of a kind that is not read here; "
+        + "write it anew, or as .jsonl", failure);
 
     private static bool Write(Utf8JsonWriter json, object? value, int depth)
     {

@@ -6,8 +6,8 @@ namespace MiniCpmNative.Engine.Data;
 /// Whether what a Parquet file says of itself, in its footer and before each page, can be so:
 /// structures (Thrift's compact protocol) that end, fields of the types that the format gives them,
 /// pages that lie in the file and have the values of their column, sizes that such a file can hold.
-/// The library that reads it makes room for whatever is claimed, reads each field as what its number
-/// stands for, and follows pages to wherever they are said to be.
+/// The library that reads it makes room for whatever is claimed, reads each field as what its
+/// number stands for, and follows pages to wherever they are said to be.
 /// </summary>
 internal ref struct ParquetStructure
 {
@@ -113,7 +113,8 @@ internal ref struct ParquetStructure
             int type = head & 15;
             if (id > 0 && id <= types.Length
                 && types[(int)id - 1] != "0113456789ABCDEF"[type]) return false;
-            ulong inner = id is > 0 and < 0xF0 && path >> 56 == 0 ? (path << 8) | (ulong)id : Unknown;
+            ulong inner = id is > 0 and < 0xF0 && path >> 56 == 0 ? (path << 8) | (ulong)id
+                : Unknown;
             if (!Pass(type, depth + 1, inner)) return false;
         }
 

@@ -100,14 +100,16 @@ internal sealed record RowColumns(string? Name)
         {
             var list = Unfolded(row.Member(key));
             if (list.ValueKind != JsonValueKind.Array) continue;
-            var turn = list.EnumerateArray().FirstOrDefault(t => t.ValueKind == JsonValueKind.Object);
+            var turn = list.EnumerateArray()
+                .FirstOrDefault(t => t.ValueKind == JsonValueKind.Object);
             if (turn.ValueKind == JsonValueKind.Object) return OfTurns(key, row, list, turn);
         }
 
         string? question = Find(row, s_questions, out string? another);
         if (question is null) return null;
         string? answer = Find(row, s_answers, out string? second);
-        string? instruction = Find(row, ["instruction"], out _), input = Find(row, ["input"], out _);
+        string? instruction = Find(row, ["instruction"], out _),
+            input = Find(row, ["input"], out _);
         bool alpaca = instruction is not null && (input is not null || another is null);
         if (alpaca) another = Find(row, [.. s_questions.Except(["instruction", "input"])], out _);
         if ((another ?? second) is not null)

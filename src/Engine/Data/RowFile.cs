@@ -68,7 +68,8 @@ public sealed class RowFile
     private void ReadText(ReadOnlyMemory<byte> bytes)
     {
         if (Kind(bytes.Span) is { } kind)
-            throw new InputException($"{_path}: is {kind}, expected .json, .jsonl, .csv or Parquet");
+            throw new InputException($"{_path}: is {kind}, expected .json, .jsonl, .csv or "
+                + "Parquet");
         if (bytes.Span.StartsWith("\uFEFF"u8)) bytes = bytes[3..];
         if (!Utf8.IsValid(bytes.Span)) throw new InputException($"{_path}: {NotUtf8(bytes.Span)}");
         var first = bytes.Span.TrimStart(" \t\r\n"u8);

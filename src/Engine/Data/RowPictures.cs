@@ -9,8 +9,8 @@ using MiniCpmNative.Engine.Data.Text;
 namespace MiniCpmNative.Engine.Data;
 
 /// <summary>
-/// Pictures and sounds as rows name them: a path, a data: URI or plain base64, {"bytes", "path"}. Addresses on
-/// the network are refused: a run that loads them as it goes is not repeatable.
+/// Pictures and sounds as rows name them: a path, a data: URI or plain base64, {"bytes", "path"}.
+/// Addresses on the network are refused: a run that loads them as it goes is not repeatable.
 /// </summary>
 internal static class RowPictures
 {
@@ -120,10 +120,12 @@ internal static class RowPictures
     {
         var bytes = value.Member("bytes");
         if (bytes.SaysNothing()) return One(value.Member("path"), tag);
-        return bytes.ValueKind == JsonValueKind.String && bytes.TryGetBytesFromBase64(out byte[]? content)
+        return bytes.ValueKind == JsonValueKind.String
+            && bytes.TryGetBytesFromBase64(out byte[]? content)
             ? Embedded(content, tag)
             : throw new FormatException(
-                $"a {RowPicture.KindOf(tag)}'s \"bytes\" are {RowValues.Kind(bytes)}, expected base64");
+                $"a {RowPicture.KindOf(tag)}'s \"bytes\" are {RowValues.Kind(bytes)}, expected "
+                    + "base64");
     }
 
     private static byte[] Content(string uri, string what)
@@ -157,7 +159,8 @@ internal static class RowPictures
 
     /// <summary>One that the row holds; its name tells contents apart, as a path does.</summary>
     public static RowPicture Embedded(byte[] content, string tag) => new(tag,
-        $"embedded {RowPicture.KindOf(tag)} {Convert.ToHexStringLower(SHA256.HashData(content).AsSpan(0, 6))} "
+        $"embedded {RowPicture.KindOf(tag)} "
+            + $"{Convert.ToHexStringLower(SHA256.HashData(content).AsSpan(0, 6))} "
         + $"of {Messages.Number(content.Length)} bytes")
     {
         Bytes = content,

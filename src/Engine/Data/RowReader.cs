@@ -48,7 +48,8 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         id = Id(row.Member("id"));
         foreach (string key in _media)
             if (!row.Member(key).SaysNothing())
-                throw key is "images" or "picture" or "pictures" ? NotHere(key) : new FormatException(
+                throw key is "images" or "picture" or "pictures" ? NotHere(key)
+                    : new FormatException(
                     $"key \"{key}\" is not used here: the columns that the file was given name "
                         + "another, or none, for videos");
         MustNotHave(row, _meanings);
@@ -327,8 +328,8 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         if (turns[first].Role != "user")
         {
             turn = first + 1;
-            throw new FormatException($"role is \"{turns[first].Role}\", the first turn must be the "
-                + "user's");
+            throw new FormatException($"role is \"{turns[first].Role}\", the first turn must be "
+                + "the user's");
         }
 
         int question = turns.FindLastIndex(item => item.Role is "user" or "tool");
@@ -353,11 +354,12 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
                     throw new FormatException(
                         $"has the tag {SoundText.Tag}, but the row has no \"audio\"");
                 }
-                if (!columns.IsOfficial && turns[i].Content.Contains("<img>", StringComparison.Ordinal))
+                if (!columns.IsOfficial
+                    && turns[i].Content.Contains("<img>", StringComparison.Ordinal))
                 {
                     turn = i + 1;
-                    throw new FormatException("has an <img> tag, which ms-swift reads as a picture: "
-                        + "write <image>, and the path into \"images\"");
+                    throw new FormatException("has an <img> tag, which ms-swift reads as a "
+                        + "picture: write <image>, and the path into \"images\"");
                 }
 
                 continue;

@@ -143,7 +143,8 @@ internal static partial class RowText
                     // Where there is none, it is a word like others.
                     if (video && row.Videos.Count == 0) continue;
                     throw row.Bad((video ? "a video tag" : "an image tag") + " stands in "
-                        + Called(row.Turns[turn]) + $"; {(video ? "videos" : "pictures")} are shown in user turns", turn + 1);
+                        + Called(row.Turns[turn]) + $"; {(video ? "videos" : "pictures")} are "
+                        + "shown in user turns", turn + 1);
                 }
 
                 tags.Add(new Place(turn, match.Index, match.Length, -1));

@@ -55,7 +55,8 @@ internal static class RowValues
     /// </summary>
     public static JsonElement Unfolded(JsonElement value)
     {
-        if (value.Text() is not { Length: > 0 } text || text.AsSpan().TrimStart() is not ['[' or '{', ..])
+        if (value.Text() is not { Length: > 0 } text
+            || text.AsSpan().TrimStart() is not ['[' or '{', ..])
             return value;
         try
         {

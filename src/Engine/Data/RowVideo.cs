@@ -5,8 +5,8 @@ using static MiniCpmNative.Engine.Data.RowValues;
 namespace MiniCpmNative.Engine.Data;
 
 /// <summary>
-/// A video of a row: its frames, each named, or where they are, a folder of pictures or a file. Once
-/// its frames are chosen they stand among the row's pictures, behind those that are none.
+/// A video of a row: its frames, each named, or where they are, a folder of pictures or a file.
+/// Once its frames are chosen they stand among the row's pictures, behind those that are none.
 /// </summary>
 public sealed record RowVideo
 {
@@ -27,7 +27,8 @@ public sealed record RowVideo
     /// <summary>The file's content where the row holds it; Path is a name of it then.</summary>
     public byte[]? Bytes { get; init; }
 
-    /// <summary>Frames a second, of what is not a file; null where they are chosen already.</summary>
+    /// <summary>Frames a second, of what is not a file; null where they are chosen
+    /// already.</summary>
     public double? Fps { get; init; }
 
     /// <summary>
@@ -64,7 +65,8 @@ public sealed record RowVideo
             ? [.. found.EnumerateArray().Select(Of)] : [Of(found)];
     }
 
-    /// <summary>One video: a path, a list of frames, or {"frames", "fps", "temporal_ids"}.</summary>
+    /// <summary>One video: a path, a list of frames, or {"frames", "fps",
+    /// "temporal_ids"}.</summary>
     public static RowVideo Of(JsonElement video) => Of(video, default);
 
     /// <summary>The same, with a rate that stands beside it.</summary>
@@ -141,7 +143,8 @@ public sealed record RowVideo
     private static double? Rate(JsonElement fps)
     {
         if (fps.IsNull()) return null;
-        return fps.ValueKind == JsonValueKind.Number && fps.GetDouble() is > 0 and <= 1000 and var rate
+        return fps.ValueKind == JsonValueKind.Number
+            && fps.GetDouble() is > 0 and <= 1000 and var rate
             ? rate : throw new FormatException(
                 $"a video's \"fps\" is {(fps.ValueKind == JsonValueKind.Number ? fps.GetRawText()
                     : Kind(fps))}, expected frames a second, above 0 and at most 1000");

@@ -47,7 +47,8 @@ public sealed record RowPicture(string Tag, string Path)
     public IEnumerable<RowPicture> Each => Beside.Prepend(this);
 
     /// <summary>What tells it from others.</summary>
-    public string Name => Beside.Count == 0 ? Path : string.Join(" + ", Each.Select(one => one.Path));
+    public string Name => Beside.Count == 0 ? Path
+        : string.Join(" + ", Each.Select(one => one.Path));
 }
 
 /// <summary>

@@ -119,7 +119,8 @@ public sealed class SampleBuilder
         Prompt prompt = BuildPrompt(chat, [.. pictures], enableThinking);
         return prompt.SoundBounds.Sum(bound => bound.End - bound.Start) == features ? prompt
             : throw new InputException(
-                "the prompt holds audio tokens as text; take them out, sounds are given beside the text");
+                "the prompt holds audio tokens as text; take them out, sounds are given beside the "
+                    + "text");
     }
 
     private Prompt BuildPrompt(IReadOnlyList<ChatTurn> turns, int[] pictures, bool enableThinking)
@@ -168,8 +169,8 @@ public sealed class SampleBuilder
         ImageBound[] heard = sounds.Count > 0 ? _format.Sounds!.Bounds(chat.Ids)! : [];
         if (heard.Length > 0 && heard[^1].End >= _maxLength)
             throw row.Bad($"has {Messages.Number(chat.Ids.Length)} tokens, model_max_length is "
-                + $"{Messages.Number(_maxLength)}: its audio would be cut; raise model_max_length or "
-                + "cut the sound");
+                + $"{Messages.Number(_maxLength)}: its audio would be cut; raise model_max_length "
+                + "or cut the sound");
         return Finish(row, chat, bounds, pictures, pictures.Sum(picture => plans[picture].Views))
             with
         { SoundBounds = heard };
@@ -181,7 +182,8 @@ public sealed class SampleBuilder
         long letters = turns.Sum(turn => turn.Texts.Sum(text => (long)text.Length));
         if (letters > MostLetters)
             throw row.Bad($"has {Messages.Number(letters)} characters, at most "
-                + $"{Messages.Number(MostLetters)} can be read: shorten it or make several rows of it");
+                + $"{Messages.Number(MostLetters)} can be read: shorten it or make several rows of "
+                + "it");
     }
 
     // Only text is cut: a picture with half its rows is none.

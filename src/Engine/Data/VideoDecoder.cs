@@ -106,7 +106,8 @@ public sealed class VideoDecoder(
 
     private (int Frames, double Rate) Probe(string path)
     {
-        // Counted by decoding, as what headers say is often another number; once, as that takes long.
+        // Counted by decoding, as what headers say is often another number; once, as that takes
+        // long.
         string known = Folder(path, []) + ".json";
         if (File.Exists(known)) return Read(File.ReadAllText(known), path);
         string said = Run(ffprobe, path, [.. Guards, "-v", "error", "-select_streams", "v:0",
@@ -155,7 +156,8 @@ public sealed class VideoDecoder(
 
     private void Write(string path, int[] frames, string folder)
     {
-        string temporary = $"{folder}.{Environment.ProcessId}.{Environment.CurrentManagedThreadId}.tmp";
+        string temporary =
+            $"{folder}.{Environment.ProcessId}.{Environment.CurrentManagedThreadId}.tmp";
         try
         {
             if (Directory.Exists(temporary)) Directory.Delete(temporary, recursive: true);
@@ -197,7 +199,8 @@ public sealed class VideoDecoder(
         string name = Path.GetFileName(program);
         MemoryStream said = OutsideProgram.Run(program, name, arguments, [], path,
             "video files are decoded by ffmpeg and ffprobe, and there is no "
-            + $"{name} on this machine: install them, or write the frames to a folder and name that",
+            + $"{name} on this machine: install them, or write the frames to a folder and name "
+            + "that",
             MostSeconds);
         return Encoding.UTF8.GetString(said.GetBuffer().AsSpan(0, (int)said.Length));
     }

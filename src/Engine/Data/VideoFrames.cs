@@ -3,8 +3,8 @@ using System.Text.RegularExpressions;
 namespace MiniCpmNative.Engine.Data;
 
 /// <summary>
-/// Chooses the frames of rows' videos and puts them among the rows' pictures: behind this a frame is
-/// a picture like others, checked and decoded as they are.
+/// Chooses the frames of rows' videos and puts them among the rows' pictures: behind this a frame
+/// is a picture like others, checked and decoded as they are.
 /// </summary>
 internal static partial class VideoFrames
 {

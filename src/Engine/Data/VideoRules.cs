@@ -8,7 +8,8 @@ public enum FrameRule
     /// <summary>Every so many frames; of too many, so many at even distances (V-2_6).</summary>
     Steps,
 
-    /// <summary>So many at even distances, some of which become one view together (V-4_5).</summary>
+    /// <summary>So many at even distances, some of which become one view together
+    /// (V-4_5).</summary>
     Packed,
 
     /// <summary>One at the start of each second; of a long video, by tenths (V-4_6).</summary>
@@ -16,8 +17,8 @@ public enum FrameRule
 }
 
 /// <summary>
-/// How a family shows a video: its frames as pictures, one behind the other. What a run does not set
-/// is as the family's own code has it.
+/// How a family shows a video: its frames as pictures, one behind the other. What a run does not
+/// set is as the family's own code has it.
 /// </summary>
 /// <param name="Fps">Frames of a second (video_fps).</param>
 /// <param name="MaxFrames">Most frames, where several are joined, most groups (video_max_frames).

@@ -21,7 +21,8 @@ public static class Diagnosis
     {
         double gib = GC.GetGCMemoryInfo().TotalAvailableMemoryBytes / (double)(1 << 30);
         output.WriteLine($"system   {RuntimeInformation.OSDescription.Trim()}, "
-            + $"{RuntimeInformation.ProcessArchitecture}, {RuntimeInformation.FrameworkDescription}");
+            + $"{RuntimeInformation.ProcessArchitecture}, "
+            + $"{RuntimeInformation.FrameworkDescription}");
         output.WriteLine(
             $"cpu      {Environment.ProcessorCount} processors, {Vectors()}, {gib:F1} GiB memory");
         bool well = Processor(output);

@@ -50,7 +50,8 @@ public sealed class SelfTest : IDisposable
         FillMemory();
         Update(DType.F32, DType.F32);
         Update(DType.F32, DType.BF16);
-        foreach (UpdateRule rule in Enum.GetValues<UpdateRule>()) Update(DType.F32, DType.F32, rule);
+        foreach (UpdateRule rule in Enum.GetValues<UpdateRule>())
+            Update(DType.F32, DType.F32, rule);
         Update(DType.F32, DType.U8, UpdateRule.AdamWDecaysLast);
         if (_device.Activations == DType.BF16) Update(_device.Activations, DType.F32);
         return _failures;
@@ -98,10 +99,12 @@ public sealed class SelfTest : IDisposable
         float[] values = [.. Fill.Normal(2, Outputs * Inputs).Select(v => (float)v)];
         FourBitCodes codes;
         fixed (float* from = values)
-            codes = FourBitCodes.Of(new(Outputs, Inputs, 64, 256), FourBitKind.Nf4, DType.F32, from);
+            codes = FourBitCodes.Of(new(Outputs, Inputs, 64, 256), FourBitKind.Nf4, DType.F32,
+                from);
         codes.Unpack(0, values);
         Run(new FourBitWeight(_device, codes));
-        byte[] bytes = [.. Fill.Below(3, Outputs * Inputs, 255).Select(v => (byte)(sbyte)(v - 127))];
+        byte[] bytes =
+            [.. Fill.Below(3, Outputs * Inputs, 255).Select(v => (byte)(sbyte)(v - 127))];
         float[] scales = [.. Enumerable.Range(1, Outputs).Select(r => 0.1f * r)];
         values = [.. bytes.Select((e, i) => (sbyte)e * scales[i / Inputs] / 127)];
         Run(new Int8RowsWeight(_device, Inputs, bytes, scales));

@@ -42,7 +42,8 @@ public static class CombineRun
             for (int i = 0; i < request.Adapters.Count; i++)
                 members.Add(Member.Open(request.Adapters[i], request.Weights[i]));
             if (request.Rank is not null && request.Kind != Combination.Svd)
-                throw new InputException("combine: --rank is svd's; leave it out, or give --kind svd");
+                throw new InputException("combine: --rank is svd's; leave it out, or give --kind "
+                    + "svd");
             List<string> modules = [.. members.SelectMany(m => m.Ranks.Keys).Distinct()];
             int rank = request.Kind switch
             {
@@ -92,7 +93,8 @@ public static class CombineRun
             && m.Config.LayersToTransform is null && m.Config.Targets.Pattern is not null);
         // A pattern of ms-swift's matches what stands around layers too, which PEFT refuses.
         bool wide = members.Exists(m => m.Config.Targets.Pattern is not null
-            && modules.Exists(name => m.Config.Targets.Matches(name[..Math.Max(0, name.LastIndexOf('.'))])));
+            && modules.Exists(name =>
+                m.Config.Targets.Matches(name[..Math.Max(0, name.LastIndexOf('.'))])));
         TargetModules targets = wide ? new TargetModules("")
             : members.TrueForAll(m => Choice(m.Config) == Choice(first))
             ? first.Targets
@@ -125,12 +127,15 @@ public static class CombineRun
         foreach (Pair part in parts)
         {
             if ((part.Inputs, part.Outputs) != (first.Inputs, first.Outputs))
-                throw new InputException($"combine: {module} is [{first.Outputs}, {first.Inputs}] in "
-                    + $"{first.Place} and [{part.Outputs}, {part.Inputs}] in {part.Place}: they are "
-                    + "adapters of different models");
+                throw new InputException($"combine: {module} is [{first.Outputs}, {first.Inputs}] "
+                    + "in "
+                    + $"{first.Place} and [{part.Outputs}, {part.Inputs}] in {part.Place}: they "
+                    + "are adapters of different models");
             if (kind == Combination.Linear && part.Rank != first.Rank)
-                throw new InputException($"combine: {module} has rank {first.Rank} in {first.Place} "
-                    + $"and {part.Rank} in {part.Place}; linear needs one rank: take --kind cat or svd");
+                throw new InputException($"combine: {module} has rank {first.Rank} in "
+                    + $"{first.Place} "
+                    + $"and {part.Rank} in {part.Place}; linear needs one rank: take --kind cat or "
+                    + "svd");
         }
     }
 
@@ -170,7 +175,8 @@ public static class CombineRun
         Pair all = Cat(parts);
         int count = all.Rank;
         if (count > Math.Min(all.Inputs, all.Outputs))
-            throw new InputException($"combine: the ranks of {module} [{all.Outputs}, {all.Inputs}] "
+            throw new InputException($"combine: the ranks of {module} [{all.Outputs}, "
+                + $"{all.Inputs}] "
                 + $"sum to {count}, more than it has: combine fewer at a time, or take --kind cat");
         double[] right = [.. all.A.Select(v => (double)v)], left = new double[all.B.Length];
         for (int i = 0; i < all.Outputs; i++)
@@ -211,7 +217,8 @@ public static class CombineRun
                 stream.Write(MemoryMarshal.AsBytes<float>(A));
                 stream.Write(new byte[(rank - Rank) * Inputs * sizeof(float)]);
             });
-            yield return new TensorToSave(name + EndB, DType.F32, new Shape(Outputs, rank), stream =>
+            var shape = new Shape(Outputs, rank);
+            yield return new TensorToSave(name + EndB, DType.F32, shape, stream =>
             {
                 var row = new float[rank];
                 for (int i = 0; i < Outputs; i++)
@@ -265,7 +272,8 @@ public static class CombineRun
             {
                 if (file.Config.UseDora)
                     throw new InputException($"{folder}: has magnitudes (use_dora), which have no "
-                        + "sum: put the adapters into the model one after the other with cpmx merge");
+                        + "sum: put the adapters into the model one after the other with cpmx "
+                        + "merge");
                 return new Member(file, weight);
             }
             catch

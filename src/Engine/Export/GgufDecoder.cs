@@ -84,7 +84,8 @@ internal static class GgufDecoder
         Id("bos", tokenizer.BosId ?? spec.Generation.BosTokenId);
         Id("eos", end);
         // The end of a turn, where it is another one.
-        foreach (int id in spec.Generation.EosTokenIds.Where(id => id != end).Take(1)) Id("eot", id);
+        foreach (int id in spec.Generation.EosTokenIds.Where(id => id != end).Take(1))
+            Id("eot", id);
         Id("unknown", tokenizer.UnknownId);
         Id("padding", tokenizer.PadId);
         file.Add("tokenizer.ggml.add_bos_token", tokenizer.Prefix.Count > 0);

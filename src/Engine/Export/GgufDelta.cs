@@ -56,7 +56,8 @@ internal static class GgufDelta
     {
         int first = delta.Layers.IndexOf(false), every = first < 0 ? delta.Layers.Length + 1
             : first + 1;
-        return delta.Layers.Select((linear, i) => linear == ((i + 1) % every != 0)).All(fits => fits)
+        return delta.Layers.Select((linear, i) => linear == ((i + 1) % every != 0))
+            .All(fits => fits)
             ? every : null;
     }
 

@@ -27,7 +27,8 @@ public static class GgufRun
     public static void Run(GgufRequest request, TextWriter output)
     {
         GgufType type = GgufType.Choices.FirstOrDefault(t => t.Name == request.Type)
-            ?? throw new InputException($"--type is {Messages.Quote(request.Type)}, expected one of "
+            ?? throw new InputException($"--type is {Messages.Quote(request.Type)}, expected one "
+                + "of "
                 + string.Join(", ", Types));
         using MergedWeights weights = MergedWeights.Open(request.Model, request.Adapter);
         ModelSpec spec = weights.Spec;

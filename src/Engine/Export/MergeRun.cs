@@ -45,8 +45,8 @@ public sealed unsafe class MergeRun
         using MergedWeights weights = MergedWeights.Open(request.Model, request.Adapter);
         StoredTensor? packed = weights.Checkpoint.Tensors.FirstOrDefault(t => t is PackedTensor);
         if (packed is not null && !request.Dequantize)
-            throw new InputException($"{packed.Place} is quantised, into which no adapter is merged: "
-                + "--dequantize writes the model in 16 bits");
+            throw new InputException($"{packed.Place} is quantised, into which no adapter is "
+                + "merged: --dequantize writes the model in 16 bits");
         if (packed is null && request.Dequantize)
             throw new InputException($"{request.Model}: --dequantize is given and nothing is "
                 + "quantised: leave it out");
@@ -66,7 +66,8 @@ public sealed unsafe class MergeRun
             _request.Model, _weights.Spec, Trained(), Storage(), output.WriteLine))
         {
             // What only tells readers how the weights were quantised.
-            if (_request.Dequantize && name is "quantize_config.json" or "quant_config.json") continue;
+            if (_request.Dequantize && name is "quantize_config.json" or "quant_config.json")
+                continue;
             byte[] saved = name == "config.json" ? Configured(content, untied) : content;
             AtomicFile.Write(Path.Combine(folder.Path, name), stream => stream.Write(saved));
         }
@@ -150,11 +151,11 @@ public sealed unsafe class MergeRun
     {
         if (_request.Dequantize)
             output.WriteLine(
-                $"{_weights.Checkpoint.Tensors.Count(t => t is PackedTensor)} quantised tensors are "
-                + $"written as {Storage()}");
+                $"{_weights.Checkpoint.Tensors.Count(t => t is PackedTensor)} quantised tensors "
+                + $"are written as {Storage()}");
         if (_request.Adapter is null) return;
-        output.WriteLine($"the adapter has {_changes.Count} of {_weights.Checkpoint.Tensors.Count} tensors; "
-            + "largest and mean change of a value, and how many are others as stored:");
+        output.WriteLine($"the adapter has {_changes.Count} of {_weights.Checkpoint.Tensors.Count} "
+            + "tensors; largest and mean change of a value, and how many are others as stored:");
         int width = _changes.Keys.Max(name => name.Length);
         foreach (var (name, change) in _changes)
             output.WriteLine(FormattableString.Invariant(

@@ -81,7 +81,8 @@ internal sealed unsafe class MergedWeights : IDisposable
         else before.CopyTo(target);
         if (_deltas.TryGetValue(tensor.Name, out var delta)) delta.Add(begin, target);
         if (_added.TryGetValue(tensor.Name, out var added))
-            TensorPrimitives.MultiplyAdd(added.Values.AsSpan((int)begin, target.Length), added.Scale,
+            TensorPrimitives.MultiplyAdd(added.Values.AsSpan((int)begin, target.Length),
+                added.Scale,
                 target, target);
         if (_rows.TryGetValue(tensor.Name, out var rows)) Put(rows.Ids, rows.Values, begin, target);
         if (!TensorPrimitives.IsFiniteAll<float>(target))

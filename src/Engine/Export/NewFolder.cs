@@ -23,7 +23,8 @@ internal sealed class NewFolder : IDisposable
     /// <exception cref="RunException">It cannot be made, or does not fit on the disk.</exception>
     public static NewFolder Create(string path, long bytes)
     {
-        string final = System.IO.Path.TrimEndingDirectorySeparator(System.IO.Path.GetFullPath(path));
+        string final =
+            System.IO.Path.TrimEndingDirectorySeparator(System.IO.Path.GetFullPath(path));
         if (File.Exists(final))
             throw new InputException($"--out {path} is a file, expected a new folder");
         if (Directory.Exists(final) && Directory.EnumerateFileSystemEntries(final).Any())

@@ -9,7 +9,8 @@ namespace MiniCpmNative.Engine.Model;
 /// <summary>
 /// Whisper's encoder with a projection to the decoder's width: log-mel features of clips ->
 /// rows[sounds, width] that take the places of sound in the text. Two convolutions halve the
-/// frames, pre-norm layers follow, linear2(relu(linear1(x))), and the mean of every PoolStep frames.
+/// frames, pre-norm layers follow, linear2(relu(linear1(x))), and the mean of every PoolStep
+/// frames.
 ///
 /// A frame sees the chunks of ChunkFrames up to its own. As in the official code the clips of a
 /// batch are filled up with zeros to the longest, and a frame behind a clip's end is seen where its
@@ -201,7 +202,8 @@ public sealed class AudioEncoder : IBatchInput
     private int Rows(int frames, int longest)
     {
         int own = Halved(frames), seen = _spec.ChunkFrames == 0 ? longest
-            : Math.Min((own + _spec.ChunkFrames - 1) / _spec.ChunkFrames * _spec.ChunkFrames, longest);
+            : Math.Min((own + _spec.ChunkFrames - 1) / _spec.ChunkFrames * _spec.ChunkFrames,
+                longest);
         return Math.Min(seen, frames);
     }
 

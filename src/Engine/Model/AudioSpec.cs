@@ -3,7 +3,8 @@ namespace MiniCpmNative.Engine.Model;
 /// <summary>
 /// The audio encoder of MiniCPM-o: Whisper's, with a projection to OutputWidth, the decoder's.
 /// </summary>
-/// <param name="Positions">Rows of its position table: half of the frames of a clip, at most.</param>
+/// <param name="Positions">Rows of its position table: half of the frames of a clip, at
+/// most.</param>
 /// <param name="PoolStep">Frames, halved, whose mean is one feature.</param>
 /// <param name="ChunkFrames">Frames, halved, of a chunk that sees those up to itself; 0 where all
 /// are seen.</param>
@@ -31,7 +32,8 @@ public sealed record AudioSpec(
     /// <param name="config">The configuration.</param>
     /// <param name="poolStep">audio_pool_step where it says nothing.</param>
     /// <param name="splitsPlaces">chunk_input where it says nothing.</param>
-    /// <exception cref="InputException">There is no audio encoder, or a number is wrong.</exception>
+    /// <exception cref="InputException">There is no audio encoder, or a number is
+    /// wrong.</exception>
     public static AudioSpec Read(ModelConfig config, int poolStep, bool splitsPlaces)
     {
         JsonValue json = config.Json;

@@ -114,7 +114,8 @@ public sealed class BatchUpload(Device device, int number = 0)
                 Philox.Uniform(Random, t, largest, _row);
                 fixed (float* from = _row)
                     FloatBits.Narrow(
-                        from, (void*)(host + (nint)(spec.Bytes / starts[^1] * t)), spec.Type, width);
+                        from, (void*)(host + (nint)(spec.Bytes / starts[^1] * t)), spec.Type,
+                        width);
             }
         }
 

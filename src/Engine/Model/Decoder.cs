@@ -147,7 +147,8 @@ public sealed class Decoder : IBatchInput
         ReadOnlySpan<int> starts = batch.SequenceStarts.Span;
         _context.Starts = upload.Ints(starts, "sequence starts");
         _context.Noise = NoiseAlpha > 0
-            ? upload.Noise(starts, _spec.HiddenSize, NoiseAlpha * _spec.EmbeddingScale) : Tensor.None;
+            ? upload.Noise(starts, _spec.HiddenSize, NoiseAlpha * _spec.EmbeddingScale)
+            : Tensor.None;
         _context.Tiles = _context.Cache is null
             ? upload.Tiles(starts, starts, causal: true) : default;
         if (_spec.Delta is not null) LoadPairs(batch.Tokens.Count, upload);

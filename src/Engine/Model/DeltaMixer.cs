@@ -44,11 +44,12 @@ internal sealed class DeltaMixer : Mixer
         if (!_gates.AreOne)
             throw new InputException(
                 "the adapters of in_proj_b and in_proj_a have to be of one rank and scale, without "
-                + "magnitudes: set rank_pattern and alpha_pattern alike for both, or leave them out "
-                + "of lora_target_modules with use_dora");
+                + "magnitudes: set rank_pattern and alpha_pattern alike for both, or leave them "
+                + "out of lora_target_modules with use_dora");
         _rule = new DeltaRule(delta.KeyHeads, heads, delta.KeyDim, delta.ValueDim);
         Projections = [_output, qkv, z, b, a];
-        Trainable = _norm.Trainable || _timeBias.Variable != 0 || _decay.Variable != 0 || _filter.Variable != 0;
+        Trainable = _norm.Trainable || _timeBias.Variable != 0 || _decay.Variable != 0
+            || _filter.Variable != 0;
     }
 
     public override bool ReadsInput => _inputs.ReadsInput || _gates.ReadsInput;

@@ -40,12 +40,12 @@ public sealed record OpenDevice(Device Device, string Name, IDisposable? Owner =
             static string Gib(long bytes) =>
                 FormattableString.Invariant($"{bytes / (double)(1 << 30):0.00} GiB");
             return slow + refused == 0 ? null
-                : $"{Gib(slow + refused)} of the machine's memory cannot be page-locked (ulimit -l, or "
-                    + "too little is free): " + string.Join("; ", (string[])[
-                    .. slow > 0 ? (string[])[$"copies of {Gib(slow)} of weights (stream_weights) are "
-                        + "several times slower, and the GPU waits for them"] : [],
-                    .. refused > 0 ? (string[])[$"{Gib(refused)} that were to lie there (offload, paged "
-                        + "optim) stays on the GPU"] : []]);
+                : $"{Gib(slow + refused)} of the machine's memory cannot be page-locked (ulimit "
+                    + "-l, or too little is free): " + string.Join("; ", (string[])[
+                    .. slow > 0 ? (string[])[$"copies of {Gib(slow)} of weights (stream_weights) "
+                        + "are several times slower, and the GPU waits for them"] : [],
+                    .. refused > 0 ? (string[])[$"{Gib(refused)} that were to lie there (offload, "
+                        + "paged optim) stays on the GPU"] : []]);
         }
     }
 

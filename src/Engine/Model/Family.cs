@@ -117,7 +117,8 @@ public abstract class Family(string name)
     protected static VideoRules FramesAsPictures { get; } = new(FrameRule.Steps, 1, 64, 2);
 
     /// <summary>Most members have SigLIP.</summary>
-    protected virtual IVisionTower Tower(VisionSpec spec, ModuleScope scope, Recomputation recomputation) =>
+    protected virtual IVisionTower Tower(VisionSpec spec, ModuleScope scope,
+        Recomputation recomputation) =>
         new SiglipTower(spec, scope, recomputation);
 
     /// <summary>Most members have ChatML, as their template says.</summary>

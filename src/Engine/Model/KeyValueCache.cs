@@ -50,7 +50,8 @@ public sealed class KeyValueCache : IBatchInput
                     device.Allocate(rows, "cached keys"), device.Allocate(rows, "cached values"));
         Clear(sequences, room);
 
-        static long Larger(long wanted, long had) => wanted <= had ? had : Math.Max(wanted, 2 * had);
+        static long Larger(long wanted, long had) => wanted <= had ? had
+            : Math.Max(wanted, 2 * had);
     }
 
     /// <summary>Bytes of the step's memory that moving rows takes at most.</summary>

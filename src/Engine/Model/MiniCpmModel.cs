@@ -92,9 +92,9 @@ public sealed class MiniCpmModel(
 
     /// <summary>
     /// Brings over the next tokens of the rows in a cache, with positions that go on, and runs
-    /// them: h[tokens, width], of those before the first that is labelled perhaps not. Nothing is trained
-    /// over a cache, so little memory will do: pictures run a few at a time, sounds clip by clip,
-    /// tokens piece by piece.
+    /// them: h[tokens, width], of those before the first that is labelled perhaps not. Nothing is
+    /// trained over a cache, so little memory will do: pictures run a few at a time, sounds clip by
+    /// clip, tokens piece by piece.
     /// </summary>
     public Tensor Hidden(Graph graph, Batch batch, BatchUpload upload, KeyValueCache cache)
     {

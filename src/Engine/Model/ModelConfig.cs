@@ -213,8 +213,8 @@ public sealed class ModelConfig
         JsonValue json = File.Exists(path) || System.IO.Directory.Exists(path)
             ? JsonInput.ReadObject(path)
             : JsonInput.Parse(path, System.Text.Encoding.UTF8.GetBytes(
-                $"{{\"use_image_id\": {(useImageId ? "true" : "false")}, \"patch_size\": {vision.PatchSize},"
-                + $" \"image_feature_size\": {resampler.Queries}}}"));
+                $"{{\"use_image_id\": {(useImageId ? "true" : "false")}, \"patch_size\": "
+                + $"{vision.PatchSize}, \"image_feature_size\": {resampler.Queries}}}"));
         SlicingSpec slicing = SlicingOf(json);
         if (slicing.PatchSize != vision.PatchSize)
             throw Disagrees(json, "patch_size", slicing.PatchSize, "the vision tower's patch_size",
@@ -267,8 +267,8 @@ public sealed class ModelConfig
 
     internal static InputException Disagrees(JsonValue json, string key, int value, string other,
         int expected) =>
-        new($"{json.File}: {(json.Path.Length > 0 ? json.Path + "." : "")}{key} is {value}, expected {expected}"
-            + $" as {other}");
+        new($"{json.File}: {(json.Path.Length > 0 ? json.Path + "." : "")}{key} is {value}, "
+            + $"expected {expected} as {other}");
 
     internal static int Size(JsonValue json, string key, int most, int? otherwise = null) =>
         otherwise is { } value && json.Find(key) is null ? value : json[key].Int(1, most);

@@ -31,7 +31,8 @@ public sealed record ModelSpec(
 {
     private ParameterTable? _parameters;
 
-    /// <summary>The audio encoder, where it runs; else what a model has of one is handed on.</summary>
+    /// <summary>The audio encoder, where it runs; else what a model has of one is handed
+    /// on.</summary>
     public AudioSpec? Audio { get; private init; }
 
     /// <summary>The joiner of a model that has a resampler.</summary>

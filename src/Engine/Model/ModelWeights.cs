@@ -50,7 +50,8 @@ public abstract class ModelTensors(Graph graph, LoadOptions options) : ITensorSo
 
     // Row-major also when frozen.
     public Tensor Table(string name, bool isLookedUp) => _trainables.Contains(name)
-        ? Parameter(name, 0, ShapeOf(name)[0]) : FrozenTable(name, isLookedUp && options.EmbeddingsInHost);
+        ? Parameter(name, 0, ShapeOf(name)[0])
+        : FrozenTable(name, isLookedUp && options.EmbeddingsInHost);
 
     public Tensor Original(string name)
     {
@@ -66,7 +67,8 @@ public abstract class ModelTensors(Graph graph, LoadOptions options) : ITensorSo
     {
         long bytes = (long)rows * cols * Device.Activations.Size();
         if (IsPacked(first)) Device.PackTogether(bytes);
-        else if (_trainables.Contains(first) && _trainables.Visits(first)) Device.VisitTogether(bytes);
+        else if (_trainables.Contains(first) && _trainables.Visits(first))
+            Device.VisitTogether(bytes);
     }
 
     public Projection Projection(

@@ -104,9 +104,10 @@ public sealed class ModuleScope
         _table.Add(new LinearModule(module, inputs, rows, HasBias: true)
         {
             Weight = weight,
-            OnlyRead = "PEFT 0.21 counts the change of its out_proj twice in forward and once in the "
-                + "gradient, PEFT 0.14 knows no such adapter: name kv_proj or out_proj, or train the "
-                + "module whole with modules_to_save",
+            OnlyRead = "PEFT 0.21 counts the change of its out_proj twice in forward and once in "
+                + "the "
+                + "gradient, PEFT 0.14 knows no such adapter: name kv_proj or out_proj, or train "
+                + "the module whole with modules_to_save",
         });
         string bias = Declare(Name(name) + "_bias", decays: true, [rows]);
         var layers = new Projection[outputs.Length];

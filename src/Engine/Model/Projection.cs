@@ -207,7 +207,8 @@ public sealed class Norm(Op op, Tensor weight, Tensor bias)
 {
     public bool Trainable { get; } = weight.Variable != 0 || bias.Variable != 0;
 
-    public Tensor Run(Graph graph, Tensor x, bool fleeting = false) => (bias.Exists, fleeting) switch
+    public Tensor Run(Graph graph, Tensor x, bool fleeting = false) =>
+        (bias.Exists, fleeting) switch
     {
         (true, true) => graph.RunFleeting(op, x, weight, bias),
         (true, false) => graph.Run(op, x, weight, bias),

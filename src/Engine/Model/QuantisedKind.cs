@@ -30,8 +30,8 @@ public sealed record Quantisation(
     {
         foreach (string name in Skipped ?? [])
             if (!table.Modules.Any(module => IsIn(module, name)))
-                throw new InputException($"llm_int8_skip_modules {Messages.Quote(name)} is no module "
-                    + "of the model" + TrainKeys.Guess(
+                throw new InputException($"llm_int8_skip_modules {Messages.Quote(name)} is no "
+                    + "module of the model" + TrainKeys.Guess(
                         name, table.Modules.SelectMany(m => m.Split('.')).Distinct()));
     }
 
@@ -108,6 +108,7 @@ public sealed class QuantisedKind(
     /// <summary>Bytes that a frozen tensor takes, about.</summary>
     public long Bytes(StoredTensor tensor) =>
         tensor is PackedTensor packed ? packed.PackedBytes
-        : _linears.Contains(tensor.Name) ? quantisation!.Form((int)tensor.Sizes[0], (int)tensor.Sizes[1]).Bytes
+        : _linears.Contains(tensor.Name)
+            ? quantisation!.Form((int)tensor.Sizes[0], (int)tensor.Sizes[1]).Bytes
         : tensor.Count * Math.Min(tensor.StoredType.Size, storage.Size());
 }

@@ -123,7 +123,8 @@ internal sealed partial class ReportPage
         string[] keys = [.. _runs.SelectMany(r => r.Settings.Select(s => s.Key)).Distinct()
             .Where(k => _runs.Select(r => r.Setting(k)).Distinct().Count() > 1)];
         if (keys.Length == 0) return;
-        _html.Append("<h2>Settings that differ</h2><div class=\"card scroll\"><table><tr><th></th>");
+        _html.Append("<h2>Settings that differ</h2><div class=\"card "
+            + "scroll\"><table><tr><th></th>");
         foreach (RunRecord run in _runs) _html.Append($"<th>{Text(run.Name)}</th>");
         _html.Append("</tr>");
         foreach (string key in keys)

@@ -61,7 +61,8 @@ internal sealed partial class ReportPage
         _html.Append("</tr>");
         foreach (var ((run, figures), i) in all.Select((r, i) => (r, i)))
         {
-            _html.Append($"<tr><td class=\"name\"><span class=\"legend c{i % Colours}\"><span><i></i>")
+            _html.Append("<tr><td class=\"name\"><span class=\"legend "
+                + $"c{i % Colours}\"><span><i></i>")
                 .Append($"{Text(run.Name)}</span></span></td>");
             foreach (string name in names)
                 _html.Append("<td class=\"n\">")

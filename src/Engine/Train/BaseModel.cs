@@ -146,8 +146,8 @@ public sealed class BaseModel : IDisposable
     public string? Widened(OpenDevice device) =>
         device.FreeBytes is null || device.Device.Activations != DType.F32 || Storage != DType.F32
             || !Weights.Tensors.Any(t => t.Shape.Rank > 1 && t.Type == DType.BF16) ? null
-        : "the weights are bfloat16, the GPU computes in float32: bf16=true is several times faster "
-            + "and takes half the memory";
+        : "the weights are bfloat16, the GPU computes in float32: bf16=true is several times "
+            + "faster and takes half the memory";
 
     /// <summary>Refuses a device whose free memory the weights alone exceed.</summary>
     /// <param name="device">Where to.</param>
@@ -167,7 +167,8 @@ public sealed class BaseModel : IDisposable
         throw new RunException(
             $"out of memory: weights, gradients and optimizer state take {RunPlaces.Gib(needed)}, "
             + $"{RunPlaces.Gib(free)} are free on {device.Name}; bf16, use_lora, optim=adamw_8bit, "
-            + "offload_optimizer or offload_param take less, and device=cpu uses the machine's memory");
+            + "offload_optimizer or offload_param take less, and device=cpu uses the machine's "
+            + "memory");
     }
 
     /// <summary>
@@ -244,8 +245,8 @@ public sealed class BaseModel : IDisposable
                 + "set use_lora, or make the model whole first with cpmx merge --dequantize");
         if (parts.Config.Start.Splits)
             throw new InputException($"{packed.Place} is quantised, of which init_lora_weights="
-                + $"{parts.Config.Start.Text} can take nothing out: leave it out, or make the model "
-                + "whole first with cpmx merge --dequantize");
+                + $"{parts.Config.Start.Text} can take nothing out: leave it out, or make the "
+                + "model whole first with cpmx merge --dequantize");
         foreach (TunedTensor tensor in parts.Tensors)
             if (weights.Find(tensor.Name) is PackedTensor trained)
                 throw new InputException($"{trained.Place} is quantised, which cannot be trained: "

@@ -83,7 +83,8 @@ internal sealed class LearningRules(ParameterTable table, TrainArguments argumen
         public void MustBeUsed()
         {
             List<string> idle = [.. Enumerable.Range(0, numbers?.Count ?? 0)
-                .Where(i => !_used.Contains(i)).Select(i => Messages.Quote(numbers!.List[i].Pattern))];
+                .Where(i => !_used.Contains(i))
+                .Select(i => Messages.Quote(numbers!.List[i].Pattern))];
             if (idle.Count > 0)
                 throw new InputException($"{key} {Messages.List(idle)}: matches nothing that is"
                     + " trained and that no rule before it matches; vision, joiner, decoder, audio,"

@@ -74,7 +74,8 @@ internal sealed class LogState
         {
             Step = root["global_step"].Int(0),
             TokensSeen = root["num_input_tokens_seen"].Long(0),
-            Best = root.Find("best_global_step") is { } best && root.Find("best_metric") is { } metric
+            Best = root.Find("best_global_step") is { } best
+                && root.Find("best_metric") is { } metric
                 ? (best.Int(0), metric.Number()) : null,
         };
         foreach (var entry in root["log_history"].Items())

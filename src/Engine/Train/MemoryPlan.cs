@@ -118,7 +118,8 @@ public sealed class MemoryPlan
                 bool isLast = together == 1 && i == choices.Length - 1;
                 bool isBeforeEmbeddings = !isLast && !choice.EmbeddingsInHost
                     && choices[i + 1].StreamWeights == StreamedWeights.Embeddings;
-                if (FitsAtLeast(run, allowed, recomputes: !isBeforeEmbeddings) || isLast) return run;
+                if (FitsAtLeast(run, allowed, recomputes: !isBeforeEmbeddings) || isLast)
+                    return run;
                 run.Dispose();
             }
         }
@@ -146,7 +147,8 @@ public sealed class MemoryPlan
                     // unless they are told to.
                     if (streams == none && optimizer && mayLookups && a.OffloadOptimizer is null)
                         continue;
-                    if (param && !optimizer && a.OffloadOptimizer != false && a.OffloadParam != true)
+                    if (param && !optimizer && a.OffloadOptimizer != false
+                        && a.OffloadParam != true)
                         continue;
                     yield return a with
                     {
@@ -204,8 +206,8 @@ public sealed class MemoryPlan
             "optim=adamw_8bit");
         Add(!arguments.UseLora, "use_lora=true");
         throw new RunException("out of memory: the run needs "
-            + $"{RunPlaces.Gib(Streamed + Kept)} of the machine's memory, {RunPlaces.Gib(free)} are "
-            + $"free; {InHost}; open are {string.Join(", ", open)}");
+            + $"{RunPlaces.Gib(Streamed + Kept)} of the machine's memory, {RunPlaces.Gib(free)} "
+            + $"are free; {InHost}; open are {string.Join(", ", open)}");
     }
 
     /// <summary>Lets a model that has not run yet take what was planned.</summary>
@@ -248,7 +250,8 @@ public sealed class MemoryPlan
         if (!Fits(dry, needs, allowed))
             throw new RunException("out of memory: the run takes "
                 + $"{RunPlaces.Gib(dry.Parts(needs[0].Bytes).Total)}, most "
-                + $"of it in {needs[0].Planned.Rows}, and may take {RunPlaces.Gib(allowed!.Value)}; "
+                + $"of it in {needs[0].Planned.Rows}, and may take "
+                + $"{RunPlaces.Gib(allowed!.Value)}; "
                 + Advice(arguments));
         Need most = KeepUnpacked(dry, batches, allowed) ?? needs[0];
         // A run takes no more than it needs, unless it was told what it may take.
@@ -314,7 +317,8 @@ public sealed class MemoryPlan
 
     /// <summary>The plan in one line.</summary>
     public override string ToString() =>
-        $"GPU memory: {RunPlaces.Gib(Parts.Total)} (weights {RunPlaces.Gib(Parts.Weights)}, trained "
+        $"GPU memory: {RunPlaces.Gib(Parts.Total)} (weights {RunPlaces.Gib(Parts.Weights)}, "
+            + "trained "
         + $"{RunPlaces.Gib(Parts.Trained)}, gradients {RunPlaces.Gib(Parts.Gradients)}, moments "
         + $"{RunPlaces.Gib(Parts.Moments)}, activations {RunPlaces.Gib(Parts.Activations)}, "
         + $"workspace {RunPlaces.Gib(Parts.Workspace)}), the most in {Rows}; {Recomputation}"

@@ -86,7 +86,8 @@ public static class PlanRun
     }
 
     private static bool Take(
-        TrainArguments arguments, DryRun dry, IReadOnlyList<PlannedBatches.Planned> batches, long allowed,
+        TrainArguments arguments, DryRun dry, IReadOnlyList<PlannedBatches.Planned> batches,
+        long allowed,
         Card card, TextWriter output)
     {
         MemoryPlan plan;
@@ -144,7 +145,8 @@ public static class PlanRun
         dry.Watch = work;
         dry.Train(batches);
         dry.Watch = null;
-        double copies = Math.Max(dry.StreamedSoFar - up, dry.StreamedBack - back) / (card.Bus * 1e9);
+        double copies =
+            Math.Max(dry.StreamedSoFar - up, dry.StreamedBack - back) / (card.Bus * 1e9);
         double step = Math.Max(work.Seconds, copies) * mean / batches.Length;
         var whole = TimeSpan.FromSeconds(step * plan.MaxSteps);
         output.WriteLine(FormattableString.Invariant(
@@ -158,7 +160,8 @@ public static class PlanRun
                 $"of such a step the bus takes {copies + work.BusSeconds:g3} s at {card.Bus:g4} GB/s, ")
                 + FormattableString.Invariant($"{copies:g3} s of them while the GPU computes for ")
                 + FormattableString.Invariant($"{work.Seconds - work.BusSeconds:g3} s, ")
-                + FormattableString.Invariant($"{work.BusSeconds:g3} s for the optimizer and lookups"));
+                + FormattableString.Invariant(
+                    $"{work.BusSeconds:g3} s for the optimizer and lookups"));
     }
 
     // What less memory would take, by what is computed again.

@@ -94,7 +94,8 @@ internal static class PlannedBatches
     {
         var names = new List<string>();
         foreach (int row in batch)
-            names.Add($"{rows[row].Number}" + (rows[row].Id is { } id ? $" (id {Messages.Quote(id)})" : ""));
+            names.Add($"{rows[row].Number}"
+                + (rows[row].Id is { } id ? $" (id {Messages.Quote(id)})" : ""));
         return $"{(names.Count == 1 ? "row" : "rows")} {Messages.List(names)}";
     }
 

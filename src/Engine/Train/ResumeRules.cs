@@ -46,19 +46,19 @@ internal sealed class ResumeRules(
     public void Check(RunState now)
     {
         if (before.Parts is null)
-            say($"{folder}: was saved by an earlier version of cpmx, which did not record its settings, "
-                + "model and files: they are not checked");
+            say($"{folder}: was saved by an earlier version of cpmx, which did not record its "
+                + "settings, model and files: they are not checked");
         CheckSettings(now);
         if (before.Model is not null && before.Model != now.Model)
-            Refuse(ModelKey, $"was made with another base model than {arguments.ModelNameOrPath} is "
-                + "now (weights, config.json, tokenizer or processor file)");
+            Refuse(ModelKey, $"was made with another base model than {arguments.ModelNameOrPath} "
+                + "is now (weights, config.json, tokenizer or processor file)");
         int draws = before.Draws ?? 1;
         if (draws != now.Draws && arguments.LoraDropout > 0 && arguments.UseLora)
-            Refuse(DropoutKey, "was made by a version of cpmx whose dropout draws other random numbers "
-                + $"({draws}, this one {now.Draws})");
+            Refuse(DropoutKey, "was made by a version of cpmx whose dropout draws other random "
+                + $"numbers ({draws}, this one {now.Draws})");
         if (before.Processor is { } processor && processor != now.Processor)
-            say($"{folder}: was made on {processor}; on {now.Processor} sums are rounded otherwise, so "
-                + "the run does not go on bit for bit");
+            say($"{folder}: was made on {processor}; on {now.Processor} sums are rounded "
+                + "otherwise, so the run does not go on bit for bit");
         if (before.MaxSteps is { } steps && steps != now.MaxSteps)
             say($"{folder}: its run was to have {steps:N0} steps, this one has {now.MaxSteps:N0}: "
                 + "learning rates follow the new length");
@@ -82,8 +82,8 @@ internal sealed class ResumeRules(
         if (changed.Count == 0) return;
         string was = $"{folder}: was made with {string.Join("; ", changed)}";
         if (refused.Count > 0)
-            throw new InputException($"{was}: the run would not go on bit for bit; give the old values, "
-                + $"or allow them to change: --allow_changes {string.Join(' ', refused)}");
+            throw new InputException($"{was}: the run would not go on bit for bit; give the old "
+                + $"values, or allow them to change: --allow_changes {string.Join(' ', refused)}");
         say($"{was}, as allow_changes allows: it does not go on bit for bit");
     }
 

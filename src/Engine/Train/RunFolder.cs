@@ -203,8 +203,10 @@ public sealed class RunFolder : IDisposable
             bool isFolder = Directory.Exists(path);
             if (isFolder ? ResultFiles.IsWrittenBy(arguments, Path.GetFileName(path))
                 : IsNumbered(path, ""))
-                throw new InputException($"output_dir: {path} is a {(isFolder ? "folder" : "file")} "
-                    + $"where this run writes a {(isFolder ? "file" : "checkpoint")}: move it away");
+                throw new InputException($"output_dir: {path} is a "
+                    + $"{(isFolder ? "folder" : "file")} "
+                    + $"where this run writes a {(isFolder ? "file" : "checkpoint")}: move it "
+                    + "away");
         }
     }
 
@@ -255,7 +257,8 @@ public sealed class RunFolder : IDisposable
         catch (IOException failure) when (failure.HResult is LinuxWouldBlock or MacWouldBlock)
         {
             throw new InputException(
-                $"output_dir {folder}: another run is writing to it; wait for its end, or choose another",
+                $"output_dir {folder}: another run is writing to it; wait for its end, or choose "
+                    + "another",
                 failure);
         }
     }
@@ -282,8 +285,8 @@ public sealed class RunFolder : IDisposable
             if (all.Count > 0 && FullPath(all[^1].Path) != FullPath(path))
                 throw new InputException(
                     $"resume_from_checkpoint {path}: output_dir {arguments.OutputDir} "
-                    + $"has {Path.GetFileName(all[^1].Path)}; remove what is not to be gone on from, or "
-                    + "choose another output_dir");
+                    + $"has {Path.GetFileName(all[^1].Path)}; remove what is not to be gone on "
+                    + "from, or choose another output_dir");
             return path;
         }
 

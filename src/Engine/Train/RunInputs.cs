@@ -24,8 +24,8 @@ internal sealed class RunInputs(
         string model = arguments.ModelNameOrPath!;
         if (RealPath(model) == _folder)
             throw new InputException(
-                $"output_dir {arguments.OutputDir} is the folder of model_name_or_path: the run would "
-                + "replace the model it starts from; choose another output_dir");
+                $"output_dir {arguments.OutputDir} is the folder of model_name_or_path: the run "
+                + "would replace the model it starts from; choose another output_dir");
         MustKeepFolder("model_name_or_path", model);
         if (arguments.LoraWeightPath is { } adapter) MustKeepFolder("lora_weight_path", adapter);
         foreach (var (file, _) in DataFiles.Of(arguments.DataPath!)) MustKeep("data_path", file);

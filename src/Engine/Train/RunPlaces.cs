@@ -51,8 +51,8 @@ internal static class RunPlaces
         if (one + size.Result > there)
             throw new RunException(
                 $"{folder}: {(saves ? "one checkpoint and the result take" : "the result takes")} "
-                + $"{Gib(one + size.Result)}, {Gib(there)} are free on its disk: make room, or choose "
-                + "another output_dir");
+                + $"{Gib(one + size.Result)}, {Gib(there)} are free on its disk: make room, or "
+                + "choose another output_dir");
         // While the oldest is still there the newest is written.
         long kept = Math.Min(checkpoints, arguments.SaveTotalLimit ?? checkpoints);
         long most = Math.Max(Math.Min(checkpoints, kept + 1) * one, (kept * one) + size.Result);

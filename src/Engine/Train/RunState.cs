@@ -54,7 +54,8 @@ public sealed record RunState(
     {
         var parts = new SortedDictionary<string, string>(StringComparer.Ordinal);
         foreach (string file in Directory.GetFiles(folder))
-            if (Path.GetFileName(file) is var name && (name.EndsWith(".safetensors", StringComparison.Ordinal)
+            if (Path.GetFileName(file) is var name
+                && (name.EndsWith(".safetensors", StringComparison.Ordinal)
                 || name is LogState.FileName or AdapterConfig.FileName or Checkpoint.IndexFile))
                 parts.Add(name, FileDigest.Of(file));
         return parts;
@@ -68,9 +69,10 @@ public sealed record RunState(
     {
         string path = Path.Combine(folder, FileName);
         if (!File.Exists(path) && Directory.Exists(folder))
-            throw new InputException($"{path}: there is no such file: a checkpoint without optimizer "
-                + "state (save_only_model) or of another program, from which no run can go on; start "
-                + "from its weights with lora_weight_path or model_name_or_path");
+            throw new InputException($"{path}: there is no such file: a checkpoint without "
+                + "optimizer "
+                + "state (save_only_model) or of another program, from which no run can go on; "
+                + "start from its weights with lora_weight_path or model_name_or_path");
         JsonValue json = JsonInput.ReadObject(path);
         var state = new RunState(
             json["step"].Int(0, int.MaxValue), json["updates"].Int(0, int.MaxValue),
@@ -90,13 +92,14 @@ public sealed record RunState(
         foreach (var (name, digest) in state.Parts ?? new Dictionary<string, string>())
             if (name.Any(char.IsControl)
                 || DigestOf(Path.Combine(folder, Path.GetFileName(name))) != digest)
-                throw new InputException($"{folder}: {Messages.OneLine(name)} is not the file that was "
-                    + $"saved with {FileName}: a run goes on from files of one save only; put it back, or "
-                    + "go on from another checkpoint");
+                throw new InputException($"{folder}: {Messages.OneLine(name)} is not the file that "
+                    + "was "
+                    + $"saved with {FileName}: a run goes on from files of one save only; put it "
+                    + "back, or go on from another checkpoint");
         int step = LogState.Load(folder).Step;
         if (step != state.Step)
-            throw new InputException($"{folder}: {LogState.FileName} is of step {step:N0}, {FileName} of "
-                + $"step {state.Step:N0}: a run goes on from files of one save only");
+            throw new InputException($"{folder}: {LogState.FileName} is of step {step:N0}, "
+                + $"{FileName} of step {state.Step:N0}: a run goes on from files of one save only");
         return state;
 
         // Checkpoints of earlier versions have no such lists.
@@ -120,8 +123,8 @@ public sealed record RunState(
         if (File.Exists(Path.Combine(folder, FileName))
             || !theirs.Any(name => File.Exists(Path.Combine(folder, name)))) return;
         throw new InputException($"{folder}: is a checkpoint of Hugging Face's Trainer: its "
-            + "optimizer, schedule and random state are not read, so a run cannot go on from it; its "
-            + "adapter can be started from with lora_weight_path, whole weights with "
+            + "optimizer, schedule and random state are not read, so a run cannot go on from it; "
+            + "its adapter can be started from with lora_weight_path, whole weights with "
             + "model_name_or_path");
     }
 
@@ -144,7 +147,8 @@ public sealed record RunState(
             if (stored.Type != to.Type)
                 throw new InputException(
                     $"{file.Path}: {stored.Name} is {stored.Type}, this run keeps "
-                    + $"{to.Type} (optim): a run goes on only with the optimizer it was started with");
+                    + $"{to.Type} (optim): a run goes on only with the optimizer it was started "
+                    + "with");
             if (to.Type.IsFloat()) stored.MustBeFinite(to.Type);
             unsafe
             {

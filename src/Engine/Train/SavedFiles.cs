@@ -107,7 +107,8 @@ internal static class SavedFiles
         };
         if (!spec.Family.ConfiguresPictures) return true;
         bool imageId = spec.TrainsImageId(arguments);
-        if (spec.Family.NumbersPictures && imageId != spec.UseImageId) json["use_image_id"] = imageId;
+        if (spec.Family.NumbersPictures && imageId != spec.UseImageId)
+            json["use_image_id"] = imageId;
         SlicingSpec slicing = spec.TrainedSlicing(arguments);
         // Without slice_mode nothing is sliced, whatever the number.
         if (!spec.SliceMode || slicing == spec.Slicing) return true;

@@ -35,7 +35,8 @@ internal sealed class TensorBoardWriter : ILogFile
         {
             Directory.CreateDirectory(folder);
             for (int n = 0; File.Exists(path); n++) path = Path.Combine(folder, $"{name}.{n}");
-            _file = new FileStream(path, FileMode.CreateNew, FileAccess.Write, FileShare.Read, bufferSize: 0);
+            _file = new FileStream(path, FileMode.CreateNew, FileAccess.Write, FileShare.Read,
+                bufferSize: 0);
         }
         catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
         {

@@ -165,7 +165,8 @@ public sealed partial class TrainRun
         if (failure is BadRowException bad)
             throw new RunException(
                 $"{bad.Message}: bad since the run began, or not checked before (cpmx data check "
-                + "lists all such rows); repair it, or leave it out with --on_bad_row skip" + goOn, bad);
+                + "lists all such rows); repair it, or leave it out with --on_bad_row skip"
+                + goOn, bad);
         // The input was good when the run began.
         if (failure is InputException) throw new RunException(failure.Message + goOn, failure);
         if (_saved > 0) _log.Message($"failed after step {done}{goOn}");

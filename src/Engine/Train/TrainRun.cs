@@ -124,7 +124,8 @@ public sealed partial class TrainRun
         int done = resumeFrom is null ? 0 : Resume(resumeFrom);
         TrainWriter.Save(_arguments);
         _log.Start(new RunReport(
-            _arguments, _plan, _model.DeviceName, _model.TotalParameters, _model.ParameterRanges.Count,
+            _arguments, _plan, _model.DeviceName, _model.TotalParameters,
+            _model.ParameterRanges.Count,
             resumeFrom, _rows.Counts, _evaluationRows?.Counts));
         if (_memory is not null) _log.Message($"{_memory}");
         foreach (string notice in RunNotices.Of(_arguments, _schedule, _plan, _model.Base.Spec))
@@ -144,8 +145,8 @@ public sealed partial class TrainRun
         if (!_arguments.LoadBestModelAtEnd) return done;
         if (_log.Best is not { } best)
         {
-            _log.Message("load_best_model_at_end: no checkpoint was evaluated, the result is the last "
-                + "step's");
+            _log.Message("load_best_model_at_end: no checkpoint was evaluated, the result is the "
+                + "last step's");
             return done;
         }
 
@@ -173,9 +174,10 @@ public sealed partial class TrainRun
         string checkpoint = RunFolder.Checkpoint(_arguments.OutputDir, done);
         if (done == last && _saved != done) Save(done);
         throw new RunException(
-            $"{_arguments.ModelNameOrPath}: its weights were changed during the run, so those that were not "
-            + $"trained cannot be saved; what was trained is in {checkpoint}: put the weights back, then "
-            + "--resume_from_checkpoint true writes the whole model");
+            $"{_arguments.ModelNameOrPath}: its weights were changed during the run, so those that "
+                + "were not "
+            + $"trained cannot be saved; what was trained is in {checkpoint}: put the weights "
+            + "back, then --resume_from_checkpoint true writes the whole model");
     }
 
     private void Save(int step)
@@ -189,7 +191,8 @@ public sealed partial class TrainRun
             bool whole = ModelFiles.SaveCheckpoint(unfinished, _model, _arguments);
             if (!whole)
                 _log.Message(
-                    $"{_arguments.ModelNameOrPath}: its weights were changed during the run: {folder} has "
+                    $"{_arguments.ModelNameOrPath}: its weights were changed during the run: "
+                        + $"{folder} has "
                     + "what was trained alone; put them back before its end");
             _log.SaveState(unfinished, step);
             if (!whole || !_arguments.SaveOnlyModel) State(step).Save(unfinished, _model);
@@ -245,9 +248,10 @@ public sealed partial class TrainRun
         RunState now = State(0);
         if (!others && (state.Rows, state.DataDigest) != (now.Rows, now.DataDigest))
             throw new InputException(
-                $"{folder}: was made with other training rows ({state.Rows:N0} rows), {_arguments.DataPath} "
-                + $"has {now.Rows:N0} or other texts: a run goes on only with the same data, or with "
-                + "--allow_changes data_path");
+                $"{folder}: was made with other training rows ({state.Rows:N0} rows), "
+                    + $"{_arguments.DataPath} "
+                + $"has {now.Rows:N0} or other texts: a run goes on only with the same data, or "
+                + "with --allow_changes data_path");
         rules.Check(now);
         if (state.Step > _plan.MaxSteps)
             throw new InputException(

@@ -107,8 +107,10 @@ public sealed record TunedParts(
     {
         foreach (var (module, to) in table.Tied)
             if (Layout?.Targets.FirstOrDefault(t => t.Name == module || t.Name == to) is { } target)
-                return $"{module} and {to} are one matrix (tie_word_embeddings), of which the adapter "
-                    + $"is {target.Name}'s alone: cpmx merge writes two, which PEFT's merge does not";
+                return $"{module} and {to} are one matrix (tie_word_embeddings), of which the "
+                    + "adapter "
+                    + $"is {target.Name}'s alone: cpmx merge writes two, which PEFT's merge does "
+                    + "not";
         return null;
     }
 
@@ -121,9 +123,10 @@ public sealed record TunedParts(
             return !layout.Targets.Any(target => alone.OfModule(target.Name) is not null);
         })];
         if (idle.Count > 0)
-            throw new InputException($"{key} {Messages.List([.. idle.Select(Messages.Quote)])}: matches "
-                + "no module with an adapter; expected regular expressions for a module's name or its "
-                + "end, as q_proj");
+            throw new InputException($"{key} {Messages.List([.. idle.Select(Messages.Quote)])}: "
+                + "matches "
+                + "no module with an adapter; expected regular expressions for a module's name or "
+                + "its end, as q_proj");
     }
 
     // A module that is another one's tensor has no weight of its own to train.

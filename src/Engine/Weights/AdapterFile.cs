@@ -132,7 +132,8 @@ public sealed class AdapterFile : IDisposable
     private static string? Copied(string name) =>
         name.StartsWith(AdapterLayout.Prefix, StringComparison.Ordinal)
         && name.EndsWith(CopyEnd, StringComparison.Ordinal)
-            ? name[AdapterLayout.Prefix.Length..].Replace(".base_layer.", ".", StringComparison.Ordinal)
+            ? name[AdapterLayout.Prefix.Length..].Replace(".base_layer.", ".",
+                StringComparison.Ordinal)
             : null;
 
     /// <summary>

@@ -35,7 +35,8 @@ public sealed partial class AdapterLayout
             if (target.OnlyRead is not null)
                 _attentions.Add(target.Name + AttentionOutput, target.Name);
         List<AdapterTensor> tensors = [];
-        void Add(string own, string file, Shape shape, bool isTransposed = false, int experts = 0) =>
+        void Add(
+            string own, string file, Shape shape, bool isTransposed = false, int experts = 0) =>
             tensors.Add(new(own, Prefix + file, shape)
             {
                 IsTransposed = isTransposed,
@@ -173,7 +174,8 @@ public sealed partial class AdapterLayout
         {
             var hosts = table.Hosts.ToDictionary(host => host.Name, StringComparer.Ordinal);
             string[] chosen = [.. table.Modules.Where(module => IsChosen(module, config)
-                && !config.ModulesToSave.Any(name => module.EndsWith(name, StringComparison.Ordinal)))];
+                && !config.ModulesToSave.Any(name =>
+                    module.EndsWith(name, StringComparison.Ordinal)))];
             if (Array.TrueForAll(chosen, hosts.ContainsKey)) return config;
             string[] named = [.. chosen.Where(module =>
                 hosts.TryGetValue(module, out var host) && host.OnlyRead is null)];
@@ -209,7 +211,8 @@ public sealed partial class AdapterLayout
             if (!table.Modules.Any(module => module.EndsWith(name, StringComparison.Ordinal)))
                 throw new InputException(
                     $"{place}: modules_to_save {Messages.Quote(name)} is no module of the"
-                    + $" model (did you mean \"{TrainKeys.Nearest(name, LastNames(table.Modules))}\"?)");
+                    + " model (did you mean "
+                    + $"\"{TrainKeys.Nearest(name, LastNames(table.Modules))}\"?)");
         return [.. table.Modules.Where(module => config.ModulesToSave
             .Any(name => module.EndsWith(name, StringComparison.Ordinal)))];
     }
@@ -221,7 +224,8 @@ public sealed partial class AdapterLayout
             if (!table.Modules.Any(module => IsOrEndsWith(module, suffix)))
                 throw new InputException(
                     $"{place}: target_modules {Messages.Quote(suffix)} is no module of the"
-                    + $" model (did you mean \"{TrainKeys.Nearest(suffix, LastNames(table.Modules))}\"?)");
+                    + " model (did you mean "
+                    + $"\"{TrainKeys.Nearest(suffix, LastNames(table.Modules))}\"?)");
 
         var matched = table.Modules.Where(module => IsChosen(module, config))
             .Except(whole).ToHashSet(StringComparer.Ordinal);
@@ -260,9 +264,11 @@ public sealed partial class AdapterLayout
         foreach (string name in config.TargetParameters)
             if (!table.Experts.Any(experts => IsOrEndsWith(experts.Name, name)))
                 throw new InputException($"{place}: target_parameters {Messages.Quote(name)} is no "
-                    + "matrix of experts" + (table.Experts.Count == 0 ? ", which this model has none of"
+                    + "matrix of experts" + (table.Experts.Count == 0 ? ", which this model has "
+                    + "none of"
                         : $"; expected {string.Join(" or ", LastNames(
-                            table.Experts.Select(experts => experts.Name)).Select(n => "mlp.experts." + n))}"));
+                            table.Experts.Select(experts => experts.Name)).Select(n =>
+                                "mlp.experts." + n))}"));
         List<LinearModule> found = [.. table.Experts.Where(experts =>
             config.TargetParameters.Any(name => IsOrEndsWith(experts.Name, name)))];
         if (found.Find(experts => whole.Exists(w => experts.Name.StartsWith(
@@ -283,7 +289,8 @@ public sealed partial class AdapterLayout
             : config.Bias == LoraBias.True ? "lora_bias=true" : null;
         if (key is not null)
             throw new InputException($"{place}: "
-                + $"{(target.Experts > 0 ? "target_parameters" : "target_modules")} matches {target.Name}, on which {key}"
+                + $"{(target.Experts > 0 ? "target_parameters" : "target_modules")} matches "
+                + $"{target.Name}, on which {key}"
                 + " is not supported: leave one of the two out");
     }
 

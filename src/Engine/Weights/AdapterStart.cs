@@ -60,8 +60,8 @@ internal static class AdapterStart
             || Layers(own, table).SetEquals(Layers(its, table)));
         if (problems.Count > 0)
             throw new InputException(
-                $"lora_weight_path {start.Directory}: {string.Join("; ", problems)}: an adapter keeps "
-                + "its own; leave these keys out, or start without it");
+                $"lora_weight_path {start.Directory}: {string.Join("; ", problems)}: an adapter "
+                + "keeps its own; leave these keys out, or start without it");
     }
 
     /// <summary>Refuses to leave out a module that the adapter has trained whole.</summary>

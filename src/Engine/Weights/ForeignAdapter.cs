@@ -55,7 +55,8 @@ internal static partial class ForeignAdapter
             Exclude = null,
             LayersToTransform = null,
             LayersPattern = [],
-        }, tensors.ToDictionary(pair => Renamed(pair.Key), pair => pair.Value, StringComparer.Ordinal));
+        }, tensors.ToDictionary(
+            pair => Renamed(pair.Key), pair => pair.Value, StringComparer.Ordinal));
 
         string InModel(string name) => name.StartsWith(Root, StringComparison.Ordinal)
             ? root + name[Root.Length..]
@@ -64,7 +65,8 @@ internal static partial class ForeignAdapter
     }
 
     /// <summary>A pattern that matches these modules and no others.</summary>
-    public static TargetModules Exactly(IReadOnlyList<string> modules) => new(string.Join('|', modules
+    public static TargetModules Exactly(IReadOnlyList<string> modules) =>
+        new(string.Join('|', modules
         .GroupBy(module => Number().Replace(module, "N"), StringComparer.Ordinal).Select(same =>
         {
             // One number of the name differs, its layer's; where more do, each stands by itself.

@@ -92,7 +92,8 @@ internal sealed class PackedTensors
             _parts.Add(format.Name);
             if (format.Bytes != 1 || format.Span[0] != 0)
                 throw new InputException($"{format.Place} is not 0 (row-major): the layouts of "
-                    + "bitsandbytes before 0.43 are not read; save the model again with a newer one");
+                    + "bitsandbytes before 0.43 are not read; save the model again with a newer "
+                    + "one");
         }
 
         Add(elements, new Int8Tensor(name, elements, scales));
@@ -129,7 +130,8 @@ internal sealed class PackedTensors
             throw new InputException($"{words.Place} has shape {words.SizesText}, expected "
                 + $"{(awq ? $"[inputs, {outputs} / {fields}]" : $"[inputs / {fields}, {outputs}]")}");
         Part(module, ".scales", form.Groups * (long)outputs);
-        StoredTensor zeros = Part(module, ".qzeros", form.Groups * (long)outputs / fields, isWords: true);
+        StoredTensor zeros =
+            Part(module, ".qzeros", form.Groups * (long)outputs / fields, isWords: true);
         StoredTensor? groups = isOrdered ? Part(module, ".g_idx", inputs, isWords: true) : null;
         _parts.Add(words.Name);
         Add(words, new GroupedTensor(
@@ -161,7 +163,7 @@ internal sealed class PackedTensors
         bool fits = isWords ? part.StoredType.Name == "I32"
             : isFloat ? part.StoredType.Kernel?.IsFloat() == true : part.StoredType.Name == "U8";
         return fits && part.Count == count ? part : throw new InputException(
-            $"{part.Place} is {part.StoredType.Name} {part.SizesText}, expected {count:N0} elements "
-            + $"of {(isWords ? "I32" : isFloat ? "F32" : "U8")}");
+            $"{part.Place} is {part.StoredType.Name} {part.SizesText}, expected {count:N0} "
+            + $"elements of {(isWords ? "I32" : isFloat ? "F32" : "U8")}");
     }
 }

@@ -176,7 +176,8 @@ public sealed unsafe class SafetensorsFile : IDisposable
                 $"{path}: header claims {claimed:N0} bytes, file has {fileBytes:N0}");
         if (claimed > (ulong)MaxHeaderBytes)
             throw new InputException(
-                $"{path}: header claims {claimed:N0} bytes, more than the format's {MaxHeaderBytes:N0}");
+                $"{path}: header claims {claimed:N0} bytes, more than the format's "
+                    + $"{MaxHeaderBytes:N0}");
         return (long)claimed;
     }
 }

@@ -98,7 +98,8 @@ internal ref struct SafetensorsHeader
             {
                 string between = before == "" ? "the start of the data" : Messages.Quote(before);
                 throw Bad(_file, span.Begin < end
-                    ? $"lets tensors {Messages.Quote(before)} and {Messages.Quote(span.Name)} overlap"
+                    ? $"lets tensors {Messages.Quote(before)} and {Messages.Quote(span.Name)} "
+                        + "overlap"
                     : $"leaves {span.Begin - end:N0} unused bytes between {between}"
                         + $" and {Messages.Quote(span.Name)}");
             }
@@ -185,7 +186,8 @@ internal ref struct SafetensorsHeader
             throw new InputException($"{place} has a \"dtype\" that is not text");
         string name = _reader.GetString()!;
         return StoredType.Find(name) ?? throw new InputException(
-            $"{place} has unknown dtype {Messages.Quote(name)}, expected one of {StoredType.Names}");
+            $"{place} has unknown dtype {Messages.Quote(name)}, expected one of "
+                + $"{StoredType.Names}");
     }
 
     private List<long> ReadNumbers(string place, string key, int most)

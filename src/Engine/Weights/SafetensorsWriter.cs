@@ -80,7 +80,8 @@ public static class SafetensorsWriter
                 tensor.Write(stream);
                 if (stream.Position != end)
                     throw new InvalidOperationException($"{tensor.Name}: wrote"
-                        + $" {tensor.Bytes + stream.Position - end:N0} bytes, expected {tensor.Bytes:N0}");
+                        + $" {tensor.Bytes + stream.Position - end:N0} bytes, expected "
+                        + $"{tensor.Bytes:N0}");
             }
         });
     }

@@ -55,7 +55,8 @@ public unsafe class StoredTensor
     /// The kernels have no such type (BOOL counts as U8).
     /// </exception>
     public DType Type => StoredType.Kernel ?? throw new InputException(
-        $"{Place} has type {StoredType.Name}, expected one of F32, BF16, F16, F64, I32, I64, U8, BOOL");
+        $"{Place} has type {StoredType.Name}, expected one of F32, BF16, F16, F64, I32, I64, U8, "
+            + "BOOL");
 
     /// <exception cref="InputException">
     /// More than four axes, or one of 2^31 elements and more.

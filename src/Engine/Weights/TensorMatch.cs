@@ -28,7 +28,8 @@ public static class TensorMatch
         IReadOnlyCollection<StoredTensor> stored,
         IReadOnlyCollection<ExpectedTensor> expected,
         Func<string, string?>? explain = null) => Require(
-            place, stored.ToDictionary(tensor => tensor.Name, StringComparer.Ordinal), expected, explain);
+            place, stored.ToDictionary(tensor => tensor.Name, StringComparer.Ordinal), expected,
+            explain);
 
     /// <param name="stored">By the names that are expected.</param>
     /// <inheritdoc cref="Require(string, IReadOnlyCollection{StoredTensor}, IReadOnlyCollection{ExpectedTensor}, Func{string, string?}?)"/>

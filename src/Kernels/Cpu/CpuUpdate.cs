@@ -11,7 +11,8 @@ internal static unsafe class CpuUpdate
 {
     private const int Block = 4096;
 
-    public static void Run<T>(Workers workers, in UpdateStep step, in UpdateRange range, double factor)
+    public static void Run<T>(Workers workers, in UpdateStep step, in UpdateRange range,
+        double factor)
         where T : unmanaged, IBinaryFloatingPointIeee754<T>
     {
         long count = range.Weights.Shape.Count;

@@ -74,7 +74,8 @@ public readonly unsafe struct MatrixView
     }
 
     public override string ToString() =>
-        $"{Type} [{Rows}, {Cols}]{(IsTransposed ? " transposed" : "")}{(IsPacked ? " packed" : "")}";
+        $"{Type} [{Rows}, "
+            + $"{Cols}]{(IsTransposed ? " transposed" : "")}{(IsPacked ? " packed" : "")}";
 
     internal static MatrixView Packed(void* data, DType type, int rows, int cols) =>
         new(data, type, rows, cols, (long)cols * PackedMatrix.PanelRows, false, packed: true);

@@ -31,7 +31,8 @@ internal readonly record struct AttentionLaunch(int Rows, int Threads, int Share
 
     /// <summary>A block per part of a row of the list of tiles, and of these per head.</summary>
     public Grid Grid(int tiles, int heads) =>
-        new(checked(tiles * (KernelConstants.AttentionTileRows / Rows) * heads), Threads, SharedBytes);
+        new(checked(tiles * (KernelConstants.AttentionTileRows / Rows) * heads), Threads,
+            SharedBytes);
 
     private static bool Has(int headDim) => headDim is 64 or 72 or 80 or 96 or 128 or 256;
 

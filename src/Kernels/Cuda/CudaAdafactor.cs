@@ -28,7 +28,8 @@ internal static class CudaAdafactor
         {
             means = New(DType.F32, batch);
             Tensor sums = New(DType.F32, batch, parts, cols);
-            device.Launch("adafactor_column_parts", Grid.Blocks256((cols + 255) / 256, parts, batch),
+            device.Launch("adafactor_column_parts",
+                Grid.Blocks256((cols + 255) / 256, parts, batch),
                 [sums, g, rows, cols, RowsPerPart]);
             device.Launch("adafactor_columns", Grid.Elements((long)batch * cols),
                 [range.V, sums, norm, batch, rows, cols, parts, second, 1 - second, least]);

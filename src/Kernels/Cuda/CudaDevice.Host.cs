@@ -107,7 +107,8 @@ public sealed unsafe partial class CudaDevice
     internal bool IsOnHost(nint address)
     {
         foreach (PinnedMemory memory in _host)
-            if (address >= (nint)memory.Pointer && address < (nint)memory.Pointer + (nint)memory.Bytes)
+            if (address >= (nint)memory.Pointer
+                && address < (nint)memory.Pointer + (nint)memory.Bytes)
                 return true;
         return false;
     }

@@ -51,7 +51,8 @@ internal sealed unsafe class CudaGemm : IDisposable
     {
         if (a.Cols != b.Rows || a.Rows != c.Rows || b.Cols != c.Cols || c.IsTransposed)
             throw new ShapeException(
-                $"product of [{a.Rows}, {a.Cols}] and [{b.Rows}, {b.Cols}] into [{c.Rows}, {c.Cols}]");
+                $"product of [{a.Rows}, {a.Cols}] and [{b.Rows}, {b.Cols}] into [{c.Rows}, "
+                    + $"{c.Cols}]");
         float scale = (float)alpha, keep = (float)beta;
         int result =
             _cublas.GemmEx(_handle, Operation(b), Operation(a), c.Cols, c.Rows, a.Cols, &scale,

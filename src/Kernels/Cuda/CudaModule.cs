@@ -36,14 +36,18 @@ public sealed unsafe class CudaModule : IDisposable
             Cubin = false,
             SmallShared = context.SmallShared,
         };
-        int result = TryLoad(context, compiler, source, name, options, out nint handle, out string log);
+        int result =
+            TryLoad(context, compiler, source, name, options, out nint handle, out string log);
         if (result == UnsupportedPtxVersion && architecture == context.Architecture)
             result = TryLoad(context, compiler, source, name, options with { Cubin = true },
                 out handle, out log);
         if (result == UnsupportedPtxVersion)
             throw new CudaException(
-                $"the driver (CUDA {context.DriverVersion / 1000}.{context.DriverVersion % 1000 / 10}) is older than " +
-                $"NVRTC {compiler.Version.Major}.{compiler.Version.Minor}: update the driver, or install an NVRTC " +
+                "the driver (CUDA "
+                    + $"{context.DriverVersion / 1000}.{context.DriverVersion % 1000 / 10}) is "
+                    + "older than " +
+                $"NVRTC {compiler.Version.Major}.{compiler.Version.Minor}: update the driver, or "
+                    + "install an NVRTC " +
                 "that is not newer than it", result);
         context.Api.Driver.Check(result, "cuModuleLoadDataEx", log.Length > 0 ? log : name);
         return new(context, handle, signatures);
@@ -65,7 +69,8 @@ public sealed unsafe class CudaModule : IDisposable
         int result =
             TryLoad(context, compiler.Compile(source, name, options), out handle, out log);
         return result is 0 or UnsupportedPtxVersion || !compiler.WasCached ? result
-            : TryLoad(context, compiler.Compile(source, name, options, anew: true), out handle, out log);
+            : TryLoad(context, compiler.Compile(source, name, options, anew: true), out handle,
+                out log);
     }
 
     private static int TryLoad(CudaContext context, byte[] image, out nint handle, out string log)

@@ -169,8 +169,10 @@ public sealed class CudaSearch
             : $"install the CUDA toolkit's libraries or name their directory in {OverrideVariable}";
         if (damaged.Length > 0) advice = "install it anew";
         throw new CudaUnavailableException(
-            $"cuda: {what} {(damaged.Length > 0 ? "cannot be used" : "not found")}: looked for {string.Join(", ", names)} in " +
-            $"{(places.Count == 0 ? "no directory" : string.Join(", ", places))}{damaged}; {advice}");
+            $"cuda: {what} {(damaged.Length > 0 ? "cannot be used" : "not found")}: looked for "
+                + $"{string.Join(", ", names)} in " +
+            $"{(places.Count == 0 ? "no directory" : string.Join(", ", places))}{damaged}; "
+                + $"{advice}");
     }
 
     // The loader's own words, the last of the runtime's many lines.

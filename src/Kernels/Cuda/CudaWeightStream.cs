@@ -127,8 +127,8 @@ internal sealed unsafe partial class CudaWeightStream : IDisposable
         catch (OutOfMemoryException)
         {
             throw new DeviceMemoryException($"the machine has no {part.Bytes:N0} bytes more for "
-                + $"streamed weights, of which it holds {Bytes:N0}; stream_weights=false keeps them "
-                + "on the GPU");
+                + $"streamed weights, of which it holds {Bytes:N0}; stream_weights=false keeps "
+                + "them on the GPU");
         }
     }
 

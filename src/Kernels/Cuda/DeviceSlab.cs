@@ -15,7 +15,8 @@ public sealed unsafe class DeviceSlab : IDisposable
         int result = _driver.MemAlloc(&address, (nuint)bytes);
         if (result == OutOfMemory)
             throw new DeviceMemoryException(
-                $"cuda: {bytes:N0} bytes are needed on {context.Name}, {context.Memory().Free:N0} are free");
+                $"cuda: {bytes:N0} bytes are needed on {context.Name}, {context.Memory().Free:N0} "
+                    + "are free");
         _driver.Check(result, "cuMemAlloc", $"{bytes:N0} bytes");
         (Address, Bytes) = (address, bytes);
         context.HeldBytes += bytes;

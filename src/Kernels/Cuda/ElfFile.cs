@@ -20,7 +20,8 @@ internal static class ElfFile
             long bytes = new FileInfo(File.ResolveLinkTarget(path, true)?.FullName ?? path).Length;
             if (bytes < HeaderBytes) return $"has {bytes:N0} bytes, which is no shared library";
             using var file = File.OpenHandle(path);
-            Span<byte> header = stackalloc byte[HeaderBytes], segment = stackalloc byte[SegmentBytes];
+            Span<byte> header = stackalloc byte[HeaderBytes],
+                segment = stackalloc byte[SegmentBytes];
             RandomAccess.Read(file, header, 0);
             if (!header.StartsWith("\u007fELF\u0002\u0001"u8)) return "is no shared library";
             long at = BinaryPrimitives.ReadInt64LittleEndian(header[32..]);
@@ -35,7 +36,8 @@ internal static class ElfFile
                 ulong from = BinaryPrimitives.ReadUInt64LittleEndian(segment[8..]);
                 ulong length = BinaryPrimitives.ReadUInt64LittleEndian(segment[32..]);
                 if (from > (ulong)bytes || length > (ulong)bytes - from)
-                    return $"has {bytes:N0} bytes, its segments need {from + length:N0}: it was cut";
+                    return $"has {bytes:N0} bytes, its segments need {from + length:N0}: it was "
+                        + "cut";
             }
 
             return null;

@@ -33,8 +33,8 @@ internal static class KernelFaults
         if (!Enum.IsDefined((KernelFault)words[0]) || words[3] < 0)
             return new CudaException(
                 $"cuda: the words in which kernels note wrong indices hold {words[0]}, {words[1]}, "
-                + $"{words[2]}, {words[3]}, which no kernel writes: the card's memory or its driver is "
-                + "damaged, or something wrote past its end");
+                + $"{words[2]}, {words[3]}, which no kernel writes: the card's memory or its "
+                + "driver is damaged, or something wrote past its end");
         var (position, value, limit) = (words[1], words[2], words[3]);
         string range = $"{value}, expected 0 to {limit - 1}";
         return new ShapeException((KernelFault)words[0] switch
@@ -46,7 +46,8 @@ internal static class KernelFaults
             KernelFault.SpliceRepeated =>
                 $"splice: positions[{position}] is {value}, as is another",
             KernelFault.CrossEntropyRows =>
-                $"cross_entropy: rows[{position}] is {value}, expected rising rows of h below {limit}",
+                $"cross_entropy: rows[{position}] is {value}, expected rising rows of h below "
+                    + $"{limit}",
             KernelFault.CrossEntropyTargets => $"cross_entropy: targets[{position}] is {range}",
             KernelFault.AttentionQueryStarts =>
                 Starts("attention: cu_seqlens_q", position, value, limit),

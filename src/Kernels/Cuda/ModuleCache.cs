@@ -35,8 +35,10 @@ internal sealed class ModuleCache(string folder)
             if (info.LinkTarget is not null || info.Length is < HeaderBytes or > MostBytes)
                 return null;
             byte[] bytes = File.ReadAllBytes(file);
-            if (bytes.Length < HeaderBytes || !bytes.AsSpan(0, 4).SequenceEqual(s_magic)) return null;
-            if (BinaryPrimitives.ReadInt64LittleEndian(bytes.AsSpan(4)) != bytes.Length - HeaderBytes)
+            if (bytes.Length < HeaderBytes || !bytes.AsSpan(0, 4).SequenceEqual(s_magic))
+                return null;
+            long length = BinaryPrimitives.ReadInt64LittleEndian(bytes.AsSpan(4));
+            if (length != bytes.Length - HeaderBytes)
                 return null;
             byte[] image = bytes[HeaderBytes..];
             if (!SHA256.HashData(image).AsSpan().SequenceEqual(bytes.AsSpan(12, 32))) return null;
@@ -88,7 +90,8 @@ internal sealed class ModuleCache(string folder)
         {
             // HASH.ptx or HASH.cubin, or one of them with what makes a temporary name.
             string[] parts = file.Name.Split('.');
-            if (parts.Length < 2 || parts[0].Length != 64 || parts[1] is not ("ptx" or "cubin")) continue;
+            if (parts.Length < 2 || parts[0].Length != 64 || parts[1] is not ("ptx" or "cubin"))
+                continue;
             if (parts.Length == 2) modules.Add(file);
             else if (DateTime.UtcNow - file.LastWriteTimeUtc > s_unfinished) Remove(file.FullName);
         }
@@ -128,7 +131,8 @@ internal sealed class ModuleCache(string folder)
 
     [DllImport("libc", EntryPoint = "statx")]
     private static extern unsafe int Statx(
-        int folder, [MarshalAs(UnmanagedType.LPUTF8Str)] string path, int flags, uint mask, byte* into);
+        int folder, [MarshalAs(UnmanagedType.LPUTF8Str)] string path, int flags, uint mask,
+        byte* into);
 
     [DllImport("libc", EntryPoint = "geteuid")]
     private static extern uint EffectiveUser();

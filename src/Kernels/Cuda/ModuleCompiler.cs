@@ -123,7 +123,8 @@ public sealed unsafe class ModuleCompiler
     private string Key(string source, string name, ModuleOptions options)
     {
         string all =
-            $"{Version.Major}.{Version.Minor}\0{name}\0{string.Join('\0', options.Arguments())}\0\0{source}";
+            $"{Version.Major}.{Version.Minor}\0{name}\0"
+                + $"{string.Join('\0', options.Arguments())}\0\0{source}";
         string hash = Convert.ToHexStringLower(SHA256.HashData(Encoding.UTF8.GetBytes(all)));
         return $"{hash}.{(options.Cubin ? "cubin" : "ptx")}";
     }

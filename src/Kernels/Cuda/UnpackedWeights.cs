@@ -41,14 +41,16 @@ internal sealed class UnpackedWeights : IDisposable
         (_room, Held) = (room, 0);
     }
 
-    /// <summary>A layer runs again. Keeps its weights in memory of a pool; null keeps none.</summary>
+    /// <summary>A layer runs again. Keeps its weights in memory of a pool; null keeps
+    /// none.</summary>
     public void Begin(ITensorPool? pool) =>
         (_pool, _bytes, _isAgain, InBackward) = (pool, 0, true, false);
 
     /// <summary>Where it lies, or is to be unpacked to; null where it is not kept.</summary>
     public Tensor? Of(Weight weight, Spec spec, out bool isThere)
     {
-        isThere = _held.TryGetValue(weight, out Tensor kept) || _again.TryGetValue(weight, out kept);
+        isThere = _held.TryGetValue(weight, out Tensor kept)
+            || _again.TryGetValue(weight, out kept);
         if (isThere) return kept;
         if (!InBackward && !_isAgain) return null;
         long bytes = (spec.Bytes + Alignment - 1) / Alignment * Alignment;

@@ -6,9 +6,9 @@ namespace MiniCpmNative.Kernels.Ops;
 /// <summary>
 /// n[j] = ||w_j + Scale * bb_j a||, the norms of the rows of an adapted weight, which DoRA divides
 /// by: w[out, in] (or a Weight in its place), a[rank, in], bb[out, rank], squares[out] = ||w_j||^2
-/// -> n[out] (F32). The sum is never made: n^2 = squares + bb (2 Scale a w^T + Scale^2 bb a a^T), which
-/// costs the weight's product with rank rows. Nothing is differentiated: Liu et al. 2024 hold the
-/// norm constant in backward, section 4.3, as PEFT does.
+/// -> n[out] (F32). The sum is never made: n^2 = squares + bb (2 Scale a w^T + Scale^2 bb a a^T),
+/// which costs the weight's product with rank rows. Nothing is differentiated: Liu et al. 2024 hold
+/// the norm constant in backward, section 4.3, as PEFT does.
 /// </summary>
 /// <exception cref="ShapeException">The shapes do not fit together.</exception>
 public sealed unsafe record AdaptedNorm(double Scale, Weight? Weight = null) : Op("adapted_norm")

@@ -73,7 +73,8 @@ internal static unsafe class CpuExperts
             }
 
             int* terms = ints + routing.TermAt + first;
-            Matrix<T> own = part.Slice(0, rows), a = value.Slice(0, rows), da = slope.Slice(0, rows);
+            Matrix<T> own = part.Slice(0, rows), a = value.Slice(0, rows),
+                da = slope.Slice(0, rows);
             var (gate, up) = GateAndUp(call, routing, first, rows);
             call.Workers.For(rows, new Gather<T>(dy, terms, chosen, own));
             call.Gemm.Multiply(own.View, weights.Down(e), da.View);

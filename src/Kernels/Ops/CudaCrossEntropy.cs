@@ -160,7 +160,8 @@ public sealed unsafe partial record CrossEntropy
         {
             CudaMatrix g = Gradient(count);
             if (_rest > 0)
-                call.Multiply(g.ColumnsFrom(_bulk, _rest), weight.RowsFrom(_bulk, _rest), dh, scale);
+                call.Multiply(g.ColumnsFrom(_bulk, _rest), weight.RowsFrom(_bulk, _rest), dh,
+                    scale);
             call.Multiply(g.ColumnsFrom(0, _bulk), weight.RowsFrom(0, _bulk), dh, scale,
                 beta: _rest > 0 ? 1 : 0);
         }

@@ -253,7 +253,8 @@ public sealed unsafe record DoraLinear : Op
                 ReadOnlySpan<T> from = x.RowSpan(r);
                 ReadOnlySpan<T> scale = factor.RowSpan(0);
                 if (b.Exists)
-                    TensorPrimitives.MultiplyAdd(from, scale, b.RowSpan(b.Data == y.Data ? r : 0), to);
+                    TensorPrimitives.MultiplyAdd(from, scale, b.RowSpan(b.Data == y.Data ? r : 0),
+                        to);
                 else TensorPrimitives.Multiply(from, scale, to);
                 if (times.Exists) TensorPrimitives.Multiply(to, times.RowSpan(r), to);
             }

@@ -85,7 +85,8 @@ public sealed record Linears : Op
         if (Rotated > 0)
         {
             if (HeadDim % 2 != 0)
-                throw new ShapeException($"{Name}: heads of {HeadDim} rows, expected an even number");
+                throw new ShapeException($"{Name}: heads of {HeadDim} rows, expected an even "
+                    + "number");
             Rope.CheckTables(this, inputs, Positions, HeadDim, rows);
         }
 

@@ -31,8 +31,8 @@ public sealed record GroupedCodes(
     GroupedForm Form, byte[] Codes, float[] Scales, byte[] Zeros, int[]? GroupOf);
 
 /// <summary>
-/// A frozen matrix as AWQ and GPTQ have it: element [n, k] is (code - zero[n, g]) * scale[n, g] with
-/// g the group of column k. With groups of 128 it takes about 4.3 bits an element.
+/// A frozen matrix as AWQ and GPTQ have it: element [n, k] is (code - zero[n, g]) * scale[n, g]
+/// with g the group of column k. With groups of 128 it takes about 4.3 bits an element.
 /// </summary>
 public sealed unsafe class GroupedWeight : QuantisedWeight<GroupedElements>
 {

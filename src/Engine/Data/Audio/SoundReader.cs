@@ -38,8 +38,8 @@ public static class SoundReader
         string[] arguments = ["-v", "error", "-protocol_whitelist", "pipe", "-i", "pipe:0", "-t",
             $"{MostSeconds + 1}", "-f", "f32le", "-ac", "1", "-ar", $"{Rate}", "pipe:1"];
         MemoryStream output = OutsideProgram.Run(ffmpeg, "ffmpeg", arguments, content, name,
-            $"is {kind}, which is read by ffmpeg, and there is none on this machine: install it, or "
-            + "convert the file to WAV");
+            $"is {kind}, which is read by ffmpeg, and there is none on this machine: install it, "
+            + "or convert the file to WAV");
         ReadOnlySpan<byte> bytes = output.GetBuffer().AsSpan(0, (int)output.Length & ~3);
         return MemoryMarshal.Cast<byte, float>(bytes).ToArray();
     }

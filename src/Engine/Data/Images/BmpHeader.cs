@@ -4,9 +4,9 @@ using System.Numerics;
 namespace MiniCpmNative.Engine.Data.Images;
 
 /// <summary>
-/// The header of a Windows or OS/2 bitmap, and its pixels. Samples of 5 and 6 bits are widened as in
-/// Pillow. A palette of 2 colours, or a grey one, is a palette at every depth here; Pillow loses the
-/// pixels of some.
+/// The header of a Windows or OS/2 bitmap, and its pixels. Samples of 5 and 6 bits are widened as
+/// in Pillow. A palette of 2 colours, or a grey one, is a palette at every depth here; Pillow loses
+/// the pixels of some.
 /// </summary>
 internal sealed class BmpHeader
 {

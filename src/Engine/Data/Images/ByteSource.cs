@@ -29,7 +29,8 @@ internal sealed class ByteSource
 
     public string Name { get; }
 
-    /// <summary>Up to count (at most <see cref="Most"/>) bytes at an offset; valid until the next call.</summary>
+    /// <summary>Up to count (at most <see cref="Most"/>) bytes at an offset; valid until the next
+    /// call.</summary>
     public ReadOnlySpan<byte> At(long at, int count)
     {
         if (at < 0 || at >= Length) return default;

@@ -30,7 +30,8 @@ internal static class LargeBuffers
             s_unusedBytes = 0;
             if (s_hasDropped)
                 GC.Collect(
-                    GC.MaxGeneration, GCCollectionMode.Aggressive, blocking: true, compacting: true);
+                    GC.MaxGeneration, GCCollectionMode.Aggressive, blocking: true,
+                    compacting: true);
             s_hasDropped = false;
         }
 

@@ -14,8 +14,8 @@ public readonly record struct PictureInfo(
 /// Picture files to RGB, byte for byte what Pillow's Image.open(path).convert("RGB") gives: the
 /// official script's input. The format is told by the content. PNG is managed code, faster with
 /// the system's libdeflate; JPEG and WebP go to its libturbojpeg and libwebp, which are looked for
-/// when the first such picture comes; where libturbojpeg is missing, JPEG goes to StbImageSharp, with
-/// other pixels then. GIF (the first frame), BMP and TGA are managed code. Not applied, as in
+/// when the first such picture comes; where libturbojpeg is missing, JPEG goes to StbImageSharp,
+/// with other pixels then. GIF (the first frame), BMP and TGA are managed code. Not applied, as in
 /// Pillow: EXIF orientation (see Picture.Oriented), gamma, colour profiles.
 /// </summary>
 public static class PictureDecoder

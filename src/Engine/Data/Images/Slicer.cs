@@ -48,7 +48,8 @@ public static class Slicer
         return best;
     }
 
-    internal static PictureSize Best(double width, double height, int scale, int patch, bool enlarge)
+    internal static PictureSize Best(double width, double height, int scale, int patch,
+        bool enlarge)
     {
         if (enlarge || width * height > (double)scale * scale)
         {

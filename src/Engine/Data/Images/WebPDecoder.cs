@@ -12,8 +12,8 @@ internal static unsafe class WebPDecoder
     private static readonly NativePictureLibrary s_library = new(
         "WebP",
         "libwebp",
-        "Debian or Ubuntu: apt install libwebp7 (libwebp6 in older ones); Fedora: dnf install libwebp; "
-            + "macOS: brew install webp",
+        "Debian or Ubuntu: apt install libwebp7 (libwebp6 in older ones); Fedora: dnf install "
+            + "libwebp; macOS: brew install webp",
         [
             "libwebp.so.7", "libwebp.so.6", "libwebp.so", "libwebp.dylib", "libwebp.dll",
             "webp.dll",

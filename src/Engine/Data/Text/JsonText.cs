@@ -52,8 +52,8 @@ internal static class JsonText
         catch (InvalidOperationException e)
         {
             throw new InputException(
-                $"{Where(path, where)}: the string at byte {reader.TokenStartIndex:N0} of it is not "
-                + "valid Unicode", e);
+                $"{Where(path, where)}: the string at byte {reader.TokenStartIndex:N0} of it is "
+                + "not valid Unicode", e);
         }
     }
 

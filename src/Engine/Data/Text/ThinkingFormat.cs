@@ -69,7 +69,8 @@ public sealed class ThinkingFormat : TemplateFormat
     {
         turns = [.. turns.Select(turn => turn with { Content = PythonText.Strip(turn.Content) })];
         int question = Tools is null
-            ? turns.ToList().FindLastIndex(turn => turn.Role == "user") : ToolStyle.LastQuestion(turns);
+            ? turns.ToList().FindLastIndex(turn => turn.Role == "user")
+            : ToolStyle.LastQuestion(turns);
         if (question < 0 && turns.Count > 0)
             throw new InputException("the conversation has no question, without which the model's "
                 + "template fails");

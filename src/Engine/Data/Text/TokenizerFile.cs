@@ -287,8 +287,8 @@ internal sealed class TokenizerFile : VocabularyFile
                 + "expected \"Split\"");
         string? behavior = item.Member("behavior").Text();
         if (behavior != "Isolated" || item.Member("invert").IsTrue())
-            throw Bad($"pre_tokenizer Split has behavior {Messages.Quote(behavior ?? "")} (or invert), "
-                + "expected \"Isolated\"");
+            throw Bad($"pre_tokenizer Split has behavior {Messages.Quote(behavior ?? "")} (or "
+                + "invert), expected \"Isolated\"");
         var pattern = item.Member("pattern");
         if (pattern.Member("Regex").Text() is { } regex) return Splitter.For(regex, _path);
         throw Bad("pre_tokenizer Split has no pattern of kind Regex");
@@ -321,7 +321,8 @@ internal sealed class TokenizerFile : VocabularyFile
             if (ids.ValueKind != JsonValueKind.Array)
                 throw Bad($"post_processor: special token {Messages.Quote(name ?? "")} has no ids");
             foreach (var id in ids.Items())
-                (behind ? Suffix : Prefix).Add(id.IsInt(out int value) && _ids.Contains(value) ? value
+                (behind ? Suffix : Prefix).Add(id.IsInt(out int value) && _ids.Contains(value)
+                    ? value
                     : throw Bad($"post_processor: special token {Messages.Quote(name ?? "")} "
                         + "has an id that no token has"));
             if (Prefix.Count + Suffix.Count > MaxAround)

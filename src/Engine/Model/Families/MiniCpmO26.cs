@@ -22,7 +22,8 @@ internal sealed class MiniCpmO26() : Family("MiniCPM-o-2_6")
     public override AudioSpec? Audio(ModelConfig config) =>
         AudioSpec.Read(config, poolStep: 2, splitsPlaces: true);
 
-    public override MiniCpmModel Build(ModelSpec spec, ModuleScope root, Recomputation recomputation)
+    public override MiniCpmModel Build(ModelSpec spec, ModuleScope root,
+        Recomputation recomputation)
     {
         if (spec.Audio is null) root.PassOver("apm", "audio_projection_layer");
         root.PassOver("tts");

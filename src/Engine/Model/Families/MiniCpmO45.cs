@@ -24,7 +24,8 @@ internal sealed class MiniCpmO45() : Family("MiniCPM-o-4_5")
     public override AudioSpec? Audio(ModelConfig config) =>
         AudioSpec.Read(config, poolStep: 5, splitsPlaces: false);
 
-    public override MiniCpmModel Build(ModelSpec spec, ModuleScope root, Recomputation recomputation)
+    public override MiniCpmModel Build(ModelSpec spec, ModuleScope root,
+        Recomputation recomputation)
     {
         if (spec.Audio is null) root.PassOver("apm", "audio_projection_layer");
         root.PassOver("tts");

@@ -30,7 +30,8 @@ internal static class NativeConfig
             ? (Name, Key) : ("preprocessor_config.json", null);
     }
 
-    /// <summary>How videos are shown, by the video processor's file where the model has one.</summary>
+    /// <summary>How videos are shown, by the video processor's file where the model has
+    /// one.</summary>
     public static VideoRules Video(string directory, VideoRules rules)
     {
         if ((Read("processor_config.json")?.Find("video_processor")
@@ -81,7 +82,8 @@ internal static class NativeConfig
             Size("vocab_size", ModelConfig.MaxVocabulary),
             Size("hidden_size", ModelConfig.MaxWidth),
             experts is null ? Size("intermediate_size", MaxInner)
-                : Size("shared_expert_intermediate_size", MaxInner, 512), layers, heads, kvHeads, headDim,
+                : Size("shared_expert_intermediate_size", MaxInner, 512), layers, heads, kvHeads,
+                    headDim,
             (float)(text.Find("rms_norm_eps")?.Number(1e-12, 1) ?? 1e-6), QkvBias: false,
             config.Flag("tie_word_embeddings", defaults.TiesHead), theta, RopeScaling.None,
             Size("max_position_embeddings", int.MaxValue, 32768), QkNorm: true,

@@ -53,7 +53,8 @@ internal abstract class NativeFamily(string name, string type, string modelClass
             new ModelClass(modelClass, $"transformers.models.{type}.modeling_{type}"));
     }
 
-    public override MiniCpmModel Build(ModelSpec spec, ModuleScope root, Recomputation recomputation)
+    public override MiniCpmModel Build(ModelSpec spec, ModuleScope root,
+        Recomputation recomputation)
     {
         ModuleScope model = root.In("model");
         // Predicts several tokens at once; the class passes it over.
