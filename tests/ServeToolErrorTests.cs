@@ -30,7 +30,8 @@ public sealed class ServeToolErrorTests
     [TestCase("[{}]", "key \"tools[0].type\" is missing")]
     [TestCase("[{\"type\": \"custom\"}]", "key \"tools[0].type\" is \"custom\", expected \"function\"")]
     [TestCase("[{\"type\": \"function\"}]", "key \"tools[0].function\" is missing")]
-    [TestCase("[{\"type\": \"function\", \"function\": {}}]", "key \"tools[0].function.name\" is missing")]
+    [TestCase("[{\"type\": \"function\", \"function\": {}}]",
+        "key \"tools[0].function.name\" is missing")]
     [TestCase($"[{F}, {F}]", "key \"tools[1].function.name\" is another function's too")]
     public void ToolsThatCannotBeReadAreNamed(string tools, string problem) =>
         AssertRefused(Asked($"\"tools\": {tools}"), problem);
@@ -88,7 +89,8 @@ public sealed class ServeToolErrorTests
     [TestCase($"{{\"role\": \"assistant\", \"tool_calls\": {Call}}}",
         "\"messages[1].tool_calls\" is an object, expected an array")]
     [TestCase("{\"role\": \"assistant\", \"tool_calls\": [1]}", "a call is a number")]
-    [TestCase("{\"role\": \"assistant\", \"tool_calls\": [{\"function\": {\"name\": \"f\", \"arguments\": \"1\"}}]}",
+    [TestCase("{\"role\": \"assistant\", \"tool_calls\": "
+        + "[{\"function\": {\"name\": \"f\", \"arguments\": \"1\"}}]}",
         "\"arguments\" are text, expected an object")]
     [TestCase("{\"role\": \"assistant\", \"tool_calls\": "
         + "[{\"function\": {\"name\": \"f\", \"arguments\": \"{\\\"a\\\": \\\"\\\\ud800\\\"}\"}}]}",

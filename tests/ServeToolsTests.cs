@@ -142,7 +142,8 @@ public sealed class ServeToolsTests
         "type":"function","function":{"name":"area","arguments":"{\"width\":1e20,\"unit\": \"é\"}"}},
         {"id":"b","type":"function","function":{"name":"now","arguments":"{}"}}]},
         {"role":"tool","tool_call_id":"b","content":"noon"},
-        {"role":"tool","tool_call_id":"a","content":[{"type":"text","text":"1"},{"type":"text","text":"2"}]}
+        {"role":"tool","tool_call_id":"a","content":[{"type":"text","text":"1"},
+        {"type":"text","text":"2"}]}
         """)]
     [TestCase("""
         {"role":"user","content":"q"},{"role":"assistant","content":"Wait.","tool_calls":[{"id":"a",
@@ -177,7 +178,8 @@ public sealed class ServeToolsTests
             ? $"<tool_call>\n{{\"name\": \"{name}\", \"arguments\": {{{string.Join(", ",
                 arguments.Select(item => $"\"{item.Name}\": {item.Written}"))}}}}}\n</tool_call>"
             : $"<tool_call>\n<function={name}>\n{string.Concat(arguments.Select(item =>
-                $"<parameter={item.Name}>\n{item.Written.Trim('"')}\n</parameter>\n"))}</function>\n</tool_call>";
+                $"<parameter={item.Name}>\n{item.Written.Trim('"')}\n</parameter>\n"))}"
+                + "</function>\n</tool_call>";
 
     // An answer as it would come from the model, in OpenAI's form, not streamed and streamed.
     private (ChatCompletion Whole, StreamingChatCompletionUpdate[] Chunks) Answer(
@@ -225,7 +227,8 @@ public sealed class ServeToolsTests
         Assert.That(updates.Select(call => $"{call.FunctionName} {call.FunctionArgumentsUpdate}"),
             Is.EqualTo(calls));
         Assert.That(updates.Select(call => call.Index), Is.EqualTo(Enumerable.Range(0, calls.Length)));
-        Assert.That(updates.Select(call => call.ToolCallId).Distinct().Count(), Is.EqualTo(calls.Length));
+        Assert.That(updates.Select(call => call.ToolCallId).Distinct().Count(),
+            Is.EqualTo(calls.Length));
         Assert.That(chunks[^1].FinishReason, Is.EqualTo(finish));
     }
 
@@ -244,9 +247,11 @@ public sealed class ServeToolsTests
         AssertAnswer($"a b{area}c d{now}", "a b", Calls, both[..1], ", \"stop\": [\"c \", \"2.5\"]");
         AssertAnswer($"an{area}b{now}", "a", Stop, [], ", \"stop\": \"n\"");
         // What is cut has no calls but whole ones.
-        AssertAnswer($"{area}\n{now[..^3]}", now[..^3], ChatFinishReason.Length, both[..1], ended: false);
+        AssertAnswer(
+            $"{area}\n{now[..^3]}", now[..^3], ChatFinishReason.Length, both[..1], ended: false);
         // Thoughts may weigh a call.
-        AssertAnswer($"<think>\n{now}?\n</think>\n\n{area}", $"<think>\n{now}?\n</think>", Calls, both[..1]);
+        AssertAnswer($"<think>\n{now}?\n</think>\n\n{area}", $"<think>\n{now}?\n</think>", Calls,
+            both[..1]);
         string opened = _family == "o-4_5" ? "<think>\n" : "";
         AssertAnswer($"{opened}Or {now}?\n</think>\n\n{area}", $"{opened}Or {now}?\n</think>", Calls,
             both[..1], ", \"enable_thinking\": true");
@@ -260,13 +265,14 @@ public sealed class ServeToolsTests
         [
             "<tool_call", "<tool_call>\n", "<tool_call></tool_call>", call[..^1], call[11..],
             call.Replace("area", ""), call.Replace("width", ""), call.Replace(">\n", ">"),
-            call.Replace("\n</tool_call>", "}\n</tool_call>"), "</tool_call>\n<tool_call>\nnow\n</tool_call>",
-            "<tool_call>\n[]\n</tool_call>", "<tool_call>\n{\"name\": 1, \"arguments\": {}}\n</tool_call>",
+            call.Replace("\n</tool_call>", "}\n</tool_call>"),
+            "</tool_call>\n<tool_call>\nnow\n</tool_call>", "<tool_call>\n[]\n</tool_call>",
+            "<tool_call>\n{\"name\": 1, \"arguments\": {}}\n</tool_call>",
             "<tool_call>\n{\"name\": \"now\", \"arguments\": []}\n</tool_call>",
             "<tool_call>\n{\"name\": \"now\", \"arguments\": {\"a\": 1, \"a\": 2}}\n</tool_call>",
             "<tool_call>\n{\"name\": \"\\ud800\", \"arguments\": {}}\n</tool_call>",
-            "<tool_call>\n<function=now>\n<parameter=a>\n1\n</parameter>\n<parameter=a>\n2\n</parameter>\n"
-                + "</function>\n</tool_call>",
+            "<tool_call>\n<function=now>\n<parameter=a>\n1\n</parameter>\n<parameter=a>\n2\n"
+                + "</parameter>\n</function>\n</tool_call>",
             "<tool_call>\n<function=now>\n<parameter=a>1</parameter>\n</function>\n</tool_call>",
             "<tool_call>\n" + new string('[', 500) + "\n</tool_call>",
         ];
@@ -337,11 +343,14 @@ public sealed class ServeToolsTests
         ];
         ChatTool[] tools =
         [
-            ChatTool.CreateFunctionTool("area", "in m²", BinaryData.FromString("{\"type\": \"object\"}")),
+            ChatTool.CreateFunctionTool(
+                "area", "in m²", BinaryData.FromString("{\"type\": \"object\"}")),
             ChatTool.CreateFunctionTool("now"),
         ];
-        ChatRequest request = Read($"{{\"messages\": [{Written(messages)}], \"tools\": [{Written(tools)}]}}");
-        Assert.That(request.Turns[1].Calls, Is.EqualTo((ToolCall[])[new("area", "{\"width\": 2.5}")]));
+        ChatRequest request = Read(
+            $"{{\"messages\": [{Written(messages)}], \"tools\": [{Written(tools)}]}}");
+        Assert.That(request.Turns[1].Calls,
+            Is.EqualTo((ToolCall[])[new("area", "{\"width\": 2.5}")]));
         Assert.That(request.Turns[2].Parts[0].Text, Is.EqualTo("r"));
         Assert.That(request.Tools, Has.Count.EqualTo(2));
 
