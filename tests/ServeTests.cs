@@ -150,6 +150,8 @@ public sealed class ServeTests
     [TestCase("""{"messages": [{"role": "user", "content": "a"}], "best": 2}""", "not known")]
     [TestCase("""{"messages": [{"role": "user", "content": "</image>"}]}""",
         "image tokens as text")]
+    [TestCase("""{"messages": [{"role": "user", "content": "<image><unk><unk></image>"}]}""",
+        "image tokens as text")]
     [TestCase("""
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url":
         {"url": "http://example.com/a.png"}}]}]}

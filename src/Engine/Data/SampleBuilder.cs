@@ -127,6 +127,8 @@ public sealed class SampleBuilder
             if (RowText.Marker(text, _format.Markers) is { } problem)
                 throw new InputException($"functions, their calls or results: {problem}");
         Prompt prompt = BuildPrompt(chat, [.. pictures], enableThinking, begun);
+        if (prompt.Bounds.Length != pictures.Sum(picture => plans[picture].Views))
+            throw ImageTokens();
         return prompt.SoundBounds.Sum(bound => bound.End - bound.Start) == features ? prompt
             : throw new InputException(
                 "the prompt holds audio tokens as text; take them out, sounds are given beside the text");
@@ -137,12 +139,14 @@ public sealed class SampleBuilder
     {
         int[] ids = _prompts.EncodePrompt(turns, enableThinking, begun);
         return new Prompt(ids,
-            _placeholders.Bounds(ids) ?? throw new InputException("the prompt holds image "
-            + "tokens as text; take them out, pictures are given beside the text"), pictures)
+            _placeholders.Bounds(ids) ?? throw ImageTokens(), pictures)
         {
             SoundBounds = _format.Sounds?.Bounds(ids) ?? [],
         };
     }
+
+    private static InputException ImageTokens() => new("the prompt holds image tokens as text; take "
+        + "them out, pictures are given beside the text");
 
     private (ChatTurn[] Turns, int[] Pictures) Compose(
         Row row, IReadOnlyList<SlicePlan> plans, IReadOnlyList<int> sounds)
