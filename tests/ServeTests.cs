@@ -134,6 +134,10 @@ public sealed class ServeTests
     [TestCase("[]", "expected an object")]
     [TestCase("{\"messages\": 1}", "expected an array")]
     [TestCase("{\"model\": \"tiny\"}", "\"messages\" is missing")]
+    [TestCase("{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}], \"tools\": [{\"type\": "
+        + "\"function\", \"function\": {\"name\": \"f\"}}]}",
+        "the request: has functions (tools, tool_calls or turns of role tool), which the chat "
+        + "template of this model (MiniCPM-V-2_6) does not have")]
     [TestCase("{\"messages\": []}", "ends without a question")]
     [TestCase("""{"messages": [{"role": "user", "content": "a"}], "model": "gpt"}""",
         "there is no model \"gpt\", expected tiny or tiny:base")]
@@ -145,6 +149,8 @@ public sealed class ServeTests
     [TestCase("""{"messages": [{"role": "user", "content": "a"}], "n": 2}""", "expected 1")]
     [TestCase("""{"messages": [{"role": "user", "content": "a"}], "best": 2}""", "not known")]
     [TestCase("""{"messages": [{"role": "user", "content": "</image>"}]}""",
+        "image tokens as text")]
+    [TestCase("""{"messages": [{"role": "user", "content": "<image><unk><unk></image>"}]}""",
         "image tokens as text")]
     [TestCase("""
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url":
@@ -184,8 +190,21 @@ public sealed class ServeTests
         }, Part("What?"));
         body["stop"] = new JsonArray("x", "yy");
         body["stream_options"] = new JsonObject { ["include_usage"] = true };
+        body["messages"]!.AsArray().Add(JsonNode.Parse("""
+            {"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function":
+            {"name": "f", "arguments": "{\"a\": [1]}"}}]}
+            """));
+        body["messages"]!.AsArray().Add(JsonNode.Parse(
+            """{"role": "tool", "tool_call_id": "a", "content": "r"}"""));
+        body["tools"] = JsonNode.Parse("""
+            [{"type": "function", "function": {"name": "f", "description": "d", "parameters":
+            {"type": "object", "properties": {"a": {"type": "array"}}}}}]
+            """);
+        body["tool_choice"] = JsonNode.Parse(
+            """{"type": "function", "function": {"name": "f"}}""");
         string text = body.ToJsonString();
         byte[] whole = Encoding.UTF8.GetBytes(text);
+        Assert.That(ChatRequest.Read(whole, new GenerationSettings()).MustCall, Is.EqualTo("f"));
         var random = new Random(1);
         int refused = 0, sent = 0;
         for (int i = 0; i < 10_000; i++)

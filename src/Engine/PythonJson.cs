@@ -53,7 +53,8 @@ internal static class PythonJson
         }
     }
 
-    private static void Quote(StringBuilder text, string value)
+    /// <summary>Text between its quotes.</summary>
+    public static void Quote(StringBuilder text, string value)
     {
         text.Append('"');
         foreach (char c in value)

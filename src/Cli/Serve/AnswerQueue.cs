@@ -1,5 +1,6 @@
 using System.Threading.Channels;
 using MiniCpmNative.Engine;
+using MiniCpmNative.Engine.Data.Text;
 using MiniCpmNative.Engine.Generate;
 
 namespace MiniCpmNative.Cli.Serve;
@@ -19,10 +20,13 @@ internal sealed record AnswerJob(
     /// <summary>The answer as it comes; a failure comes out of it.</summary>
     public ChannelReader<string> Pieces => _pieces.Reader;
 
+    /// <summary>Functions that the answer calls; known at the end.</summary>
+    public List<ToolCall> Calls { get; } = [];
+
     /// <summary>Tokens of the answer so far.</summary>
     public int Tokens { get; set; }
 
-    /// <summary>"stop", or "length" where it was cut; known at the end.</summary>
+    /// <summary>"stop", "length" where it was cut, or "tool_calls"; known at the end.</summary>
     public string Finish { get; private set; } = "stop";
 
     public void Tell(string piece)
@@ -32,7 +36,7 @@ internal sealed record AnswerJob(
 
     public void End(bool cut)
     {
-        Finish = cut ? "length" : "stop";
+        Finish = cut ? "length" : Calls.Count > 0 ? "tool_calls" : "stop";
         _pieces.Writer.TryComplete();
     }
 
@@ -139,7 +143,7 @@ internal sealed class AnswerQueue : IDisposable
 
     private void Answer(List<AnswerJob> jobs)
     {
-        var answers = jobs.ConvertAll(job => new RunningAnswer(job, _model.Rows.Tokenizer));
+        var answers = jobs.ConvertAll(job => new RunningAnswer(job, _model.Rows.Prompts));
         try
         {
             _model.IsAdapted = jobs[0].Adapted;

@@ -1,5 +1,6 @@
 using System.Text.Json;
 using MiniCpmNative.Engine;
+using MiniCpmNative.Engine.Data.Text;
 
 namespace MiniCpmNative.Cli.Serve;
 
@@ -10,7 +11,8 @@ internal sealed class ChatReply(string model)
     private readonly long _created = DateTimeOffset.UtcNow.ToUnixTimeSeconds();
 
     /// <summary>All of an answer.</summary>
-    public byte[] Whole(string text, string finish, int promptTokens, int tokens) => JsonLine.Of(json =>
+    public byte[] Whole(string text, IReadOnlyList<ToolCall> calls, string finish,
+        int promptTokens, int tokens) => JsonLine.Of(json =>
     {
         Head(json, "chat.completion");
         json.WriteStartArray("choices");
@@ -18,7 +20,8 @@ internal sealed class ChatReply(string model)
         json.WriteNumber("index", 0);
         json.WriteStartObject("message");
         json.WriteString("role", "assistant");
-        json.WriteString("content", text);
+        json.WriteString("content", text.Length == 0 && calls.Count > 0 ? null : text);
+        if (calls.Count > 0) Calls(json, calls, numbered: false);
         json.WriteEndObject();
         json.WriteString("finish_reason", finish);
         json.WriteEndObject();
@@ -26,8 +29,9 @@ internal sealed class ChatReply(string model)
         Usage(json, promptTokens, tokens);
     });
 
-    /// <summary>The next piece of an answer; finish at its end alone.</summary>
-    public byte[] Chunk(string? piece, string? finish, bool first) => JsonLine.Of(json =>
+    /// <summary>The next piece of an answer; calls and finish at its end alone.</summary>
+    public byte[] Chunk(string? piece, string? finish, bool first,
+        IReadOnlyList<ToolCall>? calls = null) => JsonLine.Of(json =>
     {
         Head(json, "chat.completion.chunk");
         json.WriteStartArray("choices");
@@ -36,6 +40,7 @@ internal sealed class ChatReply(string model)
         json.WriteStartObject("delta");
         if (first) json.WriteString("role", "assistant");
         if (piece is not null) json.WriteString("content", piece);
+        if (calls is { Count: > 0 }) Calls(json, calls, numbered: true);
         json.WriteEndObject();
         json.WriteString("finish_reason", finish);
         json.WriteEndObject();
@@ -77,6 +82,26 @@ internal sealed class ChatReply(string model)
 
         json.WriteEndArray();
     });
+
+    private static void Calls(
+        Utf8JsonWriter json, IReadOnlyList<ToolCall> calls, bool numbered)
+    {
+        json.WriteStartArray("tool_calls");
+        for (int i = 0; i < calls.Count; i++)
+        {
+            json.WriteStartObject();
+            if (numbered) json.WriteNumber("index", i);
+            json.WriteString("id", $"call_{Guid.NewGuid():N}");
+            json.WriteString("type", "function");
+            json.WriteStartObject("function");
+            json.WriteString("name", calls[i].Name);
+            json.WriteString("arguments", calls[i].Arguments);
+            json.WriteEndObject();
+            json.WriteEndObject();
+        }
+
+        json.WriteEndArray();
+    }
 
     private void Head(Utf8JsonWriter json, string kind)
     {

@@ -1,5 +1,6 @@
 using MiniCpmNative.Engine;
 using MiniCpmNative.Engine.Data;
+using MiniCpmNative.Engine.Data.Text;
 using MiniCpmNative.Engine.Generate;
 
 namespace MiniCpmNative.Cli.Serve;
@@ -27,6 +28,23 @@ internal sealed record ChatRequest
 
     /// <summary>In place of the format's system prompt.</summary>
     public string? System { get; init; }
+
+    /// <summary>Functions that may be called, each as templates write it.</summary>
+    public IReadOnlyList<string> Tools { get; init; } = [];
+
+    /// <summary>The function that the answer must call, empty for any; null where it may.</summary>
+    public string? MustCall { get; init; }
+
+    /// <summary>Whether one answer may call several times.</summary>
+    public bool CallsSeveral { get; init; } = true;
+
+    /// <summary>Whether it is about functions, which not every model's template has.</summary>
+    public bool HasFunctions =>
+        Tools.Count > 0 || Turns.Any(turn => turn.Role == "tool" || turn.Calls is not null);
+
+    /// <summary>What the answer begins with, that it calls what it must.</summary>
+    public string Begun(PromptFormat format) =>
+        MustCall is { } name && format.Tools is { } style ? style.Opening(name) : "";
 
     public bool Streams { get; init; }
 
@@ -56,12 +74,16 @@ internal sealed record ChatRequest
         if (!json.IsObject) throw json.Expected("an object");
         var media = new RequestMedia();
         (string? system, List<PromptTurn> turns) = Messages(json["messages"], media);
+        var (tools, mustCall) = RequestTools.Read(json);
         var request = new ChatRequest
         {
             Model = json.Find("model")?.Text() ?? "",
             Turns = turns,
             Media = media,
             System = system,
+            Tools = tools,
+            MustCall = mustCall,
+            CallsSeveral = mustCall is not { Length: > 0 },
             Settings = settings,
         };
         foreach (var (name, value) in json.Members())
@@ -69,7 +91,7 @@ internal sealed record ChatRequest
             if (value.Element.ValueKind == global::System.Text.Json.JsonValueKind.Null) continue;
             switch (name)
             {
-                case "model" or "messages":
+                case "model" or "messages" or "tools" or "tool_choice":
                     break;
                 case "stream":
                     request = request with { Streams = value.Bool() };
@@ -102,8 +124,11 @@ internal sealed record ChatRequest
                 case "logprobs":
                     Only(value, !value.Bool(), "false");
                     break;
-                case "tools" or "functions":
-                    Only(value, !value.Items().Any(), "none");
+                case "parallel_tool_calls":
+                    request = request with { CallsSeveral = value.Bool() && request.CallsSeveral };
+                    break;
+                case "functions":
+                    Only(value, !value.Items().Any(), "none: tools has them");
                     break;
                 case "response_format":
                     Only(value, value["type"].Text() == "text", "{\"type\": \"text\"}");
@@ -117,6 +142,9 @@ internal sealed record ChatRequest
             }
         }
 
+        if (request is { MustCall: not null, Thinks: true })
+            throw json["tool_choice"].Expected(
+                "\"auto\" or \"none\" beside enable_thinking: a call that must come comes first");
         return request with { Settings = request.Settings.Checked() };
     }
 
@@ -150,24 +178,32 @@ internal sealed record ChatRequest
     {
         string? system = null;
         var turns = new List<PromptTurn>();
+        var functions = new RequestTools();
         foreach (JsonValue message in messages.Items())
         {
             if (turns.Count == MostTurns)
                 throw messages.Error($"has more than {MostTurns} turns");
             string role = message["role"].Text();
             bool isSystem = role is "system" or "developer";
-            if (!isSystem && role != (turns.Count % 2 == 0 ? "user" : "assistant"))
-                throw message["role"].Expected(
-                    "user and assistant in turn, behind one system turn at most");
+            string before = turns.Count > 0 ? turns[^1].Role : "assistant";
+            if (!isSystem && !(role == "tool" ? turns.Count > 0 && before != "user"
+                : role == (before == "assistant" ? "user" : "assistant")))
+                throw message["role"].Expected("user and assistant in turn, tool for results "
+                    + "behind an answer's calls, and one system turn in front at most");
             if (isSystem && (turns.Count > 0 || system is not null))
                 throw message["role"].Error("is a system turn, expected one, in front");
-            PromptPart[] parts = Parts(message["content"], role, media);
+            IReadOnlyList<ToolCall>? calls = functions.Calls(message, role);
+            PromptPart[] parts = calls is not null && message.Find("content") is null
+                ? [""] : Parts(message["content"], role, media);
             if (isSystem) system = string.Join('\n', parts.Select(part => part.Text));
-            else turns.Add(new PromptTurn(role, parts));
+            else if (role == "tool")
+                turns.Insert(functions.PlaceOfResult(message, turns),
+                    new PromptTurn(role, [string.Concat(parts.Select(part => part.Text))]));
+            else turns.Add(new PromptTurn(role, parts) { Calls = calls });
         }
 
-        return turns.Count % 2 == 1 ? (system, turns)
-            : throw messages.Error("ends without a question of the user");
+        return turns.Count > 0 && turns[^1].Role != "assistant" ? (system, turns)
+            : throw messages.Error("ends without a question of the user, or a result");
     }
 
     private static PromptPart[] Parts(JsonValue content, string role, RequestMedia media)

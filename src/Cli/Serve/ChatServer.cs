@@ -9,6 +9,7 @@ using Microsoft.Extensions.DependencyInjection;
 using Microsoft.Extensions.Hosting;
 using Microsoft.Extensions.Logging;
 using MiniCpmNative.Engine;
+using MiniCpmNative.Engine.Data.Text;
 using MiniCpmNative.Engine.Generate;
 
 namespace MiniCpmNative.Cli.Serve;
@@ -219,6 +220,11 @@ internal sealed class ChatServer : IAsyncDisposable
         {
             ChatRequest request = ChatRequest.Read(body, _settings);
             bool adapted = IsAdapted(request.Model);
+            PromptFormat format = _model.Rows.Prompts;
+            if (request.HasFunctions && format.Tools is null)
+                throw new InputException("the request: has functions (tools, tool_calls or turns of "
+                    + "role tool), which the chat template of this model "
+                    + $"({_model.Model.Spec.Family}) does not have");
             GenerationInput input = _maker.Make(
                 request.Turns,
                 [.. request.Media.Pictures.Select((picture, i) =>
@@ -228,7 +234,8 @@ internal sealed class ChatServer : IAsyncDisposable
                 [.. request.Media.Sounds.Select((sound, i) =>
                     _maker.Hear(sound, $"sound {i + 1}"))],
                 [.. request.Media.Videos.Select((video, i) =>
-                    _maker.Watch(video, $"video {i + 1}"))]);
+                    _maker.Watch(video, $"video {i + 1}"))],
+                request.Tools, request.Begun(format));
             int most = Math.Min(
                 request.MaxTokens ?? int.MaxValue, request.Settings.MaxNewTokens);
             return new AnswerJob(input, request, adapted, most, gone);
@@ -258,7 +265,7 @@ internal sealed class ChatServer : IAsyncDisposable
         }
 
         await Send(context, 200, new ChatReply(model).Whole(
-            text.ToString(), job.Finish, job.Input.Tokens, job.Tokens));
+            text.ToString(), job.Calls, job.Finish, job.Input.Tokens, job.Tokens));
         return "";
     }
 
@@ -273,6 +280,8 @@ internal sealed class ChatServer : IAsyncDisposable
             await Event(reply.Chunk("", null, first: true));
             await foreach (string piece in job.Pieces.ReadAllAsync(context.RequestAborted))
                 await Event(reply.Chunk(piece, null, first: false));
+            if (job.Calls.Count > 0)
+                await Event(reply.Chunk(null, null, first: false, job.Calls));
             await Event(reply.Chunk(null, job.Finish, first: false));
             if (job.Request.ReportsUsage)
                 await Event(reply.UsageChunk(job.Input.Tokens, job.Tokens));

@@ -18,9 +18,9 @@ internal static class ServeCommand
                           [--name value ...]
 
         Serves a model, with an adapter that cpmx or PEFT wrote, to this machine: OpenAI's
-        /v1/models and /v1/chat/completions (streamed or not, pictures and videos as data: URLs), and
-        a page at / that asks it, beside the model without the adapter. Ctrl-C or SIGTERM end it when
-        what runs is answered, a second one at once.
+        /v1/models and /v1/chat/completions (streamed or not, functions, pictures and videos as data:
+        URLs), and a page at / that asks it, beside the model without the adapter. Ctrl-C or SIGTERM
+        end it when what runs is answered, a second one at once.
 
           --adapter DIR    folder with adapter_config.json and adapter_model.safetensors
           --name NAME      the model's name in requests; its folder's (NAME:base: without adapter)

@@ -237,7 +237,8 @@ internal sealed class RowReader(string file, RowColumns columns, RowOptions opti
         // An empty system text is as good as none.
         if (role == "system" && content.Length == 0) return;
         if (role == "tool")
-            functions.AddResult(turns, content, item.Member("tool_call_id").Text());
+            turns.Insert(functions.PlaceOfResult(turns.Count, turns.LastOrDefault()?.Role,
+                item.Member("tool_call_id").Text()), new ChatTurn("tool", content));
         else turns.Add(new ChatTurn(role, content, Calls: calls) { Trained = trained });
 
         string Names(string wanted) => string.Join(" or ", columns.Roles

@@ -56,13 +56,19 @@ internal static partial class RowText
         // Everything between the tags is the user's own text.
         ReadOnlySpan<char> Own(ReadOnlySpan<char> text, int turn)
         {
-            foreach (string token in markers)
-                if (text.Contains(token, StringComparison.Ordinal))
-                    throw row.Bad(
-                        $"the text holds the special token {token}, which would be taken for "
-                        + "the model's own; take it out or write it in another way", turn + 1);
-            return text;
+            return Marker(text, markers) is { } problem ? throw row.Bad(problem, turn + 1) : text;
         }
+    }
+
+    /// <summary>What is wrong with a text that holds a token of the model's; null where it holds
+    /// none.</summary>
+    public static string? Marker(ReadOnlySpan<char> text, IReadOnlyList<string> markers)
+    {
+        foreach (string token in markers)
+            if (text.Contains(token, StringComparison.Ordinal))
+                return $"the text holds the special token {token}, which would be taken for the "
+                    + "model's own; take it out or write it in another way";
+        return null;
     }
 
     // What has no tag goes to the front, pictures first.

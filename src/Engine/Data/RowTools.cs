@@ -73,22 +73,22 @@ internal sealed class RowTools
                 "a function has a number that is too large for what reads it");
     }
 
-    /// <summary>Adds a result behind the last call's.</summary>
-    /// <param name="turns">The turns so far.</param>
-    /// <param name="content">What the function returned.</param>
+    /// <summary>The place of a result among the turns: in the order of the calls.</summary>
+    /// <param name="turns">How many there are so far.</param>
+    /// <param name="before">The role of the last one.</param>
     /// <param name="id">The call that it belongs to; null where that is not said.</param>
-    public void AddResult(List<ChatTurn> turns, string content, string? id)
+    public int PlaceOfResult(int turns, string? before, string? id)
     {
-        if (turns.Count == 0 || turns[^1].Role is not ("assistant" or "tool"))
+        if (before is not ("assistant" or "tool"))
             throw new FormatException("a function's result stands behind no answer");
-        if (turns[^1].Role == "assistant") _results.Clear();
+        if (before == "assistant") _results.Clear();
         int call = id is null ? int.MaxValue : _calls.IndexOf(id);
         if (call < 0)
             throw new FormatException($"tool_call_id {Messages.Quote(id!)} is no call's that stands "
                 + "before it");
         int place = _results.Count;
         while (place > 0 && _results[place - 1] > call) place--;
-        turns.Insert(turns.Count - _results.Count + place, new ChatTurn("tool", content));
         _results.Insert(place, call);
+        return turns - _results.Count + 1 + place;
     }
 }

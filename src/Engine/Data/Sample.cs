@@ -47,4 +47,8 @@ public readonly record struct PromptPart(string? Text, int Picture, int Sound = 
 }
 
 /// <summary>One turn of a prompt; its parts are joined by line ends.</summary>
-public sealed record PromptTurn(string Role, IReadOnlyList<PromptPart> Parts);
+public sealed record PromptTurn(string Role, IReadOnlyList<PromptPart> Parts)
+{
+    /// <summary>Functions that an answer calls.</summary>
+    public IReadOnlyList<ToolCall>? Calls { get; init; }
+}

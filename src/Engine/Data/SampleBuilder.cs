@@ -80,16 +80,20 @@ public sealed class SampleBuilder
     /// <param name="enableThinking">Qwen3: false closes the thoughts of the answer at once.</param>
     /// <param name="sounds">Samples of each sound.</param>
     /// <param name="videos">What each video shows, as indices into plans.</param>
+    /// <param name="tools">Functions that may be called, each as templates write it.</param>
+    /// <param name="begun">What the answer begins with.</param>
     public Prompt BuildPrompt(
         IReadOnlyList<PromptTurn> turns, IReadOnlyList<SlicePlan> plans, string? system = null,
         bool enableThinking = false, IReadOnlyList<int>? sounds = null,
-        IReadOnlyList<int[]>? videos = null)
+        IReadOnlyList<int[]>? videos = null, IReadOnlyList<string>? tools = null,
+        string begun = "")
     {
         var pictures = new List<int>();
         int features = 0, stills = 0, watched = 0;
         bool numbered = Numbers(turns.Any(turn => turn.Parts.Any(part => part.Video >= 0)));
         var chat = new List<ChatTurn>();
-        if (system is not null) chat.Add(new ChatTurn("system", system));
+        if (system is not null || tools is { Count: > 0 })
+            chat.Add(new ChatTurn("system", system ?? "") { Tools = tools });
         foreach (var turn in turns)
         {
             var parts = new List<string>();
@@ -114,25 +118,36 @@ public sealed class SampleBuilder
                     plans[part.Picture], numbered ? stills++ : null));
                 if (part.Text is null) pictures.Add(part.Picture);
             }
-            chat.Add(new ChatTurn(turn.Role, string.Join('\n', parts)));
+            chat.Add(new ChatTurn(turn.Role, string.Join('\n', parts), Calls: turn.Calls));
         }
-        Prompt prompt = BuildPrompt(chat, [.. pictures], enableThinking);
+
+        // What functions return may be anybody's text.
+        foreach (string text in
+            chat.Where(turn => turn.HasFunctions).SelectMany(turn => turn.Texts))
+            if (RowText.Marker(text, _format.Markers) is { } problem)
+                throw new InputException($"functions, their calls or results: {problem}");
+        Prompt prompt = BuildPrompt(chat, [.. pictures], enableThinking, begun);
+        if (prompt.Bounds.Length != pictures.Sum(picture => plans[picture].Views))
+            throw ImageTokens();
         return prompt.SoundBounds.Sum(bound => bound.End - bound.Start) == features ? prompt
             : throw new InputException(
                 "the prompt holds audio tokens as text; take them out, sounds are given beside the "
                     + "text");
     }
 
-    private Prompt BuildPrompt(IReadOnlyList<ChatTurn> turns, int[] pictures, bool enableThinking)
+    private Prompt BuildPrompt(IReadOnlyList<ChatTurn> turns, int[] pictures, bool enableThinking,
+        string begun = "")
     {
-        int[] ids = _prompts.EncodePrompt(turns, enableThinking);
+        int[] ids = _prompts.EncodePrompt(turns, enableThinking, begun);
         return new Prompt(ids,
-            _placeholders.Bounds(ids) ?? throw new InputException("the prompt holds image "
-            + "tokens as text; take them out, pictures are given beside the text"), pictures)
+            _placeholders.Bounds(ids) ?? throw ImageTokens(), pictures)
         {
             SoundBounds = _format.Sounds?.Bounds(ids) ?? [],
         };
     }
+
+    private static InputException ImageTokens() => new("the prompt holds image tokens as text; take "
+        + "them out, pictures are given beside the text");
 
     private (ChatTurn[] Turns, int[] Pictures) Compose(
         Row row, IReadOnlyList<SlicePlan> plans, IReadOnlyList<int> sounds)

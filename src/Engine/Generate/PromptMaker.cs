@@ -109,12 +109,15 @@ public sealed class PromptMaker
     /// <param name="number">See <see cref="GenerationInput"/>.</param>
     /// <param name="sounds">Samples of sounds, whose parts are in their order.</param>
     /// <param name="videos">What is shown of videos; parts are indices.</param>
+    /// <param name="tools">Functions that may be called, each as templates write it.</param>
+    /// <param name="begun">What the answer begins with.</param>
     /// <exception cref="InputException">The conversation cannot be asked.</exception>
     public GenerationInput Make(
         IReadOnlyList<PromptTurn> turns, IReadOnlyList<PromptPicture> pictures,
         string? system = null, bool enableThinking = false, ulong number = 0,
         IReadOnlyList<float[]>? sounds = null,
-        IReadOnlyList<IReadOnlyList<PromptPicture>>? videos = null)
+        IReadOnlyList<IReadOnlyList<PromptPicture>>? videos = null,
+        IReadOnlyList<string>? tools = null, string begun = "")
     {
         int[] lengths = [.. (sounds ?? []).Select(samples => samples.Length)];
         var shownOf = new List<int[]>();
@@ -126,7 +129,7 @@ public sealed class PromptMaker
 
         Prompt prompt = _builder.BuildPrompt(
             turns, [.. pictures.Select(picture => picture.Plan)], system, enableThinking, lengths,
-            shownOf);
+            shownOf, tools, begun);
         int tokens = prompt.InputIds.Length, largest = prompt.InputIds.Max();
         if (tokens > MaxTokens)
             throw new InputException(

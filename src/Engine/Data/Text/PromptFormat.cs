@@ -51,6 +51,12 @@ public abstract class PromptFormat
     /// <exception cref="InputException">The script fails on it.</exception>
     public abstract EncodedChat EncodeOfficial(IReadOnlyList<ChatTurn> turns);
 
+    /// <summary>How functions are written; null where the template has none.</summary>
+    public virtual ToolStyle? Tools => null;
+
+    /// <summary>Whether a prompt that asks for thoughts opens them itself.</summary>
+    public virtual bool OpensThoughts => false;
+
     /// <summary>What an answer says with the functions that it calls.</summary>
     public virtual string Said(ChatTurn turn) => turn.Content;
 
@@ -73,9 +79,13 @@ public abstract class PromptFormat
     /// <summary>
     /// The tokens of <see cref="Prompt"/>, behind the BOS that the tokenizer itself puts in front.
     /// </summary>
+    /// <param name="turns">The conversation so far.</param>
+    /// <param name="enableThinking">See <see cref="Prompt"/>.</param>
+    /// <param name="begun">What the answer begins with.</param>
     /// <inheritdoc cref="Prompt"/>
-    public int[] EncodePrompt(IReadOnlyList<ChatTurn> turns, bool? enableThinking = null) =>
-        Tokenizer.Encode(Prompt(turns, enableThinking), special: true);
+    public int[] EncodePrompt(
+        IReadOnlyList<ChatTurn> turns, bool? enableThinking = null, string begun = "") =>
+        Tokenizer.Encode(Prompt(turns, enableThinking) + begun, special: true);
 
     /// <summary>
     /// Shifted labels: where answer[i] holds, position i-1 predicts ids[i]; and a token behind

@@ -21,8 +21,8 @@ public abstract class TemplateFormat : PromptFormat
         _assistant = tokenizer.IdOf("assistant") ?? -1;
     }
 
-    /// <summary>How functions are written; null where the template has none.</summary>
-    private protected ToolStyle? Tools { get; }
+    /// <inheritdoc/>
+    public override ToolStyle? Tools { get; }
 
     /// <summary>The special token behind each turn.</summary>
     private protected string End { get; }

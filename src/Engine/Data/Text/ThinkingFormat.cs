@@ -34,6 +34,8 @@ public sealed class ThinkingFormat : TemplateFormat
 
     public override bool IsOfficial => false;
 
+    public override bool OpensThoughts => true;
+
     private protected override int? EndOfAnswer => null;
 
     private protected override string Tail => "\n";
