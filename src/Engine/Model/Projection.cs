@@ -209,12 +209,12 @@ public sealed class Norm(Op op, Tensor weight, Tensor bias)
 
     public Tensor Run(Graph graph, Tensor x, bool fleeting = false) =>
         (bias.Exists, fleeting) switch
-    {
-        (true, true) => graph.RunFleeting(op, x, weight, bias),
-        (true, false) => graph.Run(op, x, weight, bias),
-        (false, true) => graph.RunFleeting(op, x, weight),
-        _ => graph.Run(op, x, weight),
-    };
+        {
+            (true, true) => graph.RunFleeting(op, x, weight, bias),
+            (true, false) => graph.Run(op, x, weight, bias),
+            (false, true) => graph.RunFleeting(op, x, weight),
+            _ => graph.Run(op, x, weight),
+        };
 
     /// <summary>Of a norm whose result is gated: x and gate alike.</summary>
     public Tensor Run(Graph graph, Tensor x, Tensor gate) => graph.Run(op, x, weight, gate);
