@@ -66,7 +66,8 @@ public sealed class AdapterPlacesTests
         Assert.That(after.Tensors.Select(t => (t.Name, t.SizesText)), Is.EquivalentTo(before.Tensors
             .Where(t => !t.Name.Contains("base_layer")).Select(t => (t.Name, t.SizesText))));
         foreach (StoredTensor tensor in after.Tensors)
-            Assert.That(tensor.ToFloats(), Is.EqualTo(before.Get(tensor.Name).ToFloats()), tensor.Name);
+            Assert.That(tensor.ToFloats(), Is.EqualTo(before.Get(tensor.Name).ToFloats()),
+                tensor.Name);
         Assert.That(Config(_folder, "trainable_token_indices"),
             Is.EqualTo(Config(Adapter(name), "trainable_token_indices")));
     }
@@ -155,7 +156,8 @@ public sealed class AdapterPlacesTests
         V26.Gradients(model, arguments, batch);
         float[] got = V26.Gradient(model, Matrix + AdapterLayout.TokensEnd);
         Assert.That(V26.NormError(got, [.. ids.SelectMany(
-            id => all.AsSpan(id * width, width).ToArray()).Select(v => (double)v)]), Is.LessThan(1e-5));
+            id => all.AsSpan(id * width, width).ToArray()).Select(v => (double)v)]),
+                Is.LessThan(1e-5));
         Assert.That(got, Has.Some.Not.Zero);
 
         // Merged it is one matrix still.
@@ -199,7 +201,8 @@ public sealed class AdapterPlacesTests
                     Path.Combine(RunFolder.Checkpoint(arguments.OutputDir, 4), file))), file);
         using var saved = SafetensorsFile.Open(Path.Combine(
             arguments.OutputDir, AdapterFile.WeightsName));
-        Assert.That(saved.Get("base_model.model.llm.model.embed_tokens.lora_embedding_A").ToFloats(),
+        Assert.That(
+            saved.Get("base_model.model.llm.model.embed_tokens.lora_embedding_A").ToFloats(),
             Has.Some.Not.Zero, "it learns");
     }
 
@@ -241,7 +244,8 @@ public sealed class AdapterPlacesTests
     [TestCase("""["q_proj"]""", "trainable_token_indices 5 5", "trainable_token_indices is \"5 5\", expected token ids")]
     [TestCase("""["q_proj"]""", "trainable_token_indices {\"q_proj\":[1]}", "\"q_proj\" has no rows of tokens; expected llm.model.embed_tokens or llm.lm_head")]
     [TestCase("""["q_proj"]""", "rank_pattern {\"k_porj\":4}", "rank_pattern \"k_porj\": matches no module with an adapter")]
-    [TestCase("[]", "", "lora_target_modules is \"[]\", expected a regular expression or a list of names")]
+    [TestCase("[]", "", "lora_target_modules is \"[]\", expected a regular expression or a list of "
+        + "names")]
     [TestCase("""["embed_tokens"]""", "trainable_token_indices 5", "which target_modules trains too")]
     [TestCase("""["q_proj"]""", "trainable_token_indices 5 --modules_to_save embed_tokens", "which modules_to_save trains too")]
     public void WhatCannotBeIsNamed(string targets, string given, string expected) =>
@@ -317,7 +321,8 @@ public sealed class AdapterPlacesTests
             ? JsonSerializer.Serialize(value) : "null";
     }
 
-    private static float[] Turned(float[] values, int rows) => [.. Enumerable.Range(0, values.Length)
+    private static float[] Turned(float[] values, int rows) =>
+        [.. Enumerable.Range(0, values.Length)
         .Select(i => values[(i % (values.Length / rows) * rows) + (i / (values.Length / rows))])];
 
     // In F32, so that nothing is rounded.

@@ -166,7 +166,8 @@ public sealed unsafe class AdapterSplitTests
     }
 
     [TestCase("--init_lora_weights pissa --use_dora", "whole weights; leave use_dora out")]
-    [TestCase("--init_lora_weights pissa_niter_4 --q_lora", "init_lora_weights=pissa_niter_4 takes")]
+    [TestCase("--init_lora_weights pissa_niter_4 --q_lora", "init_lora_weights=pissa_niter_4 "
+        + "takes")]
     [TestCase("--init_lora_weights pissa_niter_x", "is \"pissa_niter_x\", expected true, ")]
     public void WhatCannotGoTogetherIsNamed(string given, string expected) =>
         Assert.That(() => TrainReader.Read(

@@ -43,7 +43,8 @@ public sealed class AdapterStartTests
     [TestCase("--lora_target_modules [\"v_proj\"]",
         "lora_target_modules is [v_proj], the adapter's is [gate_proj, v_proj,")]
     [TestCase("--lora_r 16 --lora_target_modules v_proj",
-        "lora_r is 16, the adapter's is 4; lora_target_modules is \"v_proj\", the adapter's is [gate_")]
+        "lora_r is 16, the adapter's is 4; lora_target_modules is \"v_proj\", the adapter's is "
+            + "[gate_")]
     [TestCase("--lora_target_modules q_proj v_proj", "lora_target_modules is [q_proj, v_proj]")]
     [TestCase("--lora_target_modules " + All + " --lora_layers_to_transform 1",
         "in layers 1, the adapter's is [gate_proj")]
@@ -111,7 +112,8 @@ public sealed class AdapterStartTests
         Assert.That(TrainReader.Read([recorded], "/").LoraDropout, Is.EqualTo(0.25));
         using var more = BaseModel.Open(Read(arguments.OutputDir, ""));
         Assert.That(more.Parts.Layout!.Saved, Has.Count.EqualTo(13));
-        Assert.That(() => BaseModel.Open(Read(arguments.OutputDir, "--modules_to_save embed_tokens")),
+        Assert.That(() => BaseModel.Open(Read(arguments.OutputDir, "--modules_to_save "
+            + "embed_tokens")),
             Throws.TypeOf<InputException>().With.Message.Contains(
                 "modules_to_save leaves out (resampler.query,").And.Message.EndsWith(
                 "name its modules resampler too"));

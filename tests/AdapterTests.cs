@@ -81,7 +81,8 @@ public sealed class AdapterTests
             .Select(p => $"{p.Name} {p.Value[0]} {p.Value[1]} {p.Value[2].GetDouble()}").ToList();
         Assert.That(
             layout.Targets.Select(t => $"{t.Name} {config.RankOf(t.Name)} "
-                + $"{config.AlphaPattern.OfModule(t.Name) ?? config.Alpha} {config.ScaleOf(t.Name)}"),
+                + $"{config.AlphaPattern.OfModule(t.Name) ?? config.Alpha} "
+                + $"{config.ScaleOf(t.Name)}"),
             Is.EquivalentTo(expected));
     }
 
@@ -217,10 +218,13 @@ public sealed class AdapterTests
         using var adapter = AdapterFile.Open(At("a"));
         Assert.That(() =>
             adapter.Match(s_table), Refuses("adapter_model.safetensors: the tensors do not fit:"
-            + " 1 missing: base_model.model.llm.model.layers.0.self_attn.q_proj.lora_A.weight; 2 unmatched:"
-            + " base_model.model.llm.model.layers.7.self_attn.q_proj.lora_A.weight (not among target_modules),"
+            + " 1 missing: base_model.model.llm.model.layers.0.self_attn.q_proj.lora_A.weight; 2 "
+            + "unmatched:"
+            + " base_model.model.llm.model.layers.7.self_attn.q_proj.lora_A.weight (not among "
+            + "target_modules),"
             + " base_model.model.resampler.query (not among modules_to_save); 1 misshaped:"
-            + " base_model.model.llm.model.layers.0.self_attn.q_proj.lora_B.weight [256, 7] (expected [256, 8])"));
+            + " base_model.model.llm.model.layers.0.self_attn.q_proj.lora_B.weight [256, 7] "
+            + "(expected [256, 8])"));
     }
 
     // What PEFT does with each is in the comments of the layout;
@@ -232,7 +236,8 @@ public sealed class AdapterTests
         "matches what is no linear layer: llm.model.layers.0.self_attn, ")]
     [TestCase("\"llm.model\"", "matches what is no linear layer: llm.model")]
     [TestCase("\"q_proj\"",
-        "target_modules \"q_proj\" matches no linear layer; there are llm.model.layers.N.self_attn.q_proj")]
+        "target_modules \"q_proj\" matches no linear layer; there are "
+            + "llm.model.layers.N.self_attn.q_proj")]
     [TestCase("\"llm.*q_proj.x\"", "matches no linear layer")]
     public void TargetsThatPeftCouldNotUseAreRefused(string targets, string expected) =>
         Assert.That(() =>
@@ -264,7 +269,8 @@ public sealed class AdapterTests
             c["layers_pattern"] = "blocks";
         }), Refuses("matches no linear layer"));
         Assert.That(() => Layout(c => c["modules_to_save"] = new JsonArray("resampla")),
-            Refuses("modules_to_save \"resampla\" is no module of the model (did you mean \"resampler\"?)"));
+            Refuses("modules_to_save \"resampla\" is no module of the model (did you mean "
+                + "\"resampler\"?)"));
         Assert.That(() => Layout(c =>
         {
             c["target_modules"] = "vpm.*v_proj";

@@ -66,7 +66,8 @@ public sealed class AdapterVariantTests
                     $"{m.Name} {m.Value[0]} {m.Value[2].GetDouble():G12}")), setting.Name);
             if (wanted.TryGetProperty("target_modules_after", out var after))
                 Assert.That(layout.Config.Targets.Suffixes,
-                    Is.EquivalentTo(after.EnumerateArray().Select(n => n.GetString())), setting.Name);
+                    Is.EquivalentTo(after.EnumerateArray().Select(n => n.GetString())),
+                    setting.Name);
         }
     }
 
@@ -164,13 +165,16 @@ public sealed class AdapterVariantTests
             Adapters.NameOfB(model.Parts.Adapters.List[0].Module))), Is.All.Zero);
     }
 
-    [TestCase("--rank_pattern {\"q_proj\":0}", "rank_pattern \"q_proj\" is \"0\", expected a number at least 1")]
-    [TestCase("--rank_pattern {\"q_proj\":1.5}", "rank_pattern \"q_proj\" is 1.5, expected a whole number")]
+    [TestCase("--rank_pattern {\"q_proj\":0}", "rank_pattern \"q_proj\" is \"0\", expected a "
+        + "number at least 1")]
+    [TestCase("--rank_pattern {\"q_proj\":1.5}", "rank_pattern \"q_proj\" is 1.5, expected a whole "
+        + "number")]
     [TestCase("--rank_pattern q_proj", "rank_pattern is \"q_proj\", expected JSON")]
     [TestCase("--alpha_pattern {\"(\":1}", "alpha_pattern: ")]
     [TestCase("--init_lora_weights eva", "init_lora_weights is \"eva\", expected true, ")]
     [TestCase("--lora_layers_pattern layers", "lora_layers_pattern needs lora_layers_to_transform")]
-    [TestCase("--learning_rate 0 --learning_rates {\"vision\":1}", "learning_rates needs a learning_rate")]
+    [TestCase("--learning_rate 0 --learning_rates {\"vision\":1}", "learning_rates needs a "
+        + "learning_rate")]
     public void WrongSettingsAreNamed(string given, string expected) =>
         Assert.That(() => TrainReader.Read(
             ["--use_lora", "--tune_llm", "false", "--model_name_or_path", V26.Model,
@@ -308,7 +312,8 @@ public sealed class AdapterVariantTests
         foreach (var tensor in expected.GetProperty("final").EnumerateObject())
         {
             string own = V26.Name(tensor.Name);
-            if (V26.IsKeyBias(own) || own.EndsWith("in_proj_bias", StringComparison.Ordinal)) continue;
+            if (V26.IsKeyBias(own) || own.EndsWith("in_proj_bias", StringComparison.Ordinal))
+                continue;
             var wanted = Fingerprint.Read(tensor.Value);
             double error = Fingerprint.Of(
                 model.Device.ReadFloats(model.ParameterRanges.Value(own)), wanted.Shape)

@@ -142,7 +142,8 @@ public sealed partial class ArchitectureTests
             foreach (string other in others)
             {
                 string types = string.Join('|', typeof(InputException).Assembly.GetTypes()
-                    .Where(t => t.Namespace == NameOf(other) && !t.IsNested && !t.Name.Contains('<'))
+                    .Where(t => t.Namespace == NameOf(other) && !t.IsNested
+                        && !t.Name.Contains('<'))
                     .Select(t => t.Name.Split('`')[0]));
                 string last = other[(other.LastIndexOf('.') + 1)..];
                 Assert.That(code, Does.Not.Match(

@@ -91,7 +91,8 @@ public sealed class AskedMemoryTests
             said: (_, _) => ++told > 2 * sequences || watch.Restart());
         long decoder = real.Model.Spec.Parameters.All.Where(p =>
             p.Name.StartsWith("llm.", StringComparison.Ordinal) && p.Shape.Rank == 2
-            && !p.Name.Contains("embed_tokens", StringComparison.Ordinal)).Sum(p => 2 * p.Shape.Count);
+            && !p.Name.Contains("embed_tokens", StringComparison.Ordinal)).Sum(p =>
+                2 * p.Shape.Count);
         long adapters = real.Trained;
         foreach (string line in watch.Lines) TestContext.Out.WriteLine(line);
         TestContext.Out.WriteLine($"{decoder:N0} + {adapters:N0} bytes of weights, products "

@@ -8,8 +8,8 @@ using MiniCpmNative.Kernels;
 namespace MiniCpmNative.Tests;
 
 /// <summary>
-/// MiniCPM-o 4.5's reference model with the audio encoder of its reference (bfloat16 numbers), whose
-/// results the official code gave in F32.
+/// MiniCPM-o 4.5's reference model with the audio encoder of its reference (bfloat16 numbers),
+/// whose results the official code gave in F32.
 /// </summary>
 internal static class AudioModel
 {

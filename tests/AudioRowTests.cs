@@ -244,7 +244,8 @@ public sealed class AudioRowTests
         Runs.Train(arguments);
         using var before = Engine.Weights.Checkpoint.Open(_folder);
         using var after = Engine.Weights.Checkpoint.Open(arguments.OutputDir);
-        Assert.That(after.Tensors.Select(t => t.Name), Is.EquivalentTo(before.Tensors.Select(t => t.Name)));
+        Assert.That(after.Tensors.Select(t => t.Name),
+            Is.EquivalentTo(before.Tensors.Select(t => t.Name)));
         foreach (var (name, changes) in new[]
         {
             ("apm.conv1.weight", true), ("apm.layers.1.fc2.bias", true),
@@ -352,9 +353,11 @@ public sealed class AudioRowTests
         Engine.Export.MergeRun.Run(new(_folder, arguments.OutputDir, to), TextWriter.Null);
         using var before = Engine.Weights.Checkpoint.Open(_folder);
         using var after = Engine.Weights.Checkpoint.Open(to);
-        foreach (string name in (string[])["apm.conv1.weight", "llm.model.layers.0.self_attn.q_proj.weight",
+        foreach (string name in (string[])["apm.conv1.weight",
+            "llm.model.layers.0.self_attn.q_proj.weight",
             "audio_projection_layer.linear2.bias"])
-            Assert.That(after.Get(name).ToFloats(), Is.Not.EqualTo(before.Get(name).ToFloats()), name);
+            Assert.That(after.Get(name).ToFloats(), Is.Not.EqualTo(before.Get(name).ToFloats()),
+                name);
         Assert.That(ModelSpec.Read(to).Hearing(true).Parameters.Count,
             Is.EqualTo(_spec.Parameters.Count));
     }
@@ -365,7 +368,8 @@ public sealed class AudioRowTests
         DataRows.Read(Write(rows), Arguments, _spec.Rows());
 
     private void Opened(TrainArguments arguments, string row) => DataRows.Open(
-        Write(row), arguments, ModelSpec.Read(_folder).Hearing(arguments.InitAudio).Rows(), _ => { });
+        Write(row), arguments, ModelSpec.Read(_folder).Hearing(arguments.InitAudio).Rows(),
+            _ => { });
 
     // U is a question, T the same with a tag, A an answer.
     private string Write(params string[] rows)
@@ -378,7 +382,8 @@ public sealed class AudioRowTests
         ];
         File.WriteAllText(_data, "[" + string.Join(",", rows.Select(row => JsonNode.Parse(row
             .Replace("[U,", $"[{turns[0]},").Replace("[T,", $"[{turns[1]},")
-            .Replace(" A]", $" {turns[2]}]").Replace(" A,", $" {turns[2]},"))!.ToJsonString())) + "]");
+            .Replace(" A]", $" {turns[2]}]").Replace(" A,", $" {turns[2]},"))!.ToJsonString()))
+                + "]");
         return _data;
     }
 }

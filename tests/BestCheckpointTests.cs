@@ -44,7 +44,8 @@ public sealed class BestCheckpointTests
             .Select(entry => entry.GetProperty("eval_loss").GetDouble())];
         Assert.That(losses, Is.Ordered.Descending.And.Length.EqualTo(3));
         Assert.That(RunFolder.Checkpoints(arguments.OutputDir).Select(c => c.Step),
-            Is.EqualTo(best == 3 ? [3] : new[] { best, 3 }), "the best one is kept beside the newest");
+            Is.EqualTo(best == 3 ? [3] : new[] { best, 3 }), "the best one is kept beside the "
+                + "newest");
         string Adapter(string folder) => Path.Combine(folder, "adapter_model.safetensors");
         string folder = RunFolder.Checkpoint(arguments.OutputDir, best);
         Assert.That(File.ReadAllBytes(Adapter(arguments.OutputDir)),
@@ -52,8 +53,10 @@ public sealed class BestCheckpointTests
         using var state = JsonDocument.Parse(
             File.ReadAllBytes(Path.Combine(arguments.OutputDir, "trainer_state.json")));
         Assert.That(state.RootElement.GetProperty("best_global_step").GetInt32(), Is.EqualTo(best));
-        Assert.That(state.RootElement.GetProperty("best_metric").GetDouble(), Is.EqualTo(losses[best - 1]));
-        Assert.That(state.RootElement.GetProperty("best_model_checkpoint").GetString(), Is.EqualTo(folder));
+        Assert.That(state.RootElement.GetProperty("best_metric").GetDouble(),
+            Is.EqualTo(losses[best - 1]));
+        Assert.That(state.RootElement.GetProperty("best_model_checkpoint").GetString(),
+            Is.EqualTo(folder));
     }
 
     [Test]
@@ -80,6 +83,7 @@ public sealed class BestCheckpointTests
         string Adapter(string folder) => Path.Combine(folder, "adapter_model.safetensors");
         Assert.That(File.ReadAllBytes(Adapter(arguments.OutputDir)),
             Is.EqualTo(File.ReadAllBytes(Adapter(RunFolder.Checkpoint(arguments.OutputDir, 1))))
-            .And.Not.EqualTo(File.ReadAllBytes(Adapter(RunFolder.Checkpoint(arguments.OutputDir, 2)))));
+            .And.Not.EqualTo(
+                File.ReadAllBytes(Adapter(RunFolder.Checkpoint(arguments.OutputDir, 2)))));
     }
 }

@@ -71,7 +71,8 @@ public sealed class CanvasPlacesTests
         new BatchUpload(device).Run(batch, [tables]);
         int[] read = new int[tokens];
         device.Read<int>(tables.Made.Rows, read);
-        float[] ours = device.ReadFloats(tables.Made.Cos), sines = device.ReadFloats(tables.Made.Sin);
+        float[] ours = device.ReadFloats(tables.Made.Cos),
+            sines = device.ReadFloats(tables.Made.Sin);
         var seen = new HashSet<double>();
         for (int t = 0; t < tokens; t++)
             for (int k = 0; k < half; k++)

@@ -69,7 +69,8 @@ public class ChatTests
             if (line.GetProperty("family").GetString() != family) continue;
             seen++;
             var turns = line.GetProperty("messages").EnumerateArray().Select(Turn).ToList();
-            string[] tools = [.. line.GetProperty("tools").EnumerateArray().Select(PythonJson.Write)];
+            string[] tools =
+                [.. line.GetProperty("tools").EnumerateArray().Select(PythonJson.Write)];
             if (tools.Length > 0 && turns[0].Role != "system")
                 turns.Insert(0, new ChatTurn("system", ""));
             if (tools.Length > 0) turns[0] = turns[0] with { Tools = tools };
@@ -168,7 +169,8 @@ public class ChatTests
     [TestCase("""{"a" :[1,-0,-0.0,1.0,100000.0] , "b":{}}""",
         """{"a": [1, 0, -0.0, 1.0, 100000.0], "b": {}}""")]
     [TestCase("[1e5,1E22,1e15,1e16,123456789012345680,1e-4,0.00001,1e400]",
-        "[100000.0, 1e+22, 1000000000000000.0, 1e+16, 123456789012345680, 0.0001, 1e-05, Infinity]")]
+        "[100000.0, 1e+22, 1000000000000000.0, 1e+16, 123456789012345680, 0.0001, 1e-05, "
+            + "Infinity]")]
     [TestCase("[0.1,2.50,1.7976931348623157e308,5e-324,123456.789e-7,-1e-7,9007199254740993.0]",
         "[0.1, 2.5, 1.7976931348623157e+308, 5e-324, 0.0123456789, -1e-07, 9007199254740992.0]")]
     [TestCase("""["\u00e9\"\\/\/\u0001\u007f\n\b",null,true,[]]""",
@@ -214,7 +216,8 @@ public class ChatTests
         // As Qwen2.5 writes it: an escaped line end, the prompt in two branches.
         const string Template = "{%- if tools %}{{- '<|im_start|>system\\n' }}{%- else %}"
             + "{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}"
-            + "{{- '<|im_start|>system\\nYou are Qwen, it\\'s me.\\nBe kind.<|im_end|>\\n' }}{%- endif %}";
+            + "{{- '<|im_start|>system\\nYou are Qwen, it\\'s me.\\nBe kind.<|im_end|>\\n' }}{%- "
+            + "endif %}";
         var format = Recognize(Template);
         Assert.That(format.DefaultSystem, Is.EqualTo("You are Qwen, it's me.\nBe kind."));
         Assert.That(format.Thoughts, Is.EqualTo(Thoughts.None));

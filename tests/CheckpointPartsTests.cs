@@ -165,7 +165,8 @@ public sealed class CheckpointPartsTests
     public void OtherDropoutMasksAreRefusedUnlessTheyAreAllowed(int? draws)
     {
         Change("run_state.json", json => json["draws"] = draws);
-        Assert.That(Refusal(_arguments), Does.Contain("dropout draws other random numbers (1, this one 2)")
+        Assert.That(Refusal(_arguments), Does.Contain("dropout draws other random numbers (1, this "
+            + "one 2)")
             .And.EndWith("--allow_changes lora_dropout"));
         Assert.That(Runs.Train(_arguments with { AllowChanges = ["lora_dropout"] }),
             Does.Contain("draws other random numbers"));
@@ -183,10 +184,12 @@ public sealed class CheckpointPartsTests
         Assert.That(Runs.Train(other), Does.Contain("was made on CPU, Portable; on CPU, "));
         Change("run_state.json", json =>
         {
-            foreach (string key in (string[])["parts", "settings", "model", "processor", "max_steps"])
+            foreach (string key in (string[])["parts", "settings", "model", "processor",
+                "max_steps"])
                 json.Remove(key);
         });
-        Assert.That(Runs.Train(_arguments), Does.Contain("was saved by an earlier version of cpmx"));
+        Assert.That(Runs.Train(_arguments), Does.Contain("was saved by an earlier version of "
+            + "cpmx"));
     }
 
     [Test]

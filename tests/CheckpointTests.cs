@@ -132,7 +132,8 @@ public sealed unsafe class CheckpointTests
     }
 
     [TestCase("""{"weight_map": {"t0": "../model-00001-of-00002.safetensors"}}""",
-        "key \"weight_map.t0\" is \"../model-00001-of-00002.safetensors\", expected a file name in the same")]
+        "key \"weight_map.t0\" is \"../model-00001-of-00002.safetensors\", expected a file name in "
+            + "the same")]
     [TestCase("""{"weight_map": {"t0": "/etc/x.safetensors"}}""",
         "expected a file name in the same directory")]
     [TestCase("""{"weight_map": {"t0": "..\\x.safetensors"}}""",

@@ -167,7 +167,8 @@ public sealed class DataTests
         var evaluation = DataRows.Open(
             arguments.EvaluationData!, arguments, V26.Format, said.Add, training);
         Assert.That(Enumerable.Range(0, training.Count).Select(i => training[i].Expected)
-            .Concat(Enumerable.Range(0, evaluation.Count).Select(i => evaluation[i].Expected)).Order(),
+            .Concat(Enumerable.Range(0, evaluation.Count).Select(i =>
+                evaluation[i].Expected)).Order(),
             Is.EqualTo(Enumerable.Range(0, 9).Select(i => $"a{i}")));
         Assert.That(evaluation.Digest, Is.EqualTo(training.Digest));
         Assert.That(said.Count(line => line.Contains("read as")), Is.EqualTo(1));

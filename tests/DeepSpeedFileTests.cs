@@ -91,7 +91,8 @@ public sealed class DeepSpeedFileTests
             new TrainArguments().LrSchedulerType, new TrainArguments().WeightDecayScope)));
         Assert.That(said, Is.Empty);
         Assert.That(() => Read(Offload, out _, "--offload_param", "false"), Throws
-            .TypeOf<InputException>().With.Message.EqualTo("ds.json: zero_optimization.offload_param"
+            .TypeOf<InputException>().With.Message.EqualTo("ds.json: "
+                + "zero_optimization.offload_param"
                 + ".device is true, offload_param is false: leave one of them out"));
     }
 

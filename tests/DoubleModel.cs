@@ -19,7 +19,8 @@ internal sealed class DoubleModel : ITensorProbe
 
     private DoubleModel(Device device) => _device = device;
 
-    public static IReadOnlyDictionary<string, double[]> Run(string folder, Func<RowFormat, Batch> rows)
+    public static IReadOnlyDictionary<string, double[]> Run(string folder,
+        Func<RowFormat, Batch> rows)
     {
         ModelSpec spec = ModelSpec.Read(folder);
         using var checkpoint = Checkpoint.Open(folder);
@@ -74,11 +75,13 @@ internal sealed class DoubleModel : ITensorProbe
 
         public Dictionary<string, Tensor> Gradients { get; } = [];
 
-        public Tensor Vector(string name, int begin, int count) => Part(name, 1, begin, count, vector: true);
+        public Tensor Vector(string name, int begin, int count) =>
+            Part(name, 1, begin, count, vector: true);
 
         public Tensor Small(string name) => Vector(name, 0, (int)stored(name).Count);
 
-        public Tensor Matrix(string name, int begin, int rows, int cols) => Part(name, cols, begin, rows);
+        public Tensor Matrix(string name, int begin, int rows, int cols) =>
+            Part(name, cols, begin, rows);
 
         public Tensor Table(string name, bool isLookedUp)
         {
@@ -96,7 +99,8 @@ internal sealed class DoubleModel : ITensorProbe
         {
         }
 
-        public Projection Projection(string? module, string weight, int begin, int rows, Tensor bias) =>
+        public Projection Projection(string? module, string weight, int begin, int rows,
+            Tensor bias) =>
             new(new DenseWeight(Matrix(weight, begin, rows, stored(weight).Shape.Cols)), bias);
 
         private Tensor Part(string name, int cols, int begin, int count, bool vector = false)

@@ -240,7 +240,8 @@ public class FamilyRowTests
         var builder = new SampleBuilder(Of(family), 2048);
         var failure = Assert.Throws<BadRowException>(
             () => builder.Build(Row(Talk($"a{token}b", "c")), []))!;
-        Assert.That(failure.Message, Does.Contain($"turn 1: the text holds the special token {token}"));
+        Assert.That(failure.Message, Does.Contain("turn 1: the text holds the special token "
+            + $"{token}"));
     }
 
     [TestCase("<image>")]

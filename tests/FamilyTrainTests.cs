@@ -183,7 +183,8 @@ public sealed class FamilyTrainTests(string name)
     {
         using var model = TunedModel.Open(arguments);
         foreach (bool decays in (bool[])[false, true])
-            Assert.That(model.ParameterRanges.List.Where(t => t.Decays == decays).Select(t => t.Name),
+            Assert.That(
+                model.ParameterRanges.List.Where(t => t.Decays == decays).Select(t => t.Name),
                 Is.EquivalentTo(expected.GetProperty(decays ? "weight_decay" : "no_weight_decay")
                     .EnumerateArray().Select(n => V26.Name(n.GetString()!))));
     }

@@ -40,7 +40,8 @@ public sealed class ForeignAdapterTests
         string peft = Path.Combine(_folder, "peft");
         AdapterFile.Write(peft, config, layout, layout.Tensors.Select(t =>
         {
-            float[] values = [.. Enumerable.Range(made++, (int)t.Shape.Count).Select(i => i * 0.5f)];
+            float[] values =
+                [.. Enumerable.Range(made++, (int)t.Shape.Count).Select(i => i * 0.5f)];
             return new TensorToSave(t.Name, DType.F32, t.Shape, stream =>
                 stream.Write(MemoryMarshal.AsBytes(values.AsSpan())));
         }));
@@ -56,7 +57,8 @@ public sealed class ForeignAdapterTests
         // Its list of names would match the vision tower's layers too.
         string bare = Rewritten(V26.Adapter("random_lora_only"),
             key => key.Replace("base_model.model.llm.", "base_model.model."),
-            config => config["target_modules"] = new JsonArray("q_proj", "k_proj", "v_proj", "o_proj"));
+            config => config["target_modules"] =
+                new JsonArray("q_proj", "k_proj", "v_proj", "o_proj"));
         Same(V26.Adapter("random_lora_only"), bare);
         TrainArguments arguments = AdapterSettings.Complete(
             V26.Lora with { DataPath = "rows.json", LoraWeightPath = bare }, _ => false);
@@ -71,7 +73,8 @@ public sealed class ForeignAdapterTests
     {
         int count = 0;
         string several = Rewritten(V26.Adapter("random_lora_only"), key => count++ < 2
-            ? "base_model.model.llm.model.layers.0.self_attn.q_proj.lora_A." + $"a{count}.weight" : key);
+            ? "base_model.model.llm.model.layers.0.self_attn.q_proj.lora_A." + $"a{count}.weight"
+            : key);
         Assert.That(() => AdapterFile.Open(several), Throws.TypeOf<InputException>()
             .With.Message.Contains("of several adapters"));
     }
@@ -83,7 +86,8 @@ public sealed class ForeignAdapterTests
     [TestCase(@".*mlp\..*", "mlp.")]
     public void PatternsTakeTheLinearLayersAmongWhatTheyMatch(string pattern, string inside)
     {
-        var config = new AdapterConfig { Rank = 1, Alpha = 1, Targets = new TargetModules(pattern) };
+        var config =
+            new AdapterConfig { Rank = 1, Alpha = 1, Targets = new TargetModules(pattern) };
         var layout = AdapterLayout.Create(s_table, config, "x");
         string[] wanted = [.. s_table.Linears.Select(l => l.Name)
             .Where(n => n.Contains(inside) && !n.Contains("lm_head") && !n.Contains("embed"))];

@@ -57,7 +57,8 @@ public sealed unsafe class GemmTests
         ];
         foreach (var (m, n, k) in shapes)
         {
-            using var test = new GemmCase(random, m, n, k, DType.F32, DType.F32, aT, bT) { Beta = 1 };
+            using var test =
+                new GemmCase(random, m, n, k, DType.F32, DType.F32, aT, bT) { Beta = 1 };
             test.Check(gemm);
         }
     }
@@ -122,7 +123,8 @@ public sealed unsafe class GemmTests
         test.Check(gemm);
         foreach (var (m, n) in new[] { (0, 9), (5, 0), (0, 0) })
         {
-            using var empty = new GemmCase(new Random(9), m, n, 4, DType.F32, DType.BF16, false, true);
+            using var empty =
+                new GemmCase(new Random(9), m, n, 4, DType.F32, DType.BF16, false, true);
             empty.Check(gemm);
         }
     }
@@ -149,7 +151,8 @@ public sealed unsafe class GemmTests
         using var gemm = new Gemm(workers, set);
         foreach (int m in new[] { 2, 40 })
         {
-            using var test = new GemmCase(new Random(11), m, 50, 70, DType.F32, DType.BF16, false, bT);
+            using var test =
+                new GemmCase(new Random(11), m, 50, 70, DType.F32, DType.BF16, false, bT);
             ((float*)test.A.Data)[test.A.Stride + 3] = float.NaN;
             ((float*)test.A.Data)[5] = float.PositiveInfinity;
             long b = bT ? (17 * test.B.Stride) + 20 : (20 * test.B.Stride) + 17;
@@ -283,7 +286,8 @@ public sealed unsafe class GemmTests
     {
         using var workers = new Workers(2);
         using var gemm = new Gemm(workers);
-        using var test = new GemmCase(new Random(14), 20, 100, 48, DType.F32, DType.BF16, false, true);
+        using var test =
+            new GemmCase(new Random(14), 20, 100, 48, DType.F32, DType.BF16, false, true);
         test.Multiply(gemm);
         if (packed) test.Pack(workers);
         float* part = stackalloc float[20 * 36];

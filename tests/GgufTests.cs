@@ -165,7 +165,8 @@ public sealed class GgufTests
         float[] got = llama.Logits(tokens);
         // The merged model of the other side is rounded to BF16.
         Assert.That(V26.LargestError(got, Doubles(merged.Logits(tokens))), Is.LessThan(BF16));
-        Assert.That(V26.LargestError(got, Doubles(without.Logits(tokens))), Is.GreaterThan(2 * BF16));
+        Assert.That(V26.LargestError(got, Doubles(without.Logits(tokens))),
+            Is.GreaterThan(2 * BF16));
     }
 
     [TestCase("l3", "MiniCPM-Llama3-V-2_5", null)]
@@ -189,7 +190,8 @@ public sealed class GgufTests
         {
             using Picture picture = Made(width, side);
             List<float[]> got =
-                llama.Embed(At($"out/mmproj-{family}-f16.gguf"), picture, ours.Spec.Decoder.HiddenSize);
+                llama.Embed(At($"out/mmproj-{family}-f16.gguf"), picture,
+                    ours.Spec.Decoder.HiddenSize);
             float[] expected = ours.Embed(picture);
             Assert.That(got.Sum(rows => rows.Length), Is.EqualTo(expected.Length));
             for (int view = 0, at = 0; view < got.Count; at += got[view++].Length)
@@ -283,7 +285,8 @@ public sealed class GgufTests
         {
             Span<byte> row = picture.Row(y);
             for (int x = 0; x < row.Length; x++)
-                row[x] = (byte)(127.5 + (127.5 * Math.Sin((x * 0.011) + (y * 0.007 * (1 + (x % 3))))));
+                row[x] = (byte)(127.5
+                    + (127.5 * Math.Sin((x * 0.011) + (y * 0.007 * (1 + (x % 3))))));
         }
 
         return picture;

@@ -102,7 +102,8 @@ public sealed class HostileModelFileTests
         using (var all = SafetensorsFile.Open(
             Path.Combine(ReferenceFile.Root, "quant", name + ".safetensors")))
             CheckpointWriter.Write(_folder, [.. all.Tensors.Where(t => config == "{}"
-                || t.Name.StartsWith(layer + ".", StringComparison.Ordinal)).Select(t => t.ToSave())]);
+                || t.Name.StartsWith(layer + ".", StringComparison.Ordinal)).Select(t =>
+                    t.ToSave())]);
         using (var checkpoint = Checkpoint.Open(_folder))
             Assert.That(checkpoint.Tensors.Any(t => t is PackedTensor));
         byte[] good = File.ReadAllBytes(Path.Combine(_folder, Checkpoint.SingleFile));

@@ -132,7 +132,8 @@ public sealed class KernelBudgetTests
         b.SpillStores + b.SpillLoads
             > (b is { Kernel: "attention_backward_128", Architecture: 86 or 89 } ? 24 : 0)
         || (b.SpillLoads == 0 && b.StackBytes + b.Count("LDL") + b.Count("STL") > 0),
-        b => $"{b.StackBytes} bytes of stack, {b.SpillStores} stored and {b.SpillLoads} loaded by spills");
+        b => $"{b.StackBytes} bytes of stack, {b.SpillStores} stored and {b.SpillLoads} loaded by "
+            + "spills");
 
     [Test]
     public void TensorCoreKernelsUseThemAndCopyAsynchronously() => None(
@@ -185,20 +186,24 @@ public sealed class KernelBudgetTests
     {
         var text = new StringBuilder($"# {KernelBuilds.Versions()}; PTX of compute_80\n");
         text.Append(
-            $"# {"kernel",-30} type sm thr reg shared dynamic stack spill+ spill- LDL STL HMMA LDSM " +
+            $"# {"kernel",-30} type sm thr reg shared dynamic stack spill+ spill- LDL STL HMMA "
+                + "LDSM " +
             "LDGSTS LDG128/LDG STG128/STG blocks occupancy\n");
         foreach (KernelBuild b in builds)
         {
             int blocks = Blocks(b);
             double share = Occupancy.Of(b.Architecture).Share(b.Threads, blocks);
             text.Append(CultureInfo.InvariantCulture,
-                $"{b.Kernel,-32} {b.Storage,4} {b.Architecture} {b.Threads,3} {b.Registers,3} {b.SharedBytes,6} ")
+                $"{b.Kernel,-32} {b.Storage,4} {b.Architecture} {b.Threads,3} {b.Registers,3} "
+                    + $"{b.SharedBytes,6} ")
                 .Append(CultureInfo.InvariantCulture,
                 $"{Dynamic(b),7} {b.StackBytes,5} {b.SpillStores,6} ")
                 .Append(CultureInfo.InvariantCulture,
-                $"{b.SpillLoads,6} {b.Count("LDL"),3} {b.Count("STL"),3} {b.Count("HMMA"),4} {b.Count("LDSM"),4} ")
+                $"{b.SpillLoads,6} {b.Count("LDL"),3} {b.Count("STL"),3} {b.Count("HMMA"),4} "
+                    + $"{b.Count("LDSM"),4} ")
                 .Append(CultureInfo.InvariantCulture,
-                $"{b.Count("LDGSTS"),6} {Of(b, "LDG"),10} {Of(b, "STG"),10} {blocks,6} {share,8:0%}\n");
+                $"{b.Count("LDGSTS"),6} {Of(b, "LDG"),10} {Of(b, "STG"),10} {blocks,6} "
+                    + $"{share,8:0%}\n");
         }
 
         return text.ToString();

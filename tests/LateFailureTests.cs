@@ -149,7 +149,8 @@ public sealed class LateFailureTests
         TrainArguments arguments = Text("out") with { ModelMaxLength = 45, MaxSteps = 1 };
         string said = Runs.Train(arguments);
         Assert.That(said, Does.Contain(
-            "text.json: 2 of 3 rows are longer than model_max_length 45 and cut, 2 answers lose their end\n"));
+            "text.json: 2 of 3 rows are longer than model_max_length 45 and cut, 2 answers lose "
+                + "their end\n"));
         string line = File.ReadLines(Path.Combine(arguments.OutputDir, "train_log.jsonl")).First();
         Assert.That(line, Is.EqualTo("""
             {"step":0,"epoch":0,"rows":3,"rows_left_out":0,"rows_cut":2,"rows_answers_cut":2,"rows_pictures":0,"rows_pictures_turned":0}
@@ -234,7 +235,8 @@ public sealed class LateFailureTests
         Runs.Train(whole);
         static IEnumerable<(int, double)> Evaluations(TrainArguments a) => Runs.History(a)
             .Where(e => e.TryGetProperty("eval_loss", out _))
-            .Select(e => (e.GetProperty("step").GetInt32(), e.GetProperty("eval_loss").GetDouble()));
+            .Select(e =>
+                (e.GetProperty("step").GetInt32(), e.GetProperty("eval_loss").GetDouble()));
         Assert.That(Evaluations(arguments), Is.EqualTo(Evaluations(whole)));
         Assert.That(Evaluations(whole).Count(), Is.EqualTo(2));
     }

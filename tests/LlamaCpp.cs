@@ -93,7 +93,8 @@ internal sealed unsafe class LlamaCpp : IDisposable
 
     private static nint Load()
     {
-        if (!OperatingSystem.IsLinux() || RuntimeInformation.ProcessArchitecture != Architecture.X64)
+        if (!OperatingSystem.IsLinux()
+            || RuntimeInformation.ProcessArchitecture != Architecture.X64)
             Assert.Ignore("llama.cpp is loaded on Linux, x64, only");
         string package = typeof(LlamaCpp).Assembly.GetCustomAttributes<AssemblyMetadataAttribute>()
             .First(a => a.Key == "LlamaCpp").Value!;

@@ -236,7 +236,8 @@ public sealed class MemoryPlanTests
     [TestCase("2GB", 1, "does NOT fit into a card of 2GB like the RTX-3060")]
     public void APlanNeedsNeitherGpuNorWeights(string gpu, int code, string verdict)
     {
-        TrainArguments arguments = RealModel.Lora with { DataPath = Rows(), OfficialCompat = false };
+        TrainArguments arguments =
+            RealModel.Lora with { DataPath = Rows(), OfficialCompat = false };
         Dry(arguments).Dispose();
         using var output = new StringWriter();
         using var error = new StringWriter();
@@ -275,7 +276,8 @@ public sealed class MemoryPlanTests
     public void OutOfMemoryInAStepNamesItsRowsAndKeepsWhatWasTrained()
     {
         using var gpu = new CudaUnderTest();
-        string picture = Path.Combine(_folder, "picture.png"), rows = Path.Combine(_folder, "r.json");
+        string picture = Path.Combine(_folder, "picture.png"),
+            rows = Path.Combine(_folder, "r.json");
         File.Copy(Picture("test/0000.png"), picture);
         object[] pair =
         [

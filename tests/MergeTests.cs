@@ -185,7 +185,8 @@ public sealed class MergeTests
         Assert.That($"{screen}", Does.Contain("29 quantised tensors are written as F16"));
         Assert.That(File.ReadAllText(At("merged/config.json")),
             Does.Not.Contain("quantization_config").And.Contain("float16"));
-        using Checkpoint packed = Checkpoint.Open(At("int4")), whole = Checkpoint.Open(At("merged"));
+        using Checkpoint packed = Checkpoint.Open(At("int4")),
+            whole = Checkpoint.Open(At("merged"));
         Assert.That(whole.Tensors.Select(t => t.Type), Is.All.EqualTo(DType.F16));
         foreach (StoredTensor tensor in whole.Tensors)
         {

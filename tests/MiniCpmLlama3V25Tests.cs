@@ -62,7 +62,8 @@ public sealed class MiniCpmLlama3V25Tests
             {
                 Layout = new StripLayout(Padded: true),
             }));
-        Assert.That(spec.Resampler, Is.EqualTo(new ResamplerSpec(4096, 1152, 96, CallsOutProj: false)));
+        Assert.That(spec.Resampler,
+            Is.EqualTo(new ResamplerSpec(4096, 1152, 96, CallsOutProj: false)));
         Assert.That(spec.Decoder, Is.EqualTo(new DecoderSpec(128256, 4096, 14336, 32, 32, 8, 128,
             1e-5f, false, false, 500000, RopeScaling.None, 8192, FinalNormDecays: false)));
         Assert.That(spec.Slicing, Is.EqualTo(new SlicingSpec(9, 448, 14)));

@@ -211,7 +211,8 @@ public sealed class MiniCpmV2Tests
         Assert.That(model.ParameterRanges.Value("vpm.blocks.1.attn.qkv.lora_B.weight").Shape,
             Is.EqualTo(new Shape(648, 8)));
         var random = new Random(5);
-        foreach (TunedTensor tensor in model.ParameterRanges.List.Where(t => t.Name.Contains("lora_B")))
+        foreach (TunedTensor tensor in model.ParameterRanges.List.Where(t =>
+            t.Name.Contains("lora_B")))
             model.ParameterRanges.Write(
                 tensor.Name, [.. Enumerable.Range(0, (int)tensor.Shape.Count)
                     .Select(_ => (float)(0.1 * (random.NextDouble() - 0.5)))]);

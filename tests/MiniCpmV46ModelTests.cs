@@ -74,7 +74,8 @@ public sealed class MiniCpmV46ModelTests
         batch.Patches.Add(sixteen.Patches.Span);
         Trace trace = Trace.Run(model, batch, gradients: true);
         V46.AssertClose(trace, "merger", "image_features_4x");
-        Assert.That(model.ParameterRanges.List.Select(t => t.Name), Has.None.Contains("vit_merger"));
+        Assert.That(model.ParameterRanges.List.Select(t => t.Name),
+            Has.None.Contains("vit_merger"));
     }
 
     [Test]
@@ -172,7 +173,8 @@ public sealed class MiniCpmV46ModelTests
         {
             var wanted = Fingerprint.Read(tensor.Value);
             return wanted.Norm * Fingerprint.Of(model.Device.ReadFloats(
-                model.ParameterRanges.Value(V26.Name(tensor.Name))), wanted.Shape).NormError(wanted);
+                model.ParameterRanges.Value(V26.Name(tensor.Name))),
+                    wanted.Shape).NormError(wanted);
         }
     }
 

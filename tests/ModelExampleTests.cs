@@ -139,7 +139,8 @@ public sealed class ModelExampleTests
         long card = (long)(((gigabytes * 0.985) - 0.6) * (1L << 30));
         string path = Runs.Data(_folder, "one");
         JsonNode row = JsonNode.Parse(File.ReadAllText(path))![0]!.DeepClone();
-        row["conversations"]![1]!["content"] = string.Concat(Enumerable.Repeat("word ", 4 * Tokens));
+        row["conversations"]![1]!["content"] =
+            string.Concat(Enumerable.Repeat("word ", 4 * Tokens));
         File.WriteAllText(path, new JsonArray(row).ToJsonString());
         arguments = arguments with { DataPath = path, EvalStrategy = When.No };
         PlannedModel model = RealModel.Planned(_folder, arguments);

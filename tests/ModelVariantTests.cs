@@ -173,7 +173,8 @@ public sealed class ModelVariantTests
 
         var random = new Random(3);
         ModelSpec spec = Spec(Edit);
-        var values = spec.Parameters.All.ToDictionary(p => p.Name, p => MadeModel.Values(p, random));
+        var values =
+            spec.Parameters.All.ToDictionary(p => p.Name, p => MadeModel.Values(p, random));
         TrainArguments arguments = Variant(Edit, spec, name => values[name], DType.F32) with
         {
             OfficialCompat = true,

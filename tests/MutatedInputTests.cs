@@ -79,7 +79,8 @@ public sealed class MutatedInputTests
             {
             }
 
-            Assert.That(GC.GetAllocatedBytesForCurrentThread() - before, Is.LessThan(1 << 26), $"{i}");
+            Assert.That(GC.GetAllocatedBytesForCurrentThread() - before, Is.LessThan(1 << 26),
+                $"{i}");
         }
     }
 
@@ -103,17 +104,19 @@ public sealed class MutatedInputTests
     {
         string picture = Convert.ToBase64String(File.ReadAllBytes(Path.Combine(
             ReferenceFile.Root, "..", "..", "examples", "pictures", "test", "0000.png")));
-        byte[] row = System.Text.Encoding.UTF8.GetBytes(System.Text.Json.JsonSerializer.Serialize(new
-        {
-            query = "<image>What?",
-            response = "That.",
-            images = new[] { head + picture },
-        }));
+        byte[] row =
+            System.Text.Encoding.UTF8.GetBytes(System.Text.Json.JsonSerializer.Serialize(new
+            {
+                query = "<image>What?",
+                response = "That.",
+                images = new[] { head + picture },
+            }));
         Try([row], false, "embedded.jsonl", file =>
         {
             foreach (Row read in RowFile.Read(file).Rows)
                 foreach (RowPicture named in read.Pictures)
-                    if (named.Bytes is { } bytes) PictureDecoder.Decode(bytes, named.Path).Dispose();
+                    if (named.Bytes is { } bytes)
+                        PictureDecoder.Decode(bytes, named.Path).Dispose();
         });
     }
 
@@ -139,7 +142,8 @@ public sealed class MutatedInputTests
         "adapter_config.json", file => AdapterConfig.Read(file));
 
     [Test]
-    public void Tensors() => Try("adapters/**/adapter_model.safetensors", false, "t.safetensors", file =>
+    public void Tensors() =>
+        Try("adapters/**/adapter_model.safetensors", false, "t.safetensors", file =>
     {
         using var tensors = SafetensorsFile.Open(file);
         foreach (StoredTensor tensor in tensors.Tensors)

@@ -124,7 +124,8 @@ internal sealed class NativeCase
     public void Append(Batch batch, RowFormat format, int[] ids, int[] shown)
     {
         Picture[] pictures = [.. shown.Select(Picture)];
-        SlicePlan[] plans = [.. pictures.Select(p => format.Slicing.Plan(p.Size, () => p.Cut(0, 0, p.Size)))];
+        SlicePlan[] plans =
+            [.. pictures.Select(p => format.Slicing.Plan(p.Size, () => p.Cut(0, 0, p.Size)))];
         batch.AddRow(ids, format.Placeholders.Bounds(ids)!, places: format.Places(ids, plans));
         PatchStrips strips = format.NewStrips();
         foreach (var (one, plan) in pictures.Zip(plans))
@@ -188,7 +189,8 @@ internal sealed class NativeCase
     /// <summary>A prompt of generate.json without its padding.</summary>
     public GenerationInput Prompt(RowFormat format, JsonElement call, int row, int[] shown)
     {
-        int padding = ReferenceText.Ints(call.GetProperty("attention_mask")[row]).Count(m => m == 0);
+        int padding =
+            ReferenceText.Ints(call.GetProperty("attention_mask")[row]).Count(m => m == 0);
         int[] ids = ReferenceText.Ints(call.GetProperty("input_ids")[row])[padding..];
         return new GenerationInput(ids.Length, batch => Append(batch, format, ids, shown))
         {

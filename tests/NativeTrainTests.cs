@@ -113,7 +113,8 @@ public sealed class NativeTrainTests(string name)
             Is.EquivalentTo(peft.Tensors.Select(t => t.Name)));
         JsonElement ours = JsonDocument.Parse(File.ReadAllBytes(Path.Combine(
             arguments.OutputDir, "adapter_config.json"))).RootElement;
-        Assert.That(ours.GetProperty("auto_mapping").GetRawText().Replace(" ", "").Replace("\n", ""),
+        Assert.That(
+            ours.GetProperty("auto_mapping").GetRawText().Replace(" ", "").Replace("\n", ""),
             Is.EqualTo(reference.Json("lora_init/adapter_config.json").GetProperty("auto_mapping")
                 .GetRawText().Replace(" ", "").Replace("\n", "")));
     }

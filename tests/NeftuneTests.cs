@@ -102,7 +102,8 @@ public sealed class NeftuneTests
         double largest = 0, bound = 0;
         for (int r = 0; r + 1 < starts.Length; r++)
         {
-            var size = (float)(Alpha * scale / Math.Sqrt((double)(starts[r + 1] - starts[r]) * width));
+            var size = (float)(
+                Alpha * scale / Math.Sqrt((double)(starts[r + 1] - starts[r]) * width));
             bound = Math.Max(bound, size);
             for (int t = starts[r]; t < starts[r + 1]; t++)
                 for (int c = 0; c < width; c++)
@@ -148,7 +149,10 @@ public sealed class NeftuneTests
         (double, double) Step(TrainArguments with, int step, int together)
         {
             StepResult result =
-                new Trainer(with with { GradientAccumulationSteps = 2 }, model) { Together = together }
+                new Trainer(with with { GradientAccumulationSteps = 2 }, model)
+                {
+                    Together = together,
+                }
                     .Step(step, [one, two], learningRate: 0);
             return (result.Loss, result.GradientNorm);
         }
@@ -169,10 +173,12 @@ public sealed class NeftuneTests
         TrainArguments arguments = V26.Lora with { Bf16 = bf16 };
         using var gpu = new CudaUnderTest();
         using var cpu = TunedModel.Open(arguments);
-        using var cuda = TunedModel.Open(arguments with { Device = DeviceChoice.Cuda }, gpu.Devices);
+        using var cuda =
+            TunedModel.Open(arguments with { Device = DeviceChoice.Cuda }, gpu.Devices);
         Batch batch = V26.Batch(arguments, "text0", "text1");
         float[] expected = Embedded(cpu), got = Embedded(cuda);
-        // The processor's activations are F32: in BF16 noise and sum are rounded, each by 2^-9 of it.
+        // The processor's activations are F32: in BF16 noise and sum are rounded, each by 2^-9 of
+        // it.
         Assert.That(got, Is.EqualTo(expected).Within(bf16 ? expected.Max(Math.Abs) / 256 : 0));
         Assert.That(got, Is.Not.EqualTo(Embedded(cuda, alpha: 0)));
 

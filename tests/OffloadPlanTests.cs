@@ -52,7 +52,8 @@ public sealed class OffloadPlanTests
             OffloadParam = true,
         }, views: 10, out long host);
         MemoryParts streamed = Count(
-            s_official with { OffloadOptimizer = true, StreamWeights = StreamedWeights.True }, views: 10, out _);
+            s_official with { OffloadOptimizer = true, StreamWeights = StreamedWeights.True },
+            views: 10, out _);
         Assert.That(all.Total / Gib, Is.LessThan(8));
         // The embeddings' values and gradients are what makes the difference, and the tower's.
         Assert.That(streamed.Total - all.Total, Is.GreaterThan(6 * Embedding));
@@ -152,7 +153,8 @@ public sealed class OffloadPlanTests
         const double Experts = 256.0 * 3 * 2048 * 512;
         Assert.That(dry.StreamedBytes / (40 * 2 * Experts), Is.InRange(1, 1.1));
         Assert.That(dry.HostBytes, Is.EqualTo(2L * 248094 * 2048));
-        Assert.That(taken.Weights, Is.LessThan((2 * 2 * Experts) * 1.1 + (2.0 * 248094 * 2048) + 2e9));
+        Assert.That(taken.Weights,
+            Is.LessThan((2 * 2 * Experts) * 1.1 + (2.0 * 248094 * 2048) + 2e9));
         Assert.That(taken.Total / Gib, Is.LessThan(9));
     }
 

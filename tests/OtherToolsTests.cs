@@ -59,7 +59,8 @@ public sealed class OtherToolsTests
     [Test]
     public void AllProblemsAreCounted()
     {
-        string[] arguments = [.. Enumerable.Range(0, 40).SelectMany(i => new[] { $"--zebra_{i}", "1" })];
+        string[] arguments =
+            [.. Enumerable.Range(0, 40).SelectMany(i => new[] { $"--zebra_{i}", "1" })];
         Assert.That(Refused(arguments), Does.EndWith("; and 10 more"));
     }
 
@@ -85,7 +86,8 @@ public sealed class OtherToolsTests
             """);
         Directory.CreateDirectory(Path.Combine(_folder, "model"));
         var a = TrainReader.Read(["train.yaml"], _folder);
-        Assert.That((a.LearningRate, a.WeightDecay, a.MaxSteps, a.RunName, a.TuneLlm, a.SaveTotalLimit),
+        Assert.That(
+            (a.LearningRate, a.WeightDecay, a.MaxSteps, a.RunName, a.TuneLlm, a.SaveTotalLimit),
             Is.EqualTo((1e-4, 1e-2, 7, "1e5", false, (int?)null)));
         Assert.That(a.LoraTargetModules.Suffixes, Is.EqualTo((string[])["q_proj", "v_proj"]));
         Assert.That(a.LrSchedulerKwargs.LrEnd, Is.EqualTo(1e-6));
@@ -101,8 +103,10 @@ public sealed class OtherToolsTests
     [TestCase("- a", "key: value")]
     [TestCase("", "key: value")]
     [TestCase("a: &x [*x]", "nested too deeply")]
-    [TestCase("a: &a [1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b]\n"
-        + "d: &d [*c,*c,*c,*c,*c,*c,*c,*c]\ne: &e [*d,*d,*d,*d,*d,*d,*d,*d]\nf: &f [*e,*e,*e,*e,*e,*e,*e,*e]\n"
+    [TestCase("a: &a [1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c "
+        + "[*b,*b,*b,*b,*b,*b,*b,*b]\n"
+        + "d: &d [*c,*c,*c,*c,*c,*c,*c,*c]\ne: &e [*d,*d,*d,*d,*d,*d,*d,*d]\nf: &f "
+        + "[*e,*e,*e,*e,*e,*e,*e,*e]\n"
         + "g: &g [*f,*f,*f,*f,*f,*f,*f,*f]\nh: [*g,*g,*g,*g,*g,*g,*g,*g]", "aliases")]
     public void BrokenYamlIsOneLine(string text, string said)
     {

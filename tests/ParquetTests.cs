@@ -32,7 +32,8 @@ public sealed class ParquetTests
     {
         var random = new Random(5);
         T? Maybe<T>(Func<T> made) where T : class => random.Next(3) == 0 ? null : made();
-        List<T> Some<T>(Func<T> made) => [.. Enumerable.Range(0, random.Next(4)).Select(_ => made())];
+        List<T> Some<T>(Func<T> made) =>
+            [.. Enumerable.Range(0, random.Next(4)).Select(_ => made())];
         string Word() => $"w{random.Next(100)}\n\"é😀<";
         Turn Said() => new() { Role = Maybe(Word), Parts = Maybe(() => Some(Word)) };
         Record[] records = [.. Enumerable.Range(0, 300).Select(i => new Record

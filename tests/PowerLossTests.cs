@@ -214,7 +214,8 @@ public sealed class PowerLossTests
         foreach (var (key, node) in top)
             if (node.IsFolder && Number(key.Name) > 0)
                 foreach (string name in s_parts)
-                    if (!names.TryGetValue((node, name), out Node? part) || part.IsOld != node.IsOld)
+                    if (!names.TryGetValue((node, name), out Node? part)
+                        || part.IsOld != node.IsOld)
                         throw new BrokenStateException($"{key.Name} has no {name}: {state}");
         // From here on the names of the output folder decide.
         if (!opened.Add($"{saved}: " + string.Join(' ', top.Select(
@@ -226,7 +227,8 @@ public sealed class PowerLossTests
         foreach (var (key, node) in top)
         {
             string path = Path.Combine(place, key.Name);
-            if (node.IsFolder) path = Path.Combine(Directory.CreateDirectory(path).FullName, "file");
+            if (node.IsFolder)
+                path = Path.Combine(Directory.CreateDirectory(path).FullName, "file");
             File.WriteAllText(path, node.IsOld ? "old" : "new");
         }
 

@@ -184,7 +184,8 @@ public sealed class PredictTests
         File.WriteAllText(rows, test.ToJsonString());
         TrainArguments arguments = TrainReader.Read(
             [Path.Combine(examples, "lora.json"), "--device", "cpu", "--output_dir",
-                Path.Combine(_folder, "lora"), "--eval_data_path", rows, "--num_train_epochs", "4", "--eval_generate", "10",
+                Path.Combine(_folder, "lora"), "--eval_data_path", rows, "--num_train_epochs", "4",
+                "--eval_generate", "10",
                 "--save_strategy", "no", "--metrics", "exact_match", "--max_new_tokens", "16"],
             _folder);
         string said = Runs.Train(arguments);

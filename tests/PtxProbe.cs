@@ -13,7 +13,8 @@ namespace MiniCpmNative.Tests;
 internal static class PtxProbe
 {
     private const string Signature =
-        "extern \"C\" __global__ void probe(long long* d, const long long* a, const long long* b, const long long* c)";
+        "extern \"C\" __global__ void probe(long long* d, const long long* a, const long long* b, "
+            + "const long long* c)";
 
     /// <summary>32-bit results of up to 32 lanes; missing inputs are zeros.</summary>
     public static uint[] Run(TestGpu gpu, string lines, uint[] a, uint[]? b = null,

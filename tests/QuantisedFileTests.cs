@@ -20,7 +20,8 @@ public sealed class QuantisedFileTests
 
     private static IEnumerable<TestCaseData> Layers =>
         from file in (string[])["bnb_4bit", "bnb_int8", "awq", "gptq"]
-        from layer in ReferenceText.Json($"quant/{file}.json").GetProperty("layers").EnumerateObject()
+        from layer in ReferenceText.Json($"quant/{file}.json").GetProperty(
+            "layers").EnumerateObject()
         select new TestCaseData(file, layer.Name);
 
     [SetUp]

@@ -24,8 +24,8 @@ internal static class ReleasedModels
         """;
 
     /// <summary>
-    /// Of the released config.json files, what decides the sizes (V-4's rotary factors do not), with
-    /// the number of parameters without audio and speech.
+    /// Of the released config.json files, what decides the sizes (V-4's rotary factors do not),
+    /// with the number of parameters without audio and speech.
     /// </summary>
     public static IReadOnlyDictionary<string, (long Parameters, string Config)> All { get; } =
         new Dictionary<string, (long, string)>

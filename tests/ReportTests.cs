@@ -15,7 +15,8 @@ namespace MiniCpmNative.Tests;
 [TestFixture]
 public sealed partial class ReportTests
 {
-    private const string Hostile = "\"'><script>alert(1)</script><img src=http://x/y onerror=z>\u0001&";
+    private const string Hostile = "\"'><script>alert(1)</script><img src=http://x/y "
+        + "onerror=z>\u0001&";
 
     private string _folder = "";
 
@@ -144,7 +145,8 @@ public sealed partial class ReportTests
         ReportFile.Write([one, two], path);
         string page = File.ReadAllText(path);
         Assert.That(page, Does.Contain("2 runs: run (1), run (2)"));
-        string differ = page[page.IndexOf("Settings that differ", StringComparison.Ordinal)..page.IndexOf("Settings of", StringComparison.Ordinal)];
+        string differ = page[page.IndexOf("Settings that differ",
+            StringComparison.Ordinal)..page.IndexOf("Settings of", StringComparison.Ordinal)];
         Assert.That(differ, Does.Contain("lora_r").And.Not.Contain("seed"));
         Assert.That(Paths(Svg().Match(page).Value), Has.Length.EqualTo(4), "two losses a run");
         Assert.That(() => ReportFile.Write([_folder], path),

@@ -75,7 +75,8 @@ internal sealed record RoundedLora(LoraLinear Inner, DType Storage) : RoundedOp(
         {
             if (i % cols == 0)
                 fixed (byte* to = keep)
-                    Philox.Mask(random, layer, Philox.Threshold(p), (long)i / cols * drawn, cols, to);
+                    Philox.Mask(random, layer, Philox.Threshold(p), (long)i / cols * drawn, cols,
+                        to);
             factors[i] = keep[i % cols] * Philox.Scale(p);
         }
 

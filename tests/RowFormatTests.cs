@@ -76,7 +76,8 @@ public sealed class RowFormatTests
     [Test]
     public void BoxesAreScaledAsSwiftDoes()
     {
-        foreach (var line in ReferenceText.Lines("formats/boxes.json")[0].GetProperty("cases").EnumerateArray())
+        foreach (var line in ReferenceText.Lines("formats/boxes.json")[0].GetProperty(
+            "cases").EnumerateArray())
         {
             string type = line.GetProperty("type").GetString() ?? "real";
             // ms-swift takes norm1000 for pixels; here it is what it says.
@@ -178,10 +179,12 @@ public sealed class RowFormatTests
                 Content = string.Concat(row.Pictures.Select(_ => "<image>")) + turns[0].Content,
             };
         if (boxes)
-            return "{" + string.Join('|', turns.Where(t => t.Trained == true).Select(t => t.Content));
+            return "{" + string.Join('|',
+                turns.Where(t => t.Trained == true).Select(t => t.Content));
         return Row(system, tools, turns.Select(t => (t.Role, t.Role == "tool" ? Result(t.Content)
                 : t.Content + string.Join('\n', (t.Calls ?? []).Select(Call)))),
-            row.Pictures.Select(Source), turns.Where(t => t.Role == "assistant").Select(t => t.Trained == true));
+            row.Pictures.Select(Source),
+            turns.Where(t => t.Role == "assistant").Select(t => t.Trained == true));
 
         static string Source(RowPicture picture) =>
             picture.Bytes is null ? picture.Path : "in the row";
@@ -221,9 +224,11 @@ public sealed class RowFormatTests
         string[] tools = system.Length == 1 ? []
             : system[1].Split("<tools>\n")[1].Split("\n</tools>")[0].Split('\n');
         // A row that ends with a question has an open answer there. An empty system text is none.
-        return Row(tools.Length > 0 && system[0] == "" ? DefaultSystem : system[0], tools, turns.EnumerateArray()
+        return Row(tools.Length > 0 && system[0] == "" ? DefaultSystem
+            : system[0], tools, turns.EnumerateArray()
                 .Where(t => t.TryGetProperty("content", out _))
-                .Select(t => (t.GetProperty("role").GetString()!, Content(t.GetProperty("content")))),
+                .Select(t =>
+                    (t.GetProperty("role").GetString()!, Content(t.GetProperty("content")))),
             row.GetProperty("pictures").EnumerateArray().Select(p =>
                 p[0].ValueKind == JsonValueKind.String ? p[0].GetString()! : "in the row"),
             Answers(turns, Flags(row.GetProperty("answers").GetProperty(scale))));
@@ -260,7 +265,8 @@ public sealed class RowFormatTests
         if (!row.TryGetProperty("turns", out var trained)) return null;
         var aligned = row.GetProperty("aligned");
         var turns = Items("prompt").Concat(Items("response")).Select(t =>
-            Turn(t.GetProperty("role").GetString()!, t.GetProperty("content").GetString()!)).ToList();
+            Turn(t.GetProperty("role").GetString()!,
+                t.GetProperty("content").GetString()!)).ToList();
         var tools = aligned.TryGetProperty("tools", out var text)
             ? JsonNode.Parse($"{text}")!.AsArray() : [];
         string system = aligned.TryGetProperty("system", out var said) && $"{said}" != ""
@@ -273,7 +279,8 @@ public sealed class RowFormatTests
         static (string, string) Turn(string role, string content) => role switch
         {
             "observation" => ("tool", Result(content)),
-            "function" => ("assistant", string.Join('\n', Calls(JsonDocument.Parse(content).RootElement)
+            "function" =>
+                ("assistant", string.Join('\n', Calls(JsonDocument.Parse(content).RootElement)
                 .Select(call => Call(ToolCall.Read(call))))),
             _ => (role, content),
         };
@@ -283,7 +290,8 @@ public sealed class RowFormatTests
 
         static string Tool(JsonNode? tool) => PythonJson.Write(JsonSerializer.SerializeToElement(
             tool!["function"] is null
-                ? new JsonObject { ["type"] = "function", ["function"] = tool.DeepClone() } : tool));
+                ? new JsonObject { ["type"] = "function", ["function"] = tool.DeepClone() }
+                : tool));
 
         IEnumerable<JsonElement> Items(string key) =>
             aligned.TryGetProperty(key, out var list) ? list.EnumerateArray() : [];

@@ -70,7 +70,8 @@ public class RowTests
         for (int length = ends[^3] - 3; length <= whole.FullLength; length++)
         {
             Sample sample = Builder(length, official).Build(row, [s_small]);
-            Assert.That(sample.AnswersCut, Is.EqualTo(answers.Count(e => e >= length)), $"{length}");
+            Assert.That(sample.AnswersCut, Is.EqualTo(answers.Count(e => e >= length)),
+                $"{length}");
         }
     }
 
@@ -140,7 +141,8 @@ public class RowTests
     [TestCase("{\"system\":3,\"conversations\":TALK}", "\"system\" is a number")]
     [TestCase("{\"objects\":[1],\"conversations\":TALK}", "\"objects\" is a list")]
     [TestCase("{\"objects\":{\"bbox\":[[1,2,3]]},\"conversations\":TALK}", "a bbox is a list of 3")]
-    [TestCase("{\"image\":\"https://x.org/a.png\",\"conversations\":TALK}", "address on the network")]
+    [TestCase("{\"image\":\"https://x.org/a.png\",\"conversations\":TALK}", "address on the "
+        + "network")]
     [TestCase("{\"image\":\"data:image/png;base64,!\",\"conversations\":TALK}", "is not base64")]
     [TestCase("{\"conversations\":[{\"role\":\"user\",\"content\":\"<audio>What?\"},"
         + "{\"role\":\"assistant\",\"content\":\"x\"}]}", "turn 1: has the tag <audio>")]
@@ -203,7 +205,8 @@ public class RowTests
         Row row = RowFile.Parse("rows.jsonl", System.Text.Encoding.UTF8.GetBytes(
             $$$"""{"messages": [{"role": "user", "content": [{{{part}}}, {"type": "text", "text": "?"}]},"""
             + """{"role": "assistant", "content": "That."}]}""")).Rows.Single();
-        Assert.That((row.Turns[0].Content, row.Pictures.Single().Path), Is.EqualTo(("<image>?", "a.png")));
+        Assert.That((row.Turns[0].Content, row.Pictures.Single().Path),
+            Is.EqualTo(("<image>?", "a.png")));
     }
 
     [Test]

@@ -30,18 +30,24 @@ public sealed class RowToolsTests
     {
         const string text = "<|im_start|>system\n# Tools\n\nYou may call one or more functions to "
             + "assist with the user query.\n\nYou are provided with function signatures within "
-            + "<tools></tools> XML tags:\n<tools>\n{\"type\": \"function\", \"function\": {\"name\": "
-            + "\"area\", \"parameters\": {\"type\": \"object\"}}}\n</tools>\n\nFor each function call, "
-            + "return a json object with function name and arguments within <tool_call></tool_call> "
+            + "<tools></tools> XML tags:\n<tools>\n{\"type\": \"function\", \"function\": "
+            + "{\"name\": "
+            + "\"area\", \"parameters\": {\"type\": \"object\"}}}\n</tools>\n\nFor each function "
+            + "call, "
+            + "return a json object with function name and arguments within "
+            + "<tool_call></tool_call> "
             + "XML tags:\n<tool_call>\n{\"name\": <function-name>, \"arguments\": "
             + "<args-json-object>}\n</tool_call><|im_end|>\n<|im_start|>user\nHow large is 3 by "
-            + "4?<|im_end|>\n<|im_start|>assistant\n<tool_call>\n{\"name\": \"area\", \"arguments\": "
-            + "{\"sides\": [3, 4]}}\n</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\n12\n"
+            + "4?<|im_end|>\n<|im_start|>assistant\n<tool_call>\n{\"name\": \"area\", "
+            + "\"arguments\": "
+            + "{\"sides\": [3, "
+            + "4]}}\n</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\n12\n"
             + "</tool_response><|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
             + "12.<|im_end|>\n";
         var format = new ChatMlFormat(TokenizerTests.Load("tiny-qwen3"), null,
             Thoughts.BehindLastQuestion, tools: ToolStyle.Of(FamilyFormats.ToolTemplate("o-4_5")));
-        string file = Path.Combine(_folder, "rows.json"), result = Path.Combine(_folder, "out.json");
+        string file = Path.Combine(_folder, "rows.json"),
+            result = Path.Combine(_folder, "out.json");
         foreach (string example in DataFormatDocTests.Examples("json")[8..])
         {
             Row row = Parse("rows.json", example).Rows.Single();
@@ -52,7 +58,8 @@ public sealed class RowToolsTests
             var output = new StringWriter();
             Assert.That(new CommandLine(output, output, new Runners())
                 .Run(["data", "convert", file, result]), Is.Zero);
-            Assert.That(output.ToString(), Does.Contain("have functions").And.Not.Contain("system turn"));
+            Assert.That(output.ToString(),
+                Does.Contain("have functions").And.Not.Contain("system turn"));
             Assert.That(RowFile.Read(result).Format, Is.Null);
             Assert.That(format.Render(RowFile.Read(result).Rows.Single().Turns), Is.EqualTo(text));
         }
@@ -66,7 +73,8 @@ public sealed class RowToolsTests
     [TestCase("""{"role":"tool_call","content":"{\"name\":\"f\"}"}""", "\"arguments\" are missing")]
     [TestCase($"{{\"role\":\"tool_call\",\"content\":\"{Call}[1]}}\"}}",
         "\"arguments\" are a list, expected an object")]
-    [TestCase($"{{\"role\":\"tool_call\",\"content\":\"{Call}{{\\\"a\\\":1e400}}}}\"}}", "too large")]
+    [TestCase($"{{\"role\":\"tool_call\",\"content\":\"{Call}{{\\\"a\\\":1e400}}}}\"}}",
+        "too large")]
     [TestCase($"{{\"role\":\"tool_call\",\"content\":\"{Call}{{\\\"a\\\":\\\"<bbox>\\\"}}}}\"}},"
         + "{\"role\":\"tool_response\",\"content\":\"r\"}", "turn 2: has the tag <bbox>")]
     [TestCase("""{"role":"assistant","tool_calls":[{"id":"a","name":"f","arguments":"{"}]}""",
@@ -82,7 +90,8 @@ public sealed class RowToolsTests
         + $"\"content\":\"{Call}{{}}}}\"}}", "turn 3: calls belong to the answer before them")]
     public void CallsThatCannotBeReadAreNamed(string turns, string problem)
     {
-        RowSet set = Parse("rows.jsonl", "{\"images\":[],\"messages\":[{\"role\":\"user\",\"content\":"
+        RowSet set =
+            Parse("rows.jsonl", "{\"images\":[],\"messages\":[{\"role\":\"user\",\"content\":"
             + $"\"q\"}},{turns},{{\"role\":\"assistant\",\"content\":\"a\"}}]}}");
         Assert.That($"{set.Bad.Single()}", Does.Contain(problem));
     }
@@ -93,7 +102,8 @@ public sealed class RowToolsTests
     [TestCase("""[{"name":"f","max":1e400}]""", "too large")]
     public void ToolsThatCannotBeReadAreNamed(string tools, string problem)
     {
-        RowSet set = Parse("rows.jsonl", $"{{\"query\":\"q\",\"response\":\"a\",\"tools\":{tools}}}");
+        RowSet set =
+            Parse("rows.jsonl", $"{{\"query\":\"q\",\"response\":\"a\",\"tools\":{tools}}}");
         Assert.That($"{set.Bad.Single()}", Does.Contain(problem));
     }
 
@@ -103,7 +113,8 @@ public sealed class RowToolsTests
     [TestCase("""[{"name":"f"}]""", "<image>", "turn 4: an image tag stands in a function's result")]
     public void TokensOfTheModelAreRefusedInFunctions(string tools, string result, string problem)
     {
-        Row row = Parse("rows.jsonl", $"{{\"tools\":{tools},\"images\":[],\"messages\":[{{\"role\":\"user\","
+        Row row = Parse("rows.jsonl",
+            $"{{\"tools\":{tools},\"images\":[],\"messages\":[{{\"role\":\"user\","
             + $"\"content\":\"q\"}},{{\"role\":\"tool_call\",\"content\":\"{Call}{{}}}}\"}},{{\"role\":"
             + $"\"tool_response\",\"content\":\"{result}\"}},{{\"role\":\"assistant\",\"content\":\"a\"}}]}}")
             .Rows.Single();

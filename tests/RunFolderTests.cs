@@ -127,7 +127,8 @@ public sealed class RunFolderTests
         Directory.CreateSymbolicLink(At("link-to-folder"), At("out/checkpoint-5"));
         File.CreateSymbolicLink(At("link-to-rows"), "link-to-out/checkpoint-5/rows.json");
         Directory.CreateDirectory(At("folder-of-links"));
-        File.CreateSymbolicLink(At("folder-of-links/model.safetensors"), "../out/checkpoint-5/rows.json");
+        File.CreateSymbolicLink(At("folder-of-links/model.safetensors"),
+            "../out/checkpoint-5/rows.json");
         TrainArguments with = _arguments with { OverwriteOutputDir = true, UseLora = true };
         with = key switch
         {
@@ -194,7 +195,8 @@ public sealed class RunFolderTests
         Assert.That(() => Prepare(_arguments with { OverwriteOutputDir = true, UseLora = true }),
             Throws.TypeOf<InputException>().With.Message.EqualTo(isFolder
                 ? $"output_dir: {path} is a folder where this run writes a file: move it away"
-                : $"output_dir: {path} is a file where this run writes a checkpoint: move it away"));
+                : $"output_dir: {path} is a file where this run writes a checkpoint: move it "
+                    + "away"));
     }
 
     [Test]

@@ -183,7 +183,8 @@ public class SampleTests
         foreach (var sample in Cases(tokenizer, official: false, numbered: false))
         {
             if (!same.Contains(sample.Name)
-                || (!RowFormats.IsOld(tokenizer) && sample.Plans.Any(plan => plan.Sliced))) continue;
+                || (!RowFormats.IsOld(tokenizer)
+                    && sample.Plans.Any(plan => plan.Sliced))) continue;
             AssertEqual(sample.Build(), sample.Out, "target", sample.Name);
             seen++;
         }

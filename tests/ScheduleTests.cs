@@ -24,7 +24,8 @@ public sealed class ScheduleTests
 
     [TestCase(1e-2, 100, 10, "learning_rate 0.01 times weight_decay 100 is 1: from 1 on each step")]
     [TestCase(1e-2, 99, 10, null)]
-    [TestCase(1e-2, 0, 11, "save_steps 11 is above the run's 10 steps: nothing is saved before its end")]
+    [TestCase(1e-2, 0, 11, "save_steps 11 is above the run's 10 steps: nothing is saved before its "
+        + "end")]
     public void SettingsThatNobodyMeansAreSaid(
         double rate, double decay, int saving, string? expected)
     {
@@ -42,8 +43,8 @@ public sealed class ScheduleTests
         ModelSpec shorter = spec with { Decoder = spec.Decoder with { MaxPositions = 100 } };
         Assert.That(RunNotices.Of(
             arguments, Schedule.Of(arguments, 10), new StepPlan(arguments, 5), shorter).Last(),
-            Does.EndWith("is above the model's max_position_embeddings 100: longer rows are at places "
-                + "that it never saw"));
+            Does.EndWith("is above the model's max_position_embeddings 100: longer rows are at "
+                + "places that it never saw"));
     }
 
     [Test]

@@ -51,7 +51,8 @@ public sealed class ServeClientTests
         var streamed = new StringBuilder();
         await foreach (StreamingChatCompletionUpdate update in
             client.CompleteChatStreamingAsync(messages, options))
-            foreach (ChatMessageContentPart part in update.ContentUpdate) streamed.Append(part.Text);
+            foreach (ChatMessageContentPart part in update.ContentUpdate)
+                streamed.Append(part.Text);
         Assert.That(streamed.ToString(), Is.EqualTo(Answer));
         var missing = new ChatClient("another", new ApiKeyCredential("none"),
             new() { Endpoint = new Uri(Server.Address + "/v1") });
@@ -75,7 +76,8 @@ public sealed class ServeClientTests
         await browser.Run($"$('question').value = '{Question}'; $('ask').click()");
         await browser.Until("running === null && sides.every(side => side.messages.length === 2)");
         string[] cards = [.. JsonNode.Parse(await browser.Run(
-            "JSON.stringify([...document.querySelectorAll('#answers .card')].map(c => c.innerText))"))!
+            "JSON.stringify([...document.querySelectorAll('#answers .card')].map(c => "
+                + "c.innerText))"))!
             .AsArray().Select(card => card!.GetValue<string>())];
         Assert.That(cards[0], Does.StartWith("tiny\n").And.Contain(Question));
         Assert.That(cards[1], Does.StartWith("tiny:base\n").And.Contain(Question));

@@ -18,7 +18,8 @@ public sealed class ServeLoadTests
     private const int Clients = 64;
 
     private static readonly int s_seconds = int.Parse(
-        Environment.GetEnvironmentVariable("CPMX_LOAD_SECONDS") ?? "6", CultureInfo.InvariantCulture);
+        Environment.GetEnvironmentVariable("CPMX_LOAD_SECONDS") ?? "6",
+        CultureInfo.InvariantCulture);
 
     [Test]
     public async Task NoAnswerIsMixedUpAndNothingIsLeft()

@@ -38,7 +38,8 @@ public sealed class ServeSoundTests
             session.Hear(path);
             string expected = session.Ask("What?", _ => { }, () => true).Text;
             await using var server =
-                new ChatServer(new ServeOptions { Port = 0 }, "o", model, settings, maker, _ => { });
+                new ChatServer(new ServeOptions { Port = 0 }, "o", model, settings, maker,
+                    _ => { });
             await server.Start();
             string wav = Convert.ToBase64String(File.ReadAllBytes(path)),
                 other = Convert.ToBase64String(AudioModel.Wav(22000, seed: 2));
@@ -48,7 +49,8 @@ public sealed class ServeSoundTests
                 ["type"] = "input_audio",
                 ["input_audio"] = new JsonObject { ["data"] = wav, ["format"] = "wav" },
             }), Is.EqualTo(expected));
-            Assert.That(await Ask(server, Url("data:audio/wav;base64," + wav)), Is.EqualTo(expected));
+            Assert.That(await Ask(server, Url("data:audio/wav;base64," + wav)),
+                Is.EqualTo(expected));
             Assert.That(
                 await Ask(server, Url("data:audio/wav;base64," + other)), Is.Not.EqualTo(expected));
             Assert.That(await Ask(server, Url("data:audio/wav;base64,AAAA")),

@@ -279,7 +279,8 @@ public sealed class ServeTests
         }
 
         string changed = random.Next(5) > 0 ? text[..at] + value + text[end..]
-            : text[..^1] + ", \"" + (random.Next(2) > 0 ? "seed" : "messages") + "\": " + value + "}";
+            : text[..^1] + ", \"" + (random.Next(2) > 0 ? "seed" : "messages") + "\": " + value
+                + "}";
         return Encoding.UTF8.GetBytes(changed);
     }
 

@@ -28,7 +28,8 @@ public sealed class ServeToolErrorTests
     [TestCase("{}", "key \"tools\" is an object, expected an array")]
     [TestCase("[\"f\"]", "key \"tools[0]\" is \"f\", expected an object")]
     [TestCase("[{}]", "key \"tools[0].type\" is missing")]
-    [TestCase("[{\"type\": \"custom\"}]", "key \"tools[0].type\" is \"custom\", expected \"function\"")]
+    [TestCase("[{\"type\": \"custom\"}]", "key \"tools[0].type\" is \"custom\", expected "
+        + "\"function\"")]
     [TestCase("[{\"type\": \"function\"}]", "key \"tools[0].function\" is missing")]
     [TestCase("[{\"type\": \"function\", \"function\": {}}]",
         "key \"tools[0].function.name\" is missing")]
@@ -41,7 +42,8 @@ public sealed class ServeToolErrorTests
     [TestCase("\"name\": \"a\\\"b\"", "expected up to 64 letters, digits")]
     [TestCase("\"name\": \"f\", \"name\": \"g\"", "name\" is there twice")]
     [TestCase("\"name\": \"f\", \"description\": []", "description\" is an array, expected text")]
-    [TestCase("\"name\": \"f\", \"parameters\": \"{}\"", "parameters\" is \"{}\", expected an object")]
+    [TestCase("\"name\": \"f\", \"parameters\": \"{}\"", "parameters\" is \"{}\", expected an "
+        + "object")]
     [TestCase("\"name\": \"f\", \"strict\": true", "strict\" is true, expected false")]
     [TestCase("\"name\": \"f\", \"parameters\": {\"a\": 1e999}", "a number that is too large")]
     [TestCase("\"name\": \"f\", \"parameters\": {\"a\": \"\\ud800\"}", "unpaired surrogate")]
@@ -84,7 +86,8 @@ public sealed class ServeToolErrorTests
     [TestCase("{\"role\": \"tool\", \"tool_call_id\": \"a\", \"content\": \"r\"}",
         "\"messages[1].role\" is \"tool\", expected user and assistant in turn")]
     [TestCase("{\"role\": \"user\", \"content\": \"b\"}", "\"messages[1].role\" is \"user\"")]
-    [TestCase("{\"role\": \"function\", \"content\": \"b\"}", "\"messages[1].role\" is \"function\"")]
+    [TestCase("{\"role\": \"function\", \"content\": \"b\"}", "\"messages[1].role\" is "
+        + "\"function\"")]
     [TestCase("{\"role\": \"assistant\", \"content\": null}", "\"messages[1].content\" is missing")]
     [TestCase($"{{\"role\": \"assistant\", \"tool_calls\": {Call}}}",
         "\"messages[1].tool_calls\" is an object, expected an array")]
@@ -106,7 +109,8 @@ public sealed class ServeToolErrorTests
         "\"messages[2].tool_calls\" is not an answer's")]
     [TestCase($"{{\"role\": \"assistant\", \"tool_calls\": [{Call}]}}, "
         + "{\"role\": \"tool\", \"tool_call_id\": \"a\", \"content\": "
-        + "[{\"type\": \"image_url\", \"image_url\": \"data:,\"}]}", "\"messages[2].content[0].type\"")]
+        + "[{\"type\": \"image_url\", \"image_url\": \"data:,\"}]}",
+            "\"messages[2].content[0].type\"")]
     public void MessagesThatCannotBeReadAreNamed(string messages, string problem) => AssertRefused(
         $"{{\"messages\": [{{\"role\": \"user\", \"content\": \"q\"}}, {messages}]}}", problem);
 }

@@ -39,7 +39,8 @@ public sealed class ServeToolsTests
         _format = _format with
         {
             Prompts = family == "o-4_5"
-                ? new ChatMlFormat(_format.Tokenizer, null, Thoughts.BehindLastQuestion, tools: style)
+                ? new ChatMlFormat(_format.Tokenizer, null, Thoughts.BehindLastQuestion,
+                    tools: style)
                 : new ThinkingFormat(_format.Tokenizer, tools: style),
         };
     }
@@ -48,7 +49,8 @@ public sealed class ServeToolsTests
         ChatRequest.Read(Encoding.UTF8.GetBytes(json), new GenerationSettings());
 
     private static ChatRequest Asked(string members = "") => Read(
-        $"{{\"messages\": [{{\"role\": \"user\", \"content\": \"q\"}}], \"tools\": {Tools}{members}}}");
+        $"{{\"messages\": [{{\"role\": \"user\", \"content\": \"q\"}}], \"tools\": "
+            + $"{Tools}{members}}}");
 
     private int[] Ids(ChatRequest request) => new SampleBuilder(_format, 4096).BuildPrompt(
         request.Turns, [], request.System, request.Thinks, tools: request.Tools).InputIds;
@@ -115,7 +117,8 @@ public sealed class ServeToolsTests
                 .Split("<|im_start|>assistant\n").Skip(1))
             {
                 string answer = turn.Split("<|im_end|>")[0], text = "";
-                var fold = new ToolFold(_format.Prompts.Tools!, [], false, t => text += t, read.Add);
+                var fold = new ToolFold(_format.Prompts.Tools!, [], false,
+                    t => text += t, read.Add);
                 foreach (char[] piece in answer.Chunk(size)) fold.Add(new string(piece));
                 fold.End();
                 Assert.That(text.TrimEnd(), Is.EqualTo(answer.Split("<tool_call>")[0].TrimEnd()));
@@ -124,7 +127,8 @@ public sealed class ServeToolsTests
             ToolCall[] called = [.. line.GetProperty("messages").EnumerateArray()
                 .SelectMany(message => message.TryGetProperty("tool_calls", out var calls)
                     ? calls.EnumerateArray().Select(ToolCall.Read) : [])];
-            Assert.That(read.Select(call => call.Name), Is.EqualTo(called.Select(call => call.Name)));
+            Assert.That(read.Select(call => call.Name),
+                Is.EqualTo(called.Select(call => call.Name)));
             foreach (var (its, expected) in read.Zip(called))
                 Assert.That(JsonNode.DeepEquals(JsonNode.Parse(its.Arguments),
                     JsonNode.Parse(expected.Arguments)), its.Arguments);
@@ -223,10 +227,12 @@ public sealed class ServeToolsTests
             Is.EqualTo(calls));
         Assert.That(string.Concat(chunks.SelectMany(chunk => chunk.ContentUpdate)
             .Select(part => part.Text)), Is.EqualTo(content));
-        StreamingChatToolCallUpdate[] updates = [.. chunks.SelectMany(chunk => chunk.ToolCallUpdates)];
+        StreamingChatToolCallUpdate[] updates =
+            [.. chunks.SelectMany(chunk => chunk.ToolCallUpdates)];
         Assert.That(updates.Select(call => $"{call.FunctionName} {call.FunctionArgumentsUpdate}"),
             Is.EqualTo(calls));
-        Assert.That(updates.Select(call => call.Index), Is.EqualTo(Enumerable.Range(0, calls.Length)));
+        Assert.That(updates.Select(call => call.Index),
+            Is.EqualTo(Enumerable.Range(0, calls.Length)));
         Assert.That(updates.Select(call => call.ToolCallId).Distinct().Count(),
             Is.EqualTo(calls.Length));
         Assert.That(chunks[^1].FinishReason, Is.EqualTo(finish));
@@ -244,7 +250,8 @@ public sealed class ServeToolsTests
         AssertAnswer($"{area} and {now}.", "and .", Calls, both);
         AssertAnswer($"a{area}\n{now}", "a", Calls, both[..1], ", \"parallel_tool_calls\": false");
         // A stop text ends the answer where it stands in the text, not among arguments.
-        AssertAnswer($"a b{area}c d{now}", "a b", Calls, both[..1], ", \"stop\": [\"c \", \"2.5\"]");
+        AssertAnswer($"a b{area}c d{now}", "a b", Calls, both[..1], ", \"stop\": [\"c \", "
+            + "\"2.5\"]");
         AssertAnswer($"an{area}b{now}", "a", Stop, [], ", \"stop\": \"n\"");
         // What is cut has no calls but whole ones.
         AssertAnswer(
@@ -253,7 +260,8 @@ public sealed class ServeToolsTests
         AssertAnswer($"<think>\n{now}?\n</think>\n\n{area}", $"<think>\n{now}?\n</think>", Calls,
             both[..1]);
         string opened = _family == "o-4_5" ? "<think>\n" : "";
-        AssertAnswer($"{opened}Or {now}?\n</think>\n\n{area}", $"{opened}Or {now}?\n</think>", Calls,
+        AssertAnswer($"{opened}Or {now}?\n</think>\n\n{area}", $"{opened}Or "
+            + $"{now}?\n</think>", Calls,
             both[..1], ", \"enable_thinking\": true");
     }
 
@@ -313,7 +321,8 @@ public sealed class ServeToolsTests
     {
         const ChatFinishReason Calls = ChatFinishReason.ToolCalls;
         const string Required = ", \"tool_choice\": \"required\"",
-            Named = ", \"tool_choice\": {\"type\": \"function\", \"function\": {\"name\": \"area\"}}";
+            Named = ", \"tool_choice\": {\"type\": \"function\", \"function\": {\"name\": "
+                + "\"area\"}}";
         string area = Call("area", ("width", "2.5")), now = Call("now"), none = Call("area");
         string both = area + "\n" + now;
         AssertAnswer(both, "", Calls, ["area {\"width\": 2.5}", "now {}"], Required);
@@ -339,7 +348,8 @@ public sealed class ServeToolsTests
             "a", "area", BinaryData.FromString("{\"width\": 2.5}"));
         ChatMessage[] messages =
         [
-            new UserChatMessage("q"), new AssistantChatMessage([call]), new ToolChatMessage("a", "r"),
+            new UserChatMessage("q"), new AssistantChatMessage([call]),
+            new ToolChatMessage("a", "r"),
         ];
         ChatTool[] tools =
         [

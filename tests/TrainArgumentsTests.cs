@@ -10,23 +10,26 @@ public sealed class TrainArgumentsTests
 {
     // The flags of the official finetune_lora.sh and finetune_ds.sh, in their order.
     private const string OfficialLora =
-        "--model_name_or_path model --llm_type qwen --data_path train.json --eval_data_path eval.json "
+        "--model_name_or_path model --llm_type qwen --data_path train.json --eval_data_path "
+            + "eval.json "
         + "--remove_unused_columns false --label_names labels --prediction_loss_only false "
-        + "--bf16 false --bf16_full_eval false --fp16 true --fp16_full_eval true --do_train --do_eval "
-        + "--tune_vision true --tune_llm false --use_lora true "
+        + "--bf16 false --bf16_full_eval false --fp16 true --fp16_full_eval true --do_train "
+        + "--do_eval --tune_vision true --tune_llm false --use_lora true "
         + "--lora_target_modules llm\\..*layers\\.\\d+\\.self_attn\\.(q_proj|k_proj|v_proj|o_proj) "
         + "--model_max_length 2048 --max_slice_nums 9 --max_steps 10000 --eval_steps 1000 "
-        + "--output_dir output/output_lora --logging_dir output/output_lora --logging_strategy steps "
-        + "--per_device_train_batch_size 1 --per_device_eval_batch_size 1 "
+        + "--output_dir output/output_lora --logging_dir output/output_lora --logging_strategy "
+        + "steps --per_device_train_batch_size 1 --per_device_eval_batch_size 1 "
         + "--gradient_accumulation_steps 1 --evaluation_strategy steps --save_strategy steps "
         + "--save_steps 1000 --save_total_limit 10 --learning_rate 1e-6 --weight_decay 0.1 "
         + "--adam_beta2 0.95 --warmup_ratio 0.01 --lr_scheduler_type cosine --logging_steps 1 "
         + "--gradient_checkpointing true --deepspeed ds_config_zero2.json --report_to tensorboard";
 
     private const string OfficialFull =
-        "--model_name_or_path model --llm_type qwen --data_path train.json --eval_data_path eval.json "
+        "--model_name_or_path model --llm_type qwen --data_path train.json --eval_data_path "
+            + "eval.json "
         + "--remove_unused_columns false --label_names labels --prediction_loss_only false "
-        + "--bf16 true --bf16_full_eval true --fp16 false --fp16_full_eval false --do_train --do_eval "
+        + "--bf16 true --bf16_full_eval true --fp16 false --fp16_full_eval false --do_train "
+        + "--do_eval "
         + "--tune_vision true --tune_llm false --model_max_length 2048 --max_slice_nums 9 "
         + "--max_steps 10000 --eval_steps 1000 --output_dir output/output_lora "
         + "--logging_dir output/output_lora --logging_strategy steps "
@@ -184,8 +187,10 @@ public sealed class TrainArgumentsTests
     public void BooleansHaveTheSpellingsOfArgparse(string argument, bool expected) =>
         Assert.That(Read(Least + argument, []).TuneVision, Is.EqualTo(expected));
 
-    [TestCase("--optim adamw_torch --q_lora false --label_smoothing_factor 0.0 --lora_layers_pattern=")]
-    [TestCase("--push_to_hub False --past_index -1 --group_by_length false --save_safetensors true")]
+    [TestCase("--optim adamw_torch --q_lora false --label_smoothing_factor 0.0 "
+        + "--lora_layers_pattern=")]
+    [TestCase("--push_to_hub False --past_index -1 --group_by_length false --save_safetensors "
+        + "true")]
     public void NeutralValuesOfUnsupportedKeysAreAccepted(string arguments) =>
         Assert.That(() => Read(Least + arguments, []), Throws.Nothing);
 

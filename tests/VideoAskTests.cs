@@ -183,7 +183,8 @@ public sealed class VideoAskTests
                 (Url("data:video/jpeg;base64,AAAA"), "video 1, frame 1"),
                 (Url("data:video/jpeg;base64," + Convert.ToBase64String(CutFrame())),
                     "video 1, frame 1: "),
-                (Url("data:video/mp4;base64,AAAA"), "video 1: its content: ffprobe cannot decode it"),
+                (Url("data:video/mp4;base64,AAAA"), "video 1: its content: ffprobe cannot decode "
+                    + "it"),
                 (Url("data:video/mp4;base64,!"), "is not base64"),
                 (new JsonObject { ["url"] = list.DeepClone(), ["fps"] = 0 }, "fps"),
                 (7, "expected"),

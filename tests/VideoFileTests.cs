@@ -108,8 +108,10 @@ public sealed class VideoFileTests
             "ffmpeg decodes 2 of 3 frames: the file is damaged");
         Refused(new VideoDecoder(Cache, Script("broken", "echo moov atom not found >&2; exit 1\n"),
             Probe()), "broken cannot decode it: moov atom not found");
-        Refused(new VideoDecoder(Cache, "ffmpeg", Probe(frames: "0")), "finds no frames of a video");
-        Refused(new VideoDecoder(Cache, "ffmpeg", Probe(rate: "0/0")), "finds no frames of a video");
+        Refused(new VideoDecoder(Cache, "ffmpeg", Probe(frames: "0")), "finds no frames of a "
+            + "video");
+        Refused(new VideoDecoder(Cache, "ffmpeg", Probe(rate: "0/0")), "finds no frames of a "
+            + "video");
         Refused(new VideoDecoder(Cache, "ffmpeg", Script("silent", "echo '{}'\n")),
             "finds no frames of a video");
         // But how many frames there are.
@@ -125,7 +127,8 @@ public sealed class VideoFileTests
 
     private void Refused(VideoDecoder decoder, string words) => Assert.That(
         () => decoder.Decode(Video, s_rules.Choose), Throws.TypeOf<InputException>()
-            .With.Message.StartsWith(Path.Combine(_folder, "a film.mp4")).And.Message.Contains(words));
+            .With.Message.StartsWith(Path.Combine(_folder, "a film.mp4")).And.Message.Contains(
+                words));
 
     [Test, Platform("Unix")]
     public void AFilesFramesAreTheRows()
@@ -147,7 +150,8 @@ public sealed class VideoFileTests
 
     [Test, Platform("Unix")]
     public void AVideoMayStandInTheRow(
-        [Values("\"data:video/mp4;base64,AAEC\"", "{\"bytes\":\"AAEC\",\"path\":\"x.mp4\"}")] string video)
+        [Values("\"data:video/mp4;base64,AAEC\"",
+            "{\"bytes\":\"AAEC\",\"path\":\"x.mp4\"}")] string video)
     {
         Row row = RowFile.Parse("rows.json", Encoding.UTF8.GetBytes($$"""
             [{"video":{{video}},"conversations":[

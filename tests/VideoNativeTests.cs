@@ -42,7 +42,8 @@ public sealed class VideoNativeTests
             Assert.That(batch.Tokens.Span.ToArray(), Is.EqualTo(Ints(file, "video.input_ids")));
             CanvasPlace[] places = batch.Places.Span.ToArray();
             Assert.That(places.Select(p => p.Text).Concat(places.Select(p => p.Row))
-                .Concat(places.Select(p => p.Column)), Is.EqualTo(Ints(file, "video.position_ids")));
+                .Concat(places.Select(p => p.Column)),
+                    Is.EqualTo(Ints(file, "video.position_ids")));
             double[] expected = file.Doubles("video.pixel_u8_videos");
             int patches = expected.Length / (3 * 196);
             Assert.That(batch.Patches.Count, Is.EqualTo(expected.Length));
@@ -89,7 +90,8 @@ public sealed class VideoNativeTests
             string text = call.GetProperty("texts")[0].GetString()!;
             int[] ids = Prompt(s_format, text, Sizes(call),
                 [.. call.GetProperty("videos").EnumerateArray().Select(v => Enumerable.Repeat(
-                    new PictureSize(v[1].GetInt32(), v[2].GetInt32()), v[0].GetInt32()).ToArray())]);
+                    new PictureSize(v[1].GetInt32(), v[2].GetInt32()),
+                    v[0].GetInt32()).ToArray())]);
             Assert.That(s_format.Tokenizer.Decode(ids),
                 Is.EqualTo(call.GetProperty("expanded")[0].GetString()));
             compared++;
@@ -120,7 +122,8 @@ public sealed class VideoNativeTests
         string folder = Directory.CreateTempSubdirectory("cpmx-test-").FullName;
         try
         {
-            foreach (string file in Directory.GetFiles(s_case.Model).Where(f => !f.EndsWith("tensors")))
+            foreach (string file in Directory.GetFiles(s_case.Model).Where(f =>
+                !f.EndsWith("tensors")))
                 File.Copy(file, Path.Combine(folder, Path.GetFileName(file)));
             Assert.That(s_format.Video!.MaxFrames, Is.EqualTo(128));
             VideoRules rules = With(("max_num_frames", 7), ("max_slice_nums", 3),
@@ -156,7 +159,8 @@ public sealed class VideoNativeTests
         var json = new JsonObject
         {
             ["images"] = Names(pictures.Length),
-            ["videos"] = new JsonArray([.. videos.Select(frames => (JsonNode)Names(frames.Length))]),
+            ["videos"] =
+                new JsonArray([.. videos.Select(frames => (JsonNode)Names(frames.Length))]),
             ["messages"] = new JsonArray(
                 new JsonObject { ["role"] = "user", ["content"] = content }),
         };

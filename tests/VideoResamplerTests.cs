@@ -55,7 +55,8 @@ public sealed class VideoResamplerTests
     public void AGpuHasThemToo()
     {
         using var gpu = new CudaSource();
-        using OpenDevice device = gpu.Source.Open(new TrainArguments { Device = DeviceChoice.Cuda });
+        using OpenDevice device =
+            gpu.Source.Open(new TrainArguments { Device = DeviceChoice.Cuda });
         Compare(device.Device, "mixed");
     }
 
@@ -69,7 +70,8 @@ public sealed class VideoResamplerTests
         for (int group = 0, frame = 0; group < counts.Length; group++)
             for (int i = 0; i < counts[group]; i++, frame++)
             {
-                var grid = new Engine.Data.Images.PatchGrid(sizes[2 * frame], sizes[(2 * frame) + 1]);
+                var grid = new Engine.Data.Images.PatchGrid(sizes[2 * frame],
+                    sizes[(2 * frame) + 1]);
                 batch.Grids.Add(grid.Rows);
                 batch.Grids.Add(grid.Columns);
                 batch.PictureStarts.Add(batch.PictureStarts[^1] + grid.Patches);
@@ -141,7 +143,8 @@ public sealed class VideoResamplerTests
         Assert.That(found, Has.Length.EqualTo(expected.Length));
         double most = expected.Max(v => Math.Abs((double)v));
         for (int i = 0; i < found.Length; i++)
-            Assert.That(Math.Abs((double)found[i] - expected[i]), Is.LessThan(1e-5 * most), $"{what} {i}");
+            Assert.That(Math.Abs((double)found[i] - expected[i]), Is.LessThan(1e-5 * most),
+                $"{what} {i}");
     }
 
     private float[] Floats(string name) => _file.Get(name).ToFloats();

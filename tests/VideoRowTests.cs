@@ -27,7 +27,8 @@ public sealed class VideoRowTests
     [TearDown]
     public void DeleteFolder() => Directory.Delete(_folder, recursive: true);
 
-    // Its prompts are of lists of pictures with ids; here runs of them are videos. Padding is left out.
+    // Its prompts are of lists of pictures with ids; here runs of them are videos. Padding is left
+    // out.
     [Test]
     public void V45WritesGroupsAsItsProcessor()
     {
@@ -403,7 +404,8 @@ public sealed class VideoRowTests
     {
         using var file = new BinaryWriter(File.Create(path));
         file.Write("BM"u8);
-        foreach (int number in (int[])[54 + pixels.Length, 0, 54, 40, width, height]) file.Write(number);
+        foreach (int number in (int[])[54 + pixels.Length, 0, 54, 40, width, height])
+            file.Write(number);
         file.Write((short)1);
         file.Write((short)24);
         foreach (int number in (int[])[0, pixels.Length, 2835, 2835, 0, 0]) file.Write(number);

@@ -46,7 +46,8 @@ public sealed class VideoRuleTests
                 video.GetProperty("video_fps").GetDouble());
             Assert.That(chosen.Packing, Is.EqualTo(packing.GetInt32()), $"{video}");
             Same(chosen.Frames, video.GetProperty("frame_index"), []);
-            Dictionary<int, int[]> either = !video.TryGetProperty("equally_near", out JsonElement near)
+            Dictionary<int, int[]> either =
+                !video.TryGetProperty("equally_near", out JsonElement near)
                 ? [] : near.EnumerateArray().ToDictionary(
                     pair => pair[0].GetInt32(), pair => ReferenceText.Ints(pair[1]));
             foreach (var (i, ids) in either)

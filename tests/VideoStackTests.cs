@@ -66,7 +66,8 @@ public sealed class VideoStackTests
 
         Assert.That(compared, Is.EqualTo(25));
 
-        static byte Value(int frame, int y, int i) => (byte)(1 + (((frame * 50) + (y * 7) + i) % 251));
+        static byte Value(int frame, int y, int i) =>
+            (byte)(1 + (((frame * 50) + (y * 7) + i) % 251));
     }
 
     // Two seconds of three frames each: the first of a second, then the others as one, which here
