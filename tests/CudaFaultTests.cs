@@ -1,3 +1,4 @@
+using MiniCpmNative.GpuEmulator;
 using MiniCpmNative.Kernels;
 using MiniCpmNative.Kernels.Ops;
 using NUnit.Framework;
@@ -41,6 +42,7 @@ public sealed class CudaFaultTests
         Terms(2, 1, -7, "starts[1] is -7, expected to rise from 0 to 6, the ids"),
         Terms(3, 1, 40, "ids[1] is 40, expected 0 to 39"),
         Terms(3, 5, -1, "ids[5] is -1, expected 0 to 39"),
+        Terms(3, 4, 40, "ids[4] is 40, expected 0 to 39", cols: 5),
         .. Packed("causal_conv"), .. Packed("delta_rule"),
     ];
 
@@ -87,16 +89,39 @@ public sealed class CudaFaultTests
         }
     }
 
+    // Of a position that stands twice the later place is named, whichever block comes first.
+    [Test]
+    public void OfARepeatedPositionTheLaterIsNamedInAnyOrder([Values(0, 3)] int seed)
+    {
+        if (CudaUnderTest.IsReal) Assert.Ignore("an order of the emulator");
+        const int Rows = 1000;
+        int[] positions = [.. Enumerable.Range(0, Rows)];
+        positions[300] = positions[^1];
+        _cuda.Dispose();
+        _cuda = new(new EmulatorOptions { Seed = seed, Threads = 1 });
+        using (var run = new OpRun(_cuda.Device(DType.F32), new Splice(),
+            [X("x", Rows, 1), X("features", Rows, 1), Value.Int("positions", positions)]))
+        {
+            run.Forward();
+            Assert.That(() => run.Output, Throws.TypeOf<ShapeException>()
+                .With.Message.EqualTo("splice: positions[999] is 999, as is another"));
+        }
+
+        _cuda.Dispose();
+        _cuda = new();
+    }
+
     private static TestCaseData Embedding(int index, int wrong, string message) => Case(
         new Embedding(), [X("table", 40, 5), Ids()], 1, index, wrong, message);
 
     private static TestCaseData PositionGather(int index, int wrong, string message) => Case(
         new PositionGather(), [X("x", 6, 16), X("table", 40, 16), Ids()], 2, index, wrong, message);
 
-    private static TestCaseData Terms(int input, int index, int wrong, string message) => Case(
+    private static TestCaseData Terms(
+        int input, int index, int wrong, string message, int cols = 16) => Case(
         new WeightedGather(),
         [
-            X("x", 4, 16), X("table", 40, 16), Value.Int("starts", 0, 3, 3, 5, 6), Ids(),
+            X("x", 4, cols), X("table", 40, cols), Value.Int("starts", 0, 3, 3, 5, 6), Ids(),
             Value.Float("weights", [6], Fill.Normal(6, 6)),
         ],
         input, index, wrong, message);

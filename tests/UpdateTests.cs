@@ -176,13 +176,15 @@ public sealed class UpdateTests
         var spec = new Spec(DType.F32, new Shape(50000));
         Tensor[] t = [.. Enumerable.Range(0, 4).Select(i => device.Allocate(spec, "t"))];
         double[] g = Fill.Normal(1, 50000);
-        (g[0], g[20000], g[49999]) = (double.NaN, double.PositiveInfinity, double.NegativeInfinity);
+        // Each in another place of a vector.
+        (g[0], g[20001], g[20006], g[49999]) = (double.NaN, double.PositiveInfinity, double.NaN,
+            double.NegativeInfinity);
         Write(device, t[1], g);
         Tensor norm = device.Allocate(GradientNorm.Spec, "norm");
         device.GradientNorm([t[1], t[0]], 1, norm, Tensor.None);
         double[] statistics = new double[3];
         device.Read<double>(norm, statistics);
-        Assert.That(statistics[2], Is.EqualTo(3));
+        Assert.That(statistics[2], Is.EqualTo(4));
         Assert.That(double.IsFinite(statistics[0]), Is.False);
         device.Update(new(1, 0.9, 0.99, 1e-8, 0.1, 1),
             new(t[0], Tensor.None, t[1], t[2], t[3]), norm);
