@@ -35,6 +35,8 @@ public sealed class CudaFaultTests
         Rope(8, 0, -1, "positions[0] is -1, expected 0 to 8"),
         Rope(32, 4, int.MaxValue, "positions[4] is 2147483647, expected 0 to 8"),
         Rope(32, 4, int.MinValue, "positions[4] is -2147483648, expected 0 to 8"),
+        Heads(4, 2, 9, "positions[2] is 9, expected 0 to 8"),
+        Heads(16, 1, -1, "positions[1] is -1, expected 0 to 8"),
         Terms(2, 0, 1, "starts[0] is 1, expected to rise from 0 to 6, the ids"),
         Terms(2, 2, 2, "starts[2] is 2, expected to rise from 0 to 6, the ids"),
         Terms(2, 3, 7, "starts[3] is 7, expected to rise from 0 to 6, the ids"),
@@ -57,6 +59,8 @@ public sealed class CudaFaultTests
         string message)
     {
         var (what, inputs) = ((Op)op, (Value[])values);
+        // Heads that are turned with their biases are turned by the same positions.
+        string name = what is Linears ? "rope" : what.Name;
         foreach (DType type in (DType[])[DType.F32, DType.BF16])
         {
             using var run = new OpRun(_cuda.Device(type), what, inputs);
@@ -67,10 +71,10 @@ public sealed class CudaFaultTests
             run.Set(input, index, wrong);
             run.Forward();
             Assert.That(() => run.Output, Throws.TypeOf<ShapeException>()
-                .With.Message.EqualTo($"{what.Name}: {message}"), $"forward {type}");
+                .With.Message.EqualTo($"{name}: {message}"), $"forward {type}");
             run.Backward(dy);
             Assert.That(() => run.Output, Throws.TypeOf<ShapeException>()
-                .With.Message.EqualTo($"{what.Name}: {message}"), $"backward {type}");
+                .With.Message.EqualTo($"{name}: {message}"), $"backward {type}");
             run.Set(input, index, right);
             Assert.That(Results(), Is.EqualTo(sound), $"afterwards {type}");
             Assert.That(_cuda.Emulator?.Fault, Is.Null);
@@ -155,6 +159,19 @@ public sealed class CudaFaultTests
             X("sin", 9, headDim / 2),
         ],
         1, index, wrong, message);
+
+    private static TestCaseData Heads(int headDim, int index, int wrong, string message)
+    {
+        Value none = Value.Absent("a");
+        return Case(
+            new Linears([new(headDim), new(headDim)], 1, 0, headDim, 1),
+            [
+                X("x", 5, 3), X("w", headDim, 3), none, none, none, X("w1", headDim, 3), none, none,
+                none, Value.Int("positions", 3, 8, 0, 0, 5), X("cos", 9, headDim / 2),
+                X("sin", 9, headDim / 2),
+            ],
+            9, index, wrong, message);
+    }
 
     private static TestCaseData Case(
         Op op, Value[] inputs, int input, int index, int wrong, string message) =>

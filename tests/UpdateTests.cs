@@ -340,6 +340,10 @@ public sealed class UpdateTests
 
         Assert.That(bits[2], Is.EqualTo(bits[0]), "the same seed and step round the same way");
         Assert.That(bits[3], Is.EqualTo(bits[1]));
+        UpdateRange same = New(cpu, DType.BF16, p, g, m, v, first: 8);
+        cpu.Update(new(1e-3, 0.999, 0.9999, 1e-8, 0, 5, Seed: 7), same, Tensor.None);
+        Assert.That(bits[0].AsSpan().SequenceEqual(Bits(cpu, same.M)), "m as on the CPU");
+        Assert.That(bits[1].AsSpan().SequenceEqual(Bits(cpu, same.V)), "v as on the CPU");
         UpdateRange other = New(device, DType.BF16, p, g, m, v, first: 8);
         device.Update(new(1e-3, 0.999, 0.9999, 1e-8, 0, 6, Seed: 7), other, Tensor.None);
         Assert.That(Bits(device, other.M), Is.Not.EqualTo(bits[0]),
