@@ -43,12 +43,13 @@ public sealed class CudaLookupTests
     [Test]
     public void TheFirstOfEqualLogitsIsTheChosenOne([Values(DType.F32, DType.BF16)] DType type)
     {
-        // Two of 2003 columns are equal and largest: each place of a vector beside the next, and
-        // those behind the last vector. The target is the first of them, the second, another.
+        // Two of 2003 columns are equal and largest: each place of a vector beside the next, those
+        // of the last warp, and those behind the last vector. The target is the first of them, the
+        // second, another.
         const int Vocabulary = 2003;
         (int First, int Second)[] equal =
         [
-            (700, 1900), (700, 701), (701, 702), (702, 703), (703, 704), (1999, 2000),
+            (700, 1900), (700, 701), (701, 702), (702, 703), (703, 704), (1985, 1990), (1999, 2000),
             (2000, 2001), (2001, 2002),
         ];
         int rows = 3 * equal.Length;

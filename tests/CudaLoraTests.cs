@@ -78,12 +78,15 @@ public sealed class CudaLoraTests
                 $"{adapters} of [{rows}, {cols}] rank {rank} dropout {dropout}");
     }
 
-    // Rows that are divided: each adapter's parts add to what is there, or do not, by themselves.
-    [Test]
-    public void SumsOfPartsAddToWhatIsThere()
+    // Rows that are divided: each adapter's parts add to what is there, or do not, by themselves;
+    // in vectors, between two of which the first adapter's gradient begins, or without.
+    [TestCase(33)]
+    [TestCase(36)]
+    public void SumsOfPartsAddToWhatIsThere(int cols)
     {
-        var (op, inputs) = Adapters(adapters: 3, rows: 600, cols: 33, rank: 3, dropout: 0.5);
-        using var run = new OpRun(Device(DType.F32), op, inputs);
+        var (op, inputs) = Adapters(adapters: 3, rows: 600, cols, rank: 3, dropout: 0.5);
+        int shifted = cols == 36 ? inputs.Length + 2 + 3 : -1;
+        using var run = new OpRun(Device(DType.F32), op, inputs, shifted);
         OpTests.GradientsAccumulateAndMayBeAbsent(
             run, inputs, Fill.Normal(77, run.Count), 1e-6);
     }
