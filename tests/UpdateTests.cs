@@ -186,6 +186,10 @@ public sealed class UpdateTests
         device.Read<double>(norm, statistics);
         Assert.That(statistics[2], Is.EqualTo(4));
         Assert.That(double.IsFinite(statistics[0]), Is.False);
+        // One alone is enough.
+        (g[0], g[20001], g[20006]) = (0, 0, 0);
+        Write(device, t[1], g);
+        device.GradientNorm([t[1], t[0]], 1, norm, Tensor.None);
         device.Update(new(1, 0.9, 0.99, 1e-8, 0.1, 1),
             new(t[0], Tensor.None, t[1], t[2], t[3]), norm);
         foreach (int i in (int[])[0, 2, 3])

@@ -370,7 +370,7 @@ public static partial class OpCases
             Sizes = s_longRows,
         },
         new("cross_entropy", new CrossEntropy(),
-            n => Chosen(Head(n, 5, n / 2, Math.Min(n + 2, 300))),
+            n => Chosen(Head(n, Whole(n, 5), n / 2, Math.Min(n + 2, 300))),
             () => Head(Rows, 1024, Rows, 32000))
         {
             FreeColumns = ["rows", "targets"],
