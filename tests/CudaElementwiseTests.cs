@@ -7,7 +7,8 @@ namespace MiniCpmNative.Tests;
 
 /// <summary>
 /// Activation functions where the op cases do not look: small values to a small relative error, and
-/// the far ends. In float; the storage types only round the same numbers.
+/// the far ends. In float; the storage types only round the same numbers. And rows of heads that
+/// take a block several turns.
 /// </summary>
 [TestFixture]
 public sealed class CudaElementwiseTests
@@ -15,7 +16,7 @@ public sealed class CudaElementwiseTests
     private CudaUnderTest _cuda = null!;
 
     private static Op[] Ops { get; } =
-        [new Gelu(GeluKind.Tanh), new Gelu(GeluKind.Erf), new SwiGlu()];
+        [new Gelu(GeluKind.Tanh), new Gelu(GeluKind.Erf), new SwiGlu(), new Relu()];
 
     [OneTimeSetUp]
     public void Make() => _cuda = new();
@@ -66,6 +67,27 @@ public sealed class CudaElementwiseTests
                     .EqualTo(expected[i]).Within(1e-30), $"{op}: {what} of {x[i]}");
         }
     }
+
+    // In vectors of 16 bytes, and in halves of heads that have none.
+    [TestCase(16, 257)]
+    [TestCase(6, 129)]
+    public void LongRowsOfHeads(int headDim, int heads)
+    {
+        OpCase c = OpCases.All.Single(each => each.Name == "linears");
+        int[] outputs = [headDim * (heads - 2), headDim, headDim];
+        var op = new Linears([.. outputs.Select(n => new LinearPart(n))], 1, 0, headDim, 2);
+        List<Value> inputs = [Of("x", 3, 2)];
+        foreach (int n in outputs)
+            inputs.AddRange([Of("w", n, 2), Value.Float("b", [n], Fill.Normal(n, n)),
+                Value.Absent("a"), Value.Absent("bb")]);
+        inputs.AddRange([Value.Int("positions", 4, 0, 2), Of("cos", 5, headDim / 2),
+            Of("sin", 5, headDim / 2)]);
+        foreach (DType type in (DType[])[DType.F32, DType.BF16])
+            CudaOpTests.Compare(_cuda.Device(type), c, type, op, [.. inputs], null, "heads");
+    }
+
+    private static Value Of(string name, int rows, int cols) => Value.Float(
+        name, [rows, cols], Fill.Normal(name[0] + rows, rows * cols));
 
     private static CpuDevice Cpu(DType type) => new(threads: 1, stepBytes: 1 << 20, type);
 

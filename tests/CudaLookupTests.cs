@@ -43,18 +43,34 @@ public sealed class CudaLookupTests
     [Test]
     public void TheFirstOfEqualLogitsIsTheChosenOne([Values(DType.F32, DType.BF16)] DType type)
     {
-        // Columns 700 and 1900 of 2003 are equal and largest.
+        // Two of 2003 columns are equal and largest: each place of a vector beside the next, those
+        // of the last warp, and those behind the last vector. The target is the first of them, the
+        // second, another.
         const int Vocabulary = 2003;
-        double[] w = new double[Vocabulary];
-        (w[700], w[1900]) = (3, 3);
+        (int First, int Second)[] equal =
+        [
+            (700, 1900), (700, 701), (701, 702), (702, 703), (703, 704), (1985, 1990), (1999, 2000),
+            (2000, 2001), (2001, 2002),
+        ];
+        int rows = 3 * equal.Length;
+        double[] h = new double[rows * equal.Length], w = new double[Vocabulary * equal.Length];
+        for (int i = 0; i < equal.Length; i++)
+        {
+            for (int row = 3 * i; row < 3 * (i + 1); row++) h[(row * equal.Length) + i] = 1;
+            w[(equal[i].First * equal.Length) + i] = w[(equal[i].Second * equal.Length) + i] = 3;
+        }
+
         Value[] inputs =
         [
-            Value.Float("h", [4, 1], [1, 1, 1, 1]), Value.Float("w", [Vocabulary, 1], w),
-            Value.Int("rows", 0, 1, 2), Value.Int("targets", 700, 1900, 5),
+            Value.Float("h", [rows, equal.Length], h),
+            Value.Float("w", [Vocabulary, equal.Length], w),
+            Value.Int("rows", [.. Enumerable.Range(0, rows)]),
+            Value.Int("targets", [.. equal.SelectMany(e => (int[])[e.First, e.Second, 5])]),
         ];
         using var run = new OpRun(_cuda.Device(type), new CrossEntropy(), inputs);
         run.Forward(recorded: false);
-        Assert.That(run.Saved(1), Is.EqualTo((double[])[1, 0, 0]));
+        Assert.That(run.Saved(1),
+            Is.EqualTo(equal.SelectMany(_ => (double[])[1, 0, 0]).ToArray()));
     }
 
     [Test]

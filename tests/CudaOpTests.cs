@@ -15,7 +15,7 @@ namespace MiniCpmNative.Tests;
 [TestFixture]
 public sealed class CudaOpTests
 {
-    private const int GradientSize = 7, AlignedSize = 16, WideSize = 64;
+    private const int GradientSize = 7, AlignedSize = 16, WideSize = 64, LongSize = 8000;
 
     private CudaUnderTest _cuda = null!;
 
@@ -62,9 +62,11 @@ public sealed class CudaOpTests
     [TestCaseSource(nameof(Cases))]
     public void GradientsAccumulateAndMayBeAbsent(object value, object type)
     {
-        // Rows of less than 16 bytes, and of whole vectors.
-        foreach (int size in (int[])[GradientSize, WideSize])
-            GradientsAccumulateAndMayBeAbsent((OpCase)value, (DType)type, size);
+        // Rows of less than 16 bytes, of whole vectors, and of more of them than a block keeps.
+        var c = (OpCase)value;
+        foreach (int size in (int[])[GradientSize, WideSize,
+            .. c.Sizes.Where(n => n > LongSize && n % 8 == 0 && (DType)type != DType.F32)])
+            GradientsAccumulateAndMayBeAbsent(c, (DType)type, size);
     }
 
     private void GradientsAccumulateAndMayBeAbsent(OpCase c, DType type, int size)
@@ -74,19 +76,25 @@ public sealed class CudaOpTests
         double[] dy = Storage.Round(Fill.Normal(77, run.Count), type);
         double[]?[] plain =
             OpTests.GradientsAccumulateAndMayBeAbsent(run, inputs, dy, Rounding(type));
-        // A trained tensor may be an operation's activation: its gradient is F32 then.
-        foreach (bool adds in (bool[])[false, true])
+        if (type == DType.F32) return;
+        // A trained tensor may be an operation's activation: its gradient is F32 then. And the
+        // table of a lookup may be one that has another gradient before. They may lie anywhere.
+        int shifted = size == GradientSize ? inputs.Length + 2 : -1;
+        using var cast = new OpRun(Device(c, type), c.Op, inputs, shifted);
+        cast.Forward();
+        foreach (var (other, adds) in ((DType, bool)[])
+            [(DType.F32, false), (DType.F32, true), (type, true)])
         {
-            run.Want(_ => true, _ => adds, DType.F32);
-            run.Backward(dy);
+            cast.Want(_ => true, _ => adds, other);
+            cast.Backward(dy);
             for (int i = 0; i < inputs.Length; i++)
             {
-                if (!run.HasGradient(i)) continue;
+                if (!cast.HasGradient(i)) continue;
                 double[] start = OpRun.Start(i, adds ? plain[i]!.Length : 0);
                 double[] expected = adds ? [.. plain[i]!.Zip(start, (g, s) => g + s)] : plain[i]!;
-                OpTests.AreClose(run.Gradient(i), expected,
+                OpTests.AreClose(cast.Gradient(i), expected,
                     Rounding(type) * (Largest(plain[i]!) + (adds ? Largest(start) : 0)),
-                    $"F32 gradient of {inputs[i].Name}, added: {adds}");
+                    $"{other} gradient of {inputs[i].Name}, added: {adds}");
             }
         }
     }

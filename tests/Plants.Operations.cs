@@ -41,6 +41,10 @@ internal static partial class Plants
         },
         Plant.Fault(Check.Endless, "the search for the last token does not move on", "sum_by_id",
             "last = middle + 1", "last = middle", "embedding") with { Size = 64 },
+        new("a row ends after the first turn of its block", "put_row", "c += blockDim.x * VECTOR",
+            "c += cols", "splice") { Size = 2056 },
+        new("a row without vectors ends after the first turn", "lookup_rows", "c += blockDim.x)",
+            "c += cols)", "embedding") { Size = 2057 },
         new("gradients of replaced tokens", "splice_text_backward", "from[token] > 0",
             "from[token] > 1", "splice"),
 

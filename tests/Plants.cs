@@ -1,5 +1,6 @@
 using MiniCpmNative.GpuEmulator;
 using MiniCpmNative.Kernels;
+using MiniCpmNative.Kernels.Updates;
 
 namespace MiniCpmNative.Tests;
 
@@ -164,6 +165,12 @@ internal static partial class Plants
             "(u32)((first_element + i) / 4)", "(u32)(i / 4)",
             nameof(UpdateTests.PiecesOfARangeRoundAsTheWhole),
             cuda => new UpdateTests(cuda).PiecesOfARangeRoundAsTheWhole(cuda: true)),
+
+        Other("elements counted in 32 bits", "adamw_bf16_moments",
+            "(u32)((first_element + i) / 4)", "((u32)first_element + (u32)i) / 4",
+            nameof(OptimizerUpdateTests.AnySizeAndPlace),
+            cuda => new OptimizerUpdateTests(cuda).AnySizeAndPlace(
+                new OptimizerForm(UpdateRule.AdamW, DType.BF16), DType.F32, cuda: true)),
 
         // 18: other optimizers
         Other("a small negative moment becomes 0", "nearest_entry", "x > 0 ? 1 : -1", "0",

@@ -271,11 +271,14 @@ public sealed unsafe class QuantisedWeightTests
         // As rows of a larger matrix they have another place among the blocks of blocks.
         int before = kind.EndsWith("part", StringComparison.Ordinal) ? 1024 : 0;
         floats = [.. Fill.Normal(5, before * inputs).Select(v => (float)(2 * v)), .. floats];
-        var form = new FourBitForm(before + outputs, inputs, 64, nested ? 256 : 0);
+        // Blocks of any power of two.
+        bool nf4 = kind.StartsWith("nf4", StringComparison.Ordinal);
+        var form = new FourBitForm(
+            before + outputs, inputs, nf4 ? 64 : 128, !nested ? 0 : nf4 ? 256 : 64);
         FourBitCodes codes;
         fixed (float* from = floats)
-            codes = FourBitCodes.Of(form, kind.StartsWith("nf4", StringComparison.Ordinal)
-                ? FourBitKind.Nf4 : FourBitKind.Fp4, DType.F32, from);
+            codes = FourBitCodes.Of(
+                form, nf4 ? FourBitKind.Nf4 : FourBitKind.Fp4, DType.F32, from);
         if (kind == "nf4_not_finite")
             (codes.Scales[0], codes.Scales[^1]) = (float.NaN, float.PositiveInfinity);
         var back = new float[outputs * inputs];

@@ -176,14 +176,20 @@ public sealed class UpdateTests
         var spec = new Spec(DType.F32, new Shape(50000));
         Tensor[] t = [.. Enumerable.Range(0, 4).Select(i => device.Allocate(spec, "t"))];
         double[] g = Fill.Normal(1, 50000);
-        (g[0], g[20000], g[49999]) = (double.NaN, double.PositiveInfinity, double.NegativeInfinity);
+        // Each in another place of a vector.
+        (g[0], g[20001], g[20006], g[49999]) = (double.NaN, double.PositiveInfinity, double.NaN,
+            double.NegativeInfinity);
         Write(device, t[1], g);
         Tensor norm = device.Allocate(GradientNorm.Spec, "norm");
         device.GradientNorm([t[1], t[0]], 1, norm, Tensor.None);
         double[] statistics = new double[3];
         device.Read<double>(norm, statistics);
-        Assert.That(statistics[2], Is.EqualTo(3));
+        Assert.That(statistics[2], Is.EqualTo(4));
         Assert.That(double.IsFinite(statistics[0]), Is.False);
+        // One alone is enough.
+        (g[0], g[20001], g[20006]) = (0, 0, 0);
+        Write(device, t[1], g);
+        device.GradientNorm([t[1], t[0]], 1, norm, Tensor.None);
         device.Update(new(1, 0.9, 0.99, 1e-8, 0.1, 1),
             new(t[0], Tensor.None, t[1], t[2], t[3]), norm);
         foreach (int i in (int[])[0, 2, 3])
@@ -338,6 +344,10 @@ public sealed class UpdateTests
 
         Assert.That(bits[2], Is.EqualTo(bits[0]), "the same seed and step round the same way");
         Assert.That(bits[3], Is.EqualTo(bits[1]));
+        UpdateRange same = New(cpu, DType.BF16, p, g, m, v, first: 8);
+        cpu.Update(new(1e-3, 0.999, 0.9999, 1e-8, 0, 5, Seed: 7), same, Tensor.None);
+        Assert.That(bits[0].AsSpan().SequenceEqual(Bits(cpu, same.M)), "m as on the CPU");
+        Assert.That(bits[1].AsSpan().SequenceEqual(Bits(cpu, same.V)), "v as on the CPU");
         UpdateRange other = New(device, DType.BF16, p, g, m, v, first: 8);
         device.Update(new(1e-3, 0.999, 0.9999, 1e-8, 0, 6, Seed: 7), other, Tensor.None);
         Assert.That(Bits(device, other.M), Is.Not.EqualTo(bits[0]),

@@ -10,6 +10,11 @@ public static partial class OpCases
     // there must be noticed by its address.
     private static int Whole(int n, int otherwise) => n > 0 && n % 16 == 0 ? 16 : otherwise;
 
+    // Of a size above 2,000 rows are as long as it is, and few.
+    private static int Few(int n) => n > 2000 ? 3 : n;
+
+    private static int Long(int n, int otherwise) => n > 2000 ? n : otherwise;
+
     private static Value[] Adapted(int rows, int outputs, int inputs, Value bias) =>
     [
         X("x", rows, inputs), X("w", outputs, inputs), bias, X("a", 4, inputs),

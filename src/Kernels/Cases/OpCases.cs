@@ -15,6 +15,9 @@ public static partial class OpCases
     // in whole vectors of 16 bytes, and not.
     private static readonly int[] s_longRows = [0, 1, 7, 1023, 8200, 9001];
 
+    // The last two are rows that take a block several turns: in whole vectors, and not.
+    private static readonly int[] s_turns = [0, 1, 7, 1023, 2056, 2057];
+
     public static IEnumerable<OpCase> All { get; } =
     [
         new("rms_norm", new RmsNorm(1e-6),
@@ -123,7 +126,7 @@ public static partial class OpCases
             ProductionOp = new Columns(1152, 1152),
             FreeColumns = ["x"],
         },
-        new("columns_whole", new Columns(16, 8), n => [X("x", n, 40)],
+        new("columns_whole", new Columns(16, 24), n => [X("x", n, 40)],
             () => [X("x", 1024, 3 * 1152)])
         {
             ProductionOp = new Columns(0, 1152),
@@ -133,11 +136,11 @@ public static partial class OpCases
         {
             ProductionOp = new Unfold(80, 1),
         },
-        new("unfold_stride", new Unfold(3, 2), n => [X("x", 2, (n + 1) * 3)],
+        new("unfold_stride", new Unfold(257, 2), n => [X("x", 2, (n + 1) * 257)],
             () => [X("x", 1, 3000 * 1024)])
         {
             ProductionOp = new Unfold(1024, 2),
-            Sizes = [0, 1, 2, 7, 300],
+            Sizes = [0, 1, 2, 7, 65],
         },
         new("rope", new Rope(6),
             n => [X("x", n, 12), Value.Int("positions", Fill.Below(5, n, 9)), X("cos", 9, 3),
@@ -156,26 +159,34 @@ public static partial class OpCases
             ProductionOp = new Rope(128),
         },
         new("rope_part", new Rope(24, 16),
-            n => [X("x", n, 48), Value.Int("positions", Fill.Below(5, n, 9)), X("cos", 9, 8),
-                X("sin", 9, 8)],
+            n =>
+            [
+                X("x", Few(n), 3 * Long(n, 16)), Value.Int("positions", Fill.Below(5, Few(n), 9)),
+                X("cos", 9, 8), X("sin", 9, 8),
+            ],
             () => [X("x", Rows, 8 * 256), Value.Int("positions", Fill.Below(5, Rows, Rows)),
                 X("cos", Rows, 32), X("sin", Rows, 32)])
         {
             ProductionOp = new Rope(256, 64),
+            Sizes = [0, 1, 7, 129, 2056],
         },
         new("rope_odd_heads", new Rope(18, 16),
-            n => [X("x", n, 36), Value.Int("positions", Fill.Below(5, n, 9)), X("cos", 9, 8),
-                X("sin", 9, 8)],
+            n =>
+            [
+                X("x", Few(n), Long(n, 36)), Value.Int("positions", Fill.Below(5, Few(n), 9)),
+                X("cos", 9, 8), X("sin", 9, 8),
+            ],
             () => [X("x", Rows, 8 * 90), Value.Int("positions", Fill.Below(5, Rows, Rows)),
                 X("cos", Rows, 40), X("sin", Rows, 40)])
         {
             ProductionOp = new Rope(90, 80),
-            Sizes = [0, 1, 7, 65],
+            Sizes = [0, 1, 7, 65, 18 * 129],
         },
         new("embedding", new Embedding(3),
-            n => [X("table", 40, 5), Value.Int("ids", Fill.Below(2, n, 40))],
+            n => [X("table", 40, Long(n, 5)), Value.Int("ids", Fill.Below(2, Few(n), 40))],
             () => [X("table", 32000, Width), Value.Int("ids", Fill.Below(2, Rows, 32000))])
         {
+            Sizes = s_turns,
             FreeColumns = ["table", "ids"],
         },
         new("embedding_whole", new Embedding(3),
@@ -194,9 +205,9 @@ public static partial class OpCases
             () => [X("x", 1024, 1152), X("table", 4900, 1152),
                 Value.Int("ids", Fill.Below(2, 1024, 4900))]),
         new("weighted_gather", new WeightedGather(),
-            n => Terms(n, 5, 40, 4), () => Terms(1024, 1152, 729, 33))
+            n => Terms(Few(n), Long(n, 5), 40, 4), () => Terms(1024, 1152, 729, 33))
         {
-            Sizes = [0, 1, 7, 300],
+            Sizes = s_turns,
         },
         new("weighted_gather_whole", new WeightedGather(),
             n => Terms(n, 24, 9, 3), () => Terms(1024, 1152, 729, 33))
@@ -206,11 +217,16 @@ public static partial class OpCases
         new("cache_append", new CacheAppend(),
             n => Cache(2 * n, n, Whole(n, 5)), () => Cache(4096, Rows, 4 * 128)),
         new("splice", new Splice(),
-            n => [X("x", n + 3, Whole(n, 5)), X("features", n + 1, Whole(n, 5)),
-                Value.Int("positions", Fill.Distinct(2, n, n + 3))],
+            n =>
+            [
+                X("x", Few(n) + 3, Long(n, Whole(n, 5))),
+                X("features", Few(n) + 1, Long(n, Whole(n, 5))),
+                Value.Int("positions", Fill.Distinct(2, Few(n), Few(n) + 3)),
+            ],
             () => [X("x", 1024, Width), X("features", 640, Width),
                 Value.Int("positions", Fill.Distinct(2, 640, 1024))])
         {
+            Sizes = s_turns,
             FreeColumns = ["positions"],
         },
         new("linear", new Linear(),
@@ -354,7 +370,7 @@ public static partial class OpCases
             Sizes = s_longRows,
         },
         new("cross_entropy", new CrossEntropy(),
-            n => Chosen(Head(n, 5, n / 2, Math.Min(n + 2, 300))),
+            n => Chosen(Head(n, Whole(n, 5), n / 2, Math.Min(n + 2, 300))),
             () => Head(Rows, 1024, Rows, 32000))
         {
             FreeColumns = ["rows", "targets"],

@@ -74,7 +74,8 @@ public sealed unsafe class OpRun : IDisposable
 
     /// <summary>
     /// Chooses the gradients, and which of them add to <see cref="Start"/>. Those of activations
-    /// have the device's type, or other; those of parameters are F32, as they are in training.
+    /// have the device's type, those of parameters are F32, as they are in training; or all have
+    /// another.
     /// </summary>
     public void Want(
         Predicate<int> wanted, Predicate<int>? accumulate = null, DType? other = null)
@@ -84,7 +85,7 @@ public sealed unsafe class OpRun : IDisposable
         {
             _targets[i] = GradientTarget.None;
             if (!HasGradient(i) || !wanted(i)) continue;
-            DType kind = _values[i].IsParameter ? parameters : other ?? type;
+            DType kind = other ?? (_values[i].IsParameter ? parameters : type);
             var spec = new Spec(kind, _inputs[i].Shape);
             bool adds = accumulate?.Invoke(i) ?? false;
             _targets[i] = new GradientTarget(New(spec, adds ? Start(i, spec.Shape.Count) : null,
