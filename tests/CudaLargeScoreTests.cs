@@ -51,7 +51,8 @@ public sealed class CudaLargeScoreTests(int architecture)
     {
         const int Keys = 600;
         AttentionProblem p = AttentionProblem.Random(
-            2, 1, HeadDim, [1], [Keys], causal: true, [Keys]) with { Cached = true };
+            2, 1, HeadDim, [1], [Keys], causal: true, [Keys]) with
+        { Cached = true };
         Array.Fill(p.Q, 12, 0, HeadDim);
         Array.Fill(p.Q, -12, HeadDim, HeadDim);
         Array.Fill(p.K, 4, 5 * HeadDim, HeadDim);
