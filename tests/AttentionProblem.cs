@@ -59,6 +59,23 @@ public sealed record AttentionProblem(
         return Causal ? Math.Clamp(query + 1 + last - queries, 0, limit) : limit;
     }
 
+    /// <summary>The same with keys and values that are no numbers where no query sees
+    /// them.</summary>
+    public AttentionProblem WithBadKeysUnseen()
+    {
+        double[] k = [.. K], v = [.. V];
+        int row = KvHeads * HeadDim;
+        for (int s = 0; s + 1 < StartsQ.Length; s++)
+        {
+            int queries = StartsQ[s + 1] - StartsQ[s];
+            int first = StartsK[s] + (queries == 0 ? 0 : Seen(s, queries - 1));
+            foreach (double[] values in (double[][])[k, v])
+                Array.Fill(values, double.NaN, first * row, (StartsK[s + 1] - first) * row);
+        }
+
+        return this with { K = k, V = v };
+    }
+
     /// <summary>
     /// The formulas written out with a whole score row, independent of the tiled kernels.
     /// </summary>

@@ -61,7 +61,7 @@ public sealed class CudaAttentionTests
         from problem in (AttentionProblem[])
         [
             Few(28, 4, 128, [1], [700], [677]), Few(16, 1, 72, [1, 0], [900, 300], [513, 7]),
-            Few(4, 2, 256, [0, 1, 1], [520, 600, 530], [9, 600, 1]), Few(3, 1, 8, [1], [70], [70]),
+            Few(4, 2, 256, [0, 1, 1], [520, 600, 530], [9, 600, 0]), Few(3, 1, 8, [1], [70], [70]),
             Few(2, 2, 64, [2, 0, 0], [40, 0, 30], [33, 0, 4]),
             Few(4, 1, 80, [1, 1], [70, 70], [0, 64]), Few(2, 1, 9, [1], [70], [70]),
             Few(9, 1, 96, [1, 1, 1], [700, 700, 700], [64, 128, 129]),
@@ -330,8 +330,8 @@ public sealed class CudaAttentionTests
 
     internal static void Compare(AttentionProblem problem, DType type, CudaDevice device)
     {
-        using OpRun run = Run(problem, type, device);
         AttentionProblem rounded = Rounded(problem, type);
+        using OpRun run = Run(problem.WithBadKeysUnseen(), type, device);
         AttentionResult exact = rounded.Naive();
         bool onTensorCores = type != DType.F32 && !Decodes(problem)
             && problem.HeadDim is 64 or 72 or 80 or 96 or 128 or 256;

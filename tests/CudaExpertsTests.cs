@@ -46,4 +46,21 @@ public sealed class CudaExpertsTests
                 Value.Float("w1", [Count * width, Inner], Fill.Normal(4, Count * width * Inner, 0.1)),
             ], null, $"{rows} rows");
     }
+
+    // A logit that is no number is the largest, wherever it stands.
+    [TestCase(0)]
+    [TestCase(16)]
+    [TestCase(34)]
+    public void ABadLogitIsSeen(int expert)
+    {
+        const int Rows = 3, Bad = 1;
+        OpCase c = OpCases.All.First(c => c.Name == "experts");
+        Value[] inputs = c.Inputs(Rows);
+        int experts = inputs[1].Shape[1], width = inputs[0].Shape[1];
+        inputs[1].Data[(Bad * experts) + expert] = double.NaN;
+        using var run = new OpRun(_cuda.Device(DType.F32), c.Op, inputs);
+        run.Forward();
+        for (int i = 0; i < run.Output.Length; i++)
+            Assert.That(double.IsNaN(run.Output[i]), Is.EqualTo(i / width == Bad), $"[{i}]");
+    }
 }

@@ -113,18 +113,32 @@ public sealed partial class CudaHopperAttentionBackwardTests
     [TestCase("attention_backward_hopper_finish", "heads / kv_heads", "1")]
     public void MistakesAreFound(string function, string from, string to)
     {
-        _cuda?.Dispose();
-        _cuda = null!;
-        string source = KernelText.Sections(
-            KernelText.Replace(CudaKernels.HopperSource, function, from, to), [1, 2, 4]);
-        using var spoilt = new CudaUnderTest(
-            new() { Architecture = Hopper }, hopperSource: OtherHeads().Replace(source, ""));
+        using CudaUnderTest spoilt = Changed(function, from, to);
         AttentionProblem problem = AttentionProblem.Random(
             2, 1, 64, [200, 130], [60, 140], causal: true, [55, 139]);
         Exception? e = Assert.Catch(
             () => CudaAttentionBackwardTests.Compare(spoilt, problem, DType.BF16));
         Assert.That(e, Is.InstanceOf<AssertionException>().Or.InstanceOf<CudaException>());
         TestContext.Out.WriteLine(spoilt.Emulator!.Fault?.ToString() ?? e!.Message);
+    }
+
+    // The heads of long sequences go in groups, here of two: one whole, and what is left.
+    [Test]
+    public void HeadsMayGoInGroups()
+    {
+        using CudaUnderTest cuda = Changed("attention_backward", "int first_head =",
+            "neighbours = 2;\n    int first_head =");
+        CudaAttentionBackwardTests.Compare(
+            cuda, Self(3, 1, 64, [200, 7], causal: true), DType.BF16);
+    }
+
+    private CudaUnderTest Changed(string function, string from, string to)
+    {
+        _cuda?.Dispose();
+        _cuda = null!;
+        string source = KernelText.Sections(
+            KernelText.Replace(CudaKernels.HopperSource, function, from, to), [1, 2, 4]);
+        return new(new() { Architecture = Hopper }, hopperSource: OtherHeads().Replace(source, ""));
     }
 
     // Kernels of head dimensions but 64, which would only take time to compile.

@@ -59,18 +59,20 @@ public sealed partial class OptimizerUpdateTests
         }
     }
 
-    /// <summary>Without a gradient a row and a column stay as they are, in the first step
-    /// too.</summary>
+    /// <summary>Without a gradient a row and a column, and an element of a vector, stay as they
+    /// are, in the first step too.</summary>
     [Test]
-    public void WhatHasNoGradientStays([Values] bool cuda)
+    public void WhatHasNoGradientStays([Values] bool cuda, [Values] bool ofVector)
     {
         using var cpu = new CpuDevice(2, StepBytes);
         Device device = cuda ? Cuda(DType.F32) : cpu;
         Tensor New(params int[] shape) => device.Allocate(new(DType.F32, new(shape)), "t");
-        Tensor p = New(3, 4), g = New(3, 4), m = New(3), v = New(4);
+        int[] shape = ofVector ? [12] : [3, 4];
+        Tensor p = New(shape), g = New(shape), m = New(ofVector ? 12 : 3);
+        Tensor v = ofVector ? Tensor.None : New(4);
         float[] gradient = [1, 2, 0, 3, 0, 0, 0, 0, 2, 1, 0, 1];
         foreach (Tensor zero in (Tensor[])[p, m, v])
-            device.WriteFloats(zero, new float[zero.Shape.Count]);
+            if (zero.Exists) device.WriteFloats(zero, new float[zero.Shape.Count]);
         device.WriteFloats(g, gradient);
         device.Update(new UpdateStep(0.1, 0, 0, 0, 0, 1, 0, UpdateRule.Adafactor),
             new(p, Tensor.None, g, m, v), Tensor.None);
@@ -145,6 +147,7 @@ public sealed partial class OptimizerUpdateTests
         device.Update(step, new(weights, Tensor.None, gradient, m, v), norm);
         Assert.That(device.ReadFloats(weights), Is.EqualTo(got));
         AllClose(device.ReadFloats(m), newRow);
+        AllClose(device.ReadFloats(v), newCol);
 
         static void AllClose(float[] got, double[] expected)
         {

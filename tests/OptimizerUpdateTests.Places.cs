@@ -36,11 +36,14 @@ public sealed partial class OptimizerUpdateTests
         Device device = cuda ? Cuda(DType.F32) : cpu;
         Shape[] shapes = form.Rule == UpdateRule.Adafactor
             ? [new Shape(3, 6, 35), new Shape(68), new Shape(1, 1)]
-            : [new Shape(1), new Shape(3), new Shape(68), new Shape(511), new Shape(515)];
+            : [new Shape(1), new Shape(3), new Shape(68), new Shape(511), new Shape(1031)];
         foreach (Shape shape in shapes)
         {
             Updated whole = Update(device, form, copy, shape, shifted: -1);
             Expect(form, shape, whole.Values);
+            Updated still = Update(device, form, copy, shape, shifted: -1, bad: true);
+            Assert.That(still.Values, Is.EqualTo(Narrow(Fill.Normal(1, shape.Count))));
+            Assert.That(still.States, Is.EqualTo(still.Before), "of a gradient that is no number");
             // What is rounded at random is so on both devices, by the same draws.
             if (cuda && form.Moments == DType.BF16)
                 Assert.That(whole.States, Is.EqualTo(
@@ -70,13 +73,13 @@ public sealed partial class OptimizerUpdateTests
                 3e-7 * Math.Max(1, Math.Abs(expected[i]))), $"{what} [{i}]");
     }
 
-    private sealed record Updated(float[] Values, byte[][] States, int Tensors);
+    private sealed record Updated(float[] Values, byte[][] Before, byte[][] States, int Tensors);
 
     private static readonly UpdateStep s_step = new(1e-2, 0.9, 0.99, 1e-3, 0.1, 3, Seed: 9);
 
     // Values, gradient, copy and states, each in memory of its own that ends in zeros.
     private static Updated Update(
-        Device device, OptimizerForm form, DType copy, Shape shape, int shifted)
+        Device device, OptimizerForm form, DType copy, Shape shape, int shifted, bool bad = false)
     {
         // A range's elements may be more than 32 bits count.
         const long First = (1L << 32) + 12;
@@ -96,7 +99,9 @@ public sealed partial class OptimizerUpdateTests
         Tensor p = New(new(DType.F32, shape)), g = New(new(DType.F32, shape));
         Tensor weights = copy == DType.F32 ? p : New(new(copy, shape));
         device.WriteFloats(p, Narrow(Fill.Normal(1, count)));
-        device.WriteFloats(g, Narrow(Fill.Normal(2, count)));
+        float[] gradient = Narrow(Fill.Normal(2, count));
+        if (bad) gradient[count / 2] = float.NaN;
+        device.WriteFloats(g, gradient);
         var states = new List<Tensor>();
         foreach (var (name, spec) in form.StatesOf(form.Moments, shape))
         {
@@ -109,12 +114,14 @@ public sealed partial class OptimizerUpdateTests
             states.Add(state);
         }
 
+        byte[][] before = States();
         Tensor norm = device.Allocate(GradientNorm.Spec, "norm");
         device.GradientNorm([g], 0.5, norm, Tensor.None);
         device.Update(s_step with { Rule = form.Rule }, OptimizerForm.Range(weights,
             copy == DType.F32 ? Tensor.None : p, g, First, states.ToArray()), norm);
         float[] got = device.ReadFloats(p);
-        if (copy != DType.F32)
+        if (bad && copy != DType.F32) Assert.That(device.ReadFloats(weights), Is.All.Zero);
+        else if (copy != DType.F32)
             Assert.That(device.ReadFloats(weights), Is.EqualTo(Narrow(Storage.Round(
                 Array.ConvertAll(got, x => (double)x), copy))), "the copy");
         foreach (Tensor each in made)
@@ -124,8 +131,10 @@ public sealed partial class OptimizerUpdateTests
             Assert.That(Bytes(device, behind), Is.All.Zero, "behind the end");
         }
 
-        return new(got, [.. states.Select(s => Bytes(
-            device, new Tensor(s.Data, new(DType.U8, new Shape((int)s.Spec.Bytes)))))], made.Count);
+        return new(got, before, States(), made.Count);
+
+        byte[][] States() => [.. states.Select(s => Bytes(
+            device, new Tensor(s.Data, new(DType.U8, new Shape((int)s.Spec.Bytes)))))];
     }
 
     private static byte Code(double x) => (byte)Math.Clamp(128 + (x * 50), 0, 255);

@@ -72,6 +72,9 @@ internal static partial class Plants
                     s[m][n][i] = __uint_as_float(__float_as_uint(s[m][n][i]) & 0xffff0000u);
             narrow_left(p[m],
             """) with { By = Finder.Test },
+        Forward("values that do not count are read", "attention_forward_tile",
+            "kv_stride, end - first);\n        commit_copies();\n        key_at",
+            "kv_stride, at.keys - first);\n        commit_copies();\n        key_at"),
         Forward("sums are not rescaled", "attention_forward_tile", "sum[m][i] *= keep;", "") with
         {
             Other = cuda => CudaAttentionTests.Compare(

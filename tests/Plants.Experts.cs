@@ -10,6 +10,11 @@ internal static partial class Plants
     private static Plant[] MixtureOfExperts { get; } =
     [
         Experts("the best expert is chosen twice", "route_experts", "k > 0 &&", "k > 1 &&"),
+        Experts("a logit that is no number is smaller than others", "is_before",
+            "if ((a != a) != (b != b)) return a != a;", "", nameof(CudaExpertsTests)) with
+        {
+            By = Finder.Test, Other = cuda => new CudaExpertsTests(cuda).ABadLogitIsSeen(16),
+        },
         Experts("the logits' exponentials are not divided", "route_experts", "/= sum", "/= 1"),
         Experts("the first warp's terms are not counted", "sort_by_expert", "if (w < warp) at +=",
             "if (w < warp - 1) at +=") with

@@ -31,6 +31,10 @@ internal static partial class Plants
         // The convolution.
         Gated("the sequence before leaks", "conv_forward_part",
             "window.begin(x + c, state, cols, t, t, s);", "", "causal_conv"),
+        Gated("a state reaches no other block", "conv_forward_part",
+            "window.begin(x + c, state, cols, first, start, s);",
+            "window.begin(x + c, first > 0 ? 0 : state, cols, first, start, s);",
+            "causal_conv_step") with { Size = 46 },
         Gated("the next sequence's gradients leak", "conv_backward_part", "start = t;", "",
             "causal_conv"),
         Gated("tokens of the next block count twice for w", "conv_backward_part",

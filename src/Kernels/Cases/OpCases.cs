@@ -56,20 +56,22 @@ public static partial class OpCases
             n => [X("x", n, 5), X("w", 5, 4), Packed(n / 3, 0, n - (n / 3))],
             () => [X("x", Rows, 6144), X("w", 6144, 4), Packed(Rows)])
         {
+            // A sequence that begins a token before a block of tokens does.
+            Sizes = [0, 1, 7, 1053],
             FreeColumns = ["cu_seqlens"],
         },
         new("causal_conv_whole", new CausalConv(),
             n => [X("x", n, 24), X("w", 24, 4), Packed(n - (n / 3), n / 3)],
             () => [X("x", Rows, 6144), X("w", 6144, 4), Packed(Rows)])
         {
-            Sizes = [0, 1, 7, 130],
+            Sizes = [0, 1, 7, 141],
             FreeColumns = ["cu_seqlens"],
         },
         new("causal_conv_step", new CausalConv(),
             n => [X("x", n, 24), X("w", 24, 4), Packed(n - (n / 3), n / 3), X("state", 6, 24)],
             () => [X("x", 1, 6144), X("w", 6144, 4), Packed(1), X("state", 3, 6144)])
         {
-            Sizes = [0, 1, 2, 7, 65],
+            Sizes = [0, 1, 2, 7, 46],
             FreeColumns = ["cu_seqlens"],
         },
         new("delta_rule", new DeltaRule(2, 4, 8, 6),
@@ -77,7 +79,8 @@ public static partial class OpCases
             () => Delta([2048], 16, 16, 128, 128))
         {
             ProductionOp = new DeltaRule(16, 16, 128, 128),
-            Sizes = [0, 1, 7, 200],
+            // Three chunks, all of them full.
+            Sizes = [0, 1, 7, 288],
             SelfTestSizes = [15, 130],
             FreeColumns = ["cu_seqlens"],
         },
