@@ -173,7 +173,7 @@ public sealed class CudaOpTests
         var c = (OpCase)value;
         using CudaContext context = CountingCuda.Context(new("counted", 8, 80, 1 << 30));
         using CudaDevice device = CountingCuda.Device(context, (DType)type);
-        device.Random = new(12345, 7, c.Dropout);
+        device.Random = new(OpTests.Seed, 7, c.Dropout);
         using var run = new OpRun(device, c.Op, c.Inputs(129));
         run.Forward();
         run.Want(_ => true);
@@ -291,7 +291,7 @@ public sealed class CudaOpTests
     /// <summary>The device with the random numbers of the case.</summary>
     internal static CudaDevice Prepare(CudaDevice device, OpCase c)
     {
-        device.Random = new(12345, 7, c.Dropout);
+        device.Random = new(OpTests.Seed, 7, c.Dropout);
         return device;
     }
 

@@ -12,6 +12,9 @@ namespace MiniCpmNative.Tests;
 public sealed class OpTests
 {
     private const long StepBytes = 1L << 28;
+    /// <summary>Of random numbers; of more than 32 bits.</summary>
+    internal const ulong Seed = (5UL << 32) + 12345;
+
     private const int GradientSize = 7, AlignedSize = 16, CheckedElements = 60;
     private const double Step = 1e-5;
 
