@@ -47,6 +47,17 @@ public sealed class CudaExpertsTests
             ], null, $"{rows} rows");
     }
 
+    // e^200 is no float.
+    [TestCase(DType.F32)]
+    [TestCase(DType.BF16)]
+    public void LargeLogitsAgree(DType type)
+    {
+        OpCase c = OpCases.All.First(c => c.Name == "experts");
+        Value[] inputs = c.Inputs(3);
+        for (int i = 0; i < inputs[1].Data.Length; i++) inputs[1].Data[i] += 200;
+        CudaOpTests.Compare(_cuda.Device(type), c, type, c.Op, inputs, null, "large logits");
+    }
+
     // A logit that is no number is the largest, wherever it stands.
     [TestCase(0)]
     [TestCase(16)]

@@ -36,6 +36,7 @@ public sealed class CudaLinearAttentionTests
     // Two sequences in pieces, one of them of no token, equal the CPU's whole ones; so does the
     // state at the end.
     [TestCase("delta_rule")]
+    [TestCase("delta_rule_128")]
     [TestCase("causal_conv")]
     [TestCase("causal_conv_whole")]
     public void PiecesWithAStateEqualTheWhole(string name)
@@ -97,6 +98,24 @@ public sealed class CudaLinearAttentionTests
         for (int token = 0; token < 7; token += 3)
             inputs[1].Data[(2 * token * rule.ValueHeads) + rule.ValueHeads] = 100;
         CudaOpTests.Compare(_cuda.Device(type), c, type, c.Op, inputs, null, "rare");
+    }
+
+    // Three sequences that one chunk would hold, and keys of whole vectors in rows that are none.
+    [TestCase(DType.F32)]
+    [TestCase(DType.BF16)]
+    public void ShortSequencesAgree(DType type)
+    {
+        const int Tokens = 7, Keys = 8, Values = 6, Row = (2 * Keys) + Values;
+        OpCase c = OpCases.All.Single(each => each.Name == "delta_rule");
+        Value[] inputs =
+        [
+            Value.Float("qkv", [Tokens, Row], Fill.Normal(1, Tokens * Row)),
+            Value.Float("gates", [Tokens, 2], Fill.Normal(2, Tokens * 2)),
+            Value.Float("a_log", [1], [-4]), Value.Float("dt_bias", [1], [0.5]),
+            Value.Int("cu_seqlens", 0, 2, 3, Tokens),
+        ];
+        CudaOpTests.Compare(_cuda.Device(type), c, type, new DeltaRule(1, 1, Keys, Values), inputs,
+            null, "short");
     }
 
     [TestCase("delta_rule")]

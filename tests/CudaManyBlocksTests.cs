@@ -29,7 +29,7 @@ public sealed class CudaManyBlocksTests
                 X("x", 3, 5), X("w", Wide, 5), X("b", Wide), X("a", 4, 5), X("bb", Wide, 4),
                 X("m", Wide), Above(1, "n", Wide),
             ]),
-            (new Experts(1),
+            (new Experts(2),
             [
                 X("x", 2, Narrow), X("logits", 2, 2), X("w", 2 * 2 * Narrow, Narrow),
                 X("w1", 2 * Narrow, Narrow),
