@@ -357,7 +357,7 @@ public sealed class OpTests
     }
 
     internal static CpuDevice Device(OpCase c, DType type = DType.F32, int? threads = null) =>
-        new(threads, StepBytes, type) { Random = new(12345, 7, c.Dropout) };
+        new(threads, StepBytes, type) { Random = new(Seed, 7, c.Dropout) };
 
     internal static void AreClose(double[] got, double[] expected, double tolerance, string what)
     {
