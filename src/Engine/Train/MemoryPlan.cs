@@ -253,26 +253,29 @@ public sealed class MemoryPlan
                 + $"of it in {needs[0].Planned.Rows}, and may take "
                 + $"{RunPlaces.Gib(allowed!.Value)}; "
                 + Advice(arguments));
-        Need most = KeepUnpacked(dry, batches, allowed) ?? needs[0];
         // A run takes no more than it needs, unless it was told what it may take.
-        if (arguments.MemoryLimit is not null && !arguments.Streams && allowed is { } bytes)
-            most = HoldUnpacked(dry, batches, most, bytes);
+        bool holds = arguments.MemoryLimit is not null && !arguments.Streams && allowed is not null;
+        long Left(Need need) => allowed!.Value - dry.Parts(need.Bytes).Total;
+        if (holds && Left(needs[0]) >= dry.UnpackedWanted)
+        {
+            dry.HoldUnpacked(dry.UnpackedWanted);
+            return new MemoryPlan(dry, needs[0]);
+        }
+
+        Need most = KeepUnpacked(dry, batches, allowed) ?? needs[0];
+        if (holds) HoldUnpacked(dry, batches, Left(most));
         return new MemoryPlan(dry, most);
     }
 
-    // Weights that are unpacked once for the whole run, in the memory that is left.
-    private static Need HoldUnpacked(
-        DryRun dry, IReadOnlyList<PlannedBatches.Planned> batches, Need most, long allowed)
+    // Weights that are unpacked once for the whole run, in the memory that is left. A step needs no
+    // less for them: the first forward finds none of them there.
+    private static void HoldUnpacked(
+        DryRun dry, IReadOnlyList<PlannedBatches.Planned> batches, long left)
     {
-        long left = allowed - dry.Parts(most.Bytes).Total, wanted = dry.UnpackedWanted;
-        if (left <= 0 || wanted == 0) return most;
-        dry.HoldUnpacked(Math.Min(left, wanted));
-        if (left >= wanted) dry.KeepsUnpacked = false;
-        Need[] needs = All(dry, batches);
+        dry.HoldUnpacked(Math.Min(left, dry.UnpackedWanted));
+        dry.Train(batches.First(b => b.Trains).Batches);
         // Those that found no room leave some.
-        long held = dry.UnpackedHeld;
-        dry.HoldUnpacked(held);
-        return held == 0 ? most : needs[0];
+        dry.HoldUnpacked(dry.UnpackedHeld);
     }
 
     // Weights that are unpacked once for a layer's second forward and its gradients, where that
