@@ -11,7 +11,7 @@ public sealed class TrainArgumentsTests
     // The flags of the official finetune_lora.sh and finetune_ds.sh, in their order.
     private const string OfficialLora =
         "--model_name_or_path model --llm_type qwen --data_path train.json --eval_data_path "
-            + "eval.json "
+        + "eval.json "
         + "--remove_unused_columns false --label_names labels --prediction_loss_only false "
         + "--bf16 false --bf16_full_eval false --fp16 true --fp16_full_eval true --do_train "
         + "--do_eval --tune_vision true --tune_llm false --use_lora true "
@@ -26,7 +26,7 @@ public sealed class TrainArgumentsTests
 
     private const string OfficialFull =
         "--model_name_or_path model --llm_type qwen --data_path train.json --eval_data_path "
-            + "eval.json "
+        + "eval.json "
         + "--remove_unused_columns false --label_names labels --prediction_loss_only false "
         + "--bf16 true --bf16_full_eval true --fp16 false --fp16_full_eval false --do_train "
         + "--do_eval "

@@ -73,8 +73,8 @@ internal sealed class RealBench
             if (HasTime(each.Name)) TryRun(each);
         var peers = new Peers(_options, HasTime).Run();
         Console.WriteLine();
-        Console.WriteLine($"{"case",-14} {"tok/s",9} {"best",9} {"step ms",9} {"GiB",7}  ours / "
-            + "peer");
+        Console.WriteLine($"{"case",-14} {"tok/s",9} {"best",9} {"step ms",9} {"GiB",7}"
+            + "  ours / peer");
         foreach (RealCase each in _options.Cases)
         {
             if (!_ours.TryGetValue(each.Name, out Measured? own)) continue;

@@ -45,8 +45,7 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
     private static readonly string[] s_commands =
     [
         "train", "plan", "data", "trace", "chat", "serve", "eval", "predict", "merge", "combine",
-        "export",
-        "report", "doctor", "help",
+        "export", "report", "doctor", "help",
     ];
 
     public int Run(IReadOnlyList<string> args)
@@ -148,8 +147,8 @@ internal sealed class CommandLine(TextWriter output, TextWriter error, Runners r
                 return DoctorCommand.Run(Rest(args, 1), help, output, runners);
             default:
                 throw new InputException($"unknown command {Messages.Quote(command)} (did you mean "
-                    + $"\"{Engine.Config.TrainKeys.Nearest(command, s_commands)}\"?); see cpmx "
-                    + "--help");
+                    + $"\"{Engine.Config.TrainKeys.Nearest(command, s_commands)}\"?); "
+                    + "see cpmx --help");
         }
     }
 

@@ -86,7 +86,7 @@ internal static class TrainChecks
         Refuse(a.Bf16 && a.Fp16, "bf16 and fp16 are both true, at most one can be");
         Refuse(a.GradientCheckpointing && a.Recompute is not (Recompute.Auto or Recompute.Block),
             "gradient_checkpointing recomputes every layer, "
-                + $"recompute={TrainKeys.SnakeCase(a.Recompute.ToString())}"
+            + $"recompute={TrainKeys.SnakeCase(a.Recompute.ToString())}"
             + " less: leave one of them out");
         Refuse(a.Streams && a.Recompute is not (Recompute.Auto or Recompute.Block),
             (a.StreamWeights == StreamedWeights.True ? "stream_weights" : "offload_param")
@@ -137,7 +137,7 @@ internal static class TrainChecks
             "evaluation needs eval_data_path or eval_split (or set eval_strategy to no)");
         Refuse(a.BestBy is { } by && !a.BestNames.Contains(by),
             $"metric_for_best_model is {Messages.Quote(a.MetricForBestModel ?? "")}, expected one "
-                + "of "
+            + "of "
             + string.Join(", ", a.BestNames));
         Refuse(a.LoadBestModelAtEnd
             && (a.EvalStrategy == When.No || a.EvalStrategy != a.SaveStrategy),

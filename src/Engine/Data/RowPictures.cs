@@ -160,7 +160,7 @@ internal static class RowPictures
     /// <summary>One that the row holds; its name tells contents apart, as a path does.</summary>
     public static RowPicture Embedded(byte[] content, string tag) => new(tag,
         $"embedded {RowPicture.KindOf(tag)} "
-            + $"{Convert.ToHexStringLower(SHA256.HashData(content).AsSpan(0, 6))} "
+        + $"{Convert.ToHexStringLower(SHA256.HashData(content).AsSpan(0, 6))} "
         + $"of {Messages.Number(content.Length)} bytes")
     {
         Bytes = content,

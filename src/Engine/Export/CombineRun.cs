@@ -128,8 +128,7 @@ public static class CombineRun
         {
             if ((part.Inputs, part.Outputs) != (first.Inputs, first.Outputs))
                 throw new InputException($"combine: {module} is [{first.Outputs}, {first.Inputs}] "
-                    + "in "
-                    + $"{first.Place} and [{part.Outputs}, {part.Inputs}] in {part.Place}: they "
+                    + $"in {first.Place} and [{part.Outputs}, {part.Inputs}] in {part.Place}: they "
                     + "are adapters of different models");
             if (kind == Combination.Linear && part.Rank != first.Rank)
                 throw new InputException($"combine: {module} has rank {first.Rank} in "

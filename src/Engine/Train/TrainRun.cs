@@ -175,7 +175,7 @@ public sealed partial class TrainRun
         if (done == last && _saved != done) Save(done);
         throw new RunException(
             $"{_arguments.ModelNameOrPath}: its weights were changed during the run, so those that "
-                + "were not "
+            + "were not "
             + $"trained cannot be saved; what was trained is in {checkpoint}: put the weights "
             + "back, then --resume_from_checkpoint true writes the whole model");
     }
@@ -192,7 +192,7 @@ public sealed partial class TrainRun
             if (!whole)
                 _log.Message(
                     $"{_arguments.ModelNameOrPath}: its weights were changed during the run: "
-                        + $"{folder} has "
+                    + $"{folder} has "
                     + "what was trained alone; put them back before its end");
             _log.SaveState(unfinished, step);
             if (!whole || !_arguments.SaveOnlyModel) State(step).Save(unfinished, _model);
@@ -249,7 +249,7 @@ public sealed partial class TrainRun
         if (!others && (state.Rows, state.DataDigest) != (now.Rows, now.DataDigest))
             throw new InputException(
                 $"{folder}: was made with other training rows ({state.Rows:N0} rows), "
-                    + $"{_arguments.DataPath} "
+                + $"{_arguments.DataPath} "
                 + $"has {now.Rows:N0} or other texts: a run goes on only with the same data, or "
                 + "with --allow_changes data_path");
         rules.Check(now);
